@@ -1,0 +1,136 @@
+"""Every operation in plain PyTorch: the definition that the kernels are tested against, and the `eager` backend.
+
+Written to be read and to be right in any floating-point dtype (fp64 is the truth that tests compare with), not to be fast.
+Statistics and probabilities are at least fp32 whatever the inputs are.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def attention_with_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the probabilities (B, H, Sq, Sk) behind it.
+
+    mask: broadcastable to (B, H, Sq, Sk); bool (True takes part) or floating point (added to the scores).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale  # [B, H, Sq, Sk]
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask.to(scores.dtype)
+    if lengths is None:
+        weights = scores.softmax(-1, dtype=_at_least_fp32(q.dtype))
+    else:
+        padding = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]  # [B, Sk]
+        padding = padding[:, None, None, :]
+        scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
+        # Filled again after the softmax: a sample without any valid key then gives zeros, not an average of padding.
+        weights = scores.softmax(-1, dtype=_at_least_fp32(q.dtype)).masked_fill(padding, 0)
+    weights = weights.to(q.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), weights
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention without dropout: softmax(scale · q kᵀ) v.
+
+    q: (B, Sq, H, D); k, v: (B, Sk, H, D). Returns (B, Sq, H, D).
+    scale: D**-0.5 unless given. lengths: int32 (B,), how many of a sample's keys are valid; 0 gives zeros.
+    """
+    return attention_with_weights(q, k, v, scale=scale, lengths=lengths, mask=mask)[0]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias + residual. x: (..., in); weight: (out, in); bias: (out,); residual and result: (..., out)."""
+    y = F.linear(x, weight, bias)
+    return y if residual is None else residual + y
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """fc2(gelu_tanh(fc1(x))) + residual. x: (..., width); fc1_weight: (hidden, width); fc2_weight: (width, hidden)."""
+    return linear(F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh"), fc2_weight, fc2_bias, residual)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """Layer normalisation over the last dimension (Ba et al., 2016). x: (..., width); weight, bias: (width,)."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def attention_pool(
+    x: Tensor,
+    probe: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor,
+    num_heads: int,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Attention of one learned probe over all tokens (the MAP head; Zhai et al. 2022, "Scaling Vision Transformers").
+
+    x: (B, S, width); probe: (1, 1, width); the others are `torch.nn.MultiheadAttention`'s parameters:
+    in_proj_weight (3 width, width) holds the projections of q, k and v. Returns (B, width).
+    """
+    batch, tokens, width = x.shape
+    q_weight, k_weight, v_weight = in_proj_weight.chunk(3)
+    q_bias, k_bias, v_bias = in_proj_bias.chunk(3)
+    q = F.linear(probe, q_weight, q_bias).expand(batch, 1, width).unflatten(-1, (num_heads, -1))
+    k = F.linear(x, k_weight, k_bias).unflatten(-1, (num_heads, -1))
+    v = F.linear(x, v_weight, v_bias).unflatten(-1, (num_heads, -1))
+    pooled = attention(q, k, v, lengths=lengths).reshape(batch, width)
+    return F.linear(pooled, out_proj_weight, out_proj_bias)
+
+
+def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor, position: Tensor) -> Tensor:
+    """Non-overlapping patches, each projected to one token, plus its position embedding.
+
+    pixel_values: (B, C, H, W); weight: (width, C, p, p), a convolution's; bias: (width,);
+    position: (S, width) or broadcastable, S = (H // p) · (W // p). Pixels beyond the last whole patch do not count.
+    Returns (B, S, width).
+    """
+    tokens = F.conv2d(pixel_values, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)
+    return tokens + position
+
+
+def sigmoid_loss(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+) -> Tensor:
+    """The pairwise sigmoid loss (Zhai et al. 2023, arXiv 2303.15343, equation 1).
+
+    L = -(1/N) Σᵢⱼ log σ(zᵢⱼ (t xᵢ·yⱼ + b)), zᵢⱼ = 1 where i = j, else -1.
+    image_embeds, text_embeds: (N, D), normalised by the caller; logit_scale: t itself, already exponentiated.
+    Returns a scalar of at least fp32.
+    """
+    dtype = _at_least_fp32(image_embeds.dtype)
+    logits = (text_embeds @ image_embeds.T).to(dtype) * logit_scale + logit_bias
+    signs = 2 * torch.eye(len(logits), dtype=dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
