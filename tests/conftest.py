@@ -1,7 +1,16 @@
-"""Tests need no GPU: those that do carry the marker `gpu` and are skipped where there is none."""
+"""Tests need no GPU: those that do carry the marker `gpu` and are skipped where there is none.
+
+Without a GPU the kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when it is imported, so
+it is set here, before any test or package of ours is.
+"""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

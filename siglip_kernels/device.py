@@ -1,0 +1,67 @@
+"""Facts about the GPU that choose a kernel's configuration. Nothing is asked at import; each device is asked once."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a configuration depends on."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int  # bytes that one program may have
+    l2_bytes: int
+
+
+# What the launchers see where kernels are interpreted on the CPU: one multiprocessor, so that loops over tiles do loop.
+INTERPRETER = Facts("interpreter", (0, 0), 1, 232_448, 50 * 2**20)
+
+_pretended: Facts | None = None
+
+
+def facts(device: torch.device) -> Facts:
+    """The facts of a CUDA device, or INTERPRETER for any other."""
+    if _pretended is not None:
+        return _pretended
+    if device.type != "cuda":
+        return INTERPRETER
+    return _ask(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _ask(index: int) -> Facts:
+    properties = torch.cuda.get_device_properties(index)
+    return Facts(
+        properties.name,
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        properties.L2_cache_size,
+    )
+
+
+@contextlib.contextmanager
+def pretend(facts: Facts) -> Iterator[None]:
+    """Answer `facts` for every device: how kernels are compiled for a GPU that is not there."""
+    global _pretended
+    before, _pretended = _pretended, facts
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors: TRITON_INTERPRET=1 when they were imported."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)
