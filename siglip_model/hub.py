@@ -1,0 +1,131 @@
+"""Where the files of a checkpoint are: in a directory, or in a repository of the Hugging Face hub."""
+
+import os
+import re
+from pathlib import Path
+from typing import NoReturn
+
+# One or two parts ("gpt2", "google/siglip-base-patch16-224") of letters, digits, "_", "-" and ".", as the hub allows.
+_REPOSITORY_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+
+
+def is_local(path_or_id: str | os.PathLike[str]) -> bool:
+    """Whether the argument names something on this machine: the hub is then never asked, not even if it is absent."""
+    if isinstance(path_or_id, os.PathLike):
+        return True
+    if path_or_id.startswith((".", "~", os.sep)) or "\\" in path_or_id or Path(path_or_id).is_absolute():
+        return True
+    return os.path.exists(path_or_id)
+
+
+def resolve_file(
+    path_or_id: str | os.PathLike[str],
+    filename: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Path | None:
+    """The path of one file of a directory or of a hub repository; None if that directory or repository lacks the file.
+
+    A repository's file is downloaded once into huggingface_hub's cache (``HF_HOME``, ``cache_dir``); with
+    ``local_files_only`` or ``HF_HUB_OFFLINE=1`` the network is not touched and the cache alone is looked at.
+
+    Raises:
+        OSError: there is no such directory, no such repository or revision, or no network and nothing in the cache.
+    """
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise TypeError(f"expected a directory or a hub id, as str or PathLike; got {type(path_or_id).__name__}")
+    if is_local(path_or_id):
+        directory = Path(path_or_id).expanduser()
+        if directory.is_dir():
+            path = directory / filename
+            return path if path.is_file() else None
+        if directory.exists():
+            raise OSError(f"{directory} is a file; give the directory that holds it")
+        raise OSError(f"there is no directory {directory}")
+    repository = os.fspath(path_or_id)
+    if not _REPOSITORY_ID.fullmatch(repository):
+        raise OSError(f"{path_or_id!r} is neither an existing directory nor a hub id such as 'owner/name'")
+    return _resolve_on_hub(repository, filename, revision, cache_dir, local_files_only, token)
+
+
+def _resolve_on_hub(
+    repository: str,
+    filename: str,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+    token: str | bool | None,
+) -> Path | None:
+    from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cache = None if cache_dir is None else os.path.expanduser(cache_dir)
+    try:
+        return Path(
+            hf_hub_download(
+                repository,
+                filename,
+                revision=revision,
+                cache_dir=cache,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        )
+    except EntryNotFoundError as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            return None  # the hub answered: the repository has no such file
+        download_error: Exception = error
+    except Exception as error:  # requests', httpx' and huggingface_hub's errors have no common base
+        download_error = error
+
+    # No answer from the hub. What an earlier run has left in the cache may still answer the question.
+    try:
+        cached = try_to_load_from_cache(repository, filename, cache_dir=cache, revision=revision)
+        if cached is not None:
+            return Path(cached) if isinstance(cached, str) else None  # else: known not to exist in the repository
+        snapshot_download(
+            repository, revision=revision, cache_dir=cache, local_files_only=True, allow_patterns=[filename]
+        )
+        if isinstance(download_error, LocalEntryNotFoundError):
+            return None  # the repository is cached and, as far as the cache knows, has no such file
+    except Exception:  # nothing cached, or not this file: the first error says what happened
+        _raise_clearly(download_error, repository, filename, revision)
+    _raise_clearly(download_error, repository, filename, revision)
+
+
+def _raise_clearly(error: Exception, repository: str, filename: str, revision: str | None) -> NoReturn:
+    """One sentence for each way in which the hub can fail to give a file."""
+    from huggingface_hub import errors
+
+    where = repository if revision is None else f"{repository} (revision {revision})"
+    if isinstance(error, errors.GatedRepoError):
+        message = (
+            f"the hub repository {where} is gated: ask for access on its page, then give token= or `hf auth login`"
+        )
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        message = (
+            f"{repository!r} is neither an existing directory nor a hub repository that can be read; "
+            "if it is private, give token= or log in with `hf auth login`"
+        )
+    elif isinstance(error, errors.RevisionNotFoundError):
+        message = f"the hub repository {repository} has no revision {revision!r}"
+    elif isinstance(error, errors.HFValidationError):
+        message = f"{repository!r} is neither an existing directory nor a hub id such as 'owner/name'"
+    elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) or _is_network_error(error):
+        message = (
+            f"{repository!r} is not an existing directory, and {filename} of the hub repository {where} is neither "
+            f"cached nor to be had without a network: run `hf download {repository}` where there is one, or give the "
+            "directory of a downloaded checkpoint"
+        )
+    else:
+        message = f"could not get {filename} of the hub repository {where}: {type(error).__name__}: {error}"
+    raise OSError(message) from error
+
+
+def _is_network_error(error: Exception) -> bool:
+    """Connection, proxy and time-out errors, whichever HTTP library the installed huggingface_hub uses."""
+    network_errors = {"ConnectionError", "ProxyError", "ConnectError", "TransportError", "Timeout", "TimeoutException"}
+    return any(base.__name__ in network_errors for base in type(error).__mro__)
