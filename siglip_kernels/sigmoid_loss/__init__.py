@@ -1,0 +1,5 @@
+"""The pairwise sigmoid loss: fused in Triton, chunked in plain PyTorch, and over many processes."""
+
+from siglip_kernels.sigmoid_loss.api import chunked_sigmoid_loss, plain_sigmoid_loss, sigmoid_loss
+
+__all__ = ["chunked_sigmoid_loss", "plain_sigmoid_loss", "sigmoid_loss"]

@@ -1,0 +1,174 @@
+"""The public losses: what they accept, and which engine computes them."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from siglip_kernels import reference
+from siglip_kernels.device import interpreting
+from siglip_kernels.errors import MissingBackendError, unsupported
+from siglip_kernels.sigmoid_loss.ops import forward_op
+
+# From this many pairs on the plain loss is chunked: below, all logits are smaller than the embeddings of usual models'
+# batches, and the definition itself, which can be differentiated twice, is as fast.
+CHUNKED_FROM = 1024
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_WIDTH = 2048
+
+
+def sigmoid_loss(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+) -> Tensor:
+    """The pairwise sigmoid loss in Triton (Zhai et al. 2023, arXiv 2303.15343, equation 1).
+
+    L = -(1/N) Σᵢⱼ log σ(zᵢⱼ (t xᵢ·yⱼ + b)), zᵢⱼ = 1 where i = j, else -1.
+
+    image_embeds, text_embeds: (N, D) on one CUDA device, float32, float16 or bfloat16 (under autocast, its dtype),
+    N >= 1, D a multiple of 8 up to 2048; normalised by the caller. Tensors that are not contiguous are copied.
+    logit_scale: t itself, already exponentiated; logit_bias: b; each a number or a 0-dimensional floating-point tensor.
+    Returns a float32 scalar. Logits and all sums are at least fp32; fp32 products honour
+    `torch.backends.cuda.matmul.allow_tf32`. Deterministic. Memory O(N·D), gradients included: those that something
+    requires are computed in the forward pass. They can be used any number of times, but not differentiated again.
+
+    Raises UnsupportedInputError (a ValueError) for anything else, MissingBackendError for CPU tensors.
+    """
+    embeds = _validated("sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
+    check_kernel_input("sigmoid_loss", embeds[0])
+    return _apply(*embeds, "triton", 0)
+
+
+def chunked_sigmoid_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    chunk_size: int = 0,
+) -> Tensor:
+    """`sigmoid_loss` in plain PyTorch, for any device, any floating-point dtype and any D >= 1.
+
+    chunk_size: images in a block of logits; 0 chooses. Memory beyond inputs and gradients is one block, whatever N.
+    Returns a scalar of at least fp32.
+    """
+    embeds = _validated("chunked_sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
+    check_chunk_size("chunked_sigmoid_loss", chunk_size)
+    return _apply(*embeds, "chunked", chunk_size)
+
+
+def plain_sigmoid_loss(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+) -> Tensor:
+    """The loss of backends without kernels: its definition below CHUNKED_FROM pairs, chunked from there on."""
+    if len(image_embeds) < CHUNKED_FROM:
+        _validated("plain_sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
+        return reference.sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
+    return chunked_sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
+
+
+def check_chunk_size(operation: str, chunk_size: int) -> None:
+    """Raises unless chunk_size is an integer that is not negative."""
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 0:
+        raise unsupported(
+            operation, "chunk_size", f"is {chunk_size!r}", "0 (chosen automatically) or a positive integer"
+        )
+
+
+@torch.compiler.assume_constant_result
+def kernels_available(device_type: str) -> bool:
+    """Whether Triton can run on tensors of this kind of device."""
+    return interpreting() or (device_type == "cuda" and importlib.util.find_spec("triton") is not None)
+
+
+def check_kernel_input(operation: str, embeds: Tensor) -> None:
+    """What the kernels ask beyond `chunked_sigmoid_loss`."""
+    if embeds.dtype not in KERNEL_DTYPES:
+        raise unsupported(
+            operation, "image_embeds", f"has dtype {embeds.dtype}", "torch.float32, torch.float16, torch.bfloat16"
+        )
+    width = embeds.shape[1]
+    if width % 8 or not 8 <= width <= LARGEST_WIDTH:
+        raise unsupported(operation, "image_embeds", f"has width {width}", f"multiples of 8 up to {LARGEST_WIDTH}")
+    if not kernels_available(embeds.device.type):
+        raise MissingBackendError(
+            f"{operation}: the Triton kernels need CUDA tensors, these are on {embeds.device}; "
+            "use siglip_kernels.chunked_sigmoid_loss, or a model's backend 'sdpa' or 'eager', there"
+        )
+
+
+def check_embeds(operation: str, image_embeds: Tensor, text_embeds: Tensor, *, same_length: bool = True) -> None:
+    """Raises unless both are (N, D) tensors of one floating-point dtype on one device, with N, D >= 1."""
+    for argument, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
+        if not isinstance(embeds, Tensor):
+            raise unsupported(operation, argument, f"is {type(embeds).__name__}", "a tensor of shape (N, D)")
+        if embeds.dim() != 2:
+            raise unsupported(operation, argument, f"has shape {tuple(embeds.shape)}", "(N, D)")
+        if not embeds.is_floating_point():
+            raise unsupported(operation, argument, f"has dtype {embeds.dtype}", "floating-point dtypes")
+        if embeds.shape[0] == 0 or embeds.shape[1] == 0:
+            raise unsupported(
+                operation, argument, f"has shape {tuple(embeds.shape)}", "at least one pair, D at least 1"
+            )
+    if image_embeds.shape[1] != text_embeds.shape[1] or (same_length and len(image_embeds) != len(text_embeds)):
+        got = f"has shape {tuple(text_embeds.shape)} beside image_embeds' {tuple(image_embeds.shape)}"
+        raise unsupported(operation, "text_embeds", got, "equal shapes")
+    if image_embeds.device != text_embeds.device:
+        got = f"is on {text_embeds.device}, image_embeds on {image_embeds.device}"
+        raise unsupported(operation, "text_embeds", got, "one device")
+
+
+def as_scalar(operation: str, argument: str, value: Tensor | float, embeds: Tensor) -> Tensor:
+    """A 0-dimensional tensor of at least fp32 on the embeddings' device; gradients flow through it to `value`."""
+    dtype = torch.promote_types(embeds.dtype, torch.float32)
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise unsupported(
+                operation, argument, f"has shape {tuple(value.shape)}", "a number or a 0-dimensional tensor"
+            )
+        if not value.is_floating_point():
+            raise unsupported(operation, argument, f"has dtype {value.dtype}", "a number or a floating-point tensor")
+        return value.to(embeds.device, dtype)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise unsupported(operation, argument, f"is {type(value).__name__}", "a number or a 0-dimensional tensor")
+    return torch.full((), value, dtype=dtype, device=embeds.device)
+
+
+def autocast(embeds: Tensor) -> Tensor:
+    """What torch.autocast would hand to the matrix product that makes the logits."""
+    device = embeds.device.type
+    if torch.is_autocast_enabled(device) and embeds.dtype != torch.float64:
+        return embeds.to(torch.get_autocast_dtype(device))
+    return embeds
+
+
+def _validated(
+    operation: str,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_embeds(operation, image_embeds, text_embeds)
+    image_embeds, text_embeds = autocast(image_embeds), autocast(text_embeds)
+    if image_embeds.dtype != text_embeds.dtype:
+        got = f"has dtype {text_embeds.dtype}, image_embeds {image_embeds.dtype}"
+        raise unsupported(operation, "text_embeds", got, "one dtype for both")
+    scale = as_scalar(operation, "logit_scale", logit_scale, image_embeds)
+    return image_embeds, text_embeds, scale, as_scalar(operation, "logit_bias", logit_bias, image_embeds)
+
+
+def _apply(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, engine: str, chunk_size: int
+) -> Tensor:
+    gradients = torch.is_grad_enabled()
+    return forward_op(
+        image_embeds,
+        text_embeds,
+        logit_scale,
+        logit_bias,
+        engine,
+        chunk_size,
+        gradients and image_embeds.requires_grad,
+        gradients and text_embeds.requires_grad,
+        gradients and (logit_scale.requires_grad or logit_bias.requires_grad),
+    )[0]

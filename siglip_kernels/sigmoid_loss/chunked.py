@@ -1,0 +1,92 @@
+"""The engine in plain PyTorch: any device, any floating-point dtype.
+
+Half-precision inputs still get fp32 logits: on CUDA from the matrix product itself, elsewhere by working in fp32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Images and texts of a block unless told otherwise. On CPUs a block's few arrays should stay in cache; on GPUs its
+# launches should not count.
+_CPU_BLOCK = (1024, 1024)
+_GPU_BLOCK = (4096, 8192)
+
+
+class PlainEngine:
+    """See `blocks.Engine`."""
+
+    name = "chunked"
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, chunk_size: int = 0) -> None:
+        self.rows, self.columns = _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK
+        if chunk_size:
+            self.rows = chunk_size
+        self.sum_dtype = self.saved_dtype = torch.promote_types(dtype, torch.float32)
+        # Tensor cores multiply half-precision operands into fp32; elsewhere operands are converted first.
+        self.mixed = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+        self.residual_dtype = dtype if self.mixed else self.sum_dtype
+        self.residual_scale = 2.0**15 if self.residual_dtype == torch.float16 else 1.0
+
+    def totals(self, device: torch.device) -> Tensor:
+        return torch.zeros((3, 1), dtype=self.sum_dtype, device=device)
+
+    def _matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.mixed:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a.to(self.sum_dtype), b.to(self.sum_dtype))
+
+    def residual(
+        self,
+        x: Tensor,
+        y: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        diagonal: int,
+        totals: Tensor,
+        gradients: bool,
+        out: Tensor | None,
+    ) -> None:
+        products = self._matmul(x, y.T)
+        logits = torch.addcmul(logit_bias, products, logit_scale)
+        if -len(x) < diagonal < len(y):
+            positives = logits.diagonal(diagonal)
+            positive_logits = positives.clone()
+            positives.fill_(-torch.inf)  # as a negative, such a pair has no loss and no gradient
+        else:
+            positive_logits = logits.new_empty(0)
+        # Beyond 40, softplus(z) is z to the last bit even in fp64.
+        totals[0] += F.softplus(logits, threshold=40).sum() - F.logsigmoid(positive_logits).sum()
+        if not gradients:
+            return
+        residual = logits.sigmoid_()
+        if len(positive_logits):
+            residual.diagonal(diagonal).copy_(-torch.sigmoid(-positive_logits))
+        totals[1] += torch.mul(residual, products, out=products).sum()
+        totals[2] += residual.sum()
+        if out is not None:
+            out.copy_(residual if self.residual_scale == 1 else residual.mul_(self.residual_scale))
+
+    def product(
+        self,
+        residual: Tensor,
+        operand: Tensor,
+        transposed: bool,
+        previous: Tensor | None,
+        out: Tensor,
+        logit_scale: Tensor | None,
+        factor: float,
+    ) -> None:
+        residual = residual.T if transposed else residual
+        if self.mixed:
+            product = self._matmul(residual, operand)
+            torch.add(previous, product, out=out) if previous is not None else out.copy_(product)
+        elif previous is not None:
+            torch.addmm(previous, residual, operand.to(self.sum_dtype), out=out)
+        else:
+            torch.mm(residual, operand.to(self.sum_dtype), out=out)
+        if logit_scale is not None:
+            out.mul_(logit_scale * factor)
+
+    def scale(self, source: Tensor, scale: Tensor, factor: float, out: Tensor) -> Tensor:
+        return out.copy_(source * (scale * factor))

@@ -1,0 +1,76 @@
+"""How the Triton loss is cut into blocks and tiles: by GPU, dtype and width, never by N."""
+
+from dataclasses import dataclass
+
+import torch
+
+from siglip_kernels.device import INTERPRETER, Facts
+from siglip_kernels.sigmoid_loss.blocks import round_up
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes, and how."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of the two matrix kernels, and the block of G (rows × columns) that they share."""
+
+    residual: Tile
+    product: Tile
+    block: int
+    descriptors: (
+        bool  # tiles come through tensor descriptors (the copy engine of sm_90 and later), else through pointers
+    )
+    precision: str  # tl.dot's input_precision for fp32
+
+
+# 128 x 256 reads the fewest bytes of L2 for its arithmetic; without a copy engine it does not fit beside its addresses.
+# Compiled ahead of time, triton 3.6 and 3.7: none of these spills (tests/kernels/test_sigmoid_loss_ahead_of_time.py).
+_HOPPER = Tile(128, 256, 64, num_warps=8, num_stages=4)
+_HOPPER_TALL = Tile(256, 128, 64, num_warps=8, num_stages=4)
+_SQUARE = Tile(128, 128, 64, num_warps=8, num_stages=4)
+_AMPERE = Tile(128, 128, 32, num_warps=8, num_stages=4)
+_TF32 = Tile(128, 128, 32, num_warps=8, num_stages=3)
+_IEEE = Tile(64, 64, 32, num_warps=8, num_stages=2)
+_INTERPRETER = Tile(64, 64, 64, num_warps=4, num_stages=1)
+
+# The largest block: 5,632² bf16 values are 63 MB, a little more than the L2 of an H100 keeps and well under 300 MB.
+_LARGEST_BLOCK = 5632
+
+
+def choose(dtype: torch.dtype, width: int, gpu: Facts, allow_tf32: bool) -> Config:
+    """The configuration for embeddings of this dtype and width."""
+    precision = "tf32" if allow_tf32 and dtype == torch.float32 else "ieee"
+    if gpu == INTERPRETER:
+        return Config(_INTERPRETER, _INTERPRETER, 256, descriptors=True, precision=precision)
+    capability = gpu.capability
+    descriptors = capability >= (9, 0)
+    if dtype == torch.float32:
+        residual = product = _TF32 if precision == "tf32" else _IEEE
+    elif capability[0] == 9:
+        residual = _HOPPER
+        # 256 columns where that leaves nothing over: so400m's 1152 are nine times 128, but four and a half times 256.
+        product = _HOPPER if width % 256 == 0 else _HOPPER_TALL
+    else:
+        residual = product = _SQUARE if descriptors else _AMPERE
+    return Config(residual, product, _block_size(product, width, gpu.multiprocessors), descriptors, precision)
+
+
+def _block_size(product: Tile, width: int, multiprocessors: int) -> int:
+    """The block whose products fill whole waves of the GPU best: 132 tiles on 132 multiprocessors, not 192."""
+    tiles_across = -(-width // product.columns)
+    step = max(product.rows, 256)  # a multiple of every tile's rows and columns
+
+    def utilisation(block: int) -> tuple[float, int]:
+        tiles = block // product.rows * tiles_across
+        return tiles / round_up(tiles, multiprocessors), block
+
+    return max(range(round_up(_LARGEST_BLOCK // 2, step), _LARGEST_BLOCK + 1, step), key=utilisation)

@@ -1,0 +1,219 @@
+"""The three Triton kernels of the sigmoid loss, one launch each for one block of image-text pairs.
+
+For images x and texts y, with s = t·x yᵀ + b and zᵢⱼ = +1 on positives, -1 elsewhere (arXiv 2303.15343, eq. 1):
+
+    loss = Σ softplus(-z s),    G = σ(s) - [positive],    db = Σ G,    dt = Σ G ⊙ x yᵀ,    dx = t G y,    dy = t Gᵀ x
+
+`residual_kernel` does everything that needs logits: they live in fp32 in the accumulator only, and G alone is stored.
+`product_kernel` is both products, `scale_kernel` the multiplication by t / N or by the upstream gradient, in fp32.
+"""
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter (3.6 to 3.9) takes the bits of tl.dot's bf16 operands for integers, and cuts numbers off to bf16
+# where a GPU rounds them. Operands in fp32 have the same products; `_narrow` rounds first.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_tile(
+    source,  # a tensor descriptor (DESCRIPTORS), which knows its own edges, or a pointer to the first element
+    first_row,
+    first_column,
+    rows,  # rows from here on read as zeros
+    stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns from here on read as zeros; None: all may be read
+    DESCRIPTORS: tl.constexpr,
+):
+    """source[first_row : +ROWS, first_column : +COLUMNS]."""
+    if DESCRIPTORS:
+        tile = source.load([first_row, first_column])
+    else:
+        o_rows = first_row + tl.arange(0, ROWS)[:, None]
+        o_columns = first_column + tl.arange(0, COLUMNS)[None, :]
+        mask = o_rows < rows
+        if WIDTH is not None:
+            mask = mask & (o_columns < WIDTH)
+        tile = tl.load(source + o_rows.to(tl.int64) * stride + o_columns, mask=mask, other=0.0)
+    return tile.to(tl.float32) if INTERPRETED else tile
+
+
+@triton.jit
+def _narrow(x, dtype: tl.constexpr):
+    """fp32 x in another dtype, rounded to nearest, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _log1p(e):
+    """log(1 + e) for 0 <= e <= 1 to a relative 2e-7, on the FMA pipe: the logarithm of 1 + e would lose a small e, and
+    the special-function units are busy with the exponential and the reciprocal. A least-maximum fit of degree 8."""
+    p = 0.005232684779912233
+    p = p * e - 0.029505206272006035
+    p = p * e + 0.07822591066360474
+    p = p * e - 0.13663242757320404
+    p = p * e + 0.19106006622314453
+    p = p * e - 0.2484298199415207
+    p = p * e + 0.3331909775733948
+    p = p * e - 0.4999949336051941
+    p = p * e + 0.9999999403953552
+    return p * e
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right columns of x, without leaving the registers."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(x):
+    left, right = _halves(x)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    return first, second, third, fourth
+
+
+@triton.jit(do_not_specialize=["images", "texts", "diagonal"])
+def residual_kernel(
+    image_source,  # x (images, WIDTH): descriptor of blocks [BLOCK_M, BLOCK_K], or pointer
+    text_source,  # y (texts, WIDTH): descriptor of blocks [BLOCK_N, BLOCK_K], or pointer
+    residual_target,  # G · RESIDUAL_SCALE (images, texts): descriptor of [BLOCK_M, BLOCK_N / 4], pointer, or None
+    residual_stride,
+    logit_scale_ptr,  # fp32: t
+    logit_bias_ptr,  # fp32: b
+    totals_ptr,  # fp64 (3, slots), added to: sums of the loss, of G ⊙ x yᵀ and of G, one slot for each program
+    slots,
+    images,
+    texts,
+    diagonal,  # image i and text i + diagonal are a positive pair
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GRADIENTS: tl.constexpr,  # whether anything beyond the loss is wanted
+    RESIDUAL_SCALE: tl.constexpr,  # a power of two
+    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Program (m, n) owns the pairs of images m BLOCK_M : +BLOCK_M and texts n BLOCK_N : +BLOCK_N."""
+    first_row = tl.program_id(0) * BLOCK_M
+    first_column = tl.program_id(1) * BLOCK_N
+
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.range(0, WIDTH, BLOCK_K):
+        x = _load_tile(image_source, first_row, k, images, WIDTH, BLOCK_M, BLOCK_K, WIDTH, DESCRIPTORS)
+        y = _load_tile(text_source, first_column, k, texts, WIDTH, BLOCK_N, BLOCK_K, WIDTH, DESCRIPTORS)
+        products = tl.dot(x, y.T, products, input_precision=PRECISION)
+
+    logit_scale = tl.load(logit_scale_ptr)
+    logit_bias = tl.load(logit_bias_ptr)
+    loss_sum, dot_sum, residual_sum = 0.0, 0.0, 0.0
+    # A quarter at a time: the epilogue of a whole tile would not fit in the registers beside its accumulator.
+    PART: tl.constexpr = BLOCK_N // 4
+    parts = _quarters(products)
+    for part in tl.static_range(4):
+        rows = first_row + tl.arange(0, BLOCK_M)[:, None]
+        columns = first_column + part * PART + tl.arange(0, PART)[None, :]
+        positive = rows + diagonal == columns
+        logits = parts[part] * logit_scale + logit_bias
+        # wrong = -z s, how far a pair is on the wrong side; pairs past the edge are infinitely right: no loss, no G.
+        wrong = tl.where(positive, -logits, logits)
+        wrong = tl.where((rows < images) & (columns < texts), wrong, float("-inf"))
+        e = tl.exp2(tl.abs(wrong) * -LOG2_E)
+        loss_sum += tl.sum(tl.maximum(wrong, 0.0) + _log1p(e))
+        if GRADIENTS:
+            probability = tl.where(wrong >= 0, 1.0, e) / (1.0 + e)  # σ(wrong)
+            residual = tl.where(positive, -probability, probability)
+            dot_sum += tl.sum(residual * parts[part])
+            residual_sum += tl.sum(residual)
+            if residual_target is not None:
+                if DESCRIPTORS:
+                    stored = _narrow(residual * RESIDUAL_SCALE, residual_target.dtype)
+                    residual_target.store([first_row, first_column + part * PART], stored)
+                else:
+                    # Past the last text too: the products read whole tiles, and must find zeros there.
+                    o_residual = rows.to(tl.int64) * tl.multiple_of(residual_stride, 16) + columns
+                    stored = _narrow(residual * RESIDUAL_SCALE, residual_target.dtype.element_ty)
+                    tl.store(residual_target + o_residual, stored, mask=rows < images)
+
+    # A slot belongs to one program of a launch, and launches follow each other: the order of every sum is fixed.
+    slot_ptr = totals_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(slot_ptr, tl.load(slot_ptr) + loss_sum)
+    if GRADIENTS:
+        dot_ptr = slot_ptr + slots
+        tl.store(dot_ptr, tl.load(dot_ptr) + dot_sum)
+        sum_ptr = dot_ptr + slots
+        tl.store(sum_ptr, tl.load(sum_ptr) + residual_sum)
+
+
+@triton.jit(do_not_specialize=["rows", "depth"])
+def product_kernel(
+    residual_source,  # G (rows, depth): descriptor of blocks [BLOCK_M, BLOCK_K], or pointer;
+    #                   TRANSPOSED: G (depth, rows): descriptor of blocks [BLOCK_K, BLOCK_M], or pointer
+    residual_stride,
+    operand_source,  # y or x (depth, WIDTH): descriptor of blocks [BLOCK_K, BLOCK_N], or pointer
+    previous_ptr,  # fp32 (rows, WIDTH), added to the product; None: nothing is added
+    out_ptr,  # (rows, WIDTH)
+    logit_scale_ptr,  # fp32, multiplies the sum together with `factor`; None: neither does
+    factor,
+    rows,
+    depth,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """out = (previous + G y) t factor. Program (m, n) owns out[m BLOCK_M : +BLOCK_M, n BLOCK_N : +BLOCK_N]."""
+    first_row = tl.program_id(0) * BLOCK_M
+    first_column = tl.program_id(1) * BLOCK_N
+    residual_stride = tl.multiple_of(residual_stride, 16)
+
+    o_rows = first_row + tl.arange(0, BLOCK_M)[:, None]
+    o_columns = first_column + tl.arange(0, BLOCK_N)[None, :]
+    offsets = o_rows.to(tl.int64) * WIDTH + o_columns
+    mask = (o_rows < rows) & (o_columns < WIDTH)
+    if previous_ptr is not None:
+        total = tl.load(previous_ptr + offsets, mask=mask, other=0.0)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    for k in tl.range(0, depth, BLOCK_K):
+        if TRANSPOSED:
+            g = _load_tile(residual_source, k, first_row, depth, residual_stride, BLOCK_K, BLOCK_M, None, DESCRIPTORS).T
+        else:
+            g = _load_tile(residual_source, first_row, k, rows, residual_stride, BLOCK_M, BLOCK_K, None, DESCRIPTORS)
+        operand = _load_tile(operand_source, k, first_column, depth, WIDTH, BLOCK_K, BLOCK_N, WIDTH, DESCRIPTORS)
+        total = tl.dot(g, operand, total, input_precision=PRECISION)
+
+    if logit_scale_ptr is not None:
+        total *= tl.load(logit_scale_ptr) * factor
+    tl.store(out_ptr + offsets, _narrow(total, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["size"])
+def scale_kernel(
+    source_ptr,  # (size,)
+    out_ptr,  # (size,)
+    scale_ptr,  # fp32
+    factor,
+    size,
+    BLOCK: tl.constexpr,
+):
+    """out = source · scale · factor in fp32. Program i owns elements i BLOCK : +BLOCK."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    values = tl.load(source_ptr + offsets, mask=mask).to(tl.float32) * (tl.load(scale_ptr) * factor)
+    tl.store(out_ptr + offsets, _narrow(values, out_ptr.dtype.element_ty), mask=mask)

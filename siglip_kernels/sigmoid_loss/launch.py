@@ -1,0 +1,120 @@
+"""The engine in Triton: launches `kernels.py` for one block at a time. Nothing here waits for the GPU."""
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from siglip_kernels.device import facts
+from siglip_kernels.sigmoid_loss.blocks import round_up
+from siglip_kernels.sigmoid_loss.config import Config, choose
+from siglip_kernels.sigmoid_loss.kernels import product_kernel, residual_kernel, scale_kernel
+
+
+def config_for(embeds: Tensor) -> Config:
+    """The configuration for embeddings like these on their device."""
+    return choose(embeds.dtype, embeds.shape[1], facts(embeds.device), torch.backends.cuda.matmul.allow_tf32)
+
+
+class TritonEngine:
+    """See `blocks.Engine`."""
+
+    name = "triton"
+
+    def __init__(self, dtype: torch.dtype, config: Config, chunk_size: int = 0) -> None:
+        self.config = config
+        self.rows = self.columns = config.block
+        if chunk_size:
+            self.rows = min(self.rows, round_up(chunk_size))
+        self.residual_dtype = dtype
+        # σ(-10) is 4.5e-5, below the normal numbers of fp16; multiplied by a power of two it keeps all its bits.
+        self.residual_scale = 2.0**15 if dtype == torch.float16 else 1.0
+        self.sum_dtype = torch.float32
+        # Finished gradients (t/n included) fit bf16; in fp16 they would vanish before a GradScaler multiplies them.
+        self.saved_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+    def totals(self, device: torch.device) -> Tensor:
+        tile = self.config.residual
+        slots = triton.cdiv(self.rows, tile.rows) * triton.cdiv(self.columns, tile.columns)
+        return torch.zeros((3, slots), dtype=torch.float64, device=device)
+
+    def _source(self, tensor: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
+        if not self.config.descriptors:
+            return tensor
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
+
+    def residual(
+        self,
+        x: Tensor,
+        y: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        diagonal: int,
+        totals: Tensor,
+        gradients: bool,
+        out: Tensor | None,
+    ) -> None:
+        tile = self.config.residual
+        grid = (triton.cdiv(len(x), tile.rows), triton.cdiv(len(y), tile.columns))
+        residual_kernel[grid](
+            image_source=self._source(x, tile.rows, tile.depth),
+            text_source=self._source(y, tile.columns, tile.depth),
+            residual_target=None if out is None else self._source(out, tile.rows, tile.columns // 4),
+            residual_stride=0 if out is None else out.stride(0),
+            logit_scale_ptr=logit_scale,
+            logit_bias_ptr=logit_bias,
+            totals_ptr=totals,
+            slots=totals.shape[1],
+            images=len(x),
+            texts=len(y),
+            diagonal=diagonal,
+            WIDTH=x.shape[1],
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            BLOCK_K=tile.depth,
+            GRADIENTS=gradients,
+            RESIDUAL_SCALE=self.residual_scale,
+            PRECISION=self.config.precision,
+            DESCRIPTORS=self.config.descriptors,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    def product(
+        self,
+        residual: Tensor,
+        operand: Tensor,
+        transposed: bool,
+        previous: Tensor | None,
+        out: Tensor,
+        logit_scale: Tensor | None,
+        factor: float,
+    ) -> None:
+        tile = self.config.product
+        rows, width = out.shape
+        block = (tile.depth, tile.rows) if transposed else (tile.rows, tile.depth)
+        product_kernel[triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns)](
+            residual_source=self._source(residual, *block),
+            residual_stride=residual.stride(0),
+            operand_source=self._source(operand, tile.depth, tile.columns),
+            previous_ptr=previous,
+            out_ptr=out,
+            logit_scale_ptr=logit_scale,
+            factor=factor,
+            rows=rows,
+            depth=len(operand),
+            WIDTH=width,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            BLOCK_K=tile.depth,
+            TRANSPOSED=transposed,
+            PRECISION=self.config.precision,
+            DESCRIPTORS=self.config.descriptors,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    def scale(self, source: Tensor, scale: Tensor, factor: float, out: Tensor) -> Tensor:
+        block = 1024
+        scale_kernel[(triton.cdiv(source.numel(), block),)](source, out, scale, factor, source.numel(), BLOCK=block)
+        return out
