@@ -1,0 +1,263 @@
+"""Embedding any number of images into one file, in constant memory; stopped, it goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from siglip_model.embedding_store import (
+    TENSOR_DTYPES,
+    EmbeddingFileError,
+    EmbeddingJournal,
+    Embeddings,
+    load_embeddings,
+)
+from siglip_model.image_files import is_url, list_images, load_image, read_ahead
+
+if TYPE_CHECKING:
+    from siglip_model.model import SiglipModel
+
+__all__ = [
+    "EmbedSummary",
+    "EmbeddingFileError",
+    "EmbeddingInterrupted",
+    "Embeddings",
+    "embed_images",
+    "load_embeddings",
+]
+
+COMMIT_SECONDS = 2.0  # what a kill can cost
+SAMPLED_VALUES = 4096  # of each parameter, in the model's digest
+
+
+@dataclass(frozen=True)
+class EmbedSummary:
+    """What a run did: `embedded`, `failed` and `skipped` (done earlier) images, and how many rows the file now has."""
+
+    out: str
+    embedded: int
+    failed: int
+    skipped: int
+    rows: int
+    width: int
+    complete: bool
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        return (self.embedded + self.failed) / self.seconds if self.seconds > 0 else 0.0
+
+
+class EmbeddingInterrupted(KeyboardInterrupt):
+    """Ctrl-C came; what was done is in the file, which `summary` describes."""
+
+    def __init__(self, summary: EmbedSummary) -> None:
+        super().__init__("embedding was interrupted")
+        self.summary = summary
+
+
+def embed_images(
+    model: SiglipModel,
+    image_processor: Any,
+    inputs: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    normalize: bool = True,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    num_workers: int = 2,
+    overwrite: bool = False,
+    model_name: str = "",
+    on_image: Callable[[str, str, str], None] | None = None,
+) -> EmbedSummary:
+    """Writes the embeddings of all images to `out`, a .safetensors file that `load_embeddings` reads.
+
+    inputs: images, folders (searched through) and URLs. normalize: rows of unit length; else the pooled output as is.
+    dtype: what rows are stored in, float32, float16 or bfloat16. num_workers: threads that open images in advance.
+    Images that `out`, or the journal of a run that was stopped, has already are skipped, unless the file has changed;
+    failed ones are tried again. `overwrite` starts anew.
+    on_image(path, outcome, error): told of every image; the outcome is "embedded", "skipped" or "failed".
+
+    Raises EmbeddingFileError if `out` was made with another model or other settings, or is another kind of file;
+    ValueError for a dtype that is not supported or a model without a pooled output; EmbeddingInterrupted on Ctrl-C,
+    after writing what is done.
+    """
+    codes = {value: code for code, value in TENSOR_DTYPES.items()}
+    if dtype not in codes:
+        raise ValueError(f"embed_images: dtype is {dtype}; supported: {', '.join(str(name) for name in codes)}")
+    if batch_size < 1:
+        raise ValueError(f"embed_images: batch_size is {batch_size}; supported: a whole number from 1")
+    if not model.config.vision_config.vision_use_head:
+        raise ValueError("embed_images: the model has no pooling head (vision_use_head is false), so no embedding")
+    model.eval()
+    settings = {
+        "model": model_digest(model),
+        "model_name": str(model_name),
+        "computed_in": str(model.dtype).removeprefix("torch."),
+        "image_processor": _settings_of(image_processor),
+        "normalize": str(normalize).lower(),
+        "dtype": codes[dtype],
+        "width": str(model.config.vision_config.hidden_size),
+    }
+    journal = EmbeddingJournal(out, settings, overwrite=overwrite)
+    run = _Run(journal, model, image_processor, normalize, dtype, on_image or (lambda path, outcome, error: None))
+    try:
+        run.over(inputs, batch_size, num_workers)
+        return run.finish(complete=True)
+    except KeyboardInterrupt:
+        raise EmbeddingInterrupted(run.finish(complete=False)) from None
+    except sqlite3.Error as error:  # a full disk, most likely; what was committed stays
+        raise EmbeddingFileError(f"{journal.part}: {error}; run again to go on from there") from error
+    finally:
+        journal.close()
+
+
+class _Run:
+    """One run over the inputs: what it works with, and its counts."""
+
+    def __init__(
+        self,
+        journal: EmbeddingJournal,
+        model: SiglipModel,
+        image_processor: Any,
+        normalize: bool,
+        dtype: torch.dtype,
+        on_image: Callable[[str, str, str], None],
+    ) -> None:
+        self.journal = journal
+        self.model = model
+        self.image_processor = image_processor
+        self.normalize = normalize
+        self.dtype = dtype
+        self.on_image = on_image
+        self.embedded = self.failed = self.skipped = 0
+        self.started = self.committed = time.monotonic()
+        self.under_way: set[str] = set()  # listed, not yet in the journal: a twin must wait for neither
+
+    def over(self, inputs: Iterable[str | os.PathLike[str]], batch_size: int, workers: int) -> None:
+        batch: list[tuple[str, str, torch.Tensor]] = []
+        with closing(
+            read_ahead(self._todo(inputs), self._prepare, workers=workers, window=2 * batch_size + workers)
+        ) as images:
+            for (path, stamp), pixels, error in images:
+                if pixels is None:
+                    self._note(path, stamp, error=_one_line(error))
+                else:
+                    batch.append((path, stamp, pixels))
+                if len(batch) == batch_size:
+                    self._embed(batch)
+                    batch = []
+            if batch:
+                self._embed(batch)
+
+    def _todo(self, inputs: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, str]]:
+        for path in list_images(inputs):
+            stamp = _stamp(path)
+            if path in self.under_way or self.journal.has(path, stamp):
+                self.skipped += 1
+                self.on_image(path, "skipped", "")
+            else:
+                self.under_way.add(path)
+                yield path, stamp
+
+    def _prepare(self, item: tuple[str, str]) -> torch.Tensor:
+        return self.image_processor(images=[load_image(item[0])], return_tensors="pt")["pixel_values"]
+
+    @torch.no_grad()
+    def _embed(self, batch: list[tuple[str, str, torch.Tensor]]) -> None:
+        pixel_values = torch.cat([pixels for _, _, pixels in batch]).to(self.model.device, self.model.dtype)
+        rows = self.model.get_image_features(pixel_values).pooler_output.float()
+        if self.normalize:
+            rows = rows / rows.norm(p=2, dim=-1, keepdim=True)
+        rows = rows.to(self.dtype).cpu().contiguous()
+        finite = rows.isfinite().all(dim=-1).tolist()
+        for (path, stamp, _), row, is_finite in zip(batch, rows, finite, strict=True):
+            if is_finite:
+                self._note(path, stamp, embedding=row.view(torch.uint8).numpy().tobytes())
+            else:
+                self._note(path, stamp, error=f"{path}: its embedding is not finite in {self.model.dtype}")
+        if time.monotonic() - self.committed > COMMIT_SECONDS:
+            self.journal.commit()
+            self.committed = time.monotonic()
+
+    def _note(self, path: str, stamp: str, *, embedding: bytes | None = None, error: str | None = None) -> None:
+        self.journal.add(path, stamp, embedding=embedding, error=error)
+        self.under_way.discard(path)
+        if error is None:
+            self.embedded += 1
+        else:
+            self.failed += 1
+        self.on_image(path, "embedded" if error is None else "failed", error or "")
+
+    def finish(self, *, complete: bool) -> EmbedSummary:
+        """Puts the rows in place. The journal goes once they are all there; a run that was stopped leaves it."""
+        self.journal.commit()
+        rows, _ = self.journal.counts()
+        if rows:
+            self.journal.write(complete=complete)
+        if complete:
+            self.journal.remove()
+        return EmbedSummary(
+            out=str(self.journal.out),
+            embedded=self.embedded,
+            failed=self.failed,
+            skipped=self.skipped,
+            rows=rows,
+            width=int(self.journal.settings["width"]),
+            complete=complete,
+            seconds=time.monotonic() - self.started,
+        )
+
+
+def model_digest(model: SiglipModel) -> str:
+    """Tells one vision tower from another in a moment: a hash of its parameters' names, shapes and a sample of values."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.vision_model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        values = parameter.detach().reshape(-1)
+        values = values[:: max(1, values.numel() // SAMPLED_VALUES)]
+        digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _settings_of(image_processor: Any) -> str:
+    settings: Mapping[str, Any] = image_processor.to_dict()
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _stamp(path: str) -> str:
+    """Changes whenever the file does. URLs have none: they are taken to stay as they are."""
+    if is_url(path):
+        return ""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _one_line(error: Exception | None) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def out_problem(out: Path) -> str | None:
+    """What stands in the way of writing `out`, found before any work is done; None if nothing does."""
+    if out.is_dir():
+        return f"{out} is a folder; supported: a file name ending in .safetensors"
+    if out.suffix != ".safetensors":
+        return f"{out} does not end in .safetensors"
+    if not out.parent.is_dir():
+        return f"the folder {out.parent} does not exist; make it first"
+    if not os.access(out.parent, os.W_OK):
+        return f"the folder {out.parent} cannot be written to"
+    return None

@@ -1,0 +1,256 @@
+"""Embeddings on disk: a journal that survives being killed, and the .safetensors file that it becomes.
+
+A .safetensors file states its shapes first and cannot grow, so rows are collected in a journal beside it, `FILE.part`:
+an SQLite database, whose transactions are atomic, so that a killed run loses at most its last seconds and a second
+process is locked out. The finished file is streamed out of the journal row by row, then put in place in one step.
+
+The file holds three tensors. `embeddings` (n, width). `files`, bytes: one line of JSON a row, {"file", "stamp"}, where
+the stamp (size-modification time) tells whether the file has changed since. `failed`, bytes: one line of JSON an image
+that could not be read, {"file", "error"}. `load_embeddings` reads all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+PRODUCER = "siglip embed"
+HEADER_LIMIT = 100_000_000  # the format's own
+TENSOR_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class EmbeddingFileError(ValueError):
+    """The output, or the journal beside it, cannot be continued; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What a file of embeddings holds: row i of `embeddings` (n, width) is the image `files[i]`."""
+
+    embeddings: torch.Tensor
+    files: list[str]
+    failed: dict[str, str]
+    settings: dict[str, str]
+
+
+def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
+    """Reads a file that `siglip embed` wrote. Raises EmbeddingFileError if it is another kind of file."""
+    from safetensors import safe_open
+
+    _read_header(Path(path))
+    with safe_open(path, framework="pt") as file:
+        lines = {
+            name: [json.loads(line) for line in file.get_tensor(name).numpy().tobytes().splitlines()]
+            for name in ("files", "failed")
+        }
+        return Embeddings(
+            embeddings=file.get_tensor("embeddings"),
+            files=[line["file"] for line in lines["files"]],
+            failed={line["file"]: line["error"] for line in lines["failed"]},
+            settings=file.metadata(),
+        )
+
+
+class EmbeddingJournal:
+    """The rows so far. Opened, it holds what `FILE.part` or, failing that, FILE held; `write` makes FILE of it.
+
+    settings: what must be the same for rows to belong together, as text; `dtype` ("F32", ...) and `width` among them.
+    Raises EmbeddingFileError where earlier rows were made with other settings, FILE is no such file, or another process
+    is at work on it.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], settings: Mapping[str, str], *, overwrite: bool = False) -> None:
+        self.out = Path(out)
+        self.part = self.out.with_name(self.out.name + ".part")
+        self.settings = dict(settings)
+        self.up_to_date = False  # whether FILE, finished, holds just what the journal does
+        continues_file = self.out.exists() and not self.part.exists() and not overwrite
+        if continues_file:
+            metadata = _read_header(self.out)["__metadata__"]
+            self._check_settings(metadata, self.out)
+        try:
+            self._open()
+            if overwrite:
+                self._database.execute("DELETE FROM images")
+                self._database.execute("DELETE FROM settings")
+            earlier = dict(self._database.execute("SELECT name, value FROM settings"))
+            if earlier:
+                self._check_settings(earlier, self.part)
+            else:
+                self._database.executemany("INSERT INTO settings VALUES (?, ?)", self.settings.items())
+                if continues_file:
+                    self._copy_from_file()
+                    self.up_to_date = metadata["complete"] == "true"
+            self.commit()
+        except EmbeddingFileError:
+            self.close()
+            raise
+        except sqlite3.Error as error:
+            self.close()
+            if "locked" in str(error):
+                raise EmbeddingFileError(f"{self.out}: another run is writing it ({self.part} is locked)") from error
+            raise EmbeddingFileError(
+                f"{self.part}: not the journal of an earlier run ({error}); remove it to start again"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        self._database = sqlite3.connect(self.part, timeout=0, isolation_level=None)
+        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._database.execute("PRAGMA synchronous = NORMAL")
+        self._database.execute("PRAGMA cache_size = -8000")  # 8 MB, whatever the number of rows
+        self._database.execute("BEGIN EXCLUSIVE")
+        self._database.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT)")
+        # The path as bytes: names need not be valid Unicode. The hidden rowid keeps the order in which rows went in.
+        self._database.execute(
+            "CREATE TABLE IF NOT EXISTS images (path BLOB PRIMARY KEY, stamp TEXT, error TEXT, embedding BLOB)"
+        )
+
+    def _check_settings(self, earlier: Mapping[str, str], where: Path) -> None:
+        changed = [
+            f"{name} was {earlier.get(name)} and is now {value}"
+            for name, value in self.settings.items()
+            if earlier.get(name) != value and not name.endswith("_name")
+        ]
+        if changed:
+            raise EmbeddingFileError(
+                f"{where} was begun with other settings ({'; '.join(changed)}); nothing was mixed."
+                " Take another --out, or --overwrite to start again"
+            )
+
+    def _copy_from_file(self) -> None:
+        header = _read_header(self.out)
+        start = header["__start__"]
+        row_bytes = self._row_bytes()
+        with open(self.out, "rb") as rows, open(self.out, "rb") as names:
+            rows.seek(start + header["embeddings"]["data_offsets"][0])
+            for line in _lines(names, start, header["files"]["data_offsets"]):
+                self.add(line["file"], line["stamp"], embedding=rows.read(row_bytes))
+            for line in _lines(names, start, header["failed"]["data_offsets"]):
+                self.add(line["file"], "", error=line["error"])
+
+    def _row_bytes(self) -> int:
+        return int(self.settings["width"]) * TENSOR_DTYPES[self.settings["dtype"]].itemsize
+
+    def has(self, path: str, stamp: str) -> bool:
+        """Whether the image is embedded, and has not changed since."""
+        query = "SELECT 1 FROM images WHERE path = ? AND stamp = ? AND embedding IS NOT NULL"
+        return self._database.execute(query, (os.fsencode(path), stamp)).fetchone() is not None
+
+    def add(self, path: str, stamp: str, *, embedding: bytes | None = None, error: str | None = None) -> None:
+        """Notes an image's row, or why it has none. What was noted of it earlier goes."""
+        self.up_to_date = False
+        self._database.execute(
+            "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?)", (os.fsencode(path), stamp, error, embedding)
+        )
+
+    def commit(self) -> None:
+        """Makes everything so far survive a kill."""
+        self._database.execute("COMMIT")
+        self._database.execute("BEGIN EXCLUSIVE")
+
+    def counts(self) -> tuple[int, int]:
+        """(images embedded, images failed), of this run and earlier ones."""
+        total, embedded = self._database.execute("SELECT COUNT(*), COUNT(embedding) FROM images").fetchone()
+        return embedded, total - embedded
+
+    def write(self, *, complete: bool) -> None:
+        """Makes FILE, whole or not at all, of the rows so far. Memory does not grow with their number."""
+        if complete and self.up_to_date:
+            return
+        rows, _ = self.counts()
+        sizes = [rows * self._row_bytes(), _length(self._file_lines()), _length(self._failed_lines())]
+        ends = [sum(sizes[: index + 1]) for index in range(3)]
+        metadata = {**self.settings, "format": "pt", "producer": PRODUCER, "complete": str(complete).lower()}
+        header = {
+            "__metadata__": metadata,
+            "embeddings": {
+                "dtype": self.settings["dtype"],
+                "shape": [rows, int(self.settings["width"])],
+                "data_offsets": [0, ends[0]],
+            },
+            "files": {"dtype": "U8", "shape": [sizes[1]], "data_offsets": ends[0:2]},
+            "failed": {"dtype": "U8", "shape": [sizes[2]], "data_offsets": ends[1:3]},
+        }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # so that the rows are aligned
+        unfinished = self.out.with_name(f".{self.out.name}.{os.getpid()}.unfinished")
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                query = "SELECT embedding FROM images WHERE embedding IS NOT NULL ORDER BY rowid"
+                for (embedding,) in self._database.execute(query):
+                    file.write(embedding)
+                for line in self._file_lines():
+                    file.write(line)
+                for line in self._failed_lines():
+                    file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, self.out)
+        finally:
+            with suppress(FileNotFoundError):
+                unfinished.unlink()
+
+    def _file_lines(self) -> Iterator[bytes]:
+        query = "SELECT path, stamp FROM images WHERE embedding IS NOT NULL ORDER BY rowid"
+        for path, stamp in self._database.execute(query):
+            yield json.dumps({"file": os.fsdecode(path), "stamp": stamp}).encode() + b"\n"
+
+    def _failed_lines(self) -> Iterator[bytes]:
+        query = "SELECT path, error FROM images WHERE embedding IS NULL ORDER BY rowid"
+        for path, error in self._database.execute(query):
+            yield json.dumps({"file": os.fsdecode(path), "error": error}).encode() + b"\n"
+
+    def close(self) -> None:
+        database = getattr(self, "_database", None)
+        if database is not None:
+            with suppress(sqlite3.Error):
+                database.execute("COMMIT")
+            database.close()
+
+    def remove(self) -> None:
+        """Closes the journal and deletes it: FILE holds everything."""
+        self.close()
+        self.part.unlink(missing_ok=True)
+
+
+def _length(lines: Iterator[bytes]) -> int:
+    return sum(len(line) for line in lines)
+
+
+def _lines(file: BinaryIO, start: int, offsets: list[int]) -> Iterator[dict[str, str]]:
+    file.seek(start + offsets[0])
+    while file.tell() < start + offsets[1]:
+        yield json.loads(file.readline())
+
+
+def _read_header(path: Path) -> dict:
+    """The header of a file that `write` made, with `__start__`, where its data begins. Refuses any other file."""
+    problem = "it was not written by `siglip embed`"
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size, HEADER_LIMIT):
+                raise ValueError
+            header = json.loads(file.read(length))
+        if header["__metadata__"]["producer"] == PRODUCER:
+            header["__start__"] = 8 + length
+            if header["__start__"] + header["failed"]["data_offsets"][1] == size:
+                return header
+            problem = "it is cut short"
+    except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError):
+        pass
+    raise EmbeddingFileError(f"{path} is there already and {problem}; take another --out, or --overwrite to replace it")

@@ -1,0 +1,167 @@
+"""Pictures on disk: which files of a folder are images, opening one from wherever it lies, and reading ahead."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# What a folder is searched for. A file that is named explicitly is always tried, whatever its name.
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",
+    ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k",
+)  # fmt: skip
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class UnreadableImageError(OSError, ValueError):
+    """An image that is missing, truncated or no image at all; the message names it and says why."""
+
+
+def load_image(image: str | os.PathLike[str] | Image.Image, timeout: float | None = None) -> Image.Image:
+    """The image as RGB and upright (its EXIF orientation applied), as transformers' pipelines load it.
+
+    `image`: a path, an http(s) URL, a base64 string with or without `data:image/...;base64,`, or a PIL image.
+    `timeout`: seconds to wait for a URL; None waits for ever.
+    Raises UnreadableImageError (an OSError and a ValueError) naming the source, TypeError for any other kind of object.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(image, Image.Image):
+        source: Any = image
+    elif isinstance(image, (str, os.PathLike)):
+        source = os.fspath(image)
+    else:
+        raise TypeError(
+            f"image is of type {type(image).__name__}; supported: a path, a URL, a base64 string or a PIL image"
+        )
+    try:
+        if isinstance(source, str):
+            with Image.open(_open_source(source, timeout)) as opened:
+                return ImageOps.exif_transpose(opened).convert("RGB")
+        return ImageOps.exif_transpose(source).convert("RGB")
+    except (
+        Exception
+    ) as error:  # decoders raise a dozen kinds: OSError, SyntaxError, struct.error, DecompressionBombError
+        raise UnreadableImageError(f"{describe_source(source)}: {_reason(source, error)}") from error
+
+
+def _open_source(source: str, timeout: float | None) -> str | BytesIO:
+    if is_url(source):
+        from urllib.request import Request, urlopen
+
+        request = Request(source, headers={"User-Agent": "siglip_model"})
+        with urlopen(request, timeout=timeout) as response:
+            return BytesIO(response.read())
+    if os.path.exists(source):
+        return source
+    encoded = source.partition(",")[2] if source.startswith("data:image/") else source
+    return BytesIO(base64.decodebytes(encoded.encode()))
+
+
+def is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
+
+
+def describe_source(source: object) -> str:
+    """A source as an error message names it: base64 is cut short."""
+    text = source if isinstance(source, str) else f"<{type(source).__name__}>"
+    return text if len(text) <= 500 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _reason(source: object, error: Exception) -> str:
+    if isinstance(source, str) and os.path.isdir(source):
+        return (
+            "is a folder, not an image" if os.access(source, os.R_OK | os.X_OK) else "is a folder that may not be read"
+        )
+    if isinstance(source, str) and not source.startswith("data:image/") and not is_url(source):
+        if os.path.islink(source) and not os.path.exists(source):
+            return "is a link to a file that does not exist"
+        if not os.path.exists(source):
+            return "no such file (nor is it a URL beginning with http:// or https://, or an image in base64)"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "not an image, or of a format that is not supported"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def list_images(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+    """The images that the inputs stand for, as absolute paths (URLs as they are), without holding them all.
+
+    A folder stands for the images anywhere below it, by suffix, hidden names left out, links followed, in the order
+    of their names so that two runs agree. Any other input stands for itself, and comes again if it was given twice.
+    """
+    for entry in inputs:
+        source = os.fspath(entry)
+        if is_url(source):
+            yield source
+        elif os.path.isdir(source):
+            yield from _walk(os.path.abspath(source), ())
+        else:
+            yield os.path.abspath(source)
+
+
+def is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _walk(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    try:
+        status = os.stat(folder)
+        with os.scandir(folder) as entries:
+            names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    except OSError:
+        yield folder  # opening it as an image tells why, and the walk goes on
+        return
+    identity = (status.st_dev, status.st_ino)
+    if identity in ancestors:  # a link back to a folder that we are inside of
+        return
+    for name, is_folder in names:
+        path = os.path.join(folder, name)
+        if is_folder:
+            yield from _walk(path, (*ancestors, identity))
+        elif is_image_name(name):
+            yield path
+
+
+def read_ahead(
+    items: Iterable[Item], function: Callable[[Item], Result], *, workers: int, window: int
+) -> Iterator[tuple[Item, Result | None, Exception | None]]:
+    """`(item, function(item), None)` for each item in its order, or `(item, None, error)` where it raised.
+
+    With `workers` threads, up to `window` items are under way while the caller is busy; with 0 each is computed when
+    asked for. Items are drawn in the caller's thread.
+    """
+    if workers == 0:
+        for item in items:
+            yield _attempt(item, function)
+        return
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="read_ahead")
+    pending: deque[Future[tuple[Item, Result | None, Exception | None]]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(_attempt, item, function))
+            if len(pending) > window:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _attempt(item: Item, function: Callable[[Item], Result]) -> tuple[Item, Result | None, Exception | None]:
+    try:
+        return item, function(item), None
+    except Exception as error:
+        return item, None, error

@@ -1,0 +1,44 @@
+"""What this machine offers: versions, devices and usable backends, as `siglip info` shows them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+LIBRARIES = ("torch", "triton", "flash-attn", "transformers", "sentencepiece", "tokenizers", "safetensors", "pillow")
+
+
+def describe_machine() -> dict[str, dict[str, str | None]]:
+    """Three groups of name -> text. versions: None where not installed; backends: None where usable, else why not."""
+    from siglip_model import backends
+
+    versions: dict[str, str | None] = {"siglip-triton": _version("siglip-triton"), "python": platform.python_version()}
+    versions.update({name: _version(name) for name in LIBRARIES})
+    if torch.version.cuda is not None:
+        versions["cuda (of torch)"] = torch.version.cuda
+    return {"versions": versions, "devices": _devices(), "backends": dict(backends.availability())}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, str | None]:
+    processor = platform.processor() or platform.machine()
+    devices: dict[str, str | None] = {
+        "cpu": f"{processor}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    }
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        devices[f"cuda:{index}"] = f"{properties.name}, compute capability {capability}, {memory}"
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple GPU"
+    return devices

@@ -1,0 +1,394 @@
+"""`pipeline("zero-shot-image-classification")`: pictures and label texts in, a score for each label out.
+
+A label's score is σ(t·⟨x, y⟩ + b) of its own sentence (Zhai et al. 2023, "Sigmoid Loss for Language Image
+Pre-Training"): a probability by itself, not a share of one that all labels split. Names and results are those of
+transformers 5's pipeline.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from siglip_model.image_files import load_image, read_ahead
+
+if TYPE_CHECKING:
+    from siglip_model.model import SiglipModel
+
+TASK = "zero-shot-image-classification"
+TEMPLATE = "This is a photo of {}."
+LABEL_TOKENS = 64  # SigLIP was trained on texts padded to this length
+LABELS_AT_ONCE = 128  # bounds the memory of the text tower, whatever the number of labels
+
+Prediction = dict[str, Any]
+
+
+class ZeroShotImageClassificationPipeline:
+    """Scores images against free-text labels. Build it with `pipeline(...)`; call it with images and labels.
+
+    model: a SiglipModel; tokenizer, image_processor: its own, or any with transformers' calling convention.
+    device: where to move the model; None leaves it where it is.
+    candidate_labels, hypothesis_template, timeout, tokenizer_kwargs, batch_size, num_workers: what a call uses that
+    does not name its own.
+    """
+
+    task = TASK
+
+    def __init__(
+        self,
+        model: SiglipModel,
+        tokenizer: Any,
+        image_processor: Any,
+        *,
+        device: str | int | torch.device | None = None,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        candidate_labels: Iterable[Any] | None = None,
+        hypothesis_template: str = TEMPLATE,
+        timeout: float | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.batch_size = _count("batch_size", 1 if batch_size is None else batch_size, at_least=1)
+        self.num_workers = _count("num_workers", num_workers or 0, at_least=0)
+        self.candidate_labels = candidate_labels
+        self.hypothesis_template = hypothesis_template
+        self.timeout = timeout
+        self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(backend={self.model.backend!r}, device={self.device}, dtype={self.dtype})"
+
+    def __call__(
+        self,
+        image: Any = None,
+        candidate_labels: Iterable[Any] | None = None,
+        *,
+        hypothesis_template: str | None = None,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        timeout: float | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        images: Any = None,
+        inputs: Any = None,
+    ) -> list[Prediction] | list[list[Prediction]] | Iterator[list[Prediction]]:
+        """The labels with their scores in [0, 1], best first; equal scores keep the order of the labels.
+
+        image (or images, or inputs): a path, URL, base64 string or PIL image gives a list of {"score", "label"}; a list
+        or tuple of them gives a list of such lists; a dataset, generator or other iterable gives an iterator of such
+        lists that draws images only as it is read.
+        candidate_labels: the labels, each put into `hypothesis_template` in place of {}. They are encoded once a call.
+        batch_size: images that go through the model together. num_workers: threads that open images ahead of it.
+        timeout: seconds to wait for a URL. tokenizer_kwargs: options that take the place of the usual padding.
+        Raises ValueError for no labels, a template without {} or an image that cannot be read (UnreadableImageError
+        names it), TypeError for what is no image.
+        """
+        given = {
+            name: value
+            for name, value in (("image", image), ("images", images), ("inputs", inputs))
+            if value is not None
+        }
+        if len(given) != 1:
+            what = " and ".join(given) + " were all given" if given else "no image was given"
+            raise ValueError(f"{TASK}: {what}; pass the image or images once, as `image`")
+        ((_, source),) = given.items()
+        size = self.batch_size if batch_size is None else _count("batch_size", batch_size, at_least=1)
+        workers = self.num_workers if num_workers is None else _count("num_workers", num_workers, at_least=0)
+        labels = _checked_labels(self.candidate_labels if candidate_labels is None else candidate_labels)
+        label_embeds = self.encode_labels(
+            labels,
+            self.hypothesis_template if hypothesis_template is None else hypothesis_template,
+            {**self.tokenizer_kwargs, **(tokenizer_kwargs or {})},
+        )
+        wait = self.timeout if timeout is None else timeout
+
+        def results(items: Iterable[Any]) -> Iterator[list[Prediction]]:
+            with closing(
+                read_ahead(items, lambda item: self.prepare(item, wait), workers=workers, window=2 * size)
+            ) as prepared:
+                for batch in _batches((_value_or_raise(pixels, error) for _, pixels, error in prepared), size):
+                    for row in self.score(torch.cat(batch), label_embeds).tolist():
+                        yield rank(row, labels)
+
+        if isinstance(source, (list, tuple)):
+            return list(results(source))
+        if _is_stream(source):
+            return results(_items_of(source))
+        return next(results([source]))
+
+    @torch.no_grad()
+    def encode_labels(
+        self,
+        labels: Sequence[Any],
+        hypothesis_template: str = TEMPLATE,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """The unit embeddings (labels, width) of the labels' sentences, in the model's dtype and on its device."""
+        positions = self.model.config.text_config.max_position_embeddings
+        options: dict[str, Any] = {"padding": "max_length", "max_length": min(LABEL_TOKENS, positions)}
+        options.update({"truncation": True, "return_tensors": "pt", **(tokenizer_kwargs or {})})
+        tokens = self.tokenizer(fill_template(labels, hypothesis_template), **options)
+        embeds = [
+            self.model.get_text_features(
+                **{name: rows[start : start + LABELS_AT_ONCE].to(self.device) for name, rows in tokens.items()}
+            ).pooler_output
+            for start in range(0, len(labels), LABELS_AT_ONCE)
+        ]
+        return _unit(torch.cat(embeds))
+
+    def prepare(self, image: Any, timeout: float | None = None) -> torch.Tensor:
+        """One image as the model's input: float32 (1, channels, height, width), on the CPU."""
+        return self.image_processor(images=[load_image(image, timeout)], return_tensors="pt")["pixel_values"]
+
+    @torch.no_grad()
+    def score(self, pixel_values: torch.Tensor, label_embeds: torch.Tensor) -> torch.Tensor:
+        """σ(t·⟨image, label⟩ + b) for pixels (images, channels, height, width): float32 (images, labels)."""
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        image_embeds = _unit(self.model.get_image_features(pixel_values).pooler_output)
+        logits_per_text = label_embeds @ image_embeds.t() * self.model.logit_scale.exp() + self.model.logit_bias
+        return torch.sigmoid(logits_per_text.t().float())
+
+
+def rank(scores: Sequence[float], labels: Sequence[Any]) -> list[Prediction]:
+    """The labels with their scores, best first, equal scores in the labels' order."""
+    pairs = sorted(zip(scores, labels, strict=True), key=lambda pair: -pair[0])
+    return [{"score": score, "label": label} for score, label in pairs]
+
+
+def pipeline(
+    task: str | None = None,
+    model: str | os.PathLike[str] | SiglipModel | None = None,
+    *,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    feature_extractor: Any = None,
+    processor: Any = None,
+    backend: str | None = None,
+    attn_implementation: str | None = None,
+    device: str | int | torch.device | None = None,
+    device_map: Any = None,
+    dtype: str | torch.dtype | None = None,
+    torch_dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool | None = None,
+    use_fast: bool = True,
+    model_kwargs: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    **call_defaults: Any,
+) -> ZeroShotImageClassificationPipeline:
+    """A zero-shot image classifier, as `transformers.pipeline` builds one.
+
+    task: "zero-shot-image-classification", or None. model: a checkpoint's folder, a hub id, or a SiglipModel.
+    tokenizer, image_processor (or feature_extractor, its older name), processor: objects, or where to load them from;
+    by default the model's own. A model object must come with them.
+    backend (or attn_implementation), dtype (or torch_dtype), revision, token, model_kwargs: for loading the model.
+    device: a name, a torch.device or an ordinal (-1: the CPU); by default the first accelerator, else the CPU, and a
+    model object stays where it is. device_map: the other name for it.
+    use_fast: accepted; SigLIP has one tokenizer. trust_remote_code: accepted; code from a checkpoint is never run.
+    batch_size, num_workers, candidate_labels, hypothesis_template, timeout, tokenizer_kwargs: defaults of each call.
+    """
+    if task not in (None, TASK):
+        raise ValueError(f"pipeline: task is {task!r}; supported: {TASK!r}")
+    if model is None:
+        raise ValueError("pipeline: model is missing; supported: a checkpoint's folder, a hub id or a SiglipModel")
+    unknown = set(call_defaults) - {"candidate_labels", "hypothesis_template", "timeout", "tokenizer_kwargs"}
+    if unknown:
+        raise TypeError(f"pipeline() got an unexpected keyword argument {sorted(unknown)[0]!r}")
+    if trust_remote_code:
+        warnings.warn("trust_remote_code has no effect: code from a checkpoint is never run", stacklevel=2)
+    dtype = _only_one("dtype", dtype, "torch_dtype", torch_dtype)
+    device = _only_one("device", device, "device_map", device_map)
+    image_processor = _only_one("image_processor", image_processor, "feature_extractor", feature_extractor)
+    hub = {name: value for name, value in (("revision", revision), ("token", token)) if value is not None}
+
+    loaded = model
+    if isinstance(model, (str, os.PathLike)):
+        from siglip_model.model import SiglipModel
+
+        options: dict[str, Any] = {**(model_kwargs or {}), **hub}
+        for name, value in (("backend", backend), ("attn_implementation", attn_implementation), ("dtype", dtype)):
+            if value is not None:
+                if name in (model_kwargs or {}):
+                    raise ValueError(f"pipeline: {name} is given both by itself and in model_kwargs; give it once")
+                options[name] = value
+        if "device_map" not in options:
+            options["device_map"] = resolve_device(device)
+        loaded = SiglipModel.from_pretrained(model, **options)
+        device = None
+    else:
+        pointless = [
+            name
+            for name, value in (
+                ("backend", backend),
+                ("attn_implementation", attn_implementation),
+                ("dtype", dtype),
+                ("model_kwargs", model_kwargs),
+                *hub.items(),
+            )
+            if value
+        ]
+        if pointless:
+            raise ValueError(
+                f"pipeline: {', '.join(pointless)} given with a model that is loaded already; supported: with a path or"
+                " a hub id (or use model.set_backend and model.to)"
+            )
+    tokenizer, image_processor = _components(model, tokenizer, image_processor, processor, hub)
+    return ZeroShotImageClassificationPipeline(
+        loaded,  # type: ignore[arg-type]
+        tokenizer,
+        image_processor,
+        device=device,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        **call_defaults,
+    )
+
+
+def resolve_device(device: Any) -> torch.device:
+    """A device from its name, its ordinal (-1 is the CPU, as in transformers) or None: the first accelerator, if any."""
+    if isinstance(device, (str, torch.device)) and device != "auto":
+        return torch.device(device)
+    if device is not None and device != "auto" and (not isinstance(device, int) or isinstance(device, bool)):
+        raise ValueError(
+            f"device is {device!r}; supported: a name such as 'cuda:1', a torch.device, an ordinal or None"
+        )
+    if isinstance(device, int) and device < 0:
+        return torch.device("cpu")
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return torch.device(accelerator.type, device if isinstance(device, int) else 0)
+    if isinstance(device, int):
+        warnings.warn(f"device {device}: this machine has no accelerator, so the CPU is used", stacklevel=3)
+    return torch.device("cpu")
+
+
+def _components(
+    model: Any, tokenizer: Any, image_processor: Any, processor: Any, hub: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The tokenizer and the image processor, each as given, else the processor's, else from beside the model."""
+    origin = model if isinstance(model, (str, os.PathLike)) else None
+    if processor is None and tokenizer is None and image_processor is None:
+        processor = origin
+    if isinstance(processor, (str, os.PathLike)):
+        from siglip_model.processor import SiglipProcessor
+
+        processor = SiglipProcessor.from_pretrained(processor, **hub)
+    if processor is not None:
+        tokenizer = processor.tokenizer if tokenizer is None else tokenizer
+        image_processor = processor.image_processor if image_processor is None else image_processor
+    tokenizer = origin if tokenizer is None else tokenizer
+    image_processor = origin if image_processor is None else image_processor
+    for name, component in (("tokenizer", tokenizer), ("image_processor", image_processor)):
+        if component is None:
+            raise ValueError(
+                f"pipeline: {name} is missing; a model that is loaded already needs tokenizer= and image_processor=,"
+                " or processor="
+            )
+    if isinstance(tokenizer, (str, os.PathLike)):
+        from siglip_model.tokenizer import SiglipTokenizer
+
+        tokenizer = SiglipTokenizer.from_pretrained(tokenizer, **hub)
+    if isinstance(image_processor, (str, os.PathLike)):
+        from siglip_model.image_processor import SiglipImageProcessor
+
+        image_processor = SiglipImageProcessor.from_pretrained(image_processor, **hub)
+    return tokenizer, image_processor
+
+
+def _only_one(name: str, value: Any, alias: str, alias_value: Any) -> Any:
+    if value is not None and alias_value is not None and value != alias_value:
+        raise ValueError(f"pipeline: {name}={value!r} and {alias}={alias_value!r} mean the same; give one of them")
+    return alias_value if value is None else value
+
+
+def _checked_labels(candidate_labels: Any) -> list[Any]:
+    if candidate_labels is None:
+        raise ValueError("candidate_labels is missing; supported: a list of one or more labels")
+    if isinstance(candidate_labels, str):  # transformers takes the characters for labels, so do we, but not quietly
+        warnings.warn(
+            f"candidate_labels is the string {candidate_labels!r}: each of its characters is a label. Pass a list of"
+            " strings for whole labels.",
+            stacklevel=3,
+        )
+    labels = list(candidate_labels)
+    if not labels:
+        raise ValueError("candidate_labels is empty; supported: a list of one or more labels")
+    return labels
+
+
+def fill_template(labels: Sequence[Any], template: str) -> list[str]:
+    try:
+        sentences = [template.format(label) for label in labels]
+        if template.format("\0one") == template.format("\0two"):
+            raise ValueError("it has no {} for the label")
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"hypothesis_template is {template!r} ({error}); supported: a text with {{}} where the label goes, and"
+            " {{ and }} for braces that stay"
+        ) from error
+    return sentences
+
+
+def _unit(embeds: torch.Tensor) -> torch.Tensor:
+    return embeds / embeds.norm(p=2, dim=-1, keepdim=True)
+
+
+def _count(name: str, value: Any, at_least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name} is {value!r}; supported: a whole number from {at_least}")
+    return value
+
+
+def _is_stream(source: Any) -> bool:
+    """Datasets, generators and other iterables; strings, paths, images and arrays are single inputs."""
+    if isinstance(source, torch.utils.data.Dataset):
+        return True
+    return (
+        isinstance(source, Iterable)
+        and not isinstance(source, (str, bytes, Mapping, torch.Tensor))
+        and (
+            not hasattr(source, "__array_interface__")  # numpy arrays, and PIL images
+        )
+    )
+
+
+def _items_of(source: Any) -> Iterable[Any]:
+    if isinstance(source, torch.utils.data.Dataset) and not isinstance(source, torch.utils.data.IterableDataset):
+        return (source[index] for index in range(len(source)))  # type: ignore[arg-type]
+    return source
+
+
+def _batches(items: Iterable[torch.Tensor], size: int) -> Iterator[list[torch.Tensor]]:
+    batch: list[torch.Tensor] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _value_or_raise(value: torch.Tensor | None, error: Exception | None) -> torch.Tensor:
+    if error is not None:
+        raise error
+    assert value is not None  # read_ahead gives one or the other
+    return value

@@ -1,0 +1,371 @@
+"""The zero-shot pipeline against transformers' own, on a checkpoint that transformers saved."""
+
+import base64
+import io
+import json
+import threading
+import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny_checkpoint import random_image, save_tiny_checkpoint, shared_tiny_checkpoint
+
+from siglip_model.image_files import UnreadableImageError, list_images, load_image, read_ahead
+from siglip_model.model import SiglipModel
+from siglip_model.processor import SiglipProcessor
+from siglip_model.zero_shot import LABELS_AT_ONCE, TASK, pipeline, rank, resolve_device
+
+LABELS = ["2 cats", "a plane", "a remote", "2 cats"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return shared_tiny_checkpoint(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint):
+    return transformers.pipeline(TASK, model=str(checkpoint), device=-1)
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint):
+    return pipeline(task=TASK, model=checkpoint, device="cpu")
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    """Equal labels in equal order, scores at most `tolerance` apart."""
+    assert [entry["label"] for entry in ours] == [entry["label"] for entry in theirs]
+    assert all(set(entry) == {"score", "label"} for entry in ours)
+    assert [entry["score"] for entry in ours] == pytest.approx([entry["score"] for entry in theirs], abs=tolerance)
+
+
+def assert_all_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert_same(one, other)
+
+
+def spread(results):
+    scores = [entry["score"] for result in results for entry in result]
+    return max(scores) - min(scores)
+
+
+def test_one_image_equals_transformers(ours, theirs):
+    image = random_image(0)
+    result = ours(image, candidate_labels=LABELS)
+    assert_same(result, theirs(image, candidate_labels=LABELS))
+    assert isinstance(result, list) and all(isinstance(entry["score"], float) for entry in result)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_lists_equal_transformers_in_any_batching(ours, theirs, batch_size, num_workers):
+    images = [random_image(seed, size=(20 + 7 * seed, 50 - 5 * seed)) for seed in range(5)]
+    result = ours(images, candidate_labels=LABELS, batch_size=batch_size, num_workers=num_workers)
+    assert_all_same(result, theirs(images, candidate_labels=LABELS))
+    assert spread(result) > 0.05  # the images and labels do make a difference, so that the comparison means something
+    assert_all_same(ours(tuple(images), LABELS), result)
+    assert ours([], LABELS) == []
+
+
+@pytest.mark.parametrize("template", ["{}", "a {} on the sofa", "{0} and {0}", "{{a}} {}"])
+def test_templates_equal_transformers(ours, theirs, template):
+    image = random_image(1)
+    labels = ["a cat", "{} with {braces}", "red ball, round"]
+    result = ours(image, labels, hypothesis_template=template)
+    assert_same(result, theirs(image, candidate_labels=labels, hypothesis_template=template))
+    plain = {entry["label"]: entry["score"] for entry in ours(image, labels)}
+    assert any(abs(plain[entry["label"]] - entry["score"]) > 1e-4 for entry in result)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_image_mode_equals_transformers(ours, theirs, mode, tmp_path):
+    image = random_image(2, mode="I" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(48 * 40, dtype=np.uint16).reshape(40, 48))
+    if mode == "RGBA":
+        image.putalpha(100)  # dropped, not composited, as transformers' pipeline does
+    assert_same(ours(image, LABELS), theirs(image, candidate_labels=LABELS))
+
+
+def test_orientation_in_exif_is_applied(ours, theirs, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    random_image(3).save(path, exif=exif)
+    result = ours(str(path), LABELS)
+    assert_same(result, theirs(str(path), candidate_labels=LABELS))
+    lying = ours(Image.open(path).convert("RGB").copy(), LABELS)
+    upright = load_image(str(path))
+    assert upright.size == (40, 48) and lying is not None
+    assert_same(ours(upright, LABELS), result)
+
+
+def test_paths_urls_and_base64_are_the_same_image(ours, theirs, tmp_path):
+    path = tmp_path / "bild mit ünïcode.png"
+    image = random_image(4)
+    image.save(path)
+    expected = theirs(str(path), candidate_labels=LABELS)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    handler = partial(QuietHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/bild%20mit%20%C3%BCn%C3%AFcode.png"
+        for source in (image, path, str(path), encoded, f"data:image/png;base64,{encoded}", url):
+            assert_same(ours(source, LABELS, timeout=10), expected)
+        with pytest.raises(UnreadableImageError, match=r"missing\.png: HTTP Error 404"):
+            ours(url.rpartition("/")[0] + "/missing.png", LABELS)
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+def test_datasets_and_generators_are_read_lazily(ours, theirs):
+    images = [random_image(seed) for seed in range(5)]
+    expected = theirs(images, candidate_labels=LABELS)
+    drawn = []
+
+    def stream():
+        for index, image in enumerate(images):
+            drawn.append(index)
+            yield image
+
+    results = ours(stream(), LABELS, batch_size=2)
+    assert drawn == []
+    assert_same(next(results), expected[0])
+    assert drawn == [0, 1]
+    assert_all_same(list(results), expected[1:])
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, index):
+            return images[index]
+
+    assert_all_same(list(ours(Images(), LABELS, batch_size=2)), expected)
+    assert_all_same(list(ours(iter(images), LABELS)), expected)
+    with pytest.raises(ValueError, match="candidate_labels is empty"):  # now, not when the first result is asked for
+        ours(stream(), [])
+
+
+def test_more_labels_than_go_through_the_text_tower_at_once(ours, theirs):
+    labels = [f"{number} cats" for number in range(LABELS_AT_ONCE + 3)]
+    image = random_image(5)
+    assert_same(ours(image, labels), theirs(image, candidate_labels=labels))
+
+
+def test_labels_are_encoded_once_a_call_whatever_the_number_of_images(ours, monkeypatch):
+    calls = []
+    encode = ours.model.get_text_features
+    monkeypatch.setattr(ours.model, "get_text_features", lambda **tokens: calls.append(tokens) or encode(**tokens))
+    ours([random_image(seed) for seed in range(6)], LABELS, batch_size=2)
+    assert len(calls) == 1
+    assert calls[0]["input_ids"].shape == (len(LABELS), 64)
+
+
+def test_old_names_of_the_image_argument(ours):
+    image = random_image(6)
+    expected = ours(image, LABELS)
+    assert ours(images=image, candidate_labels=LABELS) == expected
+    assert ours(inputs=image, candidate_labels=LABELS) == expected
+    assert ours(images=[image], candidate_labels=LABELS) == [expected]
+    with pytest.raises(ValueError, match="image and images were all given"):
+        ours(image, LABELS, images=image)
+    with pytest.raises(ValueError, match="no image was given"):
+        ours(candidate_labels=LABELS)
+
+
+def test_defaults_of_a_call_can_be_given_to_the_pipeline(checkpoint, theirs):
+    image = random_image(7)
+    classifier = pipeline(
+        TASK, checkpoint, candidate_labels=LABELS, hypothesis_template="{}", batch_size=3, device="cpu"
+    )
+    assert_same(classifier(image), theirs(image, candidate_labels=LABELS, hypothesis_template="{}"))
+    assert_same(classifier(image, hypothesis_template="a {}."), theirs(image, LABELS, hypothesis_template="a {}."))
+
+
+def test_tokenizer_kwargs_take_the_place_of_the_padding(ours):
+    image = random_image(8)
+    usual = {entry["label"]: entry["score"] for entry in ours(image, LABELS)}
+    shorter = {entry["label"]: entry["score"] for entry in ours(image, LABELS, tokenizer_kwargs={"max_length": 16})}
+    assert max(abs(usual[label] - shorter[label]) for label in usual) > 1e-4
+
+
+def test_equal_scores_keep_the_order_of_the_labels():
+    ranked = rank([0.2, 0.5, 0.2, 0.5], ["a", "b", "c", "d"])
+    assert [entry["label"] for entry in ranked] == ["b", "d", "a", "c"]
+
+
+def test_a_loaded_model_with_its_parts(checkpoint, ours):
+    image = random_image(9)
+    expected = ours(image, LABELS)
+    model = SiglipModel.from_pretrained(checkpoint)
+    processor = SiglipProcessor.from_pretrained(checkpoint)
+    assert_same(pipeline(TASK, model, processor=processor)(image, LABELS), expected)
+    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    assert_same(pipeline(TASK, model, **parts)(image, LABELS), expected)
+    assert_same(pipeline(TASK, model, tokenizer=str(checkpoint), feature_extractor=checkpoint)(image, LABELS), expected)
+    with pytest.raises(ValueError, match="tokenizer is missing"):
+        pipeline(TASK, model, image_processor=processor.image_processor)
+    with pytest.raises(ValueError, match="image_processor is missing"):
+        pipeline(TASK, model, tokenizer=processor.tokenizer)
+    with pytest.raises(ValueError, match="backend, dtype given with a model that is loaded already"):
+        pipeline(TASK, model, processor=processor, backend="eager", dtype="float32")
+
+
+def test_backend_and_dtype_reach_the_model(checkpoint, ours):
+    image = random_image(10)
+    expected = ours(image, LABELS)
+    eager = pipeline(TASK, checkpoint, backend="eager", device="cpu")
+    assert eager.model.backend == "eager"
+    assert_same(eager(image, LABELS), expected)
+    assert pipeline(TASK, checkpoint, attn_implementation="sdpa", device=-1).model.backend == "sdpa"
+    rough = pipeline(TASK, checkpoint, torch_dtype=torch.bfloat16, device="cpu")
+    assert rough.dtype == torch.bfloat16
+    scores = {entry["label"]: entry["score"] for entry in rough(image, LABELS)}
+    assert all(abs(scores[entry["label"]] - entry["score"]) < 0.05 for entry in expected)
+    with pytest.raises(ValueError, match="dtype"):
+        pipeline(TASK, checkpoint, dtype=torch.float16, torch_dtype=torch.float32)
+
+
+def test_a_text_tower_with_fewer_positions_than_64(tmp_path):
+    short = save_tiny_checkpoint(tmp_path / "short", text_positions=12)
+    config = json.loads((short / "config.json").read_text())
+    assert config["text_config"]["max_position_embeddings"] == 12
+    result = pipeline(TASK, short, device="cpu")(random_image(0), ["a cat", "a " + "very " * 40 + "long label"])
+    assert len(result) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"task": "image-classification"}, ValueError, f"task is 'image-classification'; supported: '{TASK}'"),
+        ({"task": TASK, "model": None}, ValueError, "model is missing"),
+        ({"task": TASK, "truncate": True}, TypeError, "truncate"),
+        ({"task": TASK, "batch_size": 0}, ValueError, "batch_size is 0"),
+        ({"task": TASK, "device": "cpu", "device_map": "cuda"}, ValueError, "device='cpu' and device_map='cuda'"),
+        ({"task": TASK, "device": 1.5}, ValueError, "device is 1.5"),
+    ],
+)
+def test_wrong_use_of_the_factory(checkpoint, arguments, error, message):
+    with pytest.raises(error, match=message):
+        pipeline(**{"model": checkpoint, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"candidate_labels": []}, ValueError, "candidate_labels is empty"),
+        ({"candidate_labels": None}, ValueError, "candidate_labels is missing"),
+        (
+            {"candidate_labels": LABELS, "hypothesis_template": "a photo"},
+            ValueError,
+            "hypothesis_template is 'a photo'",
+        ),
+        (
+            {"candidate_labels": LABELS, "hypothesis_template": "{label}"},
+            ValueError,
+            "hypothesis_template is '{label}'",
+        ),
+        ({"candidate_labels": LABELS, "hypothesis_template": "{} }"}, ValueError, "hypothesis_template is '{} }'"),
+        ({"candidate_labels": LABELS, "batch_size": 0}, ValueError, "batch_size is 0"),
+        ({"candidate_labels": LABELS, "num_workers": -1}, ValueError, "num_workers is -1"),
+        ({"candidate_labels": LABELS, "top_k": 2}, TypeError, "top_k"),
+    ],
+)
+def test_wrong_use_of_a_call(ours, arguments, error, message):
+    with pytest.raises(error, match=message):
+        ours(random_image(0), **arguments)
+
+
+def test_images_that_are_none(ours, tmp_path):
+    text = tmp_path / "notes.png"
+    text.write_text("no image")
+    cut = tmp_path / "cut.png"
+    random_image(0, size=(200, 200)).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-500])
+    for source in (text, cut, tmp_path / "nowhere.png", tmp_path):
+        with pytest.raises(UnreadableImageError, match=source.name) as caught:
+            ours(str(source), LABELS)
+        assert isinstance(caught.value, OSError) and isinstance(caught.value, ValueError)
+    with pytest.raises(UnreadableImageError, match=r"AAAA\.\.\. \(4000 characters\)"):
+        ours("A" * 4000, LABELS)
+    for source in (3, b"bytes", np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8), {"image": 1}):
+        with pytest.raises(TypeError, match="supported: a path, a URL"):
+            ours(source, LABELS)
+    with pytest.raises(UnreadableImageError, match="nowhere"):
+        ours([random_image(0), str(tmp_path / "nowhere.png")], LABELS, num_workers=2)
+
+
+def test_a_string_of_labels_is_its_characters_as_in_transformers_but_said_aloud(ours, theirs):
+    image = random_image(0)
+    with pytest.warns(UserWarning, match="each of its characters is a label"):
+        result = ours(image, "ab")
+    assert_same(result, theirs(image, candidate_labels="ab"))
+
+
+def test_an_ordinal_without_an_accelerator_is_the_cpu_with_a_warning():
+    if torch.accelerator.is_available():
+        assert resolve_device(0).index == 0
+    else:
+        with pytest.warns(UserWarning, match="no accelerator"):
+            assert resolve_device(0) == torch.device("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve_device(-1) == torch.device("cpu")
+        assert resolve_device("cpu") == torch.device("cpu")
+        assert (resolve_device(None).type == "cpu") is not torch.accelerator.is_available()
+
+
+def test_folders_are_listed_in_order_through_links_but_not_round_in_circles(tmp_path):
+    (tmp_path / "b" / "deep").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    for name in ("z.PNG", "a.jpg", "b/deep/x y.webp", "b/ü\n.gif", "notes.txt", ".c.png", ".hidden/d.png", "no_suffix"):
+        (tmp_path / name).touch()
+    (tmp_path / "b" / "round").symlink_to(tmp_path)
+    (tmp_path / "c.png").symlink_to(tmp_path / "gone")
+    elsewhere = tmp_path.with_name(tmp_path.name + "_elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / "far.tiff").touch()
+    (tmp_path / "link").symlink_to(elsewhere)
+    names = [path.removeprefix(f"{tmp_path}/") for path in list_images([tmp_path])]
+    assert names == ["a.jpg", "b/deep/x y.webp", "b/ü\n.gif", "c.png", "link/far.tiff", "z.PNG"]
+    assert list(list_images(["https://x.org/a.png", str(tmp_path / "notes.txt")])) == [
+        "https://x.org/a.png",
+        str(tmp_path / "notes.txt"),
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_reading_ahead_keeps_order_errors_and_its_window(workers):
+    drawn = []
+
+    def numbers():
+        for number in range(50):
+            drawn.append(number)
+            yield number
+
+    stream = read_ahead(numbers(), lambda number: 60 // (number - 7), workers=workers, window=4)
+    first = next(stream)
+    assert first == (0, 60 // -7, None)
+    assert len(drawn) <= 1 + 4
+    rest = list(stream)
+    assert [number for number, _, _ in rest] == list(range(1, 50))
+    assert [number for number, _, error in rest if isinstance(error, ZeroDivisionError)] == [7]
+
+
+def test_an_image_that_is_not_decoded_yet_can_be_used_again(ours):
+    written = io.BytesIO()
+    random_image(0).save(written, "png")
+    image = Image.open(written)
+    assert ours(image, LABELS) == ours(image, LABELS)
