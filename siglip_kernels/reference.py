@@ -21,10 +21,12 @@ def attention_with_weights(
     scale: float | None = None,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and the probabilities (B, H, Sq, Sk) behind it.
 
     mask: broadcastable to (B, H, Sq, Sk); bool (True takes part) or floating point (added to the scores).
+    dropout: the probability with which each of the probabilities is dropped.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale  # [B, H, Sq, Sk]
@@ -42,6 +44,8 @@ def attention_with_weights(
         # Filled again after the softmax: a sample without any valid key then gives zeros, not an average of padding.
         weights = scores.softmax(-1, dtype=_at_least_fp32(q.dtype)).masked_fill(padding, 0)
     weights = weights.to(q.dtype)
+    if dropout:
+        weights = F.dropout(weights, dropout)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v), weights
 
 
@@ -53,13 +57,15 @@ def attention(
     scale: float | None = None,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Softmax attention without dropout: softmax(scale · q kᵀ) v.
+    """Softmax attention: softmax(scale · q kᵀ) v.
 
     q: (B, Sq, H, D); k, v: (B, Sk, H, D). Returns (B, Sq, H, D).
     scale: D**-0.5 unless given. lengths: int32 (B,), how many of a sample's keys are valid; 0 gives zeros.
+    mask, dropout: as in `attention_with_weights`.
     """
-    return attention_with_weights(q, k, v, scale=scale, lengths=lengths, mask=mask)[0]
+    return attention_with_weights(q, k, v, scale=scale, lengths=lengths, mask=mask, dropout=dropout)[0]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -1,0 +1,48 @@
+"""A SigLIP that reads like the paper and is compatible with transformers in names, checkpoints and results."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from siglip_model.auto import AutoModel, AutoProcessor
+from siglip_model.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from siglip_model.model import SiglipForImageClassification, SiglipModel
+from siglip_model.text_tower import SiglipTextModel
+from siglip_model.vision_tower import SiglipVisionModel
+
+if TYPE_CHECKING:
+    from siglip_model.image_processor import SiglipImageProcessor, SiglipImageProcessorFast
+    from siglip_model.processor import SiglipProcessor
+    from siglip_model.tokenizer import SiglipTokenizer
+    from siglip_model.zero_shot import pipeline
+
+__all__ = [
+    "AutoModel",
+    "AutoProcessor",
+    "SiglipConfig",
+    "SiglipForImageClassification",
+    "SiglipImageProcessor",
+    "SiglipImageProcessorFast",
+    "SiglipModel",
+    "SiglipProcessor",
+    "SiglipTextConfig",
+    "SiglipTextModel",
+    "SiglipTokenizer",
+    "SiglipVisionConfig",
+    "SiglipVisionModel",
+    "pipeline",
+]
+
+# Imported when first asked for: who only runs the model pays for no image or tokenizer library.
+_LAZY = {
+    "SiglipImageProcessor": "image_processor",
+    "SiglipImageProcessorFast": "image_processor",
+    "SiglipProcessor": "processor",
+    "SiglipTokenizer": "tokenizer",
+    "pipeline": "zero_shot",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

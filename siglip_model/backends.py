@@ -1,0 +1,217 @@
+"""A backend is a set of operations. The model calls them and never asks which backend it has.
+
+Another backend (fp8, a vendor's library) is one more value here; no module changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siglip_kernels import MissingBackendError, reference
+from siglip_kernels.attention_pool import folded_attention_pool
+from siglip_kernels.errors import unsupported
+
+Operation = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The operations of SigLIP; `siglip_kernels.reference` documents each of them.
+
+    attention_mask: turns what a user gives, (B, S) or (B, 1 or H, S, S), into keyword arguments of `attention`,
+    once per forward.
+    """
+
+    name: str
+    attention: Operation
+    attention_mask: Callable[[Tensor], dict[str, Tensor]]
+    linear: Operation
+    mlp: Operation
+    layer_norm: Operation
+    attention_pool: Operation
+    patch_embed: Operation
+    sigmoid_loss: Operation
+
+
+def _dense_mask(attention_mask: Tensor) -> dict[str, Tensor]:
+    """(B, S): non-zero marks a valid key. Four dimensions: bool, or floating point to be added to the scores."""
+    if attention_mask.dim() == 2:
+        return {"mask": attention_mask.bool()[:, None, None, :]}
+    if attention_mask.dim() == 4 and (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+        return {"mask": attention_mask}
+    raise unsupported(
+        "attention",
+        "attention_mask",
+        f"has shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}",
+        "(batch, tokens), or four dimensions of bool or floating point",
+    )
+
+
+def _lengths(attention_mask: Tensor, name: str) -> dict[str, Tensor]:
+    """Padding at the end of each sample, as the number of valid keys. Looks at the values, so it waits for the device."""
+    if attention_mask.dim() != 2:
+        raise unsupported(
+            name, "attention_mask", f"has {attention_mask.dim()} dimensions", "(batch, tokens) with padding at the end"
+        )
+    valid = attention_mask.bool()
+    if not bool((valid[:, 1:] <= valid[:, :-1]).all()):
+        raise unsupported(
+            name,
+            "attention_mask",
+            "has valid tokens after padding",
+            "padding at the end only; the backends eager and sdpa take any mask",
+        )
+    return {"lengths": valid.sum(-1, dtype=torch.int32)}
+
+
+def _sdpa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    if lengths is not None:
+        valid = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
+        mask = valid[:, None, None, :]
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return out.transpose(1, 2)
+
+
+def _flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    if not q.is_cuda:
+        raise MissingBackendError(
+            f"flash_attention_2: the tensors are on {q.device}; flash-attn runs on CUDA only. "
+            "Move the model (device_map='cuda') or choose backend='sdpa'."
+        )
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise unsupported(
+            "flash_attention_2",
+            "dtype",
+            f"is {q.dtype}",
+            "torch.float16 and torch.bfloat16: load with dtype=torch.float16 or run under torch.autocast",
+        )
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    if lengths is None:
+        return flash_attn_func(q, k, v, dropout_p=dropout, softmax_scale=scale)
+    valid = torch.arange(k.shape[1], device=k.device) < lengths[:, None]  # [B, Sk]
+    key_starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    query_starts = torch.arange(0, (q.shape[0] + 1) * q.shape[1], q.shape[1], dtype=torch.int32, device=q.device)
+    out = flash_attn_varlen_func(
+        q.flatten(0, 1),
+        k[valid],
+        v[valid],
+        query_starts,
+        key_starts,
+        q.shape[1],
+        int(lengths.max()),
+        dropout_p=dropout,
+        softmax_scale=scale,
+    )
+    return out.view_as(q)
+
+
+def _triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    if dropout:
+        raise unsupported("triton", "attention_dropout", f"is {dropout}", "0 in training; eager and sdpa take any")
+    from siglip_kernels import attention
+
+    return attention(q, k, v, scale=scale, lengths=lengths)
+
+
+EAGER = Backend(
+    name="eager",
+    attention=reference.attention,
+    attention_mask=_dense_mask,
+    linear=reference.linear,
+    mlp=reference.mlp,
+    layer_norm=reference.layer_norm,
+    attention_pool=reference.attention_pool,
+    patch_embed=reference.patch_embed,
+    sigmoid_loss=reference.sigmoid_loss,
+)
+SDPA = replace(EAGER, name="sdpa", attention=_sdpa_attention, attention_pool=folded_attention_pool)
+FLASH = replace(
+    SDPA,
+    name="flash_attention_2",
+    attention=_flash_attention,
+    attention_mask=functools.partial(_lengths, name="flash_attention_2"),
+)
+TRITON = replace(
+    SDPA, name="triton", attention=_triton_attention, attention_mask=functools.partial(_lengths, name="triton")
+)
+BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}
+
+
+def _lacks_flash() -> str | None:
+    lacks = []
+    if importlib.util.find_spec("flash_attn") is None:
+        lacks.append("the package flash-attn is not installed (pip install flash-attn --no-build-isolation)")
+    if not torch.cuda.is_available():
+        lacks.append("there is no CUDA device")
+    return " and ".join(lacks) or None
+
+
+def _lacks_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton; Linux only)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests)"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 is needed"
+    return None
+
+
+def availability() -> dict[str, str | None]:
+    """For each backend: None if this machine can run it, else what is missing."""
+    return {"eager": None, "sdpa": None, "flash_attention_2": _lacks_flash(), "triton": _lacks_triton()}
+
+
+def resolve(name: str, device: torch.device) -> Backend:
+    """The backend of that name; "auto" is triton on a CUDA device that supports it and sdpa elsewhere.
+
+    Raises ValueError for an unknown name and MissingBackendError where the machine lacks what it needs:
+    an explicit backend never falls back.
+    """
+    if name == "auto":
+        return TRITON if device.type == "cuda" and _lacks_triton() is None else SDPA
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; supported: {', '.join(BACKENDS)}, auto")
+    missing = availability()[name]
+    if missing is not None:
+        raise MissingBackendError(f"backend {name!r} cannot run here: {missing}. Choose backend='sdpa' or 'auto'.")
+    return BACKENDS[name]

@@ -1,0 +1,170 @@
+"""SigLIP (Zhai et al. 2023, arXiv 2303.15343): two towers, one temperature, one bias; and the image classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siglip_kernels.errors import unsupported
+from siglip_model.config import SiglipConfig
+from siglip_model.layers import UsesBackend
+from siglip_model.outputs import BaseModelOutputWithPooling, ImageClassifierOutput, SiglipOutput
+from siglip_model.pretrained import PreTrainedModel, finish
+from siglip_model.text_tower import SiglipTextModel
+from siglip_model.vision_tower import SiglipVisionModel
+
+
+class SiglipModel(UsesBackend, PreTrainedModel):
+    """Image and text towers that meet in one space."""
+
+    config_class = SiglipConfig
+
+    def __init__(self, config: SiglipConfig, **kwargs: str):
+        super().__init__(config, **kwargs)
+        self.text_model = SiglipTextModel(config.text_config, **kwargs)  # type: ignore[arg-type]
+        self.vision_model = SiglipVisionModel(config.vision_config, **kwargs)  # type: ignore[arg-type]
+        self.logit_scale = nn.Parameter(torch.zeros(1))  # log of the paper's t
+        self.logit_bias = nn.Parameter(torch.zeros(1))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.embeddings.token_embedding
+
+    def get_text_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """The text tower's output; `pooler_output` (B, projection) is not normalised. Arguments: SiglipTextModel."""
+        return self.text_model(input_ids, attention_mask, position_ids, **kwargs)
+
+    def get_image_features(
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """The vision tower's output; `pooler_output` (B, width) is not normalised. Arguments: SiglipVisionModel."""
+        return self.vision_model(pixel_values, interpolate_pos_encoding, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> SiglipOutput | tuple:
+        """Compare every image with every text.
+
+        input_ids (T, L), attention_mask, position_ids: as SiglipTextModel; pixel_values (I, C, H, W),
+        interpolate_pos_encoding: as SiglipVisionModel. return_loss: also the sigmoid loss, which pairs image i with
+        text i; it needs I = T.
+        """
+        if self.vision_model.head is None:
+            raise unsupported(
+                "SiglipModel", "vision_use_head", "is False, so images have no embedding", "True, or SiglipVisionModel"
+            )
+        asked = {
+            "output_attentions": self._default(output_attentions, "attentions"),
+            "output_hidden_states": self._default(output_hidden_states, "hidden_states"),
+            "return_dict": True,
+        }
+        vision = self.vision_model(pixel_values, interpolate_pos_encoding, **asked)
+        text = self.text_model(input_ids, attention_mask, position_ids, **asked)
+        image_embeds = vision.pooler_output / vision.pooler_output.norm(p=2, dim=-1, keepdim=True)  # [I, D]
+        text_embeds = text.pooler_output / text.pooler_output.norm(p=2, dim=-1, keepdim=True)  # [T, D]
+        logit_scale = self.logit_scale.exp()
+        logits_per_text = text_embeds @ image_embeds.T * logit_scale + self.logit_bias  # [T, I]
+
+        loss = None
+        if return_loss:
+            if len(text_embeds) != len(image_embeds):
+                raise unsupported(
+                    "SiglipModel",
+                    "return_loss",
+                    f"asks for the loss of {len(image_embeds)} images and {len(text_embeds)} texts",
+                    "pairs, so as many images as texts",
+                )
+            loss = self.ops.sigmoid_loss(image_embeds, text_embeds, logit_scale.squeeze(), self.logit_bias.squeeze())
+        output = SiglipOutput(loss, logits_per_text.T, logits_per_text, text_embeds, image_embeds, text, vision)
+        return finish(output, self, return_dict)
+
+
+class SiglipForImageClassification(PreTrainedModel):
+    """The vision tower with a linear classifier on the mean of its tokens (the pooling head takes no part)."""
+
+    config_class = SiglipConfig
+    main_input_name = "pixel_values"
+    new_parameters = ("classifier.",)
+
+    def __init__(self, config: SiglipConfig, **kwargs: str):
+        super().__init__(config, **kwargs)
+        if config.num_labels < 1:
+            raise unsupported("SiglipForImageClassification", "num_labels", f"is {config.num_labels}", "at least 1")
+        self.vision_model = SiglipVisionModel(config.vision_config, **kwargs)  # type: ignore[arg-type]
+        self.classifier = nn.Linear(config.vision_config.hidden_size, config.num_labels)  # type: ignore[union-attr]
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.embeddings.patch_embedding
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple:
+        """Classify images.
+
+        pixel_values: (B, C, H, W). labels: (B,) class indices, (B, num_labels) floating point for several classes an
+        image, or (B,) floating point for num_labels = 1; config.problem_type says which loss and is inferred and
+        written there if it is None.
+        """
+        vision = self.vision_model.encode(
+            pixel_values,
+            interpolate_pos_encoding,
+            self._default(output_attentions, "attentions"),
+            self._default(output_hidden_states, "hidden_states"),
+        )
+        logits = self.classifier(vision.last_hidden_state.mean(dim=1))
+        loss = None if labels is None else self._loss(logits, labels.to(logits.device))
+        return finish(ImageClassifierOutput(loss, logits, vision.hidden_states, vision.attentions), self, return_dict)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        config = self.config
+        if config.problem_type is None:
+            if config.num_labels == 1:
+                config.problem_type = "regression"
+            elif labels.dtype in (torch.int64, torch.int32):
+                config.problem_type = "single_label_classification"
+            else:
+                config.problem_type = "multi_label_classification"
+        if config.problem_type == "regression":
+            return (
+                F.mse_loss(logits.squeeze(), labels.squeeze()) if config.num_labels == 1 else F.mse_loss(logits, labels)
+            )
+        if config.problem_type == "single_label_classification":
+            return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1).long())
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        self.init_new_parameters(["classifier.weight", "classifier.bias"])
+
+    @torch.no_grad()
+    def init_new_parameters(self, names: list[str]) -> None:
+        if "classifier.weight" in names:
+            std = self.config.vision_config.hidden_size**-0.5 * self.config.initializer_factor
+            nn.init.normal_(self.classifier.weight, std=std)
+        if "classifier.bias" in names:
+            nn.init.zeros_(self.classifier.bias)

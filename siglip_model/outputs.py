@@ -1,0 +1,99 @@
+"""What the models return: dataclasses that also index as the tuples and dicts of transformers' ModelOutput."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+
+@dataclass
+class ModelOutput:
+    """Fields by attribute, by name or by position; a field that is None takes no part in the latter two."""
+
+    def __init_subclass__(cls) -> None:
+        # So that DDP, FSDP and torch.compile look inside.
+        pytree.register_pytree_node(
+            cls,
+            lambda output: ([getattr(output, field.name) for field in fields(output)], None),
+            lambda values, _: cls(*values),
+        )
+
+    def keys(self) -> list[str]:
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+    def values(self) -> list[Any]:
+        return [getattr(self, name) for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(name, getattr(self, name)) for name in self.keys()]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self, name) if name in self else default
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self:
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in (field.name for field in fields(self)):
+            raise KeyError(key)
+        setattr(self, key, value)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+
+@dataclass
+class BaseModelOutputWithPooling(ModelOutput):
+    """A tower's output.
+
+    last_hidden_state: (B, S, width), after the final LayerNorm. pooler_output: (B, projection), or None without a head.
+    hidden_states: the embeddings and each layer's output, before the final LayerNorm. attentions: (B, H, S, S) a layer.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SiglipOutput(ModelOutput):
+    """loss: scalar. logits_per_image: (images, texts); logits_per_text: its transpose. Embeds are of unit length."""
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+@dataclass
+class ImageClassifierOutput(ModelOutput):
+    """loss: scalar. logits: (B, num_labels)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

@@ -1,0 +1,221 @@
+"""What every model class shares: backend, device, files, and transformers' calling habits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from siglip_model import backends
+from siglip_model.config import HUB_ARGUMENTS, PretrainedConfig
+from siglip_model.layers import UsesBackend
+from siglip_model.outputs import ModelOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+DEFAULT_BACKEND = "sdpa"  # transformers' default too; "auto" is there for the asking
+
+
+class PreTrainedModel(nn.Module):
+    """Base of the models. `backend` names who computes: eager, sdpa, flash_attention_2, triton or auto."""
+
+    config_class: ClassVar[type[PretrainedConfig]]
+    base_model_prefix: ClassVar[str] = ""
+    main_input_name: ClassVar[str] = "input_ids"
+    new_parameters: ClassVar[tuple[str, ...]] = ()  # prefixes that a checkpoint may lack
+
+    def __init__(self, config: PretrainedConfig, *, backend: str | None = None, attn_implementation: str | None = None):
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__}: config is a {type(config).__name__}; supported: {self.config_class.__name__}"
+            )
+        self.config: Any = config
+        self._requested_backend = _one_of(
+            "backend", backend, "attn_implementation", attn_implementation, DEFAULT_BACKEND
+        )
+        # Before any weight is made: an impossible backend should not cost a minute first.
+        self._backend = backends.resolve(self._requested_backend, torch.get_default_device())
+
+    def post_init(self) -> None:
+        """The last line of every subclass's __init__: weights (unless on the meta device, where files follow)."""
+        if next(self.parameters()).device.type != "meta":
+            with torch.no_grad():
+                self.init_weights()
+        self._apply_backend()
+
+    def init_weights(self) -> None:
+        """Initialise as transformers does (big_vision's scheme); parts that know their own scheme are asked."""
+        for module in self.modules():
+            if module is not self and not isinstance(module, PreTrainedModel) and hasattr(module, "init_weights"):
+                module.init_weights()  # type: ignore[operator]
+
+    # Backend -----------------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend in use: what "auto" became, too."""
+        return self._backend.name
+
+    def set_backend(self, name: str) -> None:
+        """Switch who computes. Raises ValueError for an unknown name, MissingBackendError for what cannot run here."""
+        self._backend = backends.resolve(name, self.device)
+        self._requested_backend = name
+        self._apply_backend()
+
+    def set_attn_implementation(self, name: str) -> None:
+        """transformers' word for `set_backend`."""
+        self.set_backend(name)
+
+    def _apply_backend(self) -> None:
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module._backend, module._requested_backend = self._backend, self._requested_backend
+            if isinstance(module, UsesBackend):
+                module.ops = self._backend
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self._requested_backend == "auto":  # a move to another device may change the answer
+            self.set_backend("auto")
+        return self
+
+    # Device, dtype, sizes ----------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+        self._set_gradient_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self._set_gradient_checkpointing(False)
+
+    def _set_gradient_checkpointing(self, enable: bool) -> None:
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = enable  # type: ignore[assignment]
+
+    def _default(self, asked: bool | None, what: str) -> bool:
+        return getattr(self.config, f"output_{what}") if asked is None else asked
+
+    # Files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: PretrainedConfig | None = None,
+        backend: str | None = None,
+        attn_implementation: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: torch.device | str | int | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a checkpoint that transformers or this package saved, in evaluation mode.
+
+        pretrained_model_name_or_path: a directory, or a repository of the Hugging Face hub.
+        backend (alias attn_implementation): eager, sdpa, flash_attention_2, triton or auto.
+        dtype (alias torch_dtype): of the weights; "auto", as None, is the checkpoint's own.
+        device_map: one device; "auto" is CUDA where there is one.
+        revision, cache_dir, local_files_only, token: as in huggingface_hub. Others override the configuration's fields.
+        Raises OSError naming file, tensor and shapes for anything missing, foreign or damaged.
+        """
+        from siglip_model.checkpoint import load_into
+
+        backend = _one_of("backend", backend, "attn_implementation", attn_implementation, None)
+        dtype = _one_of("dtype", _as_dtype(dtype), "torch_dtype", _as_dtype(torch_dtype), None)
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        if kwargs.pop("use_safetensors", True) is False:
+            raise ValueError(f"{cls.__name__}: use_safetensors is False; supported: True (no pickle is ever opened)")
+        kwargs.pop("low_cpu_mem_usage", None)  # always so
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+        for name, value in kwargs.items():
+            if not hasattr(config, name):
+                raise TypeError(f"{cls.__name__}.from_pretrained got an unexpected argument {name!r}")
+        if kwargs:
+            config = type(config).from_dict(config.to_dict(), **kwargs)
+        device = _as_device(device_map)
+        with torch.device("meta"):
+            model = cls(config, backend="eager")
+        name = backend or DEFAULT_BACKEND
+        backends.resolve(name, device)  # before the weights are read
+        load_into(
+            model, pretrained_model_name_or_path, dtype=dtype, device=device, new_parameters=cls.new_parameters, **hub
+        )
+        model.set_backend(name)
+        return model.eval()
+
+    def init_new_parameters(self, names: list[str]) -> None:
+        """Initialise parameters under `new_parameters` that the checkpoint lacked."""
+        raise NotImplementedError(f"{type(self).__name__} has no parameters that a checkpoint may lack: {names}")
+
+    def save_pretrained(self, save_directory: str | Path, *, max_shard_size: str = "50GB", **kwargs: Any) -> None:
+        """Write config.json and model.safetensors (or shards), as transformers does; killed half-way, the old remain."""
+        from siglip_model.checkpoint import save_checkpoint
+
+        if kwargs.pop("safe_serialization", True) is False:
+            raise ValueError("save_pretrained: safe_serialization is False; supported: True (safetensors only)")
+        state_dict = kwargs.pop("state_dict", None)
+        if kwargs:
+            raise TypeError(f"save_pretrained got unexpected arguments: {', '.join(kwargs)}")
+        config = self.config.to_dict()
+        config["architectures"] = [type(self).__name__]
+        config["dtype"] = str(self.dtype).removeprefix("torch.")
+        save_checkpoint(
+            save_directory,
+            self.state_dict() if state_dict is None else state_dict,
+            config,
+            max_shard_size=max_shard_size,
+        )
+
+
+def finish(output: ModelOutput, model: PreTrainedModel, return_dict: bool | None) -> Any:
+    """The output itself, or the tuple of it where the caller or the configuration asks for tuples."""
+    return output if (model.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _one_of(name: str, value: Any, alias: str, alias_value: Any, default: Any) -> Any:
+    if value is not None and alias_value is not None and value != alias_value:
+        raise ValueError(f"{name} is {value!r} and its alias {alias} is {alias_value!r}; give one of them")
+    return next((given for given in (value, alias_value) if given is not None), default)
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if isinstance(found, torch.dtype) and found.is_floating_point:
+        return found
+    raise ValueError(f"dtype is {dtype!r}; supported: a floating-point torch.dtype, its name, or 'auto'")
+
+
+def _as_device(device_map: torch.device | str | int | dict[str, Any] | None) -> torch.device:
+    if isinstance(device_map, dict):
+        if len(set(map(str, device_map.values()))) != 1:
+            raise ValueError(f"device_map is {device_map!r}; supported: one device for the whole model")
+        device_map = next(iter(device_map.values()))
+    if device_map is None:
+        return torch.get_default_device()
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device_map is {device_map!r}; supported: one device, as 'cuda:0', or 'auto'") from error

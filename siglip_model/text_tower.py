@@ -1,0 +1,93 @@
+"""The text tower: a bidirectional transformer whose last position is the text's embedding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siglip_kernels.errors import unsupported
+from siglip_model.config import SiglipTextConfig
+from siglip_model.encoder import Encoder
+from siglip_model.layers import LayerNorm, Linear, UsesBackend, lecun_normal_
+from siglip_model.outputs import BaseModelOutputWithPooling
+from siglip_model.pretrained import PreTrainedModel, finish
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, config: SiglipTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        tokens, positions = input_ids.shape[-1], self.position_embedding.weight
+        if tokens > len(positions):
+            raise ValueError(
+                f"SiglipTextModel: input_ids has {tokens} tokens a text; supported: at most max_position_embeddings "
+                f"= {len(positions)} (tokenize with truncation=True, max_length={len(positions)})"
+            )
+        position = positions[:tokens] if position_ids is None else F.embedding(position_ids, positions)
+        return self.token_embedding(input_ids) + position
+
+
+class SiglipTextModel(UsesBackend, PreTrainedModel):
+    """SigLIP's text encoder with its projection."""
+
+    config_class = SiglipTextConfig
+    base_model_prefix = "text_model"
+
+    def __init__(self, config: SiglipTextConfig, **kwargs: str):
+        super().__init__(config, **kwargs)
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = Linear(config.hidden_size, config.projection_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.token_embedding
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Encode texts.
+
+        input_ids: integers (B, L), L up to max_position_embeddings; SigLIP is trained with padding="max_length".
+        attention_mask: (B, L), non-zero where a token may be attended to, or what the backend takes beyond that.
+        position_ids: integers (B, L) or (1, L), 0 … L - 1 unless given.
+        Raises ValueError for ids that are missing, too long or not integers.
+        """
+        if input_ids is None:
+            raise ValueError("SiglipTextModel: input_ids is None; supported: integers (batch, tokens)")
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool or input_ids.dim() < 1:
+            raise unsupported(
+                "SiglipTextModel",
+                "input_ids",
+                f"has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}",
+                "integers (batch, tokens)",
+            )
+        x = self.embeddings(input_ids.view(-1, input_ids.shape[-1]), position_ids)  # [B, L, width]
+        mask = {} if attention_mask is None else self.ops.attention_mask(attention_mask)
+        x, hidden_states, attentions = self.encoder(
+            x,
+            mask,
+            self._default(output_hidden_states, "hidden_states"),
+            self._default(output_attentions, "attentions"),
+        )
+        x = self.final_layer_norm(x)
+        # The last position is the text's, padding or not: SigLIP is trained that way.
+        return finish(BaseModelOutputWithPooling(x, self.head(x[:, -1]), hidden_states, attentions), self, return_dict)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        for embedding in (self.embeddings.token_embedding, self.embeddings.position_embedding):
+            nn.init.normal_(embedding.weight, std=embedding.embedding_dim**-0.5)
+        lecun_normal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)

@@ -1,0 +1,143 @@
+"""The vision tower: a ViT whose tokens one learned probe attends to (the MAP head)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from siglip_kernels.errors import unsupported
+from siglip_model.config import SiglipVisionConfig
+from siglip_model.encoder import Encoder
+from siglip_model.layers import MLP, LayerNorm, UsesBackend, lecun_normal_
+from siglip_model.outputs import BaseModelOutputWithPooling
+from siglip_model.pretrained import PreTrainedModel, finish
+
+
+class VisionEmbeddings(UsesBackend, nn.Module):
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.grid = config.image_size // config.patch_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
+        self.position_embedding = nn.Embedding(self.grid**2, config.hidden_size)
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+        weight = self.patch_embedding.weight
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != weight.shape[1] or not pixel_values.is_floating_point():
+            raise unsupported(
+                "SiglipVisionModel",
+                "pixel_values",
+                f"has shape {tuple(pixel_values.shape)} and dtype {pixel_values.dtype}",
+                f"floating point (batch, {weight.shape[1]}, height, width)",
+            )
+        height, width = pixel_values.shape[-2:]
+        rows, columns = height // self.patch_size, width // self.patch_size
+        if not interpolate_pos_encoding and rows * columns not in (1, self.grid**2) or rows * columns == 0:
+            side = self.grid * self.patch_size
+            raise ValueError(
+                f"SiglipVisionModel: pixel_values are {height} × {width}, {rows * columns} patches; supported: "
+                f"{self.grid**2} patches ({side} × {side}), or interpolate_pos_encoding=True for other sizes"
+            )
+        position = self.position_embedding.weight
+        if interpolate_pos_encoding and not (rows * columns == len(position) and height == width):
+            position = self._interpolated(position, rows, columns)
+        return self.ops.patch_embed(pixel_values.to(weight.dtype), weight, self.patch_embedding.bias, position)
+
+    def _interpolated(self, position: Tensor, rows: int, columns: int) -> Tensor:
+        square = position.T.reshape(1, -1, self.grid, self.grid)  # [1, width, grid, grid]
+        return F.interpolate(square, (rows, columns), mode="bicubic", align_corners=False).flatten(2).squeeze(0).T
+
+
+class PoolingHead(UsesBackend, nn.Module):
+    """Multi-head attention pooling ("Scaling Vision Transformers", Zhai et al., 2022)."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.probe = Parameter(torch.zeros(1, 1, width))
+        # Holds the parameters, under the names that checkpoints have; the backend computes.
+        self.attention = nn.MultiheadAttention(width, config.num_attention_heads, batch_first=True)
+        self.layernorm = LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = self.attention
+        pooled = self.ops.attention_pool(
+            x,
+            self.probe,
+            attention.in_proj_weight,
+            attention.in_proj_bias,
+            attention.out_proj.weight,
+            attention.out_proj.bias,
+            attention.num_heads,
+        )  # [B, width]
+        return self.mlp(self.layernorm(pooled), pooled)
+
+    def init_weights(self) -> None:
+        nn.init.xavier_uniform_(self.probe)
+        nn.init.xavier_uniform_(self.attention.in_proj_weight)
+        nn.init.zeros_(self.attention.in_proj_bias)
+        lecun_normal_(self.attention.out_proj.weight)
+        nn.init.zeros_(self.attention.out_proj.bias)
+
+
+class SiglipVisionModel(PreTrainedModel):
+    """SigLIP's image encoder, with its pooling head unless the configuration says otherwise."""
+
+    config_class = SiglipVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: SiglipVisionConfig, **kwargs: str):
+        super().__init__(config, **kwargs)
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = PoolingHead(config) if config.vision_use_head else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    def encode(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Everything before the pooling head; arguments as in `forward`."""
+        if pixel_values is None:
+            raise ValueError("SiglipVisionModel: pixel_values is None; supported: (batch, channels, height, width)")
+        x = self.embeddings(pixel_values, interpolate_pos_encoding)  # [B, S, width]
+        x, hidden_states, attentions = self.encoder(
+            x, {}, self._default(output_hidden_states, "hidden_states"), self._default(output_attentions, "attentions")
+        )
+        return BaseModelOutputWithPooling(self.post_layernorm(x), None, hidden_states, attentions)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Encode images.
+
+        pixel_values: floating point (B, C, H, W), cast to the weights' dtype.
+        interpolate_pos_encoding: resample the position embedding (bicubic) for images of another size.
+        Raises ValueError for another rank, channel count or (without interpolation) number of patches.
+        """
+        output = self.encode(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states)
+        if self.head is not None:
+            output.pooler_output = self.head(output.last_hidden_state)
+        return finish(output, self, return_dict)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        lecun_normal_(self.embeddings.patch_embedding.weight)
+        nn.init.zeros_(self.embeddings.patch_embedding.bias)
+        nn.init.normal_(self.embeddings.position_embedding.weight, std=self.config.hidden_size**-0.5)
