@@ -1,6 +1,234 @@
-"""Checkpoints: files to tensors and back."""
+"""Checkpoints into models: every tensor is matched, checked and read before the model gets any of them."""
 
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from siglip_kernels.errors import unsupported
 from siglip_model.atomic import atomic_write
+from siglip_model.checkpoint_directory import CONFIG_NAME
+from siglip_model.checkpoint_saving import save_checkpoint
+from siglip_model.errors import CheckpointError
 from siglip_model.hub import resolve_file
+from siglip_model.weight_files import (
+    WEIGHT_DTYPES,
+    StoredWeights,
+    find_weights,
+    listed,
+    read_json_object,
+    read_tensors,
+)
 
-__all__ = ["atomic_write", "resolve_file"]
+__all__ = [
+    "CheckpointError",
+    "atomic_write",
+    "load_config_dict",
+    "load_into",
+    "load_state_dict",
+    "resolve_file",
+    "save_checkpoint",
+]
+
+logger = logging.getLogger(__name__)
+
+MODEL_TYPES = ("siglip", "siglip_text_model", "siglip_vision_model")
+# What the checkpoints of a whole model and of a classifier have at their root.
+_ROOTS = ("text_model.", "vision_model.", "classifier.", "logit_scale", "logit_bias")
+
+
+def load_config_dict(
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> dict[str, Any]:
+    """The content of config.json of a directory or a hub repository (see `resolve_file`).
+
+    Raises:
+        CheckpointError: there is no config.json, it is not a JSON object, or it describes another kind of model.
+    """
+    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+    path = resolve_file(path_or_id, CONFIG_NAME, **hub)  # type: ignore[arg-type]
+    if path is None:
+        raise CheckpointError(f"{path_or_id} has no {CONFIG_NAME}")
+    content = read_json_object(path)
+    model_type = content.get("model_type", MODEL_TYPES[0])
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(f"{path}: model_type is {model_type!r}; supported: {', '.join(MODEL_TYPES)}")
+    return content
+
+
+def load_state_dict(
+    path_or_id: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint by their names in the file, each checked to be floating-point and finite.
+
+    On the CPU and without conversion the tensors are private mappings of the file: nothing is copied before it is
+    written to. (So the file may be replaced or deleted meanwhile, as `save_checkpoint` does, but not overwritten in
+    place.) Otherwise one tensor after the other is converted and moved: the peak is the result and the largest of them.
+
+    Args:
+        path_or_id: a directory or a hub id; revision, cache_dir, local_files_only and token as in `resolve_file`.
+        dtype: float64, float32, float16 or bfloat16, or such a name; None or "auto": that of the file's first tensor.
+        device: where to.
+
+    Raises:
+        CheckpointError: naming file and tensor: weights absent, damaged, integer, non-finite, or too large for dtype.
+    """
+    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+    weights = find_weights(path_or_id, hub)
+    names = {name: name for name in weights.tensors if not _is_position_ids(name)}
+    return read_tensors(weights, names, _resolve_dtype(dtype, None, weights), torch.device(device))
+
+
+def load_into(
+    model: torch.nn.Module,
+    path_or_id: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str,
+    new_parameters: tuple[str, ...] = (),
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> None:
+    """Give a model, on the meta device or any, the weights of a checkpoint; if anything is wrong, it gets none.
+
+    A tower takes its part of a whole model's checkpoint, and its own with or without the prefix ``text_model.`` or
+    ``vision_model.``; a classifier takes a whole model's without the text tower. ``position_ids`` in old files are
+    ignored. Memory as in `load_state_dict`.
+
+    Args:
+        model: its ``state_dict()`` says which tensors are expected; its ``config.dtype`` is what "auto" means.
+        path_or_id: a directory or a hub id; revision, cache_dir, local_files_only and token as in `resolve_file`.
+        dtype: one for the whole model, or its name; None or "auto": the config's, else that of the file's first tensor.
+        device: where to.
+        new_parameters: prefixes such as ``("classifier.",)`` of which the checkpoint may have nothing at all; they are
+            initialised by ``model.init_new_parameters(names)``, and a warning names them.
+
+    Raises:
+        CheckpointError: naming file, tensor and shapes: missing, unexpected and misshapen tensors, and as
+            `load_state_dict`.
+    """
+    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+    device = torch.device(device)
+    weights = find_weights(path_or_id, hub)
+    config = getattr(model, "config", None)
+    configured = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    dtype = _resolve_dtype(dtype, configured, weights)
+
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored_names, strays = _match_names(expected, weights.tensors)
+    new_names: list[str] = []
+    for prefix in new_parameters:
+        names = [name for name in expected if name.startswith(prefix)]
+        if not any(name in stored_names for name in names):
+            new_names += names
+    _check_fit(type(model).__name__, expected, stored_names, strays, new_names, weights)
+
+    tensors = read_tensors(weights, stored_names, dtype, device)
+    for name in new_names:
+        tensors[name] = torch.empty(expected[name], dtype=dtype, device=device)
+    model.load_state_dict(tensors, assign=True)
+    _restore_buffers(model, device)
+    if new_names:
+        model.init_new_parameters(new_names)  # type: ignore[operator]
+        logger.warning("%s lacks %s: newly initialised, to be trained", weights.source, ", ".join(new_names))
+
+
+def _resolve_dtype(dtype: object, configured: object, weights: StoredWeights) -> torch.dtype:
+    supported = {str(value).removeprefix("torch."): value for value in WEIGHT_DTYPES.values()}
+    for argument, value in (("dtype", dtype), (f"dtype in {CONFIG_NAME}", configured)):
+        if value is None or value == "auto":
+            continue
+        found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+        if isinstance(found, torch.dtype) and found in supported.values():
+            return found
+        raise unsupported("loading a checkpoint", argument, f"is {value!r}", f"auto, {', '.join(supported)}")
+    # One dtype for all, even where the file mixes them, as in transformers: that of the first floating-point tensor.
+    stored = (tensor.dtype for name, tensor in weights.tensors.items() if not _is_position_ids(name))
+    return next((WEIGHT_DTYPES[name] for name in stored if name in WEIGHT_DTYPES), torch.float32)
+
+
+def _is_position_ids(name: str) -> bool:
+    """The constants 0, 1, 2 ..., which some files hold although the model computes them."""
+    return name.rpartition(".")[2] == "position_ids"
+
+
+def _match_names(expected: Mapping[str, object], stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Model's names → stored names; and stored names that the model neither has nor may ignore."""
+    candidates = [name for name in stored if not _is_position_ids(name)]
+    prefix = ""
+    if "embeddings.token_embedding.weight" in expected:  # a tower alone
+        prefix = "text_model."
+    elif "embeddings.patch_embedding.weight" in expected:
+        prefix = "vision_model."
+    if not any(name.startswith(prefix) for name in candidates):
+        prefix = ""  # the tower's own checkpoint, without prefix
+    if prefix:
+        ignorable = tuple(root for root in _ROOTS if root != prefix)
+    elif "classifier.weight" in expected:
+        ignorable = ("text_model.", "logit_scale", "logit_bias")
+    else:
+        ignorable = ()
+    names: dict[str, str] = {}
+    strays: list[str] = []
+    for stored_name in candidates:
+        name = stored_name.removeprefix(prefix)
+        if stored_name.startswith(prefix) and name in expected:
+            names[name] = stored_name
+        elif not stored_name.startswith(ignorable):
+            strays.append(stored_name)
+    return names, strays
+
+
+def _check_fit(
+    model: str,
+    expected: Mapping[str, tuple[int, ...]],
+    stored_names: Mapping[str, str],
+    strays: Iterable[str],
+    new_names: Iterable[str],
+    weights: StoredWeights,
+) -> None:
+    """Raise one error that names every kind of misfit."""
+    stored = weights.tensors
+    missing = [f"{name} {expected[name]}" for name in expected if name not in stored_names and name not in new_names]
+    unexpected = [f"{name} {stored[name].shape}" for name in strays]
+    pairs = ((stored_name, stored[stored_name], expected[name]) for name, stored_name in stored_names.items())
+    misshapen = [
+        f"{stored_name} in {tensor.path.name} has shape {tensor.shape}, expected {shape}"
+        for stored_name, tensor, shape in pairs
+        if tensor.shape != shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    problems = [f"{kind}: {listed(names)}" for kind, names in kinds if names]
+    if problems:
+        raise CheckpointError(
+            f"{weights.source} does not fit {model} as its config describes it; {'; '.join(problems)}"
+        )
+
+
+def _restore_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Non-persistent buffers are in no file; ``position_ids`` (0, 1, 2 ...) are computed. Nothing stays on meta."""
+    for module_name, module in model.named_modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if not buffer.is_meta:
+                setattr(module, name, buffer.to(device))
+            elif name == "position_ids":
+                positions = torch.arange(buffer.shape[-1], dtype=buffer.dtype, device=device)
+                setattr(module, name, positions.expand(buffer.shape))
+            else:
+                raise RuntimeError(f"{module_name}.{name} is in no checkpoint, and nothing computes it")

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
+from siglip_model.checkpoint_directory import current_file
+
 # One or two parts ("gpt2", "google/siglip-base-patch16-224") of letters, digits, "_", "-" and ".", as the hub allows.
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
@@ -40,8 +42,7 @@ def resolve_file(
     if is_local(path_or_id):
         directory = Path(path_or_id).expanduser()
         if directory.is_dir():
-            path = directory / filename
-            return path if path.is_file() else None
+            return current_file(directory, filename)
         if directory.exists():
             raise OSError(f"{directory} is a file; give the directory that holds it")
         raise OSError(f"there is no directory {directory}")
@@ -102,9 +103,7 @@ def _raise_clearly(error: Exception, repository: str, filename: str, revision: s
 
     where = repository if revision is None else f"{repository} (revision {revision})"
     if isinstance(error, errors.GatedRepoError):
-        message = (
-            f"the hub repository {where} is gated: ask for access on its page, then give token= or `hf auth login`"
-        )
+        message = f"the hub repository {where} is gated: ask for access on its page, then log in with `hf auth login`"
     elif isinstance(error, errors.RepositoryNotFoundError):
         message = (
             f"{repository!r} is neither an existing directory nor a hub repository that can be read; "

@@ -1,0 +1,131 @@
+"""Saving a model's tensors and config as transformers does: safetensors, in shards where they are large, and JSON."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from siglip_kernels.errors import unsupported
+from siglip_model.checkpoint_directory import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, replacing_checkpoint, shard_name
+from siglip_model.errors import CheckpointError
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    model_state_dict: Mapping[str, torch.Tensor],
+    config_dict: Mapping[str, Any],
+    *,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Write ``config.json`` and the weights, in place of those that the directory has; all or nothing.
+
+    The directory is made if need be; other files in it are left alone. Killed at any moment, it holds the old
+    checkpoint or the new one, whole (`checkpoint_directory` says how). While saving, both lie on the disk.
+
+    Args:
+        directory: where to.
+        model_state_dict: names to floating-point tensors of any strides and device. Tensors that share memory are
+            written once for each name.
+        config_dict: what becomes ``config.json``; a ``torch.dtype`` in it is written by its name.
+        max_shard_size: bytes, as an int or like "5GB" (10^9 bytes). More than this goes into several files with an
+            index; a tensor that alone is larger gets its own.
+
+    Raises:
+        CheckpointError: the directory's name belongs to a file; a tensor is on the meta device or not floating-point.
+        TypeError, ValueError: the config cannot be written as JSON, or ``max_shard_size`` is not a positive size.
+    """
+    directory = Path(directory).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"cannot save a checkpoint to {directory}: it is a file, not a directory")
+    limit = _size_in_bytes(max_shard_size)
+    for name, tensor in model_state_dict.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"cannot save {name}: its dtype is {tensor.dtype}, weights are floating-point")
+        if tensor.is_meta:
+            raise CheckpointError(f"cannot save {name}: it is on the meta device and has no values")
+    config = _to_json(config_dict)
+    shards = _split_into_shards(model_state_dict, limit)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing_checkpoint(directory) as partial:
+        old_config = directory / CONFIG_NAME
+        if not old_config.is_file() or old_config.read_bytes() != config:
+            (partial / CONFIG_NAME).write_bytes(config)
+        if len(shards) == 1:
+            _write_tensors(partial / WEIGHTS_NAME, shards[0], model_state_dict)
+            return
+        weight_map = {}
+        for number, names in enumerate(shards, start=1):
+            file_name = shard_name(number, len(shards))
+            _write_tensors(partial / file_name, names, model_state_dict)
+            weight_map.update(dict.fromkeys(names, file_name))
+        sizes = {
+            "total_parameters": sum(tensor.numel() for tensor in model_state_dict.values()),
+            "total_size": sum(tensor.nbytes for tensor in model_state_dict.values()),
+        }
+        (partial / INDEX_NAME).write_bytes(_to_json({"metadata": sizes, "weight_map": weight_map}))
+
+
+def _write_tensors(path: Path, names: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    to_write: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name in names:
+        tensor = tensors[name].detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()  # safetensors refuses tensors that share memory
+        storages.add(tensor.untyped_storage().data_ptr())
+        to_write[name] = tensor
+    # transformers refuses files whose metadata do not tell the framework.
+    save_file(to_write, path, metadata={"format": "pt"})
+
+
+def _split_into_shards(tensors: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
+    """Names in their order, filling one shard after the other; a tensor above the limit has a shard of its own."""
+    shards: list[list[str]] = []
+    current: list[str] = []
+    current_size = 0
+    for name, tensor in tensors.items():
+        if tensor.nbytes > limit:
+            shards.append([name])
+            continue
+        if current and current_size + tensor.nbytes > limit:
+            shards.append(current)
+            current, current_size = [], 0
+        current.append(name)
+        current_size += tensor.nbytes
+    if current or not shards:
+        shards.append(current)
+    return shards
+
+
+def _size_in_bytes(size: int | str) -> int:
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)\s*", size, re.IGNORECASE)
+        limit = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    else:
+        limit = size if isinstance(size, int) else 0
+    if limit < 1:
+        raise unsupported(
+            "save_checkpoint", "max_shard_size", f"is {size!r}", "a positive number of bytes, or like '5GB'"
+        )
+    return limit
+
+
+def _to_json(content: Mapping[str, Any]) -> bytes:
+    """As transformers writes it: two spaces, sorted keys, a newline at the end."""
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False, default=_dtype_name)
+    return (text + "\n").encode()
+
+
+def _dtype_name(value: object) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    raise TypeError(f"config.json cannot hold a {type(value).__name__}: {value!r}")
