@@ -2,5 +2,14 @@
 
 from siglip_kernels import reference
 from siglip_kernels.errors import MissingBackendError, UnsupportedInputError
+from siglip_kernels.sigmoid_loss import SigLipLoss, chunked_sigmoid_loss, plain_sigmoid_loss, sigmoid_loss
 
-__all__ = ["MissingBackendError", "UnsupportedInputError", "reference"]
+__all__ = [
+    "MissingBackendError",
+    "SigLipLoss",
+    "UnsupportedInputError",
+    "chunked_sigmoid_loss",
+    "plain_sigmoid_loss",
+    "reference",
+    "sigmoid_loss",
+]

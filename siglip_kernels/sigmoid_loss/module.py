@@ -1,0 +1,196 @@
+"""`SigLipLoss`: open_clip's class of that name, on this package's losses."""
+
+from __future__ import annotations  # torch may be built without torch.distributed
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from siglip_kernels.errors import unsupported
+from siglip_kernels.sigmoid_loss.api import (
+    as_scalar,
+    autocast,
+    check_chunk_size,
+    check_embeds,
+    check_kernel_input,
+    chunked_sigmoid_loss,
+    kernels_available,
+    sigmoid_loss,
+)
+from siglip_kernels.sigmoid_loss.distributed import GlobalLoss, Peers, Wanted, all_gather, gather, ring
+
+_ROUTES = {"ring": ring, "bidir": ring, "shift": ring, "reduce": ring, "gather": gather}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class SigLipLoss(nn.Module):
+    """The pairwise sigmoid loss of the global batch, a drop-in for open_clip's `SigLipLoss` (arXiv 2303.15343).
+
+    rank, world_size: this process's, as in open_clip; world_size 1 is the loss of the local batch. With `group` given
+    they default to the group's.
+    dist_impl: how texts travel. "ring" (default): around the ranks, one block at a time, with transfers behind the
+    computation and memory O(local N·D) whatever the number of ranks; "gather": all at once, O(global N·D). open_clip's
+    "bidir", "shift" and "reduce" differ only in how they travel there and are the ring here.
+    chunk_size: most images in a block of logits; 0 chooses. cache_labels: accepted, there are no labels to cache.
+    bidir, use_horovod: constructor arguments of open_clip 2; horovod is not supported.
+    backend: "triton", "chunked" (plain PyTorch), or "auto": triton on CUDA tensors where it is installed.
+    average_loss: return the mean of the ranks' losses, the same number on every rank, with unchanged gradients.
+
+    What each rank's loss and gradients are: see `siglip_kernels.sigmoid_loss.distributed`. Local batches may differ.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+        *,
+        bidir: bool | None = None,
+        use_horovod: bool = False,
+        group: dist.ProcessGroup | None = None,
+        backend: str = "auto",
+        average_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise unsupported("SigLipLoss", "use_horovod", "is True", "torch.distributed")
+        if dist_impl is None:
+            dist_impl = "ring" if bidir is None else "bidir" if bidir else "shift"
+        elif bidir is not None:
+            raise unsupported("SigLipLoss", "bidir", f"is {bidir} beside dist_impl={dist_impl!r}", "one of the two")
+        if dist_impl not in _ROUTES:
+            raise unsupported("SigLipLoss", "dist_impl", f"is {dist_impl!r}", ", ".join(_ROUTES))
+        if backend not in ("auto", "triton", "chunked"):
+            raise unsupported("SigLipLoss", "backend", f"is {backend!r}", "auto, triton, chunked")
+        check_chunk_size("SigLipLoss", chunk_size)
+        if group is not None and world_size == 1:
+            rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        if not 0 <= rank < world_size:
+            raise unsupported("SigLipLoss", "rank", f"is {rank} with world_size {world_size}", "0 to world_size - 1")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl
+        self.chunk_size = chunk_size
+        self.group = group
+        self.backend = backend
+        self.average_loss = average_loss
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or {"contrastive_loss": loss}.
+
+        image_features, text_features: (local N, D), normalised; logit_scale: exponentiated; it and logit_bias are
+        numbers or tensors of one element (open_clip makes either shape); no bias is a bias of 0.
+        """
+        logit_scale, logit_bias = _scalar_shape(logit_scale), _scalar_shape(0.0 if logit_bias is None else logit_bias)
+        arguments = (image_features, text_features, logit_scale, logit_bias)
+        loss = self._local(*arguments) if self.world_size == 1 else self._global(*arguments)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _engine(self, image_features: Tensor) -> str:
+        if self.backend != "auto":
+            return self.backend
+        return "triton" if image_features.is_cuda and kernels_available("cuda") else "chunked"
+
+    def _local(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
+        check_embeds("SigLipLoss", image_features, text_features)
+        if self._engine(image_features) == "triton":
+            return sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
+        return chunked_sigmoid_loss(image_features, text_features, logit_scale, logit_bias, self.chunk_size)
+
+    @torch.compiler.disable
+    def _global(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
+        group = self._group()
+        problem: Exception | None = None
+        arguments: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        engine = "chunked"
+        try:
+            check_embeds("SigLipLoss", image_features, text_features)
+            x, y = autocast(image_features), autocast(text_features)
+            if x.dtype != y.dtype or x.dtype not in _DTYPES:
+                got = f"has dtype {y.dtype}, image_features {x.dtype}"
+                raise unsupported("SigLipLoss", "text_features", got, "float32, float16, bfloat16 or float64 for both")
+            engine = self._engine(x)
+            if engine == "triton":
+                check_kernel_input("SigLipLoss", x)
+            scale = as_scalar("SigLipLoss", "logit_scale", logit_scale, x)
+            arguments = x, y, scale, as_scalar("SigLipLoss", "logit_bias", logit_bias, x)
+        except Exception as error:  # told to the other ranks first: they would wait for this one
+            problem = error
+        sizes = _agree(group, self.rank, arguments, problem)
+        assert arguments is not None  # else _agree has raised
+        x, y, scale, bias = arguments
+        wanted = _wanted(arguments)
+        peers = Peers(group, self.rank, sizes)
+        route = _ROUTES[self.dist_impl]
+        return GlobalLoss.apply(x, y, scale, bias, engine, self.chunk_size, peers, route, wanted, self.average_loss)
+
+    def _group(self) -> dist.ProcessGroup:
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                f"SigLipLoss: world_size is {self.world_size}, but torch.distributed has no process group; "
+                "call torch.distributed.init_process_group first"
+            )
+        group = self.group if self.group is not None else dist.group.WORLD
+        assert group is not None
+        actual = dist.get_rank(group), dist.get_world_size(group)
+        if actual != (self.rank, self.world_size):
+            got = f"are {self.rank} and {self.world_size}"
+            supported = f"the process group's own, {actual[0]} and {actual[1]}"
+            raise unsupported("SigLipLoss", "rank and world_size", got, supported)
+        return group
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, world_size={self.world_size}, dist_impl={self.dist_impl!r}, backend={self.backend!r}"
+
+
+def _scalar_shape(value: Tensor | float) -> Tensor | float:
+    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _wanted(arguments: tuple[Tensor, Tensor, Tensor, Tensor]) -> Wanted:
+    image, text, scale, bias = (torch.is_grad_enabled() and tensor.requires_grad for tensor in arguments)
+    return Wanted(image, text, scale or bias)
+
+
+def _agree(
+    group: dist.ProcessGroup,
+    rank: int,
+    arguments: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    problem: Exception | None,
+) -> tuple[int, ...]:
+    """Every rank's number of pairs. Raises on every rank if one refused its input or if they do not fit together."""
+    facts = [0, 0, 0, 0, 0]
+    if arguments is not None:
+        wanted = _wanted(arguments)
+        gradients = wanted.image or wanted.text or wanted.scalars
+        facts = [*arguments[0].shape, _DTYPES.index(arguments[0].dtype), int(wanted.text), int(gradients)]
+    on_cpu = "cpu:" in dist.get_backend_config(group)  # then no rank waits for its GPU here
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    mine = torch.tensor(facts, dtype=torch.int64, device=device)
+    gathered = mine.new_empty((dist.get_world_size(group), len(facts)))
+    all_gather(gathered, mine, group)
+    table: list[list[int]] = gathered.tolist()
+    if problem is not None:
+        raise problem
+    refused = [other for other, row in enumerate(table) if row[0] == 0]
+    if refused:
+        got = f"was refused by rank {refused[0]}, whose own error says why"
+        raise unsupported("SigLipLoss", "input", got, "valid input on every rank")
+    names = ("width", "dtype", "whether texts need gradients", "whether anything needs gradients")
+    for column, name in enumerate(names, start=1):
+        values = [row[column] for row in table]
+        if len(set(values)) > 1:
+            shown = [str(_DTYPES[value]) if name == "dtype" else value for value in values]
+            got = f"differ between ranks in {name}: {shown}"
+            raise unsupported("SigLipLoss", "features", got, "the same on every rank")
+    return tuple(row[0] for row in table)
