@@ -1,13 +1,10 @@
 """The public losses: what they accept, and which engine computes them."""
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from siglip_kernels import reference
-from siglip_kernels.device import interpreting
-from siglip_kernels.errors import MissingBackendError, unsupported
+from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.ops import forward_op
 
 # From this many pairs on the plain loss is chunked: below, all logits are smaller than the embeddings of usual models'
@@ -74,12 +71,6 @@ def check_chunk_size(operation: str, chunk_size: int) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
-def kernels_available(device_type: str) -> bool:
-    """Whether Triton can run on tensors of this kind of device."""
-    return interpreting() or (device_type == "cuda" and importlib.util.find_spec("triton") is not None)
-
-
 def check_kernel_input(operation: str, embeds: Tensor) -> None:
     """What the kernels ask beyond `chunked_sigmoid_loss`."""
     if embeds.dtype not in KERNEL_DTYPES:
@@ -89,11 +80,6 @@ def check_kernel_input(operation: str, embeds: Tensor) -> None:
     width = embeds.shape[1]
     if width % 8 or not 8 <= width <= LARGEST_WIDTH:
         raise unsupported(operation, "image_embeds", f"has width {width}", f"multiples of 8 up to {LARGEST_WIDTH}")
-    if not kernels_available(embeds.device.type):
-        raise MissingBackendError(
-            f"{operation}: the Triton kernels need CUDA tensors, these are on {embeds.device}; "
-            "use siglip_kernels.chunked_sigmoid_loss, or a model's backend 'sdpa' or 'eager', there"
-        )
 
 
 def check_embeds(operation: str, image_embeds: Tensor, text_embeds: Tensor, *, same_length: bool = True) -> None:

@@ -63,15 +63,32 @@ class Engine(Protocol):
 
 @dataclass
 class GradientSum:
-    """One side's gradient while it is being summed.
+    """One side's gradient while it is being summed: in `total`, unscaled, or, where one product is all there is, in
+    `result`, scaled.
 
-    total: (n, D) of the engine's sum dtype, or None where no partial sum will ever be stored.
-    started: whether `total` already holds something. result: where the last addition goes, scaled; None: to total.
+    total: (n, D) of the engine's sum dtype. started: whether it already holds something.
     """
 
-    total: Tensor | None
+    total: Tensor | None = None
     started: bool = False
     result: Tensor | None = None
+
+    def add(
+        self,
+        engine: Engine,
+        block: Tensor,
+        operand: Tensor,
+        transposed: bool,
+        rows: slice,
+        logit_scale: Tensor,
+        factor: float,
+    ) -> None:
+        """Adds block · operand to these rows."""
+        if self.result is not None:
+            engine.product(block, operand, transposed, None, self.result[rows], logit_scale, factor)
+        elif self.total is not None:
+            total = self.total[rows]
+            engine.product(block, operand, transposed, total if self.started else None, total, None, 1.0)
 
 
 def accumulate(
@@ -89,35 +106,16 @@ def accumulate(
     factor: float,
 ) -> None:
     """Adds all pairs of x (at most engine.rows images) and y (any number) to the totals and to the gradient sums."""
-    starts = range(0, len(y), engine.columns)
-    for start in starts:
+    gradients = scalar_gradients or residual is not None
+    for start in range(0, len(y), engine.columns):
         columns = slice(start, min(start + engine.columns, len(y)))
         block = None if residual is None else residual[: len(x), : columns.stop - start]
-        engine.residual(
-            x,
-            y[columns],
-            logit_scale,
-            logit_bias,
-            diagonal - start,
-            totals,
-            scalar_gradients or block is not None,
-            block,
-        )
-        if block is None:
-            continue
-        if image is not None:
-            previous = image.total if image.started else None
-            finish = image.result is not None and start == starts[-1]
-            out = image.result if finish else image.total
-            assert out is not None
-            engine.product(block, y[columns], False, previous, out, logit_scale if finish else None, factor)
+        engine.residual(x, y[columns], logit_scale, logit_bias, diagonal - start, totals, gradients, block)
+        if block is not None and image is not None:
+            image.add(engine, block, y[columns], False, slice(None), logit_scale, factor)
             image.started = True
-        if text is not None:
-            previous = text.total[columns] if text.started and text.total is not None else None
-            finish = text.result is not None
-            target = text.result if text.result is not None else text.total
-            assert target is not None
-            engine.product(block, x, True, previous, target[columns], logit_scale if finish else None, factor)
+        if block is not None and text is not None:
+            text.add(engine, block, x, True, columns, logit_scale, factor)
     if text is not None:
         text.started = True
 
@@ -151,37 +149,38 @@ def loss_and_gradients(
     factor = 1 / (n * engine.residual_scale)
     totals = engine.totals(x.device)
     residual = workspace(engine, n, n, x.device) if image_gradient or text_gradient else None
-    several_rows, several_columns = n > engine.rows, n > engine.columns
-    direct = engine.saved_dtype == engine.sum_dtype
+    # Sums are made in the result itself where its dtype allows.
+    in_place = engine.saved_dtype == engine.sum_dtype
+    several_columns, several_rows = n > engine.columns, n > engine.rows
 
     dx = x.new_empty(x.shape if image_gradient else (0,), dtype=engine.saved_dtype)
-    row_sum = None
-    if image_gradient and several_columns and not direct:
+    row_sum = dx[:0]
+    if image_gradient and several_columns and not in_place:
         row_sum = x.new_empty((min(engine.rows, n), width), dtype=engine.sum_dtype)
-    dy = x.new_empty(y.shape if text_gradient and (direct or not several_rows) else (0,), dtype=engine.saved_dtype)
+    dy = x.new_empty(y.shape if text_gradient and (in_place or not several_rows) else (0,), dtype=engine.saved_dtype)
     text = None
-    if text_gradient:
-        total = None
-        if several_rows:
-            total = dy if direct else x.new_empty(y.shape, dtype=engine.sum_dtype)
-        text = GradientSum(total, result=None if several_rows else dy)
+    if text_gradient and several_rows:
+        text = GradientSum(total=dy if in_place else x.new_empty(y.shape, dtype=engine.sum_dtype))
+    elif text_gradient:
+        text = GradientSum(result=dy)
 
     for start in range(0, n, engine.rows):
         rows = slice(start, min(start + engine.rows, n))
         image = None
-        if image_gradient:
-            total = dx[rows] if direct else None if row_sum is None else row_sum[: rows.stop - start]
-            image = GradientSum(total, result=dx[rows])
-        if several_rows and direct and text is not None and rows.stop == n:
-            text.result = dy
+        if image_gradient and several_columns:
+            image = GradientSum(total=dx[rows] if in_place else row_sum[: rows.stop - start])
+        elif image_gradient:
+            image = GradientSum(result=dx[rows])
         accumulate(
             engine, x[rows], y, logit_scale, logit_bias, start, totals, scalar_gradients, residual, image, text, factor
         )
+        if image is not None and image.total is not None:
+            engine.scale(image.total, logit_scale, factor, dx[rows])
 
-    del residual, row_sum  # before the conversion below allocates, which is the peak of the whole
-    if text is not None and several_rows and not direct:
-        assert text.total is not None
-        dy = engine.scale(text.total, logit_scale, factor, x.new_empty(y.shape, dtype=engine.saved_dtype))
+    del residual, row_sum, image  # before the last conversion allocates: it is the peak of the whole
+    if text is not None and text.total is not None:
+        dy = dy if in_place else x.new_empty(y.shape, dtype=engine.saved_dtype)
+        engine.scale(text.total, logit_scale, factor, dy)
     loss, scalars = finish_totals(totals, 1 / n, logit_scale.dtype, scalar_gradients)
     return loss, dx, dy, scalars
 

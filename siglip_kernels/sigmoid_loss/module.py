@@ -14,10 +14,10 @@ from siglip_kernels.sigmoid_loss.api import (
     check_embeds,
     check_kernel_input,
     chunked_sigmoid_loss,
-    kernels_available,
     sigmoid_loss,
 )
 from siglip_kernels.sigmoid_loss.distributed import GlobalLoss, Peers, Wanted, all_gather, gather, ring
+from siglip_kernels.sigmoid_loss.ops import kernels_available, make_engine
 
 _ROUTES = {"ring": ring, "bidir": ring, "shift": ring, "reduce": ring, "gather": gather}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -93,13 +93,18 @@ class SigLipLoss(nn.Module):
         """
         logit_scale, logit_bias = _scalar_shape(logit_scale), _scalar_shape(0.0 if logit_bias is None else logit_bias)
         arguments = (image_features, text_features, logit_scale, logit_bias)
-        loss = self._local(*arguments) if self.world_size == 1 else self._global(*arguments)
+        if self.world_size == 1:
+            loss = self._local(*arguments)
+        elif torch.compiler.is_compiling():  # the exchange stays outside of graphs
+            loss = torch.compiler.disable(self._global)(*arguments)
+        else:
+            loss = self._global(*arguments)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _engine(self, image_features: Tensor) -> str:
         if self.backend != "auto":
             return self.backend
-        return "triton" if image_features.is_cuda and kernels_available("cuda") else "chunked"
+        return "triton" if image_features.is_cuda and kernels_available(image_features.device) else "chunked"
 
     def _local(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
         check_embeds("SigLipLoss", image_features, text_features)
@@ -107,7 +112,6 @@ class SigLipLoss(nn.Module):
             return sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
         return chunked_sigmoid_loss(image_features, text_features, logit_scale, logit_bias, self.chunk_size)
 
-    @torch.compiler.disable
     def _global(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
         group = self._group()
         problem: Exception | None = None
@@ -122,6 +126,7 @@ class SigLipLoss(nn.Module):
             engine = self._engine(x)
             if engine == "triton":
                 check_kernel_input("SigLipLoss", x)
+                make_engine(engine, x)  # raises where the kernels cannot run
             scale = as_scalar("SigLipLoss", "logit_scale", logit_scale, x)
             arguments = x, y, scale, as_scalar("SigLipLoss", "logit_bias", logit_bias, x)
         except Exception as error:  # told to the other ranks first: they would wait for this one

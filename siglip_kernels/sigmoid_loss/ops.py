@@ -1,17 +1,34 @@
 """Registration with torch.library: one operation for both engines, with its shapes and its gradient."""
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
+from siglip_kernels.device import interpreting
+from siglip_kernels.errors import MissingBackendError
 from siglip_kernels.sigmoid_loss.blocks import Engine, loss_and_gradients
 from siglip_kernels.sigmoid_loss.chunked import PlainEngine
 
 NO_DOUBLE_BACKWARD = "sigmoid_loss: its gradient has no gradient (double backward); supported: siglip_kernels.reference"
 
 
+def kernels_available(device: torch.device) -> bool:
+    """Whether Triton can run on tensors of this device."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return interpreting()
+
+
 def make_engine(name: str, embeds: Tensor, chunk_size: int = 0) -> Engine:
     """The engine of this name for embeddings of this dtype, width and device."""
     if name == "triton":
+        # Asked here, not with the rest of the validation, because torch.compile cannot trace the question.
+        if embeds.device.type != "meta" and not kernels_available(embeds.device):
+            raise MissingBackendError(
+                f"sigmoid_loss: its kernels need Triton and CUDA tensors, these are on {embeds.device}; "
+                "use siglip_kernels.chunked_sigmoid_loss, or a model's backend 'sdpa' or 'eager'"
+            )
         from siglip_kernels.sigmoid_loss.launch import TritonEngine, config_for  # here alone: importing needs no Triton
 
         return TritonEngine(embeds.dtype, config_for(embeds), chunk_size)
