@@ -1,0 +1,169 @@
+"""Rebuild the small checkpoint: python -m siglip_model.demo.build --emoji FOLDER --out FOLDER
+
+Fetches and draws the emoji, makes the tokenizer, trains, measures on the unseen design and writes the model card.
+An interrupted run, started again with the same arguments, goes on.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from siglip_model.demo.augmentation import augment
+from siglip_model.demo.emoji import TEST_DESIGN, TRAINING_DESIGNS, VALIDATION_DESIGN, Emoji, download, load_emoji
+from siglip_model.demo.evaluate import evaluate, score_logits
+from siglip_model.demo.model_card import write_card
+from siglip_model.demo.vocabulary import LENGTH, PROMPTS, write_image_processor, write_tokenizer
+from siglip_model.training import AfterSave, Batch, TrainingConfig, WeightAverage, initialise_logits, pooled, train
+
+if TYPE_CHECKING:
+    from siglip_model import SiglipModel
+
+SIZE, PATCH, WIDTH, HEADS = 64, 16, 160, 5
+DRAWN = 80  # pixels of the drawings, a little more than SIZE so that augmentation can zoom in
+
+
+class EmojiBatches:
+    """Batch number -> names drawn without replacement, each in one prompt and in pictures of several designs."""
+
+    def __init__(self, emoji: Emoji, prompts: Tensor, names_per_batch: int, views: int) -> None:
+        """prompts: int64 (len(PROMPTS), names, length), the token ids of every name in every prompt."""
+        self.prompts, self.names_per_batch, self.views = prompts, names_per_batch, views
+        self.prompt_weights = torch.tensor([weight for _, weight in PROMPTS])
+        self.pictures = torch.cat([emoji.pictures[design.name] for design in TRAINING_DESIGNS])
+        # picture_of[n, d]: which picture shows name n in design d, or -1.
+        self.picture_of = torch.full((len(emoji.names), len(TRAINING_DESIGNS)), -1)
+        start = 0
+        for column, design in enumerate(TRAINING_DESIGNS):
+            names = emoji.name_of[design.name]
+            self.picture_of[names, column] = torch.arange(start, start + len(names))
+            start += len(names)
+
+    def __call__(self, number: int, generator: torch.Generator) -> Batch:
+        names = torch.randperm(len(self.picture_of), generator=generator)[: self.names_per_batch]
+        prompt = torch.multinomial(self.prompt_weights, len(names), replacement=True, generator=generator)
+        pictures = self.picture_of[names]  # [N, designs]
+        order = (
+            torch.rand(pictures.shape, generator=generator).masked_fill(pictures < 0, -1).argsort(1, descending=True)
+        )
+        available = (pictures >= 0).sum(1, keepdim=True)
+        # Designs in random order; where there are fewer than views, they come round again, varied otherwise.
+        columns = order.gather(1, torch.arange(self.views)[None] % available)  # [N, V]
+        chosen = pictures.gather(1, columns).T  # [V, N]
+        pixels = augment(self.pictures[chosen.flatten()], SIZE, generator).unflatten(0, chosen.shape)
+        return Batch(self.prompts[prompt, names], pixels)
+
+
+def make_model(vocabulary: int, seed: int) -> "SiglipModel":
+    """A SigLIP of 2.4 million parameters, initialised by the seed."""
+    from siglip_model import SiglipConfig, SiglipModel
+
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": WIDTH,
+        "intermediate_size": 3 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": LENGTH,
+        "pad_token_id": 1,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 4,
+        "num_attention_heads": HEADS,
+        "image_size": SIZE,
+        "patch_size": PATCH,
+    }
+    torch.manual_seed(seed)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    initialise_logits(model)
+    return model
+
+
+def _validation(emoji: Emoji, prompts: Tensor, log: Path) -> AfterSave:
+    """Logs the score on the validation design, with the averaged weights. prompts: int64 (names, length)."""
+    pictures = emoji.pictures[VALIDATION_DESIGN.name].float() / 255
+    pictures = pictures[:, :3] * pictures[:, 3:] + 1 - pictures[:, 3:]  # on white
+    pixels = F.interpolate(pictures, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
+
+    @torch.no_grad()
+    def measure(step: int, model: "SiglipModel", average: WeightAverage) -> None:
+        with average.applied_to(model):
+            images = [pooled(model.get_image_features(part)) for part in pixels.split(256)]
+            texts = [pooled(model.get_text_features(part)) for part in prompts.split(256)]
+        logits = F.normalize(torch.cat(images), dim=-1) @ F.normalize(torch.cat(texts), dim=-1).T
+        score = score_logits(logits, emoji.name_of[VALIDATION_DESIGN.name])
+        with open(log, "a") as file:
+            file.write(json.dumps({"step": step, "time": time.strftime("%H:%M:%S"), **vars(score)}) + "\n")
+
+    return measure
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where the checkpoint and, under training/, the state of the run go.")],
+    emoji: Annotated[Path, typer.Option(help="Unpacked emoji packages; what is missing is fetched.")] = Path("emoji"),
+    steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 2500,
+    names_per_batch: Annotated[int, typer.Option(help="Texts in a batch.")] = 128,
+    views: Annotated[int, typer.Option(help="Pictures of each text in a batch.")] = 4,
+    learning_rate: Annotated[float, typer.Option()] = 1.5e-3,
+    seed: Annotated[int, typer.Option()] = 0,
+    bfloat16: Annotated[bool, typer.Option(help="Autocast; pays on processors that have it.")] = True,
+    save_every: Annotated[int, typer.Option(help="Steps between savings and validations.")] = 250,
+    stop_after: Annotated[int | None, typer.Option(help="Leave after this many steps, to go on later.")] = None,
+) -> None:
+    """Draw, train, measure, write the model card."""
+    from siglip_model import SiglipModel, SiglipProcessor, SiglipTokenizer
+
+    download(emoji)
+    work = out / "training"
+    data = load_emoji(emoji, DRAWN, work / "drawings.safetensors")
+    write_tokenizer(data.names, out)
+    write_image_processor(SIZE, out)
+    tokenizer = SiglipTokenizer.from_pretrained(out)
+    encoded = [
+        tokenizer(
+            [prompt.format(name) for name in data.names], padding="max_length", max_length=LENGTH, truncation=True
+        )["input_ids"]
+        for prompt, _ in PROMPTS
+    ]
+    prompts = torch.tensor(encoded)  # [prompts, names, length]
+    model = make_model(len(tokenizer), seed)
+    parameters = model.num_parameters()
+    pictures = sum(len(data.pictures[design.name]) for design in TRAINING_DESIGNS)
+    print(f"{len(data.names)} names, {pictures} training pictures, {parameters:,} parameters")
+    config = TrainingConfig(
+        steps=steps, learning_rate=learning_rate, bfloat16=bfloat16, seed=seed, save_every=save_every
+    )
+    model.set_backend("eager")  # with few tokens the plain form is the fastest in bfloat16 on a CPU
+    batches = EmojiBatches(data, prompts, names_per_batch, views)
+    validation = _validation(data, prompts[0], work / "validation.jsonl")
+    train(model, batches, config, work, after_save=validation, stop_after=stop_after)
+    if stop_after is not None and stop_after < steps:
+        return
+    model.save_pretrained(out)
+    score = evaluate(SiglipModel.from_pretrained(out), SiglipProcessor.from_pretrained(out), emoji)
+    write_card(
+        out,
+        score,
+        data,
+        config,
+        parameters=parameters,
+        size=SIZE,
+        pieces=len(tokenizer),
+        texts=names_per_batch,
+        views=views,
+    )
+    print(f"{TEST_DESIGN.name}, never trained on: {score}")
+    print(f"The checkpoint is in {out}; {work} is no longer needed.")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,43 @@
+"""Draw the pictures that ship with the package: python -m siglip_model.demo.bundle --emoji FOLDER
+
+They were picked by name, for variety, before any checkpoint was measured.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from siglip_model.demo import PICTURES
+from siglip_model.demo.emoji import TEST_DESIGN, download, draw, on_white, read_design
+
+NAMES = ("alarm-clock", "bicycle", "cat-face", "guitar", "hamburger", "octopus", "rocket", "sunflower")
+PIXELS = 256
+
+_NOTICE = f"""# Pictures of the demo
+
+Drawn from {TEST_DESIGN.package} {TEST_DESIGN.version}, on white, at {PIXELS} pixels; otherwise unchanged.
+Twemoji ({TEST_DESIGN.source}): graphics copyright Twitter, Inc and other contributors, licensed under
+CC-BY 4.0 (https://creativecommons.org/licenses/by/4.0/).
+
+The small checkpoint never saw this design in training. The pictures were picked by name, for variety, before any
+checkpoint was measured.
+"""
+
+
+def main(
+    emoji: Annotated[Path, typer.Option(help="Unpacked emoji packages; what is missing is fetched.")] = Path("emoji"),
+    out: Annotated[Path, typer.Option(help="Where the pictures go.")] = PICTURES,
+) -> None:
+    """Draw the pictures and their notice."""
+    download(emoji, [TEST_DESIGN])
+    icons = read_design(emoji, TEST_DESIGN)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in NAMES:
+        picture = on_white(draw(icons.svg(name), PIXELS))
+        picture.quantize(128).save(out / f"{name}.png", optimize=True)
+    (out / "README.md").write_text(_NOTICE)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,116 @@
+"""Measure a checkpoint on a design that it never saw.
+
+python -m siglip_model.demo.evaluate [CHECKPOINT] --emoji FOLDER
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from siglip_model.demo import CHECKPOINT
+from siglip_model.demo.emoji import (
+    DESIGNS,
+    TEST_DESIGN,
+    choose_names,
+    download,
+    draw,
+    on_white,
+    read_design,
+    spoken,
+)
+from siglip_model.training import pooled
+
+TEMPLATE = "This is a photo of {}."
+PIXELS = 128  # drawn at this size on white, then resized by the checkpoint's own image processor
+CANDIDATES = 10
+TRIALS = 10  # per picture
+
+
+@dataclass(frozen=True)
+class Score:
+    """names: how many there are to choose from. The others are fractions in [0, 1]."""
+
+    names: int
+    pictures: int
+    ten_way: float
+    top1: float
+    top5: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ten_way:.1%} right among {CANDIDATES} random names; among all {self.names} names "
+            f"top-1 {self.top1:.1%}, top-5 {self.top5:.1%} ({self.pictures} pictures)"
+        )
+
+
+def score_logits(logits: Tensor, right: Tensor, seed: int = 0) -> Score:
+    """logits: (pictures, names); right: int64 (pictures,), the index of each picture's name. Ties count as wrong.
+
+    Ten-way: for every picture, ten times, nine other names are drawn without replacement, all equally likely.
+    """
+    pictures, names = logits.shape
+    true = logits.gather(1, right[:, None])  # [pictures, 1]
+    others = logits.scatter(1, right[:, None], float("-inf"))
+    better = (others >= true).sum(1)
+    generator = torch.Generator().manual_seed(seed)
+    wins = 0
+    for _ in range(TRIALS):
+        keys = torch.rand(pictures, names, generator=generator).scatter(1, right[:, None], -1.0)
+        drawn = keys.topk(CANDIDATES - 1, dim=1).indices  # never the right one: its key is the lowest
+        wins += int((others.gather(1, drawn) < true).all(1).sum())
+    fraction = [float((better < k).float().mean()) for k in (1, 5)]
+    return Score(names, pictures, wins / (TRIALS * pictures), *fraction)
+
+
+@torch.inference_mode()
+def all_logits(model: Any, processor: Any, images: Sequence[Image.Image], names: Sequence[str]) -> Tensor:
+    """The model's logits (images, names), through the processor, as a user would compute them."""
+    texts, pictures = [], []
+    prompts = [TEMPLATE.format(name) for name in names]
+    for start in range(0, len(prompts), 256):
+        batch = processor(
+            text=prompts[start : start + 256], padding="max_length", max_length=64, truncation=True, return_tensors="pt"
+        )
+        texts.append(pooled(model.get_text_features(batch["input_ids"])))
+    for start in range(0, len(images), 256):
+        batch = processor(images=list(images[start : start + 256]), return_tensors="pt")
+        pictures.append(pooled(model.get_image_features(batch["pixel_values"])))
+    text, picture = (torch.nn.functional.normalize(torch.cat(parts), dim=-1) for parts in (texts, pictures))
+    return picture @ text.T * model.logit_scale.exp() + model.logit_bias
+
+
+def evaluate(model: Any, processor: Any, emoji: Path, design: str = TEST_DESIGN.name, seed: int = 0) -> Score:
+    """Score a model on every picture that `design` has of the names."""
+    sets = {icons.design.name: icons for icons in (read_design(emoji, each) for each in DESIGNS)}
+    names, shown = choose_names(list(sets.values()))
+    images = [on_white(draw(sets[design].svg(icon), PIXELS)) for icon in shown[design].values()]
+    right = torch.tensor([names.index(name) for name in shown[design]])
+    return score_logits(all_logits(model, processor, images, [spoken(name) for name in names]), right, seed)
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint's folder.")] = CHECKPOINT,
+    emoji: Annotated[Path, typer.Option(help="Unpacked emoji packages; what is missing is fetched.")] = Path("emoji"),
+    design: Annotated[str, typer.Option(help="Whose pictures.")] = TEST_DESIGN.name,
+    seed: Annotated[int, typer.Option(help="Draws the random names.")] = 0,
+) -> None:
+    """Print how often the checkpoint finds the right name."""
+    from siglip_model import SiglipModel, SiglipProcessor
+
+    if design not in {each.name for each in DESIGNS}:
+        raise typer.BadParameter(
+            f"{design}; there are {', '.join(each.name for each in DESIGNS)}", param_hint="--design"
+        )
+    download(emoji)
+    model = SiglipModel.from_pretrained(checkpoint)
+    print(f"{design}: {evaluate(model, SiglipProcessor.from_pretrained(checkpoint), emoji, design, seed)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,325 @@
+"""Training with the sigmoid loss (Zhai et al. 2023, arXiv 2303.15343): AdamW, warm-up and cosine, averaged weights.
+
+One process. Everything random in a step is a function of the seed and the step's number, so an interrupted run,
+started again, goes on with the very batches, moments and averages that it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from siglip_model.atomic import sync_directory, sync_file
+
+if TYPE_CHECKING:
+    from siglip_model.model import SiglipModel
+    from siglip_model.outputs import BaseModelOutputWithPooling
+
+_STATE = "training_state.safetensors"
+_LOG = "training_log.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train. A step is one update of the weights, from `accumulate` batches.
+
+    The sigmoid loss is that of each batch by itself: accumulated batches do not see each other's negatives.
+    """
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+    accumulate: int = 1
+    average_decay: float = 0.998  # exponential moving average of the weights; 0 keeps none
+    bfloat16: bool = False  # autocast
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainingConfig: {name} is {getattr(self, name)}; supported: 1 and more")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(f"TrainingConfig: warmup_steps is {self.warmup_steps}; supported: 0 to steps={self.steps}")
+        if not self.learning_rate > 0 or not self.gradient_clip > 0:
+            raise ValueError("TrainingConfig: learning_rate and gradient_clip must be positive")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"TrainingConfig: average_decay is {self.average_decay}; supported: 0 up to below 1")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N texts, and one or more pictures of each.
+
+    input_ids: int64 (N, length). pixel_values: (V, N, C, H, W), picture [v, n] belongs to text n; (N, C, H, W) is
+    one view. Several views of one text cost the text tower only once.
+    """
+
+    input_ids: Tensor
+    pixel_values: Tensor
+
+    def __post_init__(self) -> None:
+        views, texts = self.pixel_values.shape[:-3], self.input_ids.shape[0]
+        if len(views) not in (1, 2) or views[-1] != texts:
+            raise ValueError(
+                f"Batch: pixel_values {tuple(self.pixel_values.shape)} for {texts} texts; "
+                "supported: (N, C, H, W) or (V, N, C, H, W)"
+            )
+
+
+BatchSource = Callable[[int, torch.Generator], Batch]
+"""Gives a batch from its number (0, 1, ...) and a generator seeded for that number."""
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """Linear from 0 over `warmup_steps`, then half a cosine down to 0 at `steps`. step: 0 for the first update."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def initialise_logits(model: SiglipModel) -> None:
+    """The paper's start: t' = log 10 and b = -10, so that the many negatives do not dominate the first steps."""
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(10))
+        model.logit_bias.fill_(-10)
+
+
+def make_optimizer(model: SiglipModel, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019). Vectors and scalars (biases, norms, t' and b) are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+
+
+def pooled(output: BaseModelOutputWithPooling) -> Tensor:
+    """A tower's embedding. A vision tower without a head has none, and cannot be trained with this loss."""
+    if output.pooler_output is None:
+        raise ValueError("training needs embeddings, but the vision tower has none (vision_use_head is False)")
+    return output.pooler_output
+
+
+def batch_loss(model: SiglipModel, batch: Batch, bfloat16: bool = False) -> Tensor:
+    """The sigmoid loss of a batch, mean over its views. Towers in bfloat16 if asked; similarities and loss in fp32."""
+    pixel_values = batch.pixel_values if batch.pixel_values.ndim == 5 else batch.pixel_values[None]
+    views = len(pixel_values)
+    device = batch.input_ids.device.type
+    with torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext():
+        texts = pooled(model.get_text_features(batch.input_ids))
+        images = pooled(model.get_image_features(pixel_values.flatten(0, 1)))
+    texts = F.normalize(texts.float(), dim=-1)  # [N, D]
+    images = F.normalize(images.float(), dim=-1).unflatten(0, (views, -1))  # [V, N, D]
+    scale, bias = model.logit_scale.exp().squeeze(), model.logit_bias.squeeze()
+    return torch.stack([model.ops.sigmoid_loss(view, texts, scale, bias) for view in images]).mean()
+
+
+class WeightAverage:
+    """Exponential moving average of a model's parameters; the decay grows to its value over the first steps."""
+
+    def __init__(self, model: SiglipModel, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: SiglipModel, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in model.named_parameters():
+            self.weights[name].lerp_(parameter, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: SiglipModel) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.weights[name])
+
+    @contextmanager
+    def applied_to(self, model: SiglipModel) -> Iterator[None]:
+        """Within the context the model has the averaged weights; after it, its own again."""
+        own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.copy_to(model)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(own[name])
+
+
+AfterSave = Callable[[int, "SiglipModel", WeightAverage], None]
+"""Called with the steps done, the model and the averaged weights after each saving."""
+
+
+def train(
+    model: SiglipModel,
+    batches: BatchSource,
+    config: TrainingConfig,
+    directory: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    show_progress: bool = True,
+    after_save: AfterSave | None = None,
+    stop_after: int | None = None,
+) -> SiglipModel:
+    """Train `model` in place and return it, in eval mode, with its averaged weights.
+
+    directory: keeps the state of the run (weights, moments, averages; replaced in one piece every `save_every` steps)
+        and a log of one JSON object a line. If it holds the state of an interrupted run with the same configuration,
+        that run goes on; of another configuration or model: ValueError.
+    after_save: to measure progress.
+    stop_after: leave, as if interrupted, after this many steps; the weights are then the last, not the averaged ones.
+    Raises FloatingPointError when the loss is no longer finite.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.to(device).train()
+    optimizer = make_optimizer(model, config)
+    average = WeightAverage(model, config.average_decay)
+    first = _load_state(directory / _STATE, model, optimizer, average, config)
+    _forget_after(directory / _LOG, first)
+    last = config.steps if stop_after is None else min(config.steps, stop_after)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, disable=not show_progress) as progress, open(directory / _LOG, "a") as log:
+        bar = progress.add_task("training", total=config.steps, completed=first)
+        images, started = 0, time.perf_counter()
+        for step in range(first, last):
+            rate = learning_rate_at(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss_sum = 0.0
+            for micro in range(config.accumulate):
+                number = step * config.accumulate + micro
+                seed = _seed_of_batch(config.seed, number)
+                torch.manual_seed(seed)  # for a model with dropout
+                batch = batches(number, torch.Generator().manual_seed(seed))
+                batch = Batch(batch.input_ids.to(device), batch.pixel_values.to(device))
+                loss = batch_loss(model, batch, config.bfloat16) / config.accumulate
+                loss.backward()
+                loss_sum += loss.item()
+                images += batch.pixel_values.shape[:-3].numel()
+            if not math.isfinite(loss_sum):
+                raise FloatingPointError(f"the loss is {loss_sum} at step {step}; try a lower learning rate")
+            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(model, step)
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                speed = images / (time.perf_counter() - started)
+                entry = {
+                    "step": done,
+                    "loss": loss_sum,
+                    "learning_rate": rate,
+                    "gradient_norm": float(gradient_norm),
+                    "scale": model.logit_scale.exp().item(),
+                    "bias": model.logit_bias.item(),
+                    "images_per_second": speed,
+                }
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                progress.update(bar, description=f"loss {loss_sum:.3f}  {speed:.0f} images/s")
+                images, started = 0, time.perf_counter()
+            progress.update(bar, completed=done)
+            if done % config.save_every == 0 or done == last:
+                _save_state(directory / _STATE, done, model, optimizer, average, config)
+                if after_save is not None:
+                    after_save(done, model, average)
+                    images, started = 0, time.perf_counter()
+    if last == config.steps and config.average_decay > 0:
+        average.copy_to(model)
+    return model.eval()
+
+
+def _seed_of_batch(seed: int, number: int) -> int:
+    """Multipliers far apart (Knuth's), so that runs with neighbouring seeds do not share batches."""
+    return (seed * 2654435761 + number * 40503 + 1) % 2**63
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drop the lines that an interrupted run wrote after its last saving: their steps are done again."""
+    if log.exists():
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+def _save_state(
+    path: Path,
+    step: int,
+    model: SiglipModel,
+    optimizer: torch.optim.AdamW,
+    average: WeightAverage,
+    config: TrainingConfig,
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        tensors[f"average.{name}"] = average.weights[name]
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    temporary = path.with_name(path.name + ".part")
+    save_file(tensors, temporary, metadata={"step": str(step), "config": json.dumps(_identity(config))})
+    sync_file(temporary)
+    temporary.replace(path)  # atomic: an interruption leaves the previous state whole
+    sync_directory(path.parent)
+
+
+def _load_state(
+    path: Path, model: SiglipModel, optimizer: torch.optim.AdamW, average: WeightAverage, config: TrainingConfig
+) -> int:
+    """Restore a saved state, if there is one, and return the number of steps done."""
+    if not path.exists():
+        return 0
+    try:
+        state = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not the state of a run: {error}; remove it to start anew") from error
+    with state as file:
+        metadata = file.metadata()
+        saved, wanted = json.loads(metadata["config"]), json.loads(json.dumps(_identity(config)))
+        if saved != wanted:
+            differing = [key for key in wanted if saved.get(key) != wanted[key]]
+            changed = ", ".join(f"{key} was {saved.get(key)}, is {wanted[key]}" for key in differing)
+            raise ValueError(f"{path} is the state of another run ({changed}); use another directory or remove it")
+        names = set(file.keys())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if f"model.{name}" not in names:
+                    raise ValueError(f"{path} is the state of another model: it has no {name}")
+                stored = file.get_tensor(f"model.{name}")
+                if stored.shape != parameter.shape:
+                    shapes = f"{name} is {tuple(stored.shape)}, not {tuple(parameter.shape)}"
+                    raise ValueError(f"{path} is the state of another model: {shapes}")
+                parameter.copy_(stored)
+                average.weights[name].copy_(file.get_tensor(f"average.{name}"))
+                moments: dict[str, Any] = {}
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    if f"optimizer.{key}.{name}" in names:
+                        value = file.get_tensor(f"optimizer.{key}.{name}")
+                        moments[key] = value if key == "step" else value.to(parameter.device)
+                if moments:
+                    optimizer.state[parameter] = moments
+        return int(metadata["step"])
+
+
+def _identity(config: TrainingConfig) -> dict[str, Any]:
+    """What must be equal for a run to go on; how often it logs and saves may change."""
+    return {key: value for key, value in asdict(config).items() if key not in ("log_every", "save_every")}
