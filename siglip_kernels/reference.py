@@ -1,6 +1,6 @@
 """Every operation in plain PyTorch: the definition that the kernels are tested against, and the `eager` backend.
 
-Written to be read and to be right in any floating-point dtype (fp64 is the truth that tests compare with), not to be fast.
+Written to be read and to be right in any floating-point dtype (tests take fp64 for the truth), not to be fast.
 Statistics and probabilities are at least fp32 whatever the inputs are.
 """
 
@@ -106,7 +106,7 @@ def attention_pool(
     x: (B, S, width); probe: (1, 1, width); the others are `torch.nn.MultiheadAttention`'s parameters:
     in_proj_weight (3 width, width) holds the projections of q, k and v. Returns (B, width).
     """
-    batch, tokens, width = x.shape
+    batch, _, width = x.shape
     q_weight, k_weight, v_weight = in_proj_weight.chunk(3)
     q_bias, k_bias, v_bias = in_proj_bias.chunk(3)
     q = F.linear(probe, q_weight, q_bias).expand(batch, 1, width).unflatten(-1, (num_heads, -1))

@@ -30,7 +30,8 @@ class AutoModel:
         model_type = load_config_dict(pretrained_model_name_or_path, **hub).get("model_type")
         if model_type not in MODELS:
             raise ValueError(
-                f"AutoModel: {pretrained_model_name_or_path} has model_type {model_type!r}; supported: {', '.join(MODELS)}"
+                f"AutoModel: {pretrained_model_name_or_path} has model_type {model_type!r}; "
+                f"supported: {', '.join(MODELS)}"
             )
         return MODELS[model_type].from_pretrained(pretrained_model_name_or_path, **kwargs)
 

@@ -56,7 +56,7 @@ def _dense_mask(attention_mask: Tensor) -> dict[str, Tensor]:
 
 
 def _lengths(attention_mask: Tensor, name: str) -> dict[str, Tensor]:
-    """Padding at the end of each sample, as the number of valid keys. Looks at the values, so it waits for the device."""
+    """Padding at the end of each sample, as the number of valid keys. Reads the values, so it waits for the device."""
     if attention_mask.dim() != 2:
         raise unsupported(
             name, "attention_mask", f"has {attention_mask.dim()} dimensions", "(batch, tokens) with padding at the end"
@@ -145,9 +145,9 @@ def _triton_attention(
 ) -> Tensor:
     if dropout:
         raise unsupported("triton", "attention_dropout", f"is {dropout}", "0 in training; eager and sdpa take any")
-    from siglip_kernels import attention
+    import siglip_kernels
 
-    return attention(q, k, v, scale=scale, lengths=lengths)
+    return siglip_kernels.attention(q, k, v, scale=scale, lengths=lengths)
 
 
 EAGER = Backend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +15,7 @@ from siglip_model.layers import MLP, LayerNorm, Linear, UsesBackend
 
 logger = logging.getLogger(__name__)
 
-MaskArguments = dict[str, Tensor]  # keyword arguments of the backend's attention
+MaskArguments = dict[str, Any]  # keyword arguments of the backend's attention
 
 
 @functools.cache
@@ -47,7 +48,7 @@ class Attention(UsesBackend, nn.Module):
         k = self.k_proj(x).unflatten(-1, heads)
         v = self.v_proj(x).unflatten(-1, heads)
         if self.training and self.dropout:
-            mask = {**mask, "dropout": self.dropout}  # type: ignore[dict-item]
+            mask = {**mask, "dropout": self.dropout}
         weights = None
         if return_weights:
             if self.ops.name != "eager":
@@ -85,7 +86,7 @@ class Encoder(nn.Module):
     def forward(
         self, x: Tensor, mask: MaskArguments, output_hidden_states: bool, output_attentions: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """x: (B, S, width). Returns the last hidden state, all layers + 1 of them, and each layer's attention weights."""
+        """x: (B, S, width). Returns the last hidden state, all of them (layers + 1), each layer's attention weights."""
         hidden_states = [x]
         attentions = []
         for layer in self.layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from siglip_kernels.errors import unsupported
 from siglip_model.backends import SDPA, Backend
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
     "gelu_new": nn.GELU(approximate="tanh"),
     "gelu_fast": nn.GELU(approximate="tanh"),

@@ -136,7 +136,8 @@ class SiglipForImageClassification(PreTrainedModel):
             self._default(output_attentions, "attentions"),
             self._default(output_hidden_states, "hidden_states"),
         )
-        logits = self.classifier(vision.last_hidden_state.mean(dim=1))
+        tokens: Any = vision.last_hidden_state  # [B, S, width]
+        logits = self.classifier(tokens.mean(dim=1))
         loss = None if labels is None else self._loss(logits, labels.to(logits.device))
         return finish(ImageClassifierOutput(loss, logits, vision.hidden_states, vision.attentions), self, return_dict)
 

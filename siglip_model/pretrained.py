@@ -146,7 +146,7 @@ class PreTrainedModel(nn.Module):
         kwargs.pop("low_cpu_mem_usage", None)  # always so
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
-        for name, value in kwargs.items():
+        for name in kwargs:
             if not hasattr(config, name):
                 raise TypeError(f"{cls.__name__}.from_pretrained got an unexpected argument {name!r}")
         if kwargs:
@@ -167,7 +167,7 @@ class PreTrainedModel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no parameters that a checkpoint may lack: {names}")
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: str = "50GB", **kwargs: Any) -> None:
-        """Write config.json and model.safetensors (or shards), as transformers does; killed half-way, the old remain."""
+        """Write config.json and model.safetensors (or shards) as transformers does; killed half-way, the old stay."""
         from siglip_model.checkpoint import save_checkpoint
 
         if kwargs.pop("safe_serialization", True) is False:
@@ -210,7 +210,7 @@ def _as_device(device_map: torch.device | str | int | dict[str, Any] | None) -> 
     if isinstance(device_map, dict):
         if len(set(map(str, device_map.values()))) != 1:
             raise ValueError(f"device_map is {device_map!r}; supported: one device for the whole model")
-        device_map = next(iter(device_map.values()))
+        return _as_device(next(iter(device_map.values())))
     if device_map is None:
         return torch.get_default_device()
     if device_map == "auto":

@@ -42,7 +42,7 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = Linear(config.hidden_size, config.projection_size)
+        self.head = Linear(config.hidden_size, config.projection_size or config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

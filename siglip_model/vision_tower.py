@@ -34,7 +34,8 @@ class VisionEmbeddings(UsesBackend, nn.Module):
             )
         height, width = pixel_values.shape[-2:]
         rows, columns = height // self.patch_size, width // self.patch_size
-        if not interpolate_pos_encoding and rows * columns not in (1, self.grid**2) or rows * columns == 0:
+        fits = interpolate_pos_encoding or rows * columns in (1, self.grid**2)
+        if rows * columns == 0 or not fits:
             side = self.grid * self.patch_size
             raise ValueError(
                 f"SiglipVisionModel: pixel_values are {height} × {width}, {rows * columns} patches; supported: "
@@ -139,5 +140,5 @@ class SiglipVisionModel(PreTrainedModel):
     def init_weights(self) -> None:
         super().init_weights()
         lecun_normal_(self.embeddings.patch_embedding.weight)
-        nn.init.zeros_(self.embeddings.patch_embedding.bias)
+        nn.init.zeros_(self.embeddings.patch_embedding.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.embeddings.position_embedding.weight, std=self.config.hidden_size**-0.5)
