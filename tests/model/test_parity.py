@@ -1,0 +1,269 @@
+"""The model against transformers: every output field, every gradient, in fp32, at most 1e-5 apart."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from oracle import (
+    BASE_LIKE,
+    SO400M_LIKE,
+    TINY_TEXT,
+    TINY_VISION,
+    our_model,
+    randomised,
+    same_weights,
+    transformers_model,
+    worst_difference,
+)
+
+import siglip_model
+from siglip_model import backends, layers
+
+TOLERANCE = 1e-5
+SHAPES = {"tiny": (TINY_TEXT, TINY_VISION), "base": BASE_LIKE, "so400m": SO400M_LIKE}
+EVERYTHING = {"return_loss": True, "output_hidden_states": True, "output_attentions": True}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def batch(theirs: transformers.SiglipModel, size: int = 3) -> dict[str, torch.Tensor]:
+    text, vision = theirs.config.text_config, theirs.config.vision_config
+    return {
+        "input_ids": torch.randint(0, text.vocab_size, (size, text.max_position_embeddings)),
+        "pixel_values": torch.randn(size, 3, vision.image_size, vision.image_size),
+    }
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_output_field(shape: str, backend: str) -> None:
+    theirs = transformers_model(*SHAPES[shape])
+    ours = our_model(theirs, backend)
+    inputs = batch(theirs)
+    with torch.no_grad():
+        assert worst_difference(ours(**inputs, **EVERYTHING), theirs(**inputs, **EVERYTHING)) < TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("shape", ["tiny", "so400m"])
+def test_gradient_of_every_parameter(shape: str, backend: str) -> None:
+    theirs = transformers_model(*SHAPES[shape])
+    ours = our_model(theirs, backend)
+    inputs = batch(theirs)
+    for model in (ours, theirs):
+        model(**inputs, return_loss=True).loss.backward()
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    assert {name for name, _ in ours.named_parameters()} == expected.keys()
+    for name, parameter in ours.named_parameters():
+        # Tokens are small here (see `randomised`), so gradients behind them are large: relative where above 1.
+        bound = TOLERANCE * max(1.0, expected[name].abs().max().item())
+        assert (parameter.grad - expected[name]).abs().max() < bound, name
+
+
+def text_masks(batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
+    padded = torch.ones(batch_size, tokens, dtype=torch.long)
+    padded[0, tokens // 2 :] = 0
+    holes = padded.clone()
+    holes[1, ::3] = 0
+    dense = torch.zeros(batch_size, 1, tokens, tokens).masked_fill(
+        torch.rand(batch_size, 1, tokens, tokens) < 0.3, -1e4
+    )
+    return {"padded": padded, "padded bool": padded.bool(), "holes": holes, "float": holes.float(), "dense": dense}
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["padded", "padded bool", "holes", "float", "dense"])
+def test_attention_mask(kind: str, backend: str) -> None:
+    theirs = transformers_model(TINY_TEXT, TINY_VISION, backend)
+    ours = our_model(theirs, backend)
+    inputs = batch(theirs)
+    inputs["attention_mask"] = text_masks(3, inputs["input_ids"].shape[1])[kind]
+    with torch.no_grad():
+        assert worst_difference(ours(**inputs), theirs(**inputs)) < TOLERANCE
+        unmasked = ours(**{**inputs, "attention_mask": None})
+    assert (unmasked.logits_per_text - ours(**inputs).logits_per_text).abs().max() > 1e-4
+
+
+def test_position_ids_and_shorter_texts() -> None:
+    theirs = transformers_model(TINY_TEXT, TINY_VISION)
+    ours = our_model(theirs, "sdpa")
+    ids = torch.randint(0, 99, (2, 7))
+    positions = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
+    for given in (None, positions):
+        expected = theirs.get_text_features(ids, position_ids=given)
+        assert worst_difference(ours.get_text_features(ids, position_ids=given), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(48, 48), (64, 80), (96, 96), (50, 47), (24, 96), (17, 40)])
+def test_interpolated_position_embedding(size: tuple[int, int]) -> None:
+    theirs = transformers_model(TINY_TEXT, TINY_VISION)
+    ours = our_model(theirs, "sdpa")
+    pixels = torch.randn(2, 3, *size)
+    expected = theirs.get_image_features(pixels, interpolate_pos_encoding=True)
+    assert worst_difference(ours.get_image_features(pixels, interpolate_pos_encoding=True), expected) < TOLERANCE
+
+
+def test_images_not_a_multiple_of_the_patch_are_cropped_as_there() -> None:
+    theirs = transformers_model(TINY_TEXT, TINY_VISION)
+    pixels = torch.randn(2, 3, 63, 50)
+    assert (
+        worst_difference(our_model(theirs, "sdpa").get_image_features(pixels), theirs.get_image_features(pixels))
+        < TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("use_head", [True, False])
+def test_vision_model_alone(use_head: bool) -> None:
+    config = transformers.SiglipVisionConfig(**TINY_VISION, vision_use_head=use_head)
+    theirs = randomised(transformers.SiglipVisionModel(config))
+    ours = siglip_model.SiglipVisionModel(siglip_model.SiglipVisionConfig.from_dict(config.to_dict()))
+    same_weights(ours, theirs)
+    pixels = torch.randn(2, 3, 48, 48)
+    output = ours(pixels, output_hidden_states=True)
+    assert worst_difference(output, theirs(pixels, output_hidden_states=True)) < TOLERANCE
+    assert (output.pooler_output is None) == (not use_head)
+    assert len(output) == len(theirs(pixels, output_hidden_states=True))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu", "relu", "gelu_fast", "silu"])
+def test_other_activations(activation: str) -> None:
+    theirs = transformers_model({**TINY_TEXT, "hidden_act": activation}, {**TINY_VISION, "hidden_act": activation})
+    inputs = batch(theirs)
+    with torch.no_grad():
+        assert worst_difference(our_model(theirs, "sdpa")(**inputs), theirs(**inputs)) < TOLERANCE
+
+
+LABELS = {
+    "regression": (1, torch.randn(3)),
+    "single_label_classification": (5, torch.tensor([4, 0, -100])),
+    "multi_label_classification": (5, (torch.rand(3, 5) > 0.5).float()),
+}
+
+
+@pytest.mark.parametrize("problem", LABELS)
+@pytest.mark.parametrize("given", [True, False])
+def test_classification(problem: str, given: bool) -> None:
+    count, labels = LABELS[problem]
+    config = transformers.SiglipConfig(
+        text_config=TINY_TEXT, vision_config=TINY_VISION, num_labels=count, problem_type=problem if given else None
+    )
+    theirs = randomised(transformers.SiglipForImageClassification(config))
+    ours = siglip_model.SiglipForImageClassification(siglip_model.SiglipConfig.from_dict(config.to_dict()))
+    same_weights(ours, theirs)
+    pixels = torch.randn(3, 3, 48, 48)
+    outputs = [model(pixels, labels=labels, output_hidden_states=True) for model in (ours, theirs)]
+    assert worst_difference(*outputs) < TOLERANCE
+    assert ours.config.problem_type == problem
+    for output in outputs:
+        output.loss.backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if expected[name].grad is None:  # the pooling head takes no part
+            assert parameter.grad is None, name
+        else:
+            bound = TOLERANCE * max(1.0, expected[name].grad.abs().max().item())
+            assert (parameter.grad - expected[name].grad).abs().max() < bound, name
+
+
+def test_regression_of_several_values() -> None:
+    config = siglip_model.SiglipConfig(
+        text_config=TINY_TEXT, vision_config=TINY_VISION, num_labels=4, problem_type="regression"
+    )
+    model = siglip_model.SiglipForImageClassification(config)
+    labels = torch.randn(2, 4)
+    output = model(torch.randn(2, 3, 48, 48), labels=labels)
+    torch.testing.assert_close(output.loss, F.mse_loss(output.logits, labels))
+
+
+def test_outputs_index_as_transformers_do() -> None:
+    theirs = transformers_model(TINY_TEXT, TINY_VISION)
+    ours = our_model(theirs, "sdpa")
+    inputs = batch(theirs)
+    for asked in ({}, {"return_loss": True}):
+        mine, other = ours(**inputs, **asked), theirs(**inputs, **asked)
+        assert list(mine.keys()) == list(other.keys())
+        assert list(mine) == list(other) and len(mine) == len(other)
+        assert [type(part) is tuple for part in mine.to_tuple()] == [type(part) is tuple for part in other.to_tuple()]
+        assert torch.equal(mine[0], mine["logits_per_image" if not asked else "loss"])
+        assert torch.equal(mine[:2][1], mine.to_tuple()[1])
+        plain = ours(**inputs, **asked, return_dict=False)
+        assert isinstance(plain, tuple) and len(plain) == len(theirs(**inputs, **asked, return_dict=False))
+        assert isinstance(plain[-1], tuple)
+    with pytest.raises(KeyError):
+        ours(**inputs)["loss"]
+
+
+def test_attention_weights_come_from_the_reference_path_under_sdpa(caplog: pytest.LogCaptureFixture) -> None:
+    theirs = transformers_model(TINY_TEXT, TINY_VISION)
+    inputs = batch(theirs)
+    expected = theirs(**inputs, output_attentions=True)
+    assert worst_difference(our_model(theirs, "sdpa")(**inputs, output_attentions=True), expected) < TOLERANCE
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    theirs = transformers_model(TINY_TEXT, TINY_VISION)
+    inputs = batch(theirs)
+    gradients = []
+    for enable in (False, True):
+        ours = our_model(theirs, "sdpa").train()
+        if enable:
+            ours.gradient_checkpointing_enable()
+        ours(**inputs, return_loss=True).loss.backward()
+        gradients.append([parameter.grad for parameter in ours.parameters()])
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+def test_bf16_loss_is_fp32_as_there() -> None:
+    theirs = transformers_model(TINY_TEXT, TINY_VISION).bfloat16()
+    inputs = batch(theirs)
+    loss = our_model(theirs, "eager").bfloat16()(**inputs, return_loss=True).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, theirs(**inputs, return_loss=True).loss, rtol=2e-2, atol=0)
+
+
+# A parity test is worth something only if it fails when the model is wrong ------------------------------------------
+
+
+def wrong_gelu(monkeypatch: pytest.MonkeyPatch, model: siglip_model.SiglipModel) -> None:
+    def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual):
+        return residual + F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+    for module in model.modules():
+        if isinstance(module, layers.MLP):
+            module.ops = backends.replace(module.ops, mlp=mlp)
+
+
+def wrong_eps(monkeypatch: pytest.MonkeyPatch, model: siglip_model.SiglipModel) -> None:
+    model.vision_model.encoder.layers[0].layer_norm1.eps = 1e-5
+
+
+def wrong_pooling_token(monkeypatch: pytest.MonkeyPatch, model: siglip_model.SiglipModel) -> None:
+    encode = model.text_model.final_layer_norm.forward
+    monkeypatch.setattr(model.text_model.final_layer_norm, "forward", lambda x: encode(x).roll(1, dims=1))
+
+
+def wrong_scale(monkeypatch: pytest.MonkeyPatch, model: siglip_model.SiglipModel) -> None:
+    def attention(q, k, v, **kwargs):
+        return backends.SDPA.attention(q, k, v, scale=k.shape[-1] ** -0.51)
+
+    model.vision_model.encoder.layers[0].self_attn.ops = backends.replace(backends.SDPA, attention=attention)
+
+
+def wrong_head_eps(monkeypatch: pytest.MonkeyPatch, model: siglip_model.SiglipModel) -> None:
+    model.vision_model.head.layernorm.eps = 1e-5
+
+
+@pytest.mark.parametrize("mutate", [wrong_gelu, wrong_eps, wrong_pooling_token, wrong_scale, wrong_head_eps])
+def test_a_changed_constant_is_seen(mutate, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = transformers_model(TINY_TEXT, TINY_VISION)
+    ours = our_model(theirs, "sdpa")
+    inputs = batch(theirs)
+    with torch.no_grad():
+        expected = theirs(**inputs)
+        assert worst_difference(ours(**inputs), expected) < TOLERANCE
+        mutate(monkeypatch, ours)
+        assert worst_difference(ours(**inputs), expected) > TOLERANCE
