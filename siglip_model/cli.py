@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from siglip_model.demo import CHECKPOINT, PICTURES
 from siglip_model.image_files import IMAGE_SUFFIXES, is_url, list_images, load_image, read_ahead
 
 if TYPE_CHECKING:
     from siglip_model.zero_shot import ZeroShotImageClassificationPipeline
 
-DEMO_CHECKPOINT = Path(__file__).with_name("demo")
 GOOGLE_EXAMPLE = 'siglip classify IMAGE --model google/siglip-so400m-patch14-384 --labels "2 cats" "a plane"'
 SOME_FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
@@ -48,12 +48,19 @@ class Dtype(str, Enum):
 
 ModelOption = Annotated[
     str,
-    typer.Option("--model", metavar="FOLDER|HUB_ID", help="A checkpoint; by default the small one in this package."),
+    typer.Option("--model", metavar="FOLDER|HUB_ID", help="A checkpoint; by default the demo's.", show_default=False),
 ]
 BackendOption = Annotated[
     str, typer.Option("--backend", metavar="NAME", help="What computes; `siglip info` lists them, and which can here.")
 ]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="What it computes in; auto: as the checkpoint says.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="What it computes in: float32, float16, bfloat16, or auto: what the checkpoint says.",
+    ),
+]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; by default a GPU if there is one.")
 ]
@@ -108,15 +115,13 @@ def split_labels(values: Iterable[str]) -> list[str]:
 
 @app.command(cls=LabelListCommand)
 def classify(
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or URLs.", show_default=False)
-    ],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files, folders or URLs.", show_default=False)],
     labels: Annotated[
         list[str],
         typer.Option(
             "--labels",
             metavar="LABEL...",
-            help='Parted by spaces or commas: --labels "a cat" "a dog", or "a cat, a dog". \\\\, is a comma in a label.',
+            help='Parted by spaces or commas: "a cat" "a dog", or "a cat, a dog". Write \\, for a comma in a label.',
             show_default=False,
         ),
     ],
@@ -125,7 +130,7 @@ def classify(
         Path | None, typer.Option(metavar="FILE.png", help="Write a picture of the images beside their bars.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Show only this many labels of each image.")] = None,
-    model: ModelOption = str(DEMO_CHECKPOINT),
+    model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
@@ -244,13 +249,13 @@ def embed(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGES_OR_FOLDER...", help="Files, folders (searched through) or URLs.", show_default=False
+            metavar="IMAGES_OR_FOLDER", help="Files, folders (searched through) or URLs.", show_default=False
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the embeddings go.", show_default=False)],
     normalize: Annotated[bool, typer.Option(help="Rows of unit length, or the pooled output as it is.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, even if the file is there.")] = False,
-    model: ModelOption = str(DEMO_CHECKPOINT),
+    model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
@@ -316,9 +321,14 @@ def embed(
 
 @app.command()
 def demo(
-    model: ModelOption = str(DEMO_CHECKPOINT),
+    template: Annotated[
+        str, typer.Option(help="The sentence around a name; the demo's model learnt bare names.")
+    ] = "{}",
+    model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
+    dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = None,
+    batch_size: BatchSizeOption = 16,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Write a picture of the images beside their bars.")
     ] = None,
@@ -331,7 +341,8 @@ def demo(
 
         if plot is not None and (problem := plotting.plot_problem(plot)):
             raise ValueError(f"--plot {problem}")
-        results = classify_demo_pictures(_load_classifier(model, backend, Dtype.auto, device), DEMO_CHECKPOINT)
+        classifier = _load_classifier(model, backend, dtype, device)
+        results = classify_demo_pictures(classifier, PICTURES, template, batch_size)
         right = sum(result["right"] for result in results)
         if plot is not None:
             rows = [
@@ -344,6 +355,9 @@ def demo(
             print(json.dumps({"right": right, "of": len(results), "pictures": results}, indent=2))
             return
         _print_demo(results, right)
+        if model == str(CHECKPOINT):
+            print("The pictures are of a design that this model never saw in training.")
+        print(f"With a checkpoint of Google's instead: {GOOGLE_EXAMPLE}")
 
 
 def _print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
@@ -362,12 +376,7 @@ def _print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
         cells = [_named_bar(entry, entry["label"] == result["name"]) for entry in result["predictions"][:3]]
         table.add_row(result["name"], mark, *cells)
     console.print(table)
-    console.print(
-        f"{right} of {len(results)} right, each among {len(results[0]['predictions'])} names. The pictures are of a"
-        " design that the model never saw in training.",
-        soft_wrap=True,
-    )
-    console.print(f"With a checkpoint of Google's instead: {GOOGLE_EXAMPLE}", markup=False, soft_wrap=True)
+    console.print(f"{right} of {len(results)} right, each among {len(results[0]['predictions'])} names.")
 
 
 def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
@@ -391,17 +400,17 @@ def info(as_json: JsonOption = False) -> None:
             print(json.dumps(facts, indent=2))
             return
         from rich.console import Console
-        from rich.table import Table
+        from rich.text import Text
 
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        console = Console(highlight=False, soft_wrap=True)
         for title, entries in facts.items():
-            table.add_row(f"[bold]{title}[/]")
+            console.print(Text(title, "bold"))
             for name, value in entries.items():
-                if title != "backends":
-                    table.add_row(f"  {name}", value or "[dim]not installed[/]")
+                if title == "backends":
+                    state = Text("yes", "green") if value is None else Text("no", "yellow") + Text(f": {value}")
                 else:
-                    table.add_row(f"  {name}", "[green]yes[/]" if value is None else f"[yellow]no[/]: {value}")
-        Console(highlight=False, soft_wrap=True).print(table)
+                    state = Text("not installed", "dim") if value is None else Text(value)
+                console.print(Text(f"  {name:<19}") + state)
 
 
 def _count_images(inputs: Sequence[str]) -> int:
@@ -418,8 +427,8 @@ def _count_images(inputs: Sequence[str]) -> int:
 def _load_classifier(model: str, backend: str, dtype: Dtype, device: str | None) -> ZeroShotImageClassificationPipeline:
     from siglip_model.zero_shot import TASK, pipeline
 
-    if model == str(DEMO_CHECKPOINT) and not (DEMO_CHECKPOINT / "config.json").exists():
-        raise ValueError(f"the package's own checkpoint is not there ({DEMO_CHECKPOINT}); name one with --model")
+    if model == str(CHECKPOINT) and not (CHECKPOINT / "config.json").exists():
+        raise ValueError(f"the package's own checkpoint is not there ({CHECKPOINT}); name one with --model")
     place = int(device) if device is not None and device.lstrip("-").isdigit() else device
     chosen_dtype = None if dtype is Dtype.auto else dtype.value
     return pipeline(TASK, model=model, backend=backend, dtype=chosen_dtype, device=place)

@@ -12,22 +12,27 @@ if TYPE_CHECKING:
 
 
 def classify_demo_pictures(
-    classifier: ZeroShotImageClassificationPipeline, folder: str | Path, hypothesis_template: str = "{}"
+    classifier: ZeroShotImageClassificationPipeline,
+    folder: str | Path,
+    hypothesis_template: str = "{}",
+    batch_size: int = 16,
 ) -> list[dict[str, Any]]:
-    """Each picture of `folder`/images against the names of all of them.
+    """Each picture of `folder` against the names of all of them.
 
     Returns, in the order of the names, {"image": path, "name": its true name, "right": whether that came first,
     "predictions": [{"score", "label"}, ...] best first}. Raises FileNotFoundError where there are no pictures.
     """
     from siglip_model.zero_shot import rank
 
-    pictures = sorted(Path(folder, "images").glob("*.png"))
+    pictures = sorted(Path(folder).glob("*.png"))
     if not pictures:
-        raise FileNotFoundError(f"no pictures in {Path(folder, 'images')}; this installation lacks them")
+        raise FileNotFoundError(f"no pictures in {folder}; this installation lacks them")
     names = [picture_name(picture) for picture in pictures]
     label_embeds = classifier.encode_labels(names, hypothesis_template)
-    pixels = torch.cat([classifier.prepare(picture) for picture in pictures])
-    scores = classifier.score(pixels, label_embeds).tolist()
+    scores: list[list[float]] = []
+    for start in range(0, len(pictures), batch_size):
+        pixels = torch.cat([classifier.prepare(picture) for picture in pictures[start : start + batch_size]])
+        scores += classifier.score(pixels, label_embeds).tolist()
     results = []
     for picture, name, row in zip(pictures, names, scores, strict=True):
         predictions = rank(row, names)

@@ -23,6 +23,7 @@ from siglip_model.embedding_store import (
     load_embeddings,
 )
 from siglip_model.image_files import is_url, list_images, load_image, read_ahead
+from siglip_model.zero_shot import pooled
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
@@ -97,7 +98,7 @@ def embed_images(
         raise ValueError(f"embed_images: dtype is {dtype}; supported: {', '.join(str(name) for name in codes)}")
     if batch_size < 1:
         raise ValueError(f"embed_images: batch_size is {batch_size}; supported: a whole number from 1")
-    if not model.config.vision_config.vision_use_head:
+    if not model.config.vision_config.vision_use_head:  # before the journal is made
         raise ValueError("embed_images: the model has no pooling head (vision_use_head is false), so no embedding")
     model.eval()
     settings = {
@@ -176,7 +177,7 @@ class _Run:
     @torch.no_grad()
     def _embed(self, batch: list[tuple[str, str, torch.Tensor]]) -> None:
         pixel_values = torch.cat([pixels for _, _, pixels in batch]).to(self.model.device, self.model.dtype)
-        rows = self.model.get_image_features(pixel_values).pooler_output.float()
+        rows = pooled(self.model.get_image_features(pixel_values)).float()
         if self.normalize:
             rows = rows / rows.norm(p=2, dim=-1, keepdim=True)
         rows = rows.to(self.dtype).cpu().contiguous()
@@ -220,7 +221,7 @@ class _Run:
 
 
 def model_digest(model: SiglipModel) -> str:
-    """Tells one vision tower from another in a moment: a hash of its parameters' names, shapes and a sample of values."""
+    """Tells one vision tower from another in a moment: a hash of its parameters, by sample."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.vision_model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())

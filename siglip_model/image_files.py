@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -135,7 +135,7 @@ def _walk(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
 
 def read_ahead(
     items: Iterable[Item], function: Callable[[Item], Result], *, workers: int, window: int
-) -> Iterator[tuple[Item, Result | None, Exception | None]]:
+) -> Generator[tuple[Item, Result | None, Exception | None], None, None]:
     """`(item, function(item), None)` for each item in its order, or `(item, None, error)` where it raised.
 
     With `workers` threads, up to `window` items are under way while the caller is busy; with 0 each is computed when

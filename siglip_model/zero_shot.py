@@ -19,6 +19,7 @@ from siglip_model.image_files import load_image, read_ahead
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
+    from siglip_model.outputs import BaseModelOutputWithPooling
 
 TASK = "zero-shot-image-classification"
 TEMPLATE = "This is a photo of {}."
@@ -144,9 +145,11 @@ class ZeroShotImageClassificationPipeline:
         options.update({"truncation": True, "return_tensors": "pt", **(tokenizer_kwargs or {})})
         tokens = self.tokenizer(fill_template(labels, hypothesis_template), **options)
         embeds = [
-            self.model.get_text_features(
-                **{name: rows[start : start + LABELS_AT_ONCE].to(self.device) for name, rows in tokens.items()}
-            ).pooler_output
+            pooled(
+                self.model.get_text_features(
+                    **{name: rows[start : start + LABELS_AT_ONCE].to(self.device) for name, rows in tokens.items()}
+                )
+            )
             for start in range(0, len(labels), LABELS_AT_ONCE)
         ]
         return _unit(torch.cat(embeds))
@@ -159,9 +162,16 @@ class ZeroShotImageClassificationPipeline:
     def score(self, pixel_values: torch.Tensor, label_embeds: torch.Tensor) -> torch.Tensor:
         """σ(t·⟨image, label⟩ + b) for pixels (images, channels, height, width): float32 (images, labels)."""
         pixel_values = pixel_values.to(self.device, self.dtype)
-        image_embeds = _unit(self.model.get_image_features(pixel_values).pooler_output)
+        image_embeds = _unit(pooled(self.model.get_image_features(pixel_values)))
         logits_per_text = label_embeds @ image_embeds.t() * self.model.logit_scale.exp() + self.model.logit_bias
         return torch.sigmoid(logits_per_text.t().float())
+
+
+def pooled(output: BaseModelOutputWithPooling) -> torch.Tensor:
+    """The embeddings (n, width) in a tower's output. Raises ValueError for a vision tower without its pooling head."""
+    if output.pooler_output is None:
+        raise ValueError("the model has no pooling head (vision_use_head is false), so its images have no embedding")
+    return output.pooler_output
 
 
 def rank(scores: Sequence[float], labels: Sequence[Any]) -> list[Prediction]:
@@ -173,8 +183,9 @@ def rank(scores: Sequence[float], labels: Sequence[Any]) -> list[Prediction]:
 def pipeline(
     task: str | None = None,
     model: str | os.PathLike[str] | SiglipModel | None = None,
-    *,
+    config: Any = None,
     tokenizer: Any = None,
+    *,
     image_processor: Any = None,
     feature_extractor: Any = None,
     processor: Any = None,
@@ -198,7 +209,7 @@ def pipeline(
     task: "zero-shot-image-classification", or None. model: a checkpoint's folder, a hub id, or a SiglipModel.
     tokenizer, image_processor (or feature_extractor, its older name), processor: objects, or where to load them from;
     by default the model's own. A model object must come with them.
-    backend (or attn_implementation), dtype (or torch_dtype), revision, token, model_kwargs: for loading the model.
+    config, backend (or attn_implementation), dtype (or torch_dtype), revision, token, model_kwargs: for loading it.
     device: a name, a torch.device or an ordinal (-1: the CPU); by default the first accelerator, else the CPU, and a
     model object stays where it is. device_map: the other name for it.
     use_fast: accepted; SigLIP has one tokenizer. trust_remote_code: accepted; code from a checkpoint is never run.
@@ -222,20 +233,30 @@ def pipeline(
     if isinstance(model, (str, os.PathLike)):
         from siglip_model.model import SiglipModel
 
+        if isinstance(config, (str, os.PathLike)):
+            from siglip_model.config import SiglipConfig
+
+            config = SiglipConfig.from_pretrained(os.fspath(config), **hub)
         options: dict[str, Any] = {**(model_kwargs or {}), **hub}
-        for name, value in (("backend", backend), ("attn_implementation", attn_implementation), ("dtype", dtype)):
+        for name, value in (
+            ("config", config),
+            ("backend", backend),
+            ("attn_implementation", attn_implementation),
+            ("dtype", dtype),
+        ):
             if value is not None:
                 if name in (model_kwargs or {}):
                     raise ValueError(f"pipeline: {name} is given both by itself and in model_kwargs; give it once")
                 options[name] = value
         if "device_map" not in options:
             options["device_map"] = resolve_device(device)
-        loaded = SiglipModel.from_pretrained(model, **options)
+        loaded = SiglipModel.from_pretrained(os.fspath(model), **options)
         device = None
     else:
         pointless = [
             name
             for name, value in (
+                ("config", config),
                 ("backend", backend),
                 ("attn_implementation", attn_implementation),
                 ("dtype", dtype),
@@ -262,7 +283,7 @@ def pipeline(
 
 
 def resolve_device(device: Any) -> torch.device:
-    """A device from its name, its ordinal (-1 is the CPU, as in transformers) or None: the first accelerator, if any."""
+    """A device from its name, its ordinal (-1: the CPU, as in transformers) or None: the first accelerator, if any."""
     if isinstance(device, (str, torch.device)) and device != "auto":
         return torch.device(device)
     if device is not None and device != "auto" and (not isinstance(device, int) or isinstance(device, bool)):

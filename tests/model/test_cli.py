@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from tiny_checkpoint import random_image, shared_tiny_checkpoint
 from typer.testing import CliRunner
 
 from siglip_model import cli
+from siglip_model.demo import CHECKPOINT
 from siglip_model.embed import load_embeddings
 from siglip_model.plot import ROWS_AT_MOST, PlotRow, format_score, plot_predictions
 
@@ -345,7 +345,45 @@ def test_importing_the_package_does_not_import_what_only_the_command_needs():
     assert result.stdout.strip() == "[]", "loaded too early"
 
 
-DEMO = Path(cli.DEMO_CHECKPOINT)
-needs_demo = pytest.mark.skipif(
-    not (DEMO / "model.safetensors").exists(), reason="the demo checkpoint is not built yet"
-)
+@pytest.fixture
+def own_demo(monkeypatch, tmp_path, checkpoint):
+    """A demo of three pictures, two of them the same: one of the two must come out wrong."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, seed in (("red-apple", 0), ("two-cats", 1), ("a-plane", 1)):
+        random_image(seed).save(pictures / f"{name}.png")
+    monkeypatch.setattr(cli, "PICTURES", pictures)
+    return ["demo", "--model", str(checkpoint), "--device", "cpu"]
+
+
+def test_demo_marks_right_and_wrong_and_names_the_way_on(siglip, own_demo, tmp_path):
+    report = json.loads(siglip(*own_demo, "--json").stdout)
+    assert [picture["name"] for picture in report["pictures"]] == ["a plane", "red apple", "two cats"]
+    for picture in report["pictures"]:
+        scores = {entry["label"]: entry["score"] for entry in picture["predictions"]}
+        assert set(scores) == {"a plane", "red apple", "two cats"}
+        assert picture["right"] == (max(scores, key=scores.__getitem__) == picture["name"])
+    twins = [picture["predictions"] for picture in report["pictures"] if picture["name"] != "red apple"]
+    assert twins[0] == twins[1] and report["right"] == sum(picture["right"] for picture in report["pictures"]) < 3
+    result = siglip(*own_demo, "--plot", tmp_path / "demo.png")
+    assert result.exit_code == 0 and (tmp_path / "demo.png").stat().st_size > 5000
+    assert result.stdout.count("✓") == report["right"] and result.stdout.count("✗") == 3 - report["right"]
+    assert f"{report['right']} of 3 right, each among 3 names" in result.stdout
+    (line,) = [line for line in result.stdout.splitlines() if "google/siglip-so400m-patch14-384" in line]
+    assert "siglip classify IMAGE --model google/siglip-so400m-patch14-384 --labels" in line
+
+
+def test_demo_without_pictures(siglip, own_demo, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "PICTURES", tmp_path / "none")
+    result = siglip(*own_demo)
+    assert result.exit_code == 2 and one_line(result.stderr) and "no pictures in" in result.stderr
+
+
+@pytest.mark.skipif(not (CHECKPOINT / "config.json").exists(), reason="the demo's checkpoint is not built yet")
+def test_the_demo_that_ships_is_mostly_right():
+    result = subprocess.run(
+        [sys.executable, "-m", "siglip_model.cli", "demo", "--json"], capture_output=True, text=True, check=True
+    )
+    report = json.loads(result.stdout)
+    assert result.stderr == "" and report["of"] >= 5
+    assert report["right"] >= 0.7 * report["of"]
