@@ -1,0 +1,160 @@
+"""Choosing who computes: names, aliases, what is missing said plainly, and never a silent fallback."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from oracle import TINY_TEXT, TINY_VISION
+
+import siglip_model
+from siglip_kernels import MissingBackendError
+from siglip_model import backends
+
+
+def tiny(**kwargs: str) -> siglip_model.SiglipModel:
+    torch.manual_seed(0)
+    return siglip_model.SiglipModel(
+        siglip_model.SiglipConfig(text_config=TINY_TEXT, vision_config=TINY_VISION), **kwargs
+    )
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.arange(32).view(2, 16), "pixel_values": torch.linspace(-1, 1, 13824).view(2, 3, 48, 48)}
+
+
+def test_the_default_is_sdpa_as_in_transformers() -> None:
+    assert tiny().backend == "sdpa"
+
+
+def test_set_backend_reaches_every_module() -> None:
+    model = tiny()
+    expected = model(**inputs()).logits_per_image
+    model.set_backend("eager")
+    assert model.backend == model.text_model.backend == model.vision_model.backend == "eager"
+    from siglip_model.layers import UsesBackend
+
+    found = [module.ops for module in model.modules() if isinstance(module, UsesBackend)]
+    assert len(found) > 20 and all(ops is backends.EAGER for ops in found)
+    torch.testing.assert_close(model(**inputs()).logits_per_image, expected)
+    model.set_attn_implementation("sdpa")
+    assert model.backend == "sdpa"
+
+
+def test_alias() -> None:
+    assert tiny(attn_implementation="eager").backend == "eager"
+    assert tiny(attn_implementation="eager", backend="eager").backend == "eager"
+    with pytest.raises(ValueError, match="backend is 'sdpa' and its alias attn_implementation is 'eager'"):
+        tiny(backend="sdpa", attn_implementation="eager")
+
+
+def test_unknown_backend_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="'flash'; supported: eager, sdpa, flash_attention_2, triton, auto"):
+        tiny(backend="flash")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without CUDA lacks")
+def test_flash_attention_says_what_is_missing() -> None:
+    with pytest.raises(MissingBackendError, match="there is no CUDA device.*backend='sdpa'"):
+        tiny(backend="flash_attention_2")
+    model = tiny()
+    with pytest.raises(MissingBackendError):
+        model.set_backend("flash_attention_2")
+    assert model.backend == "sdpa"  # a refused change changes nothing
+
+
+def test_flash_attention_refuses_cpu_tensors_and_fp32() -> None:
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(MissingBackendError, match="on cpu; flash-attn runs on CUDA only"):
+        backends.FLASH.attention(q, q, q)
+    with pytest.raises(ValueError, match="dtype is torch.float32; supported: torch.float16 and torch.bfloat16"):
+        backends.FLASH.attention(*[FakeCuda(q)] * 3)
+
+
+class FakeCuda:
+    """A tensor that says it is on a GPU: enough to see the next check speak."""
+
+    is_cuda = True
+
+    def __init__(self, tensor: torch.Tensor):
+        self.dtype = tensor.dtype
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto takes triton there")
+def test_auto_without_a_gpu() -> None:
+    assert tiny(backend="auto").backend == "sdpa"
+    assert tiny(backend="auto").to(torch.bfloat16).backend == "sdpa"
+
+
+@pytest.mark.gpu
+def test_auto_follows_the_model_to_the_gpu() -> None:
+    model = tiny(backend="auto").cuda()
+    assert model.backend == "triton"
+    assert model.cpu().backend == "sdpa"
+
+
+def test_availability_names_every_backend() -> None:
+    found = backends.availability()
+    assert found.keys() == backends.BACKENDS.keys()
+    assert found["eager"] is None and found["sdpa"] is None
+
+
+@pytest.mark.parametrize("backend", [backends.FLASH, backends.TRITON], ids=lambda backend: backend.name)
+def test_masks_that_are_not_padding_are_refused(backend: backends.Backend) -> None:
+    lengths = backend.attention_mask(torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]]))["lengths"]
+    assert lengths.tolist() == [2, 0, 3] and lengths.dtype == torch.int32
+    with pytest.raises(ValueError, match=f"{backend.name}: attention_mask has valid tokens after padding"):
+        backend.attention_mask(torch.tensor([[0, 1, 1]]))
+    with pytest.raises(ValueError, match=f"{backend.name}: attention_mask has 4 dimensions"):
+        backend.attention_mask(torch.ones(1, 1, 3, 3))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 1, 16, 16, dtype=torch.long), torch.ones(16)])
+def test_masks_of_a_wrong_kind_are_refused(mask: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        tiny()(**inputs(), attention_mask=mask)
+
+
+def test_dropout_in_training_only() -> None:
+    config = siglip_model.SiglipVisionConfig(**TINY_VISION, attention_dropout=0.5)
+    for backend in ("eager", "sdpa"):
+        model = siglip_model.SiglipVisionModel(config, backend=backend)
+        pixels = inputs()["pixel_values"]
+        torch.testing.assert_close(model.eval()(pixels).pooler_output, model(pixels).pooler_output)
+        assert not torch.equal(model.train()(pixels).pooler_output, model(pixels).pooler_output)
+    with pytest.raises(ValueError, match="triton: attention_dropout is 0.5"):
+        backends.TRITON.attention(None, None, None, dropout=0.5)
+
+
+def test_models_copy_and_pickle_with_their_backend() -> None:
+    model = tiny(backend="eager")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.backend == "eager"
+        assert torch.equal(twin(**inputs()).logits_per_image, model(**inputs()).logits_per_image)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"input_ids": None}, "input_ids is None"),
+        ({"input_ids": torch.zeros(2, 17, dtype=torch.long)}, "17 tokens a text; supported: at most .* 16"),
+        ({"input_ids": torch.zeros(2, 16)}, "input_ids has shape .* torch.float32; supported: integers"),
+        ({"pixel_values": None}, "pixel_values is None"),
+        ({"pixel_values": torch.zeros(2, 3, 64, 64)}, "64 × 64, 16 patches; supported: 9 patches"),
+        ({"pixel_values": torch.zeros(2, 1, 48, 48)}, r"pixel_values has shape \(2, 1, 48, 48\)"),
+        ({"pixel_values": torch.zeros(3, 48, 48)}, r"pixel_values has shape \(3, 48, 48\)"),
+        ({"pixel_values": torch.zeros(2, 3, 48, 48, dtype=torch.uint8)}, "torch.uint8; supported: floating point"),
+        ({"pixel_values": torch.zeros(2, 3, 8, 8), "interpolate_pos_encoding": True}, "8 × 8, 0 patches"),
+        ({"pixel_values": torch.zeros(3, 3, 48, 48), "return_loss": True}, "loss of 3 images and 2 texts"),
+    ],
+)
+def test_bad_input_is_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny()(**{**inputs(), **change})
+
+
+def test_no_image_embedding_without_the_head() -> None:
+    vision = {**TINY_VISION, "vision_use_head": False}
+    model = siglip_model.SiglipModel(siglip_model.SiglipConfig(text_config=TINY_TEXT, vision_config=vision))
+    with pytest.raises(ValueError, match="vision_use_head is False"):
+        model(**inputs())

@@ -1,0 +1,34 @@
+"""Fresh weights are drawn as transformers draws them: the same spread for every tensor."""
+
+import pytest
+import torch
+import transformers
+
+import siglip_model
+
+TEXT = dict(vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4)
+VISION = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, image_size=160)
+
+
+@pytest.mark.parametrize("name", ["SiglipModel", "SiglipForImageClassification"])
+def test_spread_of_every_tensor(name: str) -> None:
+    torch.manual_seed(0)
+    config = {"text_config": TEXT, "vision_config": VISION, "num_labels": 200}
+    ours = getattr(siglip_model, name)(siglip_model.SiglipConfig(**config)).state_dict()
+    theirs = getattr(transformers, name)(transformers.SiglipConfig(**config)).state_dict()
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    for key, value in theirs.items():
+        if value.numel() == 1 or value.eq(value.flatten()[0]).all():  # a constant
+            assert torch.equal(ours[key], value), key
+        else:
+            tolerance = 5 * (0.5 / value.numel()) ** 0.5  # five standard errors of a standard deviation, twice
+            assert abs(ours[key].std() / value.std() - 1) < 2 * tolerance, key
+
+
+def test_a_seed_repeats() -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        models.append(siglip_model.SiglipModel(siglip_model.SiglipConfig(text_config=TEXT, vision_config=VISION)))
+    for left, right in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(left, right)
