@@ -29,7 +29,9 @@ class PlainEngine:
         self.residual_scale = 2.0**15 if self.residual_dtype == torch.float16 else 1.0
 
     def totals(self, device: torch.device) -> Tensor:
-        return torch.zeros((3, 1), dtype=self.sum_dtype, device=device)
+        # Sums of blocks, in fp64 where the device has it.
+        dtype = self.sum_dtype if device.type == "mps" else torch.float64
+        return torch.zeros((3, 1), dtype=dtype, device=device)
 
     def _matmul(self, a: Tensor, b: Tensor) -> Tensor:
         if self.mixed:

@@ -117,7 +117,9 @@ def residual_kernel(
 
     logit_scale = tl.load(logit_scale_ptr)
     logit_bias = tl.load(logit_bias_ptr)
-    loss_sum, dot_sum, residual_sum = 0.0, 0.0, 0.0
+    loss_sum = tl.zeros((BLOCK_M,), tl.float32)
+    dot_sum = tl.zeros((BLOCK_M,), tl.float32)
+    residual_sum = tl.zeros((BLOCK_M,), tl.float32)
     # A quarter at a time: the epilogue of a whole tile would not fit in the registers beside its accumulator.
     PART: tl.constexpr = BLOCK_N // 4
     parts = _quarters(products)
@@ -130,12 +132,12 @@ def residual_kernel(
         wrong = tl.where(positive, -logits, logits)
         wrong = tl.where((rows < images) & (columns < texts), wrong, float("-inf"))
         e = tl.exp2(tl.abs(wrong) * -LOG2_E)
-        loss_sum += tl.sum(tl.maximum(wrong, 0.0) + _log1p(e))
+        loss_sum += tl.sum(tl.maximum(wrong, 0.0) + _log1p(e), axis=1)
         if GRADIENTS:
             probability = tl.where(wrong >= 0, 1.0, e) / (1.0 + e)  # σ(wrong)
             residual = tl.where(positive, -probability, probability)
-            dot_sum += tl.sum(residual * parts[part])
-            residual_sum += tl.sum(residual)
+            dot_sum += tl.sum(residual * parts[part], axis=1)
+            residual_sum += tl.sum(residual, axis=1)
             if residual_target is not None:
                 if DESCRIPTORS:
                     stored = _narrow(residual * RESIDUAL_SCALE, residual_target.dtype)
@@ -146,14 +148,15 @@ def residual_kernel(
                     stored = _narrow(residual * RESIDUAL_SCALE, residual_target.dtype.element_ty)
                     tl.store(residual_target + o_residual, stored, mask=rows < images)
 
-    # A slot belongs to one program of a launch, and launches follow each other: the order of every sum is fixed.
+    # Rows are summed in fp32, rows and tiles together in fp64. A slot belongs to one program of a launch, and launches
+    # follow each other, so the order of every sum is fixed.
     slot_ptr = totals_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(slot_ptr, tl.load(slot_ptr) + loss_sum)
+    tl.store(slot_ptr, tl.load(slot_ptr) + tl.sum(loss_sum.to(tl.float64)))
     if GRADIENTS:
         dot_ptr = slot_ptr + slots
-        tl.store(dot_ptr, tl.load(dot_ptr) + dot_sum)
+        tl.store(dot_ptr, tl.load(dot_ptr) + tl.sum(dot_sum.to(tl.float64)))
         sum_ptr = dot_ptr + slots
-        tl.store(sum_ptr, tl.load(sum_ptr) + residual_sum)
+        tl.store(sum_ptr, tl.load(sum_ptr) + tl.sum(residual_sum.to(tl.float64)))
 
 
 @triton.jit(do_not_specialize=["rows", "depth"])

@@ -1,0 +1,55 @@
+"""The sigmoid loss's kernels, compiled for GPUs that are not there: no spills, tensor cores, one compilation."""
+
+import pytest
+
+from bench.ahead_of_time import Row, rows_in_a_subprocess
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return rows_in_a_subprocess("bench.sigmoid_loss_launches", "a100", "h200", "b200")
+
+
+def test_nothing_spills_or_fails(rows):
+    assert {row.kernel for row in rows} == {"residual_kernel", "product_kernel", "scale_kernel"}
+    assert not [str(row) for row in rows if row.problems()]
+
+
+@pytest.mark.parametrize(("gpu", "instruction"), [("a100", "mma"), ("h200", "wgmma"), ("b200", "tcgen05")])
+def test_half_precision_products_use_tensor_cores(rows, gpu, instruction):
+    matrix = [row for row in rows if row.gpu == gpu and row.kernel != "scale_kernel" and "fp32" not in row.launch]
+    assert matrix
+    assert all(any(name.startswith(instruction) for name in row.matrix) for row in matrix)
+
+
+def test_tiles_arrive_by_the_copy_engine_or_sixteen_bytes_at_a_time(rows):
+    for row in rows:
+        if row.kernel != "scale_kernel" and "tf32" not in row.launch:
+            assert "cp.async 16" in row.accesses if row.gpu == "a100" else "tma" in row.accesses, str(row)
+
+
+_EVERY_SIZE = """
+import torch
+from bench.ahead_of_time import GPUS, compiling_for
+from siglip_kernels.sigmoid_loss.blocks import loss_and_gradients
+from siglip_kernels.sigmoid_loss.ops import make_engine
+compiled = []
+def record(name, kernel):
+    assert not isinstance(kernel, Exception), kernel
+    compiled.append((name, kernel.hash))
+scalar = torch.empty((), device="meta")
+for pairs in (1000, 1, 2, 16, 17, 255, 4096, 5000):
+    x = torch.empty(pairs, 64, dtype=torch.bfloat16, device="meta")
+    with compiling_for(GPUS["{gpu}"], record):
+        loss_and_gradients(make_engine("triton", x), x, x, scalar, scalar, True, True, True)
+    print(pairs, len(set(compiled)))
+"""
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h200"])
+def test_one_compilation_for_every_batch_size(run_python, gpu):
+    done = run_python(_EVERY_SIZE.format(gpu=gpu))
+    assert done.returncode == 0, done.stderr
+    kernels = {int(pairs): int(count) for pairs, count in (line.split() for line in done.stdout.splitlines())}
+    assert kernels[1000] == 3  # logits, and two products
+    assert kernels[5000] == 3
