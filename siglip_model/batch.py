@@ -1,0 +1,115 @@
+"""What tokenizer, image processor and processor return: a dictionary of lists or tensors with attribute access."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+TENSOR_KINDS = ("pt", "np")
+
+
+class BatchFeature(dict[str, Any]):
+    """A dict (so that `model(**batch)` works) whose values are attributes too, and which moves to a device as one.
+
+    `batch[start:stop]` is a plain dict of every value's slice.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it holds {list(self)}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it holds {list(self)}") from None
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return {name: value[key] for name, value in self.items()}
+        return super().__getitem__(key)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({super().__repr__()})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+    def copy(self) -> BatchFeature:
+        return type(self)(self)
+
+    def to(
+        self,
+        *target: str | int | torch.device | torch.dtype,
+        device: str | int | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> BatchFeature:
+        """Move every tensor to a device and cast the floating ones to a dtype; returns self, changed in place.
+
+        `batch.to("cuda")`, `batch.to(torch.float16)`, `batch.to("cuda", torch.float16)`, `batch.to(device=..., dtype=...)`.
+        Integer tensors (token ids, masks) keep their dtype; lists and tuples are followed, all else stays as it is.
+        Raises ValueError for anything that is neither a device nor a dtype.
+        """
+        for argument in target:
+            if isinstance(argument, torch.dtype) and dtype is None:
+                dtype = argument
+            elif isinstance(argument, (str, int, torch.device)) and not isinstance(argument, bool) and device is None:
+                device = argument
+            else:
+                raise ValueError(f"BatchFeature.to: got {argument!r}; supported: one device and one torch.dtype")
+
+        def move(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                cast = dtype if value.is_floating_point() else None
+                return value.to(device=device, dtype=cast, non_blocking=non_blocking)
+            if type(value) in (list, tuple):
+                return type(value)(move(item) for item in value)
+            return value
+
+        for name, value in self.items():
+            self[name] = move(value)
+        return self
+
+
+def check_tensor_kind(return_tensors: Any) -> str | None:
+    """`return_tensors` as None, "pt" or "np" (enumerations of transformers that equal these pass). Raises ValueError."""
+    if return_tensors is None:
+        return None
+    for kind in TENSOR_KINDS:
+        if return_tensors == kind:
+            return kind
+    raise ValueError(f"return_tensors is {return_tensors!r}; supported: 'pt', 'np', None")
+
+
+def tokens_to_tensor(name: str, value: Any, kind: str) -> torch.Tensor | np.ndarray:
+    """Integers in lists of equal lengths to an int64 tensor or array; lists of unequal lengths only to an object array.
+
+    Raises ValueError, with what to do, where the lengths differ and a torch tensor was asked for.
+    """
+    if isinstance(value, torch.Tensor):
+        return value if kind == "pt" else value.numpy(force=True)
+    lengths = {len(row) if isinstance(row, (list, tuple, np.ndarray)) else None for row in value}
+    if kind == "np" and len(lengths) > 1 and None not in lengths:
+        ragged = np.empty(len(value), dtype=object)
+        ragged[:] = [np.asarray(row) for row in value]
+        return ragged
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.empty(0, dtype=object)
+    if array.dtype == object:
+        raise ValueError(
+            f"{name}: sequences of lengths {sorted(length for length in lengths if length is not None)} make no tensor; "
+            "give padding=True (and truncation=True), or return_tensors=None for lists"
+        )
+    if array.size == 0:
+        array = array.astype(np.int64)
+    return torch.from_numpy(array) if kind == "pt" else array

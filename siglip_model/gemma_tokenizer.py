@@ -1,0 +1,319 @@
+"""Gemma's tokenizer, which SigLIP 2 uses: a byte-pair encoding in tokenizer.json, run by the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from siglip_model.component_files import find_file, find_json, split_hub_arguments, to_json, write_file
+from siglip_model.errors import CheckpointError
+from siglip_model.tokenizer_base import NAMED_TOKENS, AddedToken, Tokenizer, call_defaults, constructor_arguments
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class TokenizersTokenizer(Tokenizer):
+    """Any tokenizer.json, behind the same interface as `SiglipTokenizer`, as transformers' Rust tokenizers behave.
+
+    `tokenizer_file`: the path of tokenizer.json. Raises CheckpointError naming it if it is missing or damaged.
+    """
+
+    tokenizer_class: ClassVar[str] = "TokenizersBackend"
+    _pads_a_single_empty_text = True
+    default_tokens: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(
+        self,
+        tokenizer_file: str | os.PathLike[str],
+        *,
+        bos_token: Any = None,
+        eos_token: Any = None,
+        unk_token: Any = None,
+        sep_token: Any = None,
+        pad_token: Any = None,
+        cls_token: Any = None,
+        mask_token: Any = None,
+        extra_special_tokens: Sequence[Any] | None = None,
+        added_tokens_decoder: Mapping[int | str, Any] | None = None,
+        model_max_length: int | float | None = None,
+        padding_side: str | None = None,
+        truncation_side: str = "right",
+        model_input_names: Sequence[str] | None = None,
+        clean_up_tokenization_spaces: bool | None = False,
+        split_special_tokens: bool = False,
+    ) -> None:
+        given = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "sep_token": sep_token,
+                 "pad_token": pad_token, "cls_token": cls_token, "mask_token": mask_token}  # fmt: skip
+        self.tokenizer_file = os.fspath(tokenizer_file)
+        content = _read_document(self.tokenizer_file)
+        padding = content.get("padding") or {}
+        super().__init__(
+            {name: self.default_tokens.get(name) if token is None else token for name, token in given.items()},
+            extra_special_tokens,
+            model_max_length=model_max_length,
+            padding_side=padding_side or (str(padding["direction"]).lower() if "direction" in padding else None),
+            truncation_side=truncation_side,
+            model_input_names=model_input_names,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            split_special_tokens=split_special_tokens,
+        )
+        self._lock = threading.Lock()  # truncation is a setting of the library's object, made anew for each call
+        self._tokenizer = self._build(content)
+        self._add_tokens(added_tokens_decoder or {})
+
+    def _adapt(self, content: dict[str, Any]) -> dict[str, Any]:
+        """tokenizer.json as this class reads it."""
+        return content
+
+    def _build(self, content: dict[str, Any]) -> tokenizers.Tokenizer:
+        import tokenizers
+
+        try:
+            built = tokenizers.Tokenizer.from_str(json.dumps(self._adapt(content)))
+        except Exception as error:  # the library raises bare Exceptions
+            raise CheckpointError(f"{self.tokenizer_file} is not a tokenizer.json that can be used: {error}") from error
+        built.no_truncation()
+        built.no_padding()
+        return built
+
+    def _add_tokens(self, given: Mapping[int | str, Any]) -> None:
+        """What tokenizer.json lacks of the configuration's added tokens and of the special tokens."""
+        import tokenizers
+
+        added = {index: AddedToken.from_json(token) for index, token in given.items()}
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        missing = [
+            token for _, token in sorted(added.items(), key=lambda item: int(item[0])) if token.content not in known
+        ]
+        contents = known | {token.content for token in missing}
+        missing += [AddedToken(token, special=True) for token in self.all_special_tokens if token not in contents]
+        self._tokenizer.add_tokens([tokenizers.AddedToken(**token.to_json()) for token in missing])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    # ---- vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """Tokens that are never split, by id."""
+        return {
+            i: AddedToken.from_json(token) for i, token in sorted(self._tokenizer.get_added_tokens_decoder().items())
+        }
+
+    def _token_to_id(self, token: str) -> int:
+        index = self._tokenizer.token_to_id(token)
+        if index is None:
+            index = None if self.unk_token is None else self._tokenizer.token_to_id(self.unk_token)
+        if index is None:
+            raise KeyError(f"token {token!r} is not in the vocabulary, and there is no unknown token")
+        return index
+
+    def _id_to_token(self, index: int) -> str:
+        token = self._tokenizer.id_to_token(index) if index >= 0 else None
+        if token is None:
+            raise IndexError(f"id {index} is not in the vocabulary of {len(self)} tokens")
+        return token
+
+    # ---- encoding
+
+    def tokenize(
+        self,
+        text: str,
+        pair: str | None = None,
+        add_special_tokens: bool = False,
+        *,
+        split_special_tokens: bool | None = None,
+    ) -> list[str]:
+        """The tokens of a text, or of a pair of texts."""
+        ids = self.encode(text, pair, add_special_tokens=add_special_tokens, split_special_tokens=split_special_tokens)
+        return self.convert_ids_to_tokens(ids)
+
+    def _is_batch(self, text: Any, is_split_into_words: bool) -> bool:
+        if not isinstance(text, (list, tuple)):
+            return False
+        return not is_split_into_words or (len(text) > 0 and isinstance(text[0], (list, tuple)))
+
+    def _length_counts_padding(self, batched: bool) -> bool:
+        return True
+
+    def _encode(self, text: Any, pair: Any, **options: Any) -> dict[str, Any]:
+        if options["return_overflowing_tokens"]:
+            raise ValueError(f"{type(self).__name__}: return_overflowing_tokens is True; supported: False")
+        words = options["is_split_into_words"]
+        for part in (text, pair):
+            if words and isinstance(part, (list, tuple)) and all(isinstance(word, str) for word in part):
+                continue
+            if part is not None and (words or not isinstance(part, str)):
+                raise ValueError(
+                    f"{type(self).__name__}: got a text of type {type(part).__name__}; supported: "
+                    + ("a list of words (is_split_into_words is True)" if words else "a string")
+                )
+        with self._lock:
+            if options["truncation"] != "do_not_truncate":
+                self._tokenizer.enable_truncation(
+                    max_length=options["max_length"],
+                    stride=options["stride"],
+                    strategy=options["truncation"],
+                    direction=self.truncation_side,
+                )
+            self._tokenizer.encode_special_tokens = options["split_special_tokens"]
+            try:
+                encoding = self._tokenizer.encode(
+                    text, pair, is_pretokenized=words, add_special_tokens=options["add_special_tokens"]
+                )
+            finally:
+                self._tokenizer.no_truncation()
+        return {
+            "input_ids": encoding.ids,
+            "token_type_ids": encoding.type_ids,
+            "special_tokens_mask": encoding.special_tokens_mask,
+        }
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return self._tokenizer.num_special_tokens_to_add(pair)
+
+    # ---- decoding
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        decoder = self._tokenizer.decoder
+        return " ".join(tokens) if decoder is None else decoder.decode(tokens)
+
+    def _decode_ids(self, ids: int | list[int], skip_special_tokens: bool) -> str:
+        return self._tokenizer.decode([ids] if isinstance(ids, int) else ids, skip_special_tokens=skip_special_tokens)
+
+    def _clean_up(self, text: str) -> str:
+        # Byte-pair encodings keep their own spaces: transformers leaves them alone, too.
+        return text if type(self._tokenizer.model).__name__ == "BPE" else super()._clean_up(text)
+
+    # ---- files
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **arguments: Any) -> TokenizersTokenizer:
+        """The tokenizer of a directory or a hub repository: tokenizer.json and, if there, tokenizer_config.json.
+
+        Arguments: those of the constructor, which win over the files, and revision, cache_dir, local_files_only, token.
+        """
+        hub, given = split_hub_arguments(arguments)
+        tokenizer_file = find_file(path_or_id, TOKENIZER_FILE, hub)
+        if tokenizer_file is None:
+            raise CheckpointError(f"{path_or_id} has no {TOKENIZER_FILE}, which {cls.__name__} needs")
+        config = find_json(path_or_id, cls.config_name, hub) or {}
+        if "added_tokens_decoder" not in config:
+            config = {**config, **(find_json(path_or_id, "special_tokens_map.json", hub) or {})}
+        tokenizer = cls(tokenizer_file, **constructor_arguments(cls, config, given))
+        tokenizer.name_or_path = os.fspath(path_or_id)
+        tokenizer.call_defaults = call_defaults(config)
+        return tokenizer
+
+    def save_vocabulary(
+        self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Write tokenizer.json alone, atomically. Returns its path."""
+        name = (filename_prefix + "-" if filename_prefix else "") + TOKENIZER_FILE
+        return (write_file(save_directory, name, self._tokenizer.to_str(pretty=True).encode()),)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
+        """Write tokenizer.json and tokenizer_config.json, which transformers 5 loads too. Returns their paths."""
+        vocabulary = self.save_vocabulary(save_directory)
+        config = {
+            **{name: self._named_tokens.get(name) for name in NAMED_TOKENS if self._named_tokens.get(name)},
+            **self.call_defaults,
+            "backend": "tokenizers",
+            "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+            "extra_special_tokens": self.extra_special_tokens,
+            "model_input_names": self.model_input_names,
+            "model_max_length": self.model_max_length,
+            "padding_side": self.padding_side,
+            "processor_class": "SiglipProcessor",
+            "split_special_tokens": self.split_special_tokens,
+            "tokenizer_class": self.tokenizer_class,
+            "truncation_side": self.truncation_side,
+        }
+        return (write_file(save_directory, self.config_name, to_json(config)), *vocabulary)
+
+
+class GemmaTokenizer(TokenizersTokenizer):
+    """Gemma's: spaces become "▁", nothing is prefixed, unknown characters fall back to bytes; case is kept.
+
+    Whatever tokenizer.json says of normalising, splitting and decoding, it is done as transformers' GemmaTokenizer does.
+    """
+
+    tokenizer_class = "GemmaTokenizer"
+    padding_side = "left"
+    default_tokens: ClassVar[Mapping[str, str]] = {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "mask_token": "<mask>",
+    }
+    _lower_case: ClassVar[bool] = False
+
+    def _adapt(self, content: dict[str, Any]) -> dict[str, Any]:
+        model = content.get("model")
+        if not isinstance(model, dict) or "merges" not in model:
+            raise ValueError("its model is not a byte-pair encoding")
+        space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        lower = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, space]}
+        decoders = [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ]
+        splitting = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+        return {
+            **content,
+            "normalizer": lower if self._lower_case else space,
+            "pre_tokenizer": splitting,
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": {**model, "dropout": None, "unk_token": self.unk_token, "fuse_unk": True, "byte_fallback": True},
+        }
+
+
+class Siglip2Tokenizer(GemmaTokenizer):
+    """Gemma's tokenizer behind lower-casing, as SigLIP 2 was trained."""
+
+    tokenizer_class = "Siglip2Tokenizer"
+    _lower_case = True
+
+
+def class_for(name: str) -> type[TokenizersTokenizer] | None:
+    """The class for a tokenizer_class, without "Fast", of tokenizer_config.json; None for those that are not supported."""
+    classes: dict[str, type[TokenizersTokenizer]] = {
+        "": TokenizersTokenizer,
+        "GemmaTokenizer": GemmaTokenizer,
+        "PreTrainedTokenizer": TokenizersTokenizer,
+        "Siglip2Tokenizer": Siglip2Tokenizer,
+        "TokenizersBackend": TokenizersTokenizer,
+    }
+    return classes.get(name)
+
+
+def _read_document(path: str) -> dict[str, Any]:
+    from siglip_model.weight_files import read_json_object
+
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    return read_json_object(Path(path))

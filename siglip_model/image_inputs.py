@@ -1,0 +1,120 @@
+"""What an image processor accepts: one image, a batch or nested lists, from wherever it lies, in any channel layout."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+
+from siglip_model.image_files import UnreadableImageError, load_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CHANNEL_COUNTS = (1, 3, 4)
+LAYOUTS = ("channels_first", "channels_last")
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+def is_image(value: Any) -> bool:
+    from PIL import Image
+
+    return isinstance(value, (Image.Image, np.ndarray, torch.Tensor))
+
+
+def load_images(images: Any) -> Any:
+    """Paths, URLs and base64 strings, also in nested lists, replaced by their images: upright and RGB, as transformers'.
+
+    Raises UnreadableImageError naming the file; TypeError for what is no image.
+    """
+    if isinstance(images, (list, tuple)):
+        return [load_images(item) for item in images]
+    if isinstance(images, (str, os.PathLike)):
+        return load_image(images)
+    if is_image(images):
+        return images
+    raise TypeError(
+        f"images: got {type(images).__name__}; supported: PIL image, numpy array, torch tensor, path, URL, or lists of these"
+    )
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """One image, a 4-D batch, a list of either, or a list of lists of images, as a flat list. Raises ValueError."""
+    images = load_images(images)
+    if not isinstance(images, list):
+        images = [images]
+    if any(isinstance(item, list) for item in images):
+        if not all(isinstance(item, list) for item in images):
+            raise ValueError("images: got images and lists of images side by side; supported: all of one kind")
+        images = [image for item in images for image in item]
+        if any(isinstance(image, list) for image in images):
+            raise ValueError("images: lists are nested three deep; supported: images, or lists of images")
+        if any(_dimensions(image) == 4 for image in images):
+            raise ValueError("images: got 4-D batches in a list of lists; supported: images of 3 dimensions there")
+    flat: list[Any] = []
+    for image in images:
+        dimensions = _dimensions(image)
+        if dimensions not in (3, 4):
+            raise ValueError(
+                f"images: got an array of shape {tuple(image.shape)}; supported: (channels, height, width) or "
+                "(height, width, channels), or a batch of these with one dimension more"
+            )
+        flat += [image] if dimensions == 3 else list(image)
+    if not flat:
+        raise ValueError("images is empty; supported: at least one image")
+    for image in flat:
+        size = image.size if hasattr(image, "getbands") else image.shape
+        if 0 in tuple(size):
+            raise ValueError(f"images: got an image of size {tuple(size)}, without a pixel")
+    return flat
+
+
+def _dimensions(image: Any) -> int:
+    return 3 if hasattr(image, "getbands") else image.ndim
+
+
+def channels_last(image: np.ndarray | torch.Tensor, input_data_format: str | None) -> bool:
+    """Where the channels are, as said or inferred from a dimension of 1, 3 or 4; first if both could be. ValueError."""
+    if input_data_format is not None:
+        return input_data_format == "channels_last"
+    if image.shape[0] in CHANNEL_COUNTS:
+        return False
+    if image.shape[2] in CHANNEL_COUNTS:
+        return True
+    raise ValueError(
+        f"images: got an array of shape {tuple(image.shape)}, in which neither the first nor the last dimension is 1, 3 "
+        "or 4; give input_data_format='channels_first' or 'channels_last' if one of them holds channels"
+    )
+
+
+def pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
+    """(height, width, channels), or (height, width) of a one-band mode that is left as it is.
+
+    RGB: what has alpha, or a transparent colour, is laid over white; EXIF orientation is left alone.
+    Raises UnreadableImageError naming the image's file if its pixels cannot be decoded, ValueError for a mode that Pillow
+    does not convert (La).
+    """
+    from PIL import Image
+
+    name = getattr(image, "filename", None)
+    try:
+        image.load()
+    except Exception as error:
+        raise UnreadableImageError(f"{name or image!r}: {error or type(error).__name__}") from error
+    if not do_convert_rgb:
+        return np.array(image)
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return np.array(Image.alpha_composite(white, image).convert("RGB"))
+    return np.array(image.convert("RGB"))
+
+
+def check_alpha_range(image: np.ndarray | torch.Tensor, is_floating: bool) -> None:
+    """A floating image with alpha is laid over white as [0, 1]. Raises ValueError for values outside."""
+    low, high = image.min().item(), image.max().item()
+    if is_floating and not (low >= 0.0 and high <= 1.0):
+        raise ValueError(f"images: a floating image of 4 channels spans [{low}, {high}]; supported: [0, 1]")

@@ -1,0 +1,566 @@
+"""What every tokenizer here shares: special tokens, the calling convention of transformers, padding and decoding."""
+
+from __future__ import annotations
+
+import abc
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from siglip_model.batch import BatchFeature, check_tensor_kind, tokens_to_tensor
+
+# The order in which transformers lists them.
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+PADDING = ("longest", "max_length", "do_not_pad")
+TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
+SIDES = ("right", "left")
+# A model_max_length above this stands for "no limit" (transformers writes 10^30).
+NO_LIMIT = 10**20
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is never split. `lstrip`, `rstrip`: it takes the white space beside it; `single_word`: only as a word."""
+
+    content: str
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+    special: bool = False
+
+    @classmethod
+    def from_json(cls, value: Any) -> AddedToken:
+        """From a string, or from an object with any of the fields (transformers' files hold both)."""
+        if isinstance(value, str):
+            return cls(value)
+        if isinstance(value, Mapping) and isinstance(value.get("content"), str):
+            return cls(**{name: value[name] for name in cls.__dataclass_fields__ if name in value})
+        if isinstance(getattr(value, "content", None), str):  # an AddedToken of the tokenizers library
+            return cls(**{name: getattr(value, name) for name in cls.__dataclass_fields__ if hasattr(value, name)})
+        raise ValueError(f"expected a token as a string or an object with 'content', got {value!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """How one call pads and truncates, resolved from its arguments."""
+
+    padding: str
+    truncation: str
+    max_length: int | None
+
+
+def _named_token(name: str) -> property:
+    def read(self: Tokenizer) -> str | None:
+        return self._named_tokens.get(name)
+
+    def write(self: Tokenizer, token: str | None) -> None:
+        if token is not None and not isinstance(token, str):
+            raise TypeError(f"{name} is {token!r}; supported: a string or None")
+        self._named_tokens[name] = token
+
+    return property(read, write, doc=f"The {name.removesuffix('_token')} token as a string, None if there is none.")
+
+
+def _named_token_id(name: str) -> property:
+    def read(self: Tokenizer) -> int | None:
+        token = self._named_tokens.get(name)
+        return None if token is None else self.convert_tokens_to_ids(token)
+
+    return property(read, doc=f"The id of the {name.removesuffix('_token')} token, None if there is none.")
+
+
+class Tokenizer(abc.ABC):
+    """Text to token ids and back, called as transformers' tokenizers are.
+
+    A concrete tokenizer says how one text becomes ids (`_encode`), maps tokens to ids and back, and joins tokens.
+    """
+
+    # Defaults of a class; each instance has its own.
+    model_input_names: Sequence[str] = ("input_ids", "attention_mask")
+    padding_side: str = "right"
+    config_name: ClassVar[str] = "tokenizer_config.json"
+
+    bos_token, bos_token_id = _named_token("bos_token"), _named_token_id("bos_token")
+    eos_token, eos_token_id = _named_token("eos_token"), _named_token_id("eos_token")
+    unk_token, unk_token_id = _named_token("unk_token"), _named_token_id("unk_token")
+    sep_token, sep_token_id = _named_token("sep_token"), _named_token_id("sep_token")
+    pad_token, pad_token_id = _named_token("pad_token"), _named_token_id("pad_token")
+    cls_token, cls_token_id = _named_token("cls_token"), _named_token_id("cls_token")
+    mask_token, mask_token_id = _named_token("mask_token"), _named_token_id("mask_token")
+
+    def __init__(
+        self,
+        named_tokens: Mapping[str, Any],
+        extra_special_tokens: Sequence[Any] | None,
+        *,
+        model_max_length: int | float | None,
+        padding_side: str | None,
+        truncation_side: str,
+        model_input_names: Sequence[str] | None,
+        clean_up_tokenization_spaces: bool | None,
+        split_special_tokens: bool,
+    ) -> None:
+        self._named_tokens: dict[str, str | None] = {
+            name: None if token is None else AddedToken.from_json(token).content for name, token in named_tokens.items()
+        }
+        self.extra_special_tokens = [AddedToken.from_json(token).content for token in extra_special_tokens or ()]
+        self.model_max_length = int(10**30 if model_max_length is None else model_max_length)
+        self.padding_side = _one_of("padding_side", padding_side or type(self).padding_side, SIDES)
+        self.truncation_side = _one_of("truncation_side", truncation_side, SIDES)
+        self.model_input_names = list(model_input_names or type(self).model_input_names)
+        if self.model_input_names[0] != "input_ids":
+            raise ValueError(
+                f"model_input_names is {self.model_input_names}; supported: a list that begins with input_ids"
+            )
+        self.clean_up_tokenization_spaces = bool(clean_up_tokenization_spaces)
+        self.split_special_tokens = split_special_tokens
+        self.name_or_path = ""
+        # What a checkpoint's tokenizer_config.json says about calls; SiglipProcessor takes it as its defaults.
+        self.call_defaults: dict[str, Any] = {}
+
+    # ---- what a concrete tokenizer provides
+
+    @abc.abstractmethod
+    def _encode(
+        self,
+        text: Any,
+        pair: Any,
+        *,
+        add_special_tokens: bool,
+        truncation: str,
+        max_length: int | None,
+        stride: int,
+        is_split_into_words: bool,
+        split_special_tokens: bool,
+        return_overflowing_tokens: bool,
+    ) -> dict[str, Any]:
+        """One text, or one pair: input_ids, token_type_ids, special_tokens_mask, truncated and with special tokens."""
+
+    @abc.abstractmethod
+    def _is_batch(self, text: Any, is_split_into_words: bool) -> bool: ...
+
+    @abc.abstractmethod
+    def _token_to_id(self, token: str) -> int: ...
+
+    @abc.abstractmethod
+    def _id_to_token(self, index: int) -> str: ...
+
+    @abc.abstractmethod
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Tokens joined into text."""
+
+    @abc.abstractmethod
+    def _decode_ids(self, ids: int | list[int], skip_special_tokens: bool) -> str: ...
+
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """Number of pieces of the vocabulary, without tokens that were added to it."""
+
+    @abc.abstractmethod
+    def get_vocab(self) -> dict[str, int]:
+        """Every token, added ones too, with its id."""
+
+    @abc.abstractmethod
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """How many special tokens a text, or a pair of texts, is given."""
+
+    @abc.abstractmethod
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
+        """Write the tokenizer's files, each atomically. Returns their paths."""
+
+    # ---- vocabulary
+
+    def __len__(self) -> int:
+        """Number of tokens, added ones too."""
+        return len(self.get_vocab())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        named = {name: token for name, token in self._named_tokens.items() if token is not None}
+        return (
+            f"{type(self).__name__}(name_or_path={self.name_or_path!r}, vocab_size={self.vocab_size}, "
+            f"model_max_length={self.model_max_length}, padding_side={self.padding_side!r}, special_tokens={named})"
+        )
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        return {name: token for name in NAMED_TOKENS if (token := self._named_tokens.get(name)) is not None}
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """Named and extra special tokens, each once."""
+        return list(dict.fromkeys([*self.special_tokens_map.values(), *self.extra_special_tokens]))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return [self._token_to_id(token) for token in self.all_special_tokens]
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """The id of a token, or a list of ids; the unknown token's id for what the vocabulary lacks."""
+        if isinstance(tokens, str):
+            return self._token_to_id(tokens)
+        return [self._token_to_id(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """The token of an id, or the list of tokens of a list, array or 1-D tensor of ids."""
+        if isinstance(ids, (int, np.integer)):
+            return self._id_to_token(int(ids))
+        skipped = set(self.all_special_ids) if skip_special_tokens else set()
+        return [self._id_to_token(int(index)) for index in ids if int(index) not in skipped]
+
+    # ---- encoding
+
+    def __call__(
+        self,
+        text: Any = None,
+        text_pair: Any = None,
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_length: bool = False,
+        split_special_tokens: bool | None = None,
+        verbose: bool = True,
+    ) -> BatchFeature:
+        """Token ids of a text, of a list of texts, of a pair of texts or of a list of pairs.
+
+        padding: False, True or "longest" (to the longest of the batch), "max_length" (to `max_length`, else to
+            `model_max_length`), on `padding_side`, to a multiple of `pad_to_multiple_of`.
+        truncation: None or False, True or "longest_first", "only_first", "only_second", to `max_length`, else to
+            `model_max_length`. `max_length` alone truncates.
+        return_tensors: "pt" (int64 tensors), "np", or None for lists. A single text gets a batch axis with tensors only.
+        return_attention_mask, return_token_type_ids: None means what `model_input_names` says.
+        verbose: there for transformers' sake; nothing is printed either way.
+
+        Returns input_ids and what else was asked for. Raises TypeError for an unknown argument, ValueError for a value
+        that is not supported and for lengths that make no tensor.
+        """
+        if text is None:
+            raise ValueError(f"{type(self).__name__}: text is None; supported: a string or a list of strings")
+        kind = check_tensor_kind(return_tensors)
+        lengths = self._resolve_lengths(padding, truncation, max_length, pad_to_multiple_of)
+        options = {
+            "add_special_tokens": add_special_tokens,
+            "truncation": lengths.truncation,
+            "max_length": lengths.max_length,
+            "stride": stride,
+            "is_split_into_words": is_split_into_words,
+            "split_special_tokens": self.split_special_tokens if split_special_tokens is None else split_special_tokens,
+            "return_overflowing_tokens": return_overflowing_tokens,
+        }
+        if return_attention_mask is None:
+            return_attention_mask = "attention_mask" in self.model_input_names
+        if return_token_type_ids is None:
+            return_token_type_ids = "token_type_ids" in self.model_input_names
+        unwanted = {"token_type_ids"} if not return_token_type_ids else set()
+        unwanted |= {"special_tokens_mask"} if not return_special_tokens_mask else set()
+        unwanted |= {"overflowing_tokens", "num_truncated_tokens"} if kind else set()
+
+        batched = self._is_batch(text, is_split_into_words)
+        samples = self._pairs(text, text_pair, is_split_into_words) if batched else [(text, text_pair)]
+        encoded = []
+        for sample, pair in samples:
+            fields = self._encode(sample, pair, **options)
+            encoded.append({name: value for name, value in fields.items() if name not in unwanted})
+        if return_length and not self._length_counts_padding(batched):
+            for fields in encoded:
+                fields["length"] = len(fields["input_ids"])
+
+        longest = max(len(fields["input_ids"]) for fields in encoded)
+        for fields in encoded:
+            if not batched and not fields["input_ids"] and not self._pads_a_single_empty_text:
+                if return_attention_mask:
+                    fields["attention_mask"] = []
+                continue
+            self._pad_sample(fields, lengths, longest, pad_to_multiple_of, padding_side, return_attention_mask)
+        if return_length and self._length_counts_padding(batched):
+            for fields in encoded:
+                fields["length"] = len(fields["input_ids"])
+
+        if not batched and kind is None:
+            return BatchFeature(encoded[0])
+        batch = BatchFeature()
+        for name in dict.fromkeys(name for fields in encoded for name in fields):
+            batch[name] = [fields[name] for fields in encoded if name in fields]
+        return batch if kind is None else self._to_tensors(batch, kind)
+
+    # transformers' Python tokenizers leave a single text without a token unpadded, and give lengths before the padding
+    # of a batch; its Rust ones do neither.
+    _pads_a_single_empty_text: ClassVar[bool] = False
+
+    def _length_counts_padding(self, batched: bool) -> bool:
+        return not batched
+
+    def encode(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
+        """`input_ids` alone: a list of ids, or what `return_tensors` says. Arguments as for calling the tokenizer."""
+        return self(text, text_pair, **options)["input_ids"]
+
+    def _pairs(self, text: Any, text_pair: Any, is_split_into_words: bool) -> list[tuple[Any, Any]]:
+        """A batch as (text, pair or None)."""
+        if len(text) == 0:
+            raise ValueError(f"{type(self).__name__}: text is empty; supported: at least one text")
+        if text_pair is None:
+            return [self._split_pair(item, is_split_into_words) for item in text]
+        if not isinstance(text_pair, (list, tuple)) or len(text_pair) != len(text):
+            raise ValueError(
+                f"{type(self).__name__}: text is a list of {len(text)}; text_pair must be a list of as many, got "
+                f"{len(text_pair) if isinstance(text_pair, (list, tuple)) else type(text_pair).__name__}"
+            )
+        return [
+            (item, pair) if pair is not None else self._split_pair(item, is_split_into_words)
+            for item, pair in zip(text, text_pair, strict=True)
+        ]
+
+    def _split_pair(self, item: Any, is_split_into_words: bool) -> tuple[Any, Any]:
+        """An item of a batch that is itself a list: a pair of texts, or a list with a text alone."""
+        if not isinstance(item, (list, tuple)) or not item or isinstance(item[0], int):
+            return item, None
+        parts = (str, list, tuple)
+        if (
+            len(item) == 2
+            and (not is_split_into_words or isinstance(item, tuple))
+            and isinstance(item[0], parts)
+            and isinstance(item[1], parts)
+        ):
+            return item[0], item[1]
+        if len(item) == 1:
+            return item[0], None
+        if is_split_into_words:
+            return item, None
+        raise ValueError(
+            f"{type(self).__name__}: a text of the batch is a list of {len(item)}; supported: a pair of texts"
+        )
+
+    def _resolve_lengths(
+        self, padding: Any, truncation: Any, max_length: int | None, pad_to_multiple_of: int | None
+    ) -> _Lengths:
+        if max_length is not None and padding is False and truncation is None:
+            truncation = "longest_first"
+        padding = {True: "longest", False: "do_not_pad"}[padding] if isinstance(padding, bool) else padding
+        padding = _one_of("padding", padding, PADDING, "True, False")
+        if truncation is None or isinstance(truncation, bool):
+            truncation = "longest_first" if truncation else "do_not_truncate"
+        truncation = _one_of("truncation", truncation, TRUNCATION, "True, False, None")
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} is {value!r}; supported: an int of at least 1, or None")
+
+        if max_length is None:
+            unlimited = self.model_max_length > NO_LIMIT
+            if padding == "max_length" and unlimited:
+                padding = "do_not_pad"
+            if truncation != "do_not_truncate" and unlimited:
+                truncation = "do_not_truncate"
+            if padding == "max_length" or truncation != "do_not_truncate":
+                max_length = self.model_max_length
+        if padding != "do_not_pad" and self.pad_token is None:
+            raise ValueError("padding: the tokenizer has no pad_token; set one (tokenizer.pad_token = ...) to pad")
+        if (
+            truncation != "do_not_truncate"
+            and padding != "do_not_pad"
+            and pad_to_multiple_of is not None
+            and max_length is not None
+            and max_length % pad_to_multiple_of != 0
+        ):
+            raise ValueError(
+                f"max_length is {max_length} and pad_to_multiple_of {pad_to_multiple_of}; "
+                "supported with padding and truncation: a multiple of it"
+            )
+        return _Lengths(padding, truncation, max_length)
+
+    # ---- padding
+
+    def pad(
+        self,
+        encoded_inputs: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        verbose: bool = True,
+    ) -> BatchFeature:
+        """Pad what was tokenized before: a dict of lists (one text, or a batch) or a list of dicts (a collate function).
+
+        Arrays and tensors are accepted, and then returned unless `return_tensors` says otherwise. The input is not changed.
+        """
+        if isinstance(encoded_inputs, (list, tuple)) and encoded_inputs and isinstance(encoded_inputs[0], Mapping):
+            encoded_inputs = {name: [sample[name] for sample in encoded_inputs] for name in encoded_inputs[0]}
+        if not isinstance(encoded_inputs, Mapping) or "input_ids" not in encoded_inputs:
+            held = list(encoded_inputs) if isinstance(encoded_inputs, Mapping) else type(encoded_inputs).__name__
+            raise ValueError(
+                f"pad: encoded_inputs is {held}; supported: a dict with input_ids, or a list of such dicts"
+            )
+        first = encoded_inputs["input_ids"]
+        while isinstance(first, (list, tuple)) and len(first) > 0:
+            first = next((item for item in first if not isinstance(item, (list, tuple)) or item), first[0])
+        if return_tensors is None and isinstance(first, (torch.Tensor, np.ndarray, np.generic)):
+            return_tensors = "pt" if isinstance(first, torch.Tensor) else "np"
+        kind = check_tensor_kind(return_tensors)
+        fields = {name: _to_lists(value) for name, value in encoded_inputs.items()}
+        if return_attention_mask is None:
+            with_mask, if_empty = "attention_mask" in self.model_input_names, False
+        else:
+            with_mask = if_empty = return_attention_mask
+        ids = fields["input_ids"]
+        if not ids:
+            return BatchFeature(fields, **({"attention_mask": []} if if_empty else {}))
+        lengths = self._resolve_lengths(padding, None, max_length, None)
+        if not isinstance(ids[0], list):
+            self._pad_sample(fields, lengths, len(ids), pad_to_multiple_of, padding_side, with_mask)
+            batch = BatchFeature(fields)
+        else:
+            wrong = [name for name, value in fields.items() if not hasattr(value, "__len__") or len(value) != len(ids)]
+            if wrong:
+                raise ValueError(f"pad: {', '.join(wrong)} must have as many items as input_ids, {len(ids)}")
+            longest = max(map(len, ids))
+            samples = [{name: value[row] for name, value in fields.items()} for row in range(len(ids))]
+            for sample in samples:
+                self._pad_sample(sample, lengths, longest, pad_to_multiple_of, padding_side, with_mask)
+            batch = BatchFeature({name: [sample[name] for sample in samples] for name in samples[0]})
+        return batch if kind is None else self._to_tensors(batch, kind)
+
+    def _pad_sample(
+        self,
+        fields: dict[str, Any],
+        lengths: _Lengths,
+        longest: int,
+        multiple: int | None,
+        side: str | None,
+        with_mask: bool,
+    ) -> None:
+        """Pad one sample's lists in place, and add its attention mask."""
+        side = _one_of("padding_side", side or self.padding_side, SIDES)
+        count = len(fields["input_ids"])
+        if with_mask and "attention_mask" not in fields:
+            fields["attention_mask"] = [1] * count
+        if lengths.padding == "do_not_pad":
+            return
+        target = longest if lengths.padding == "longest" else lengths.max_length or 0
+        if multiple is not None:
+            target = -(-target // multiple) * multiple
+        missing = max(target - count, 0)
+        if missing == 0:
+            return
+        fillers = {"input_ids": self.pad_token_id, "token_type_ids": 0, "special_tokens_mask": 1}
+        if with_mask:
+            fillers["attention_mask"] = 0
+        for name, filler in fillers.items():
+            if name in fields:
+                padding = [filler] * missing
+                fields[name] = fields[name] + padding if side == "right" else padding + fields[name]
+
+    def _to_tensors(self, batch: BatchFeature, kind: str) -> BatchFeature:
+        for name, value in batch.items():
+            batch[name] = tokens_to_tensor(name, value, kind)
+        return batch
+
+    # ---- decoding
+
+    def decode(
+        self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> Any:
+        """The text of an id, of a list, array or tensor of ids; the list of texts of a list of lists or a 2-D tensor."""
+        ids = _to_lists(token_ids)
+        if isinstance(ids, list) and ids and isinstance(ids[0], list):
+            return [self._decode_one(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
+        return self._decode_one(ids, skip_special_tokens, clean_up_tokenization_spaces)
+
+    def batch_decode(
+        self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> list[str]:
+        """A list of texts, as `decode`; one sequence alone gives a list of one."""
+        texts = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
+        return [texts] if isinstance(texts, str) else texts
+
+    def _decode_one(self, ids: Any, skip_special_tokens: bool, clean_up: bool | None) -> str:
+        text = self._decode_ids(ids, skip_special_tokens)
+        return self._clean_up(text) if (self.clean_up_tokenization_spaces if clean_up is None else clean_up) else text
+
+    def _clean_up(self, text: str) -> str:
+        for spaced, joined in _CLEAN_UP:
+            text = text.replace(spaced, joined)
+        return text
+
+    def get_special_tokens_mask(
+        self, token_ids_0: Any, token_ids_1: Any = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 for every special token of ids that have theirs already, 0 for the others."""
+        if not already_has_special_tokens:
+            raise NotImplementedError(f"{type(self).__name__} knows special tokens only of finished sequences")
+        if token_ids_1 is not None:
+            raise ValueError("token_ids_1 is given; with already_has_special_tokens=True, token_ids_0 holds both texts")
+        special = set(self.all_special_ids)
+        return [int(int(index) in special) for index in token_ids_0]
+
+
+_CLEAN_UP = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
+    (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+
+
+# Arguments of a call that a tokenizer_config.json may hold, and that SiglipProcessor then takes as its defaults.
+CALL_ARGUMENTS = (
+    "add_special_tokens", "padding", "truncation", "max_length", "stride", "is_split_into_words", "pad_to_multiple_of",
+    "return_token_type_ids", "return_attention_mask", "return_special_tokens_mask", "return_length",
+)  # fmt: skip
+
+
+def call_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: config[name] for name in CALL_ARGUMENTS if config.get(name) is not None}
+
+
+def constructor_arguments(cls: type, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's settings that the constructor knows, of transformers 4 or 5, and over them what the caller gave."""
+    config = dict(config)
+    if not config.get("extra_special_tokens"):  # transformers 4 wrote the older name, or an empty object
+        config["extra_special_tokens"] = config.pop("additional_special_tokens", None)
+    if isinstance(config["extra_special_tokens"], Mapping):
+        config["extra_special_tokens"] = list(config["extra_special_tokens"].values())
+    # null says something of these only
+    nullable = (*NAMED_TOKENS, "model_max_length")
+    known = inspect.signature(cls).parameters
+    read = {name: value for name, value in config.items() if name in known and (value is not None or name in nullable)}
+    return {**read, **given}
+
+
+def _one_of(argument: str, value: Any, allowed: tuple[str, ...], others: str = "") -> str:
+    for name in allowed:
+        if value == name:  # enumerations of transformers equal their string
+            return name
+    choices = ", ".join([*([others] if others else []), *map(repr, allowed)])
+    raise ValueError(f"{argument} is {value!r}; supported: {choices}")
+
+
+def _to_lists(value: Any) -> Any:
+    """Tensors and arrays, also inside lists, as Python lists and numbers."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_to_lists(item) for item in value]
+    return value
