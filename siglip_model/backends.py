@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import siglip_kernels
 from siglip_kernels import MissingBackendError, reference
 from siglip_kernels.attention_pool import folded_attention_pool
 from siglip_kernels.errors import unsupported
@@ -145,8 +146,6 @@ def _triton_attention(
 ) -> Tensor:
     if dropout:
         raise unsupported("triton", "attention_dropout", f"is {dropout}", "0 in training; eager and sdpa take any")
-    import siglip_kernels
-
     return siglip_kernels.attention(q, k, v, scale=scale, lengths=lengths)
 
 
@@ -159,7 +158,7 @@ EAGER = Backend(
     layer_norm=reference.layer_norm,
     attention_pool=reference.attention_pool,
     patch_embed=reference.patch_embed,
-    sigmoid_loss=reference.sigmoid_loss,
+    sigmoid_loss=siglip_kernels.plain_sigmoid_loss,
 )
 SDPA = replace(EAGER, name="sdpa", attention=_sdpa_attention, attention_pool=folded_attention_pool)
 FLASH = replace(
@@ -169,7 +168,11 @@ FLASH = replace(
     attention_mask=functools.partial(_lengths, name="flash_attention_2"),
 )
 TRITON = replace(
-    SDPA, name="triton", attention=_triton_attention, attention_mask=functools.partial(_lengths, name="triton")
+    SDPA,
+    name="triton",
+    attention=_triton_attention,
+    attention_mask=functools.partial(_lengths, name="triton"),
+    sigmoid_loss=siglip_kernels.sigmoid_loss,
 )
 BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}
 
