@@ -32,3 +32,23 @@ def test_a_seed_repeats() -> None:
         models.append(siglip_model.SiglipModel(siglip_model.SiglipConfig(text_config=TEXT, vision_config=VISION)))
     for left, right in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+SO400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+PUBLISHED = {
+    "base-patch16-224": ({}, {}, 203_155_970),
+    "so400m-patch14-384": (SO400M, {**SO400M, "image_size": 384, "patch_size": 14}, 877_960_498),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes(name: str) -> None:
+    """Names and shapes of every tensor of two published checkpoints, without their memory."""
+    text, vision, parameters = PUBLISHED[name]
+    with torch.device("meta"):
+        ours = siglip_model.SiglipModel(siglip_model.SiglipConfig(text_config=text, vision_config=vision))
+        theirs = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+    assert ours.num_parameters() == parameters
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }

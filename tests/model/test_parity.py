@@ -267,3 +267,21 @@ def test_a_changed_constant_is_seen(mutate, monkeypatch: pytest.MonkeyPatch) -> 
         assert worst_difference(ours(**inputs), expected) < TOLERANCE
         mutate(monkeypatch, ours)
         assert worst_difference(ours(**inputs), expected) > TOLERANCE
+
+
+def test_text_model_alone() -> None:
+    config = transformers.SiglipTextConfig(**TINY_TEXT, projection_size=40)
+    theirs = randomised(transformers.SiglipTextModel(config))
+    ours = siglip_model.SiglipTextModel(siglip_model.SiglipTextConfig.from_dict(config.to_dict()))
+    same_weights(ours, theirs)
+    ids = torch.randint(0, 99, (2, 16))
+    output = ours(ids, output_hidden_states=True)
+    assert output.pooler_output.shape == (2, 40)
+    assert worst_difference(output, theirs(ids, output_hidden_states=True)) < TOLERANCE
+
+
+def test_empty_batches() -> None:
+    model = our_model(transformers_model(TINY_TEXT, TINY_VISION), "sdpa")
+    output = model(torch.zeros(0, 16, dtype=torch.long), torch.zeros(2, 3, 48, 48))
+    assert output.logits_per_image.shape == (2, 0)
+    assert model.get_image_features(torch.zeros(0, 3, 48, 48)).pooler_output.shape == (0, 64)
