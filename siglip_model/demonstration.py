@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 def classify_demo_pictures(
     classifier: ZeroShotImageClassificationPipeline,
     folder: str | Path,
-    hypothesis_template: str = "{}",
+    hypothesis_template: str,
     batch_size: int = 16,
 ) -> list[dict[str, Any]]:
     """Each picture of `folder` against the names of all of them.
@@ -44,3 +45,13 @@ def classify_demo_pictures(
 def picture_name(picture: Path) -> str:
     """A picture's true name is its file's: red-apple.png shows a red apple."""
     return picture.stem.replace("-", " ").replace("_", " ")
+
+
+def score_on_card(checkpoint: str | Path) -> str | None:
+    """What the checkpoint's model card claims for the choice among ten names, such as "91.2%"; None if it does not."""
+    try:
+        card = Path(checkpoint, "README.md").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    row = re.search(r"^\| ten-way[^|]*\|[* ]*(?P<score>[\d.]+%)[* ]*\|", card, re.MULTILINE)
+    return None if row is None else row["score"]

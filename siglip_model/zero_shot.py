@@ -324,13 +324,13 @@ def _components(
                 " or processor="
             )
     if isinstance(tokenizer, (str, os.PathLike)):
-        from siglip_model.tokenizer import SiglipTokenizer
+        from siglip_model.tokenizer import load_tokenizer
 
-        tokenizer = SiglipTokenizer.from_pretrained(tokenizer, **hub)
+        tokenizer = load_tokenizer(tokenizer, **hub)
     if isinstance(image_processor, (str, os.PathLike)):
-        from siglip_model.image_processor import SiglipImageProcessor
+        from siglip_model.image_processor import load_image_processor
 
-        image_processor = SiglipImageProcessor.from_pretrained(image_processor, **hub)
+        image_processor = load_image_processor(image_processor, **hub)
     return tokenizer, image_processor
 
 

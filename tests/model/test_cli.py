@@ -1,11 +1,11 @@
 """The command `siglip`: what it prints, writes and returns."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_checkpoint import random_image, shared_tiny_checkpoint
 from typer.testing import CliRunner
 
-from siglip_model import cli
+from siglip_model import cli, embed
 from siglip_model.demo import CHECKPOINT
 from siglip_model.embed import load_embeddings
 from siglip_model.plot import ROWS_AT_MOST, PlotRow, format_score, plot_predictions
@@ -147,6 +147,7 @@ def test_one_unreadable_image_among_many(siglip, images):
         (["classify", "IMAGE", "--labels", "a", "--model", "/no/such/model"], "/no/such/model"),
         (["classify", "IMAGE", "--labels", "a", "--device", "gpu"], "gpu"),
         (["classify", "IMAGE", "--labels", "a", "--backend", "cuda"], "backend is 'cuda'; supported: eager, sdpa"),
+        (["classify", "IMAGE", "--labels", "a", "--dtype", "int8"], "--dtype is 'int8'; supported: auto, float32"),
         (["embed", "IMAGE", "--out", "/no/such/x.safetensors"], "--out: the folder /no/such does not exist"),
         (["embed", "IMAGE", "--out", "EMPTY"], "is a folder; supported: a file name"),
         (["embed", "IMAGE", "--out", "x.npy"], "x.npy does not end in .safetensors"),
@@ -172,7 +173,6 @@ def test_wrong_use_is_one_line_and_exit_code_2(siglip, images, tmp_path, argumen
         ["classify", "--labels", "a"],
         ["classify", "x.png", "--labels", "a", "--top-k", "0"],
         ["classify", "x.png", "--labels", "a", "--batch-size", "0"],
-        ["classify", "x.png", "--labels", "a", "--dtype", "int8"],
         ["embed", "x.png"],
         ["embed", "--out", "x.safetensors"],
         ["paint"],
@@ -268,26 +268,30 @@ def test_info_names_every_backend_and_why(siglip):
         assert ("yes" in line) if reason is None else (reason in line)
 
 
+@pytest.fixture
+def many(tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for index in range(40):
+        random_image(index).save(folder / f"{index:02}.png")
+    return folder
+
+
 STOPPED_RUN = """
-import os, sys
+import sys, time
 from siglip_model import cli, embed
 note = embed._Run._note
 def note_and_say(self, *arguments, **options):
     note(self, *arguments, **options)
     print("noted", flush=True)
-    import time; time.sleep(0.05)
+    time.sleep(0.05)
 embed._Run._note = note_and_say
 sys.argv = ["siglip", *sys.argv[1:]]
 cli.main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_leaves_what_is_done_usable(siglip, tmp_path, checkpoint, number):
-    many = tmp_path / "many"
-    many.mkdir()
-    for index in range(60):
-        random_image(index).save(many / f"{index:02}.png")
+def test_ctrl_c_leaves_what_is_done_usable(siglip, many, tmp_path, checkpoint):
     out = tmp_path / "out.safetensors"
     arguments = ["embed", str(many), "--out", str(out), "--model", str(checkpoint), "--batch-size", "2"]
     process = subprocess.Popen(
@@ -296,14 +300,47 @@ def test_ctrl_c_leaves_what_is_done_usable(siglip, tmp_path, checkpoint, number)
     assert process.stdout is not None
     for _ in range(7):
         assert process.stdout.readline() == "noted\n"
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert one_line(stderr) and "stopped after" in stderr and "goes on from here" in stderr
+    assert one_line(stderr) and "of 40 images; the same command goes on from here" in stderr
     rows = len(load_embeddings(out).files)
-    assert 6 <= rows < 60
+    assert 6 <= rows < 40
     report = json.loads(siglip("embed", many, "--out", out, "--json").stdout)
-    assert (report["skipped"], report["rows"]) == (rows, 60)
+    assert (report["skipped"], report["rows"]) == (rows, 40)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_an_embedding_with_130_and_what_is_done(siglip, many, tmp_path, number, monkeypatch):
+    out = tmp_path / "out.safetensors"
+    note, handler = embed._Run._note, signal.getsignal(signal.SIGTERM)
+
+    def note_and_stop(run, *arguments, **options):
+        note(run, *arguments, **options)
+        if run.embedded == 6:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(embed._Run, "_note", note_and_stop)
+    result = siglip("embed", many, "--out", out, "--batch-size", 2, "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 130 and one_line(result.stderr) and "stopped after 6 of 40" in result.stderr
+    assert (report["rows"], report["complete"]) == (6, False) and len(load_embeddings(out).files) == 6
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_ctrl_c_while_classifying_prints_what_is_done(siglip, many, monkeypatch):
+    score = cli._ClassifyRun._score
+
+    def score_and_stop(run, *arguments):
+        score(run, *arguments)
+        if len(run.results) >= 4:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli._ClassifyRun, "_score", score_and_stop)
+    result = siglip("classify", many, "--labels", "a", "--batch-size", 2, "--json")
+    assert result.exit_code == 130 and "stopped after 4 of 40 images" in result.stderr
+    names = [os.path.basename(entry["image"]) for entry in json.loads(result.stdout)]
+    assert names == ["00.png", "01.png", "02.png", "03.png"]
 
 
 def test_help_is_complete(siglip):
@@ -312,37 +349,25 @@ def test_help_is_complete(siglip):
         assert result.exit_code == 0 and "Usage: siglip" in result.stdout
 
 
-def test_the_progress_bar_shows_images_per_second_on_a_terminal_only(checkpoint, images, tmp_path):
-    import pty
-
-    arguments = ["classify", str(images), "--labels", "a cat", "--model", str(checkpoint), "--batch-size", "1"]
-    arguments = [sys.executable, "-m", "siglip_model.cli", *arguments]
-    master, slave = pty.openpty()
-    process = subprocess.Popen(arguments, stderr=slave, stdout=subprocess.PIPE, env={**os.environ, "COLUMNS": "100"})
-    os.close(slave)
-    shown = b""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            piece = os.read(master, 4096)
-        except OSError:  # how Linux says that the other end is closed
-            break
-        if not piece:
-            break
-        shown += piece
-    process.communicate(timeout=60)
-    os.close(master)
-    assert process.returncode == 0
-    assert b"images/s" in shown and b"5/5" in shown
-    quiet = subprocess.run(arguments, capture_output=True, check=True)
-    assert quiet.stderr == b"" and b"images/s" not in quiet.stdout
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
-def test_importing_the_package_does_not_import_what_only_the_command_needs():
-    heavy = {"typer", "rich", "matplotlib", "PIL", "sqlite3", "transformers"}
-    code = f"import sys, siglip_model; print(sorted({heavy} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]", "loaded too early"
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_progress_bar_shows_images_per_second_on_a_terminal_only(monkeypatch, terminal, as_json):
+    stderr = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with cli._progress(5, "classify", hidden=as_json) as progress:
+        for _ in range(5):
+            progress.advance()
+        progress.say("failed: [bold]/x.png[/]: no image")
+    shown = stderr.getvalue()
+    assert "siglip: failed: [bold]/x.png[/]: no image\n" in shown
+    assert ("images/s" in shown and "5/5" in shown) is (terminal and not as_json)
 
 
 @pytest.fixture
