@@ -6,6 +6,7 @@ Exit codes: 0 all went well, 1 some images failed (each is named on stderr), 2 w
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -307,7 +308,7 @@ def embed(
             print(f"no image was embedded; {out} was not written")
         else:
             print(
-                f"{out}: {summary.rows} rows of {summary.width}; {summary.embedded} embedded now"
+                f"{out}: {summary.rows} row{'s' * (summary.rows != 1)} of {summary.width}; {summary.embedded} embedded now"
                 f" ({summary.images_per_second:.1f} images/s), {summary.skipped} done before, {summary.failed} failed"
             )
         done = summary.embedded + summary.failed + summary.skipped
@@ -544,6 +545,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not end the run
             stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error that ends them is shown
     warnings.showwarning = lambda message, *details, **more: _say(f"warning: {' '.join(str(message).split())}")
     app()
 

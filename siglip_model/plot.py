@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,11 @@ def plot_predictions(rows: Sequence[PlotRow], path: str | os.PathLike[str]) -> N
         for row, (picture, bars) in zip(rows, axes, strict=True):
             _draw_image(picture, row)
             _draw_bars(bars, row.predictions, limit)
-        figure.savefig(path)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            figure.savefig(path)
+    if any("missing from font" in str(warning.message) for warning in caught):
+        warnings.warn("the plot shows boxes for characters that are in no installed font", stacklevel=2)
 
 
 def plot_problem(path: str | os.PathLike[str]) -> str | None:

@@ -219,6 +219,13 @@ def test_the_bars_are_as_long_as_the_scores(tmp_path):
     assert lengths[0] == pytest.approx(2 * lengths[1], rel=0.02)
 
 
+def test_characters_without_a_font_are_said_once(tmp_path):
+    row = PlotRow(random_image(0), "x", [{"score": 0.5, "label": "\U0010fffd \U0010fffc"}])
+    with pytest.warns(UserWarning, match="in no installed font") as caught:
+        plot_predictions([row], tmp_path / "x.png")
+    assert len(caught) == 1
+
+
 def test_wrong_use_of_plot(tmp_path):
     with pytest.raises(ValueError, match=f"0 images; supported: 1 to {ROWS_AT_MOST}"):
         plot_predictions([], tmp_path / "x.png")
