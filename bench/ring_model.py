@@ -1,0 +1,112 @@
+"""A calculation on paper, not a measurement: time and bytes of the distributed loss from 8 to 4,096 GPUs.
+
+    python -m bench.ring_model [--global-batch 32768] [--width 768] [--tflops 590] [--node-gbs 450] [--network-gbs 50]
+
+Assumptions, all of them arguments. A GPU computes at 75 % of the 790 TFLOP/s that a large bf16 matrix product has on
+an H200 (the aim of the single-GPU loss, not yet measured). In a node of eight, NVLink carries 450 GB/s each way for a
+GPU (NVIDIA's H100 and H200 datasheets: 900 GB/s both ways); between nodes each GPU has a 400 Gb/s port (NDR InfiniBand,
+as in NVIDIA's DGX H100), 50 GB/s each way; a message takes 20 µs before its first byte.
+
+The ring: in each of W steps a GPU computes 6 m² D operations on its m images and one block of m texts, while the next
+block (2 bytes a value) and the last block's gradient sums (4 bytes) travel; a step lasts as long as the slower of the
+two. A ring passes between nodes at every node's edge, so one network hop paces all of it. Nothing hides the last sum.
+The all-gather: all texts arrive before, and all sums leave after, W m² pairs of computation; nothing is hidden.
+"""
+
+import argparse
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumptions:
+    """Rates in operations and bytes a second; latency in seconds."""
+
+    width: int
+    rate: float = 0.75 * 790e12
+    node: float = 450e9
+    network: float = 50e9
+    latency: float = 20e-6
+    gpus_in_a_node: int = 8
+    text_bytes: int = 2
+    sum_bytes: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one GPU. Times in seconds, sizes in bytes."""
+
+    gpus: int
+    local_batch: int
+    compute: float
+    ring: float
+    ring_exposed: float  # communication that computation does not hide
+    ring_bytes: int  # sent
+    ring_memory: int  # buffers beyond embeddings, gradients and a block of G
+    gather: float
+    gather_memory: int
+
+
+def estimate(gpus: int, global_batch: int, assumed: Assumptions) -> Estimate:
+    """One forward and backward pass of the loss of `global_batch` pairs, spread evenly."""
+    local = -(-global_batch // gpus)
+    values = local * assumed.width
+    bandwidth = assumed.node if gpus <= assumed.gpus_in_a_node else assumed.network
+    step_compute = 6 * local**2 * assumed.width / assumed.rate
+    step_bytes = values * (assumed.text_bytes + assumed.sum_bytes)
+    step_transfer = 2 * assumed.latency + step_bytes / bandwidth
+    last_sum = assumed.latency + values * assumed.sum_bytes / bandwidth
+    compute = gpus * step_compute
+    ring = (gpus - 1) * max(step_compute, step_transfer) + step_compute + last_sum
+    gathered = (gpus - 1) * values
+    gather = compute + 2 * assumed.latency + gathered * (assumed.text_bytes + assumed.sum_bytes) / bandwidth
+    return Estimate(
+        gpus,
+        local,
+        compute,
+        ring,
+        ring - compute,
+        (gpus - 1) * values * assumed.text_bytes + gpus * values * assumed.sum_bytes,
+        # Two blocks of texts; two shares, one incoming sum and the image gradient's sum.
+        2 * values * assumed.text_bytes + 4 * values * assumed.sum_bytes,
+        gather,
+        gpus * values * (assumed.text_bytes + assumed.sum_bytes) + 2 * values * assumed.sum_bytes,
+    )
+
+
+def table(global_batch: int, assumed: Assumptions) -> str:
+    """Estimates for 8 to 4,096 GPUs as text."""
+    lines = [
+        f"Global batch {global_batch:,}, D = {assumed.width}. Calculated, not measured: "
+        f"{assumed.rate / 1e12:.0f} TFLOP/s, {assumed.node / 1e9:.0f} GB/s in a node, "
+        f"{assumed.network / 1e9:.0f} GB/s between nodes.",
+        "  GPUs  local batch   compute ms    ring ms  exposed  sent MB   ring memory MB   gather ms  gather memory MB",
+    ]
+    for power in range(3, 13):
+        gpus = 2**power
+        if gpus > global_batch:
+            break
+        e = estimate(gpus, global_batch, assumed)
+        lines.append(
+            f"{e.gpus:6,} {e.local_batch:12,} {e.compute * 1e3:12.2f} {e.ring * 1e3:10.2f} "
+            f"{e.ring_exposed / e.ring:7.0%} {e.ring_bytes / 1e6:8,.0f} {e.ring_memory / 1e6:16,.0f} "
+            f"{e.gather * 1e3:11.2f} {e.gather_memory / 1e6:17,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Paper calculation of the distributed loss; nothing is measured.")
+    parser.add_argument("--global-batch", type=int, nargs="+", default=[32_768, 1_048_576])
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--tflops", type=float, default=0.75 * 790)
+    parser.add_argument("--node-gbs", type=float, default=450.0)
+    parser.add_argument("--network-gbs", type=float, default=50.0)
+    arguments = parser.parse_args()
+    assumed = Assumptions(
+        arguments.width, arguments.tflops * 1e12, arguments.node_gbs * 1e9, arguments.network_gbs * 1e9
+    )
+    print("\n\n".join(table(batch, assumed) for batch in arguments.global_batch))
+
+
+if __name__ == "__main__":
+    main()
