@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from siglip_kernels import SigLipLoss
 from siglip_kernels.errors import unsupported
 from siglip_model.config import SiglipConfig
 from siglip_model.layers import UsesBackend
@@ -28,10 +30,29 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         self.vision_model = SiglipVisionModel(config.vision_config, **kwargs)  # type: ignore[arg-type]
         self.logit_scale = nn.Parameter(torch.zeros(1))  # log of the paper's t
         self.logit_bias = nn.Parameter(torch.zeros(1))
+        self.global_loss: SigLipLoss | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.embeddings.token_embedding
+
+    def use_global_loss(
+        self, enable: bool = True, *, group: dist.ProcessGroup | None = None, dist_impl: str = "ring"
+    ) -> None:
+        """Let `return_loss` be that of the global batch of torch.distributed's processes, for DDP and FSDP.
+
+        Every image then meets the texts of every rank, where transformers' loss is local to the rank. Gradients that
+        DDP or FSDP average are those of one process with the whole batch. group, dist_impl: as in `SigLipLoss`.
+        Raises RuntimeError where torch.distributed has no process group.
+        """
+        if not enable:
+            self.global_loss = None
+            return
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("use_global_loss: torch.distributed has no process group; call init_process_group first")
+        self.global_loss = SigLipLoss(
+            rank=dist.get_rank(group), world_size=dist.get_world_size(group), group=group, dist_impl=dist_impl
+        )
 
     def get_text_features(
         self,
@@ -92,7 +113,8 @@ class SiglipModel(UsesBackend, PreTrainedModel):
                     f"asks for the loss of {len(image_embeds)} images and {len(text_embeds)} texts",
                     "pairs, so as many images as texts",
                 )
-            loss = self.ops.sigmoid_loss(image_embeds, text_embeds, logit_scale.squeeze(), self.logit_bias.squeeze())
+            compute = self.ops.sigmoid_loss if self.global_loss is None else self.global_loss
+            loss = compute(image_embeds, text_embeds, logit_scale.squeeze(), self.logit_bias.squeeze())
         output = SiglipOutput(loss, logits_per_text.T, logits_per_text, text_embeds, image_embeds, text, vision)
         return finish(output, self, return_dict)
 
