@@ -54,7 +54,7 @@ class BatchFeature(dict[str, Any]):
     ) -> BatchFeature:
         """Move every tensor to a device and cast the floating ones to a dtype; returns self, changed in place.
 
-        `batch.to("cuda")`, `batch.to(torch.float16)`, `batch.to("cuda", torch.float16)`, `batch.to(device=..., dtype=...)`.
+        `batch.to("cuda")`, `batch.to(torch.float16)`, `batch.to("cuda", torch.float16)`, or by name: device=, dtype=.
         Integer tensors (token ids, masks) keep their dtype; lists and tuples are followed, all else stays as it is.
         Raises ValueError for anything that is neither a device nor a dtype.
         """
@@ -80,7 +80,7 @@ class BatchFeature(dict[str, Any]):
 
 
 def check_tensor_kind(return_tensors: Any) -> str | None:
-    """`return_tensors` as None, "pt" or "np" (enumerations of transformers that equal these pass). Raises ValueError."""
+    """`return_tensors` as None, "pt" or "np" (also as transformers' enumeration). Raises ValueError."""
     if return_tensors is None:
         return None
     for kind in TENSOR_KINDS:
@@ -107,7 +107,7 @@ def tokens_to_tensor(name: str, value: Any, kind: str) -> torch.Tensor | np.ndar
         array = np.empty(0, dtype=object)
     if array.dtype == object:
         raise ValueError(
-            f"{name}: sequences of lengths {sorted(length for length in lengths if length is not None)} make no tensor; "
+            f"{name}: sequences of lengths {sorted(map(str, lengths), key=int)} make no tensor; "
             "give padding=True (and truncation=True), or return_tensors=None for lists"
         )
     if array.size == 0:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from siglip_model.component_files import find_file, find_json, split_hub_arguments, to_json, write_file
 from siglip_model.errors import CheckpointError
-from siglip_model.tokenizer_base import NAMED_TOKENS, AddedToken, Tokenizer, call_defaults, constructor_arguments
+from siglip_model.tokenizer_base import Tokenizer
+from siglip_model.tokenizer_settings import NAMED_TOKENS, AddedToken, call_defaults, constructor_arguments
 
 if TYPE_CHECKING:
     import tokenizers
@@ -257,7 +258,7 @@ class TokenizersTokenizer(Tokenizer):
 class GemmaTokenizer(TokenizersTokenizer):
     """Gemma's: spaces become "▁", nothing is prefixed, unknown characters fall back to bytes; case is kept.
 
-    Whatever tokenizer.json says of normalising, splitting and decoding, it is done as transformers' GemmaTokenizer does.
+    Whatever tokenizer.json says of normalising, splitting and decoding, transformers' GemmaTokenizer is followed.
     """
 
     tokenizer_class = "GemmaTokenizer"
@@ -300,7 +301,7 @@ class Siglip2Tokenizer(GemmaTokenizer):
 
 
 def class_for(name: str) -> type[TokenizersTokenizer] | None:
-    """The class for a tokenizer_class, without "Fast", of tokenizer_config.json; None for those that are not supported."""
+    """The class for a tokenizer_config.json's tokenizer_class (without "Fast"); None if it is not supported."""
     classes: dict[str, type[TokenizersTokenizer]] = {
         "": TokenizersTokenizer,
         "GemmaTokenizer": GemmaTokenizer,

@@ -26,7 +26,7 @@ def is_image(value: Any) -> bool:
 
 
 def load_images(images: Any) -> Any:
-    """Paths, URLs and base64 strings, also in nested lists, replaced by their images: upright and RGB, as transformers'.
+    """Paths, URLs and base64 strings, also in nested lists, replaced by their images: upright, and RGB.
 
     Raises UnreadableImageError naming the file; TypeError for what is no image.
     """
@@ -37,7 +37,7 @@ def load_images(images: Any) -> Any:
     if is_image(images):
         return images
     raise TypeError(
-        f"images: got {type(images).__name__}; supported: PIL image, numpy array, torch tensor, path, URL, or lists of these"
+        f"images: got {type(images).__name__}; supported: PIL image, numpy array, torch tensor, path, URL, lists"
     )
 
 
@@ -85,8 +85,8 @@ def channels_last(image: np.ndarray | torch.Tensor, input_data_format: str | Non
     if image.shape[2] in CHANNEL_COUNTS:
         return True
     raise ValueError(
-        f"images: got an array of shape {tuple(image.shape)}, in which neither the first nor the last dimension is 1, 3 "
-        "or 4; give input_data_format='channels_first' or 'channels_last' if one of them holds channels"
+        f"images: got an array of shape {tuple(image.shape)}, whose first and last dimensions are not 1, 3 or 4; "
+        "give input_data_format='channels_first' or 'channels_last' if one of them holds channels"
     )
 
 
@@ -94,8 +94,8 @@ def pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
     """(height, width, channels), or (height, width) of a one-band mode that is left as it is.
 
     RGB: what has alpha, or a transparent colour, is laid over white; EXIF orientation is left alone.
-    Raises UnreadableImageError naming the image's file if its pixels cannot be decoded, ValueError for a mode that Pillow
-    does not convert (La).
+    Raises UnreadableImageError naming the image's file if its pixels cannot be decoded, ValueError for a mode that
+    Pillow does not convert (La).
     """
     from PIL import Image
 
@@ -113,8 +113,8 @@ def pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def check_alpha_range(image: np.ndarray | torch.Tensor, is_floating: bool) -> None:
+def check_alpha_range(image: np.ndarray | torch.Tensor) -> None:
     """A floating image with alpha is laid over white as [0, 1]. Raises ValueError for values outside."""
     low, high = image.min().item(), image.max().item()
-    if is_floating and not (low >= 0.0 and high <= 1.0):
+    if not (low >= 0.0 and high <= 1.0):
         raise ValueError(f"images: a floating image of 4 channels spans [{low}, {high}]; supported: [0, 1]")

@@ -53,8 +53,8 @@ class SiglipProcessor:
         """`pixel_values` if images are given, `input_ids` (and what the tokenizer returns besides) if text is.
 
         images: as for `SiglipImageProcessor`. text: a string or a list of strings.
-        Arguments of tokenizer (padding=, truncation=, max_length= ...) and image processor (size=, device= ...) go to the
-        one that knows them, `return_tensors` to both; `text_kwargs` and `images_kwargs` to one of them.
+        Arguments of tokenizer (padding=, truncation=, max_length= ...) and image processor (size=, device= ...) go to
+        the one that knows them, `return_tensors` to both; `text_kwargs` and `images_kwargs` to one of them.
 
         Raises ValueError if neither images nor text are given, TypeError for an argument that neither knows.
         """
@@ -120,8 +120,8 @@ class SiglipProcessor:
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
         """Write the tokenizer's files, processor_config.json and preprocessor_config.json, each atomically.
 
-        transformers 5 reads the image processor from processor_config.json, transformers 4 from preprocessor_config.json.
-        Returns the paths.
+        transformers 5 reads the image processor from the second, transformers 4 from the third.
+        Returns their paths.
         """
         content = {"image_processor": self.image_processor.to_dict(), "processor_class": type(self).__name__}
         paths = [*self.tokenizer.save_pretrained(save_directory), *self.image_processor.save_pretrained(save_directory)]

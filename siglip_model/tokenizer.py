@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from siglip_model.component_files import find_file, find_json, split_hub_arguments, to_json, write_file
 from siglip_model.errors import CheckpointError
-from siglip_model.tokenizer_base import NAMED_TOKENS, AddedToken, Tokenizer, call_defaults, constructor_arguments
+from siglip_model.tokenizer_base import Tokenizer
+from siglip_model.tokenizer_settings import NAMED_TOKENS, AddedToken, call_defaults, constructor_arguments
 
 __all__ = ["SiglipTokenizer", "load_tokenizer"]
 
@@ -25,8 +26,8 @@ _NO_DUMMY_PREFIX = bytes((0x1A, 0x02, 0x18, 0x00))
 class SiglipTokenizer(Tokenizer):
     """SentencePiece behind transformers' interface, token for token (see `Tokenizer.__call__` for the arguments).
 
-    `vocab_file`: a SentencePiece model, usually spiece.model. `model_input_names`: without "attention_mask" (as published
-    checkpoints have it) no mask is returned, and the model attends to padding, as it did when it was trained.
+    `vocab_file`: a SentencePiece model, usually spiece.model. `model_input_names`: without "attention_mask", as in
+    published checkpoints, no mask is returned, and the model attends to padding, as it did when it was trained.
     Raises CheckpointError naming the file if it is missing or no SentencePiece model.
     """
 
@@ -330,7 +331,8 @@ class SiglipTokenizer(Tokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         special = set(self.all_special_tokens)
-        text, pieces, after_special = "", [], False
+        text, after_special = "", False
+        pieces: list[str] = []
         for token in tokens:
             if token in special:
                 text += ("" if after_special else " ") + self.sp_model.decode(pieces) + token
@@ -417,8 +419,8 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], **arguments: Any) -> Toke
     tokenizer_class = class_for(name)
     if tokenizer_class is None:
         raise CheckpointError(
-            f"{path_or_id}: tokenizer_class is {config['tokenizer_class']!r}; supported: SiglipTokenizer, GemmaTokenizer, "
-            "Siglip2Tokenizer, PreTrainedTokenizerFast, TokenizersBackend"
+            f"{path_or_id}: tokenizer_class is {config['tokenizer_class']!r}; supported: SiglipTokenizer, "
+            "GemmaTokenizer, Siglip2Tokenizer, PreTrainedTokenizerFast, TokenizersBackend"
         )
     return tokenizer_class.from_pretrained(path_or_id, **arguments)
 

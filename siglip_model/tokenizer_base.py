@@ -3,60 +3,16 @@
 from __future__ import annotations
 
 import abc
-import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from siglip_model.batch import BatchFeature, check_tensor_kind, tokens_to_tensor
-
-# The order in which transformers lists them.
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-PADDING = ("longest", "max_length", "do_not_pad")
-TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
-SIDES = ("right", "left")
-# A model_max_length above this stands for "no limit" (transformers writes 10^30).
-NO_LIMIT = 10**20
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is never split. `lstrip`, `rstrip`: it takes the white space beside it; `single_word`: only as a word."""
-
-    content: str
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool = False
-    special: bool = False
-
-    @classmethod
-    def from_json(cls, value: Any) -> AddedToken:
-        """From a string, or from an object with any of the fields (transformers' files hold both)."""
-        if isinstance(value, str):
-            return cls(value)
-        if isinstance(value, Mapping) and isinstance(value.get("content"), str):
-            return cls(**{name: value[name] for name in cls.__dataclass_fields__ if name in value})
-        if isinstance(getattr(value, "content", None), str):  # an AddedToken of the tokenizers library
-            return cls(**{name: getattr(value, name) for name in cls.__dataclass_fields__ if hasattr(value, name)})
-        raise ValueError(f"expected a token as a string or an object with 'content', got {value!r}")
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-
-@dataclass(frozen=True)
-class _Lengths:
-    """How one call pads and truncates, resolved from its arguments."""
-
-    padding: str
-    truncation: str
-    max_length: int | None
+from siglip_model.token_lengths import SIDES, Lengths, one_of
+from siglip_model.tokenizer_settings import NAMED_TOKENS, AddedToken
 
 
 def _named_token(name: str) -> property:
@@ -115,8 +71,8 @@ class Tokenizer(abc.ABC):
         }
         self.extra_special_tokens = [AddedToken.from_json(token).content for token in extra_special_tokens or ()]
         self.model_max_length = int(10**30 if model_max_length is None else model_max_length)
-        self.padding_side = _one_of("padding_side", padding_side or type(self).padding_side, SIDES)
-        self.truncation_side = _one_of("truncation_side", truncation_side, SIDES)
+        self.padding_side = one_of("padding_side", padding_side or type(self).padding_side, SIDES)
+        self.truncation_side = one_of("truncation_side", truncation_side, SIDES)
         self.model_input_names = list(model_input_names or type(self).model_input_names)
         if self.model_input_names[0] != "input_ids":
             raise ValueError(
@@ -251,7 +207,7 @@ class Tokenizer(abc.ABC):
             `model_max_length`), on `padding_side`, to a multiple of `pad_to_multiple_of`.
         truncation: None or False, True or "longest_first", "only_first", "only_second", to `max_length`, else to
             `model_max_length`. `max_length` alone truncates.
-        return_tensors: "pt" (int64 tensors), "np", or None for lists. A single text gets a batch axis with tensors only.
+        return_tensors: "pt" (int64 tensors), "np", or None for lists. A single text gets a batch axis with tensors.
         return_attention_mask, return_token_type_ids: None means what `model_input_names` says.
         verbose: there for transformers' sake; nothing is printed either way.
 
@@ -261,8 +217,8 @@ class Tokenizer(abc.ABC):
         if text is None:
             raise ValueError(f"{type(self).__name__}: text is None; supported: a string or a list of strings")
         kind = check_tensor_kind(return_tensors)
-        lengths = self._resolve_lengths(padding, truncation, max_length, pad_to_multiple_of)
-        options = {
+        lengths = self._lengths(padding, truncation, max_length, pad_to_multiple_of, padding_side)
+        options: dict[str, Any] = {
             "add_special_tokens": add_special_tokens,
             "truncation": lengths.truncation,
             "max_length": lengths.max_length,
@@ -295,7 +251,7 @@ class Tokenizer(abc.ABC):
                 if return_attention_mask:
                     fields["attention_mask"] = []
                 continue
-            self._pad_sample(fields, lengths, longest, pad_to_multiple_of, padding_side, return_attention_mask)
+            lengths.pad(fields, longest, self.pad_token_id, return_attention_mask)
         if return_length and self._length_counts_padding(batched):
             for fields in encoded:
                 fields["length"] = len(fields["input_ids"])
@@ -354,42 +310,18 @@ class Tokenizer(abc.ABC):
             f"{type(self).__name__}: a text of the batch is a list of {len(item)}; supported: a pair of texts"
         )
 
-    def _resolve_lengths(
-        self, padding: Any, truncation: Any, max_length: int | None, pad_to_multiple_of: int | None
-    ) -> _Lengths:
-        if max_length is not None and padding is False and truncation is None:
-            truncation = "longest_first"
-        padding = {True: "longest", False: "do_not_pad"}[padding] if isinstance(padding, bool) else padding
-        padding = _one_of("padding", padding, PADDING, "True, False")
-        if truncation is None or isinstance(truncation, bool):
-            truncation = "longest_first" if truncation else "do_not_truncate"
-        truncation = _one_of("truncation", truncation, TRUNCATION, "True, False, None")
-        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
-            if value is not None and (not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} is {value!r}; supported: an int of at least 1, or None")
-
-        if max_length is None:
-            unlimited = self.model_max_length > NO_LIMIT
-            if padding == "max_length" and unlimited:
-                padding = "do_not_pad"
-            if truncation != "do_not_truncate" and unlimited:
-                truncation = "do_not_truncate"
-            if padding == "max_length" or truncation != "do_not_truncate":
-                max_length = self.model_max_length
-        if padding != "do_not_pad" and self.pad_token is None:
+    def _lengths(self, padding: Any, truncation: Any, max_length: Any, multiple: Any, side: Any) -> Lengths:
+        lengths = Lengths.resolve(
+            padding,
+            truncation,
+            max_length,
+            multiple,
+            self.padding_side if side is None else side,
+            model_max_length=self.model_max_length,
+        )
+        if lengths.padding != "do_not_pad" and self.pad_token is None:
             raise ValueError("padding: the tokenizer has no pad_token; set one (tokenizer.pad_token = ...) to pad")
-        if (
-            truncation != "do_not_truncate"
-            and padding != "do_not_pad"
-            and pad_to_multiple_of is not None
-            and max_length is not None
-            and max_length % pad_to_multiple_of != 0
-        ):
-            raise ValueError(
-                f"max_length is {max_length} and pad_to_multiple_of {pad_to_multiple_of}; "
-                "supported with padding and truncation: a multiple of it"
-            )
-        return _Lengths(padding, truncation, max_length)
+        return lengths
 
     # ---- padding
 
@@ -404,9 +336,9 @@ class Tokenizer(abc.ABC):
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> BatchFeature:
-        """Pad what was tokenized before: a dict of lists (one text, or a batch) or a list of dicts (a collate function).
+        """Pad what was tokenized before: a dict of lists (one text, or a batch) or a list of dicts (for collating).
 
-        Arrays and tensors are accepted, and then returned unless `return_tensors` says otherwise. The input is not changed.
+        Arrays and tensors are accepted, and then returned unless `return_tensors` says otherwise. The input is kept.
         """
         if isinstance(encoded_inputs, (list, tuple)) and encoded_inputs and isinstance(encoded_inputs[0], Mapping):
             encoded_inputs = {name: [sample[name] for sample in encoded_inputs] for name in encoded_inputs[0]}
@@ -429,9 +361,9 @@ class Tokenizer(abc.ABC):
         ids = fields["input_ids"]
         if not ids:
             return BatchFeature(fields, **({"attention_mask": []} if if_empty else {}))
-        lengths = self._resolve_lengths(padding, None, max_length, None)
+        lengths = self._lengths(padding, None, max_length, pad_to_multiple_of, padding_side)
         if not isinstance(ids[0], list):
-            self._pad_sample(fields, lengths, len(ids), pad_to_multiple_of, padding_side, with_mask)
+            lengths.pad(fields, len(ids), self.pad_token_id, with_mask)
             batch = BatchFeature(fields)
         else:
             wrong = [name for name, value in fields.items() if not hasattr(value, "__len__") or len(value) != len(ids)]
@@ -440,39 +372,9 @@ class Tokenizer(abc.ABC):
             longest = max(map(len, ids))
             samples = [{name: value[row] for name, value in fields.items()} for row in range(len(ids))]
             for sample in samples:
-                self._pad_sample(sample, lengths, longest, pad_to_multiple_of, padding_side, with_mask)
+                lengths.pad(sample, longest, self.pad_token_id, with_mask)
             batch = BatchFeature({name: [sample[name] for sample in samples] for name in samples[0]})
         return batch if kind is None else self._to_tensors(batch, kind)
-
-    def _pad_sample(
-        self,
-        fields: dict[str, Any],
-        lengths: _Lengths,
-        longest: int,
-        multiple: int | None,
-        side: str | None,
-        with_mask: bool,
-    ) -> None:
-        """Pad one sample's lists in place, and add its attention mask."""
-        side = _one_of("padding_side", side or self.padding_side, SIDES)
-        count = len(fields["input_ids"])
-        if with_mask and "attention_mask" not in fields:
-            fields["attention_mask"] = [1] * count
-        if lengths.padding == "do_not_pad":
-            return
-        target = longest if lengths.padding == "longest" else lengths.max_length or 0
-        if multiple is not None:
-            target = -(-target // multiple) * multiple
-        missing = max(target - count, 0)
-        if missing == 0:
-            return
-        fillers = {"input_ids": self.pad_token_id, "token_type_ids": 0, "special_tokens_mask": 1}
-        if with_mask:
-            fillers["attention_mask"] = 0
-        for name, filler in fillers.items():
-            if name in fields:
-                padding = [filler] * missing
-                fields[name] = fields[name] + padding if side == "right" else padding + fields[name]
 
     def _to_tensors(self, batch: BatchFeature, kind: str) -> BatchFeature:
         for name, value in batch.items():
@@ -484,7 +386,7 @@ class Tokenizer(abc.ABC):
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
     ) -> Any:
-        """The text of an id, of a list, array or tensor of ids; the list of texts of a list of lists or a 2-D tensor."""
+        """The text of an id, of a list, array or tensor of ids; a list of texts of a list of lists or a 2-D tensor."""
         ids = _to_lists(token_ids)
         if isinstance(ids, list) and ids and isinstance(ids[0], list):
             return [self._decode_one(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
@@ -522,39 +424,6 @@ _CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
     (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
-
-
-# Arguments of a call that a tokenizer_config.json may hold, and that SiglipProcessor then takes as its defaults.
-CALL_ARGUMENTS = (
-    "add_special_tokens", "padding", "truncation", "max_length", "stride", "is_split_into_words", "pad_to_multiple_of",
-    "return_token_type_ids", "return_attention_mask", "return_special_tokens_mask", "return_length",
-)  # fmt: skip
-
-
-def call_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in CALL_ARGUMENTS if config.get(name) is not None}
-
-
-def constructor_arguments(cls: type, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's settings that the constructor knows, of transformers 4 or 5, and over them what the caller gave."""
-    config = dict(config)
-    if not config.get("extra_special_tokens"):  # transformers 4 wrote the older name, or an empty object
-        config["extra_special_tokens"] = config.pop("additional_special_tokens", None)
-    if isinstance(config["extra_special_tokens"], Mapping):
-        config["extra_special_tokens"] = list(config["extra_special_tokens"].values())
-    # null says something of these only
-    nullable = (*NAMED_TOKENS, "model_max_length")
-    known = inspect.signature(cls).parameters
-    read = {name: value for name, value in config.items() if name in known and (value is not None or name in nullable)}
-    return {**read, **given}
-
-
-def _one_of(argument: str, value: Any, allowed: tuple[str, ...], others: str = "") -> str:
-    for name in allowed:
-        if value == name:  # enumerations of transformers equal their string
-            return name
-    choices = ", ".join([*([others] if others else []), *map(repr, allowed)])
-    raise ValueError(f"{argument} is {value!r}; supported: {choices}")
 
 
 def _to_lists(value: Any) -> Any:

@@ -1,0 +1,112 @@
+"""What an image processor is told to do: the forms in which its options come, checked and made one."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+NEAREST, LANCZOS, BILINEAR, BICUBIC = 0, 1, 2, 3  # Pillow's numbers, which the files hold
+
+_SIZE_KEYS = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """What one call does, its arguments checked."""
+
+    do_convert_rgb: bool
+    do_resize: bool
+    size: dict[str, int]
+    resample: int
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: Any
+    image_std: Any
+    input_data_format: str | None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def to_size(size: Any, default_to_square: bool) -> dict[str, int]:
+    """The forms of `size` as a dict. Raises ValueError for any other."""
+    given = size
+    if isinstance(size, (int, np.integer)) and not isinstance(size, bool):
+        size = {"height": size, "width": size} if default_to_square else {"shortest_edge": size}
+    elif isinstance(size, (list, tuple)) and len(size) == 2 and not any(isinstance(item, tuple) for item in size):
+        size = {"height": size[0], "width": size[1]}
+    elif not isinstance(size, Mapping) and hasattr(size, "__iter__") and hasattr(size, "shortest_edge"):
+        size = dict(size)  # transformers' SizeDict
+    if (
+        not isinstance(size, Mapping)
+        or set(size) not in _SIZE_KEYS
+        or not all(
+            isinstance(edge, (int, np.integer)) and not isinstance(edge, bool) and edge > 0 for edge in size.values()
+        )
+    ):
+        raise ValueError(
+            f"size is {given!r}; supported: a positive int, (height, width), or a dict of positive ints with height "
+            "and width, with shortest_edge (and longest_edge), or with max_height and max_width"
+        )
+    return {name: int(edge) for name, edge in size.items()}
+
+
+def to_resample(resample: Any) -> int:
+    from PIL import Image
+
+    try:
+        if isinstance(resample, str):
+            return int(Image.Resampling[resample.upper()])
+        if isinstance(resample, (int, np.integer)) and not isinstance(resample, bool):
+            return int(Image.Resampling(int(resample)))
+    except (KeyError, ValueError):
+        pass
+    names = ", ".join(f"{int(filter_)} ({filter_.name.lower()})" for filter_ in Image.Resampling)
+    raise ValueError(f"resample is {resample!r}; supported: {names}")
+
+
+def per_channel(name: str, value: Any, channels: int) -> list[float]:
+    values = [float(value)] * channels if is_number(value) else [float(item) for item in value]
+    if len(values) != channels:
+        raise ValueError(f"{name} has {len(values)} numbers; the image has {channels} channels")
+    return values
+
+
+def output_size(shape: Sequence[int], size: Mapping[str, int]) -> tuple[int, int]:
+    """(height, width) after resizing an image of (height, width)."""
+    height, width = int(shape[0]), int(shape[1])
+    if "height" in size:
+        return size["height"], size["width"]
+    if "max_height" in size:
+        scale = min(size["max_height"] / height, size["max_width"] / width)
+        new = int(height * scale), int(width * scale)
+    else:
+        new = _shortest_edge(height, width, size["shortest_edge"], size.get("longest_edge"))
+    if 0 in new:
+        raise ValueError(f"size {dict(size)} makes an image of {height} x {width} pixels {new[0]} x {new[1]}")
+    return new
+
+
+def _shortest_edge(height: int, width: int, shortest: int, longest: int | None) -> tuple[int, int]:
+    """The shorter edge becomes `shortest`, or less where the longer one would pass `longest`; rounded alike."""
+    short, long = min(height, width), max(height, width)
+    if longest is None:
+        new_short, new_long = shortest, int(shortest * long / short)
+        return (new_long, new_short) if width <= height else (new_short, new_long)
+    unrounded: float | None = None
+    if long / short * shortest > longest:
+        unrounded = longest * short / long
+        shortest = round(unrounded)
+    if short == shortest:
+        return height, width
+    factor = shortest if unrounded is None else unrounded
+    if width < height:
+        return int(factor * height / width), shortest
+    return shortest, int(factor * width / height)

@@ -1,0 +1,191 @@
+"""What both image processors share: options, the calling convention of transformers, and files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from siglip_model.batch import BatchFeature, check_tensor_kind
+from siglip_model.component_files import find_json, split_hub_arguments, to_json, write_file
+from siglip_model.errors import CheckpointError
+from siglip_model.image_inputs import LAYOUTS, flatten_images
+from siglip_model.image_options import BICUBIC, ImageOptions, is_number, to_resample, to_size
+
+
+class ImageProcessor:
+    """What both image processors share: options, files, and the calling convention of transformers.
+
+    do_convert_rgb, do_resize, do_rescale, do_normalize: which steps are taken.
+    size: {"height", "width"}, or (height, width); {"shortest_edge"}, which an int means unless `default_to_square`,
+        with "longest_edge" as its limit if there; or {"max_height", "max_width"}.
+    resample: Pillow's number or name of a filter; 3 is bicubic.
+    rescale_factor, image_mean, image_std: numbers, or for the last two one number for each channel.
+
+    Each is an attribute, and an argument of a call that wins over it.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+    file_name: ClassVar[str] = "preprocessor_config.json"
+    defaults: ClassVar[dict[str, Any]] = {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": 224, "width": 224},
+        "default_to_square": False,
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    default_to_square: bool
+    resample: Any
+    # What else a call may say.
+    call_arguments: ClassVar[tuple[str, ...]] = ("input_data_format", "data_format", "device", "return_tensors")
+
+    def __init__(self, **options: Any) -> None:
+        unknown = [name for name in options if name not in self.defaults]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}: unknown argument {', '.join(unknown)}; known: {', '.join(self.defaults)}"
+            )
+        settings = {
+            name: default if options.get(name) is None else options[name] for name, default in self.defaults.items()
+        }
+        settings["size"] = to_size(settings["size"], settings["default_to_square"])
+        for name, value in settings.items():
+            setattr(self, name, list(value) if name in ("image_mean", "image_std") and not is_number(value) else value)
+        self._resolve({})  # bad values are found now
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.defaults)})"
+
+    def __call__(self, images: Any, **options: Any) -> BatchFeature:
+        """As `preprocess`."""
+        return self.preprocess(images, **options)
+
+    def preprocess(self, images: Any, **options: Any) -> BatchFeature:
+        """`pixel_values` of an image, a batch (4-D or a list) or a list of lists of images, which is flattened.
+
+        images: PIL (any mode), numpy or torch with the channels first or last (1, 3 or 4; first if both fit), path, URL
+            or base64 string. EXIF orientation is applied to what is loaded here, and left alone in a PIL image.
+        return_tensors: "pt" or "np" for one float32 tensor or array (batch, channels, height, width); None for a list.
+        input_data_format: "channels_first" or "channels_last", where it is not to be inferred.
+        device: where to work and to return ("cuda", torch.device ...): SiglipImageProcessorFast only.
+        All constructor options, for this call alone.
+
+        Raises UnreadableImageError (an OSError) naming a file that is no image; TypeError for an unknown argument or
+        what is no image; ValueError for other bad values, and for sizes that make no tensor.
+        """
+        kind = check_tensor_kind(options.pop("return_tensors", None))
+        device = options.pop("device", None)
+        if options.pop("data_format", None) not in (None, "channels_first"):
+            raise ValueError("data_format: supported: 'channels_first', which the model takes")
+        resolved = self._resolve(options)
+        pixel_values = self._process(flatten_images(images), resolved, device)
+        return BatchFeature(pixel_values=pixel_values if kind is None else _stack(pixel_values, kind))
+
+    def _process(self, images: list[Any], options: ImageOptions, device: Any) -> list[Any]:
+        raise NotImplementedError
+
+    def _resolve(self, overrides: Mapping[str, Any]) -> ImageOptions:
+        settings: dict[str, Any] = {name: getattr(self, name) for name in self.defaults}
+        for name, value in overrides.items():
+            if name not in settings and name != "input_data_format":
+                known = ", ".join((*self.defaults, *self.call_arguments))
+                raise TypeError(f"{type(self).__name__}: unknown argument {name}; known: {known}")
+            settings[name] = value
+        for name in ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"):
+            if settings[name] is not None and not isinstance(settings[name], (bool, np.bool_)):
+                raise ValueError(f"{name} is {settings[name]!r}; supported: True, False")
+            settings[name] = bool(settings[name])
+        default_to_square = settings.pop("default_to_square")
+        if settings["do_resize"]:
+            settings["size"] = to_size(settings["size"], default_to_square)
+            settings["resample"] = to_resample(settings["resample"])
+        if settings["do_rescale"] and not is_number(settings["rescale_factor"]):
+            raise ValueError(f"rescale_factor is {settings['rescale_factor']!r}; supported: a number")
+        if settings["do_normalize"]:
+            for name in ("image_mean", "image_std"):
+                value = settings[name]
+                if isinstance(value, np.ndarray):
+                    value = settings[name] = value.tolist()
+                if not is_number(value) and not (isinstance(value, (list, tuple)) and all(map(is_number, value))):
+                    raise ValueError(f"{name} is {value!r}; supported: a number, or one for each channel")
+            std = settings["image_std"]
+            if 0 in ([std] if is_number(std) else std):
+                raise ValueError(f"image_std is {std!r}; supported: numbers other than 0")
+        layout = settings.setdefault("input_data_format", None)
+        settings["input_data_format"] = next((name for name in LAYOUTS if layout == name), None)
+        if layout is not None and settings["input_data_format"] is None:
+            raise ValueError(f"input_data_format is {layout!r}; supported: {', '.join(map(repr, LAYOUTS))}, None")
+        return ImageOptions(**settings)
+
+    # ---- files
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **arguments: Any) -> Any:
+        """The image processor of a directory or a hub repository: processor_config.json, else preprocessor_config.json.
+
+        Arguments: the constructor's options, which win over the file, and revision, cache_dir, local_files_only, token.
+        Raises CheckpointError for a missing, damaged or foreign file, naming it; OSError as `resolve_file`.
+        """
+        hub, given = split_hub_arguments(arguments)
+        return cls._from_settings(read_settings(path_or_id, hub), given)
+
+    @classmethod
+    def _from_settings(cls, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+        return cls(**{**{name: value for name, value in settings.items() if name in cls.defaults}, **given})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of preprocessor_config.json."""
+        settings = {name: getattr(self, name) for name in self.defaults}
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        if not self.default_to_square:
+            del settings["default_to_square"]
+        settings["resample"] = int(to_resample(self.resample))
+        return {**settings, "data_format": "channels_first", "image_processor_type": type(self).__name__}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
+        """Write preprocessor_config.json, atomically. Returns its path in a list."""
+        return [write_file(save_directory, self.file_name, to_json(self.to_dict()))]
+
+
+def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
+    """The image processor's settings: nested in processor_config.json (transformers 5), or in a file of their own."""
+    name = "processor_config.json"
+    settings = (find_json(path_or_id, name, hub) or {}).get("image_processor")
+    if settings is None:
+        name = ImageProcessor.file_name
+        settings = find_json(path_or_id, name, hub)
+    if settings is None:
+        raise CheckpointError(f"{path_or_id} has neither {name} nor a processor_config.json with an image processor")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{name} of {path_or_id}: image_processor is {settings!r}; supported: an object")
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "SiglipImageProcessor"
+    if kind not in ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil"):
+        raise CheckpointError(
+            f"{name} of {path_or_id}: image_processor_type is {kind!r}; supported: SiglipImageProcessor, "
+            "SiglipImageProcessorFast"
+        )
+    for step in ("do_center_crop", "do_pad"):
+        if settings.get(step):
+            raise CheckpointError(f"{name} of {path_or_id}: {step} is {settings[step]!r}; supported: false")
+    return settings
+
+
+def _stack(images: list[Any], kind: str) -> torch.Tensor | np.ndarray:
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"pixel_values: images of shapes {shapes} make no tensor; give do_resize=True, or return_tensors=None"
+        )
+    if isinstance(images[0], torch.Tensor):
+        stacked = torch.stack(images)
+        return stacked if kind == "pt" else stacked.numpy(force=True)
+    array = np.array(images)
+    return torch.from_numpy(array) if kind == "pt" else array

@@ -1,0 +1,93 @@
+"""How one call of a tokenizer pads and truncates: transformers' arguments, resolved once."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+PADDING = ("longest", "max_length", "do_not_pad")
+TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
+SIDES = ("right", "left")
+# A model_max_length above this stands for "no limit" (transformers writes 10^30).
+NO_LIMIT = 10**20
+
+
+@dataclass(frozen=True)
+class Lengths:
+    padding: str
+    truncation: str
+    max_length: int | None
+    pad_to_multiple_of: int | None
+    padding_side: str
+
+    @classmethod
+    def resolve(
+        cls,
+        padding: Any,
+        truncation: Any,
+        max_length: Any,
+        pad_to_multiple_of: Any,
+        padding_side: Any,
+        *,
+        model_max_length: int,
+    ) -> Lengths:
+        """`max_length` alone truncates; where one is needed and none given, it is the model's, if that has a limit.
+
+        Raises ValueError for values that are not supported, and for lengths that contradict each other.
+        """
+        if max_length is not None and padding is False and truncation is None:
+            truncation = "longest_first"
+        if isinstance(padding, bool):
+            padding = "longest" if padding else "do_not_pad"
+        padding = one_of("padding", padding, PADDING, "True, False")
+        if truncation is None or isinstance(truncation, bool):
+            truncation = "longest_first" if truncation else "do_not_truncate"
+        truncation = one_of("truncation", truncation, TRUNCATION, "True, False, None")
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (
+                not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1
+            ):
+                raise ValueError(f"{name} is {value!r}; supported: an int of at least 1, or None")
+        truncates = truncation != "do_not_truncate"
+
+        if max_length is None and model_max_length > NO_LIMIT:
+            padding = "do_not_pad" if padding == "max_length" else padding
+            truncation, truncates = "do_not_truncate", False
+        elif max_length is None and (padding == "max_length" or truncates):
+            max_length = model_max_length
+        if truncates and padding != "do_not_pad" and max_length % (pad_to_multiple_of or 1) != 0:
+            raise ValueError(
+                f"max_length is {max_length} and pad_to_multiple_of {pad_to_multiple_of}; "
+                "supported with padding and truncation: a multiple of it"
+            )
+        return cls(padding, truncation, max_length, pad_to_multiple_of, one_of("padding_side", padding_side, SIDES))
+
+    def pad(self, fields: dict[str, Any], longest: int, pad_id: int | None, with_mask: bool) -> None:
+        """Pad a sample's lists in place, in a batch whose longest has `longest` tokens, and add its attention mask."""
+        count = len(fields["input_ids"])
+        if with_mask and "attention_mask" not in fields:
+            fields["attention_mask"] = [1] * count
+        if self.padding == "do_not_pad":
+            return
+        target = longest if self.padding == "longest" else self.max_length or 0
+        multiple = self.pad_to_multiple_of or 1
+        missing = -(-target // multiple) * multiple - count
+        if missing <= 0:
+            return
+        fillers = {"input_ids": pad_id, "token_type_ids": 0, "special_tokens_mask": 1}
+        if with_mask:
+            fillers["attention_mask"] = 0
+        for name, filler in fillers.items():
+            if name in fields:
+                padding = [filler] * missing
+                fields[name] = fields[name] + padding if self.padding_side == "right" else padding + fields[name]
+
+
+def one_of(argument: str, value: Any, allowed: tuple[str, ...], others: str = "") -> str:
+    """The one of `allowed` that equals the value (transformers' enumerations equal their string). Raises ValueError."""
+    for name in allowed:
+        if isinstance(value, str) and value == name:
+            return name
+    choices = ", ".join([*([others] if others else []), *map(repr, allowed)])
+    raise ValueError(f"{argument} is {value!r}; supported: {choices}")
