@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from siglip_model import terminal
 from siglip_model.demo import CHECKPOINT, PICTURES
 from siglip_model.image_files import IMAGE_SUFFIXES, is_url, list_images, load_image, read_ahead
 
@@ -149,7 +150,7 @@ def classify(
         run = _ClassifyRun(classifier, chosen, label_embeds, top_k)
         rows_at_most = plotting.ROWS_AT_MOST if plot is not None else 0
         stopped = False
-        with _progress(total, "classify", hidden=as_json) as progress:
+        with terminal.progress(total, "classify", hidden=as_json) as progress:
             try:
                 run.over(list_images(images), batch_size, progress, keep_thumbnails=rows_at_most)
             except KeyboardInterrupt:  # what is done is shown
@@ -158,7 +159,7 @@ def classify(
         if as_json:
             print(json.dumps(results, indent=2))
         else:
-            _print_predictions(results)
+            terminal.print_predictions(results)
         if plot is not None and run.thumbnails:
             plotting.plot_predictions(
                 [
@@ -169,7 +170,7 @@ def classify(
             )
             shown = len(run.thumbnails)
             left_out = sum("predictions" in result for result in results) - shown
-            _say(
+            terminal.say(
                 f"wrote {plot}"
                 + (f" with the first {shown} images; it has no room for {left_out} more" * bool(left_out))
             )
@@ -194,7 +195,9 @@ class _ClassifyRun:
         self.results: list[dict[str, Any] | None] = []
         self.thumbnails: dict[int, tuple[Any, dict[str, Any]]] = {}
 
-    def over(self, paths: Iterable[str], batch_size: int, progress: _Progress, keep_thumbnails: int) -> None:
+    def over(
+        self, paths: Iterable[str], batch_size: int, progress: terminal.ProgressReport, keep_thumbnails: int
+    ) -> None:
         from siglip_model.plot import thumbnail
 
         def prepare(item: tuple[int, str]) -> tuple[Any, Any]:
@@ -217,7 +220,7 @@ class _ClassifyRun:
             if batch:
                 self._score(batch, progress)
 
-    def _score(self, batch: Sequence[tuple[int, str, Any, Any]], progress: _Progress) -> None:
+    def _score(self, batch: Sequence[tuple[int, str, Any, Any]], progress: terminal.ProgressReport) -> None:
         import torch
 
         from siglip_model.zero_shot import rank
@@ -234,7 +237,7 @@ class _ClassifyRun:
                 self.thumbnails[index] = (small, result)
             progress.advance()
 
-    def _fail(self, index: int, path: str, error: str, progress: _Progress) -> None:
+    def _fail(self, index: int, path: str, error: str, progress: terminal.ProgressReport) -> None:
         reason = " ".join(error.split())
         self.results[index] = {"image": path, "error": reason}
         progress.say(f"failed: {reason}")
@@ -275,7 +278,7 @@ def embed(
         classifier = _load_classifier(model, backend, dtype, device)
         failures: list[dict[str, str]] = []
         stopped = False
-        with _progress(total, "embed", hidden=as_json) as progress, _termination_as_ctrl_c():
+        with terminal.progress(total, "embed", hidden=as_json) as progress, _termination_as_ctrl_c():
 
             def on_image(path: str, outcome: str, error: str) -> None:
                 if outcome == "failed":
@@ -308,8 +311,9 @@ def embed(
             print(f"no image was embedded; {out} was not written")
         else:
             print(
-                f"{out}: {summary.rows} row{'s' * (summary.rows != 1)} of {summary.width}; {summary.embedded} embedded now"
-                f" ({summary.images_per_second:.1f} images/s), {summary.skipped} done before, {summary.failed} failed"
+                f"{out}: {summary.rows} row{'s' * (summary.rows != 1)} of {summary.width};"
+                f" {summary.embedded} embedded now ({summary.images_per_second:.1f} images/s),"
+                f" {summary.skipped} done before, {summary.failed} failed"
             )
         done = summary.embedded + summary.failed + summary.skipped
         _exit(stopped, summary.failed, done, total, "; the same command goes on from here" * stopped)
@@ -344,11 +348,11 @@ def demo(
                 for entry in results
             ]
             plotting.plot_predictions(rows, plot)
-            _say(f"wrote {plot}")
+            terminal.say(f"wrote {plot}")
         if as_json:
             print(json.dumps({"right": right, "of": len(results), "pictures": results}, indent=2))
             return
-        _print_demo(results, right)
+        terminal.print_demo(results, right)
         if model == str(CHECKPOINT):
             score = score_on_card(CHECKPOINT)
             measured = (
@@ -356,35 +360,6 @@ def demo(
             )
             print(f"The pictures are of a design that this small model never saw in training.{measured}")
         print(f"With a checkpoint of Google's instead: {GOOGLE_EXAMPLE}")
-
-
-def _print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", width=min(console.width, 100))
-    table.add_column("picture", ratio=2)
-    table.add_column("")
-    for title in ("best name", "second", "third"):
-        table.add_column(title, ratio=3)
-    for result in results:
-        mark = Text("✓", "green") if result["right"] else Text("✗", "red")
-        cells = [_named_bar(entry, entry["label"] == result["name"]) for entry in result["predictions"][:3]]
-        table.add_row(result["name"], mark, *cells)
-    console.print(table)
-    console.print(f"{right} of {len(results)} right, each among {len(results[0]['predictions'])} names.")
-
-
-def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
-    from rich.text import Text
-
-    from siglip_model.plot import format_score
-
-    filled = round(entry["score"] * cells)
-    bar = Text("█" * filled, "green" if right else "blue") + Text("░" * (cells - filled), "dim")
-    return Text(f"{entry['label']}\n", "bold" if right else "") + bar + Text(f" {format_score(entry['score'])}")
 
 
 @app.command()
@@ -397,18 +372,7 @@ def info(as_json: JsonOption = False) -> None:
         if as_json:
             print(json.dumps(facts, indent=2))
             return
-        from rich.console import Console
-        from rich.text import Text
-
-        console = Console(highlight=False, soft_wrap=True)
-        for title, entries in facts.items():
-            console.print(Text(title, "bold"))
-            for name, value in entries.items():
-                if title == "backends":
-                    state = Text("yes", "green") if value is None else Text("no", "yellow") + Text(f": {value}")
-                else:
-                    state = Text("not installed", "dim") if value is None else Text(value)
-                console.print(Text(f"  {name:<19}") + state)
+        terminal.print_machine(facts)
 
 
 def _count_images(inputs: Sequence[str]) -> int:
@@ -438,78 +402,12 @@ def _workers() -> int:
     return max(2, min(8, (os.cpu_count() or 2) // 2))
 
 
-class _Progress:
-    """Where a long run tells how far it is: a bar on a terminal, silence elsewhere. Messages always come through."""
-
-    def __init__(self, bar: Any = None, task: Any = None) -> None:
-        self.bar, self.task, self.counted = bar, task, 0
-
-    def advance(self, counts: bool = True) -> None:
-        if self.bar is not None:
-            self.counted += counts
-            elapsed = self.bar.tasks[self.task].elapsed or 0
-            speed = f"{self.counted / elapsed:.1f} images/s" if elapsed > 0 else ""
-            self.bar.update(self.task, advance=1, speed=speed)
-
-    def say(self, message: str) -> None:
-        if self.bar is None:
-            _say(message)
-        else:  # above the bar, which stays whole
-            self.bar.console.print(f"siglip: {message}", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress(total: int, what: str, *, hidden: bool) -> Iterator[_Progress]:
-    if hidden or not sys.stderr.isatty():
-        yield _Progress()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        yield _Progress(bar, bar.add_task(what, total=total, speed=""))
-
-
-def _print_predictions(results: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    for result in results:
-        if "error" in result:
-            continue  # told already, on stderr
-        console.print(Text(os.path.basename(result["image"]), style="bold"))
-        console.print(_bars(result["predictions"], console.width))
-
-
-def _bars(predictions: Sequence[dict[str, Any]], width: int) -> Any:
-    """A table of labels, bars and scores. A full bar is a score of 1."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from siglip_model.plot import format_score
-
-    cells = max(8, min(30, width // 3))
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 1))
-    for place, entry in enumerate(predictions):
-        filled = round(entry["score"] * cells)
-        bar = Text("█" * filled, style="blue") + Text("░" * (cells - filled), style="dim")
-        style = "bold" if place == 0 else ""
-        table.add_row("", Text(str(entry["label"]), style), bar, Text(format_score(entry["score"]), style))
-    return table
-
-
-def _say(message: str) -> None:
-    print(f"siglip: {message}", file=sys.stderr, flush=True)
-
-
 def _exit(stopped: bool, failed: int, done: int, total: int, remark: str = "") -> None:
     if stopped:
-        _say(f"stopped after {done} of {total} images{remark}")
+        terminal.say(f"stopped after {done} of {total} images{remark}")
         raise typer.Exit(INTERRUPTED)
     if failed:
-        _say(f"{failed} of {total} images failed")
+        terminal.say(f"{failed} of {total} images failed")
         raise typer.Exit(SOME_FAILED)
 
 
@@ -531,12 +429,12 @@ def _errors_in_one_line() -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt:
-        _say("stopped")
+        terminal.say("stopped")
         raise typer.Exit(INTERRUPTED) from None
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         if os.environ.get("SIGLIP_TRACEBACK"):
             raise
-        _say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+        terminal.say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
         raise typer.Exit(WRONG_USE) from None
 
 
@@ -546,7 +444,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not end the run
             stream.reconfigure(errors="backslashreplace")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error that ends them is shown
-    warnings.showwarning = lambda message, *details, **more: _say(f"warning: {' '.join(str(message).split())}")
+    warnings.showwarning = lambda message, *details, **more: terminal.say(f"warning: {' '.join(str(message).split())}")
     app()
 
 

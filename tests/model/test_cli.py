@@ -286,7 +286,7 @@ def many(tmp_path):
 
 STOPPED_RUN = """
 import sys, time
-from siglip_model import cli, embed
+from siglip_model import cli, embed, terminal
 note = embed._Run._note
 def note_and_say(self, *arguments, **options):
     note(self, *arguments, **options)
@@ -361,20 +361,20 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("on_terminal", [True, False])
 @pytest.mark.parametrize("as_json", [True, False])
-def test_the_progress_bar_shows_images_per_second_on_a_terminal_only(monkeypatch, terminal, as_json):
-    stderr = Terminal() if terminal else io.StringIO()
+def test_the_progress_bar_shows_images_per_second_on_a_terminal_only(monkeypatch, on_terminal, as_json):
+    stderr = Terminal() if on_terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    with cli._progress(5, "classify", hidden=as_json) as progress:
+    with terminal.progress(5, "classify", hidden=as_json) as progress:
         for _ in range(5):
             progress.advance()
         progress.say("failed: [bold]/x.png[/]: no image")
     shown = stderr.getvalue()
     assert "siglip: failed: [bold]/x.png[/]: no image\n" in shown
-    assert ("images/s" in shown and "5/5" in shown) is (terminal and not as_json)
+    assert ("images/s" in shown and "5/5" in shown) is (on_terminal and not as_json)
 
 
 @pytest.fixture

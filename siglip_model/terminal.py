@@ -1,0 +1,120 @@
+"""What the commands show: tables with bars on stdout, a progress bar and messages on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def say(message: str) -> None:
+    print(f"siglip: {message}", file=sys.stderr, flush=True)
+
+
+class ProgressReport:
+    """Where a long run tells how far it is: a bar on a terminal, silence elsewhere. Messages always come through."""
+
+    def __init__(self, bar: Any = None, task: Any = None) -> None:
+        self.bar, self.task, self.counted = bar, task, 0
+
+    def advance(self, counts: bool = True) -> None:
+        if self.bar is not None:
+            self.counted += counts
+            elapsed = self.bar.tasks[self.task].elapsed or 0
+            speed = f"{self.counted / elapsed:.1f} images/s" if elapsed > 0 else ""
+            self.bar.update(self.task, advance=1, speed=speed)
+
+    def say(self, message: str) -> None:
+        if self.bar is None:
+            say(message)
+        else:  # above the bar, which stays whole
+            self.bar.console.print(f"siglip: {message}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(total: int, what: str, *, hidden: bool) -> Iterator[ProgressReport]:
+    if hidden or not sys.stderr.isatty():
+        yield ProgressReport()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        yield ProgressReport(bar, bar.add_task(what, total=total, speed=""))
+
+
+def print_predictions(results: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for result in results:
+        if "error" in result:
+            continue  # told already, on stderr
+        console.print(Text(os.path.basename(result["image"]), style="bold"))
+        console.print(_bars(result["predictions"], console.width))
+
+
+def _bars(predictions: Sequence[dict[str, Any]], width: int) -> Any:
+    """A table of labels, bars and scores. A full bar is a score of 1."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from siglip_model.plot import format_score
+
+    cells = max(8, min(30, width // 3))
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 1))
+    for place, entry in enumerate(predictions):
+        filled = round(entry["score"] * cells)
+        bar = Text("█" * filled, style="blue") + Text("░" * (cells - filled), style="dim")
+        style = "bold" if place == 0 else ""
+        table.add_row("", Text(str(entry["label"]), style), bar, Text(format_score(entry["score"]), style))
+    return table
+
+
+def print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", width=min(console.width, 100))
+    table.add_column("picture", ratio=2)
+    table.add_column("")
+    for title in ("best name", "second", "third"):
+        table.add_column(title, ratio=3)
+    for result in results:
+        mark = Text("✓", "green") if result["right"] else Text("✗", "red")
+        cells = [_named_bar(entry, entry["label"] == result["name"]) for entry in result["predictions"][:3]]
+        table.add_row(result["name"], mark, *cells)
+    console.print(table)
+    console.print(f"{right} of {len(results)} right, each among {len(results[0]['predictions'])} names.")
+
+
+def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
+    from rich.text import Text
+
+    from siglip_model.plot import format_score
+
+    filled = round(entry["score"] * cells)
+    bar = Text("█" * filled, "green" if right else "blue") + Text("░" * (cells - filled), "dim")
+    return Text(f"{entry['label']}\n", "bold" if right else "") + bar + Text(f" {format_score(entry['score'])}")
+
+
+def print_machine(facts: Mapping[str, Mapping[str, str | None]]) -> None:
+    """What `describe_machine` found, a line each."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for title, entries in facts.items():
+        console.print(Text(title, "bold"))
+        for name, value in entries.items():
+            if title == "backends":
+                state = Text("yes", "green") if value is None else Text("no", "yellow") + Text(f": {value}")
+            else:
+                state = Text("not installed", "dim") if value is None else Text(value)
+            console.print(Text(f"  {name:<19}") + state)
