@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_checkpoint import random_image, shared_tiny_checkpoint
 from typer.testing import CliRunner
 
-from siglip_model import cli, embed
+from siglip_model import cli, embed, terminal
 from siglip_model.demo import CHECKPOINT
 from siglip_model.embed import load_embeddings
 from siglip_model.plot import ROWS_AT_MOST, PlotRow, format_score, plot_predictions
