@@ -1,6 +1,7 @@
 """SigLIP's operations as hand-written Triton kernels. Importing needs neither a GPU nor Triton."""
 
 from siglip_kernels import reference
+from siglip_kernels.attention import attention
 from siglip_kernels.errors import MissingBackendError, UnsupportedInputError
 from siglip_kernels.sigmoid_loss import SigLipLoss, chunked_sigmoid_loss, plain_sigmoid_loss, sigmoid_loss
 
@@ -8,6 +9,7 @@ __all__ = [
     "MissingBackendError",
     "SigLipLoss",
     "UnsupportedInputError",
+    "attention",
     "chunked_sigmoid_loss",
     "plain_sigmoid_loss",
     "reference",

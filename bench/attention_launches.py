@@ -1,0 +1,59 @@
+"""What attention launches, for `bench.ahead_of_time`: every configuration of the heuristic and of the tables."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from bench.ahead_of_time import Launch
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def launches() -> Iterator[Launch]:
+    """Training on packed q, k and v: the published shapes, then the widest heads, fp16, padding and fp32."""
+    for tokens, head_dim in ((729, 72), (1024, 64), (64, 72), (64, 64)):
+        yield from _training(tokens, head_dim, torch.bfloat16)
+    for tokens in (729, 64):
+        yield from _training(tokens, 128, torch.bfloat16)
+        yield from _training(tokens, 88, torch.float16)
+    yield from _training(729, 72, torch.bfloat16, padded=True)
+    yield from _training(64, 72, torch.bfloat16, padded=True)
+    for tokens in (729, 32):
+        yield from _training(tokens, 72, torch.float32)
+        yield from _training(tokens, 128, torch.float32)
+
+
+def _training(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool = False) -> Iterator[Launch]:
+    name = f"{_NAMES[dtype]} S={tokens} D={head_dim}{' lengths' if padded else ''}"
+    yield Launch(f"{name} forward", _forward(tokens, head_dim, dtype, padded))
+    yield Launch(f"{name} backward", _backward(tokens, head_dim, dtype, padded))
+
+
+def _tensors(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> tuple[list[Tensor], Tensor | None]:
+    packed = torch.empty(64, tokens, 3, 16, head_dim, device="meta", dtype=dtype)
+    return list(packed.unbind(2)), torch.empty(64, device="meta", dtype=torch.int32) if padded else None
+
+
+def _forward(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Callable[[], object]:
+    from siglip_kernels.attention.configuration import is_short
+    from siglip_kernels.attention.forward import attention_forward
+    from siglip_kernels.attention.short import attention_short_forward
+
+    (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
+    if is_short(q, k):
+        return lambda: attention_short_forward(q, k, v, lengths, head_dim**-0.5)
+    return lambda: attention_forward(q, k, v, lengths, head_dim**-0.5, True)
+
+
+def _backward(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Callable[[], object]:
+    from siglip_kernels.attention.backward import attention_backward
+    from siglip_kernels.attention.configuration import is_short
+    from siglip_kernels.attention.short import attention_short_backward
+
+    (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
+    out = torch.empty(q.shape, device="meta", dtype=dtype)
+    if is_short(q, k):
+        return lambda: attention_short_backward(out, q, k, v, lengths, head_dim**-0.5, True, True)
+    statistics = torch.empty(q.shape[0], q.shape[2], tokens, device="meta")
+    return lambda: attention_backward(out, q, k, v, out, statistics, lengths, head_dim**-0.5, True, True)

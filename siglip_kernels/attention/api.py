@@ -1,0 +1,181 @@
+"""The attention op: what it takes, how PyTorch knows it, and the public function.
+
+Two operators are registered, `siglip_kernels::attention` and `siglip_kernels::attention_backward`, each with a schema,
+an implementation that launches kernels, shapes for tracing, and a derivative. Triton is imported by the first launch.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.attention.configuration import is_short
+from siglip_kernels.device import interpreting
+from siglip_kernels.errors import MissingBackendError, unsupported
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LARGEST_HEAD_DIM = 128
+
+
+def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None) -> None:
+    """Everything that a call can get wrong, except that the machine cannot run it. Traceable: it reads no values."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise unsupported("attention", name, f"has {tensor.dim()} dimensions", "4: (B, S, H, D)")
+        if tensor.dtype not in _DTYPES:
+            raise unsupported("attention", name, f"has dtype {tensor.dtype}", "float32, float16, bfloat16")
+        if tensor.dtype != q.dtype:
+            raise unsupported("attention", name, f"has dtype {tensor.dtype} while q has {q.dtype}", "one dtype")
+        if tensor.device != q.device:
+            raise unsupported("attention", name, f"is on {tensor.device} while q is on {q.device}", "one device")
+    if k.shape[1] != v.shape[1]:
+        raise unsupported("attention", "v", f"has {v.shape[1]} tokens while k has {k.shape[1]}", "as many as k")
+    for name, tensor in (("k", k), ("v", v)):
+        for axis, what in ((0, "batch size"), (2, "number of heads"), (3, "head dim")):
+            if tensor.shape[axis] != q.shape[axis]:
+                got = f"has {what} {tensor.shape[axis]} while q has {q.shape[axis]}"
+                raise unsupported("attention", name, got, f"the same {what} in q, k and v")
+    if q.shape[3] % 8 != 0 or not 8 <= q.shape[3] <= _LARGEST_HEAD_DIM:
+        raise unsupported("attention", "q", f"has head dim {q.shape[3]}", f"multiples of 8 up to {_LARGEST_HEAD_DIM}")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise unsupported("attention", "scale", f"is {scale}", "finite numbers")
+    if lengths is None:
+        return
+    if lengths.dtype != torch.int32:
+        raise unsupported("attention", "lengths", f"has dtype {lengths.dtype}", "int32")
+    if lengths.dim() != 1 or lengths.shape[0] != q.shape[0]:
+        got = f"has shape {tuple(lengths.shape)} while the batch size is {q.shape[0]}"
+        raise unsupported("attention", "lengths", got, "(B,)")
+    if lengths.device != q.device:
+        raise unsupported("attention", "lengths", f"is on {lengths.device} while q is on {q.device}", "one device")
+
+
+def _require_a_gpu(q: Tensor) -> None:
+    """Kernels run on CUDA tensors, and on CPU tensors in Triton's interpreter."""
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreting()):
+        raise MissingBackendError(
+            f"attention: q is on {q.device}, and the Triton kernels need a CUDA device (or CPU tensors and "
+            "TRITON_INTERPRET=1 set before Triton is imported); elsewhere use the backend 'sdpa' or 'eager'"
+        )
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if scale is None else scale
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    """The kernels read rows of unit stride. Anything else, such as the expanded gradient of a sum, is copied."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@torch.library.custom_op("siglip_kernels::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None, keep_for_backward: bool
+) -> tuple[Tensor, Tensor]:
+    """out, and what backward needs besides: the log-sum-exp, or an empty tensor where that is nothing."""
+    _require_a_gpu(q)
+    from siglip_kernels.attention.forward import attention_forward
+    from siglip_kernels.attention.short import attention_short_forward
+
+    scale = _scale(scale, q.shape[3])
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    with torch.cuda.device_of(q):
+        if is_short(q, k):
+            return attention_short_forward(q, k, v, lengths, scale), q.new_empty(0, dtype=torch.float32)
+        return attention_forward(q, k, v, lengths, scale, keep_for_backward)
+
+
+@torch.library.custom_op("siglip_kernels::attention_backward", mutates_args=())
+def _attention_backward(
+    out_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    lengths: Tensor | None,
+    scale: float | None,
+    needs_q: bool,
+    needs_k_or_v: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; one that is not needed is an empty tensor."""
+    _require_a_gpu(q)
+    from siglip_kernels.attention.backward import attention_backward
+    from siglip_kernels.attention.short import attention_short_backward
+
+    scale = _scale(scale, q.shape[3])
+    q, k, v, out_grad = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(out_grad)
+    with torch.cuda.device_of(q):
+        if is_short(q, k):
+            return attention_short_backward(out_grad, q, k, v, lengths, scale, needs_q, needs_k_or_v)
+        return attention_backward(out_grad, q, k, v, out, log_sum_exp, lengths, scale, needs_q, needs_k_or_v)
+
+
+@_attention.register_fake
+def _(q, k, v, lengths, scale, keep_for_backward):
+    kept = 0 if not keep_for_backward or is_short(q, k) else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty(q.shape), q.new_empty(kept, dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(out_grad, q, k, v, out, log_sum_exp, lengths, scale, needs_q, needs_k_or_v):
+    kv_shape = k.shape if needs_k_or_v else 0
+    return q.new_empty(q.shape if needs_q else 0), q.new_empty(kv_shape), q.new_empty(kv_shape)
+
+
+def _keep(ctx, inputs, output) -> None:
+    q, k, v, lengths, ctx.scale, _ = inputs
+    out, log_sum_exp = output
+    ctx.mark_non_differentiable(log_sum_exp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, lengths, out, log_sum_exp)
+
+
+def _differentiate(ctx, out_grad, _):
+    if out_grad is None:
+        return None, None, None, None, None, None
+    q, k, v, lengths, out, log_sum_exp = ctx.saved_tensors
+    needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
+    q_grad, k_grad, v_grad = _attention_backward(
+        out_grad, q, k, v, out, log_sum_exp, lengths, ctx.scale, needs_q, needs_k or needs_v
+    )
+    return q_grad if needs_q else None, k_grad if needs_k else None, v_grad if needs_v else None, None, None, None
+
+
+def _refuse(ctx, *gradients):
+    raise unsupported(
+        "attention",
+        "create_graph",
+        "asks for second derivatives",
+        "first derivatives; for more, use the backend 'eager'",
+    )
+
+
+_attention.register_autograd(_differentiate, setup_context=_keep)
+_attention_backward.register_autograd(_refuse)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, lengths: Tensor | None = None) -> Tensor:
+    """Softmax attention without dropout or mask: softmax(scale · q kᵀ) v.
+
+    q: (B, Sq, H, D); k, v: (B, Sk, H, D), fp32, fp16 or bf16. Returns (B, Sq, H, D), contiguous, in q's dtype.
+    D is a multiple of 8 up to 128. Views are read where they lie, packed or expanded ones too; only a tensor whose last
+    stride is not 1 is copied. fp32 products are IEEE unless torch.backends.cuda.matmul.allow_tf32; sums are fp32 always.
+    scale: D**-0.5 unless given. lengths: int32 (B,), how many of a sample's keys are valid (values are taken into 0..Sk);
+    the others are never read, and a sample with 0 gives zeros. So does Sk = 0.
+    Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
+    Gradients are deterministic; second derivatives are refused.
+
+    Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that are
+    not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    """
+    if q.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = _autocast(q, dtype), _autocast(k, dtype), _autocast(v, dtype)
+    _validate(q, k, v, lengths, scale)
+    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return _attention(q, k, v, lengths, scale, keep)[0]

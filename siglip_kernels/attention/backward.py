@@ -1,0 +1,368 @@
+"""Attention, backward: two kernels, one that owns queries and one that owns keys, so that nothing is added atomically.
+
+With P = softmax(scale · q kᵀ) and delta = rowsum(dO ∘ O) (FlashAttention-2, arXiv 2307.08691, algorithm 2):
+
+    dV = Pᵀ dO        dS = P ∘ (dO Vᵀ − delta)        dQ = scale · dS K        dK = scale · dSᵀ Q
+
+Both kernels compute P anew from the log-sum-exp. The first writes delta, which the second reads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from siglip_kernels.attention import configuration
+from siglip_kernels.attention.forward import exponent_scale
+from siglip_kernels.attention.strides import strides_of
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.device import facts, interpreting
+
+# See forward.py: what matters of these is told by UNIT.
+_INTEGERS = (
+    [f"{tensor}_{axis}_stride" for tensor in ("q", "k", "v", "out_grad") for axis in ("batch", "token", "head")]
+    + ["heads", "query_tokens", "key_tokens", "query_tiles", "key_tiles"]
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def attention_backward_queries_kernel(
+    q,  # (B, Sq, H, D)
+    k,  # (B, Sk, H, D)
+    v,  # (B, Sk, H, D)
+    out_grad,  # (B, Sq, H, D)
+    out,  # (B, Sq, H, D), contiguous
+    log_sum_exp,  # (B, H, Sq) fp32, as the forward kernel keeps it
+    q_grad,  # (B, Sq, H, D), contiguous; written
+    delta,  # (B, H, Sq) fp32; written
+    lengths,  # (B,) int32
+    q_batch_stride,  # strides in UNIT elements
+    q_token_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_token_stride,
+    v_head_stride,
+    out_grad_batch_stride,
+    out_grad_token_stride,
+    out_grad_head_stride,
+    heads,
+    query_tokens,
+    key_tokens,
+    query_tiles,  # of one head
+    scale,
+    exponent_scale,  # scale · log2(e)
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets within a tile need 64 bits
+    HAS_LENGTHS: tl.constexpr,
+    ONLY_DELTA: tl.constexpr,  # nobody asks for the queries' gradient
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # A program owns BLOCK_Q queries of one head of one sample, and goes through the keys.
+    program = tl.program_id(0)
+    sequence = program // query_tiles
+    first_query = (program % query_tiles) * BLOCK_Q
+    batch = (sequence // heads).to(tl.int64)
+    head = (sequence % heads).to(tl.int64)
+
+    k += batch * k_batch_stride * UNIT + head * k_head_stride * UNIT
+    v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT
+    q += batch * q_batch_stride * UNIT + head * q_head_stride * UNIT
+    q += first_query.to(tl.int64) * q_token_stride * UNIT
+    out_grad += batch * out_grad_batch_stride * UNIT + head * out_grad_head_stride * UNIT
+    out_grad += first_query.to(tl.int64) * out_grad_token_stride * UNIT
+    contiguous = (batch * query_tokens + first_query) * heads * HEAD_DIM + head * HEAD_DIM
+    row = heads * HEAD_DIM
+    k_step = k_token_stride.to(tl.int64) * UNIT
+    v_step = v_token_stride.to(tl.int64) * UNIT
+    if WIDE:
+        q_token_stride = q_token_stride.to(tl.int64)
+        k_token_stride = k_token_stride.to(tl.int64)
+        v_token_stride = v_token_stride.to(tl.int64)
+        out_grad_token_stride = out_grad_token_stride.to(tl.int64)
+        row = row.to(tl.int64)
+
+    queries = tl.arange(0, BLOCK_Q)
+    keys = tl.arange(0, BLOCK_K)
+    query_is_valid = queries < query_tokens - first_query
+    out_grad_offsets = queries * (out_grad_token_stride * UNIT)
+    out_grad_main, out_grad_tail = load_tile(out_grad, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
+    out_main, out_tail = load_tile(out + contiguous, queries * row, query_is_valid, HEAD_DIM, MAIN, TAIL)
+    row_delta = tl.sum(out_main.to(tl.float32) * out_grad_main.to(tl.float32), 1)
+    if TAIL > 0:
+        row_delta += tl.sum(out_tail.to(tl.float32) * out_grad_tail.to(tl.float32), 1)
+    statistics = sequence.to(tl.int64) * query_tokens + first_query + queries
+    tl.store(delta + statistics, row_delta, mask=query_is_valid)
+
+    if not ONLY_DELTA:
+        limit = key_tokens
+        if HAS_LENGTHS:
+            limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
+        q_main, q_tail = load_tile(q, queries * (q_token_stride * UNIT), query_is_valid, HEAD_DIM, MAIN, TAIL)
+        row_log_sum_exp = tl.load(log_sum_exp + statistics, mask=query_is_valid, other=float("inf"))
+        k_offsets = keys * (k_token_stride * UNIT)
+        v_offsets = keys * (v_token_stride * UNIT)
+        q_grad_main = tl.zeros([BLOCK_Q, MAIN], tl.float32)
+        q_grad_tail = tl.zeros([BLOCK_Q, TAIL if TAIL > 0 else 16], tl.float32)
+        for first_key in tl.range(0, limit, BLOCK_K):
+            key_is_valid = keys < limit - first_key
+            k_tile = k + first_key * k_step
+            v_tile = v + first_key * v_step
+            k_main, k_tail = load_tile(k_tile, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+            scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)  # [BLOCK_Q, BLOCK_K]
+            weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
+            if first_key + BLOCK_K > limit:  # the last tile alone pays for the mask
+                weights = tl.where(key_is_valid[None, :], weights, 0.0)
+            v_main, v_tail = load_tile(v_tile, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+            weights_grad = inner_products(
+                out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED
+            )  # [BLOCK_Q, BLOCK_K]
+            scores_grad = (weights * (weights_grad - row_delta[:, None])).to(k_main.dtype)
+            q_grad_main, q_grad_tail = accumulate(
+                scores_grad, k_main, k_tail, q_grad_main, q_grad_tail, TAIL, PRECISION, INTERPRETED
+            )
+        store_tile(
+            q_grad + contiguous,
+            queries * row,
+            query_is_valid,
+            q_grad_main * scale,
+            q_grad_tail * scale,
+            HEAD_DIM,
+            MAIN,
+            TAIL,
+        )
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def attention_backward_keys_kernel(
+    q,  # (B, Sq, H, D)
+    k,  # (B, Sk, H, D)
+    v,  # (B, Sk, H, D)
+    out_grad,  # (B, Sq, H, D)
+    log_sum_exp,  # (B, H, Sq) fp32
+    delta,  # (B, H, Sq) fp32
+    k_grad,  # (B, Sk, H, D), contiguous; written
+    v_grad,  # (B, Sk, H, D), contiguous; written
+    lengths,  # (B,) int32
+    q_batch_stride,  # strides in UNIT elements
+    q_token_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_token_stride,
+    v_head_stride,
+    out_grad_batch_stride,
+    out_grad_token_stride,
+    out_grad_head_stride,
+    heads,
+    query_tokens,
+    key_tokens,
+    key_tiles,  # of one head
+    scale,
+    exponent_scale,  # scale · log2(e)
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets within a tile need 64 bits
+    HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # A program owns BLOCK_K keys of one head of one sample, and goes through the queries. Its scores are transposed.
+    program = tl.program_id(0)
+    sequence = program // key_tiles
+    first_key = (program % key_tiles) * BLOCK_K
+    batch = (sequence // heads).to(tl.int64)
+    head = (sequence % heads).to(tl.int64)
+
+    q += batch * q_batch_stride * UNIT + head * q_head_stride * UNIT
+    out_grad += batch * out_grad_batch_stride * UNIT + head * out_grad_head_stride * UNIT
+    k += batch * k_batch_stride * UNIT + head * k_head_stride * UNIT + first_key.to(tl.int64) * k_token_stride * UNIT
+    v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT + first_key.to(tl.int64) * v_token_stride * UNIT
+    log_sum_exp += sequence.to(tl.int64) * query_tokens
+    delta += sequence.to(tl.int64) * query_tokens
+    row = heads * HEAD_DIM
+    q_step = q_token_stride.to(tl.int64) * UNIT
+    out_grad_step = out_grad_token_stride.to(tl.int64) * UNIT
+    if WIDE:
+        q_token_stride = q_token_stride.to(tl.int64)
+        k_token_stride = k_token_stride.to(tl.int64)
+        v_token_stride = v_token_stride.to(tl.int64)
+        out_grad_token_stride = out_grad_token_stride.to(tl.int64)
+        row = row.to(tl.int64)
+
+    limit = key_tokens
+    query_limit = query_tokens
+    if HAS_LENGTHS:
+        limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
+        query_limit = tl.where(first_key < limit, query_tokens, 0)  # nothing but zeros for a tile of padding
+
+    queries = tl.arange(0, BLOCK_Q)
+    keys = tl.arange(0, BLOCK_K)
+    key_is_valid = keys < limit - first_key
+    k_main, k_tail = load_tile(k, keys * (k_token_stride * UNIT), key_is_valid, HEAD_DIM, MAIN, TAIL)
+    v_main, v_tail = load_tile(v, keys * (v_token_stride * UNIT), key_is_valid, HEAD_DIM, MAIN, TAIL)
+    q_offsets = queries * (q_token_stride * UNIT)
+    out_grad_offsets = queries * (out_grad_token_stride * UNIT)
+    k_grad_main = tl.zeros([BLOCK_K, MAIN], tl.float32)
+    k_grad_tail = tl.zeros([BLOCK_K, TAIL if TAIL > 0 else 16], tl.float32)
+    v_grad_main = tl.zeros([BLOCK_K, MAIN], tl.float32)
+    v_grad_tail = tl.zeros([BLOCK_K, TAIL if TAIL > 0 else 16], tl.float32)
+    for first_query in tl.range(0, query_limit, BLOCK_Q):
+        # A query beyond the last has zeros for q and its gradient, and 2^(0 − inf) = 0 for each weight.
+        query_is_valid = queries < query_tokens - first_query
+        q_main, q_tail = load_tile(q + first_query * q_step, q_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
+        row_log_sum_exp = tl.load(log_sum_exp + first_query + queries, mask=query_is_valid, other=float("inf"))
+        scores = inner_products(k_main, k_tail, q_main, q_tail, TAIL, PRECISION, INTERPRETED)  # [BLOCK_K, BLOCK_Q]
+        weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[None, :])
+        out_grad_main, out_grad_tail = load_tile(
+            out_grad + first_query * out_grad_step, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL
+        )
+        v_grad_main, v_grad_tail = accumulate(
+            weights.to(v_main.dtype),
+            out_grad_main,
+            out_grad_tail,
+            v_grad_main,
+            v_grad_tail,
+            TAIL,
+            PRECISION,
+            INTERPRETED,
+        )
+        row_delta = tl.load(delta + first_query + queries, mask=query_is_valid, other=0.0)
+        weights_grad = inner_products(
+            v_main, v_tail, out_grad_main, out_grad_tail, TAIL, PRECISION, INTERPRETED
+        )  # [BLOCK_K, BLOCK_Q]
+        scores_grad = (weights * (weights_grad - row_delta[None, :])).to(q_main.dtype)
+        k_grad_main, k_grad_tail = accumulate(
+            scores_grad, q_main, q_tail, k_grad_main, k_grad_tail, TAIL, PRECISION, INTERPRETED
+        )
+
+    # Padding has been multiplied along as zeros, with weights that mean nothing: its gradients are zeros.
+    real = key_is_valid[:, None]
+    contiguous = (batch * key_tokens + first_key) * heads * HEAD_DIM + head * HEAD_DIM
+    key_is_there = keys < key_tokens - first_key
+    store_tile(
+        k_grad + contiguous,
+        keys * row,
+        key_is_there,
+        tl.where(real, k_grad_main * scale, 0.0),
+        tl.where(real, k_grad_tail * scale, 0.0),
+        HEAD_DIM,
+        MAIN,
+        TAIL,
+    )
+    store_tile(
+        v_grad + contiguous,
+        keys * row,
+        key_is_there,
+        tl.where(real, v_grad_main, 0.0),
+        tl.where(real, v_grad_tail, 0.0),
+        HEAD_DIM,
+        MAIN,
+        TAIL,
+    )
+
+
+def attention_backward(
+    out_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    needs_q: bool,
+    needs_k_or_v: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the kernels. out_grad, q, k, v: unit stride along D. A gradient that nobody needs is an empty tensor."""
+    batch, query_tokens, heads, head_dim = q.shape
+    key_tokens = k.shape[1]
+    q_grad = torch.empty(q.shape if needs_q else 0, dtype=q.dtype, device=q.device)
+    k_grad, v_grad = (torch.empty(k.shape if needs_k_or_v else 0, dtype=q.dtype, device=q.device) for _ in range(2))
+    if batch * heads == 0:
+        return q_grad, k_grad, v_grad
+    delta = torch.empty_like(log_sum_exp)
+    main, tail = configuration.split_head_dim(head_dim)
+    strides = strides_of(q, k, v, out_grad)
+    sizes = (q.element_size(), head_dim, query_tokens, key_tokens)
+    same_in_both = {
+        "HEAD_DIM": head_dim,
+        "MAIN": main,
+        "TAIL": tail,
+        "UNIT": strides.unit,
+        "HAS_LENGTHS": lengths is not None,
+        "PRECISION": configuration.precision(q.dtype),
+        "INTERPRETED": interpreting(),
+    }
+    if query_tokens > 0:
+        tile = configuration.tile("backward_queries", facts(q.device), *sizes)
+        query_tiles = triton.cdiv(query_tokens, tile.queries)
+        attention_backward_queries_kernel[(configuration.grid(batch * heads * query_tiles),)](
+            q,
+            k,
+            v,
+            out_grad,
+            out,
+            log_sum_exp,
+            q_grad,
+            delta,
+            lengths,
+            *strides.values,
+            heads,
+            query_tokens,
+            key_tokens,
+            query_tiles,
+            scale,
+            exponent_scale(scale),
+            BLOCK_Q=tile.queries,
+            BLOCK_K=tile.keys,
+            WIDE=strides.wide or heads * head_dim * tile.queries >= 2**31,
+            ONLY_DELTA=not needs_q,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=tile.registers,
+            **same_in_both,
+        )
+    if needs_k_or_v and key_tokens > 0:
+        tile = configuration.tile("backward_keys", facts(q.device), *sizes)
+        key_tiles = triton.cdiv(key_tokens, tile.keys)
+        attention_backward_keys_kernel[(configuration.grid(batch * heads * key_tiles),)](
+            q,
+            k,
+            v,
+            out_grad,
+            log_sum_exp,
+            delta,
+            k_grad,
+            v_grad,
+            lengths,
+            *strides.values,
+            heads,
+            query_tokens,
+            key_tokens,
+            key_tiles,
+            scale,
+            exponent_scale(scale),
+            BLOCK_Q=tile.queries,
+            BLOCK_K=tile.keys,
+            WIDE=strides.wide or heads * head_dim * tile.keys >= 2**31,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=tile.registers,
+            **same_in_both,
+        )
+    return q_grad, k_grad, v_grad

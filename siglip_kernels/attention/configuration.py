@@ -1,0 +1,103 @@
+"""Which tile sizes, warps and pipeline stages a launch gets: a heuristic, and above it a table of measured ones.
+
+Nothing is tuned inside a call. `python -m bench.attention --tune` measures `candidates` on the GPU it runs on and prints
+the entries for `tuned.py`.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.attention.tuned import TUNED
+from siglip_kernels.device import Facts
+from siglip_kernels.errors import unsupported
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The work of one program at a time: `queries` × `keys` scores."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int  # how deep the loads of the loop are pipelined
+    registers: int | None = None  # the most a thread may have, so that two programs fit a multiprocessor
+
+
+@functools.cache
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """(MAIN, TAIL): head_dim as a power of two and a narrower power of two, at least 16 columns each; TAIL may be 0.
+
+    72 -> (64, 16), 88 -> (64, 32). Where the two would be as wide as one of the next power of two: 56 -> (64, 0).
+    """
+    main = max(16, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - main
+    if rest <= 0:
+        return main, 0
+    tail = max(16, 1 << (rest - 1).bit_length())
+    return (main, tail) if tail < main else (2 * main, 0)
+
+
+def length_class(tokens: int) -> int:
+    """Lengths that share a tuned entry: up to 16, 64, 128, 256, 512, 1024, and longer ones."""
+    return next((limit for limit in (16, 64, 128, 256, 512, 1024) if tokens <= limit), 2048)
+
+
+@functools.cache
+def tile(kernel: str, facts: Facts, element_bytes: int, head_dim: int, query_tokens: int, key_tokens: int) -> Tile:
+    """The tile of `kernel` ("forward", "backward_queries" or "backward_keys") for lengths that are not both short."""
+    columns = sum(split_head_dim(head_dim))
+    shape_class = (kernel, element_bytes, columns, length_class(query_tokens), length_class(key_tokens))
+    measured = TUNED.get(facts.name, {}).get(shape_class)
+    return Tile(*measured) if measured else _heuristic(kernel, facts, element_bytes, columns)
+
+
+def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> Tile:
+    """Not measured. The largest tiles without a spill, then two or three programs a multiprocessor, which hide each
+    other's exponentials behind matrix work; `python -m bench.ahead_of_time bench.attention_launches` shows both.
+    """
+    if facts.capability == (0, 0):
+        return Tile(128, 64, 4, 1)
+    if element_bytes == 4:  # IEEE products are made one multiply-add at a time, out of registers
+        return Tile(32, 32, 8, 1)
+    narrow = columns <= 80
+    if kernel == "forward":
+        if facts.capability[0] == 9:
+            return Tile(128, 64, 8, 3, 128 if narrow else None)
+        return Tile(128, 64, 4, 2) if narrow else Tile(128, 64, 8, 2)
+    if kernel == "backward_queries":
+        return Tile(64, 64, 4, 2, 168 if narrow else None) if facts.capability[0] == 9 else Tile(64, 32, 4, 2)
+    if facts.capability[0] == 9:
+        return Tile(64, 64, 4, 2) if narrow else Tile(64, 64, 8, 2)
+    return Tile(32, 64, 4, 2)
+
+
+def short_block(element_bytes: int) -> int:
+    """Rows of a tile of short sequences; longer ones go to the kernels that loop over tiles."""
+    return 64 if element_bytes == 2 else 32
+
+
+def is_short(q: Tensor, k: Tensor) -> bool:
+    """Whether a whole sequence is one tile: attention/short.py."""
+    return max(q.shape[1], k.shape[1]) <= short_block(q.element_size())
+
+
+def short(kernel: str, facts: Facts, element_bytes: int, head_dim: int, tiles: int) -> tuple[int, int, int]:
+    """(programs, warps, stages) for short sequences: as many programs as are resident at once, each with many tiles."""
+    warps = 4 if kernel == "short_forward" or sum(split_head_dim(head_dim)) <= 80 else 8
+    stages = 2 if element_bytes == 2 and (kernel == "short_forward" or facts.capability[0] >= 9) else 1
+    return min(tiles, 4 * facts.multiprocessors), warps, stages
+
+
+def grid(programs: int) -> int:
+    """The one axis of a grid, which may be as long as 2^31 - 1."""
+    if programs >= 2**31:
+        raise unsupported("attention", "q", f"needs {programs} programs", "fewer than 2^31: split the batch")
+    return programs
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of fp32 inputs are made: as torch.backends.cuda.matmul.allow_tf32 says. Without effect on others."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

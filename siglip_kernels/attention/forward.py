@@ -1,0 +1,188 @@
+"""Attention, forward: out = softmax(scale · q kᵀ) v, exactly, with one pass over the keys.
+
+The running maximum and sum of Milakov & Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867), in
+tiles as in FlashAttention-2 (Dao, arXiv 2307.08691). Exponentials are powers of two: log2(e) is folded into the scale,
+so that a score costs one multiply-add and one exp2.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from siglip_kernels.attention import configuration
+from siglip_kernels.attention.strides import strides_of
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.device import facts, interpreting
+
+# The integers change from call to call: specialising on them (are they 1, do they divide by 16) would only compile anew.
+# What of the strides matters, whether they divide by 8, is told by UNIT.
+_INTEGERS = (
+    [f"{tensor}_{axis}_stride" for tensor in "qkv" for axis in ("batch", "token", "head")]
+    + ["heads", "query_tokens", "key_tokens", "query_tiles"]
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def attention_forward_kernel(
+    q,  # (B, Sq, H, D)
+    k,  # (B, Sk, H, D)
+    v,  # (B, Sk, H, D)
+    out,  # (B, Sq, H, D), contiguous
+    log_sum_exp,  # (B, H, Sq) fp32: log2 of the sum of 2^(score · exponent_scale), +inf where there is no key
+    lengths,  # (B,) int32
+    q_batch_stride,  # strides in UNIT elements
+    q_token_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_token_stride,
+    v_head_stride,
+    heads,
+    query_tokens,
+    key_tokens,
+    query_tiles,  # of one head
+    exponent_scale,  # scale · log2(e)
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets within a tile need 64 bits
+    NEGATIVE_SCALE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    KEEP_LOG_SUM_EXP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # A program owns BLOCK_Q queries of one head of one sample. The tiles of a head are neighbours: they share k and v.
+    program = tl.program_id(0)
+    sequence = program // query_tiles
+    first_query = (program % query_tiles) * BLOCK_Q
+    batch = (sequence // heads).to(tl.int64)
+    head = (sequence % heads).to(tl.int64)
+
+    q += batch * q_batch_stride * UNIT + head * q_head_stride * UNIT + first_query.to(tl.int64) * q_token_stride * UNIT
+    k += batch * k_batch_stride * UNIT + head * k_head_stride * UNIT
+    v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT
+    k_step = k_token_stride.to(tl.int64) * UNIT
+    v_step = v_token_stride.to(tl.int64) * UNIT
+    if WIDE:
+        q_token_stride = q_token_stride.to(tl.int64)
+        k_token_stride = k_token_stride.to(tl.int64)
+        v_token_stride = v_token_stride.to(tl.int64)
+
+    limit = key_tokens
+    if HAS_LENGTHS:
+        limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
+
+    queries = tl.arange(0, BLOCK_Q)
+    keys = tl.arange(0, BLOCK_K)
+    query_is_valid = queries < query_tokens - first_query
+    q_main, q_tail = load_tile(q, queries * (q_token_stride * UNIT), query_is_valid, HEAD_DIM, MAIN, TAIL)
+    k_offsets = keys * (k_token_stride * UNIT)
+    v_offsets = keys * (v_token_stride * UNIT)
+
+    running_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_Q], tl.float32)
+    out_main = tl.zeros([BLOCK_Q, MAIN], tl.float32)
+    out_tail = tl.zeros([BLOCK_Q, TAIL if TAIL > 0 else 16], tl.float32)
+    for first_key in tl.range(0, limit, BLOCK_K):
+        key_is_valid = keys < limit - first_key
+        k_tile = k + first_key * k_step
+        v_tile = v + first_key * v_step
+        k_main, k_tail = load_tile(k_tile, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+        scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)  # [BLOCK_Q, BLOCK_K]
+        if first_key + BLOCK_K > limit:  # the last tile alone pays for the mask
+            scores = tl.where(key_is_valid[None, :], scores, float("inf") if NEGATIVE_SCALE else float("-inf"))
+        extreme = tl.min(scores, 1) if NEGATIVE_SCALE else tl.max(scores, 1)
+        new_max = tl.maximum(running_max, extreme * exponent_scale)
+        correction = tl.exp2(running_max - new_max)
+        weights = tl.exp2(scores * exponent_scale - new_max[:, None])
+        running_sum = running_sum * correction + tl.sum(weights, 1)
+        running_max = new_max
+        out_main *= correction[:, None]
+        out_tail *= correction[:, None]
+        v_main, v_tail = load_tile(v_tile, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+        out_main, out_tail = accumulate(
+            weights.to(v_main.dtype), v_main, v_tail, out_main, out_tail, TAIL, PRECISION, INTERPRETED
+        )
+
+    no_key = running_sum == 0.0  # only then: the largest score alone adds 1
+    normaliser = 1.0 / tl.where(no_key, 1.0, running_sum)
+    row = heads * HEAD_DIM
+    if WIDE:
+        row = row.to(tl.int64)
+    out += (batch * query_tokens + first_query) * heads * HEAD_DIM + head * HEAD_DIM
+    store_tile(
+        out,
+        queries * row,
+        query_is_valid,
+        out_main * normaliser[:, None],
+        out_tail * normaliser[:, None],
+        HEAD_DIM,
+        MAIN,
+        TAIL,
+    )
+    if KEEP_LOG_SUM_EXP:
+        kept = tl.where(no_key, float("inf"), running_max + tl.log2(running_sum))
+        tl.store(log_sum_exp + sequence.to(tl.int64) * query_tokens + first_query + queries, kept, mask=query_is_valid)
+
+
+def exponent_scale(scale: float) -> float:
+    """What turns q·k into a power of two. A scale of 0 makes all keys equal, as does one that underflows every score;
+    0 itself would make NaN of the scores that a mask has set to -inf."""
+    return scale * math.log2(math.e) or 1e-38
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, keep_log_sum_exp: bool
+) -> tuple[Tensor, Tensor]:
+    """Launches the kernel. q, k, v: unit stride along D. Returns out, and log_sum_exp or an empty tensor."""
+    batch, query_tokens, heads, head_dim = q.shape
+    key_tokens = k.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    log_sum_exp = torch.empty(
+        (batch, heads, query_tokens) if keep_log_sum_exp else 0, dtype=torch.float32, device=q.device
+    )
+    if out.numel() == 0:
+        return out, log_sum_exp
+    tile = configuration.tile("forward", facts(q.device), q.element_size(), head_dim, query_tokens, key_tokens)
+    main, tail = configuration.split_head_dim(head_dim)
+    strides = strides_of(q, k, v)
+    query_tiles = triton.cdiv(query_tokens, tile.queries)
+    attention_forward_kernel[(configuration.grid(batch * heads * query_tiles),)](
+        q,
+        k,
+        v,
+        out,
+        log_sum_exp,
+        lengths,
+        *strides.values,
+        heads,
+        query_tokens,
+        key_tokens,
+        query_tiles,
+        exponent_scale(scale),
+        HEAD_DIM=head_dim,
+        MAIN=main,
+        TAIL=tail,
+        BLOCK_Q=tile.queries,
+        BLOCK_K=tile.keys,
+        UNIT=strides.unit,
+        WIDE=strides.wide or heads * head_dim * tile.queries >= 2**31,
+        NEGATIVE_SCALE=scale < 0,
+        HAS_LENGTHS=lengths is not None,
+        KEEP_LOG_SUM_EXP=keep_log_sum_exp,
+        PRECISION=configuration.precision(q.dtype),
+        INTERPRETED=interpreting(),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        maxnreg=tile.registers,
+    )
+    return out, log_sum_exp

@@ -1,0 +1,310 @@
+"""Attention over short sequences (the text tower's 64 tokens): forward in one tile, backward in one kernel.
+
+A whole head of a sample fits in a tile, and of the shortest several do: rows are (slot, token), and the scores between
+different slots are masked. A program goes through many such tiles, so that the loads of the next run behind the products
+of this one. The softmax of a row is there at once, so backward needs neither `out` nor a log-sum-exp: it computes P anew,
+has delta = rowsum(P ∘ dP), and writes all three gradients from one reading of q, k, v and dO.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from siglip_kernels.attention import configuration
+from siglip_kernels.attention.forward import exponent_scale
+from siglip_kernels.attention.strides import strides_of
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.device import facts, interpreting
+
+# See forward.py: what matters of these is told by UNIT.
+_INTEGERS = (
+    [f"{tensor}_{axis}_stride" for tensor in ("q", "k", "v", "out_grad") for axis in ("batch", "token", "head")]
+    + ["sequences", "heads", "query_tokens", "key_tokens", "tiles"]
+)  # fmt: skip
+
+
+@triton.jit
+def locate(tile, sequences, heads, tokens, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    """What the rows of a tile are: batch and head (int64), token, and whether there is such a row."""
+    rows = tl.arange(0, BLOCK)
+    sequence = tile * (BLOCK // PADDED) + rows // PADDED
+    token = rows % PADDED
+    return (
+        (sequence // heads).to(tl.int64),
+        (sequence % heads).to(tl.int64),
+        token,
+        (sequence < sequences) & (token < tokens),
+    )
+
+
+@triton.jit
+def probabilities(
+    q_main, q_tail, k_main, k_tail, key_is_valid, exponent_scale,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr, TAIL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Softmax within each slot of a tile: (unnormalised weights, what to multiply their rows by)."""
+    scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)
+    slots = tl.arange(0, BLOCK) // PADDED
+    takes_part = key_is_valid[None, :]
+    if PADDED < BLOCK:
+        takes_part = takes_part & (slots[:, None] == slots[None, :])
+    scores = tl.where(takes_part, scores, float("inf") if NEGATIVE_SCALE else float("-inf"))
+    extreme = tl.min(scores, 1) if NEGATIVE_SCALE else tl.max(scores, 1)
+    highest = extreme * exponent_scale
+    highest = tl.where(highest == float("-inf"), 0.0, highest)  # a row without a key
+    weights = tl.exp2(scores * exponent_scale - highest[:, None])
+    total = tl.sum(weights, 1)
+    return weights, 1.0 / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def attention_short_forward_kernel(
+    q,  # (B, Sq, H, D)
+    k,  # (B, Sk, H, D)
+    v,  # (B, Sk, H, D)
+    out,  # (B, Sq, H, D), contiguous; written
+    lengths,  # (B,) int32
+    q_batch_stride,  # strides in UNIT elements
+    q_token_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_token_stride,
+    v_head_stride,
+    sequences,  # B · H
+    heads,
+    query_tokens,
+    key_tokens,
+    tiles,
+    exponent_scale,  # scale · log2(e)
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,  # rows of a tile
+    PADDED: tl.constexpr,  # rows of a slot: a power of two, at least both lengths
+    UNIT: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # A program owns every num_programs-th tile.
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        batch, head, token, query_is_valid = locate(tile, sequences, heads, query_tokens, BLOCK, PADDED)
+        key_is_valid = locate(tile, sequences, heads, key_tokens, BLOCK, PADDED)[3]
+        if HAS_LENGTHS:
+            key_is_valid &= token < tl.load(lengths + batch, mask=key_is_valid, other=0)
+        q_offsets = (batch * q_batch_stride + token * q_token_stride.to(tl.int64) + head * q_head_stride) * UNIT
+        k_offsets = (batch * k_batch_stride + token * k_token_stride.to(tl.int64) + head * k_head_stride) * UNIT
+        v_offsets = (batch * v_batch_stride + token * v_token_stride.to(tl.int64) + head * v_head_stride) * UNIT
+        q_main, q_tail = load_tile(q, q_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
+        k_main, k_tail = load_tile(k, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+        v_main, v_tail = load_tile(v, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+        weights, normaliser = probabilities(
+            q_main, q_tail, k_main, k_tail, key_is_valid, exponent_scale,
+            BLOCK, PADDED, TAIL, NEGATIVE_SCALE, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        out_main, out_tail = accumulate(
+            weights.to(v_main.dtype),
+            v_main,
+            v_tail,
+            tl.zeros([BLOCK, MAIN], tl.float32),
+            tl.zeros([BLOCK, TAIL if TAIL > 0 else 16], tl.float32),
+            TAIL,
+            PRECISION,
+            INTERPRETED,
+        )
+        out_offsets = ((batch * query_tokens + token) * heads + head) * HEAD_DIM
+        out_main *= normaliser[:, None]
+        out_tail *= normaliser[:, None]
+        store_tile(out, out_offsets, query_is_valid, out_main, out_tail, HEAD_DIM, MAIN, TAIL)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def attention_short_backward_kernel(
+    q,  # (B, Sq, H, D)
+    k,  # (B, Sk, H, D)
+    v,  # (B, Sk, H, D)
+    out_grad,  # (B, Sq, H, D)
+    q_grad,  # (B, Sq, H, D), contiguous; written
+    k_grad,  # (B, Sk, H, D), contiguous; written
+    v_grad,  # (B, Sk, H, D), contiguous; written
+    lengths,  # (B,) int32
+    q_batch_stride,  # strides in UNIT elements
+    q_token_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_token_stride,
+    v_head_stride,
+    out_grad_batch_stride,
+    out_grad_token_stride,
+    out_grad_head_stride,
+    sequences,  # B · H
+    heads,
+    query_tokens,
+    key_tokens,
+    tiles,
+    scale,
+    exponent_scale,  # scale · log2(e)
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,  # rows of a tile
+    PADDED: tl.constexpr,  # rows of a slot: a power of two, at least both lengths
+    UNIT: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    NEEDS_Q: tl.constexpr,
+    NEEDS_K_OR_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # A program owns every num_programs-th tile.
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        batch, head, token, query_is_valid = locate(tile, sequences, heads, query_tokens, BLOCK, PADDED)
+        key_is_there = locate(tile, sequences, heads, key_tokens, BLOCK, PADDED)[3]
+        key_is_valid = key_is_there
+        if HAS_LENGTHS:
+            key_is_valid &= token < tl.load(lengths + batch, mask=key_is_valid, other=0)
+        q_offsets = (batch * q_batch_stride + token * q_token_stride.to(tl.int64) + head * q_head_stride) * UNIT
+        k_offsets = (batch * k_batch_stride + token * k_token_stride.to(tl.int64) + head * k_head_stride) * UNIT
+        v_offsets = (batch * v_batch_stride + token * v_token_stride.to(tl.int64) + head * v_head_stride) * UNIT
+        out_grad_offsets = (
+            batch * out_grad_batch_stride + token * out_grad_token_stride.to(tl.int64) + head * out_grad_head_stride
+        ) * UNIT
+        q_main, q_tail = load_tile(q, q_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
+        k_main, k_tail = load_tile(k, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+        v_main, v_tail = load_tile(v, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+        out_grad_main, out_grad_tail = load_tile(out_grad, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
+        weights, normaliser = probabilities(
+            q_main, q_tail, k_main, k_tail, key_is_valid, exponent_scale,
+            BLOCK, PADDED, TAIL, NEGATIVE_SCALE, PRECISION, INTERPRETED,
+        )  # fmt: skip
+        weights *= normaliser[:, None]
+        zeros_main = tl.zeros([BLOCK, MAIN], tl.float32)
+        zeros_tail = tl.zeros([BLOCK, TAIL if TAIL > 0 else 16], tl.float32)
+        key_offsets = ((batch * key_tokens + token) * heads + head) * HEAD_DIM
+        if NEEDS_K_OR_V:
+            grad_main, grad_tail = accumulate(
+                tl.trans(weights.to(out_grad_main.dtype)), out_grad_main, out_grad_tail, zeros_main, zeros_tail,
+                TAIL, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            store_tile(v_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+        weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED)
+        delta = tl.sum(weights * weights_grad, 1)
+        scores_grad = (weights * (weights_grad - delta[:, None])).to(k_main.dtype)
+        if NEEDS_Q:
+            grad_main, grad_tail = accumulate(
+                scores_grad, k_main, k_tail, zeros_main, zeros_tail, TAIL, PRECISION, INTERPRETED
+            )
+            query_offsets = ((batch * query_tokens + token) * heads + head) * HEAD_DIM
+            grad_main *= scale
+            grad_tail *= scale
+            store_tile(q_grad, query_offsets, query_is_valid, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+        if NEEDS_K_OR_V:
+            grad_main, grad_tail = accumulate(
+                tl.trans(scores_grad), q_main, q_tail, zeros_main, zeros_tail, TAIL, PRECISION, INTERPRETED
+            )
+            grad_main *= scale
+            grad_tail *= scale
+            store_tile(k_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+
+
+def attention_short_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
+    """Launches the kernel. q, k, v: unit stride along D."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    strides = strides_of(q, k, v)
+    grid, tiles, same_in_both = _launch("short_forward", q, k, lengths, scale, strides.unit)
+    attention_short_forward_kernel[grid](
+        q,
+        k,
+        v,
+        out,
+        lengths,
+        *strides.values,
+        q.shape[0] * q.shape[2],
+        q.shape[2],
+        q.shape[1],
+        k.shape[1],
+        tiles,
+        exponent_scale(scale),
+        **same_in_both,
+    )
+    return out
+
+
+def attention_short_backward(
+    out_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    needs_q: bool,
+    needs_k_or_v: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the kernel. out_grad, q, k, v: unit stride along D. A gradient that nobody needs is an empty tensor."""
+    q_grad = torch.empty(q.shape if needs_q else 0, dtype=q.dtype, device=q.device)
+    k_grad, v_grad = (torch.empty(k.shape if needs_k_or_v else 0, dtype=q.dtype, device=q.device) for _ in range(2))
+    if q_grad.numel() + k_grad.numel() == 0:
+        return q_grad, k_grad, v_grad
+    strides = strides_of(q, k, v, out_grad)
+    grid, tiles, same_in_both = _launch("short_backward", q, k, lengths, scale, strides.unit)
+    attention_short_backward_kernel[grid](
+        q,
+        k,
+        v,
+        out_grad,
+        q_grad,
+        k_grad,
+        v_grad,
+        lengths,
+        *strides.values,
+        q.shape[0] * q.shape[2],
+        q.shape[2],
+        q.shape[1],
+        k.shape[1],
+        tiles,
+        scale,
+        exponent_scale(scale),
+        NEEDS_Q=needs_q,
+        NEEDS_K_OR_V=needs_k_or_v,
+        **same_in_both,
+    )
+    return q_grad, k_grad, v_grad
+
+
+def _launch(
+    kernel: str, q: Tensor, k: Tensor, lengths: Tensor | None, scale: float, unit: int
+) -> tuple[tuple[int], int, dict[str, object]]:
+    """Grid, number of tiles, and the constants that both kernels have."""
+    batch, query_tokens, heads, head_dim = q.shape
+    main, tail = configuration.split_head_dim(head_dim)
+    block = configuration.short_block(q.element_size())
+    padded = triton.next_power_of_2(max(query_tokens, k.shape[1]))
+    tiles = triton.cdiv(batch * heads, block // padded)
+    programs, warps, stages = configuration.short(kernel, facts(q.device), q.element_size(), head_dim, tiles)
+    constants: dict[str, object] = {
+        "HEAD_DIM": head_dim,
+        "MAIN": main,
+        "TAIL": tail,
+        "BLOCK": block,
+        "PADDED": padded,
+        "UNIT": unit,
+        "NEGATIVE_SCALE": scale < 0,
+        "HAS_LENGTHS": lengths is not None,
+        "PRECISION": configuration.precision(q.dtype),
+        "INTERPRETED": interpreting(),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+    return (configuration.grid(programs),), tiles, constants

@@ -1,0 +1,76 @@
+"""What the attention kernels share: a head's tile as a wide and a narrow block, its loads, stores and products.
+
+Rows are tokens. A tile [rows, D] is two blocks, [rows, MAIN] and [rows, TAIL], so that head dim 72 costs 64 + 16 columns
+of matrix work rather than 128; the columns of TAIL beyond D are zeros. TAIL = 0: there is one block, and what stands for
+the other is never used.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_block(pointer, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """[rows, WIDTH] from column FIRST on. offsets, valid: [rows]. Zeros where a row is not valid or a column not there."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = pointer + (offsets[:, None] + columns[None, :])
+    if FIRST + WIDTH <= HEAD_DIM:
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    else:
+        return tl.load(pointers, mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile(
+    pointer, offsets, valid, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
+):  # -> [rows, MAIN], [rows, TAIL]
+    main = load_block(pointer, offsets, valid, 0, MAIN, HEAD_DIM)
+    tail = main
+    if TAIL > 0:
+        tail = load_block(pointer, offsets, valid, MAIN, TAIL, HEAD_DIM)
+    return main, tail
+
+
+@triton.jit
+def store_tile(pointer, offsets, valid, main, tail, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    element = pointer.dtype.element_ty
+    columns = tl.arange(0, MAIN)
+    mask = valid[:, None]
+    if MAIN > HEAD_DIM:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    tl.store(pointer + (offsets[:, None] + columns[None, :]), main.to(element), mask=mask)
+    if TAIL > 0:
+        columns = MAIN + tl.arange(0, TAIL)
+        mask = valid[:, None] & (columns < HEAD_DIM)[None, :]
+        tl.store(pointer + (offsets[:, None] + columns[None, :]), tail.to(element), mask=mask)
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """a b + accumulator in fp32. The interpreter takes bf16 operands for integers, so there they are widened first."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def inner_products(
+    a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """a bᵀ of two tiles, [rows of a, rows of b], fp32: every row of one with every row of the other."""
+    products = dot(a_main, tl.trans(b_main), None, PRECISION, INTERPRETED)
+    if TAIL > 0:
+        products = dot(a_tail, tl.trans(b_tail), products, PRECISION, INTERPRETED)
+    return products
+
+
+@triton.jit
+def accumulate(
+    weights, b_main, b_tail, main, tail, TAIL: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """(main, tail) + weights b, for weights [n, rows of b] in b's dtype and a tile (main, tail) of n rows in fp32."""
+    main = dot(weights, b_main, main, PRECISION, INTERPRETED)
+    if TAIL > 0:
+        tail = dot(weights, b_tail, tail, PRECISION, INTERPRETED)
+    return main, tail
