@@ -6,6 +6,7 @@ Pickles (``pytorch_model.bin``) are never opened, since opening one can run any 
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +61,9 @@ def find_weights(path_or_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> 
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensors to files")
     for name, file_name in weight_map.items():
-        # An index is somebody else's text: it must not lead out of its directory.
-        if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
-            raise CheckpointError(f"{index} has {name} in {file_name!r}, which names no file beside the index")
+        # An index is somebody else's text: it must not lead out of its directory, nor to a pickle.
+        if not (isinstance(file_name, str) and re.fullmatch(r"[^/\\]+\.safetensors", file_name)):
+            raise CheckpointError(f"{index} has {name} in {file_name!r}, which names no safetensors file beside it")
     tensors: dict[str, StoredTensor] = {}
     identities: dict[Path, tuple[int, ...]] = {}
     for file_name in sorted(set(weight_map.values())):
