@@ -107,7 +107,7 @@ def tokens_to_tensor(name: str, value: Any, kind: str) -> torch.Tensor | np.ndar
         array = np.empty(0, dtype=object)
     if array.dtype == object:
         raise ValueError(
-            f"{name}: sequences of lengths {sorted(map(str, lengths), key=int)} make no tensor; "
+            f"{name}: sequences of lengths {sorted(n for n in lengths if n is not None)} make no tensor; "
             "give padding=True (and truncation=True), or return_tensors=None for lists"
         )
     if array.size == 0:

@@ -175,7 +175,6 @@ class TokenizersTokenizer(Tokenizer):
             if options["truncation"] != "do_not_truncate":
                 self._tokenizer.enable_truncation(
                     max_length=options["max_length"],
-                    stride=options["stride"],
                     strategy=options["truncation"],
                     direction=self.truncation_side,
                 )
@@ -184,6 +183,8 @@ class TokenizersTokenizer(Tokenizer):
                 encoding = self._tokenizer.encode(
                     text, pair, is_pretokenized=words, add_special_tokens=options["add_special_tokens"]
                 )
+            except Exception as error:  # the library raises bare Exceptions
+                raise ValueError(f"{type(self).__name__}: {error}") from error
             finally:
                 self._tokenizer.no_truncation()
         return {

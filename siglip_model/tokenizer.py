@@ -209,6 +209,8 @@ class SiglipTokenizer(Tokenizer):
 
     def _pieces(self, segment: str) -> list[str]:
         text = str(self.unk_token) + self.canonicalize_text(segment)
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError("text holds a lone surrogate, which is no character; supported: valid Unicode")
         pieces = self.sp_model.encode(text, out_type=str)
         return pieces[self._prefix_length :] if len(pieces) >= self._prefix_length else pieces
 
