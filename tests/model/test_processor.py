@@ -1,0 +1,212 @@
+"""The processor: what transformers' SiglipProcessor returns, from the same files, and the batch that carries it."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_checkpoint import random_image, shared_tiny_checkpoint
+
+from siglip_model import AutoProcessor
+from siglip_model.batch import BatchFeature
+from siglip_model.image_processor import SiglipImageProcessor, SiglipImageProcessorFast
+from siglip_model.processor import SiglipProcessor
+from siglip_model.tokenizer import SiglipTokenizer
+
+TEXTS = ["This is a photo of 2 cats.", "a plane", ""]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_tiny_checkpoint(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint: Path) -> SiglipProcessor:
+    return SiglipProcessor.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint: Path) -> Any:
+    """transformers' processor, with the Pillow-based image processor whatever is installed."""
+    loaded = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
+    return transformers.SiglipProcessor(loaded, transformers.SiglipTokenizer.from_pretrained(checkpoint))
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert got[name].dtype == value.dtype and torch.equal(got[name], value), name
+        elif isinstance(value, np.ndarray) or (value and isinstance(value[0], np.ndarray)):
+            np.testing.assert_array_equal(got[name], value)
+        else:
+            assert got[name] == value, name
+
+
+class TestCall:
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {}, {"padding": "max_length"}, {"padding": True, "return_tensors": "np"},
+            {"padding": "max_length", "max_length": 9},
+            {"truncation": True, "max_length": 3, "padding": "max_length", "return_tensors": "pt"},
+            {"padding": "max_length", "return_tensors": "pt", "return_attention_mask": True},
+            {"padding": "max_length", "return_tensors": "pt", "size": {"height": 9, "width": 7}, "do_normalize": False},
+            {"text_kwargs": {"padding": "max_length"}, "images_kwargs": {"size": {"height": 9, "width": 7}}},
+            {"common_kwargs": {"return_tensors": "pt"}, "padding": True},
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_same_as_transformers(self, ours: SiglipProcessor, theirs: Any, arguments: dict[str, Any]) -> None:
+        images = [random_image(0), random_image(1, mode="RGBA")]
+        assert_same(ours(images=images, text=TEXTS, **arguments), theirs(images=images, text=TEXTS, **arguments))
+        assert_same(ours(text=TEXTS, **arguments), theirs(text=TEXTS, **arguments))
+        assert_same(ours(text="a cat", **arguments), theirs(text="a cat", **arguments))
+        assert_same(ours(images, **arguments), theirs(images, **arguments))
+        assert_same(
+            ours(images=images[0], text="a cat", **arguments), theirs(images=images[0], text="a cat", **arguments)
+        )
+
+    def test_result(self, ours: SiglipProcessor) -> None:
+        batch = ours(images=random_image(0), text=TEXTS, padding="max_length", return_tensors="pt")
+        assert isinstance(batch, BatchFeature) and batch.input_ids.shape == (3, 64)
+        assert batch.pixel_values.shape == (1, 3, 32, 32)
+        assert set(ours.model_input_names) == {"pixel_values", "input_ids"}
+
+    def test_order_of_arguments_does_not_matter_by_name(self, ours: SiglipProcessor) -> None:
+        options = {"padding": True, "return_tensors": "pt"}
+        assert_same(ours(text="a", images=random_image(0), **options), ours(random_image(0), "a", **options))
+
+    def test_decoding(self, ours: SiglipProcessor, theirs: Any) -> None:
+        ids = ours(text=TEXTS, padding=True)["input_ids"]
+        assert ours.batch_decode(ids, skip_special_tokens=True) == theirs.batch_decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids[0]) == theirs.decode(ids[0])
+
+    def test_tokenizer_settings_are_defaults(self, ours: SiglipProcessor, tmp_path: Path) -> None:
+        """As in transformers: tokenizer_config.json's settings of calls count in the processor, if the call says nothing."""
+        ours.save_pretrained(tmp_path)
+        config = (tmp_path / "tokenizer_config.json").read_text()
+        (tmp_path / "tokenizer_config.json").write_text(config.replace("{", '{"padding": "max_length",', 1))
+        loaded, reference = (
+            SiglipProcessor.from_pretrained(tmp_path),
+            transformers.SiglipProcessor.from_pretrained(tmp_path),
+        )
+        assert_same(loaded(text="a cat"), reference(text="a cat"))
+        assert len(loaded(text="a cat")["input_ids"]) == 64
+        assert_same(loaded(text="a cat", padding=False), reference(text="a cat", padding=False))
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({}, ValueError, "neither images nor text"),
+            ({"text": [3]}, ValueError, "text is"),
+            ({"text": ("a", "b")}, ValueError, "text is"),
+            ({"text": "a", "paddign": True}, TypeError, "paddign"),
+            ({"text": "a", "text_kwargs": {"size": 3}}, TypeError, "size in text_kwargs"),
+            ({"text": "a", "padding": True, "text_kwargs": {"padding": True}}, ValueError, "twice"),
+            ({"text": "a", "return_tensors": "tf"}, ValueError, "return_tensors"),
+            ({"images": "nowhere.png"}, OSError, r"nowhere\.png"),
+        ],
+    )
+    def test_bad_arguments(self, ours: SiglipProcessor, arguments: dict[str, Any], error: type, message: str) -> None:
+        with pytest.raises(error, match=message):
+            ours(**arguments)
+
+
+class TestFiles:
+    def test_what_we_save_transformers_loads(self, ours: SiglipProcessor, checkpoint: Path, tmp_path: Path) -> None:
+        paths = ours.save_pretrained(tmp_path)
+        assert sorted(Path(path).name for path in paths) == [
+            "preprocessor_config.json", "processor_config.json", "spiece.model", "tokenizer_config.json",
+        ]  # fmt: skip
+        (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+        image = random_image(0, size=(32, 32))  # no resizing, so that Pillow and torchvision agree
+        expected = ours(images=image, text=TEXTS, padding="max_length", return_tensors="pt")
+        for loader in (transformers.SiglipProcessor, transformers.AutoProcessor, SiglipProcessor, AutoProcessor):
+            loaded = loader.from_pretrained(tmp_path)
+            got = loaded(images=image, text=TEXTS, padding="max_length", return_tensors="pt")
+            assert torch.equal(got["input_ids"], expected["input_ids"]) and got.keys() == expected.keys()
+            torch.testing.assert_close(got["pixel_values"], expected["pixel_values"], atol=1e-6, rtol=0)
+
+    def test_what_transformers_saves_we_load(self, theirs: Any, tmp_path: Path) -> None:
+        theirs.save_pretrained(tmp_path)
+        assert not (tmp_path / "preprocessor_config.json").exists()
+        arguments = {"images": random_image(3), "text": TEXTS, "padding": "max_length", "return_tensors": "pt"}
+        assert_same(SiglipProcessor.from_pretrained(tmp_path)(**arguments), theirs(**arguments))
+
+    def test_fast(self, ours: SiglipProcessor, checkpoint: Path, tmp_path: Path) -> None:
+        assert type(ours.image_processor) is SiglipImageProcessor
+        fast = SiglipProcessor.from_pretrained(checkpoint, use_fast=True)
+        assert type(fast.image_processor) is SiglipImageProcessorFast
+        fast.save_pretrained(tmp_path)
+        assert type(SiglipProcessor.from_pretrained(tmp_path).image_processor) is SiglipImageProcessorFast
+        assert type(SiglipProcessor.from_pretrained(tmp_path, use_fast=False).image_processor) is SiglipImageProcessor
+        assert transformers.SiglipProcessor.from_pretrained(tmp_path).image_processor.size["height"] == 32
+
+    def test_arguments_go_where_they_belong(self, checkpoint: Path) -> None:
+        processor = SiglipProcessor.from_pretrained(checkpoint, do_normalize=False, model_max_length=7)
+        assert processor.image_processor.do_normalize is False and processor.tokenizer.model_max_length == 7
+        with pytest.raises(TypeError, match="do_normalise"):
+            SiglipProcessor.from_pretrained(checkpoint, do_normalise=False)
+
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(OSError, match="preprocessor_config"):
+            SiglipProcessor.from_pretrained(tmp_path)
+        with pytest.raises(OSError, match="nowhere"):
+            SiglipProcessor.from_pretrained(tmp_path / "nowhere")
+
+    def test_parts_of_the_wrong_kind(self, ours: SiglipProcessor) -> None:
+        with pytest.raises(TypeError, match="image_processor is a SiglipTokenizer"):
+            SiglipProcessor(ours.tokenizer, ours.image_processor)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="tokenizer is a SiglipImageProcessor"):
+            SiglipProcessor(ours.image_processor, ours.image_processor)  # type: ignore[arg-type]
+        assert isinstance(ours.tokenizer, SiglipTokenizer)
+
+
+class TestBatch:
+    def batch(self) -> BatchFeature:
+        return BatchFeature(ids=torch.tensor([1, 2]), pixels=torch.ones(2, 3), rows=[torch.ones(1), 3], name="text")
+
+    def test_attributes(self) -> None:
+        batch = self.batch()
+        batch.more = [1, 2]
+        assert batch.ids is batch["ids"] and batch["more"] == [1, 2]
+        del batch.more
+        assert "more" not in batch and not hasattr(batch, "more")
+        with pytest.raises(AttributeError, match="pixel_valeus"):
+            _ = batch.pixel_valeus
+        with pytest.raises(AttributeError, match="more"):
+            del batch.more
+        assert dict(**batch).keys() == batch.keys() and batch[0:1]["pixels"].shape == (1, 3)
+
+    @pytest.mark.parametrize("arguments", [(torch.float16,), ("cpu", torch.float16), (torch.float16, "cpu")])
+    def test_dtype_is_for_floats(self, arguments: tuple[Any, ...]) -> None:
+        batch = self.batch()
+        assert batch.to(*arguments) is batch
+        assert batch.pixels.dtype == batch.rows[0].dtype == torch.float16 and batch.ids.dtype == torch.int64
+        assert batch.name == "text" and batch.rows[1] == 3
+
+    def test_device(self) -> None:
+        for arguments, named in (
+            (("meta",), {}),
+            ((), {"device": "meta"}),
+            ((torch.device("meta"),), {"dtype": torch.half}),
+        ):
+            batch = self.batch().to(*arguments, **named)
+            assert {batch.ids.device.type, batch.pixels.device.type, batch.rows[0].device.type} == {"meta"}
+
+    @pytest.mark.parametrize("arguments", [(None,), (1.5,), ("cpu", "cpu"), (torch.half, torch.half), (True,)])
+    def test_neither_device_nor_dtype(self, arguments: tuple[Any, ...]) -> None:
+        with pytest.raises(ValueError, match="one device and one"):
+            self.batch().to(*arguments)
+
+    def test_copies(self) -> None:
+        for clone in (pickle.loads(pickle.dumps(self.batch())), copy.deepcopy(self.batch()), self.batch().copy()):
+            assert type(clone) is BatchFeature and torch.equal(clone.ids, self.batch().ids)
+            clone.ids = 3
+            assert clone["ids"] == 3
