@@ -15,7 +15,7 @@ from siglip_model.layers import UsesBackend
 from siglip_model.outputs import ModelOutput
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 DEFAULT_BACKEND = "sdpa"  # transformers' default too; "auto" is there for the asking
 
