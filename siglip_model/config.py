@@ -6,12 +6,9 @@ import copy
 import json
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-
-if TYPE_CHECKING:
-    from typing import Self
 
 
 class PretrainedConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from siglip_model import backends
 from siglip_model.config import HUB_ARGUMENTS, PretrainedConfig
 from siglip_model.layers import UsesBackend
 from siglip_model.outputs import ModelOutput
-
-if TYPE_CHECKING:
-    from typing import Self
 
 DEFAULT_BACKEND = "sdpa"  # transformers' default too; "auto" is there for the asking
 
