@@ -18,7 +18,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+        os.chmod(temporary, ordinary_mode(path))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -46,7 +46,10 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
+def ordinary_mode(path: Path) -> int:
+    """The permissions for what replaces ``path``: those it has, or, if it is new, what the umask allows."""
+    if path.exists():
+        return path.stat().st_mode & 0o777
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from siglip_model.atomic import sync_directory, sync_file
+from siglip_model.atomic import ordinary_mode, sync_directory, sync_file
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -68,6 +68,7 @@ def replacing_checkpoint(directory: Path) -> Iterator[Path]:
         try:
             yield partial
             for path in partial.iterdir():
+                path.chmod(ordinary_mode(directory / path.name))  # safetensors makes its files private
                 sync_file(path)
             sync_directory(partial)
             os.rename(partial, directory / _COMPLETE)

@@ -1,7 +1,10 @@
 """Where the files of a checkpoint are: in a directory, or in a repository of the Hugging Face hub."""
 
+import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,16 +68,17 @@ def _resolve_on_hub(
 
     cache = None if cache_dir is None else os.path.expanduser(cache_dir)
     try:
-        return Path(
-            hf_hub_download(
-                repository,
-                filename,
-                revision=revision,
-                cache_dir=cache,
-                local_files_only=local_files_only,
-                token=token,
+        with _without_retry_warnings():  # what comes of the retries is said once, below
+            return Path(
+                hf_hub_download(
+                    repository,
+                    filename,
+                    revision=revision,
+                    cache_dir=cache,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
             )
-        )
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError):
             return None  # the hub answered: the repository has no such file
@@ -95,6 +99,17 @@ def _resolve_on_hub(
     except Exception:  # nothing cached, or not this file: the first error says what happened
         _raise_clearly(download_error, repository, filename, revision)
     _raise_clearly(download_error, repository, filename, revision)
+
+
+@contextmanager
+def _without_retry_warnings() -> Iterator[None]:
+    http = logging.getLogger("huggingface_hub.utils._http")
+    level = http.level
+    http.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        http.setLevel(level)
 
 
 def _raise_clearly(error: Exception, repository: str, filename: str, revision: str | None) -> NoReturn:

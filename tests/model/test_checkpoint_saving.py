@@ -91,6 +91,16 @@ def test_other_files_stay(tmp_path):
     }  # fmt: skip
 
 
+def test_permissions_are_ordinary_or_as_before(tmp_path):
+    (tmp_path / "ordinary").touch()
+    save_checkpoint(tmp_path, {"a": torch.ones(2)}, CONFIG)
+    names = ("config.json", "model.safetensors")
+    assert [(tmp_path / name).stat().st_mode for name in names] == [(tmp_path / "ordinary").stat().st_mode] * 2
+    (tmp_path / "model.safetensors").chmod(0o640)
+    save_checkpoint(tmp_path, {"a": torch.ones(2)}, CONFIG)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.parametrize("size", ["5GiB", "", "GB", "-1GB", 0, -5, "0KB", None, 1.5])
 def test_bad_shard_size(tmp_path, size):
     with pytest.raises(ValueError, match="max_shard_size"):
