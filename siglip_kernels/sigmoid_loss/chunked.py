@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Images and texts of a block unless told otherwise: large enough that on a busy CPU threads seldom wait for each other, and
-# on a GPU launches do not count; a block and its temporaries are 50 MB and 400 MB in fp32.
+# Images and texts of a block unless told otherwise: large enough that on a busy CPU threads seldom wait for each other,
+# and that on a GPU launches do not count. A block and its temporaries are 50 MB and 400 MB in fp32.
 _CPU_BLOCK = (1024, 4096)
 _GPU_BLOCK = (4096, 8192)
 
