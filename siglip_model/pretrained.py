@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from siglip_model import backends
 from siglip_model.config import HUB_ARGUMENTS, PretrainedConfig
@@ -149,7 +150,7 @@ class PreTrainedModel(nn.Module):
         if kwargs:
             config = type(config).from_dict(config.to_dict(), **kwargs)
         device = _as_device(device_map)
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutInitialisation():
             model = cls(config, backend="eager")
         name = backend or DEFAULT_BACKEND
         backends.resolve(name, device)  # before the weights are read
@@ -181,6 +182,15 @@ class PreTrainedModel(nn.Module):
             config,
             max_shard_size=max_shard_size,
         )
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Skips torch.nn.init, whose values the files replace: on the meta device it would import the compiler (1.3 s)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def finish(output: ModelOutput, model: PreTrainedModel, return_dict: bool | None) -> Any:
