@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,10 @@ from siglip_model.checkpoint_directory import current_file
 
 # One or two parts ("gpt2", "google/siglip-base-patch16-224") of letters, digits, "_", "-" and ".", as the hub allows.
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+
+# huggingface_hub tries for 20 s before it gives a connection up: not again for each of a checkpoint's files.
+_SECONDS_BETWEEN_ATTEMPTS = 60.0
+_last_failure = -_SECONDS_BETWEEN_ATTEMPTS
 
 
 def is_local(path_or_id: str | os.PathLike[str]) -> bool:
@@ -35,7 +40,8 @@ def resolve_file(
     """The path of one file of a directory or of a hub repository; None if that directory or repository lacks the file.
 
     A repository's file is downloaded once into huggingface_hub's cache (``HF_HOME``, ``cache_dir``); with
-    ``local_files_only`` or ``HF_HUB_OFFLINE=1`` the network is not touched and the cache alone is looked at.
+    ``local_files_only`` or ``HF_HUB_OFFLINE=1``, and for a minute after a connection failed, the network is not touched
+    and the cache alone is looked at.
 
     Raises:
         OSError: there is no such directory, no such repository or revision, or no network and nothing in the cache.
@@ -63,9 +69,11 @@ def _resolve_on_hub(
     local_files_only: bool,
     token: str | bool | None,
 ) -> Path | None:
+    global _last_failure
     from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    local_files_only = local_files_only or time.monotonic() - _last_failure < _SECONDS_BETWEEN_ATTEMPTS
     cache = None if cache_dir is None else os.path.expanduser(cache_dir)
     try:
         with _without_retry_warnings():  # what comes of the retries is said once, below
@@ -86,6 +94,9 @@ def _resolve_on_hub(
     except Exception as error:  # requests', httpx' and huggingface_hub's errors have no common base
         download_error = error
 
+    no_connection = isinstance(download_error, LocalEntryNotFoundError) or _is_network_error(download_error)
+    if no_connection and not local_files_only:
+        _last_failure = time.monotonic()
     # No answer from the hub. What an earlier run has left in the cache may still answer the question.
     try:
         cached = try_to_load_from_cache(repository, filename, cache_dir=cache, revision=revision)
@@ -94,7 +105,7 @@ def _resolve_on_hub(
         snapshot_download(
             repository, revision=revision, cache_dir=cache, local_files_only=True, allow_patterns=[filename]
         )
-        if isinstance(download_error, LocalEntryNotFoundError):
+        if no_connection:
             return None  # the repository is cached and, as far as the cache knows, has no such file
     except Exception:  # nothing cached, or not this file: the first error says what happened
         _raise_clearly(download_error, repository, filename, revision)

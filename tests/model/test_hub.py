@@ -7,8 +7,15 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from siglip_model import hub
 from siglip_model.atomic import atomic_write
 from siglip_model.hub import resolve_file
+
+
+@pytest.fixture(autouse=True)
+def no_earlier_failure(monkeypatch):
+    monkeypatch.setattr(hub, "_last_failure", -1e9)
+
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -125,6 +132,22 @@ def test_cache_serves_when_the_connection_fails(cache, monkeypatch):
     _fail_with(monkeypatch, ConnectionError)
     found = resolve_file("owner/name", "config.json", cache_dir=cache)
     assert found is not None and found.read_text() == "{}"
+
+
+def test_failed_connection_is_not_tried_again_for_each_file(cache, monkeypatch):
+    asked = []
+
+    def download(*args, local_files_only, **kwargs):
+        asked.append(local_files_only)
+        raise errors.LocalEntryNotFoundError("not cached") if local_files_only else ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    for _ in range(3):
+        assert resolve_file("owner/name", "absent.json", cache_dir=cache) is None
+    assert asked == [False, True, True]
+    monkeypatch.setattr(hub, "_last_failure", hub._last_failure - 61)
+    resolve_file("owner/name", "absent.json", cache_dir=cache)
+    assert asked[3:] == [False]
 
 
 def _fail_with(monkeypatch, error):
