@@ -22,12 +22,27 @@ def launches() -> Iterator[Launch]:
     for tokens in (729, 32):
         yield from _training(tokens, 72, torch.float32)
         yield from _training(tokens, 128, torch.float32)
+        yield from _training(tokens, 72, torch.float32, allow_tf32=True)
 
 
-def _training(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool = False) -> Iterator[Launch]:
-    name = f"{_NAMES[dtype]} S={tokens} D={head_dim}{' lengths' if padded else ''}"
-    yield Launch(f"{name} forward", _forward(tokens, head_dim, dtype, padded))
-    yield Launch(f"{name} backward", _backward(tokens, head_dim, dtype, padded))
+def _training(
+    tokens: int, head_dim: int, dtype: torch.dtype, padded: bool = False, allow_tf32: bool = False
+) -> Iterator[Launch]:
+    name = f"{'tf32' if allow_tf32 else _NAMES[dtype]} S={tokens} D={head_dim}{' lengths' if padded else ''}"
+    yield Launch(f"{name} forward", _with_tf32(allow_tf32, _forward(tokens, head_dim, dtype, padded)))
+    yield Launch(f"{name} backward", _with_tf32(allow_tf32, _backward(tokens, head_dim, dtype, padded)))
+
+
+def _with_tf32(allow_tf32: bool, call: Callable[[], object]) -> Callable[[], None]:
+    def launch() -> None:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        try:
+            call()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    return launch
 
 
 def _tensors(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> tuple[list[Tensor], Tensor | None]:

@@ -164,14 +164,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, le
 
     q: (B, Sq, H, D); k, v: (B, Sk, H, D), fp32, fp16 or bf16. Returns (B, Sq, H, D), contiguous, in q's dtype.
     D is a multiple of 8 up to 128. Views are read where they lie, packed or expanded ones too; only a tensor whose last
-    stride is not 1 is copied. fp32 products are IEEE unless torch.backends.cuda.matmul.allow_tf32; sums are fp32 always.
-    scale: D**-0.5 unless given. lengths: int32 (B,), how many of a sample's keys are valid (values are taken into 0..Sk);
-    the others are never read, and a sample with 0 gives zeros. So does Sk = 0.
+    stride is not 1 is copied. fp32 products are IEEE unless torch.backends.cuda.matmul.allow_tf32; sums are in fp32.
+    scale: D**-0.5 unless given. lengths: int32 (B,), how many of a sample's keys are valid (taken into 0..Sk); the
+    others are never read, and a sample with 0 gives zeros. So does Sk = 0.
     Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
     Gradients are deterministic; second derivatives are refused.
 
-    Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that are
-    not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
+    are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
     if q.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)

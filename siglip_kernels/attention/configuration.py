@@ -1,7 +1,7 @@
 """Which tile sizes, warps and pipeline stages a launch gets: a heuristic, and above it a table of measured ones.
 
-Nothing is tuned inside a call. `python -m bench.attention --tune` measures `candidates` on the GPU it runs on and prints
-the entries for `tuned.py`.
+Nothing is tuned inside a call. `python -m bench.attention --tune` measures `candidates` on the GPU that it runs on and
+prints the entries for `tuned.py`.
 """
 
 import functools
@@ -59,19 +59,36 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
     other's exponentials behind matrix work; `python -m bench.ahead_of_time bench.attention_launches` shows both.
     """
     if facts.capability == (0, 0):
-        return Tile(128, 64, 4, 1)
+        return Tile(128, 128, 4, 1)  # the interpreter takes its time by the operation
     if element_bytes == 4:  # IEEE products are made one multiply-add at a time, out of registers
-        return Tile(32, 32, 8, 1)
+        return Tile(16, 32, 8, 1) if kernel == "backward_queries" and columns > 80 else Tile(32, 32, 8, 1)
     narrow = columns <= 80
     if kernel == "forward":
         if facts.capability[0] == 9:
             return Tile(128, 64, 8, 3, 128 if narrow else None)
+        if facts.capability[0] == 8 and columns == 80:
+            return Tile(128, 32, 4, 3)
         return Tile(128, 64, 4, 2) if narrow else Tile(128, 64, 8, 2)
     if kernel == "backward_queries":
         return Tile(64, 64, 4, 2, 168 if narrow else None) if facts.capability[0] == 9 else Tile(64, 32, 4, 2)
     if facts.capability[0] == 9:
         return Tile(64, 64, 4, 2) if narrow else Tile(64, 64, 8, 2)
     return Tile(32, 64, 4, 2)
+
+
+def candidates(kernel: str) -> list[Tile]:
+    """What `python -m bench.attention --tune` measures for two-byte elements. Some do not fit some GPUs."""
+    owned, passed = ((64, 128), (32, 64, 128)) if kernel == "forward" else ((64, 128), (32, 64))
+    sizes = [(mine, other) for mine in owned for other in passed]
+    if kernel == "backward_keys":
+        sizes = [(other, mine) for mine, other in sizes]
+    return [
+        Tile(queries, keys, warps, stages, registers)
+        for queries, keys in sizes
+        for warps in (4, 8)
+        for stages in (2, 3)
+        for registers in (None, 128 if warps == 8 else 168)
+    ]
 
 
 def short_block(element_bytes: int) -> int:
@@ -86,7 +103,9 @@ def is_short(q: Tensor, k: Tensor) -> bool:
 
 def short(kernel: str, facts: Facts, element_bytes: int, head_dim: int, tiles: int) -> tuple[int, int, int]:
     """(programs, warps, stages) for short sequences: as many programs as are resident at once, each with many tiles."""
-    warps = 4 if kernel == "short_forward" or sum(split_head_dim(head_dim)) <= 80 else 8
+    columns = sum(split_head_dim(head_dim))
+    most_for_4_warps = 80 if facts.capability[0] >= 9 else 64
+    warps = 4 if element_bytes == 2 and (kernel == "short_forward" or columns <= most_for_4_warps) else 8
     stages = 2 if element_bytes == 2 and (kernel == "short_forward" or facts.capability[0] >= 9) else 1
     return min(tiles, 4 * facts.multiprocessors), warps, stages
 

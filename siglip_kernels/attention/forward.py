@@ -17,8 +17,8 @@ from siglip_kernels.attention.strides import strides_of
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
 from siglip_kernels.device import facts, interpreting
 
-# The integers change from call to call: specialising on them (are they 1, do they divide by 16) would only compile anew.
-# What of the strides matters, whether they divide by 8, is told by UNIT.
+# The integers change from call to call: to specialise on them (are they 1, do they divide by 16) would only compile
+# anew. What of the strides matters, whether they divide by 8, is told by UNIT.
 _INTEGERS = (
     [f"{tensor}_{axis}_stride" for tensor in "qkv" for axis in ("batch", "token", "head")]
     + ["heads", "query_tokens", "key_tokens", "query_tiles"]

@@ -9,7 +9,7 @@ _LARGEST_TILE = 256  # tokens
 
 @dataclass(frozen=True)
 class Strides:
-    """Strides of (batch, token, head) of each tensor in turn, in units of `unit` elements, and how to calculate with them.
+    """Strides of (batch, token, head) of each tensor in turn, in units of `unit` elements.
 
     Eight elements are 16 bytes, the widest access, or more. Head dims such as 72 make strides that divide by 8 but not
     by 16, so the compiler, which asks for 16, would take every row to start anywhere and load two bytes at a time.

@@ -1,8 +1,8 @@
 """What the attention kernels share: a head's tile as a wide and a narrow block, its loads, stores and products.
 
-Rows are tokens. A tile [rows, D] is two blocks, [rows, MAIN] and [rows, TAIL], so that head dim 72 costs 64 + 16 columns
-of matrix work rather than 128; the columns of TAIL beyond D are zeros. TAIL = 0: there is one block, and what stands for
-the other is never used.
+Rows are tokens. A tile [rows, D] is two blocks, [rows, MAIN] and [rows, TAIL], so that head dim 72 costs 64 + 16
+columns of matrix work rather than 128; the columns of TAIL beyond D are zeros. TAIL = 0: there is one block, and what
+stands for the other is never used.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def load_block(pointer, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[rows, WIDTH] from column FIRST on. offsets, valid: [rows]. Zeros where a row is not valid or a column not there."""
+    """[rows, WIDTH] from column FIRST on. offsets, valid: [rows]. Zeros where a row or a column is not there."""
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = pointer + (offsets[:, None] + columns[None, :])
     if FIRST + WIDTH <= HEAD_DIM:
