@@ -24,6 +24,7 @@ from siglip_model.image_processor import (
 )
 
 SIZE = {"height": 24, "width": 20}
+NEW_ENOUGH = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,6 +72,8 @@ MODES = ["1", "L", "L+", "LA", "P", "P+index", "P+bytes", "PA", "RGB", "RGB+", "
 
 def assert_equal(images: Any, make: Any = None, **options: Any) -> None:
     """The same kind, dtype, shape and bits."""
+    if not NEW_ENOUGH:
+        pytest.skip("transformers before 5.23 treats alpha and single channels otherwise")
     make = make or {"size": SIZE}
     ours, theirs = SiglipImageProcessor(**make), SiglipImageProcessorPil(**make)
     got, expected = (processor(images, **options)["pixel_values"] for processor in (ours, theirs))
@@ -430,15 +433,14 @@ class TestFiles:
     def test_round_trip(self, cls: Any, options: dict[str, Any], tmp_path: Path) -> None:
         ours = cls(**options)
         assert [Path(path).name for path in ours.save_pretrained(tmp_path / "new")] == ["preprocessor_config.json"]
-        theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "new")
+        theirs = SiglipImageProcessorPil.from_pretrained(tmp_path / "new")
         again = cls.from_pretrained(tmp_path / "new")
         assert type(load_image_processor(tmp_path / "new")) is cls
         image = picture("RGB")
         expected = ours(image, return_tensors="pt").pixel_values
         assert torch.equal(again(image, return_tensors="pt").pixel_values, expected)
         exact = SiglipImageProcessor(**options)(image, return_tensors="pt").pixel_values
-        found = theirs(image, return_tensors="pt").pixel_values  # Pillow's, or torchvision's where that is installed
-        assert (found - exact).abs().max() <= 2 / 127.5 + 1e-6
+        assert torch.equal(theirs(image, return_tensors="pt").pixel_values, exact)
         assert repr(again) == repr(ours) and repr(pickle.loads(pickle.dumps(ours))) == repr(ours)
 
     def test_files_of_transformers(self, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from tiny_checkpoint import random_image, shared_tiny_checkpoint
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from siglip_model import AutoProcessor
 from siglip_model.batch import BatchFeature
@@ -33,7 +34,7 @@ def ours(checkpoint: Path) -> SiglipProcessor:
 @pytest.fixture(scope="module")
 def theirs(checkpoint: Path) -> Any:
     """transformers' processor, with the Pillow-based image processor whatever is installed."""
-    loaded = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
+    loaded = SiglipImageProcessorPil.from_pretrained(checkpoint)
     return transformers.SiglipProcessor(loaded, transformers.SiglipTokenizer.from_pretrained(checkpoint))
 
 
@@ -63,7 +64,7 @@ class TestCall:
         ids=str,
     )  # fmt: skip
     def test_same_as_transformers(self, ours: SiglipProcessor, theirs: Any, arguments: dict[str, Any]) -> None:
-        images = [random_image(0), random_image(1, mode="RGBA")]
+        images = [random_image(0), random_image(1, size=(30, 50))]
         assert_same(ours(images=images, text=TEXTS, **arguments), theirs(images=images, text=TEXTS, **arguments))
         assert_same(ours(text=TEXTS, **arguments), theirs(text=TEXTS, **arguments))
         assert_same(ours(text="a cat", **arguments), theirs(text="a cat", **arguments))
@@ -88,7 +89,7 @@ class TestCall:
         assert ours.decode(ids[0]) == theirs.decode(ids[0])
 
     def test_tokenizer_settings_are_defaults(self, ours: SiglipProcessor, tmp_path: Path) -> None:
-        """As in transformers: tokenizer_config.json's settings of calls count in the processor, if the call says nothing."""
+        """As there, tokenizer_config.json's settings of calls hold in the processor, if the call says nothing."""
         ours.save_pretrained(tmp_path)
         config = (tmp_path / "tokenizer_config.json").read_text()
         (tmp_path / "tokenizer_config.json").write_text(config.replace("{", '{"padding": "max_length",', 1))

@@ -7,7 +7,6 @@ import pickle
 import random
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ WORDS = [
     "a", "an", "the", "photo", "of", "cat", "dog", "plane", "straße", "ὀδός", "Σίσυφος", "猫", "犬", "写真", "كتاب",
     "שלום", "привет", "été", "naïve", "2", "3", "10",
 ]  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:This sequence already has", "ignore:`max_length` is ignored")
 
 # What has gone wrong in tokenizers, or could: each alone, and glued to others at random.
 FRAGMENTS = [
@@ -101,9 +102,7 @@ def quiet() -> Iterator[None]:
     """transformers warns of every second option."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    yield
     transformers.logging.set_verbosity(verbosity)
 
 
@@ -528,8 +527,8 @@ def gemma_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     config = {
         "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", "padding_side": "right",
         "add_bos_token": False, "add_eos_token": True, "do_lower_case": True, "model_max_length": 64,
-        "model_input_names": ["input_ids"], "extra_special_tokens": {}, "processor_class": "SiglipProcessor",
-        "additional_special_tokens": ["<start_of_turn>"],
+        "model_input_names": ["input_ids"], "processor_class": "SiglipProcessor",
+        "extra_special_tokens": ["<start_of_turn>"],
     }  # fmt: skip
     siglip = json.dumps({"model_type": "siglip", "text_config": {}, "vision_config": {}})
     folders = {}
