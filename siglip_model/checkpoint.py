@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from siglip_kernels.errors import unsupported
+from siglip_kernels.errors import MissingBackendError, unsupported
 from siglip_model.atomic import atomic_write
 from siglip_model.checkpoint_directory import CONFIG_NAME
 from siglip_model.checkpoint_saving import save_checkpoint
@@ -86,11 +86,13 @@ def load_state_dict(
 
     Raises:
         CheckpointError: naming file and tensor: weights absent, damaged, integer, non-finite, or too large for dtype.
+        MissingBackendError: this machine has no such device.
     """
     hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+    device = _usable(device)
     weights = find_weights(path_or_id, hub)
     names = {name: name for name in weights.tensors if not _is_position_ids(name)}
-    return read_tensors(weights, names, _resolve_dtype(dtype, None, weights), torch.device(device))
+    return read_tensors(weights, names, _resolve_dtype(dtype, None, weights), device)
 
 
 def load_into(
@@ -122,9 +124,10 @@ def load_into(
     Raises:
         CheckpointError: naming file, tensor and shapes: missing, unexpected and misshapen tensors, and as
             `load_state_dict`.
+        MissingBackendError: this machine has no such device.
     """
     hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-    device = torch.device(device)
+    device = _usable(device)
     weights = find_weights(path_or_id, hub)
     config = getattr(model, "config", None)
     configured = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
@@ -147,6 +150,19 @@ def load_into(
     if new_names:
         model.init_new_parameters(new_names)  # type: ignore[operator]
         logger.warning("%s lacks %s: newly initialised, to be trained", weights.source, ", ".join(new_names))
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """The device, tried before gigabytes are read for it."""
+    device = torch.device(device)
+    if device.type == "meta":
+        raise unsupported("loading a checkpoint", "device", "is meta", "a device that holds values, as cpu or cuda")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise MissingBackendError(f"device {device} cannot be used here, {reason}; use cpu") from error
+    return device
 
 
 def _resolve_dtype(dtype: object, configured: object, weights: StoredWeights) -> torch.dtype:

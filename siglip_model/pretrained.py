@@ -175,6 +175,7 @@ class PreTrainedModel(nn.Module):
             raise TypeError(f"save_pretrained got unexpected arguments: {', '.join(kwargs)}")
         config = self.config.to_dict()
         config["architectures"] = [type(self).__name__]
+        config.pop("torch_dtype", None)  # the name before transformers 5, from a file of those days
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         save_checkpoint(
             save_directory,

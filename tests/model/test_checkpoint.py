@@ -252,6 +252,20 @@ def test_unsupported_dtype(saved, dtype):
         load_state_dict(saved, dtype=dtype)
 
 
+def test_saved_dtype_is_the_only_one(checkpoint, tmp_path):
+    _edit_json(checkpoint / "config.json", lambda config: config.update(torch_dtype=config.pop("dtype")))
+    siglip_model.SiglipModel.from_pretrained(checkpoint, dtype="bfloat16").save_pretrained(tmp_path / "saved")
+    config = load_config_dict(tmp_path / "saved")
+    assert config["dtype"] == "bfloat16" and "torch_dtype" not in config
+
+
+def test_device_that_is_not_there(saved):
+    with pytest.raises(ValueError, match="device is meta"):
+        load_state_dict(saved, device="meta")
+    with pytest.raises(RuntimeError, match="device cuda:99 cannot be used here"):
+        load_state_dict(saved, device="cuda:99")
+
+
 def test_values_that_the_dtype_cannot_hold(checkpoint):
     _rewrite(checkpoint, lambda tensors: tensors[TENSOR].view(-1)[5].fill_(70000.0))
     load_state_dict(checkpoint, dtype="bfloat16")
