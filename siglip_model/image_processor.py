@@ -40,17 +40,7 @@ class SiglipImageProcessor(ImageProcessor):
         if options.do_resize:
             height, width = output_size(array.shape[1:], options.size)
             array = _resize_with_pillow(array, (width, height), options.resample)
-        if options.do_rescale:
-            array = (array.astype(np.float64) * options.rescale_factor).astype(np.float32)
-        if options.do_normalize:
-            if not np.issubdtype(array.dtype, np.floating):
-                array = array.astype(np.float32)
-            mean, std = (
-                np.array(per_channel(name, getattr(options, name), len(array)), dtype=array.dtype)[:, None, None]
-                for name in ("image_mean", "image_std")
-            )
-            array = (array - mean) / std
-        return array
+        return _scale_by_table(array, options) if array.dtype == np.uint8 else _scale(array, options)
 
 
 def load_image_processor(
@@ -104,6 +94,29 @@ def _resize_with_pillow(image: np.ndarray, size: tuple[int, int], resample: int)
     resized = np.array(Image.fromarray(image.astype(np.uint8)).resize(size, resample=resample))
     resized = resized[None] if resized.ndim == 2 else np.moveaxis(resized, -1, 0)
     return (resized.astype(np.float64) * (1 / 255)).astype(np.float32) if to_unit_range else resized
+
+
+def _scale(array: np.ndarray, options: ImageOptions) -> np.ndarray:
+    """Rescale through float64 to float32, then normalise in the dtype that the array has by then."""
+    if options.do_rescale:
+        array = (array.astype(np.float64) * options.rescale_factor).astype(np.float32)
+    if options.do_normalize:
+        if not np.issubdtype(array.dtype, np.floating):
+            array = array.astype(np.float32)
+        mean, std = (
+            np.array(per_channel(name, getattr(options, name), len(array)), dtype=array.dtype)[:, None, None]
+            for name in ("image_mean", "image_std")
+        )
+        array = (array - mean) / std
+    return array
+
+
+def _scale_by_table(array: np.ndarray, options: ImageOptions) -> np.ndarray:
+    """What `_scale` gives, looked up: an 8-bit channel has 256 values only."""
+    channels = len(array)
+    levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256))
+    tables = _scale(levels, options)[:, 0]
+    return np.stack([table[channel] for table, channel in zip(tables, array, strict=True)])
 
 
 def _needs_scaling(image: np.ndarray) -> bool:

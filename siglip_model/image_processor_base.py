@@ -144,7 +144,9 @@ class ImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """The content of preprocessor_config.json."""
         settings = {name: getattr(self, name) for name in self.defaults}
-        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        for name in ("rescale_factor", "image_mean", "image_std"):  # numpy's numbers, too
+            value = settings[name]
+            settings[name] = float(value) if is_number(value) else [float(number) for number in value]
         if not self.default_to_square:
             del settings["default_to_square"]
         settings["resample"] = int(to_resample(self.resample))

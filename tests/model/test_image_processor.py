@@ -443,6 +443,13 @@ class TestFiles:
         assert torch.equal(theirs(image, return_tensors="pt").pixel_values, exact)
         assert repr(again) == repr(ours) and repr(pickle.loads(pickle.dumps(ours))) == repr(ours)
 
+    def test_numpy_numbers(self, tmp_path: Path) -> None:
+        options = {"image_mean": np.float32([0.1, 0.2, 0.3]), "rescale_factor": np.float32(0.004), "size": np.int64(9)}
+        ours = SiglipImageProcessor(**options)
+        ours.save_pretrained(tmp_path)
+        again = SiglipImageProcessor.from_pretrained(tmp_path)
+        assert torch.equal(*(one(picture("RGB"), return_tensors="pt").pixel_values for one in (ours, again)))
+
     def test_files_of_transformers(self, tmp_path: Path) -> None:
         SiglipImageProcessorPil(size=SIZE, image_std=[0.2, 0.3, 0.4]).save_pretrained(tmp_path)
         image = picture("RGB")
