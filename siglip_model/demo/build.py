@@ -110,7 +110,7 @@ def _validation(emoji: Emoji, prompts: Tensor, log: Path) -> AfterSave:
 def main(
     out: Annotated[Path, typer.Option(help="Where the checkpoint and, under training/, the state of the run go.")],
     emoji: Annotated[Path, typer.Option(help="Unpacked emoji packages; what is missing is fetched.")] = Path("emoji"),
-    steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 2500,
+    steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 3000,
     names_per_batch: Annotated[int, typer.Option(help="Texts in a batch.")] = 128,
     views: Annotated[int, typer.Option(help="Pictures of each text in a batch.")] = 4,
     learning_rate: Annotated[float, typer.Option()] = 1.5e-3,

@@ -1,5 +1,6 @@
 """The model card of the small checkpoint, from the numbers of the run that made it."""
 
+import textwrap
 from pathlib import Path
 
 from siglip_model.demo.emoji import MINIMUM_TRAINING_DESIGNS, TEST_DESIGN, TRAINING_DESIGNS, VALIDATION_DESIGN, Emoji
@@ -50,8 +51,8 @@ brightness, blur; no mirroring. {validation} is not trained on: the run's valida
     python -m siglip_model.demo.build --emoji FOLDER --out FOLDER \\
         --steps {steps} --names-per-batch {texts} --views {views} --learning-rate {rate:g} --seed {seed}
 
-The command fetches the pinned packages itself (npm). On another processor or another version of PyTorch rounding
-differs, and with it the weights; the score then differs by about its noise.
+The command fetches the pinned packages itself (npm). An interrupted run goes on where it was. With another processor,
+number of threads or version of PyTorch rounding differs, so that weights and score will not be exactly these.
 
 ## Licences and attribution
 
@@ -115,4 +116,11 @@ def write_card(
         validation=VALIDATION_DESIGN.package,
         designs="\n".join(rows),
     )
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text("\n\n".join(_wrap(paragraph) for paragraph in card.split("\n\n")))
+
+
+def _wrap(paragraph: str) -> str:
+    """Prose at 120 columns; tables, headings, commands and the front matter as they are."""
+    if paragraph.startswith(("---", "#", "|", "    ")):
+        return paragraph
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
