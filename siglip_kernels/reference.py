@@ -77,9 +77,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 def mlp(
     x: Tensor,
     fc1_weight: Tensor,
-    fc1_bias: Tensor,
+    fc1_bias: Tensor | None,
     fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    fc2_bias: Tensor | None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """fc2(gelu_tanh(fc1(x))) + residual. x: (..., width); fc1_weight: (hidden, width); fc2_weight: (width, hidden)."""
@@ -89,6 +89,46 @@ def mlp(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """Layer normalisation over the last dimension (Ba et al., 2016). x: (..., width); weight, bias: (width,)."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def pre_norm_qkv(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer normalisation, then the projections to queries, keys and values, split into heads.
+
+    x: (B, S, width); norm_weight, norm_bias: (width,); the projections' weights: (H · D, width), their biases: (H · D,).
+    Returns q, k and v, each (B, S, H, D), H = num_heads.
+    """
+    normed = layer_norm(x, norm_weight, norm_bias, eps)
+    q = linear(normed, q_weight, q_bias).unflatten(-1, (num_heads, -1))
+    k = linear(normed, k_weight, k_bias).unflatten(-1, (num_heads, -1))
+    v = linear(normed, v_weight, v_bias).unflatten(-1, (num_heads, -1))
+    return q, k, v
+
+
+def pre_norm_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+) -> Tensor:
+    """x + mlp(layer_norm(x)): the second half of an encoder layer. x: (..., width); weights as in `mlp`."""
+    normed = layer_norm(x, norm_weight, norm_bias, eps)
+    return mlp(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, x)
 
 
 def attention_pool(
