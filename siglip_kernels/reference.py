@@ -106,7 +106,7 @@ def pre_norm_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Layer normalisation, then the projections to queries, keys and values, split into heads.
 
-    x: (B, S, width); norm_weight, norm_bias: (width,); the projections' weights: (H · D, width), their biases: (H · D,).
+    x: (B, S, width); norm_weight, norm_bias: (width,); weights of the projections: (H · D, width), biases: (H · D,).
     Returns q, k and v, each (B, S, H, D), H = num_heads.
     """
     normed = layer_norm(x, norm_weight, norm_bias, eps)
