@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from siglip_kernels.errors import MissingBackendError
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -65,3 +67,12 @@ def interpreting() -> bool:
     except ImportError:
         return False
     return bool(triton.knobs.runtime.interpret)
+
+
+def require_kernels(operation: str, argument: str, tensor: torch.Tensor) -> None:
+    """Raises MissingBackendError unless kernels run where the tensor is: on CUDA, or on the CPU in the interpreter."""
+    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
+        raise MissingBackendError(
+            f"{operation}: {argument} is on {tensor.device}, and the Triton kernels need a CUDA device (or CPU tensors "
+            "and TRITON_INTERPRET=1 set before Triton is imported); elsewhere use the backend 'sdpa' or 'eager'"
+        )
