@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from siglip_kernels import MissingBackendError, reference
 from siglip_kernels.attention_pool import folded_attention_pool
 from siglip_kernels.errors import unsupported
 
-Operation = Callable[..., Tensor]
+Operation = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Backend:
     linear: Operation
     mlp: Operation
     layer_norm: Operation
+    pre_norm_qkv: Operation
+    pre_norm_mlp: Operation
     attention_pool: Operation
     patch_embed: Operation
     sigmoid_loss: Operation
@@ -156,6 +159,8 @@ EAGER = Backend(
     linear=reference.linear,
     mlp=reference.mlp,
     layer_norm=reference.layer_norm,
+    pre_norm_qkv=reference.pre_norm_qkv,
+    pre_norm_mlp=reference.pre_norm_mlp,
     attention_pool=reference.attention_pool,
     patch_embed=reference.patch_embed,
     sigmoid_loss=siglip_kernels.plain_sigmoid_loss,

@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from siglip_kernels import reference
 from siglip_model.config import SiglipTextConfig, SiglipVisionConfig
-from siglip_model.layers import MLP, LayerNorm, Linear, UsesBackend
+from siglip_model.layers import MLP, LayerNorm, Linear, UsesBackend, add_linear, add_pre_norm_mlp, is_plain
 
 logger = logging.getLogger(__name__)
 
 MaskArguments = dict[str, Any]  # keyword arguments of the backend's attention
+Projected = tuple[Tensor, Tensor, Tensor]  # q, k and v, each [B, S, H, D]
 
 
 @functools.cache
@@ -41,12 +42,20 @@ class Attention(UsesBackend, nn.Module):
         self.out_proj = Linear(width, width)
 
     def forward(
-        self, x: Tensor, residual: Tensor, mask: MaskArguments, return_weights: bool
+        self, x: Tensor, mask: MaskArguments, return_weights: bool = False, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
+        """x: (B, S, width), normalised. Returns (B, S, width) and, if asked for, the weights (B, H, S, S)."""
         heads = (self.num_heads, -1)
-        q = self.q_proj(x).unflatten(-1, heads)  # [B, S, H, D]
+        q = self.q_proj(x).unflatten(-1, heads)
         k = self.k_proj(x).unflatten(-1, heads)
         v = self.v_proj(x).unflatten(-1, heads)
+        return self.attend((q, k, v), mask, return_weights, residual)
+
+    def attend(
+        self, projected: Projected, mask: MaskArguments, return_weights: bool, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `forward` does with queries, keys and values."""
+        q, k, v = projected
         if self.training and self.dropout:
             mask = {**mask, "dropout": self.dropout}
         weights = None
@@ -56,7 +65,12 @@ class Attention(UsesBackend, nn.Module):
             out, weights = reference.attention_with_weights(q, k, v, **mask)
         else:
             out = self.ops.attention(q, k, v, **mask)
-        return self.out_proj(out.flatten(-2), residual), weights
+        out = out.flatten(-2)
+        return self.out_proj(out) if residual is None else add_linear(self.out_proj, out, residual), weights
+
+    def is_fusable(self) -> bool:
+        """Whether a backend may compute queries, keys and values from their weights, as one operation."""
+        return all(is_plain(projection, Linear) for projection in (self.q_proj, self.k_proj, self.v_proj))
 
     def init_weights(self) -> None:
         for layer in (self.k_proj, self.v_proj, self.q_proj, self.out_proj):
@@ -64,7 +78,9 @@ class Attention(UsesBackend, nn.Module):
             nn.init.zeros_(layer.bias)
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(UsesBackend, nn.Module):
+    """Four operations: normalise and project to q, k and v; attend; project, add; normalise, MLP, add."""
+
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -73,8 +89,31 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor, mask: MaskArguments, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        x, weights = self.self_attn(self.layer_norm1(x), x, mask, return_weights)
-        return self.mlp(self.layer_norm2(x), x), weights
+        x, weights = self._add_attention(x, mask, return_weights)
+        return add_pre_norm_mlp(self.ops, self.layer_norm2, self.mlp, x), weights
+
+    def _add_attention(self, x: Tensor, mask: MaskArguments, return_weights: bool) -> tuple[Tensor, Tensor | None]:
+        norm, attention = self.layer_norm1, self.self_attn
+        if not is_plain(attention, Attention):
+            out, weights = attention(norm(x), mask, return_weights)
+            return x + out, weights
+        if not (attention.ops is self.ops and attention.is_fusable() and is_plain(norm, LayerNorm)):
+            return attention(norm(x), mask, return_weights, residual=x)
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        projected = self.ops.pre_norm_qkv(
+            x,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            q.weight,
+            q.bias,
+            k.weight,
+            k.bias,
+            v.weight,
+            v.bias,
+            attention.num_heads,
+        )
+        return attention.attend(projected, mask, return_weights, residual=x)
 
 
 class Encoder(nn.Module):

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from siglip_kernels import reference
 from siglip_kernels.errors import unsupported
 from siglip_model.backends import SDPA, Backend
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
@@ -31,20 +38,58 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# The activations that the backends' `mlp` computes.
+TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+
+
 class UsesBackend:
     """A module with operations of its own; `set_backend` on the model reaches every one of them."""
 
     ops: Backend = SDPA
 
 
+def is_plain(module: nn.Module, kind: type[ModuleType]) -> TypeIs[ModuleType]:
+    """Whether a backend's operation may take the module's parameters instead of calling it.
+
+    Not where someone stands between: another class (LoRA, parametrizations, FSDP2, quantised layers), a hook (those of
+    nn.utils.prune and weight_norm, too), a forward set on the instance, weights that wrap other tensors (quantised,
+    distributed), a missing weight or bias. Such a module is called.
+    """
+    state = module.__dict__
+    return (
+        type(module) is kind
+        and not state["_forward_pre_hooks"]
+        and not state["_forward_hooks"]
+        and not state["_backward_pre_hooks"]
+        and not state["_backward_hooks"]
+        and "forward" not in state
+        and all(p is not None and not _wraps_tensors(p) for p in state["_parameters"].values())
+    )
+
+
+def _wraps_tensors(tensor: Tensor) -> bool:
+    """torch's mark of a tensor made of others: torchao's quantised ones, DTensor."""
+    return hasattr(type(tensor), "__tensor_flatten__")
+
+
 class Linear(UsesBackend, nn.Linear):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if _wraps_tensors(self.weight):  # brings a product of its own
+            return reference.linear(x, self.weight, self.bias, residual)
         return self.ops.linear(x, self.weight, self.bias, residual)
+
+
+def add_linear(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + linear(x). Whoever stands between sees what he would in transformers: the product alone."""
+    return linear(x, residual) if is_plain(linear, Linear) else residual + linear(x)
 
 
 class LayerNorm(UsesBackend, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def init_weights(self) -> None:
+        self.reset_parameters()
 
 
 class MLP(UsesBackend, nn.Module):
@@ -58,17 +103,31 @@ class MLP(UsesBackend, nn.Module):
         self.fc1 = Linear(width, hidden)
         self.fc2 = Linear(hidden, width)
 
+    def is_fusable(self) -> bool:
+        """Whether a backend may compute it from its weights, as one operation."""
+        return self.activation in TANH_GELU and is_plain(self.fc1, Linear) and is_plain(self.fc2, Linear)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
-        # A layer that someone wrapped (LoRA, quantisation) keeps its own forward.
-        if self.activation == "gelu_pytorch_tanh" and type(fc1) is Linear and type(fc2) is Linear:
+        if self.is_fusable():
             return self.ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual)
-        return fc2(ACTIVATIONS[self.activation](fc1(x)), residual)
+        hidden = ACTIVATIONS[self.activation](fc1(x))
+        return fc2(hidden) if residual is None else add_linear(fc2, hidden, residual)
 
     def init_weights(self) -> None:
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.normal_(layer.bias, std=1e-6)
+
+
+def add_pre_norm_mlp(ops: Backend, norm: nn.Module, mlp: nn.Module, x: Tensor) -> Tensor:
+    """x + mlp(norm(x)): one operation, or the modules where someone stands between."""
+    if not is_plain(mlp, MLP):
+        return x + mlp(norm(x))
+    if not (mlp.ops is ops and mlp.is_fusable() and is_plain(norm, LayerNorm)):
+        return mlp(norm(x), x)
+    fc1, fc2 = mlp.fc1, mlp.fc2
+    return ops.pre_norm_mlp(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
 def lecun_normal_(weight: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from siglip_kernels import SigLipLoss
 from siglip_kernels.errors import unsupported
 from siglip_model.config import SiglipConfig
-from siglip_model.layers import UsesBackend
+from siglip_model.layers import UsesBackend, is_plain
 from siglip_model.outputs import BaseModelOutputWithPooling, ImageClassifierOutput, SiglipOutput
 from siglip_model.pretrained import PreTrainedModel, finish
 from siglip_model.text_tower import SiglipTextModel
@@ -152,12 +152,15 @@ class SiglipForImageClassification(PreTrainedModel):
         image, or (B,) floating point for num_labels = 1; config.problem_type says which loss and is inferred and
         written there if it is None.
         """
-        vision = self.vision_model.encode(
-            pixel_values,
+        asked = (
             interpolate_pos_encoding,
             self._default(output_attentions, "attentions"),
             self._default(output_hidden_states, "hidden_states"),
         )
+        if is_plain(self.vision_model, SiglipVisionModel):
+            vision = self.vision_model.encode(pixel_values, *asked)
+        else:
+            vision = self.vision_model(pixel_values, *asked, return_dict=True)
         tokens: Any = vision.last_hidden_state  # [B, S, width]
         logits = self.classifier(tokens.mean(dim=1))
         loss = None if labels is None else self._loss(logits, labels.to(logits.device))

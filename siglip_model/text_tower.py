@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siglip_kernels.errors import unsupported
 from siglip_model.config import SiglipTextConfig
 from siglip_model.encoder import Encoder
-from siglip_model.layers import LayerNorm, Linear, UsesBackend, lecun_normal_
+from siglip_model.layers import LayerNorm, Linear, UsesBackend, is_plain, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling
 from siglip_model.pretrained import PreTrainedModel, finish
 
@@ -27,8 +26,11 @@ class TextEmbeddings(nn.Module):
                 f"SiglipTextModel: input_ids has {tokens} tokens a text; supported: at most max_position_embeddings "
                 f"= {len(positions)} (tokenize with truncation=True, max_length={len(positions)})"
             )
-        position = positions[:tokens] if position_ids is None else F.embedding(position_ids, positions)
-        return self.token_embedding(input_ids) + position
+        if position_ids is None and is_plain(self.position_embedding, nn.Embedding):
+            return self.token_embedding(input_ids) + positions[:tokens]
+        if position_ids is None:
+            position_ids = torch.arange(tokens, device=input_ids.device)
+        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
 
 
 class SiglipTextModel(UsesBackend, PreTrainedModel):

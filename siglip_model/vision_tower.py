@@ -10,7 +10,7 @@ from torch.nn.parameter import Parameter
 from siglip_kernels.errors import unsupported
 from siglip_model.config import SiglipVisionConfig
 from siglip_model.encoder import Encoder
-from siglip_model.layers import MLP, LayerNorm, UsesBackend, lecun_normal_
+from siglip_model.layers import MLP, LayerNorm, UsesBackend, add_pre_norm_mlp, is_plain, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling
 from siglip_model.pretrained import PreTrainedModel, finish
 
@@ -41,10 +41,19 @@ class VisionEmbeddings(UsesBackend, nn.Module):
                 f"SiglipVisionModel: pixel_values are {height} × {width}, {rows * columns} patches; supported: "
                 f"{self.grid**2} patches ({side} × {side}), or interpolate_pos_encoding=True for other sizes"
             )
-        position = self.position_embedding.weight
+        position = self._positions()
         if interpolate_pos_encoding and not (rows * columns == len(position) and height == width):
             position = self._interpolated(position, rows, columns)
-        return self.ops.patch_embed(pixel_values.to(weight.dtype), weight, self.patch_embedding.bias, position)
+        pixel_values = pixel_values.to(weight.dtype)
+        if not is_plain(self.patch_embedding, nn.Conv2d):
+            return self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + position
+        return self.ops.patch_embed(pixel_values, weight, self.patch_embedding.bias, position)
+
+    def _positions(self) -> Tensor:
+        embedding = self.position_embedding
+        if is_plain(embedding, nn.Embedding):
+            return embedding.weight
+        return embedding(torch.arange(self.grid**2, device=embedding.weight.device))
 
     def _interpolated(self, position: Tensor, rows: int, columns: int) -> Tensor:
         square = position.T.reshape(1, -1, self.grid, self.grid)  # [1, width, grid, grid]
@@ -58,23 +67,26 @@ class PoolingHead(UsesBackend, nn.Module):
         super().__init__()
         width = config.hidden_size
         self.probe = Parameter(torch.zeros(1, 1, width))
-        # Holds the parameters, under the names that checkpoints have; the backend computes.
+        # Holds the parameters, under the names that checkpoints have; the backend computes (see `is_plain`).
         self.attention = nn.MultiheadAttention(width, config.num_attention_heads, batch_first=True)
         self.layernorm = LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         attention = self.attention
-        pooled = self.ops.attention_pool(
-            x,
-            self.probe,
-            attention.in_proj_weight,
-            attention.in_proj_bias,
-            attention.out_proj.weight,
-            attention.out_proj.bias,
-            attention.num_heads,
-        )  # [B, width]
-        return self.mlp(self.layernorm(pooled), pooled)
+        if is_plain(attention, nn.MultiheadAttention):
+            pooled = self.ops.attention_pool(
+                x,
+                self.probe,
+                attention.in_proj_weight,
+                attention.in_proj_bias,
+                attention.out_proj.weight,
+                attention.out_proj.bias,
+                attention.num_heads,
+            )  # [B, width]
+        else:
+            pooled = attention(self.probe.expand(len(x), -1, -1), x, x)[0].squeeze(1)
+        return add_pre_norm_mlp(self.ops, self.layernorm, self.mlp, pooled)
 
     def init_weights(self) -> None:
         nn.init.xavier_uniform_(self.probe)
