@@ -3,6 +3,7 @@
 from siglip_kernels import reference
 from siglip_kernels.attention import attention
 from siglip_kernels.errors import MissingBackendError, UnsupportedInputError
+from siglip_kernels.layer_norm import layer_norm
 from siglip_kernels.sigmoid_loss import SigLipLoss, chunked_sigmoid_loss, plain_sigmoid_loss, sigmoid_loss
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "UnsupportedInputError",
     "attention",
     "chunked_sigmoid_loss",
+    "layer_norm",
     "plain_sigmoid_loss",
     "reference",
     "sigmoid_loss",

@@ -1,0 +1,41 @@
+"""What layer normalisation launches, for `bench.ahead_of_time`: models' widths and others, many rows and few."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bench.ahead_of_time import Launch
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def launches() -> Iterator[Launch]:
+    """Training: the widths of base, large and so400m in bf16, then other dtypes, a residual, one image, odd widths."""
+    for width in (768, 1024, 1152):
+        yield _launch(64 * 729, width, torch.bfloat16)
+    yield _launch(64 * 729, 1152, torch.bfloat16, residual=True)
+    yield _launch(64 * 729, 1152, torch.float32)
+    yield _launch(64 * 729, 1152, torch.float16, torch.float32)
+    yield _launch(729, 1152, torch.bfloat16)
+    yield _launch(64, 768, torch.float16)
+    for width in (17, 72, 4304, 8192, 9001, 20_000):
+        yield _launch(64 * 729, width, torch.bfloat16)
+
+
+def _launch(
+    rows: int, width: int, dtype: torch.dtype, parameter_dtype: torch.dtype | None = None, residual: bool = False
+) -> Launch:
+    name = f"{_NAMES[dtype]} {rows} x {width}"
+    name += f" parameters {_NAMES[parameter_dtype]}" if parameter_dtype else ""
+    return Launch(
+        name + (" residual" if residual else ""), lambda: _run(rows, width, dtype, parameter_dtype or dtype, residual)
+    )
+
+
+def _run(rows: int, width: int, dtype: torch.dtype, parameter_dtype: torch.dtype, residual: bool) -> None:
+    from siglip_kernels.layer_norm import layer_norm_backward, layer_norm_forward
+
+    x = torch.empty(rows, width, dtype=dtype, device="meta")
+    parameter = torch.empty(width, dtype=parameter_dtype, device="meta")
+    _, mean, rstd = layer_norm_forward(x, parameter, parameter, 1e-6)
+    layer_norm_backward(x, x, parameter, mean, rstd, x if residual else None)

@@ -1,0 +1,168 @@
+"""The layer_norm op: what it takes, how PyTorch knows it, and the public function.
+
+Two operators are registered, `siglip_kernels::layer_norm` and `siglip_kernels::layer_norm_backward`, each with a
+schema, an implementation that launches kernels, shapes for tracing, and a derivative.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.device import require_kernels
+from siglip_kernels.errors import unsupported
+from siglip_kernels.layer_norm.launch import layer_norm_backward, layer_norm_forward
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WIDEST = 2**25
+
+
+def _validate(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    """Everything that a call can get wrong, except that the machine cannot run it. Traceable: it reads no values."""
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if name != "x" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise unsupported("layer_norm", name, f"is {type(tensor).__name__}", "a tensor")
+        if tensor.dtype not in _DTYPES:
+            raise unsupported("layer_norm", name, f"has dtype {tensor.dtype}", "float32, float16, bfloat16")
+        if tensor.device != x.device:
+            raise unsupported("layer_norm", name, f"is on {tensor.device} while x is on {x.device}", "one device")
+    if x.dim() == 0:
+        raise unsupported("layer_norm", "x", "has no dimension", "(..., width)")
+    width = x.shape[-1]
+    if width > _WIDEST:
+        raise unsupported("layer_norm", "x", f"has width {width}", f"widths up to {_WIDEST}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or tensor.shape[0] != width:
+            got = f"has shape {tuple(tensor.shape)} while x has width {width}"
+            raise unsupported("layer_norm", name, got, "(width,)")
+        if tensor.dtype not in (x.dtype, torch.float32):
+            raise unsupported(
+                "layer_norm", name, f"has dtype {tensor.dtype} while x has {x.dtype}", "x's dtype or float32"
+            )
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        got = f"has dtype {bias.dtype} while weight has {weight.dtype}"
+        raise unsupported("layer_norm", "bias", got, "one dtype for weight and bias")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise unsupported("layer_norm", "eps", f"is {type(eps).__name__}", "a number")
+    if not 0 <= eps < math.inf:
+        raise unsupported("layer_norm", "eps", f"is {eps}", "finite numbers from 0 on")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(rows, width) with unit stride along a row; a copy only where that cannot be a view."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
+@torch.library.custom_op("siglip_kernels::layer_norm", mutates_args=())
+def _layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and for backward each row's mean and reciprocal standard deviation, (rows,) fp32."""
+    require_kernels("layer_norm", "x", x)
+    with torch.cuda.device_of(x):
+        y, mean, rstd = layer_norm_forward(_rows(x), _contiguous(weight), _contiguous(bias), eps, out_dtype)
+    return y.view(x.shape), mean, rstd
+
+
+@torch.library.custom_op("siglip_kernels::layer_norm_backward", mutates_args=())
+def _layer_norm_backward(
+    y_grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    parameter_dtype: torch.dtype,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias; one that is not needed is an empty tensor."""
+    require_kernels("layer_norm", "x", x)
+    with torch.cuda.device_of(x):
+        x_grad, weight_grad, bias_grad = layer_norm_backward(
+            _rows(y_grad),
+            _rows(x),
+            _contiguous(weight),
+            mean,
+            rstd,
+            parameter_dtype=parameter_dtype,
+            needs_x=needs_x,
+            needs_weight=needs_weight,
+            needs_bias=needs_bias,
+        )
+    return x_grad.view(x.shape) if needs_x else x_grad, weight_grad, bias_grad
+
+
+@_layer_norm.register_fake
+def _(x, weight, bias, eps, out_dtype):
+    rows = math.prod(x.shape[:-1])
+    statistics = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=out_dtype), *statistics
+
+
+@_layer_norm_backward.register_fake
+def _(y_grad, x, weight, mean, rstd, parameter_dtype, needs_x, needs_weight, needs_bias):
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        x.new_empty(x.shape[-1] if needs_weight else 0, dtype=parameter_dtype),
+        x.new_empty(x.shape[-1] if needs_bias else 0, dtype=parameter_dtype),
+    )
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, weight, bias, _, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.parameter_dtype = next((p.dtype for p in (weight, bias) if p is not None), x.dtype)
+
+
+def _differentiate(ctx, y_grad, *_):
+    if y_grad is None:
+        return (None,) * 5
+    needed = ctx.needs_input_grad[:3]
+    gradients = _layer_norm_backward(y_grad, *ctx.saved_tensors, ctx.parameter_dtype, *needed)
+    return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None, None
+
+
+def _refuse(ctx, *gradients):
+    raise unsupported(
+        "layer_norm",
+        "create_graph",
+        "asks for second derivatives",
+        "first derivatives; for more, use the backend 'eager'",
+    )
+
+
+_layer_norm.register_autograd(_differentiate, setup_context=_keep)
+_layer_norm_backward.register_autograd(_refuse)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """Layer normalisation over the last dimension (Ba et al., arXiv 1607.06450).
+
+    x: (..., width), fp32, fp16 or bf16, width up to 2^25. weight, bias: (width,), of one dtype, x's or fp32; either may
+    be None. Returns x's shape, contiguous, in x's dtype; on CUDA under autocast in fp32, as
+    torch.nn.functional.layer_norm does. Statistics and sums are in fp32, and survive a mean far beyond the deviation.
+    Rows may lie apart by any one stride; x is copied only where its rows have no common stride, or no unit stride
+    along them. Gradients are deterministic; second derivatives are refused.
+
+    Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
+    are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    """
+    out_dtype = None
+    if isinstance(x, Tensor) and x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        out_dtype = torch.float32  # the kernel reads what it gets and writes fp32: no copies in fp32
+        weight, bias = (p.float() if isinstance(p, Tensor) and p.is_floating_point() else p for p in (weight, bias))
+    _validate(x, weight, bias, eps)
+    return _layer_norm(x, weight, bias, eps, out_dtype or x.dtype)[0]

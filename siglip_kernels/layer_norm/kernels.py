@@ -1,0 +1,295 @@
+"""Layer normalisation (Ba et al., arXiv 1607.06450) of rows: y = (x - μ)·rstd·γ + β, rstd = (σ² + eps)^-1/2.
+
+A row is read once and stays in registers, in forward as a wide and a narrow block of columns (MAIN, TAIL): 1152 is
+1024 + 128 and not 2048. Rows too wide for that (WIDE) have their sums made by a kernel of its own first, and are then
+worked on one block of columns at a time by the same kernels.
+
+Statistics are made in two steps: the mean m as a sum in fp32, then Σ(x - m) and Σ(x - m)². The first of these would be
+0 if m were exact; it says by how much m was rounded, which counts where the mean is large beside the deviation.
+Backward does the same with the stored mean. With x̂ = (x - μ)·rstd and g = γ·dy, and averages ⟨·⟩ over the row,
+
+    dx = rstd·(g - ⟨g⟩ - x̂·⟨g·x̂⟩),    dγ = Σ dy·x̂,    dβ = Σ dy    (sums over all rows).
+"""
+
+import triton
+import triton.language as tl
+
+from siglip_kernels.interpreted import narrow
+
+
+@triton.jit
+def load_rows(pointer, offsets, valid, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
+    """[rows, columns] in fp32. offsets, valid: [rows]. FULL: every column is there; else zeros beyond WIDTH."""
+    mask = valid[:, None]
+    if not FULL:
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(pointer + (offsets[:, None] + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_parameter(pointer, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
+    """[1, columns] of γ or β, in fp32."""
+    if FULL:
+        return tl.load(pointer + columns).to(tl.float32)[None, :]
+    else:
+        return tl.load(pointer + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def store_rows(pointer, offsets, valid, columns, x, WIDTH: tl.constexpr, FULL: tl.constexpr, INTERPRETED: tl.constexpr):
+    mask = valid[:, None]
+    if not FULL:
+        mask = mask & (columns < WIDTH)[None, :]
+    element: tl.constexpr = pointer.dtype.element_ty
+    tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(x, element, INTERPRETED), mask=mask)
+
+
+@triton.jit
+def centre(x, mean, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
+    """x - mean, and zeros beyond WIDTH."""
+    if FULL:
+        return x - mean[:, None]
+    else:
+        return tl.where((columns < WIDTH)[None, :], x - mean[:, None], 0.0)
+
+
+@triton.jit
+def row_sums(main, tail, TAIL: tl.constexpr):
+    sums = tl.sum(main, 1)
+    if TAIL > 0:
+        sums += tl.sum(tail, 1)
+    return sums
+
+
+@triton.jit
+def normalised(centred, scale, weight, bias, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
+    """centred · scale · γ + β; weight and bias may be None."""
+    y = centred * scale[:, None]
+    if weight is not None:
+        y *= load_parameter(weight, columns, WIDTH, FULL)
+    if bias is not None:
+        y += load_parameter(bias, columns, WIDTH, FULL)
+    return y
+
+
+@triton.jit(do_not_specialize=["x_stride", "rows"])
+def layer_norm_forward_kernel(
+    x,  # (rows, WIDTH)
+    weight,  # (WIDTH,) or None
+    bias,  # (WIDTH,) or None
+    y,  # (rows, WIDTH), contiguous; written
+    mean,  # (rows,) fp32; written, or read if WIDE
+    rstd,  # (rows,) fp32; written, or read if WIDE
+    x_stride,  # between rows, in UNIT elements
+    rows,
+    eps,
+    WIDTH: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # A program owns ROWS rows; if they are WIDE, MAIN columns of them.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    x_offsets = row * (x_stride * UNIT)
+    y_offsets = row * WIDTH
+    FULL: tl.constexpr = MAIN <= WIDTH and not WIDE
+    TAIL_FULL: tl.constexpr = MAIN + TAIL == WIDTH
+    columns = tl.program_id(1) * MAIN + tl.arange(0, MAIN)
+    main = load_rows(x, x_offsets, valid, columns, WIDTH, FULL)
+    tail = main
+    tail_columns = columns
+    if TAIL > 0:
+        tail_columns = MAIN + tl.arange(0, TAIL)
+        tail = load_rows(x, x_offsets, valid, tail_columns, WIDTH, TAIL_FULL)
+    if WIDE:
+        scale = tl.load(rstd + row, mask=valid, other=0.0)
+        main -= tl.load(mean + row, mask=valid, other=0.0)[:, None]
+    else:
+        average = row_sums(main, tail, TAIL) / WIDTH
+        main = centre(main, average, columns, WIDTH, FULL)
+        if TAIL > 0:
+            tail = centre(tail, average, tail_columns, WIDTH, TAIL_FULL)
+        rest = row_sums(main, tail, TAIL) / WIDTH  # by how much the average was rounded
+        variance = tl.maximum(row_sums(main * main, tail * tail, TAIL) / WIDTH - rest * rest, 0.0)
+        scale = 1.0 / tl.sqrt_rn(variance + eps)
+        main -= rest[:, None]
+        if TAIL > 0:
+            tail -= rest[:, None]
+        tl.store(mean + row, average + rest, mask=valid)
+        tl.store(rstd + row, scale, mask=valid)
+    main = normalised(main, scale, weight, bias, columns, WIDTH, FULL)
+    store_rows(y, y_offsets, valid, columns, main, WIDTH, FULL, INTERPRETED)
+    if TAIL > 0:
+        tail = normalised(tail, scale, weight, bias, tail_columns, WIDTH, TAIL_FULL)
+        store_rows(y, y_offsets, valid, tail_columns, tail, WIDTH, TAIL_FULL, INTERPRETED)
+
+
+@triton.jit(do_not_specialize=["y_grad_stride", "x_stride", "residual_stride", "rows"])
+def layer_norm_backward_kernel(
+    y_grad,  # (rows, WIDTH)
+    x,  # (rows, WIDTH)
+    weight,  # (WIDTH,) or None
+    mean,  # (rows,) fp32
+    rstd,  # (rows,) fp32
+    sums,  # (3, rows) fp32, if WIDE: ⟨x̂⟩, ⟨g⟩, ⟨g·x̂⟩
+    residual_grad,  # (rows, WIDTH), added to x_grad, or None
+    x_grad,  # (rows, WIDTH), contiguous; written, or None
+    weight_partials,  # (programs, WIDTH) fp32; written, or None
+    bias_partials,  # (programs, WIDTH) fp32; written, or None
+    y_grad_stride,  # between rows, in UNIT elements
+    x_stride,
+    residual_stride,
+    rows,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,  # how deep the loads of the loop are pipelined
+    INTERPRETED: tl.constexpr,
+):
+    # A program owns every num_programs-th tile of ROWS rows; if they are WIDE, BLOCK columns of them.
+    program = tl.program_id(0).to(tl.int64)
+    FULL: tl.constexpr = BLOCK == WIDTH
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    weight_sum = tl.zeros([BLOCK], tl.float32)
+    bias_sum = tl.zeros([BLOCK], tl.float32)
+    gamma = 1.0
+    if weight is not None:
+        gamma = load_parameter(weight, columns, WIDTH, FULL)
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        valid = row < rows
+        average = tl.load(mean + row, mask=valid, other=0.0)
+        scale = tl.load(rstd + row, mask=valid, other=0.0)
+        dy = load_rows(y_grad, row * (y_grad_stride * UNIT), valid, columns, WIDTH, FULL)
+        normed = load_rows(x, row * (x_stride * UNIT), valid, columns, WIDTH, FULL)
+        normed = centre(normed, average, columns, WIDTH, FULL) * scale[:, None]
+        g = dy * gamma
+        if WIDE:
+            rest = tl.load(sums + row, mask=valid, other=0.0)
+            g_average = tl.load(sums + rows.to(tl.int64) + row, mask=valid, other=0.0)
+            projection = tl.load(sums + 2 * rows.to(tl.int64) + row, mask=valid, other=0.0)
+        else:
+            rest = tl.sum(normed, 1) / WIDTH  # by how much the stored mean was rounded
+            g_average = tl.sum(g, 1) / WIDTH
+            projection = tl.sum(g * normed, 1) / WIDTH
+        projection -= rest * g_average
+        normed -= rest[:, None]
+        if weight_partials is not None:
+            weight_sum += tl.sum(dy * normed, 0)
+        if bias_partials is not None:
+            bias_sum += tl.sum(dy, 0)
+        if x_grad is not None:
+            dx = scale[:, None] * (g - g_average[:, None] - normed * projection[:, None])
+            if residual_grad is not None:
+                dx += load_rows(residual_grad, row * (residual_stride * UNIT), valid, columns, WIDTH, FULL)
+            store_rows(x_grad, row * WIDTH, valid, columns, dx, WIDTH, FULL, INTERPRETED)
+    if weight_partials is not None:
+        tl.store(weight_partials + program * WIDTH + columns, weight_sum, mask=columns < WIDTH)
+    if bias_partials is not None:
+        tl.store(bias_partials + program * WIDTH + columns, bias_sum, mask=columns < WIDTH)
+
+
+@triton.jit
+def sum_of_partials(
+    partials, grad, programs, columns,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(0, programs, ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        total += load_rows(partials, row * WIDTH, row < programs, columns, WIDTH, WIDTH % COLUMNS == 0)
+    element: tl.constexpr = grad.dtype.element_ty
+    tl.store(grad + columns, narrow(tl.sum(total, 0), element, INTERPRETED), mask=columns < WIDTH)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def layer_norm_parameter_gradients_kernel(
+    weight_partials,  # (programs, WIDTH) fp32, or None
+    bias_partials,  # (programs, WIDTH) fp32, or None
+    weight_grad,  # (WIDTH,); written
+    bias_grad,  # (WIDTH,); written
+    programs,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # A program owns COLUMNS columns, and adds in one order always.
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    if weight_partials is not None:
+        sum_of_partials(weight_partials, weight_grad, programs, columns, WIDTH, ROWS, COLUMNS, INTERPRETED)
+    if bias_partials is not None:
+        sum_of_partials(bias_partials, bias_grad, programs, columns, WIDTH, ROWS, COLUMNS, INTERPRETED)
+
+
+@triton.jit
+def wide_statistics_kernel(
+    x,  # (rows, WIDTH)
+    mean,  # (rows,) fp32; written
+    rstd,  # (rows,) fp32; written
+    x_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # A program owns a row. Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances".
+    row = tl.program_id(0).to(tl.int64)
+    average = 0.0
+    squares = 0.0  # Σ(x - average)² so far
+    for first in tl.range(0, WIDTH, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        there = columns < WIDTH
+        count = tl.minimum(WIDTH - first, BLOCK).to(tl.float32)
+        block = tl.load(x + row * x_stride + columns, mask=there, other=0.0).to(tl.float32)
+        block_average = tl.sum(block) / count
+        deviation = tl.where(there, block - block_average, 0.0)
+        block_average += tl.sum(deviation) / count
+        deviation = tl.where(there, block - block_average, 0.0)
+        step = block_average - average
+        average += step * (count / (first + count))
+        squares += tl.sum(deviation * deviation) + step * step * (first * (count / (first + count)))
+    tl.store(mean + row, average)
+    tl.store(rstd + row, 1.0 / tl.sqrt_rn(squares / WIDTH + eps))
+
+
+@triton.jit
+def wide_sums_kernel(
+    y_grad,  # (rows, WIDTH)
+    x,  # (rows, WIDTH)
+    weight,  # (WIDTH,) or None
+    mean,  # (rows,) fp32
+    rstd,  # (rows,) fp32
+    sums,  # (3, rows) fp32; written: ⟨x̂⟩, ⟨g⟩, ⟨g·x̂⟩
+    y_grad_stride,
+    x_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # A program owns a row.
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
+    average = tl.load(mean + row)
+    scale = tl.load(rstd + row)
+    normed_sum = tl.zeros([BLOCK], tl.float32)
+    g_sum = tl.zeros([BLOCK], tl.float32)
+    product_sum = tl.zeros([BLOCK], tl.float32)
+    for first in tl.range(0, WIDTH, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        there = columns < WIDTH
+        block = tl.load(x + row * x_stride + columns, mask=there, other=0.0).to(tl.float32)
+        g = tl.load(y_grad + row * y_grad_stride + columns, mask=there, other=0.0).to(tl.float32)
+        if weight is not None:
+            g *= tl.load(weight + columns, mask=there, other=0.0).to(tl.float32)
+        normed = tl.where(there, (block - average) * scale, 0.0)
+        normed_sum += normed
+        g_sum += g
+        product_sum += g * normed
+    tl.store(sums + row, tl.sum(normed_sum) / WIDTH)
+    tl.store(sums + rows + row, tl.sum(g_sum) / WIDTH)
+    tl.store(sums + 2 * rows + row, tl.sum(product_sum) / WIDTH)
