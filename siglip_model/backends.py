@@ -60,12 +60,26 @@ def _dense_mask(attention_mask: Tensor) -> dict[str, Tensor]:
 
 
 def _lengths(attention_mask: Tensor, name: str) -> dict[str, Tensor]:
-    """Padding at the end of each sample, as the number of valid keys. Reads the values, so it waits for the device."""
+    """Padding at the end of each sample, as the number of valid keys."""
     if attention_mask.dim() != 2:
         raise unsupported(
             name, "attention_mask", f"has {attention_mask.dim()} dimensions", "(batch, tokens) with padding at the end"
         )
-    valid = attention_mask.bool()
+    return {"lengths": _count_valid(attention_mask.bool(), name)}
+
+
+# An operator, because it reads the values to see that padding is at the end, and so waits for the device: torch.compile
+# keeps it whole, and leaves it out of its CUDA graphs.
+@torch.library.custom_op("siglip_model::count_valid", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+def _count_valid(valid: Tensor, name: str) -> Tensor:
+    """valid: bool (B, L). Returns int32 (B,)."""
+    if valid.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise unsupported(
+            name,
+            "attention_mask",
+            "would have to be read while a CUDA graph is captured",
+            "model.capture(..., attention_mask=True), which reads it before each replay",
+        )
     if not bool((valid[:, 1:] <= valid[:, :-1]).all()):
         raise unsupported(
             name,
@@ -73,7 +87,12 @@ def _lengths(attention_mask: Tensor, name: str) -> dict[str, Tensor]:
             "has valid tokens after padding",
             "padding at the end only; the backends eager and sdpa take any mask",
         )
-    return {"lengths": valid.sum(-1, dtype=torch.int32)}
+    return valid.sum(-1, dtype=torch.int32)
+
+
+@_count_valid.register_fake
+def _(valid, name):
+    return valid.new_empty(valid.shape[0], dtype=torch.int32)
 
 
 def _sdpa_attention(

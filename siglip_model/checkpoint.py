@@ -102,6 +102,7 @@ def load_into(
     dtype: torch.dtype | str | None,
     device: torch.device | str,
     new_parameters: tuple[str, ...] = (),
+    ignore_mismatched_sizes: bool = False,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -120,6 +121,7 @@ def load_into(
         device: where to.
         new_parameters: prefixes such as ``("classifier.",)`` of which the checkpoint may have nothing at all; they are
             initialised by ``model.init_new_parameters(names)``, and a warning names them.
+        ignore_mismatched_sizes: tensors of other shapes than the model's are initialised likewise.
 
     Raises:
         CheckpointError: naming file, tensor and shapes: missing, unexpected and misshapen tensors, and as
@@ -140,6 +142,11 @@ def load_into(
         names = [name for name in expected if name.startswith(prefix)]
         if not any(name in stored_names for name in names):
             new_names += names
+    lacking, misshapen = list(new_names), _misshapen(expected, stored_names, weights)
+    if ignore_mismatched_sizes:
+        new_names += misshapen
+        for name in misshapen:
+            del stored_names[name]
     _check_fit(type(model).__name__, expected, stored_names, strays, new_names, weights)
 
     tensors = read_tensors(weights, stored_names, dtype, device)
@@ -149,7 +156,23 @@ def load_into(
     _restore_buffers(model, device)
     if new_names:
         model.init_new_parameters(new_names)  # type: ignore[operator]
-        logger.warning("%s lacks %s: newly initialised, to be trained", weights.source, ", ".join(new_names))
+    if lacking:
+        logger.warning("%s lacks %s: newly initialised, to be trained", weights.source, ", ".join(lacking))
+    if ignore_mismatched_sizes and misshapen:
+        shapes = ", ".join(misshapen.values())
+        logger.warning("%s has other shapes (%s): newly initialised, to be trained", weights.source, shapes)
+
+
+def _misshapen(
+    expected: Mapping[str, tuple[int, ...]], stored_names: Mapping[str, str], weights: StoredWeights
+) -> dict[str, str]:
+    """The model's names of tensors that have another shape in the checkpoint, each with words that say so."""
+    found = {}
+    for name, stored_name in stored_names.items():
+        tensor = weights.tensors[stored_name]
+        if tensor.shape != expected[name]:
+            found[name] = f"{stored_name} in {tensor.path.name} has shape {tensor.shape}, expected {expected[name]}"
+    return found
 
 
 def _usable(device: torch.device | str) -> torch.device:
@@ -223,13 +246,12 @@ def _check_fit(
     stored = weights.tensors
     missing = [f"{name} {expected[name]}" for name in expected if name not in stored_names and name not in new_names]
     unexpected = [f"{name} {stored[name].shape}" for name in strays]
-    pairs = ((stored_name, stored[stored_name], expected[name]) for name, stored_name in stored_names.items())
-    misshapen = [
-        f"{stored_name} in {tensor.path.name} has shape {tensor.shape}, expected {shape}"
-        for stored_name, tensor, shape in pairs
-        if tensor.shape != shape
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    misshapen = list(_misshapen(expected, stored_names, weights).values())
+    kinds = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("misshapen (ignore_mismatched_sizes=True initialises them anew)", misshapen),
+    )
     problems = [f"{kind}: {listed(names)}" for kind, names in kinds if names]
     if problems:
         raise CheckpointError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from siglip_kernels import SigLipLoss
 from siglip_kernels.errors import unsupported
 from siglip_model.config import SiglipConfig
+from siglip_model.cuda_graphs import CapturedSiglip, CapturedVision
 from siglip_model.layers import UsesBackend, is_plain
 from siglip_model.outputs import BaseModelOutputWithPooling, ImageClassifierOutput, SiglipOutput
 from siglip_model.pretrained import PreTrainedModel, finish
@@ -32,6 +33,11 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         self.logit_bias = nn.Parameter(torch.zeros(1))
         self.global_loss: SigLipLoss | None = None
         self.post_init()
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        nn.init.zeros_(self.logit_scale)
+        nn.init.zeros_(self.logit_bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.embeddings.token_embedding
@@ -88,10 +94,6 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         interpolate_pos_encoding: as SiglipVisionModel. return_loss: also the sigmoid loss, which pairs image i with
         text i; it needs I = T.
         """
-        if self.vision_model.head is None:
-            raise unsupported(
-                "SiglipModel", "vision_use_head", "is False, so images have no embedding", "True, or SiglipVisionModel"
-            )
         asked = {
             "output_attentions": self._default(output_attentions, "attentions"),
             "output_hidden_states": self._default(output_hidden_states, "hidden_states"),
@@ -99,8 +101,18 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         }
         vision = self.vision_model(pixel_values, interpolate_pos_encoding, **asked)
         text = self.text_model(input_ids, attention_mask, position_ids, **asked)
-        image_embeds = vision.pooler_output / vision.pooler_output.norm(p=2, dim=-1, keepdim=True)  # [I, D]
-        text_embeds = text.pooler_output / text.pooler_output.norm(p=2, dim=-1, keepdim=True)  # [T, D]
+        return finish(self.compare(vision, text, return_loss), self, return_dict)
+
+    def compare(
+        self, vision: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling, return_loss: bool | None = None
+    ) -> SiglipOutput:
+        """What `forward` does with the towers' outputs."""
+        if vision.pooler_output is None:
+            raise unsupported(
+                "SiglipModel", "vision_use_head", "is False, so images have no embedding", "True, or SiglipVisionModel"
+            )
+        image_embeds = _unit_length(vision.pooler_output)  # [I, D]
+        text_embeds = _unit_length(text.pooler_output)  # type: ignore[arg-type]  # [T, D]
         logit_scale = self.logit_scale.exp()
         logits_per_text = text_embeds @ image_embeds.T * logit_scale + self.logit_bias  # [T, I]
 
@@ -115,8 +127,32 @@ class SiglipModel(UsesBackend, PreTrainedModel):
                 )
             compute = self.ops.sigmoid_loss if self.global_loss is None else self.global_loss
             loss = compute(image_embeds, text_embeds, logit_scale.squeeze(), self.logit_bias.squeeze())
-        output = SiglipOutput(loss, logits_per_text.T, logits_per_text, text_embeds, image_embeds, text, vision)
-        return finish(output, self, return_dict)
+        return SiglipOutput(loss, logits_per_text.T, logits_per_text, text_embeds, image_embeds, text, vision)
+
+    def capture(
+        self,
+        batch_size: int = 1,
+        *,
+        text_batch_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        text_length: int | None = None,
+        attention_mask: bool = False,
+    ) -> CapturedSiglip:
+        """Record the forward pass into CUDA graphs, so that a small batch costs its kernels, not their launches.
+
+        Returns an object with the model's `get_image_features`, `get_text_features` and, for both and the logits, call.
+        batch_size: of the images and, unless text_batch_size says otherwise, of the texts. image_size: (height, width)
+        or one number, if not the configuration's; the position embedding is then interpolated. text_length: tokens, if
+        not max_position_embeddings. attention_mask: whether calls may give one. Calls of other shapes raise ValueError.
+        No gradients. Weights may change in place (an optimizer's step, load_state_dict); after the model was moved or
+        cast, calls raise RuntimeError. Not for several threads at once.
+        Raises MissingBackendError unless the model is on a CUDA device, ValueError in training mode.
+        """
+        return CapturedSiglip(self, batch_size, text_batch_size, image_size, text_length, attention_mask)
+
+
+def _unit_length(embeds: Tensor) -> Tensor:
+    return embeds / embeds.norm(p=2, dim=-1, keepdim=True)
 
 
 class SiglipForImageClassification(PreTrainedModel):
@@ -166,6 +202,10 @@ class SiglipForImageClassification(PreTrainedModel):
         loss = None if labels is None else self._loss(logits, labels.to(logits.device))
         return finish(ImageClassifierOutput(loss, logits, vision.hidden_states, vision.attentions), self, return_dict)
 
+    def capture(self, batch_size: int = 1, *, image_size: int | tuple[int, int] | None = None) -> CapturedVision:
+        """Record the forward pass into a CUDA graph; returns what is called with pixel_values. See SiglipModel."""
+        return CapturedVision(self, batch_size, image_size)
+
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         config = self.config
         if config.problem_type is None:
@@ -185,12 +225,6 @@ class SiglipForImageClassification(PreTrainedModel):
 
     def init_weights(self) -> None:
         super().init_weights()
-        self.init_new_parameters(["classifier.weight", "classifier.bias"])
-
-    @torch.no_grad()
-    def init_new_parameters(self, names: list[str]) -> None:
-        if "classifier.weight" in names:
-            std = self.config.vision_config.hidden_size**-0.5 * self.config.initializer_factor
-            nn.init.normal_(self.classifier.weight, std=std)
-        if "classifier.bias" in names:
-            nn.init.zeros_(self.classifier.bias)
+        std = self.config.vision_config.hidden_size**-0.5 * self.config.initializer_factor
+        nn.init.normal_(self.classifier.weight, std=std)
+        nn.init.zeros_(self.classifier.bias)

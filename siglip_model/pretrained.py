@@ -82,6 +82,10 @@ class PreTrainedModel(nn.Module):
             self.set_backend("auto")
         return self
 
+    def get_input_embeddings(self) -> Any:
+        """The module that first sees `main_input_name`."""
+        raise NotImplementedError(f"{type(self).__name__} has no input embeddings")
+
     # Device, dtype, sizes ----------------------------------------------------------------------------------------
 
     @property
@@ -123,6 +127,7 @@ class PreTrainedModel(nn.Module):
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | int | dict[str, Any] | None = None,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Self:
         """Load a checkpoint that transformers or this package saved, in evaluation mode.
@@ -131,6 +136,8 @@ class PreTrainedModel(nn.Module):
         backend (alias attn_implementation): eager, sdpa, flash_attention_2, triton or auto.
         dtype (alias torch_dtype): of the weights; "auto", as None, is the checkpoint's own.
         device_map: one device; "auto" is CUDA where there is one.
+        ignore_mismatched_sizes: initialise weights anew whose shapes are others in the checkpoint (it says which),
+            such as the classifier for another number of labels; otherwise they are an error.
         revision, cache_dir, local_files_only, token: as in huggingface_hub. Others override the configuration's fields.
         Raises OSError naming file, tensor and shapes for anything missing, foreign or damaged.
         """
@@ -155,14 +162,23 @@ class PreTrainedModel(nn.Module):
         name = backend or DEFAULT_BACKEND
         backends.resolve(name, device)  # before the weights are read
         load_into(
-            model, pretrained_model_name_or_path, dtype=dtype, device=device, new_parameters=cls.new_parameters, **hub
+            model,
+            pretrained_model_name_or_path,
+            dtype=dtype,
+            device=device,
+            new_parameters=cls.new_parameters,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **hub,
         )
         model.set_backend(name)
         return model.eval()
 
     def init_new_parameters(self, names: list[str]) -> None:
-        """Initialise parameters under `new_parameters` that the checkpoint lacked."""
-        raise NotImplementedError(f"{type(self).__name__} has no parameters that a checkpoint may lack: {names}")
+        """Initialise these parameters as `init_weights` does, and no others."""
+        models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]  # itself and its towers
+        with torch.no_grad(), _InitialisingOnly([self.get_parameter(name) for name in names]):
+            for model in models:
+                model.init_weights()
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: str = "50GB", **kwargs: Any) -> None:
         """Write config.json and model.safetensors (or shards) as transformers does; killed half-way, the old stay."""
@@ -192,6 +208,22 @@ class _WithoutInitialisation(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
+
+
+class _InitialisingOnly(TorchFunctionMode):
+    """Skips what works in place on other tensors than these."""
+
+    def __init__(self, tensors: list[Tensor]):
+        super().__init__()
+        self.tensors = tensors
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        in_place = func.__name__.endswith("_") and not func.__name__.endswith("__")
+        tensor = args[0] if args else kwargs.get("tensor")
+        if in_place and not any(tensor is chosen for chosen in self.tensors):
+            return tensor
+        return func(*args, **kwargs)
 
 
 def finish(output: ModelOutput, model: PreTrainedModel, return_dict: bool | None) -> Any:

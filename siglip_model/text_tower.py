@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from siglip_kernels.errors import unsupported
 from siglip_model.config import SiglipTextConfig
-from siglip_model.encoder import Encoder
+from siglip_model.cuda_graphs import CapturedText
+from siglip_model.encoder import Encoder, MaskArguments
 from siglip_model.layers import LayerNorm, Linear, UsesBackend, is_plain, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling
 from siglip_model.pretrained import PreTrainedModel, finish
@@ -53,7 +54,7 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | MaskArguments | None = None,
         position_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -62,7 +63,8 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         """Encode texts.
 
         input_ids: integers (B, L), L up to max_position_embeddings; SigLIP is trained with padding="max_length".
-        attention_mask: (B, L), non-zero where a token may be attended to, or what the backend takes beyond that.
+        attention_mask: (B, L), non-zero where a token may be attended to, or what the backend takes beyond that; or
+        what the backend's `attention_mask` has made of it, so that a CUDA graph need not read it.
         position_ids: integers (B, L) or (1, L), 0 … L - 1 unless given.
         Raises ValueError for ids that are missing, too long or not integers.
         """
@@ -76,7 +78,10 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
                 "integers (batch, tokens)",
             )
         x = self.embeddings(input_ids.view(-1, input_ids.shape[-1]), position_ids)  # [B, L, width]
-        mask = {} if attention_mask is None else self.ops.attention_mask(attention_mask)
+        if attention_mask is None or isinstance(attention_mask, dict):
+            mask = attention_mask or {}
+        else:
+            mask = self.ops.attention_mask(attention_mask)
         x, hidden_states, attentions = self.encoder(
             x,
             mask,
@@ -86,6 +91,12 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         x = self.final_layer_norm(x)
         # The last position is the text's, padding or not: SigLIP is trained that way.
         return finish(BaseModelOutputWithPooling(x, self.head(x[:, -1]), hidden_states, attentions), self, return_dict)
+
+    def capture(
+        self, batch_size: int = 1, *, text_length: int | None = None, attention_mask: bool = False
+    ) -> CapturedText:
+        """Record the forward pass into a CUDA graph; returns what is called with input_ids. See SiglipModel."""
+        return CapturedText(self, batch_size, text_length, attention_mask)
 
     def init_weights(self) -> None:
         super().init_weights()

@@ -9,6 +9,7 @@ from torch.nn.parameter import Parameter
 
 from siglip_kernels.errors import unsupported
 from siglip_model.config import SiglipVisionConfig
+from siglip_model.cuda_graphs import CapturedVision
 from siglip_model.encoder import Encoder
 from siglip_model.layers import MLP, LayerNorm, UsesBackend, add_pre_norm_mlp, is_plain, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling
@@ -148,6 +149,10 @@ class SiglipVisionModel(PreTrainedModel):
         if self.head is not None:
             output.pooler_output = self.head(output.last_hidden_state)
         return finish(output, self, return_dict)
+
+    def capture(self, batch_size: int = 1, *, image_size: int | tuple[int, int] | None = None) -> CapturedVision:
+        """Record the forward pass into a CUDA graph; returns what is called with pixel_values. See SiglipModel."""
+        return CapturedVision(self, batch_size, image_size)
 
     def init_weights(self) -> None:
         super().init_weights()

@@ -1,0 +1,260 @@
+"""CUDA graphs: a forward pass recorded once and replayed, so that a small batch costs its kernels, not their launches.
+
+`capture` of a model makes these objects. What a graph reads and writes has fixed addresses: a call copies its arguments
+there, replays, and returns copies of the results. One graph, one shape; weights may be changed in place, not moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from siglip_kernels import MissingBackendError
+from siglip_kernels.errors import unsupported
+from siglip_model.outputs import BaseModelOutputWithPooling, SiglipOutput
+
+if TYPE_CHECKING:
+    from siglip_model.model import SiglipModel
+    from siglip_model.pretrained import PreTrainedModel
+    from siglip_model.text_tower import SiglipTextModel
+
+_WARM_UPS = 3  # compile, choose algorithms and allocate workspaces: nothing of that may happen in a capture
+
+Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+"""Takes a function of tensors with fixed addresses; returns its results, and what computes them there again."""
+
+
+class CudaGraphRecorder:
+    """Records into CUDA graphs of one memory pool: they are replayed one after the other, never at the same time."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), _autocast_without_cache(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    function()
+            torch.cuda.current_stream().wait_stream(side)
+            # thread_local: a data loader's thread may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                results = function()
+        return results, graph.replay
+
+
+def _autocast_without_cache(device: torch.device) -> torch.autocast:
+    """autocast as it is, but without keeping cast weights, which it would free while a graph still reads them."""
+    kind = device.type
+    enabled = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled, cache_enabled=False)
+
+
+class _Weights:
+    """The addresses that a graph reads. Keeps what is there alive, and notices when the model reads elsewhere."""
+
+    def __init__(self, modules: Iterable[torch.nn.Module]):
+        self._tensors = [
+            (owner, name, tensor.detach(), tensor.data_ptr())
+            for module in modules
+            for owner in (module._parameters, module._buffers)
+            for name, tensor in owner.items()
+            if tensor is not None
+        ]
+
+    def check(self) -> None:
+        for owner, name, _, address in self._tensors:
+            tensor = owner.get(name)
+            if tensor is None or tensor.data_ptr() != address:
+                raise RuntimeError(
+                    f"the model's weights were moved or replaced after `capture` (one named {name!r}); "
+                    "call capture again (loading values in place needs no new capture)"
+                )
+
+
+def _recorder(model: PreTrainedModel, **sizes: int) -> CudaGraphRecorder:
+    """For a model that can be captured with these sizes."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise unsupported("capture", name, f"is {size!r}", "integers from 1")
+    if model.training:
+        raise unsupported("capture", "the model", "is in training mode", "evaluation mode: model.eval()")
+    if model.device.type != "cuda":
+        raise MissingBackendError(
+            f"capture: the model is on {model.device}, and CUDA graphs need a CUDA device: model.to('cuda'); "
+            "elsewhere call the model itself"
+        )
+    return CudaGraphRecorder(model.device)
+
+
+def _buffer(model: PreTrainedModel, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # to be written to within that mode and without
+        return torch.zeros(shape, dtype=dtype, device=model.device)
+
+
+def _check(name: str, tensor: Any, buffer: Tensor) -> None:
+    """Whether a graph that reads `buffer` can take the tensor instead."""
+    if not isinstance(tensor, Tensor):
+        raise _refused(name, f"is {type(tensor).__name__}", "a tensor")
+    if tensor.shape != buffer.shape:
+        raise _refused(name, f"has shape {tuple(tensor.shape)}", f"{tuple(buffer.shape)}; capture again for another")
+    if tensor.device != buffer.device:
+        raise _refused(name, f"is on {tensor.device}", f"{buffer.device}")
+
+
+def _refused(name: str, got: str, supported: str) -> Exception:
+    return unsupported("captured model", name, got, supported)
+
+
+class _Recording:
+    """A function and the tensors that it reads, recorded."""
+
+    def __init__(self, function: Callable[..., Any], inputs: dict[str, Tensor], record: Recorder):
+        self.inputs = inputs
+        with torch.inference_mode(False), torch.no_grad():
+            self.results, self._replay = record(lambda: function(**inputs))
+
+    def replay(self, **given: Tensor) -> None:
+        with torch.no_grad():
+            for name, tensor in given.items():
+                self.inputs[name].copy_(tensor)
+            self._replay()
+
+    def copy_results(self) -> Any:
+        """What the last replay computed; the next one leaves it alone."""
+        return pytree.tree_map_only(Tensor, torch.clone, self.results)
+
+
+class CapturedVision:
+    """A vision tower, or an image classifier, for images of one shape: `captured(pixel_values)`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch_size: int,
+        image_size: int | tuple[int, int] | None,
+        record: Recorder | None = None,
+    ):
+        config = getattr(model.config, "vision_config", model.config)
+        size = config.image_size if image_size is None else image_size
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        record = record or _recorder(model, batch_size=batch_size, image_height=height, image_width=width)
+        dtype = model.get_input_embeddings().weight.dtype
+        pixels = _buffer(model, (batch_size, config.num_channels, height, width), dtype)
+
+        def encode(pixel_values: Tensor) -> Any:
+            return model(pixel_values, interpolate_pos_encoding=image_size is not None, return_dict=True)
+
+        self._weights = _Weights(model.modules())
+        self.recording = _Recording(encode, {"pixel_values": pixels}, record)
+
+    def replay(self, pixel_values: Tensor) -> None:
+        buffer = self.recording.inputs["pixel_values"]
+        _check("pixel_values", pixel_values, buffer)
+        if not pixel_values.is_floating_point():
+            raise _refused("pixel_values", f"has dtype {pixel_values.dtype}", "floating point")
+        self.recording.replay(pixel_values=pixel_values)
+        self._weights.check()  # while the GPU works
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: Tensor) -> Any:
+        """pixel_values: floating point, of the captured shape, cast to the weights' dtype. The model's output."""
+        self.replay(pixel_values)
+        return self.recording.copy_results()
+
+
+class CapturedText:
+    """A text tower for texts of one shape: `captured(input_ids)`, or `captured(input_ids, attention_mask)`."""
+
+    def __init__(
+        self,
+        model: SiglipTextModel,
+        batch_size: int,
+        text_length: int | None,
+        attention_mask: bool,
+        record: Recorder | None = None,
+    ):
+        length = model.config.max_position_embeddings if text_length is None else text_length
+        record = record or _recorder(model, batch_size=batch_size, text_length=length)
+        if attention_mask and model.backend == "flash_attention_2":
+            got = "is True with the backend flash_attention_2, whose masked attention waits for the GPU"
+            raise unsupported("capture", "attention_mask", got, "True with triton, sdpa and eager")
+        ids = _buffer(model, (batch_size, length), torch.int64)
+        # A backend may read a mask's values, which no graph can: what it makes of the mask is the graph's input.
+        self._convert_mask = model.ops.attention_mask
+        self._no_padding = self._convert_mask(ids + 1) if attention_mask else {}
+
+        def encode(input_ids: Tensor, **mask: Tensor) -> Any:
+            return model(input_ids, mask or None, return_dict=True)
+
+        self._weights = _Weights(model.modules())
+        mask = {name: _buffer(model, tensor.shape, tensor.dtype) for name, tensor in self._no_padding.items()}
+        self.recording = _Recording(encode, {"input_ids": ids, **mask}, record)
+
+    def replay(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        buffer = self.recording.inputs["input_ids"]
+        _check("input_ids", input_ids, buffer)
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise _refused("input_ids", f"has dtype {input_ids.dtype}", "int64, int32")
+        mask = self._no_padding
+        if attention_mask is not None:
+            if not mask:
+                raise _refused("attention_mask", "is given", "none, or capture(..., attention_mask=True)")
+            _check("attention_mask", attention_mask, buffer)
+            mask = self._convert_mask(attention_mask)
+        self.recording.replay(input_ids=input_ids, **mask)
+        self._weights.check()
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
+        """input_ids: int64 or int32 of the captured shape; attention_mask: of the same, if captured with one."""
+        self.replay(input_ids, attention_mask)
+        return self.recording.copy_results()
+
+
+class CapturedSiglip:
+    """A whole SigLIP for images of one shape and texts of one shape, together or apart."""
+
+    def __init__(
+        self,
+        model: SiglipModel,
+        batch_size: int,
+        text_batch_size: int | None,
+        image_size: int | tuple[int, int] | None,
+        text_length: int | None,
+        attention_mask: bool,
+        record: Recorder | None = None,
+    ):
+        texts = batch_size if text_batch_size is None else text_batch_size
+        record = record or _recorder(model, batch_size=batch_size, text_batch_size=texts)
+        self._vision = CapturedVision(model.vision_model, batch_size, image_size, record)
+        self._text = CapturedText(model.text_model, texts, text_length, attention_mask, record)
+        self._weights = _Weights([model])  # its own: the towers see to theirs
+        vision, text = self._vision.recording.results, self._text.recording.results
+        self._comparison = _Recording(lambda: model.compare(vision, text), {}, record)
+
+    @torch.no_grad()
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """As the model's. pixel_values: floating point, of the captured shape, cast to the weights' dtype."""
+        return self._vision(pixel_values)
+
+    @torch.no_grad()
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
+        """As the model's. input_ids: int64 or int32 of the captured shape; attention_mask: if captured with one."""
+        return self._text(input_ids, attention_mask)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None) -> SiglipOutput:
+        """As the model's forward, without loss."""
+        self._vision.replay(pixel_values)
+        self._text.replay(input_ids, attention_mask)
+        self._comparison.replay()
+        self._weights.check()
+        return self._comparison.copy_results()
