@@ -1,0 +1,76 @@
+"""One thread block while it runs: its scheduler, its agents and what they know of each other.
+
+Agents are partitions and barriers. Each has a clock, and a partition knows of every agent how far it has come (a
+vector clock, as in race detectors: Flanagan & Freund, "FastTrack", PLDI 2009). Knowledge passes through barriers alone:
+an arrival leaves the partition's knowledge with the barrier, a wait takes the barrier's. An access of one agent is
+ordered before another's exactly if the other knows of it, whatever the interleaving that happened to run.
+"""
+
+import random
+from typing import Any, NoReturn
+
+from hopper_emulator.faults import Fault
+from hopper_emulator.scheduler import Partition, Scheduler
+
+Clock = dict[int, int]
+
+
+def learn(clock: Clock, other: Clock) -> None:
+    """clock becomes the elementwise maximum of both."""
+    for agent, time in other.items():
+        if clock.get(agent, 0) < time:
+            clock[agent] = time
+
+
+class Block:
+    def __init__(self, program: tuple[int, int, int], grid: tuple[int, int, int], seed: object, warps: int = 4):
+        self.program, self.grid = program, grid
+        self.agents: list[Any] = []  # by number: partitions and barriers
+        self.allocations: list[Any] = []
+        self.barriers: list[Any] = []
+        self.loads: list[Any] = []  # TMA loads that no partition has waited for
+        self.scheduler = Scheduler(random.Random(repr((seed, program))), self, warps)
+        self.enroll(self.scheduler.main)
+
+    def enroll(self, agent: Any) -> int:
+        """Gives an agent its number."""
+        agent.number = len(self.agents)
+        self.agents.append(agent)
+        if isinstance(agent, Partition):
+            agent.clock[agent.number] = 1
+        return agent.number
+
+    @property
+    def partition(self) -> Partition:
+        """Whose turn it is."""
+        return self.scheduler.current
+
+    def pause(self) -> None:
+        self.scheduler.pause()
+
+    def fault(self, kind: str, message: str, barrier: str = "", partition: str | None = None) -> NoReturn:
+        raise Fault(kind, message, partition or self.partition.name, self.scheduler.step, barrier, self.program)
+
+
+_running: list[Block] = []
+
+
+def current() -> Block:
+    """The block that runs now."""
+    if not _running:
+        raise RuntimeError("a Gluon function was called outside of emulate()")
+    return _running[-1]
+
+
+class running:
+    """Within it, `current()` is the block."""
+
+    def __init__(self, block: Block):
+        self.block = block
+
+    def __enter__(self) -> Block:
+        _running.append(self.block)
+        return self.block
+
+    def __exit__(self, *exception: object) -> None:
+        _running.pop()

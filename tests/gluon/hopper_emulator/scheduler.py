@@ -1,0 +1,143 @@
+"""Who runs next. Each warp-specialised partition is a thread, one of which runs at a time.
+
+At every synchronising or memory operation a partition pauses; a seeded generator picks the next of those that can go
+on, and how many of the copies in flight land. The seed also chooses the habits of the run, since faults hide in
+different ones: copies that land at once, now and then, or not before nobody can go on without them; partitions that
+alternate, or one that runs as far as it can. The same seed gives the same run.
+"""
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from hopper_emulator.faults import DEADLOCK, ERROR, Fault, UnsupportedByEmulator
+
+
+class Partition:
+    """A warp-specialised partition, or the whole block before and after warp_specialize."""
+
+    def __init__(self, name: str, warps: int, clock: dict[int, int] | None = None):
+        self.name, self.warps = name, warps
+        self.number = -1
+        self.clock: dict[int, int] = dict(clock or {})  # what it knows of each agent
+        self.matrix_queue: list[Any] = []  # wgmma not yet waited for, oldest first
+        self.store_queue: list[Any] = []  # TMA stores, likewise
+        self.last_waits: dict[Any, int] = {}  # barrier: the phase that its last wait saw
+        self.can_go_on: Callable[[], bool] | None = None
+        self.waits_for: Callable[[], Fault] | None = None  # the fault, if that never comes
+        self.turn = threading.Semaphore(0)
+
+
+class _Abandoned(BaseException):
+    """Ends the other partitions' threads after a fault."""
+
+
+class Scheduler:
+    def __init__(self, generator: random.Random, block: Any, warps: int):
+        self.generator, self.block = generator, block
+        self.main = self.current = Partition("main", warps)
+        self.alive: list[Partition] = []
+        self.in_flight: list[Callable[[], None]] = []  # each lands one copy
+        self.step = 0
+        self.error: BaseException | None = None
+        self.landing = generator.choice((0.0, 0.3, 0.3, 0.9))
+        self.staying = generator.choice((0.0, 0.0, 0.5, 0.95))
+
+    def run(self, bodies: list[tuple[Partition, Callable[[], Any]]]) -> list[Any]:
+        """Runs partitions to their ends; their results."""
+        results: list[Any] = [None] * len(bodies)
+        self.alive = [partition for partition, _ in bodies]
+        self.everyone = list(self.alive)
+        threads = [
+            threading.Thread(target=self._live, args=(partition, body, results, i), daemon=True)
+            for i, (partition, body) in enumerate(bodies)
+        ]
+        for thread in threads:
+            thread.start()
+        self._hand_over()
+        for thread in threads:
+            thread.join()
+        self.current = self.main
+        if self.error:
+            raise self.error
+        return results
+
+    def pause(self, until: Callable[[], bool] | None = None, otherwise: Callable[[], Fault] | None = None) -> None:
+        """Lets others run. Goes on when `until()` holds; where that can never be, `otherwise()` is the fault."""
+        me = self.current
+        if me is self.main:
+            self._advance()
+            while until and not until():
+                if not self._land_one():
+                    raise otherwise() if otherwise else self._deadlock([me])
+            return
+        me.can_go_on, me.waits_for = until, otherwise
+        following = self._choose()
+        if following is not me:
+            following.turn.release()
+            me.turn.acquire()
+            if self.error:
+                raise _Abandoned
+        self.current = me
+        me.can_go_on = me.waits_for = None
+
+    def _live(self, me: Partition, body: Callable[[], Any], results: list[Any], index: int) -> None:
+        me.turn.acquire()
+        try:
+            if self.error:
+                return
+            self.current = me
+            results[index] = body()
+            self.alive.remove(me)
+            if self.alive:
+                self._hand_over()
+        except _Abandoned:
+            pass
+        except (Fault, UnsupportedByEmulator) as error:
+            self._abandon(error)
+        except Exception as error:
+            place = Fault(ERROR, f"{type(error).__name__}: {error}", me.name, self.step, program=self.block.program)
+            place.__cause__ = error
+            self._abandon(place)
+
+    def _abandon(self, error: BaseException) -> None:
+        self.error = self.error or error
+        for partition in self.everyone:
+            partition.turn.release()
+
+    def _hand_over(self) -> None:
+        self._choose().turn.release()
+
+    def _choose(self) -> Partition:
+        self._advance()
+        ready = self._ready()
+        while not ready:
+            if not self._land_one():
+                raise self._deadlock(self.alive)
+            ready = self._ready()
+        if self.current in ready and self.generator.random() < self.staying:
+            return self.current
+        return self.generator.choice(ready)
+
+    def _advance(self) -> None:
+        self.step += 1
+        while self.in_flight and self.generator.random() < self.landing:
+            self._land_one()
+
+    def _land_one(self) -> bool:
+        if self.in_flight:
+            self.in_flight.pop(self.generator.randrange(len(self.in_flight)))()
+            return True
+        return False
+
+    def _ready(self) -> list[Partition]:
+        return [partition for partition in self.alive if not partition.can_go_on or partition.can_go_on()]
+
+    def _deadlock(self, waiting: list[Partition]) -> Fault:
+        """One fault for all that wait: the most telling of theirs, with the others' in its message."""
+        faults = [partition.waits_for() for partition in waiting if partition.waits_for]
+        first = min(faults, key=lambda fault: fault.kind == DEADLOCK)
+        others = "".join(f"; {fault.message}" for fault in faults if fault is not first)
+        message = f"nobody can go on: {first.message}{others}"
+        return Fault(first.kind, message, first.partition, self.step, first.barrier, self.block.program)

@@ -1,0 +1,201 @@
+"""Small Gluon kernels with every device of the big ones, and a fault of choice planted in the first.
+
+`product_kernel` is a persistent product c = a bᵀ: a producer that fills two stages by TMA, a consumer with asynchronous
+wgmma one tile of K behind, a TMA store from a staging buffer. FAULT = "none" is right; any other value breaks one rule.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+TILE = gl.constexpr(64)
+STAGES = gl.constexpr(2)
+
+
+@gluon.jit
+def load_tiles(a, b, a_stages, b_stages, full, empty, row_tiles, k_tiles, FAULT: gl.constexpr):
+    step = 0
+    for tile in range(gl.program_id(0), row_tiles, gl.num_programs(0)):
+        for k in range(k_tiles):
+            stage = step % STAGES
+            phase = (step // STAGES) & 1
+            if FAULT == "producer waits for the wrong phase":
+                mbarrier.wait(empty.index(stage), phase)
+            elif FAULT != "producer does not wait":
+                mbarrier.wait(empty.index(stage), phase ^ 1)
+            bytes: gl.constexpr = a.block_type.nbytes + b.block_type.nbytes
+            if FAULT == "too few bytes expected":
+                mbarrier.expect(full.index(stage), a.block_type.nbytes)
+            elif FAULT == "too many bytes expected":
+                mbarrier.expect(full.index(stage), bytes + 16)
+            elif FAULT == "expected twice":
+                mbarrier.expect(full.index(stage), bytes)
+                mbarrier.expect(full.index(stage), bytes)
+            else:
+                mbarrier.expect(full.index(stage), bytes)
+            tma.async_copy_global_to_shared(a, [tile * TILE, k * TILE], full.index(stage), a_stages.index(stage))
+            if FAULT == "a load into the wrong stage":
+                tma.async_copy_global_to_shared(b, [0, k * TILE], full.index(stage), b_stages.index(0))
+            else:
+                tma.async_copy_global_to_shared(b, [0, k * TILE], full.index(stage), b_stages.index(stage))
+            step += 1
+    if FAULT == "a load that nobody waits for":
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), a.block_type.nbytes)
+        tma.async_copy_global_to_shared(a, [0, 0], full.index(stage), a_stages.index(stage))
+
+
+@gluon.jit
+def multiply(c, a_stages, b_stages, c_stage, full, empty, row_tiles, k_tiles, FAULT: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
+    step = 0
+    for tile in range(gl.program_id(0), row_tiles, gl.num_programs(0)):
+        accumulator = gl.zeros((TILE, TILE), gl.float32, layout)
+        for _ in range(k_tiles):
+            stage = step % STAGES
+            phase = (step // STAGES) & 1
+            if FAULT == "consumer waits for the wrong phase":
+                mbarrier.wait(full.index(stage), phase ^ 1)
+            elif FAULT == "consumer waits for one phase too early":
+                mbarrier.wait(full.index(stage), phase if step < STAGES else phase ^ 1)
+            elif FAULT == "consumer waits for the wrong barrier":
+                mbarrier.wait(full.index(0), phase)
+            elif FAULT != "consumer does not wait":
+                mbarrier.wait(full.index(stage), phase)
+            accumulator = warpgroup_mma(
+                a_stages.index(stage), b_stages.index(stage).permute((1, 0)), accumulator, is_async=True
+            )
+            if FAULT == "released before its wgmma":
+                mbarrier.arrive(empty.index(stage), count=1)
+            if FAULT == "result used before its wait":
+                accumulator = accumulator * 1.0
+            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+            if FAULT == "released twice":
+                mbarrier.arrive(empty.index(stage), count=1)
+            if FAULT == "released by two at once":
+                mbarrier.arrive(empty.index(stage), count=2)
+            elif FAULT != "never released" and FAULT != "released before its wgmma":
+                mbarrier.arrive(empty.index(stage), count=1)
+            if FAULT == "read after its release":
+                accumulator += a_stages.index(stage).load(layout).to(gl.float32) * 0
+            step += 1
+        if FAULT != "staging overwritten":
+            tma.store_wait(0)
+        c_stage.store(accumulator.to(gl.bfloat16))
+        if FAULT != "no fence before the store":
+            fence_async_shared()
+        tma.async_copy_shared_to_global(c, [tile * TILE, 0], c_stage)
+    if FAULT == "a wgmma that nobody waits for":
+        warpgroup_mma(c_stage, c_stage, gl.zeros((TILE, TILE), gl.float32, layout), is_async=True)
+    if FAULT != "a store that nobody waits for":
+        tma.store_wait(0)
+
+
+@gluon.jit
+def product_kernel(
+    a,  # (M, K) by boxes of TILE × TILE
+    b,  # (TILE, K), likewise
+    c,  # (M, TILE), likewise
+    row_tiles,
+    k_tiles,
+    FAULT: gl.constexpr,
+):
+    a_stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, TILE], a.layout)
+    b_stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, TILE], b.layout)
+    c_stage = gl.allocate_shared_memory(gl.bfloat16, [TILE, TILE], c.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        if FAULT != "a barrier without init" or stage == 0:
+            mbarrier.init(full.index(stage), count=1)
+        if FAULT == "count too high":
+            mbarrier.init(empty.index(stage), count=2)
+        else:
+            mbarrier.init(empty.index(stage), count=1)
+    if FAULT != "no fence after init":
+        fence_async_shared()
+    gl.warp_specialize(
+        [
+            (multiply, (c, a_stages, b_stages, c_stage, full, empty, row_tiles, k_tiles, FAULT)),
+            (load_tiles, (a, b, a_stages, b_stages, full, empty, row_tiles, k_tiles, FAULT)),
+        ],
+        [1],
+        [24],
+    )
+
+
+def tiles_of(tensor: Tensor) -> TensorDescriptor:
+    box = [TILE.value, TILE.value]
+    return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16))
+
+
+def product(a: Tensor, b: Tensor, programs: int = 1, fault: str = "none") -> Tensor:
+    """c = a bᵀ for a (M, K) and b (N, K), N at most TILE, bf16: the launcher."""
+    c = torch.full((a.shape[0], b.shape[0]), float("nan"), dtype=a.dtype)
+    rows, k_tiles = -(-a.shape[0] // TILE.value), -(-a.shape[1] // TILE.value)
+    product_kernel[(programs,)](tiles_of(a), tiles_of(b), tiles_of(c), rows, k_tiles, FAULT=fault, num_warps=4)
+    return c
+
+
+@gluon.jit
+def write_tiles(tile, written, read, rounds, FAULT: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for i in range(rounds):
+        if FAULT != "overwritten before it is read":
+            mbarrier.wait(read, (i & 1) ^ 1)
+        if FAULT != "never written":
+            tile.store(gl.full((TILE, TILE), 0, gl.int32, layout) + i)
+        mbarrier.arrive(written, count=1)
+
+
+@gluon.jit
+def read_tiles(out, tile, written, read, rounds, FAULT: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    offsets = gl.arange(0, TILE, gl.SliceLayout(0, layout))
+    for i in range(rounds):
+        if FAULT != "read without a wait":
+            mbarrier.wait(written, i & 1)
+        if FAULT == "handed back too early":
+            mbarrier.arrive(read, count=1)
+        values = gl.max(tile.load(layout), 0)
+        if FAULT != "handed back too early":
+            mbarrier.arrive(read, count=1)
+        if FAULT == "stored outside of the tensor":
+            gl.store(out + (i + 1) * TILE + offsets, values)
+        else:
+            gl.store(out + i * TILE + offsets, values)
+
+
+@gluon.jit
+def exchange_kernel(
+    out,  # (rounds, TILE) int32: the number of the round
+    rounds,
+    FAULT: gl.constexpr,
+):
+    """Two partitions that pass tiles through shared memory by ordinary loads and stores."""
+    tile = gl.allocate_shared_memory(gl.int32, [TILE, TILE], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    read = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(written, count=1)
+    mbarrier.init(read, count=1)
+    gl.warp_specialize(
+        [(read_tiles, (out, tile, written, read, rounds, FAULT)), (write_tiles, (tile, written, read, rounds, FAULT))],
+        [4],
+        [48],
+    )
+
+
+def exchange(rounds: int, fault: str = "none") -> Tensor:
+    out = torch.full((rounds, TILE.value), -1, dtype=torch.int32)
+    exchange_kernel[(1,)](out, rounds, FAULT=fault, num_warps=4)
+    return out

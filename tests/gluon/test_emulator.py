@@ -1,0 +1,320 @@
+"""The emulator computes what Gluon on Hopper computes: types, rounding, copies, products, and launches as they are."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hopper_emulator.faults import Fault, UnsupportedByEmulator
+from hopper_emulator.launch import emulate, emulating
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate
+
+LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+
+@gluon.jit
+def rounding_kernel(x, bf16, fp16, N: gl.constexpr):
+    i = gl.arange(0, N, LAYOUT)
+    values = gl.load(x + i)
+    gl.store(bf16 + i, values.to(gl.bfloat16))
+    gl.store(fp16 + i, values.to(gl.float16))
+
+
+def test_narrowing_rounds_to_nearest_even():
+    x = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-8, 3e38, 3.4e38, float("nan"), 2.0**-140])
+    bf16, fp16 = torch.zeros(8, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.float16)
+    emulate(rounding_kernel, (1,), x=x, bf16=bf16, fp16=fp16, N=8)
+    inf = float("inf")
+    assert bf16[:4].tolist() == [1, 1 + 2**-6, 1 + 2**-7, -1] and bf16[5] == inf and bf16[6].isnan()
+    assert bf16[7] == 0.0 or bf16[7] == 2.0**-133 * round(2.0**-140 / 2.0**-133)
+    assert fp16[4] == inf and fp16[0] == 1 + 2**-8
+
+
+@gluon.jit
+def types_kernel(ints, halves, out_ints, out_floats):
+    a = gl.load(ints)
+    b = gl.load(ints + 1)
+    gl.store(out_ints, a // b)
+    gl.store(out_ints + 1, a % b)
+    gl.store(out_ints + 2, a * 2147483647)
+    gl.store(out_ints + 3, a.to(gl.int64) * 2147483647 // 2)
+    gl.store(out_ints + 4, (a < b).to(gl.int32) + (a >> 1))
+    h = gl.load(halves)
+    f = gl.load(halves + 1).to(gl.float32)
+    gl.store(out_floats, h + 0.001)  # bf16, as h is
+    gl.store(out_floats + 1, h + f * 0.001)  # fp32
+    gl.store(out_floats + 2, a / b)
+    gl.store(out_floats + 3, f.to(gl.int32, bitcast=True).to(gl.float32))
+
+
+def test_types_are_tritons():
+    ints, halves = torch.tensor([-7, 2], dtype=torch.int32), torch.ones(2, dtype=torch.bfloat16)
+    out_ints, out_floats = torch.zeros(5, dtype=torch.int64), torch.zeros(4)
+    emulate(types_kernel, (1,), ints=ints, halves=halves, out_ints=out_ints, out_floats=out_floats)
+    wrapped = (-7 * 2147483647 + 2**31) % 2**32 - 2**31
+    assert out_ints.tolist() == [-3, -1, wrapped, int(-7 * 2147483647 / 2), 1 - 4]
+    torch.testing.assert_close(out_floats, torch.tensor([1.0, 1.001, -3.5, float(0x3F800000)]))
+
+
+@gluon.jit
+def loop_kernel(out, n):
+    for i in range(n):
+        gl.store(out + i.to(gl.int64), i * 2)
+    for i in gl.static_range(2):
+        gl.store(out + n + i, gl.num_programs(0) + 10 * i)
+
+
+def test_loops_over_tensors():
+    out = torch.zeros(6, dtype=torch.int32)
+    emulate(loop_kernel, (3, 1), out=out, n=4)
+    assert out.tolist() == [0, 2, 4, 6, 3, 13]
+
+
+@gluon.jit
+def larger(a, b):
+    return gl.where(a > b, a, b)
+
+
+@gluon.jit
+def reduction_kernel(x, out, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    tile = gl.load(x + rows[:, None] * COLUMNS + columns[None, :])
+    gl.static_assert(tile.type.layout == layout and gl.sum(tile, 1).type.layout == gl.SliceLayout(1, layout))
+    gl.store(out + rows, gl.max(tile, 1))
+    gl.store(out + ROWS + rows, gl.sum(tile, axis=1))
+    gl.store(out + 2 * ROWS + rows, gl.reduce(tile, 1, larger))
+    gl.store(out + 3 * ROWS + rows, gl.min(tile, 1))
+
+
+def test_reductions():
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    out = torch.zeros(4, 4)
+    emulate(reduction_kernel, (1,), x=x, out=out, ROWS=4, COLUMNS=32)
+    torch.testing.assert_close(out, torch.stack([x.amax(1), x.sum(1), x.amax(1), x.amin(1)]))
+
+
+@gluon.jit
+def masked_kernel(x, out, n, N: gl.constexpr):
+    i = gl.arange(0, N, LAYOUT)
+    gl.store(out + i, gl.load(x + i, mask=i < n, other=7.0), mask=i < n + 1)
+
+
+def test_masks_and_bounds():
+    x, out = torch.arange(3.0), torch.full((5,), -1.0)
+    emulate(masked_kernel, (1,), x=x, out=out, n=3, N=8)
+    assert out.tolist() == [0, 1, 2, 7, -1]
+    with pytest.raises(Fault, match=r"out of bounds .*loads elements 0\.\.3 of a tensor with 3"):
+        emulate(masked_kernel, (1,), x=x, out=out, n=4, N=8)
+
+
+@aggregate
+class Counter:
+    start: gl.tensor
+    step: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, start, step):
+        self.start = start
+        self.step = gl.constexpr(step)
+
+    @gluon.jit
+    def after(self, n):
+        return self.start + n * self.step
+
+
+@gluon.constexpr_function
+def doubled(n):
+    return 2 * n
+
+
+@gluon.jit
+def aggregate_kernel(out, start, STEP: gl.constexpr):
+    counter = Counter(start, doubled(STEP))
+    gl.store(out, counter.after(3))
+
+
+def test_aggregates_and_constexpr_functions():
+    out = torch.zeros(1, dtype=torch.int32)
+    emulate(aggregate_kernel, (1,), out=out, start=5, STEP=4)
+    assert out.item() == 5 + 3 * 8
+
+
+@gluon.jit
+def box_kernel(source, target, row, column, to_row, to_column, N: gl.constexpr):
+    tile = gl.allocate_shared_memory(gl.float16, [N, N], source.layout)
+    landed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(landed, count=1)
+    fence_async_shared()
+    mbarrier.expect(landed, source.block_type.nbytes)
+    tma.async_copy_global_to_shared(source, [row, column], landed, tile)
+    mbarrier.wait(landed, 0)
+    mbarrier.invalidate(landed)
+    tma.async_copy_shared_to_global(target, [to_row, to_column], tile)
+    tma.store_wait(0)
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (5, 3), (-3, -2), (30, 10), (-16, 0)])
+@pytest.mark.parametrize("padding", ["zero", "nan"])
+def test_boxes_are_filled_and_clipped_at_the_edges(row, column, padding):
+    layout = gl.NVMMASharedLayout.get_default_for([16, 16], gl.float16)
+    source = torch.randn(20, 24, generator=torch.Generator().manual_seed(0)).half()[:, :19]
+    target = torch.full((18, 24), 9.0, dtype=torch.float16)[:, :17]
+    want = torch.full((80, 80), 0.0 if padding == "zero" else float("nan"), dtype=torch.float16)
+    want[20:40, 20:39] = source
+    box = want[20 + row : 36 + row, 20 + column : 36 + column]
+    descriptors = [TensorDescriptor.from_tensor(x, [16, 16], layout, padding) for x in (source, target)]
+    emulate(box_kernel, (1,), source=descriptors[0], target=descriptors[1], row=row, column=column, to_row=4,
+            to_column=-3, N=16)  # fmt: skip
+    expected = torch.full((18, 17), 9.0, dtype=torch.float16)
+    expected[4:, :13] = box[:14, 3:]
+    torch.testing.assert_close(target, expected, equal_nan=True)
+
+
+@gluon.jit
+def products_kernel(a, b, out, M: gl.constexpr, N: gl.constexpr, FROM_REGISTERS: gl.constexpr):
+    """Two products in flight: the first is waited for alone, and the second does not use its accumulator."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
+    rows = gl.arange(0, M, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, N, gl.SliceLayout(0, layout))
+    tile = rows[:, None] * N + columns[None, :]
+    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([M, N], gl.float16)
+    a_shared = gl.allocate_shared_memory(gl.float16, [M, N], shared, gl.load(a + tile))
+    b_shared = gl.allocate_shared_memory(gl.float16, [M, N], shared)
+    b_shared.store(gl.load(b + tile))
+    fence_async_shared()
+    left = gl.convert_layout(gl.load(a + tile), operand) if FROM_REGISTERS else a_shared
+    garbage = gl.full((M, N), float("nan"), gl.float32, layout)
+    first = warpgroup_mma(left, b_shared, garbage, use_acc=False, is_async=True)
+    ones = gl.full((M, N), 1.0, gl.float32, layout)
+    second = warpgroup_mma(a_shared, b_shared.permute((1, 0)), ones, is_async=True)
+    first = warpgroup_mma_wait(1, deps=(first,))
+    gl.store(out + tile, first)
+    second = warpgroup_mma_wait(0, deps=(second,))
+    gl.store(out + M * N + tile, second)
+
+
+@pytest.mark.parametrize("from_registers", [False, True])
+def test_two_products_in_flight(from_registers):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 64, generator=generator).half() for _ in range(2))
+    out = torch.zeros(2, 64, 64)
+    emulate(products_kernel, (1,), a=a, b=b, out=out, M=64, N=64, FROM_REGISTERS=from_registers)
+    torch.testing.assert_close(out, torch.stack([a.float() @ b.float(), a.float() @ b.float().T + 1]))
+
+
+@gluon.jit
+def device_descriptor_kernel(x, out, N: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, N], gl.float16)
+    source = tma.make_tensor_descriptor(x, [N, N], [N, 1], [N, N], layout)
+    target = tma.make_tensor_descriptor(out, [N, N], [N, 1], [N, N], layout)
+    tile = gl.allocate_shared_memory(gl.float16, [N, N], layout)
+    landed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(landed, count=1)
+    fence_async_shared()
+    mbarrier.expect(landed, source.block_type.nbytes)
+    tma.async_copy_global_to_shared(source, [0, 0], landed, tile)
+    mbarrier.wait(landed, 0)
+    tma.async_copy_shared_to_global(target, [0, 0], tile)
+    tma.store_wait(0)
+
+
+def test_descriptors_made_in_the_kernel():
+    x, out = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).half(), torch.zeros(64, 64).half()
+    emulate(device_descriptor_kernel, (1,), x=x, out=out, N=64)
+    assert torch.equal(x, out)
+
+
+@gluon.jit
+def late_kernel(x, out, rounds):
+    """Two loads of each round overtake each other: each barrier tells of its own only."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, 16, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    tiles = gl.allocate_shared_memory(gl.float16, [2, 16, 64], x.layout)
+    landed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(landed.index(i), count=1)
+    fence_async_shared()
+    for n in range(rounds):
+        for i in gl.static_range(2):
+            mbarrier.expect(landed.index(i), x.block_type.nbytes)
+            tma.async_copy_global_to_shared(x, [n * 32 + i * 16, 0], landed.index(i), tiles.index(i))
+        for i in gl.static_range(2):
+            mbarrier.wait(landed.index(1 - i), n & 1)
+            where = (n * 32 + (1 - i) * 16 + rows)[:, None] * 64 + columns[None, :]
+            gl.store(out + where, tiles.index(1 - i).load(layout))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_loads_land_in_any_order(seed):
+    x, out = torch.randn(96, 64, generator=torch.Generator().manual_seed(0)).half(), torch.zeros(96, 64).half()
+    layout = gl.NVMMASharedLayout.get_default_for([16, 64], gl.float16)
+    emulate(late_kernel, (1,), seed=seed, x=TensorDescriptor.from_tensor(x, [16, 64], layout), out=out, rounds=3)
+    assert torch.equal(x, out)
+
+
+@gluon.jit
+def unsupported_kernel(x):
+    gl.atomic_add(x, 1)
+
+
+@gluon.jit
+def failing_kernel(x, N: gl.constexpr):
+    gl.static_assert(N > 3, "N is too small")
+
+
+def test_what_is_not_modelled_is_an_error_that_says_so():
+    with pytest.raises(UnsupportedByEmulator, match="atomic_add is not modelled"):
+        emulate(unsupported_kernel, (1,), x=torch.zeros(1))
+    with pytest.raises(Fault, match="static_assert: N is too small"):
+        emulate(failing_kernel, (1,), x=torch.zeros(1), N=3)
+
+
+def test_a_launch_is_emulated_as_it_is_written():
+    out = torch.zeros(3, dtype=torch.int32)
+    with emulating():
+        loop_kernel[lambda constants: (1,)](out, n=1, num_warps=8)
+    assert out.tolist() == [0, 1, 11]
+    assert "run" not in vars(type(loop_kernel))
+
+
+_COMPILE = """
+import pipelines, torch
+from bench.ahead_of_time import GPUS, compiling_for
+compiled = {}
+def record(name, kernel):
+    assert not isinstance(kernel, Exception), kernel
+    compiled[name] = kernel.asm["ptx"]
+with compiling_for(GPUS["h200"], record):
+    a, b = (torch.empty(256, 256, dtype=torch.bfloat16) for _ in range(2))
+    pipelines.product(a, b[:64])
+    pipelines.exchange(2)
+assert "setmaxnreg" in compiled["product_kernel"] and "wgmma.mma_async" in compiled["product_kernel"]
+assert "mbarrier.try_wait" in compiled["exchange_kernel"]
+"""
+
+
+def test_the_kernels_of_these_tests_compile_for_hopper():
+    """What the emulator is proven with is Gluon as the compiler takes it. In a process with Triton's compiler."""
+    import os
+
+    here = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(here), *filter(None, [environment.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", _COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here.parent.parent)
+    assert done.returncode == 0, done.stderr
