@@ -4,6 +4,7 @@ from siglip_kernels import reference
 from siglip_kernels.attention import attention
 from siglip_kernels.errors import MissingBackendError, UnsupportedInputError
 from siglip_kernels.layer_norm import layer_norm
+from siglip_kernels.linear import linear, mlp, pre_norm_mlp, pre_norm_qkv
 from siglip_kernels.sigmoid_loss import SigLipLoss, chunked_sigmoid_loss, plain_sigmoid_loss, sigmoid_loss
 
 __all__ = [
@@ -13,7 +14,11 @@ __all__ = [
     "attention",
     "chunked_sigmoid_loss",
     "layer_norm",
+    "linear",
+    "mlp",
     "plain_sigmoid_loss",
+    "pre_norm_mlp",
+    "pre_norm_qkv",
     "reference",
     "sigmoid_loss",
 ]

@@ -1,0 +1,132 @@
+"""What the operations of this folder ask of their arguments. Traceable: no value is read."""
+
+import math
+from collections.abc import Callable
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.device import interpreting, require_kernels
+from siglip_kernels.errors import unsupported
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype of products where the tensor is, or None where autocast is off."""
+    if tensor.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(tensor.device.type):
+        return torch.get_autocast_dtype(tensor.device.type)
+    return None
+
+
+@overload
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor: ...
+@overload
+def cast(tensor: None, dtype: torch.dtype | None) -> None: ...
+def cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """As autocast casts the inputs of torch.nn.functional.linear: floating point, fp64 excepted. None: not at all."""
+    if tensor is None or dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def check_input(operation: str, argument: str, x: Tensor, dimensions: int | None = None) -> None:
+    """x: a supported dtype; so many dimensions, or at least one."""
+    if dimensions is not None and x.dim() != dimensions:
+        raise unsupported(operation, argument, f"has {x.dim()} dimensions", f"{dimensions}: (B, S, width)")
+    if x.dim() == 0:
+        raise unsupported(operation, argument, "has no dimension", "(..., width)")
+    if x.dtype not in _DTYPES:
+        raise unsupported(operation, argument, f"has dtype {x.dtype}", "float32, float16, bfloat16")
+
+
+def check_parameter(
+    operation: str,
+    argument: str,
+    parameter: Tensor | None,
+    shape: tuple[int | None, ...],
+    like: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """A weight or bias of this shape (None: any extent) and dtype, on the device of `like`. None is no parameter."""
+    if parameter is None:
+        return
+    if parameter.dtype != dtype:
+        raise unsupported(
+            operation, argument, f"has dtype {parameter.dtype} while the input has {dtype}", "one dtype, or autocast"
+        )
+    if parameter.device != like.device:
+        got = f"is on {parameter.device} while the input is on {like.device}"
+        raise unsupported(operation, argument, got, "one device")
+    fits = parameter.dim() == len(shape) and all(
+        wanted is None or extent == wanted for extent, wanted in zip(parameter.shape, shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join("any" if extent is None else str(extent) for extent in shape)
+        raise unsupported(operation, argument, f"has shape {tuple(parameter.shape)}", f"({expected})")
+
+
+def check_norm(
+    operation: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, autocast: bool
+) -> tuple[Tensor, Tensor]:
+    """x and the parameters of its layer normalisation, which autocast makes in fp32: (weight, bias)."""
+    check_input(operation, "x", x)
+    if autocast:
+        weight, bias = (p.float() if p.is_floating_point() else p for p in (weight, bias))
+    for name, parameter in (("norm_weight", weight), ("norm_bias", bias)):
+        dtype = torch.float32 if weight.dtype == torch.float32 else x.dtype
+        check_parameter(operation, name, parameter, (x.shape[-1],), x, dtype)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+        raise unsupported(operation, "eps", f"is {eps!r}", "finite numbers from 0 on")
+    return weight, bias
+
+
+def check_residual(operation: str, residual: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    """The residual has the result's shape; its dtype may be another one."""
+    if residual is None:
+        return
+    if residual.dtype not in _DTYPES:
+        raise unsupported(operation, "residual", f"has dtype {residual.dtype}", "float32, float16, bfloat16")
+    if residual.device != like.device:
+        got = f"is on {residual.device} while the input is on {like.device}"
+        raise unsupported(operation, "residual", got, "one device")
+    if residual.shape != shape:
+        got = f"has shape {tuple(residual.shape)} while the result has {tuple(shape)}"
+        raise unsupported(operation, "residual", got, "the result's shape")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., width) as (rows, width), with unit stride along a row; a copy only where that cannot be a view."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of any of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+@torch.compiler.assume_constant_result
+def _interpreting() -> bool:
+    return interpreting()
+
+
+def require_device(operation: str, argument: str, tensor: Tensor) -> None:
+    """`require_kernels` where no kernel asks for it: traceable, and content with tensors without data."""
+    if not tensor.is_meta and tensor.device.type != "cuda" and not _interpreting():
+        require_kernels(operation, argument, tensor)
+
+
+def refuse_second_derivatives(operation: str) -> Callable[..., None]:
+    """The derivative of a backward operator: an error."""
+
+    def refuse(ctx, *gradients):
+        raise unsupported(
+            operation,
+            "create_graph",
+            "asks for second derivatives",
+            "first derivatives; for more, use the backend 'eager'",
+        )
+
+    return refuse

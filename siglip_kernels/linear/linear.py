@@ -1,0 +1,113 @@
+"""linear: x wᵀ + bias + residual, the sum in the product's epilogue."""
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.device import require_kernels
+from siglip_kernels.linear import plain
+from siglip_kernels.linear.arguments import (
+    as_rows,
+    autocast_dtype,
+    cast,
+    check_input,
+    check_parameter,
+    check_residual,
+    refuse_second_derivatives,
+    require_device,
+)
+
+
+@torch.library.custom_op("siglip_kernels::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """x: (..., in); weight: (out, in); bias: (out,); residual: (..., out). In what x and residual promote to."""
+    require_kernels("linear", "x", x)
+    from siglip_kernels.linear.gemm import gemm
+
+    with torch.cuda.device_of(x):
+        return gemm(as_rows(x), [weight], [bias], residual=as_rows(residual))[0].view(residual.shape)
+
+
+@_linear.register_fake
+def _(x, weight, bias, residual):
+    return residual.new_empty(residual.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
+@torch.library.custom_op("siglip_kernels::linear_backward", mutates_args=())
+def _linear_backward(
+    out_grad: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x (if weight is given), of weight (if x is given) and of bias; one not needed is empty."""
+    require_kernels("linear", "x", out_grad)
+    rows = as_rows(out_grad)
+    x_grad, weight_grad, bias_grad = (rows.new_empty(0) for _ in range(3))
+    with torch.autocast(out_grad.device.type, enabled=False):
+        if weight is not None:
+            x_grad = plain.input_gradient(rows, weight).view(*out_grad.shape[:-1], weight.shape[1])
+        if x is not None:
+            weight_grad = plain.weight_gradient(rows, as_rows(x))
+        if needs_bias:
+            bias_grad = plain.bias_gradient(rows)
+    return x_grad, weight_grad, bias_grad
+
+
+@_linear_backward.register_fake
+def _(out_grad, x, weight, needs_bias):
+    return (
+        out_grad.new_empty(0 if weight is None else (*out_grad.shape[:-1], weight.shape[1])),
+        out_grad.new_empty(0 if x is None else (out_grad.shape[-1], x.shape[-1])),
+        out_grad.new_empty(out_grad.shape[-1] if needs_bias else 0),
+    )
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, weight, _, residual = inputs
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    ctx.dtype, ctx.residual_dtype = x.dtype, residual.dtype
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, out_grad):
+    if out_grad is None:
+        return None, None, None, None
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad
+    x_grad = weight_grad = bias_grad = None
+    if needs_x or needs_weight or needs_bias:
+        x_grad, weight_grad, bias_grad = _linear_backward(out_grad.to(ctx.dtype), *ctx.saved_tensors, needs_bias)
+    return (
+        x_grad if needs_x else None,
+        weight_grad if needs_weight else None,
+        bias_grad if needs_bias else None,
+        out_grad.to(ctx.residual_dtype) if needs_residual else None,
+    )
+
+
+_linear.register_autograd(_differentiate, setup_context=_keep)
+_linear_backward.register_autograd(refuse_second_derivatives("linear"))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias + residual.
+
+    x: (..., in); weight: (out, in); bias: (out,); fp32, fp16 or bf16, all of one dtype and on one CUDA device.
+    residual: (..., out), of any of these dtypes: as in PyTorch, the result is in what the dtypes promote to. Without a
+    residual there is nothing to fuse, and this is torch.nn.functional.linear.
+    fp32 products are IEEE unless torch.backends.cuda.matmul.allow_tf32; sums are in fp32 and rounded once. Rows of unit
+    stride, and weights that are transposed views, are read where they lie; anything else is copied. Under autocast x,
+    weight and bias are cast as torch.nn.functional.linear casts them. Gradients are deterministic; with a residual,
+    second derivatives are refused.
+
+    Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
+    are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    """
+    dtype = autocast_dtype(x)
+    x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
+    check_input("linear", "x", x)
+    check_parameter("linear", "weight", weight, (None, x.shape[-1]), x, x.dtype)
+    check_parameter("linear", "bias", bias, (weight.shape[0],), x, x.dtype)
+    shape = (*x.shape[:-1], weight.shape[0])
+    check_residual("linear", residual, shape, x)
+    if residual is not None:
+        return _linear(x, weight, bias, residual)
+    require_device("linear", "x", x)
+    return plain.product(x, weight, bias)

@@ -1,0 +1,384 @@
+"""mlp: fc2(gelu(fc1(x))) + residual, and pre_norm_mlp: x + mlp(layer_norm(x)).
+
+Two products, each with all around it in its epilogue: gelu(x W₁ᵀ + b₁), then · W₂ᵀ + b₂ + residual. Of the wide
+intermediate the pre-activation h alone is kept for the backward, whose first product gives in its epilogue both
+
+    dh = (dy W₂) ∘ gelu'(h)    and    gelu(h), for dW₂ = dyᵀ gelu(h)
+
+and so does without the activation; pre_norm_mlp does without the normalised x, too, and normalises it again.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siglip_kernels.device import require_kernels
+from siglip_kernels.layer_norm.launch import layer_norm_backward, layer_norm_forward
+from siglip_kernels.linear import plain
+from siglip_kernels.linear.arguments import (
+    as_rows,
+    autocast_dtype,
+    cast,
+    check_input,
+    check_norm,
+    check_parameter,
+    check_residual,
+    refuse_second_derivatives,
+    wants_gradients,
+)
+
+
+def _forward(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    residual: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """x: (rows, width). The result (rows, out), and to keep the pre-activation (rows, hidden), or an empty tensor."""
+    from siglip_kernels.linear.gemm import gemm
+
+    activation, pre_activation, _, _ = gemm(x, [fc1_weight], [fc1_bias], gelu="forward", keep_pre_activation=keep)
+    if residual is None:
+        out = plain.product(activation, fc2_weight, fc2_bias)
+    else:
+        out = gemm(activation, [fc2_weight], [fc2_bias], residual=residual)[0]
+    return out, x.new_empty(0) if pre_activation is None else pre_activation
+
+
+def _gradients(
+    out_grad: Tensor,
+    x: Callable[[], Tensor],
+    pre_activation: Tensor,
+    fc1_weight: Tensor | None,
+    fc2_weight: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of x, fc1_weight, fc1_bias, fc2_weight and fc2_bias, as far as needed; the others are empty.
+
+    out_grad: (rows, out). x is called for if fc1_weight's gradient is needed; of the weights, fc1_weight is given where
+    x's gradient is needed, and fc2_weight where any of the first three is.
+    """
+    needs_x, needs_fc1_weight, needs_fc1_bias, needs_fc2_weight, needs_fc2_bias = needs
+    gradients = [out_grad.new_empty(0) for _ in range(5)]
+    activation = None
+    if fc2_weight is not None and (needs_x or needs_fc1_weight or needs_fc1_bias):
+        from siglip_kernels.linear.gemm import gemm
+
+        hidden_grad, _, activation, column_sums = gemm(
+            out_grad,
+            [fc2_weight.T],
+            [None],
+            gelu="backward",
+            pre_activation=pre_activation,
+            keep_activation=needs_fc2_weight,
+            keep_column_sums=needs_fc1_bias,
+        )
+        if needs_x and fc1_weight is not None:
+            gradients[0] = plain.input_gradient(hidden_grad, fc1_weight)
+        if needs_fc1_weight:
+            gradients[1] = plain.weight_gradient(hidden_grad, x())
+        if column_sums is not None:
+            gradients[2] = column_sums.to(hidden_grad.dtype)
+    if needs_fc2_weight:
+        if activation is None:
+            activation = F.gelu(pre_activation, approximate="tanh")
+        gradients[3] = plain.weight_gradient(out_grad, activation)
+    if needs_fc2_bias:
+        gradients[4] = plain.bias_gradient(out_grad)
+    return gradients
+
+
+@torch.library.custom_op("siglip_kernels::mlp", mutates_args=())
+def _mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    residual: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result, and what backward needs besides: the pre-activation (rows, hidden), or an empty tensor."""
+    require_kernels("mlp", "x", x)
+    residual_rows = None if residual is None else as_rows(residual)
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        out, kept = _forward(as_rows(x), fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual_rows, keep)
+    return out.view(*x.shape[:-1], fc2_weight.shape[0]), kept
+
+
+@_mlp.register_fake
+def _(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep):
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = x.new_empty((*x.shape[:-1], fc2_weight.shape[0]), dtype=dtype)
+    return out, x.new_empty((as_rows(x).shape[0], fc1_weight.shape[0]) if keep else 0)
+
+
+@torch.library.custom_op("siglip_kernels::mlp_backward", mutates_args=())
+def _mlp_backward(
+    out_grad: Tensor,
+    x: Tensor | None,
+    pre_activation: Tensor,
+    fc1_weight: Tensor | None,
+    fc2_weight: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, fc1_weight, fc1_bias, fc2_weight and fc2_bias; one that is not needed is an empty tensor."""
+    require_kernels("mlp", "x", out_grad)
+
+    def rows() -> Tensor:
+        assert x is not None
+        return as_rows(x)
+
+    with torch.cuda.device_of(out_grad), torch.autocast(out_grad.device.type, enabled=False):
+        x_grad, *parameters = _gradients(as_rows(out_grad), rows, pre_activation, fc1_weight, fc2_weight, needs)
+    fc1_weight_grad, fc1_bias_grad, fc2_weight_grad, fc2_bias_grad = parameters
+    if needs[0]:
+        x_grad = x_grad.view(*out_grad.shape[:-1], x_grad.shape[-1])
+    return x_grad, fc1_weight_grad, fc1_bias_grad, fc2_weight_grad, fc2_bias_grad
+
+
+def _fake_parameter_gradients(out_grad, width, hidden, needs):
+    """Shapes of the gradients of fc1_weight, fc1_bias, fc2_weight and fc2_bias."""
+    shapes = ((hidden, width), (hidden,), (out_grad.shape[-1], hidden), (out_grad.shape[-1],))
+    return [out_grad.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
+
+
+@_mlp_backward.register_fake
+def _(out_grad, x, pre_activation, fc1_weight, fc2_weight, needs):
+    x_grad = out_grad.new_empty((*out_grad.shape[:-1], fc1_weight.shape[1]) if needs[0] else 0)
+    width = 0 if x is None else x.shape[-1]
+    return x_grad, *_fake_parameter_gradients(out_grad, width, pre_activation.shape[-1], needs[1:])
+
+
+def _keep_for_mlp(ctx, inputs, output) -> None:
+    x, fc1_weight, _, fc2_weight, _, residual, _ = inputs
+    _, pre_activation = output
+    needs_x, needs_fc1_weight, needs_fc1_bias = ctx.needs_input_grad[:3]
+    ctx.mark_non_differentiable(pre_activation)
+    ctx.set_materialize_grads(False)
+    ctx.dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
+    ctx.save_for_backward(
+        x if needs_fc1_weight else None,
+        pre_activation,
+        fc1_weight if needs_x else None,
+        fc2_weight if needs_x or needs_fc1_weight or needs_fc1_bias else None,
+    )
+
+
+def _differentiate_mlp(ctx, out_grad, _):
+    if out_grad is None:
+        return (None,) * 7
+    needs = ctx.needs_input_grad[:5]
+    gradients = [None] * 5
+    if any(needs):
+        gradients = _mlp_backward(out_grad.to(ctx.dtype), *ctx.saved_tensors, needs)
+    residual_grad = out_grad.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
+    return *(grad if need else None for grad, need in zip(gradients, needs, strict=True)), residual_grad, None
+
+
+_mlp.register_autograd(_differentiate_mlp, setup_context=_keep_for_mlp)
+_mlp_backward.register_autograd(refuse_second_derivatives("mlp"))
+
+
+def _check_weights(operation, x, dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias, out: int | None) -> None:
+    check_parameter(operation, "fc1_weight", fc1_weight, (None, x.shape[-1]), x, dtype)
+    check_parameter(operation, "fc1_bias", fc1_bias, (fc1_weight.shape[0],), x, dtype)
+    check_parameter(operation, "fc2_weight", fc2_weight, (out, fc1_weight.shape[0]), x, dtype)
+    check_parameter(operation, "fc2_bias", fc2_bias, (fc2_weight.shape[0],), x, dtype)
+
+
+def mlp(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """fc2(gelu_tanh(fc1(x))) + residual.
+
+    x: (..., width); fc1_weight: (hidden, width); fc1_bias: (hidden,); fc2_weight: (out, hidden); fc2_bias: (out,);
+    fp32, fp16 or bf16, all of one dtype and on one CUDA device; either bias may be None. residual: (..., out), of any
+    of these dtypes: as in PyTorch, the result is in what the dtypes promote to.
+    For the backward x and the pre-activation (..., hidden) are kept, where their gradients ask for them; in inference
+    nothing is. Products, sums, strides, autocast, derivatives and errors: as in `linear`.
+    """
+    dtype = autocast_dtype(x)
+    x = cast(x, dtype)
+    fc1_weight, fc2_weight = cast(fc1_weight, dtype), cast(fc2_weight, dtype)
+    fc1_bias, fc2_bias = cast(fc1_bias, dtype), cast(fc2_bias, dtype)
+    check_input("mlp", "x", x)
+    _check_weights("mlp", x, x.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias, None)
+    check_residual("mlp", residual, (*x.shape[:-1], fc2_weight.shape[0]), x)
+    keep = wants_gradients(x, fc1_weight, fc1_bias, fc2_weight)
+    return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep)[0]
+
+
+@torch.library.custom_op("siglip_kernels::pre_norm_mlp", mutates_args=())
+def _pre_norm_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, and to keep the means, the reciprocal deviations and the pre-activation, or empty tensors."""
+    require_kernels("pre_norm_mlp", "x", x)
+    rows = as_rows(x)
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        normed, mean, rstd = layer_norm_forward(
+            rows, norm_weight.contiguous(), norm_bias.contiguous(), eps, fc1_weight.dtype
+        )
+        out, kept = _forward(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows, keep)
+    if not keep:
+        mean, rstd = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
+    return out.view(x.shape), mean, rstd, kept
+
+
+@_pre_norm_mlp.register_fake
+def _(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, keep):
+    rows = as_rows(x).shape[0]
+    mean, rstd = (x.new_empty(rows if keep else 0, dtype=torch.float32) for _ in range(2))
+    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, fc1_weight.dtype))
+    return out, mean, rstd, fc1_weight.new_empty((rows, fc1_weight.shape[0]) if keep else 0)
+
+
+@torch.library.custom_op("siglip_kernels::pre_norm_mlp_backward", mutates_args=())
+def _pre_norm_mlp_backward(
+    out_grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    mean: Tensor,
+    rstd: Tensor,
+    pre_activation: Tensor,
+    fc1_weight: Tensor | None,
+    fc2_weight: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight and fc2_bias.
+
+    One that is not needed is an empty tensor; x's contains the residual's.
+    """
+    require_kernels("pre_norm_mlp", "x", x)
+    rows, out_rows = as_rows(x), as_rows(out_grad)
+    norm_weight = norm_weight.contiguous()
+
+    def normed() -> Tensor:
+        return layer_norm_forward(rows, norm_weight, norm_bias.contiguous(), eps, pre_activation.dtype)[0]
+
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        needs_normed = any(needs[:3])
+        normed_grad, *parameters = _gradients(
+            out_rows.to(pre_activation.dtype),
+            normed,
+            pre_activation,
+            fc1_weight,
+            fc2_weight,
+            (needs_normed, *needs[3:]),
+        )
+        x_grad, norm_weight_grad, norm_bias_grad = (rows.new_empty(0) for _ in range(3))
+        if needs_normed:
+            x_grad, norm_weight_grad, norm_bias_grad = layer_norm_backward(
+                normed_grad,
+                rows,
+                norm_weight,
+                mean,
+                rstd,
+                out_rows if needs[0] else None,
+                needs_x=needs[0],
+                needs_weight=needs[1],
+                needs_bias=needs[2],
+            )
+    fc1_weight_grad, fc1_bias_grad, fc2_weight_grad, fc2_bias_grad = parameters
+    x_grad = x_grad.view(x.shape) if needs[0] else x_grad
+    return (
+        x_grad,
+        norm_weight_grad,
+        norm_bias_grad,
+        fc1_weight_grad,
+        fc1_bias_grad,
+        fc2_weight_grad,
+        fc2_bias_grad,
+    )
+
+
+@_pre_norm_mlp_backward.register_fake
+def _(out_grad, x, norm_weight, norm_bias, eps, mean, rstd, pre_activation, fc1_weight, fc2_weight, needs):
+    gradient = pre_activation.new_empty(out_grad.shape)
+    return (
+        x.new_empty(x.shape if needs[0] else 0),
+        norm_weight.new_empty(norm_weight.shape if needs[1] else 0),
+        norm_weight.new_empty(norm_weight.shape if needs[2] else 0),
+        *_fake_parameter_gradients(gradient, x.shape[-1], pre_activation.shape[-1], needs[3:]),
+    )
+
+
+def _keep_for_pre_norm_mlp(ctx, inputs, output) -> None:
+    x, norm_weight, norm_bias, ctx.eps, fc1_weight, _, fc2_weight, _, _ = inputs
+    _, *kept = output
+    needs = ctx.needs_input_grad
+    needs_normed = any(needs[:3])
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x,
+        norm_weight,
+        norm_bias,
+        *kept,
+        fc1_weight if needs_normed else None,
+        fc2_weight if needs_normed or needs[4] or needs[5] else None,
+    )
+
+
+def _differentiate_pre_norm_mlp(ctx, out_grad, *_):
+    if out_grad is None:
+        return (None,) * 9
+    all_needs = ctx.needs_input_grad
+    needs = (*all_needs[:3], *all_needs[4:8])
+    x, norm_weight, norm_bias, *kept = ctx.saved_tensors
+    gradients = _pre_norm_mlp_backward(out_grad, x, norm_weight, norm_bias, ctx.eps, *kept, needs)
+    gradients = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    return *gradients[:3], None, *gradients[3:], None
+
+
+_pre_norm_mlp.register_autograd(_differentiate_pre_norm_mlp, setup_context=_keep_for_pre_norm_mlp)
+_pre_norm_mlp_backward.register_autograd(refuse_second_derivatives("pre_norm_mlp"))
+
+
+def pre_norm_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+) -> Tensor:
+    """x + mlp(layer_norm(x)): the second half of an encoder layer.
+
+    x: (..., width); norm_weight, norm_bias: (width,); fc1_weight: (hidden, width); fc1_bias: (hidden,); fc2_weight:
+    (width, hidden); fc2_bias: (width,); fp32, fp16 or bf16, all of one dtype (the norm's may be fp32) and on one CUDA
+    device; either bias of the MLP may be None.
+    For the backward x, two numbers a row and the pre-activation (..., hidden) are kept; x is normalised again there.
+    Under autocast the weights of the MLP are cast, x and the norm's are not, and the result is in what PyTorch's
+    addition promotes to. Products, sums, strides, derivatives and errors: as in `linear`.
+    """
+    dtype = autocast_dtype(x)
+    fc1_weight, fc2_weight = cast(fc1_weight, dtype), cast(fc2_weight, dtype)
+    fc1_bias, fc2_bias = cast(fc1_bias, dtype), cast(fc2_bias, dtype)
+    norm_weight, norm_bias = check_norm("pre_norm_mlp", x, norm_weight, norm_bias, eps, autocast=dtype is not None)
+    _check_weights("pre_norm_mlp", x, dtype or x.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias, x.shape[-1])
+    keep = wants_gradients(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
+    return _pre_norm_mlp(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, keep)[0]

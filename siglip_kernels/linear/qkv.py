@@ -1,0 +1,217 @@
+"""pre_norm_qkv: layer normalisation, then the projections to queries, keys and values as one product.
+
+Checkpoints keep three weights, and so it is one launch over three weights: a tile of columns belongs to one of them.
+The result is packed, (B, S, 3, H, D). For the backward x and two numbers a row are kept; x is normalised again there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.device import require_kernels
+from siglip_kernels.errors import unsupported
+from siglip_kernels.layer_norm.launch import layer_norm_backward, layer_norm_forward
+from siglip_kernels.linear import plain
+from siglip_kernels.linear.arguments import (
+    as_rows,
+    autocast_dtype,
+    cast,
+    check_input,
+    check_norm,
+    check_parameter,
+    refuse_second_derivatives,
+    wants_gradients,
+)
+
+
+@torch.library.custom_op("siglip_kernels::pre_norm_qkv", mutates_args=())
+def _pre_norm_qkv(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    num_heads: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The packed result (B, S, 3, H, D), and to keep the means and reciprocal deviations, or empty tensors."""
+    require_kernels("pre_norm_qkv", "x", x)
+    from siglip_kernels.linear.gemm import gemm
+
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        normed, mean, rstd = layer_norm_forward(
+            as_rows(x), norm_weight.contiguous(), norm_bias.contiguous(), eps, q_weight.dtype
+        )
+        packed = gemm(normed, [q_weight, k_weight, v_weight], [q_bias, k_bias, v_bias])[0]
+    if not keep:
+        mean, rstd = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
+    return packed.view(_packed_shape(x, q_weight, num_heads)), mean, rstd
+
+
+def _packed_shape(x: Tensor, weight: Tensor, num_heads: int) -> tuple[int, ...]:
+    return *x.shape[:2], 3, num_heads, weight.shape[0] // num_heads
+
+
+@_pre_norm_qkv.register_fake
+def _(x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, keep):
+    packed = q_weight.new_empty(_packed_shape(x, q_weight, num_heads))
+    rows = x.shape[0] * x.shape[1] if keep else 0
+    return packed, *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("siglip_kernels::pre_norm_qkv_backward", mutates_args=())
+def _pre_norm_qkv_backward(
+    packed_grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    mean: Tensor,
+    rstd: Tensor,
+    weights: Sequence[Tensor],
+    needs_normed: Sequence[bool],
+    needs_weights: Sequence[bool],
+    needs_biases: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, norm_weight and norm_bias, empty where not needed, then those of the weights that are needed,
+    one below the other, and those of the biases that are needed, side by side.
+
+    weights: the three, where x's gradient or the norm's is needed, else none.
+    """
+    require_kernels("pre_norm_qkv", "x", x)
+    rows = as_rows(x)
+    norm_weight = norm_weight.contiguous()
+    parts = packed_grad.reshape(rows.shape[0], 3, -1)  # [rows, 3, H · D]
+    x_grad, norm_weight_grad, norm_bias_grad = (rows.new_empty(0) for _ in range(3))
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        if any(needs_normed):
+            x_grad, norm_weight_grad, norm_bias_grad = layer_norm_backward(
+                plain.input_gradient(parts.flatten(1), torch.cat(list(weights))),
+                rows,
+                norm_weight,
+                mean,
+                rstd,
+                needs_x=needs_normed[0],
+                needs_weight=needs_normed[1],
+                needs_bias=needs_normed[2],
+            )
+        weight_grads = parts.new_empty(0, rows.shape[1])
+        if any(needs_weights):
+            normed = layer_norm_forward(rows, norm_weight, norm_bias.contiguous(), eps, parts.dtype)[0]
+            weight_grads = plain.weight_gradient(_some_parts(parts, needs_weights), normed)
+        bias_grads = plain.bias_gradient(_some_parts(parts, needs_biases))
+    return (
+        x_grad.view(x.shape) if needs_normed[0] else x_grad,
+        norm_weight_grad,
+        norm_bias_grad,
+        weight_grads,
+        bias_grads,
+    )
+
+
+def _some_parts(parts: Tensor, needed: Sequence[bool]) -> Tensor:
+    """[rows, 3, n] -> [rows, needed · n]: all of them are a view."""
+    if all(needed):
+        return parts.flatten(1)
+    return torch.cat([part for part, need in zip(parts.unbind(1), needed, strict=True) if need] or [parts[:, 0, :0]], 1)
+
+
+@_pre_norm_qkv_backward.register_fake
+def _(packed_grad, x, norm_weight, norm_bias, eps, mean, rstd, weights, needs_normed, needs_weights, needs_biases):
+    part = packed_grad.shape[3] * packed_grad.shape[4]
+    return (
+        x.new_empty(x.shape if needs_normed[0] else 0),
+        norm_weight.new_empty(norm_weight.shape if needs_normed[1] else 0),
+        norm_weight.new_empty(norm_weight.shape if needs_normed[2] else 0),
+        packed_grad.new_empty((sum(needs_weights) * part, x.shape[-1])),
+        packed_grad.new_empty(sum(needs_biases) * part),
+    )
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, norm_weight, norm_bias, ctx.eps, q_weight, _, k_weight, _, v_weight, *_ = inputs
+    _, *kept = output
+    weights = (q_weight, k_weight, v_weight) if any(ctx.needs_input_grad[:3]) else ()
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, norm_weight, norm_bias, *kept, *weights)
+
+
+def _differentiate(ctx, packed_grad, *_):
+    if packed_grad is None:
+        return (None,) * 12
+    needs = ctx.needs_input_grad
+    x, norm_weight, norm_bias, mean, rstd, *weights = ctx.saved_tensors
+    needs_normed, needs_weights, needs_biases = needs[:3], needs[4:10:2], needs[5:10:2]
+    *gradients, weight_grads, bias_grads = _pre_norm_qkv_backward(
+        packed_grad,
+        x,
+        norm_weight,
+        norm_bias,
+        ctx.eps,
+        mean,
+        rstd,
+        weights,
+        needs_normed,
+        needs_weights,
+        needs_biases,
+    )
+    gradients = [gradient if need else None for gradient, need in zip(gradients, needs_normed, strict=True)]
+    part = packed_grad.shape[3] * packed_grad.shape[4]
+    weight_parts, bias_parts = iter(weight_grads.split(part)), iter(bias_grads.split(part))
+    projections = []
+    for needs_weight, needs_bias in zip(needs_weights, needs_biases, strict=True):
+        projections += [next(weight_parts) if needs_weight else None, next(bias_parts) if needs_bias else None]
+    return *gradients, None, *projections, None, None
+
+
+_pre_norm_qkv.register_autograd(_differentiate, setup_context=_keep)
+_pre_norm_qkv_backward.register_autograd(refuse_second_derivatives("pre_norm_qkv"))
+
+
+def pre_norm_qkv(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer normalisation, then the projections to queries, keys and values, split into heads.
+
+    x: (B, S, width); norm_weight, norm_bias: (width,); weights of the projections: (H · D, width); biases: (H · D,) or
+    None; fp32, fp16 or bf16, all of one dtype (the norm's may be fp32) and on one CUDA device. Returns q, k and v, each
+    (B, S, H, D), H = num_heads: views of one packed (B, S, 3, H, D) result.
+    For the backward x and two numbers a row are kept. Under autocast the projections' parameters are cast, x and the
+    norm's are not, and the result is in autocast's dtype. Products, sums, strides, derivatives and errors: as in
+    `linear`.
+    """
+    dtype = autocast_dtype(x)
+    q_weight, k_weight, v_weight = (cast(weight, dtype) for weight in (q_weight, k_weight, v_weight))
+    q_bias, k_bias, v_bias = (cast(bias, dtype) for bias in (q_bias, k_bias, v_bias))
+    norm_weight, norm_bias = check_norm("pre_norm_qkv", x, norm_weight, norm_bias, eps, autocast=dtype is not None)
+    check_input("pre_norm_qkv", "x", x, dimensions=3)
+    out = q_weight.shape[0] if q_weight.dim() else None
+    for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
+        check_parameter("pre_norm_qkv", f"{name}_weight", weight, (out, x.shape[-1]), x, dtype or x.dtype)
+        check_parameter("pre_norm_qkv", f"{name}_bias", bias, (out,), x, dtype or x.dtype)
+    if num_heads < 1 or q_weight.shape[0] % num_heads != 0:
+        got = f"is {num_heads} while the weights have {q_weight.shape[0]} rows"
+        raise unsupported("pre_norm_qkv", "num_heads", got, "positive divisors of the rows")
+    keep = wants_gradients(x, norm_weight, norm_bias, q_weight, k_weight, v_weight)
+    packed = _pre_norm_qkv(
+        x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, keep
+    )[0]
+    q, k, v = packed.unbind(2)
+    return q, k, v
