@@ -1,0 +1,286 @@
+"""CUDA graphs of the model. Without a GPU a recorder that runs the function again stands in for the graph: what is
+copied, checked, cloned and refused around it is the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from oracle import TINY_TEXT, TINY_VISION, leaves, randomised, worst_difference
+
+import siglip_model
+from siglip_kernels import MissingBackendError
+from siglip_model.cuda_graphs import CapturedSiglip, CapturedText, CapturedVision
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONFIG = siglip_model.SiglipConfig(text_config=TINY_TEXT, vision_config=TINY_VISION, num_labels=5)
+
+
+class RerunRecorder:
+    """As a graph: results have fixed addresses, and a replay reads the inputs where they were and overwrites them."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        assert not torch.is_grad_enabled()
+        results = function()
+
+        def replay() -> None:
+            self.replays += 1
+            new = leaves(function())
+            for path, result in leaves(results).items():
+                result.copy_(new[path])
+
+        return results, replay
+
+
+def model(backend: str = "sdpa", kind: str = "SiglipModel", **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    config = {"SiglipTextModel": CONFIG.text_config, "SiglipVisionModel": CONFIG.vision_config}.get(kind, CONFIG)
+    return randomised(getattr(siglip_model, kind)(config, backend=backend)).to(DEVICE, **kwargs)
+
+
+def capture(model: Any, **kwargs: Any) -> Any:
+    """`model.capture(**kwargs)`, on the CPU with the stand-in."""
+    if DEVICE == "cuda":
+        return model.capture(**kwargs)
+    record = RerunRecorder()
+    if isinstance(model, siglip_model.SiglipModel):
+        defaults = {"batch_size": 1, "text_batch_size": None, "image_size": None, "text_length": None}
+        return CapturedSiglip(model, **{**defaults, "attention_mask": False, **kwargs}, record=record)
+    if isinstance(model, siglip_model.SiglipTextModel):
+        defaults = {"batch_size": 1, "text_length": None, "attention_mask": False}
+        return CapturedText(model, **{**defaults, **kwargs}, record=record)
+    return CapturedVision(model, **{"batch_size": 1, "image_size": None, **kwargs}, record=record)
+
+
+def pixels(count: int = 1, size: tuple[int, int] = (48, 48), seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def ids(count: int = 1, length: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 99, (count, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "triton"])
+def test_the_same_results_as_the_model(backend: str) -> None:
+    original = model(backend)
+    fast = capture(original, batch_size=2, text_batch_size=3)
+    for seed in range(2):
+        images, texts = pixels(2, seed=seed), ids(3, seed=seed)
+        with torch.no_grad():
+            assert worst_difference(fast(texts, images), original(texts, images)) < 1e-6
+            assert worst_difference(fast.get_image_features(images), original.get_image_features(images)) < 1e-6
+            assert worst_difference(fast.get_text_features(texts), original.get_text_features(texts)) < 1e-6
+    output = fast(input_ids=ids(3), pixel_values=pixels(2))  # as a processor's batch is given
+    assert isinstance(output, siglip_model.model.SiglipOutput)
+    assert not output.logits_per_image.requires_grad
+
+
+def test_a_result_outlives_the_next_call() -> None:
+    fast = capture(model())
+    first = fast(ids(seed=1), pixels(seed=1))
+    kept = pytree.tree_map_only(torch.Tensor, torch.clone, first)
+    fast(ids(seed=2), pixels(seed=2))
+    fast.get_image_features(pixels(seed=3))
+    fast.get_text_features(ids(seed=3))
+    assert worst_difference(first, kept) == 0
+
+
+def test_the_given_tensors_stay_as_they_were() -> None:
+    given = pixels()
+    kept = given.clone()
+    fast = capture(model())
+    fast.get_image_features(given)
+    fast.get_image_features(pixels(seed=1))
+    assert torch.equal(given, kept)
+
+
+@pytest.mark.parametrize("kind", ["SiglipVisionModel", "SiglipForImageClassification"])
+def test_vision_models(kind: str) -> None:
+    original = model(kind=kind)
+    fast = capture(original, batch_size=2)
+    with torch.no_grad():
+        assert worst_difference(fast(pixels(2)), original(pixels(2))) < 1e-6
+        assert worst_difference(fast(pixel_values=pixels(2, seed=4)), original(pixels(2, seed=4))) < 1e-6
+
+
+def test_a_text_model() -> None:
+    original = model(kind="SiglipTextModel")
+    fast = capture(original, text_length=9)
+    with torch.no_grad():
+        assert worst_difference(fast(ids(length=9)), original(ids(length=9))) < 1e-6
+        assert worst_difference(fast(ids(length=9).int()), original(ids(length=9))) < 1e-6
+
+
+def test_images_of_another_size_are_interpolated() -> None:
+    original = model()
+    images = pixels(1, (64, 80))
+    with torch.no_grad():
+        expected = original.get_image_features(images, interpolate_pos_encoding=True)
+        fast = capture(original, image_size=(64, 80))
+        assert worst_difference(fast.get_image_features(images), expected) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_masks(backend: str) -> None:
+    original = model(backend)
+    fast = capture(original, batch_size=2, attention_mask=True)
+    masks = torch.ones(2, 2, 16, dtype=torch.long, device=DEVICE)
+    masks[0, 1, 5:] = 0
+    masks[1, 0, 11:] = 0
+    for mask in (*masks, None, masks[0].bool()):  # a mask is forgotten after its call
+        with torch.no_grad():
+            expected = original(ids(2), pixels(2), mask)
+        assert worst_difference(fast(ids(2), pixels(2), mask), expected) < 1e-6
+    if backend == "triton":
+        with pytest.raises(ValueError, match="valid tokens after padding"):
+            fast.get_text_features(ids(2), 1 - masks[0])
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 9\); supported: \(2, 16\)"):
+        fast.get_text_features(ids(2), masks[0, :, :9])
+
+
+def test_pixels_are_cast_to_the_weights() -> None:
+    original = model(dtype=torch.bfloat16)
+    fast = capture(original)
+    with torch.no_grad():
+        expected = original.get_image_features(pixels())
+    assert fast.get_image_features(pixels()).pooler_output.dtype == torch.bfloat16
+    assert torch.equal(fast.get_image_features(pixels()).pooler_output, expected.pooler_output)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda fast: fast.get_image_features(pixels(2)),
+            r"pixel_values has shape \(2, 3, 48, 48\); supported: \(1, 3",
+        ),
+        (lambda fast: fast.get_image_features(pixels(1, (64, 64))), r"\(1, 3, 64, 64\); supported: \(1, 3, 48, 48\)"),
+        (lambda fast: fast.get_image_features(pixels().byte()), "dtype torch.uint8; supported: floating point"),
+        (lambda fast: fast.get_image_features(pixels().to("meta")), "pixel_values is on meta; supported: c"),
+        (lambda fast: fast.get_image_features(None), "pixel_values is NoneType; supported: a tensor"),
+        (lambda fast: fast.get_text_features(ids(1, 15)), r"input_ids has shape \(1, 15\); supported: \(1, 16\)"),
+        (lambda fast: fast.get_text_features(ids().float()), "input_ids has dtype torch.float32; supported: int64"),
+        (lambda fast: fast.get_text_features(ids().to("meta")), "input_ids is on meta; supported: c"),
+        (lambda fast: fast.get_text_features(ids(), ids()), "attention_mask is given; supported: none, or capture"),
+        (lambda fast: fast(ids(), pixels(3)), r"captured model: pixel_values has shape \(3, 3, 48, 48\)"),
+        (lambda fast: fast(ids(2), pixels()), r"captured model: input_ids has shape \(2, 16\)"),
+    ],
+)
+def test_what_does_not_fit_the_graph_is_named(call: Callable[[Any], Any], message: str) -> None:
+    fast = capture(model())
+    before = fast(ids(), pixels())
+    with pytest.raises(ValueError, match=message):
+        call(fast)
+    assert worst_difference(fast(ids(), pixels()), before) == 0  # and the graph is none the worse
+
+
+def test_weights_may_change_in_place() -> None:
+    original = model()
+    fast = capture(original)
+    with torch.no_grad():
+        before = fast(ids(), pixels()).logits_per_image
+        other = {name: value + 0.01 for name, value in original.state_dict().items()}
+        original.load_state_dict(other)
+        after = fast(ids(), pixels()).logits_per_image
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, original(ids(), pixels()).logits_per_image, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.to(torch.float64),
+        lambda model: model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True),
+        lambda model: setattr(model, "logit_scale", torch.nn.Parameter(torch.ones(1, device=DEVICE))),
+    ],
+    ids=["cast", "assigned", "one of its own"],
+)
+def test_weights_that_moved_are_noticed(change: Callable[[Any], Any]) -> None:
+    original = model()
+    fast = capture(original)
+    change(original)
+    with pytest.raises(RuntimeError, match="moved or replaced after `capture`.*call capture again"):
+        fast(ids(), pixels())
+
+
+def test_captured_within_inference_mode() -> None:
+    original = model()
+    with torch.inference_mode():
+        fast = capture(original)
+        inside = fast(ids(), pixels()).logits_per_image.clone()
+    assert torch.equal(fast(ids(), pixels()).logits_per_image, inside)
+
+
+def test_hidden_states_where_the_configuration_wants_them() -> None:
+    original = model()
+    original.config.vision_config.output_hidden_states = True
+    output = capture(original).get_image_features(pixels())
+    expected = original.get_image_features(pixels())
+    assert len(output.hidden_states) == 4
+    assert worst_difference(output, expected) < 1e-6
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="says that CUDA is needed")
+@pytest.mark.parametrize(
+    "kind", ["SiglipModel", "SiglipTextModel", "SiglipVisionModel", "SiglipForImageClassification"]
+)
+def test_without_a_gpu(kind: str) -> None:
+    with pytest.raises(MissingBackendError, match="the model is on cpu, and CUDA graphs need a CUDA device"):
+        model(kind=kind).capture()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0; supported: integers from 1"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"text_batch_size": -1}, "text_batch_size is -1"),
+    ],
+)
+def test_impossible_sizes(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"capture: {message}"):
+        model().capture(**arguments)
+
+
+def test_training_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="in training mode; supported: evaluation mode"):
+        model().train().capture()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_a_graph_is_replayed_without_launches(backend: str, dtype: torch.dtype) -> None:
+    """On a GPU: the results are the model's, and a call launches one graph, not the model's kernels."""
+    original = model(backend, dtype=dtype)
+    fast = original.capture(batch_size=1)
+    with torch.no_grad():
+        expected = original(ids(), pixels())
+    assert worst_difference(fast(ids(), pixels()), expected) < (1e-5 if dtype == torch.float32 else 0.1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fast.get_image_features(pixels())
+    assert not any("linear" in event.key or "attention" in event.key for event in profile.key_averages())
+
+
+@pytest.mark.gpu
+def test_capture_under_autocast() -> None:
+    original = model("sdpa")
+    with torch.autocast("cuda", torch.bfloat16):
+        fast = original.capture()
+        expected = original.get_image_features(pixels()).pooler_output
+    for seed in (1, 0):
+        found = fast.get_image_features(pixels(seed=seed)).pooler_output
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.gpu
+def test_a_mask_inside_of_a_foreign_capture_is_refused() -> None:
+    original = model("triton")
+    with pytest.raises(ValueError, match="while a CUDA graph is captured.*model.capture"):
+        with torch.no_grad(), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            original.get_text_features(ids(), torch.ones(1, 16, device="cuda"))
+    torch.cuda.synchronize()
