@@ -56,6 +56,7 @@ def is_plain(module: nn.Module, kind: type[ModuleType]) -> TypeIs[ModuleType]:
     distributed), a missing weight or bias. Such a module is called.
     """
     state = module.__dict__
+    parameters = state["_parameters"]
     return (
         type(module) is kind
         and not state["_forward_pre_hooks"]
@@ -63,11 +64,13 @@ def is_plain(module: nn.Module, kind: type[ModuleType]) -> TypeIs[ModuleType]:
         and not state["_backward_pre_hooks"]
         and not state["_backward_hooks"]
         and "forward" not in state
-        and all(p is not None and not _wraps_tensors(p) for p in state["_parameters"].values())
+        and parameters.get("weight", module) is not None
+        and parameters.get("bias", module) is not None
+        and not any(map(_wraps_tensors, parameters.values()))
     )
 
 
-def _wraps_tensors(tensor: Tensor) -> bool:
+def _wraps_tensors(tensor: Tensor | None) -> bool:
     """torch's mark of a tensor made of others: torchao's quantised ones, DTensor."""
     return hasattr(type(tensor), "__tensor_flatten__")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
 from siglip_kernels.errors import unsupported
@@ -74,20 +75,21 @@ class PoolingHead(UsesBackend, nn.Module):
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
-        attention = self.attention
-        if is_plain(attention, nn.MultiheadAttention):
-            pooled = self.ops.attention_pool(
-                x,
-                self.probe,
-                attention.in_proj_weight,
-                attention.in_proj_bias,
-                attention.out_proj.weight,
-                attention.out_proj.bias,
-                attention.num_heads,
-            )  # [B, width]
-        else:
-            pooled = attention(self.probe.expand(len(x), -1, -1), x, x)[0].squeeze(1)
+        pooled = self._pool(x)  # [B, width]
         return add_pre_norm_mlp(self.ops, self.layernorm, self.mlp, pooled)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        attention = self.attention
+        if not is_plain(attention, nn.MultiheadAttention):
+            return attention(self.probe.expand(len(x), -1, -1), x, x)[0].squeeze(1)
+        weight, bias, out_proj = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
+        arguments = (x, self.probe, weight, bias)
+        if is_plain(out_proj, NonDynamicallyQuantizableLinear):
+            return self.ops.attention_pool(*arguments, out_proj.weight, out_proj.bias, attention.num_heads)
+        identity = torch.eye(len(self.probe[0, 0]), dtype=weight.dtype, device=weight.device)
+        return out_proj(
+            self.ops.attention_pool(*arguments, identity, torch.zeros_like(identity[0]), attention.num_heads)
+        )
 
     def init_weights(self) -> None:
         nn.init.xavier_uniform_(self.probe)

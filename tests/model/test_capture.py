@@ -280,7 +280,7 @@ def test_capture_under_autocast() -> None:
 @pytest.mark.gpu
 def test_a_mask_inside_of_a_foreign_capture_is_refused() -> None:
     original = model("triton")
-    with pytest.raises(ValueError, match="while a CUDA graph is captured.*model.capture"):
-        with torch.no_grad(), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            original.get_text_features(ids(), torch.ones(1, 16, device="cuda"))
+    refused = pytest.raises(ValueError, match="while a CUDA graph is captured.*model.capture")
+    with refused, torch.no_grad(), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        original.get_text_features(ids(), torch.ones(1, 16, device="cuda"))
     torch.cuda.synchronize()

@@ -83,7 +83,7 @@ def test_a_classifier_for_other_labels_as_in_transformers(checkpoint: Path) -> N
 
 
 def test_every_weight_has_an_initialisation(checkpoint: Path) -> None:
-    """Even a model of another width: everything is new, nothing is left as it lay in memory, and LayerNorms are 1 and 0."""
+    """Even a model of another width: nothing is left as it lay in memory, and LayerNorms are 1 and 0."""
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = siglip_model.SiglipConfig(
         text_config={**TINY_TEXT, **tower}, vision_config={**TINY_VISION, **tower, "image_size": 32}

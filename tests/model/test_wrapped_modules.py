@@ -1,0 +1,318 @@
+"""Who wraps, replaces or hooks a module is called, under every backend; elsewhere a layer is four operations."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from oracle import TINY_TEXT, TINY_VISION, our_model, randomised, transformers_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+import siglip_model
+from siglip_model import backends
+
+BACKENDS = ["eager", "sdpa", "triton"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ONE_LAYER = {"num_hidden_layers": 1}
+LAYER = ("layer_norm1", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+         "layer_norm2", "mlp", "mlp.fc1", "mlp.fc2")  # fmt: skip
+HEAD = ("attention", "attention.out_proj", "layernorm", "mlp", "mlp.fc1", "mlp.fc2")
+MODULES = (
+    *(f"vision_model.encoder.layers.0.{name}" for name in LAYER),
+    *(f"vision_model.head.{name}" for name in HEAD),
+    *(f"{tower}_model.embeddings.position_embedding" for tower in ("vision", "text")),
+    "vision_model.embeddings.patch_embedding",
+    "vision_model.encoder.layers.0",
+    "vision_model.post_layernorm",
+    "vision_model.head",
+    "text_model.embeddings.token_embedding",
+    "text_model.final_layer_norm",
+    "text_model.head",
+)
+LINEARS = [name for name in MODULES if name.endswith(("proj", "fc1", "fc2"))]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def model(backend: str = "eager", kind: str = "SiglipModel") -> Any:
+    config = siglip_model.SiglipConfig(
+        text_config={**TINY_TEXT, **ONE_LAYER}, vision_config={**TINY_VISION, **ONE_LAYER}
+    )
+    return randomised(getattr(siglip_model, kind)(config, backend=backend)).to(DEVICE)
+
+
+def run(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 99, (2, 16), generator=generator).to(DEVICE)
+    pixels = torch.randn(2, 3, 48, 48, generator=generator).to(DEVICE)
+    return model(ids, pixels).logits_per_image
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def replace_module(model: Any, name: str, make: Callable[[Any], nn.Module]) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, make(model.get_submodule(name)))
+
+
+class Counted(nn.Module):
+    """Somebody's wrapper. It passes on what it gets."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        self.calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.inner(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # as peft's wrappers do
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+HOOKS: dict[str, Callable[[nn.Module, list], Any]] = {
+    "forward hook": lambda module, seen: module.register_forward_hook(lambda *_: seen.append(1)),
+    "pre-hook": lambda module, seen: module.register_forward_pre_hook(lambda *_: seen.append(1)),
+    "backward hook": lambda module, seen: module.register_full_backward_hook(lambda *_: seen.append(1)),
+    "backward pre-hook": lambda module, seen: module.register_full_backward_pre_hook(lambda *_: seen.append(1)),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_of_every_module_runs(hook: str) -> None:
+    original = model()
+    expected = run(original)
+    for name in MODULES:
+        hooked, seen = copy.deepcopy(original), []
+        handle = HOOKS[hook](hooked.get_submodule(name), seen)
+        out = run(hooked)
+        out.sum().backward()
+        assert len(seen) == 1, name
+        close(out, expected)
+        handle.remove()
+        run(hooked).sum().backward()
+        assert len(seen) == 1, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrapped_modules_are_called(backend: str) -> None:
+    wrapped = model(backend)
+    expected = run(wrapped)
+    for name in LINEARS:
+        replace_module(wrapped, name, Counted)
+    close(run(wrapped), expected)
+    assert {module.calls for module in wrapped.modules() if isinstance(module, Counted)} == {1}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_wrapper_around_any_module(name: str) -> None:
+    wrapped = model()
+    expected = run(wrapped)
+    replace_module(wrapped, name, Counted)
+    close(run(wrapped), expected)
+    assert wrapped.get_submodule(name).calls == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_plain_torch_modules_take_the_places(backend: str) -> None:
+    """nn.Linear knows no residual; some libraries put their own class of its signature there."""
+
+    def plain(module: nn.Linear) -> nn.Linear:
+        new = nn.Linear(module.in_features, module.out_features, device=DEVICE)
+        new.load_state_dict(module.state_dict())
+        return new
+
+    replaced = model(backend)
+    expected = run(replaced)
+    for name in LINEARS:
+        replace_module(replaced, name, plain)
+    close(run(replaced), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parametrized_and_pruned_weights_count(backend: str) -> None:
+    class Half(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    reference, changed = model("eager"), model(backend)
+    changed.load_state_dict(reference.state_dict())
+    layer = "vision_model.encoder.layers.0."
+    for name in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "layer_norm1"):
+        parametrize.register_parametrization(changed.get_submodule(layer + name), "weight", Half())
+        reference.get_submodule(layer + name).weight.data /= 2
+    for name in ("self_attn.v_proj", "mlp.fc2"):
+        prune.random_unstructured(changed.get_submodule(layer + name), "weight", 0.5)
+        reference.get_submodule(layer + name).weight.data *= changed.get_submodule(layer + name).weight_mask
+    close(run(changed), run(reference))
+
+
+def test_a_forward_set_on_the_instance_is_called() -> None:
+    changed = model()
+    norm = changed.vision_model.encoder.layers[0].layer_norm2
+    norm.forward = lambda x: torch.zeros_like(x)  # as accelerate does to move weights in
+    expected = model()
+    expected.load_state_dict(changed.state_dict())
+    for parameter in expected.vision_model.encoder.layers[0].layer_norm2.parameters():
+        parameter.data.zero_()
+    close(run(changed), run(expected))
+
+
+def test_missing_biases() -> None:
+    changed, expected = model(), model()
+    expected.load_state_dict(changed.state_dict())
+    for name in LINEARS:
+        changed.get_submodule(name).bias = None
+        expected.get_submodule(name).bias.data.zero_()
+    close(run(changed), run(expected))
+
+
+class Quantised(Tensor):
+    """A weight that wraps others and brings its product, as torchao's do."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Quantised":
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner: Tensor):
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            x, weight, bias = args
+            return func(x, weight.inner, bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return Quantised(args[0].inner)
+        raise NotImplementedError(f"{func} of a quantised weight")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_bring_their_own_product(backend: str) -> None:
+    changed = model(backend)
+    expected = run(changed)
+    for name in LINEARS:
+        module = changed.get_submodule(name)
+        module.weight = nn.Parameter(Quantised(module.weight.detach()), requires_grad=False)
+    close(run(changed), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lora_of_peft(backend: str) -> None:
+    peft = pytest.importorskip("peft")
+    base = model(backend)
+    expected = run(base)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "out_proj", "fc1", "fc2"], init_lora_weights=False)
+    tuned = peft.get_peft_model(base, config).eval()
+    out = run(tuned)
+    assert (out - expected).abs().max() > 1e-3
+    out.sum().backward()
+    assert all(p.grad is not None for n, p in tuned.named_parameters() if "lora_" in n and "fc" in n)
+    close(run(tuned.merge_and_unload()), out)  # merged, the weights are ours again, and their product the same
+
+
+def test_hooks_see_what_they_see_in_transformers() -> None:
+    theirs = transformers_model({**TINY_TEXT, **ONE_LAYER}, {**TINY_VISION, **ONE_LAYER})
+    ours = our_model(theirs, "sdpa")
+    visible = [name for name in MODULES if name != "vision_model.head.attention.out_proj"]  # nn's attention hides it
+    seen: list[dict[str, Tensor]] = []
+    for each in (theirs, ours):
+        outputs: dict[str, Tensor] = {}
+
+        def keep(name: str, outputs: dict[str, Tensor]) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                outputs[name] = (output[0] if isinstance(output, tuple) else output).detach()
+
+            return hook
+
+        for name in visible:
+            each.get_submodule(name).register_forward_hook(keep(name, outputs))
+        with torch.no_grad():
+            run(each)
+        seen.append(outputs)
+    assert seen[0].keys() == seen[1].keys() == set(visible)
+    for name, expected in seen[0].items():
+        found = seen[1][name]
+        assert found.numel() == expected.numel(), name
+        close(found.reshape(expected.shape), expected)
+
+
+def test_a_wrapped_tower_of_a_classifier_is_called() -> None:
+    classifier = model(kind="SiglipForImageClassification")
+    pixels = torch.randn(2, 3, 48, 48, device=DEVICE)
+    expected, seen = classifier(pixels).logits, []
+    classifier.vision_model.register_forward_hook(lambda *_: seen.append(1))
+    close(classifier(pixels).logits, expected)
+    assert seen == [1]
+
+
+def counting(ops: backends.Backend, calls: list[str]) -> backends.Backend:
+    """The backend, with its calls written down."""
+
+    def counted(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return operation(*args, **kwargs)
+
+        return call
+
+    names = [field.name for field in fields(ops) if field.name not in ("name", "attention_mask")]
+    return backends.replace(ops, **{name: counted(name, getattr(ops, name)) for name in names})
+
+
+def test_a_layer_is_four_operations() -> None:
+    calls: list[str] = []
+    ours = model("sdpa").vision_model
+    ops = counting(ours._backend, calls)
+    for module in ours.modules():
+        if hasattr(module, "ops"):
+            module.ops = ops
+    ours(torch.randn(1, 3, 48, 48, device=DEVICE))
+    layer = ["pre_norm_qkv", "attention", "linear", "pre_norm_mlp"]
+    assert calls == ["patch_embed", *layer, "layer_norm", "attention_pool", "pre_norm_mlp"]
+    calls.clear()
+    ours.encoder.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: None)
+    ours.encoder.layers[0].mlp.fc1.register_forward_hook(lambda *_: None)
+    ours.encoder.layers[0](torch.randn(1, 9, 64, device=DEVICE), {})
+    assert calls == [
+        "layer_norm",
+        "linear",
+        "linear",
+        "linear",
+        "attention",
+        "linear",
+        "layer_norm",
+        "linear",
+        "linear",
+    ]
+
+
+def test_the_names_of_transformers() -> None:
+    """What libraries look for by name, they find."""
+    theirs = transformers.SiglipModel(
+        transformers.SiglipConfig(text_config={**TINY_TEXT, **ONE_LAYER}, vision_config={**TINY_VISION, **ONE_LAYER})
+    )
+    names = {name for name, _ in model().named_modules()}
+    missing = {name for name, _ in theirs.named_modules()} - names
+    assert all(name.endswith("activation_fn") for name in missing)
