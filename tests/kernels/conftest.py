@@ -8,6 +8,7 @@ same tests run the compiled kernels on it. What needs a process of the other kin
 - the fixture `run_python(code, **environment)`: anything else, such as an import with Triton blocked.
 
 The fixture `device` says where the tensors of a kernel's test live; `poisoned_empty` fills fresh memory with NaN.
+Every test draws from the same seed, so that it passes always or never; TEST_SEED=7 pytest tests/kernels tries another.
 """
 
 import os
@@ -20,6 +21,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(int(os.environ.get("TEST_SEED", "0")))
 
 
 @pytest.fixture(scope="session")
