@@ -196,6 +196,11 @@ TRITON = replace(
     name="triton",
     attention=_triton_attention,
     attention_mask=functools.partial(_lengths, name="triton"),
+    linear=siglip_kernels.linear,
+    mlp=siglip_kernels.mlp,
+    layer_norm=siglip_kernels.layer_norm,
+    pre_norm_qkv=siglip_kernels.pre_norm_qkv,
+    pre_norm_mlp=siglip_kernels.pre_norm_mlp,
     sigmoid_loss=siglip_kernels.sigmoid_loss,
 )
 BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}
