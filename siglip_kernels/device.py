@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -76,3 +77,12 @@ def require_kernels(operation: str, argument: str, tensor: torch.Tensor) -> None
             f"{operation}: {argument} is on {tensor.device}, and the Triton kernels need a CUDA device (or CPU tensors "
             "and TRITON_INTERPRET=1 set before Triton is imported); elsewhere use the backend 'sdpa' or 'eager'"
         )
+
+
+def hopper_kernels_enabled() -> bool:
+    """Whether SIGLIP_KERNELS_HOPPER=1 asks for the kernels that are written for Hopper alone. They have not met a GPU
+    yet: without it the portable kernels run everywhere. With it, a call that no Hopper kernel takes is an error."""
+    value = os.environ.get("SIGLIP_KERNELS_HOPPER", "")
+    if value not in ("", "0", "1"):
+        raise MissingBackendError(f"SIGLIP_KERNELS_HOPPER is {value!r}; supported: 1 (Hopper's kernels), 0 or unset")
+    return value == "1"
