@@ -1,68 +1,151 @@
-"""Times of several functions side by side (interleaved, medians with 20th and 80th percentile), and of what machine."""
+"""How time and memory are taken: contenders side by side, rotated inputs, medians with their 20th and 80th percentile.
+
+On a GPU the clock is a pair of CUDA events around a burst of calls. Successive calls read successive copies of the
+inputs, together more than twice the L2, so none finds its inputs there. Where launches are to be hidden, the GPU first
+spins for as long as the host needs to queue the burst, so that the events see kernels back to back.
+"""
+
+from __future__ import annotations
 
 import dataclasses
-import platform
 import random
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+
+LEAST_ROUNDS, MOST_ROUNDS = 5, 200
+BURST_MILLISECONDS, LONGEST_BURST = 0.5, 64
+MOST_COPIES = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds."""
+    """Milliseconds of one call."""
 
     median: float
     p20: float
     p80: float
     rounds: int
 
+    @classmethod
+    def of(cls, milliseconds: Sequence[float]) -> Timing:
+        if len(milliseconds) == 1:
+            return cls(milliseconds[0], milliseconds[0], milliseconds[0], 1)
+        fifths = statistics.quantiles(milliseconds, n=5, method="inclusive")
+        return cls(statistics.median(milliseconds), fifths[0], fifths[-1], len(milliseconds))
+
+
+class Steps:
+    """One contender's calls, one for each copy of the inputs, taken in turn."""
+
+    def __init__(self, steps: Sequence[Callable[[], object]]):
+        self.steps = steps
+        self.next = 0
+
+    def __call__(self) -> None:
+        self.steps[self.next]()
+        self.next = (self.next + 1) % len(self.steps)
+
+
+Clock = Callable[[Steps], float]
+"""Milliseconds of one call, taken once."""
+
+
+def cpu_clock(steps: Steps) -> float:
+    start = time.perf_counter()
+    steps()
+    return (time.perf_counter() - start) * 1e3
+
+
+class CudaClock:
+    """Events around a burst of calls, long enough that the events' resolution does not matter."""
+
+    def __init__(self, hide_launches: bool):
+        self.hide_launches = hide_launches
+        self.bursts: dict[int, tuple[int, int]] = {}  # of each contender: calls, and cycles to spin before them
+
+    def _burst(self, steps: Steps) -> tuple[int, int]:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        steps()
+        torch.cuda.synchronize()
+        one = (time.perf_counter() - start) * 1e3
+        calls = max(1, min(LONGEST_BURST, round(BURST_MILLISECONDS / one)))
+        start = time.perf_counter()
+        for _ in range(calls):
+            steps()
+        queued = time.perf_counter() - start
+        torch.cuda.synchronize()
+        # Twice what queueing took, at a clock that no GPU exceeds; a tenth of a second is the most that makes sense.
+        return calls, int(min(0.1, 2 * queued) * 2.5e9)
+
+    def __call__(self, steps: Steps) -> float:
+        if id(steps) not in self.bursts:
+            self.bursts[id(steps)] = self._burst(steps)
+        calls, cycles = self.bursts[id(steps)]
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self.hide_launches:
+            torch.cuda._sleep(cycles)
+        before.record()
+        for _ in range(calls):
+            steps()
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after) / calls
+
+
+def clock(device: str, hide_launches: bool = True) -> Clock:
+    return CudaClock(hide_launches) if device == "cuda" else cpu_clock
+
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], device: str, seconds: float = 1.0, least_rounds: int = 5
+    contenders: Mapping[str, Steps],
+    clock: Clock,
+    seconds: float,
+    least_rounds: int = LEAST_ROUNDS,
+    each_round: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Times functions that have run before (compiled, warm). Each round runs all of them once, in an order drawn anew,
-    so that clocks and temperature favour none. On CUDA events are the clock, and a write of 256 MB empties the L2
-    between runs. Rounds go on for `seconds` for each function, but for no fewer than `least_rounds`.
+    """Times contenders that have run before (compiled, warm).
+
+    Each round takes every contender once, in an order drawn anew, so that clocks and temperature favour none. Rounds
+    go on for `seconds` for each contender, but for no fewer than `least_rounds`. `each_round` is called after each.
     """
-    order = list(functions)
+    order = list(contenders)
     generator = random.Random(0)
+    for name in order:
+        clock(contenders[name])  # warm, and not counted
     times: dict[str, list[float]] = {name: [] for name in order}
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device == "cuda" else None
     start = time.perf_counter()
-    while len(times[order[0]]) < least_rounds or time.perf_counter() - start < seconds * len(order):
+    for number in range(MOST_ROUNDS):
+        if number >= least_rounds and time.perf_counter() - start > seconds * len(order):
+            break
         generator.shuffle(order)
         for name in order:
-            times[name].append(_once(functions[name], flush))
-        if len(times[order[0]]) >= 200:
-            break
-    return {name: _timing(values) for name, values in times.items()}
+            times[name].append(clock(contenders[name]))
+        each_round()
+    return {name: Timing.of(times[name]) for name in contenders}
 
 
-def _once(function: Callable[[], object], flush: torch.Tensor | None) -> float:
-    if flush is None:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
+def copies(bytes_of_one: int, device: str) -> int:
+    """How many copies of the inputs exceed the L2 twice over; on a CPU, whose caches the system shares, two."""
+    if device != "cuda":
+        return 2
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return max(2, min(MOST_COPIES, -(-2 * l2 // max(1, bytes_of_one))))
+
+
+def cuda_peak(step: Callable[[], Any]) -> int:
+    """Bytes that the allocator held at most during one call, beyond what it held before."""
     torch.cuda.synchronize()
-    before.record()
-    function()
-    after.record()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
     torch.cuda.synchronize()
-    return before.elapsed_time(after) / 1e3
-
-
-def _timing(values: list[float]) -> Timing:
-    if len(values) == 1:
-        return Timing(values[0], values[0], values[0], 1)
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return Timing(statistics.median(values), fifths[0], fifths[-1], len(values))
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peak_resident_bytes() -> int:
@@ -73,35 +156,6 @@ def peak_resident_bytes() -> int:
     raise RuntimeError("/proc/self/status has no VmHWM")
 
 
-def machine() -> dict[str, str | int]:
-    """What every table of times must say about where they were taken."""
-    facts: dict[str, str | int] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-        query = [
-            "nvidia-smi",
-            "--query-gpu=driver_version,power.limit,clocks.max.sm",
-            "--format=csv,noheader",
-            "-i",
-            "0",
-        ]
-        try:
-            facts["driver, power limit, clock"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        except OSError:
-            facts["driver, power limit, clock"] = "nvidia-smi is not installed"
-    return facts
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def forget_peak() -> None:
+    """Let `peak_resident_bytes` count from what this process has now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")

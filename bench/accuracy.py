@@ -1,0 +1,142 @@
+"""How far a contender is from the definition in fp64, and how far it may be.
+
+Ours may be off by twice what the definition is in the same dtype, plus one rounding. Peers round in other places, which
+is their right, so they get ten times; what is beyond that is wrong, and wrong results are not timed.
+
+Forward is judged on the last samples of the very call that is timed, gradients on a call of a few samples, because fp64
+keeps too much for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.operations import Contender, Inputs, Setting
+from bench.peers import Peer
+
+OURS, THEIRS = 2.0, 10.0
+SAMPLES = 2
+
+Found = dict[str, list[Tensor]]
+"""Results and gradients by name."""
+
+
+def as_list(value: Any) -> list[Tensor]:
+    """One result or several."""
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def forward(contender: Contender, inputs: Inputs) -> list[Tensor]:
+    with torch.no_grad():
+        return as_list(contender.call(**inputs.arguments()))
+
+
+def differentiable(inputs: Inputs) -> Inputs:
+    """The same values as leaves that require gradients."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+    return replace(inputs, tensors=leaves)
+
+
+def upstream(results: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What a backward is given: 1 for a loss, else normal values that `dtype` can hold, the same in every call."""
+    generator = torch.Generator(results[0].device).manual_seed(1)
+
+    def draw(result: Tensor) -> Tensor:
+        if result.dim() == 0:
+            return torch.ones_like(result)
+        return torch.randn(result.shape, generator=generator, device=result.device).to(dtype).to(result.dtype)
+
+    return [draw(result) for result in results]
+
+
+def gradients(contender: Contender, inputs: Inputs, dtype: torch.dtype) -> Found:
+    """Results and gradients of inputs and weights."""
+    inputs = differentiable(inputs)
+    results = as_list(contender.call(**inputs.arguments()))
+    weights = [contender.parameters[name] for name in sorted(contender.parameters)]
+    leaves = [*inputs.tensors.values(), *weights]
+    found = torch.autograd.grad(results, leaves, upstream(results, dtype), allow_unused=True)
+    whole = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+    named = {"results": [result.detach() for result in results]}
+    named |= {f"gradient of {name}": [grad] for name, grad in zip(inputs.tensors, whole, strict=False)}
+    return named | ({"gradient of the weights": whole[len(inputs.tensors) :]} if weights else {})
+
+
+def distance(found: list[Tensor], true: list[Tensor]) -> float:
+    """‖found − true‖ / ‖true‖, over all tensors; NaN where anything is."""
+    pairs = list(zip(found, true, strict=True))
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    size = sum(float(b.double().square().sum()) for _, b in pairs)
+    return (difference / size) ** 0.5 if size else difference**0.5
+
+
+class NoTruth(Exception):
+    """The definition itself cannot be computed here, as for lack of memory in fp64."""
+
+
+@dataclass
+class Verdict:
+    """The worst relative error, and what is wrong with it: "" where nothing is."""
+
+    error: float
+    problem: str = ""
+
+
+class Judge:
+    """Knows the truth of one setting, whose timed calls read `inputs`."""
+
+    def __init__(self, setting: Setting, inputs: Inputs):
+        self.setting, self.inputs = setting, inputs
+        self.sample = replace(setting, shape=setting.shape.sample()).inputs(seed=1)
+        self._known: dict[tuple[Any, ...], Found] = {}
+
+    def judge(self, entry: Peer, contender: Contender) -> Verdict:
+        how = self._how(entry)
+        found = self._evaluate(how, contender, self.inputs if how == "timed call" else self.sample)
+        true, plain = self._reference(how, entry, torch.float64), self._reference(how, entry, self.setting.dtype)
+        rounding = torch.finfo(self.setting.dtype).eps
+        worst = Verdict(0.0)
+        for name in true:
+            if [tensor.shape for tensor in found[name]] != [tensor.shape for tensor in true[name]]:
+                shapes = [tuple(tensor.shape) for tensor in found[name]]
+                return Verdict(float("nan"), f"wrong: {name} of shapes {shapes}")
+            error = distance(found[name], true[name])
+            factor = OURS if entry.ours else THEIRS
+            allowed = entry.tolerance or factor * distance(plain[name], true[name]) + rounding
+            if not error <= allowed:
+                return Verdict(error, f"wrong: {name} is off by {error:.1e}, {allowed:.1e} is allowed")
+            worst.error = max(worst.error, error)
+        return worst
+
+    def _how(self, entry: Peer) -> str:
+        if self.setting.direction == "fwd" or entry.one_size:
+            samples_apart = bool(self.inputs.samples) or entry.one_size
+            return "timed call" if samples_apart else "sample, forward"
+        return "sample, gradients"
+
+    def _evaluate(self, how: str, contender: Contender, inputs: Inputs) -> Found:
+        if how == "sample, gradients":
+            return gradients(contender, inputs, self.setting.dtype)
+        results = forward(contender, inputs)
+        return {"results": [result[-SAMPLES:] for result in results] if inputs.samples else results}
+
+    def _reference(self, how: str, entry: Peer, dtype: torch.dtype) -> Found:
+        key = how, entry.truth, dtype
+        if key not in self._known:
+            inputs = self.inputs if how == "timed call" else self.sample
+            if how == "timed call" and inputs.samples:
+                inputs = inputs.last(SAMPLES)
+            if dtype == torch.float64:
+                inputs = inputs.map(torch.Tensor.double)
+            try:
+                truth = (
+                    Contender(entry.truth) if entry.truth else self.setting.operation.definition(self.setting, dtype)
+                )
+                self._known[key] = self._evaluate(how, truth, inputs)
+            except Exception as error:
+                raise NoTruth(f"the definition in {dtype}: {' '.join(str(error).split())[:150]}") from error
+        return self._known[key]

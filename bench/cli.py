@@ -1,0 +1,413 @@
+"""The command `python -m bench`.
+
+Exit codes: 0 all went well, 1 a kernel is wrong, spills or does not compile, 2 wrong use or a machine that cannot,
+130 stopped by Ctrl-C (what was measured is written, and the next run goes on there).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RED, WRONG_USE, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="bench",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="SigLIP's operations and models side by side with the strongest peers: checked first, then timed.",
+    epilog="Exit codes: 0 all went well, 1 a kernel is wrong or spills, 2 wrong use or setup, 130 stopped by Ctrl-C.",
+)
+
+SuitesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[SUITE]...", help="What to measure; all by default.", show_default=False)
+]
+ShapesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shapes",
+        metavar="NAME,…",
+        help="By name (so400m-384-b64), pattern (so400m*) or size (batch=8,tokens=729,…).",
+        show_default=False,
+    ),
+]
+PeersOption = Annotated[
+    list[str] | None,
+    typer.Option("--peers", metavar="NAME,…", help="Contenders; `python -m bench peers` lists them."),
+]
+DtypeOption = Annotated[
+    list[str] | None,
+    typer.Option("--dtype", metavar="NAME,…", help="bf16, fp16, fp32; bf16 on a GPU and fp32 on a CPU by default."),
+]
+DirectionOption = Annotated[
+    list[str] | None, typer.Option("--direction", metavar="NAME,…", help="fwd, bwd, fwd+bwd; what is usual by default.")
+]
+QuickOption = Annotated[bool, typer.Option("--quick", help="The main shapes, the peers that are ready in seconds.")]
+MinutesOption = Annotated[
+    float | None, typer.Option("--minutes", min=0.05, help="End in time, and say what was left out.")
+]
+ResultsOption = Annotated[
+    Path | None,
+    typer.Option("--results", metavar="PATH", help="A .jsonl file or a directory; bench/results by default."),
+]
+
+
+@app.command()
+def run(
+    suites: SuitesArgument = None,
+    shapes: ShapesOption = None,
+    peers: PeersOption = None,
+    dtype: DtypeOption = None,
+    direction: DirectionOption = None,
+    quick: QuickOption = False,
+    minutes: MinutesOption = None,
+    results: ResultsOption = None,
+    again: Annotated[bool, typer.Option("--again", help="Also what this commit measured before.")] = False,
+) -> None:
+    """Time operations and models beside their peers. Started again, it goes on where it stopped."""
+    until = _deadline(minutes)
+    with _errors_in_one_line():
+        request = _request(suites, shapes, peers, dtype, direction, quick, again)
+        red = _check_before_timing(request.suites, until)
+        _run(request, results, red, until)
+
+
+@app.command()
+def check(
+    suites: SuitesArgument = None,
+    dtype: DtypeOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few shapes, bf16.")] = False,
+) -> None:
+    """Compare every kernel of ours with fp64, on this GPU or in Triton's interpreter."""
+    with _errors_in_one_line():
+        from bench import terminal
+        from bench.check import check_all, kernel_operations, kernels_can_run
+
+        reason = kernels_can_run()
+        if reason is not None:
+            raise RuntimeError(reason)
+        operations = kernel_operations(_suites(suites))
+        with terminal.progress_bar() as progress:
+            checked = check_all(operations, quick, _dtypes(dtype), progress)
+        terminal.print_checks(checked)
+        wrong = sum(not one.ok for one in checked)
+        print(f"{len(checked) - wrong} of {len(checked)} right, on {_place()}.")
+        if wrong:
+            raise typer.Exit(RED)
+
+
+@app.command("compile")
+def compile_kernels(
+    operations: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPERATION]...", help="All by default.", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option("--gpu", metavar="NAME,…", help="a100 (sm_80), h200 (sm_90), b200 (sm_100).")
+    ] = None,
+    results: ResultsOption = None,
+) -> None:
+    """Compile every kernel for GPUs that need not be there: registers, spills, matrix instructions, accesses."""
+    with _errors_in_one_line():
+        from bench import terminal
+        from bench.ahead_of_time import GPUS
+        from bench.compilation import compile_operations, launch_modules, use_the_compiler, write_table
+        from bench.results import results_directory
+
+        modules = launch_modules()
+        chosen = _known("operation", _split(operations), modules) or list(modules)
+        gpus = _known("--gpu", _split(gpu), GPUS) or ["a100", "h200", "b200"]
+        use_the_compiler()
+        with terminal.progress_bar() as progress:
+            rows = list(compile_operations({name: modules[name] for name in chosen}, gpus, progress))
+        terminal.print_compiled(rows)
+        if set(chosen) == set(modules):
+            print(f"Written to {write_table(rows, results or results_directory())}.")
+        wrong = [row for _, row in rows if row.problems()]
+        print(f"{len(rows) - len(wrong)} of {len(rows)} kernels compile without a spill.")
+        if wrong:
+            raise typer.Exit(RED)
+
+
+@app.command()
+def tune(
+    operations: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPERATION]...", help="All by default.", show_default=False)
+    ] = None,
+    dtype: DtypeOption = None,
+    quick: QuickOption = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write tables there instead of into siglip_kernels.")
+    ] = None,
+) -> None:
+    """Measure the configurations of our kernels on this GPU and write the tables that the operations read."""
+    with _errors_in_one_line():
+        import torch
+
+        from bench import terminal
+        from bench.circumstances import device, hardware
+        from bench.operations import DTYPES
+        from bench.tune import TUNABLE, settings_of, time_candidates, tune, write_table
+
+        chosen = _known("operation", _split(operations), TUNABLE) or list(TUNABLE)
+        dtypes = [DTYPES[name] for name in _dtypes(dtype) or ["bf16"]]
+        if device() != "cuda":
+            raise RuntimeError("tune measures kernels on a CUDA device, and this machine has none")
+        torch.cuda.init()
+        for name in chosen:
+            settings = settings_of(name, "cuda", dtypes, quick)
+            with terminal.progress_bar() as progress:
+                choices = tune(name, settings, time_candidates, lambda what: progress(0, 1, what))
+            tunable = TUNABLE[name]
+            target = None if out is None else out / tunable.package.rpartition(".")[2] / "tuned.py"
+            path = write_table(tunable.path(), hardware(), {one.key: one.fields for one in choices}, target)
+            for one in choices:
+                print(
+                    f"{name} {one.key}: {one.fields}, {one.milliseconds:.4f} ms; by the heuristic "
+                    f"{one.heuristic_milliseconds:.4f} ms; {one.tried} tried"
+                )
+            print(f"{len(choices)} shape classes of {name} written to {path}.")
+
+
+@app.command()
+def report(
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Results; all by default.", show_default=False)
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option("--results", metavar="DIR", help="Where the page and the plots go.")
+    ] = None,
+    readme: Annotated[
+        Path | None, typer.Option("--readme", metavar="FILE", help="The file with the marks; the project's by default.")
+    ] = None,
+    plots: Annotated[bool, typer.Option(help="Draw them.")] = True,
+) -> None:
+    """Write tables and plots of the results, and the main ones into the README."""
+    with _errors_in_one_line():
+        _report(files, results, readme, plots)
+
+
+@app.command()
+def gpu(
+    quick: QuickOption = False,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0.05, help="End in time; 9 with --quick.", show_default=False)
+    ] = None,
+    results: ResultsOption = None,
+) -> None:
+    """Check, run and report on this GPU in one go. Started again, it goes on where it stopped."""
+    until = _deadline(minutes if minutes is not None else 9.0 if quick else None)
+    with _errors_in_one_line():
+        from bench.circumstances import device
+
+        if device() != "cuda":
+            raise RuntimeError("this machine has no CUDA device; `python -m bench run` measures what a CPU can show")
+        request = _request(None, None, None, None, None, quick, False)
+        red = _check_before_timing(request.suites, until)
+        _run(request, results, red, until)
+        _report(None, results, None, plots=True)
+        if red:
+            raise typer.Exit(RED)
+
+
+@app.command()
+def peers(
+    suites: SuitesArgument = None,
+) -> None:
+    """List the contenders, which are installed, and how to get the others."""
+    with _errors_in_one_line():
+        from bench.peers import peers_of
+        from bench.suites import SUITES
+
+        names = list(dict.fromkeys(case.operation for suite in _suites(suites) for case in SUITES[suite].cases))
+        for operation in names:
+            print(operation)
+            for entry in peers_of(operation).values():
+                version = entry.version()
+                state = f"{entry.package or 'torch'} {version}" if version else f"missing: {entry.how_to_install()}"
+                marks = [entry.note, "CUDA" * entry.cuda, "not with --quick" * entry.slow]
+                print(f"  {entry.name:32} {state}; {', '.join(filter(None, marks))}".rstrip("; "))
+
+
+def _request(
+    suites: Sequence[str] | None,
+    shapes: Sequence[str] | None,
+    peers: Sequence[str] | None,
+    dtype: Sequence[str] | None,
+    direction: Sequence[str] | None,
+    quick: bool,
+    again: bool,
+):  # type: ignore[no-untyped-def]
+    """What is asked for, every name of it known. ValueError lists what there is."""
+    from bench.operations import OPERATIONS
+    from bench.peers import peers_of
+    from bench.run import Request
+    from bench.shapes import DIRECTIONS
+    from bench.suites import SUITES
+
+    names = _suites(suites)
+    operations = list(dict.fromkeys(case.operation for name in names for case in SUITES[name].cases))
+    known_shapes = list(dict.fromkeys(shape for name in names for shape in SUITES[name].shape_names()))
+    known_peers = list(dict.fromkeys(entry for operation in operations for entry in peers_of(operation)))
+    directions = _known("--direction", _split(direction), DIRECTIONS)
+    patterns = _split_shapes(shapes)
+    for pattern in patterns:
+        _check_shape(pattern, known_shapes, [OPERATIONS[name].shape_class for name in operations])
+    chosen = _known("--peers", _split(peers), known_peers)
+    return Request(names, patterns, chosen, _dtypes(dtype), directions, quick, again)
+
+
+def _suites(suites: Sequence[str] | None) -> list[str]:
+    from bench.suites import SUITES
+
+    asked = _known("suite", _split(suites), [*SUITES, "all"])
+    return list(SUITES) if not asked or "all" in asked else asked
+
+
+def _dtypes(names: Sequence[str] | None) -> list[str]:
+    from bench.operations import DTYPES
+
+    return _known("--dtype", _split(names), DTYPES)
+
+
+def _split(values: Iterable[str] | None) -> list[str]:
+    """`a,b` and `--option a --option b` alike."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def _split_shapes(values: Iterable[str] | None) -> list[str]:
+    """As `_split`, but commas that part field=value belong to one shape."""
+    shapes: list[str] = []
+    for value in values or ():
+        shapes += [value] if "=" in value else _split([value])
+    return shapes
+
+
+def _known(what: str, asked: Sequence[str], supported: Iterable[str]) -> list[str]:
+    names = list(supported)
+    unknown = [name for name in asked if name not in names]
+    if unknown:
+        raise ValueError(f"{what}: {', '.join(unknown)}; supported: {', '.join(names)}")
+    return list(dict.fromkeys(asked))
+
+
+def _check_shape(pattern: str, names: Sequence[str], classes: Sequence[type]) -> None:
+    import fnmatch
+
+    from bench.shapes import parse
+
+    if "=" in pattern:
+        errors = []
+        for shape_class in dict.fromkeys(classes):
+            try:
+                parse(shape_class, pattern)
+                return
+            except ValueError as error:
+                errors.append(str(error))
+        raise ValueError("--shapes: " + "; or ".join(errors))
+    if not fnmatch.filter(names, pattern):
+        raise ValueError(f"--shapes: {pattern}; supported: {', '.join(names)}, patterns such as so400m*, or sizes")
+
+
+def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[str, str]:
+    """Operations of ours that are wrong, which are not to be timed. On a CPU nothing of ours is."""
+    from bench import terminal
+    from bench.check import check_all, kernel_operations, red
+    from bench.circumstances import device
+    from bench.run import OutOfTime, deadline
+
+    if device() != "cuda":
+        terminal.say(
+            "no CUDA device: PyTorch is timed on the CPU. Triton kernels are not timed here; they are only checked, "
+            "by `TRITON_INTERPRET=1 python -m bench check` and `python -m bench compile`"
+        )
+        return {}
+    try:
+        with deadline(until), terminal.progress_bar() as progress:
+            checked = check_all(kernel_operations(suites), quick=True, progress=progress)
+    except OutOfTime:
+        raise RuntimeError("time was up before the check had ended; nothing was timed") from None
+    terminal.print_checks(checked)
+    found = red(checked)
+    for operation, reason in found.items():
+        terminal.say(f"{operation} is not timed: {reason}")
+    return found
+
+
+def _run(request, where: Path | None, red: dict[str, str], until: float | None) -> None:  # type: ignore[no-untyped-def]
+    from bench import terminal
+    from bench.report import groups
+    from bench.run import open_results, plan_for, run
+
+    results = open_results(where)
+    with terminal.progress_bar() as progress:
+        outcome = run(request, results, plan_for(request.quick, red), until, progress)
+    terminal.print_groups(groups(outcome.rows))
+    missing = {row.impl: row.reason for row in outcome.rows if row.status == "missing"}
+    for name, how in missing.items():
+        print(f"{name} is missing: {how}")
+    if outcome.settled:
+        print(f"{outcome.settled} groups were measured before with this commit (--again measures them again).")
+    if outcome.left_out:
+        print(f"Time was up. Left out: {', '.join(outcome.left_out)}.")
+    print(f"{len(outcome.rows)} rows written to {results.path}.")
+
+
+def _report(files: Sequence[Path] | None, where: Path | None, readme: Path | None, plots: bool) -> None:
+    from bench.circumstances import ROOT, in_repository
+    from bench.plots import draw_all
+    from bench.report import full_report, insert, summary
+    from bench.results import read, results_directory
+
+    directory = (where.parent if where is not None and where.suffix == ".jsonl" else where) or results_directory()
+    chosen = list(files or sorted(path for path in directory.glob("*.jsonl") if not path.name.startswith("compile-")))
+    absent = [path for path in chosen if not path.exists()]
+    if absent:
+        raise ValueError(f"no such file: {', '.join(map(str, absent))}")
+    rows = read(chosen)
+    directory.mkdir(parents=True, exist_ok=True)
+    drawn = draw_all(rows, directory) if plots else []
+    page = directory / "README.md"
+    page.write_text(full_report(rows, chosen, drawn))
+    print(f"Written: {', '.join(str(path) for path in (page, *drawn))}.")
+    target = readme or (ROOT / "README.md" if in_repository() else None)
+    text = summary(rows, chosen, drawn, target.parent if target else Path.cwd())
+    if target is None:
+        print(text)
+        return
+    insert(target, text)
+    print(f"Updated {target}.")
+
+
+def _place() -> str:
+    from bench.circumstances import device, hardware
+
+    return hardware() if device() == "cuda" else "Triton's interpreter"
+
+
+def _deadline(minutes: float | None) -> float | None:
+    """Of the whole command, with a little left for tables and plots."""
+    return None if minutes is None else time.monotonic() + 60 * minutes - min(20.0, 6 * minutes)
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("bench: stopped; what was measured is written, and the next run goes on there", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(WRONG_USE) from None
+
+
+def main() -> None:
+    """The entry point of `python -m bench`."""
+    app(prog_name="python -m bench")

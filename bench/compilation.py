@@ -1,0 +1,70 @@
+"""The ahead-of-time table of every operation: `bench.ahead_of_time` for all modules of launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import bench
+from bench.ahead_of_time import GPUS, Row, compile_launches
+from bench.circumstances import commit, version
+
+SUFFIX = "_launches"
+
+
+def launch_modules() -> dict[str, str]:
+    """Operation -> module, for every bench/<operation>_launches.py."""
+    names = sorted(module.name for module in pkgutil.iter_modules(bench.__path__) if module.name.endswith(SUFFIX))
+    return {name.removesuffix(SUFFIX): f"bench.{name}" for name in names}
+
+
+def use_the_compiler() -> None:
+    """TRITON_INTERPRET replaces the compiler when Triton is imported; RuntimeError where that has happened."""
+    if os.environ.pop("TRITON_INTERPRET", None) == "1" and "triton" in sys.modules:
+        raise RuntimeError("Triton was imported with TRITON_INTERPRET=1, which replaces its compiler")
+
+
+def compile_operations(
+    modules: dict[str, str],
+    gpus: Sequence[str],
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Iterator[tuple[str, Row]]:
+    """(operation, row) of every kernel of the modules of launches, for each GPU."""
+    launches = {name: list(importlib.import_module(module).launches()) for name, module in modules.items()}
+    total = len(gpus) * sum(len(found) for found in launches.values())
+    done = 0
+    for operation, found in launches.items():
+        for launch in found:
+            for gpu in gpus:
+                progress(done, total, f"{operation} {launch.name} for {gpu}")
+                for row in compile_launches(iter([launch]), gpu):
+                    yield operation, row
+                done += 1
+    progress(done, total, "")
+
+
+def architecture(gpu: str) -> str:
+    """sm_90 of h200."""
+    major, minor = GPUS[gpu].capability
+    return f"sm_{major}{minor}"
+
+
+def write_table(rows: Sequence[tuple[str, Row]], directory: Path) -> Path:
+    """The rows as JSON lines, with the compiler's version and the commit."""
+    sha, dirty = commit()
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    shared = {"triton": version("triton"), "commit": sha, "dirty": dirty, "date": date}
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"compile-triton-{version('triton')}.jsonl"
+    with path.open("w") as file:
+        for operation, row in rows:
+            facts = {"op": operation, "arch": architecture(row.gpu), **dataclasses.asdict(row)}
+            file.write(json.dumps({**facts, "problems": row.problems(), **shared}) + "\n")
+    return path

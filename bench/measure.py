@@ -1,0 +1,253 @@
+"""Measures one setting: every contender is prepared, judged against fp64, and the right ones are timed side by side."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.accuracy import Judge, NoTruth, as_list, differentiable, upstream
+from bench.circumstances import ROOT, Watch
+from bench.floors import Floors
+from bench.operations import Contender, Inputs, Setting
+from bench.peers import Missing, Peer, Unsupported
+from bench.results import AGAIN, Row, new_row
+from bench.suites import SUITES, dtype_name
+from bench.timing import LEAST_ROUNDS, Clock, Steps, Timing, clock, copies, cuda_peak, interleaved
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much time to spend. red: operations of ours that `check` found wrong, which are not timed, and why."""
+
+    seconds: float = 0.3  # on each contender
+    least_rounds: int = LEAST_ROUNDS
+    red: Mapping[str, str] = field(default_factory=dict)
+
+
+def blank_row(suite: str, setting: Setting, entry: Peer, **values: Any) -> Row:
+    """A contender's row before it is measured."""
+    return new_row(
+        suite=suite,
+        op=setting.operation.name,
+        direction=setting.direction,
+        shape=setting.shape.sizes(),
+        dtype=dtype_name(setting.dtype),
+        impl=entry.name,
+        peer_version=entry.version(),
+        **values,
+    )
+
+
+def step_of(contender: Contender, inputs: Inputs, setting: Setting) -> Callable[[], object]:
+    """One call in the setting's direction. For `bwd` the forward is behind it, and its graph is kept."""
+    if setting.direction == "fwd":
+        arguments = inputs.arguments()
+
+        def forward() -> object:
+            with torch.no_grad():
+                return contender.call(**arguments)
+
+        return forward
+    inputs = differentiable(inputs)
+    leaves = [*inputs.tensors.values(), *contender.parameters.values()]
+    if setting.direction == "bwd":
+        results = as_list(contender.call(**inputs.arguments()))
+        given = upstream(results, setting.dtype)
+        return lambda: torch.autograd.grad(results, leaves, given, retain_graph=True, allow_unused=True)
+    with torch.no_grad():
+        given = upstream(as_list(contender.call(**inputs.arguments())), setting.dtype)
+
+    def both() -> object:
+        results = as_list(contender.call(**inputs.arguments()))
+        return torch.autograd.grad(results, leaves, given, allow_unused=True)
+
+    return both
+
+
+def measure(
+    suite: str,
+    setting: Setting,
+    entries: Iterable[Peer],
+    floors: Floors,
+    plan: Plan,
+    write: Callable[[Row], None],
+    progress: Callable[[str], None] = lambda what: None,
+) -> None:
+    """Writes a row for each contender: what fails as soon as it has failed, what is timed when all are.
+
+    The first of those that are timed is timed twice; its second row, with "#2" behind the name, is the noise.
+    """
+    torch._dynamo.reset()
+    entries = list(entries)
+    try:
+        group = _Group(suite, setting, plan, floors)
+    except Exception as error:  # inputs that do not fit are everybody's failure
+        status, reason = explain(error)
+        for entry in entries:
+            write(blank_row(suite, setting, entry, status=status, reason=f"inputs: {reason}"))
+        return
+    for entry in entries:
+        progress(entry.name)
+        row = group.prepare(entry)
+        if row is not None:
+            write(row)
+    progress("timing")
+    for row in group.time():
+        write(row)
+    group.close()
+
+
+class _Group:
+    """Contenders of one setting that stand ready to be timed, and the inputs that they share."""
+
+    def __init__(self, suite: str, setting: Setting, plan: Plan, floors: Floors):
+        self.suite, self.setting, self.plan, self.floors = suite, setting, plan, floors
+        first = setting.inputs(0)
+        self.inputs = [first, *(setting.inputs(seed) for seed in range(1, copies(first.bytes(), setting.device)))]
+        self.judge = Judge(setting, first)
+        self.ready: dict[str, tuple[Row, Steps]] = {}
+
+    def prepare(self, entry: Peer) -> Row | None:
+        """None where the contender is ready, else its row with the reason why not."""
+        row = blank_row(self.suite, self.setting, entry)
+        try:
+            if entry.ours and self.setting.operation.name in self.plan.red:
+                return replace(row, status="error", reason=f"not timed: {self.plan.red[self.setting.operation.name]}")
+            self._refuse_what_memory_forbids(entry)
+            contender = entry.prepare(self.setting)
+            doubt = ""
+            try:
+                verdict = self.judge.judge(entry, contender)
+                row.error_vs_fp64 = verdict.error if math.isfinite(verdict.error) else None
+                if verdict.problem:
+                    return replace(row, status="error", reason=verdict.problem)
+            except NoTruth as error:
+                doubt = f"not judged: {error}"
+            row.reason = "; ".join(note for note in (entry.note, contender.note, doubt) if note)
+            steps = [step_of(contender, inputs, self.setting) for inputs in self.inputs]
+            for step in steps[:2]:
+                step()
+            row.peak_mem_bytes = self._peak(entry, steps[0])
+            self.ready[entry.name] = row, Steps(steps)
+            return None
+        except Exception as error:  # whatever goes wrong in a peer is its result
+            status, reason = explain(error)
+            return replace(row, status=status, reason=reason)
+        finally:
+            free()
+
+    def _refuse_what_memory_forbids(self, entry: Peer) -> None:
+        """A CPU's system lends memory that it does not have, and ends the process later."""
+        pairs = getattr(self.setting.shape, "pairs", 0)
+        if self.setting.device == "cpu" and entry.quadratic:
+            needed, there = 4 * entry.quadratic * pairs**2, _available_memory()
+            if needed > 0.8 * there:
+                raise torch.OutOfMemoryError(
+                    f"not tried: about {needed / 1e9:.0f} GB, and {there / 1e9:.0f} GB are free"
+                )
+
+    def _peak(self, entry: Peer, step: Callable[[], object]) -> int | None:
+        if self.setting.device == "cuda":
+            return cuda_peak(step)
+        return peak_in_a_process(self.suite, self.setting, entry) if sys.platform == "linux" else None
+
+    def time(self) -> list[Row]:
+        """Rows of all that are ready."""
+        if not self.ready:
+            return []
+        timed = {name: steps for name, (_, steps) in self.ready.items()}
+        first = next(iter(timed))
+        timed[first + AGAIN] = timed[first]
+        watch = Watch()
+        times = interleaved(timed, self._clock(), self.plan.seconds, self.plan.least_rounds, watch.look)
+        rows = []
+        for name, timing in times.items():
+            row = self.ready[name.removesuffix(AGAIN)][0]
+            note = "; ".join(part for part in (row.reason, watch.note()) if part)
+            rows.append(with_times(replace(row, impl=name, reason=note), self.setting, timing, self.floors))
+        return rows
+
+    def _clock(self) -> Clock:
+        return clock(self.setting.device, SUITES[self.suite].hide_launches)
+
+    def close(self) -> None:
+        self.ready.clear()
+        self.inputs.clear()
+        free()
+
+
+def with_times(row: Row, setting: Setting, timing: Timing, floors: Floors) -> Row:
+    """The row with what follows from the time: rates, and the share of the floor."""
+    element, seconds = setting.dtype.itemsize, timing.median / 1e3
+    floor = floors.milliseconds(setting.shape, setting.direction, element)
+    return replace(
+        row,
+        ms_median=timing.median,
+        ms_p20=timing.p20,
+        ms_p80=timing.p80,
+        tflops=setting.shape.flops(setting.direction) / seconds / 1e12,
+        gbps=setting.shape.bytes(setting.direction, element) / seconds / 1e9,
+        floor_ms=floor,
+        floor_share=floor / timing.median,
+    )
+
+
+def explain(error: BaseException) -> tuple[str, str]:
+    """(status, reason) of a contender that raised."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, Missing):
+        return "missing", message
+    if isinstance(error, Unsupported):
+        return "unsupported", message
+    if isinstance(error, torch.OutOfMemoryError):
+        return "oom", message[:200]
+    if isinstance(error, NotImplementedError):
+        return "unsupported", message[:300]
+    return "error", f"{type(error).__name__}: {message}"[:300]
+
+
+def free() -> None:
+    """Gives back what the last contender held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _available_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 2**40
+
+
+def peak_in_a_process(suite: str, setting: Setting, entry: Peer) -> int:
+    """How far the resident memory of a fresh process rises during one call (Linux).
+
+    Memory is taken from the system and given back piece by piece there, so that no earlier piece is used again unseen.
+    """
+    what = {
+        "operation": setting.operation.name,
+        "shape": setting.shape.sizes(),
+        "dtype": dtype_name(setting.dtype),
+        "direction": setting.direction,
+        "peer": entry.name,
+    }
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    with tempfile.TemporaryDirectory() as elsewhere:
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-m", "bench.peak_memory", json.dumps(what)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=elsewhere)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}")
+    return int(done.stdout.split()[-1])

@@ -1,0 +1,319 @@
+"""What is compared: for each operation its inputs, drawn anew, its definition, and ours.
+
+A contender is called as the definition is: by keyword, with the tensors and constants that `Operation.inputs` made.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import siglip_kernels
+from bench import shapes
+from bench.shapes import MODELS, Shape
+from siglip_kernels import reference
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one call. `tensors` are differentiated, `constants` are not.
+
+    samples: the arguments whose first dimension counts samples (or rows) that do not depend on each other, as the
+    results' does; none where they do.
+    """
+
+    tensors: dict[str, Tensor]
+    constants: dict[str, Any] = field(default_factory=dict)
+    samples: tuple[str, ...] = ()
+
+    def arguments(self) -> dict[str, Any]:
+        return {**self.tensors, **self.constants}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with every floating-point tensor changed."""
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return Inputs(
+            {name: change(tensor) for name, tensor in self.tensors.items()},
+            {name: changed(value) for name, value in self.constants.items()},
+            self.samples,
+        )
+
+    def last(self, count: int) -> Inputs:
+        """The last samples alone."""
+
+        def cut(arguments: dict[str, Any]) -> dict[str, Any]:
+            return {name: value[-count:] if name in self.samples else value for name, value in arguments.items()}
+
+        return Inputs(cut(self.tensors), cut(self.constants), self.samples)
+
+    def bytes(self) -> int:
+        tensors = [value for value in self.arguments().values() if isinstance(value, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass
+class Contender:
+    """Something that can be measured: a function, and the weights of its own that training differentiates."""
+
+    call: Callable[..., Any]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    note: str = ""  # what a reader of the row should know, such as the backend that SDPA took
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a peer is told when it is loaded: it has to serve this operation on these shapes, and nothing else."""
+
+    operation: Operation
+    shape: Shape
+    dtype: torch.dtype
+    device: str
+    direction: str
+
+    def inputs(self, seed: int = 0) -> Inputs:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return self.operation.inputs(self.shape, self.dtype, self.device, generator)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of SigLIP, or the model as a whole.
+
+    definition: from a Setting and the dtype to compute in, in plain PyTorch.
+    directions: what is measured unless something else is asked for.
+    """
+
+    name: str
+    shape_class: type[Shape]
+    inputs: Callable[[Any, torch.dtype, str, torch.Generator], Inputs]
+    definition: Callable[[Setting, torch.dtype], Contender]
+    directions: tuple[str, ...] = ("fwd", "bwd")
+
+
+def _normal(generator: torch.Generator, dtype: torch.dtype, device: str, *sizes: int, scale: float = 1.0) -> Tensor:
+    drawn = torch.randn(*sizes, generator=generator, device=device, dtype=torch.float32)
+    return drawn.mul_(scale).to(dtype)
+
+
+Draw = Callable[..., Tensor]
+
+
+def _drawing(make: Callable[[Any, Draw], Inputs]) -> Callable[[Any, torch.dtype, str, torch.Generator], Inputs]:
+    """Inputs from a function that is given the shape and `draw(*sizes, scale=1)`."""
+
+    def inputs(shape: Any, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+        return make(shape, functools.partial(_normal, generator, dtype, device))
+
+    return inputs
+
+
+def _weight(draw: Draw, outputs: int, inputs: int) -> Tensor:
+    return draw(outputs, inputs, scale=inputs**-0.5)
+
+
+@_drawing
+def _attention_inputs(shape: shapes.AttentionShape, draw: Draw) -> Inputs:
+    """Strided views of one packed projection, as a model has them."""
+    packed = draw(shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
+    return Inputs(dict(zip("qkv", packed.unbind(2), strict=True)), samples=("q", "k", "v"))
+
+
+@_drawing
+def _linear_inputs(shape: shapes.LinearShape, draw: Draw) -> Inputs:
+    tensors = {
+        "x": draw(shape.rows, shape.inputs),
+        "weight": _weight(draw, shape.outputs, shape.inputs),
+        "bias": draw(shape.outputs),
+    }
+    if shape.residual:
+        tensors["residual"] = draw(shape.rows, shape.outputs)
+    return Inputs(tensors, samples=("x", "residual"))
+
+
+def _norm_weights(width: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    return 1 + draw(width, scale=0.1), draw(width, scale=0.1)
+
+
+@_drawing
+def _qkv_inputs(shape: shapes.QKVShape, draw: Draw) -> Inputs:
+    norm_weight, norm_bias = _norm_weights(shape.width, draw)
+    tensors = {"x": draw(shape.rows, 1, shape.width), "norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name in "qkv":
+        tensors[f"{name}_weight"] = _weight(draw, shape.width, shape.width)
+        tensors[f"{name}_bias"] = draw(shape.width)
+    return Inputs(tensors, {"eps": 1e-6, "num_heads": shape.heads}, ("x",))
+
+
+def _mlp_weights(shape: shapes.MLPShape, draw: Draw) -> dict[str, Tensor]:
+    return {
+        "fc1_weight": _weight(draw, shape.hidden, shape.width),
+        "fc1_bias": draw(shape.hidden, scale=0.1),
+        "fc2_weight": _weight(draw, shape.width, shape.hidden),
+        "fc2_bias": draw(shape.width, scale=0.1),
+    }
+
+
+@_drawing
+def _mlp_inputs(shape: shapes.MLPShape, draw: Draw) -> Inputs:
+    x, residual = draw(shape.rows, shape.width), draw(shape.rows, shape.width)
+    return Inputs({"x": x, **_mlp_weights(shape, draw), "residual": residual}, samples=("x", "residual"))
+
+
+@_drawing
+def _pre_norm_mlp_inputs(shape: shapes.MLPShape, draw: Draw) -> Inputs:
+    norm_weight, norm_bias = _norm_weights(shape.width, draw)
+    tensors = {"x": draw(shape.rows, shape.width), "norm_weight": norm_weight, "norm_bias": norm_bias}
+    return Inputs({**tensors, **_mlp_weights(shape, draw)}, {"eps": 1e-6}, ("x",))
+
+
+@_drawing
+def _norm_inputs(shape: shapes.NormShape, draw: Draw) -> Inputs:
+    weight, bias = _norm_weights(shape.width, draw)
+    return Inputs({"x": draw(shape.rows, shape.width), "weight": weight, "bias": bias}, {"eps": 1e-6}, ("x",))
+
+
+@_drawing
+def _pool_inputs(shape: shapes.PoolShape, draw: Draw) -> Inputs:
+    tensors = {
+        "x": draw(shape.batch, shape.tokens, shape.width),
+        "probe": draw(1, 1, shape.width),
+        "in_proj_weight": _weight(draw, 3 * shape.width, shape.width),
+        "in_proj_bias": draw(3 * shape.width, scale=0.1),
+        "out_proj_weight": _weight(draw, shape.width, shape.width),
+        "out_proj_bias": draw(shape.width, scale=0.1),
+    }
+    return Inputs(tensors, {"num_heads": shape.heads}, ("x",))
+
+
+@_drawing
+def _patch_inputs(shape: shapes.PatchShape, draw: Draw) -> Inputs:
+    fan_in = 3 * shape.patch**2
+    tensors = {
+        "weight": draw(shape.width, 3, shape.patch, shape.patch, scale=fan_in**-0.5),
+        "bias": draw(shape.width, scale=0.1),
+        "position": draw(shape.tokens, shape.width),
+    }
+    return Inputs(tensors, {"pixel_values": draw(shape.batch, 3, shape.image, shape.image)}, ("pixel_values",))
+
+
+def _loss_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+    """Normalised embeddings, and the scale and bias that SigLIP starts from, in fp32 as a model has them."""
+    embeds = [F.normalize(_normal(generator, torch.float32, device, shape.pairs, shape.width)) for _ in range(2)]
+    tensors = {name: value.to(dtype) for name, value in zip(("image_embeds", "text_embeds"), embeds, strict=True)}
+    tensors["logit_scale"] = torch.full((), 10.0, device=device)
+    tensors["logit_bias"] = torch.full((), -10.0, device=device)
+    return Inputs(tensors)
+
+
+def _model_inputs(shape: shapes.ModelShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+    """Pixels and, where both towers run, texts. The weights are the contenders' own: `model_weights`."""
+    image = MODELS[shape.model].vision.image
+    constants: dict[str, Any] = {"pixel_values": _normal(generator, dtype, device, shape.batch, 3, image, image)}
+    if shape.text:
+        constants["input_ids"] = torch.randint(0, 32000, (shape.batch, 64), generator=generator, device=device)
+    return Inputs({}, constants, () if isinstance(shape, shapes.TrainShape) else ("pixel_values", "input_ids"))
+
+
+def model_config(shape: shapes.ModelShape) -> dict[str, Any]:
+    """config.json of the shape's model, for transformers and for us."""
+
+    def fields(tower: shapes.Tower) -> dict[str, int]:
+        layers = shape.layers or tower.layers
+        sizes = dict(hidden_size=tower.width, intermediate_size=tower.hidden)
+        return {**sizes, "num_hidden_layers": layers, "num_attention_heads": tower.heads}
+
+    model = MODELS[shape.model]
+    vision = {**fields(model.vision), "image_size": model.vision.image, "patch_size": model.vision.patch}
+    return {"model_type": "siglip", "text_config": fields(model.text), "vision_config": vision}
+
+
+@functools.lru_cache(maxsize=1)
+def _model_weights(shape: shapes.ModelShape, dtype: torch.dtype, device: str) -> Mapping[str, Tensor]:
+    import siglip_model
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = siglip_model.SiglipConfig.from_dict(model_config(shape))
+        return siglip_model.SiglipModel(config, backend="eager").to(dtype).state_dict()
+
+
+def model_weights(setting: Setting) -> Mapping[str, Tensor]:
+    """Random weights by transformers' names. Every contender shares these very tensors."""
+    shape = setting.shape
+    assert isinstance(shape, shapes.ModelShape)
+    return _model_weights(shapes.ModelShape("", shape.model, 1, shape.layers, True), setting.dtype, setting.device)
+
+
+def our_model(setting: Setting, backend: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """siglip_model's, with the shape's weights: both towers, or the vision tower alone."""
+    import siglip_model
+
+    shape = setting.shape
+    assert isinstance(shape, shapes.ModelShape)
+    with torch.device(setting.device):
+        model = siglip_model.SiglipModel(siglip_model.SiglipConfig.from_dict(model_config(shape)), backend=backend)
+    model.load_state_dict(model_weights(setting), assign=True)
+    whole: nn.Module = model if shape.text else model.vision_model
+    return whole.to(dtype or setting.dtype).eval()
+
+
+def as_contender(
+    model: nn.Module, setting: Setting, call: Callable[..., Any] | None = None, note: str = ""
+) -> Contender:
+    """A model as something to measure: its embeddings, or its loss where it is trained."""
+    call = call or model
+    training = isinstance(setting.shape, shapes.TrainShape)
+
+    def run(**inputs: Tensor) -> Any:
+        if training:
+            return call(**inputs, return_loss=True).loss
+        out = call(**inputs)
+        return (out.image_embeds, out.text_embeds) if "input_ids" in inputs else out.pooler_output
+
+    return Contender(run, dict(model.named_parameters()) if training else {}, note)
+
+
+def _model_definition(setting: Setting, dtype: torch.dtype) -> Contender:
+    return as_contender(our_model(setting, "eager", dtype), setting)
+
+
+def _plain(function: Callable[..., Any]) -> Callable[[Setting, torch.dtype], Contender]:
+    return lambda setting, dtype: Contender(function)
+
+
+_TRAINED = ("fwd", "fwd+bwd")
+
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        Operation("attention", shapes.AttentionShape, _attention_inputs, _plain(reference.attention)),
+        Operation("linear", shapes.LinearShape, _linear_inputs, _plain(reference.linear)),
+        Operation("pre_norm_qkv", shapes.QKVShape, _qkv_inputs, _plain(reference.pre_norm_qkv), _TRAINED),
+        Operation("mlp", shapes.MLPShape, _mlp_inputs, _plain(reference.mlp), _TRAINED),
+        Operation("pre_norm_mlp", shapes.MLPShape, _pre_norm_mlp_inputs, _plain(reference.pre_norm_mlp), _TRAINED),
+        Operation("layer_norm", shapes.NormShape, _norm_inputs, _plain(reference.layer_norm)),
+        Operation("attention_pool", shapes.PoolShape, _pool_inputs, _plain(reference.attention_pool), _TRAINED),
+        Operation("patch_embed", shapes.PatchShape, _patch_inputs, _plain(reference.patch_embed), _TRAINED),
+        Operation("sigmoid_loss", shapes.LossShape, _loss_inputs, _plain(reference.sigmoid_loss), ("fwd+bwd", "fwd")),
+        Operation("vision_tower", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
+        Operation("siglip", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
+        Operation("training_step", shapes.TrainShape, _model_inputs, _model_definition, ("fwd+bwd",)),
+    )
+}
+
+
+def ours(name: str) -> Callable[..., Any] | None:
+    """Our kernels for an operation, or None where siglip_kernels has none yet."""
+    found = getattr(siglip_kernels, name, None)
+    return found if callable(found) else None  # a module of that name is no operation yet

@@ -1,0 +1,122 @@
+"""Attention's peers. Inputs and results are (B, S, H, D); inputs are strided views of one packed projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.operations import Contender, Setting
+from bench.peers.registry import Unsupported, peer
+from siglip_kernels import reference
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@peer("attention", "eager", note="the definition")
+def eager(setting: Setting) -> Attention:
+    return reference.attention
+
+
+def heads_first(function: Callable[..., Tensor]) -> Attention:
+    """A function of (B, H, S, D) as one of (B, S, H, D)."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+    return call
+
+
+def chosen_backend(setting: Setting) -> str:
+    """The backend that `scaled_dot_product_attention` takes for these inputs, by PyTorch's own answer."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in setting.inputs().tensors.values())
+    if setting.direction != "fwd":
+        q.requires_grad_()
+    try:
+        from torch.nn.attention import SDPBackend
+
+        return SDPBackend(torch._fused_sdp_choice(q, k, v)).name.lower()  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):
+        return "unknown"
+
+
+@peer("attention", "sdpa", note="the backend that PyTorch chooses")
+def sdpa(setting: Setting) -> Contender:
+    return Contender(heads_first(F.scaled_dot_product_attention), note=f"SDPA ran {chosen_backend(setting)}")
+
+
+def _pinned(backend: str) -> Callable[[Setting], Contender]:
+    def load(setting: Setting) -> Contender:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        pinned = getattr(SDPBackend, backend)
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(pinned):
+                return heads_first(F.scaled_dot_product_attention)(q, k, v)
+
+        try:
+            with torch.no_grad():
+                call(**setting.inputs().tensors)
+        except RuntimeError as error:
+            if "No available kernel" in str(error):
+                raise Unsupported(f"PyTorch has no {backend.lower()} kernel for this call") from error
+            raise
+        return Contender(call, note=f"SDPA ran {backend.lower()}")
+
+    return load
+
+
+for _name, _backend in (
+    ("math", "MATH"),
+    ("flash", "FLASH_ATTENTION"),
+    ("cudnn", "CUDNN_ATTENTION"),
+    ("efficient", "EFFICIENT_ATTENTION"),
+):
+    # The CPU has a flash kernel of its own, and the other two are CUDA's.
+    peer("attention", f"sdpa:{_name}", cuda=_name in ("cudnn", "efficient"))(_pinned(_backend))
+
+
+@peer("attention", "flex", cuda=True, note="FlexAttention, compiled")
+def flex(setting: Setting) -> Attention:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return heads_first(torch.compile(flex_attention, dynamic=False))
+
+
+@peer(
+    "attention",
+    "flash_attn_2",
+    package="flash-attn",
+    install="FLASH_ATTN_CUDA_ARCHS=90 MAX_JOBS=16 pip install flash-attn --no-build-isolation",
+    cuda=True,
+    dtypes=("fp16", "bf16"),
+)
+def flash_attention_2(setting: Setting) -> Attention:
+    from flash_attn.flash_attn_interface import flash_attn_func  # flash-attn-4 shares the name flash_attn
+
+    return flash_attn_func
+
+
+@peer("attention", "flash_attn_3", package="fa3-fwd", cuda=True, dtypes=("bf16",), directions=("fwd",))
+def flash_attention_3(setting: Setting) -> Attention:
+    from fa3_fwd_interface import flash_attn_func
+
+    return flash_attn_func
+
+
+@peer(
+    "attention",
+    "flash_attn_4",
+    package="flash-attn-4",
+    install="pip install --pre flash-attn-4",
+    cuda=True,
+    dtypes=("fp16", "bf16"),
+    note="CuTe DSL; compiles on its first call",
+)
+def flash_attention_4(setting: Setting) -> Attention:
+    from flash_attn.cute import flash_attn_func
+
+    return lambda q, k, v: flash_attn_func(q, k, v)[0]

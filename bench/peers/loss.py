@@ -1,0 +1,132 @@
+"""Peers of the sigmoid loss, and two neighbours: losses with softmax, which compute something else as efficiently."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import siglip_kernels
+from bench.operations import Setting
+from bench.peers.compiled import compiled
+from bench.peers.registry import Missing, Unsupported, peer
+from siglip_kernels import reference
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@peer("sigmoid_loss", "chunked", note="ours, in plain PyTorch")
+def chunked(setting: Setting) -> Loss:
+    return siglip_kernels.chunked_sigmoid_loss
+
+
+@peer("sigmoid_loss", "eager", quadratic=6, note="the definition")
+def eager(setting: Setting) -> Loss:
+    return reference.sigmoid_loss
+
+
+@peer("sigmoid_loss", "compile", cuda=True, quadratic=2, note="torch.compile of the definition")
+def compiled_eager(setting: Setting) -> Loss:
+    return compiled(reference.sigmoid_loss, "compile")
+
+
+@peer("sigmoid_loss", "max-autotune", cuda=True, slow=True, quadratic=2, note="torch.compile of the definition")
+def max_autotune(setting: Setting) -> Loss:
+    return compiled(reference.sigmoid_loss, "max-autotune")
+
+
+def _siglip_kernel(backend: str, **arguments: int) -> Callable[[Setting], Loss]:
+    """siglip-kernel takes log t. With a chunk size its bf16 path is called, as its README says."""
+
+    def load(setting: Setting) -> Loss:
+        if arguments:
+            from siglip_kernel import fused_chunked_bf16_siglip_loss
+
+            loss = functools.partial(fused_chunked_bf16_siglip_loss, **arguments)
+        else:
+            from siglip_kernel import fused_siglip_loss
+
+            loss = functools.partial(fused_siglip_loss, backend=backend)
+
+        def call(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+            return loss(image_embeds, text_embeds, logit_scale.log(), logit_bias)
+
+        return call
+
+    return load
+
+
+for _backend, _more in (
+    ("auto", {}),
+    ("chunked_bf16", {}),
+    ("chunked_bf16_pipelined", {}),
+    ("chunked_bf16_fp8", {"tolerance": 0.3, "note": "products in fp8"}),
+    ("chunked_epilogue", {"slow": True}),
+    ("hopper", {"slow": True}),
+    ("fused", {"slow": True}),
+    ("fused_v2", {"slow": True}),
+):
+    _name = "siglip_kernel" if _backend == "auto" else f"siglip_kernel:{_backend}"
+    peer("sigmoid_loss", _name, package="siglip-kernel", cuda=True, **_more)(_siglip_kernel(_backend))
+peer("sigmoid_loss", "siglip_kernel:chunk_size=1024", package="siglip-kernel", cuda=True, note="its least memory")(
+    _siglip_kernel("chunked_bf16", chunk_size=1024)
+)
+
+
+def _open_clip(**arguments: int) -> Callable[[Setting], Loss]:
+    """open_clip's class, from the file that defines it: the package as a whole imports torchvision."""
+
+    def load(setting: Setting) -> Loss:
+        found = importlib.util.find_spec("open_clip")
+        if found is None or found.origin is None:
+            raise Missing("pip install open-clip-torch")
+        spec = importlib.util.spec_from_file_location("open_clip_loss", Path(found.origin).parent / "loss.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        try:
+            return module.SigLipLoss(**arguments)
+        except TypeError as error:
+            raise Unsupported(f"this version's SigLipLoss has no {', '.join(arguments)}: {error}") from error
+
+    return load
+
+
+peer("sigmoid_loss", "open_clip", package="open-clip-torch", quadratic=6)(_open_clip())
+peer("sigmoid_loss", "open_clip:chunk_size=1024", package="open-clip-torch", quadratic=3)(_open_clip(chunk_size=1024))
+
+
+def softmax_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """CLIP's loss (Radford et al. 2021), which the two neighbours compute; the bias plays no part."""
+    logits = image_embeds @ text_embeds.T * logit_scale
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+@peer("sigmoid_loss", "inf_cl", package="inf-cl", cuda=True, truth=softmax_loss, note="another loss: softmax")
+def inf_cl(setting: Setting) -> Loss:
+    from inf_cl import cal_flash_loss
+
+    def call(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+        # It cuts the width into slices of a power of two: 768 is 3 of 256, so400m's 1152 is 9 of 128.
+        width = next(size for size in (256, 128, 64, 32, 16) if image_embeds.shape[1] % size == 0)
+        images = cal_flash_loss(image_embeds, text_embeds, scale=logit_scale, head_dim=width)
+        texts = cal_flash_loss(text_embeds, image_embeds, scale=logit_scale, head_dim=width)
+        return (images.mean() + texts.mean()) / 2
+
+    return call
+
+
+@peer("sigmoid_loss", "memeff", package="memeff", cuda=True, truth=softmax_loss, note="another loss: softmax")
+def memeff(setting: Setting) -> Loss:
+    from memeff import MemoryEfficientCLIPLoss
+
+    # Its temperature is a constant, so the scale gets no gradient from it.
+    temperature = 1 / float(setting.inputs().tensors["logit_scale"])
+    loss = MemoryEfficientCLIPLoss(temperature=temperature, normalized_inputs=True, stable=False)
+    return lambda image_embeds, text_embeds, logit_scale, logit_bias: loss(image_embeds, text_embeds)

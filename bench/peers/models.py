@@ -1,0 +1,116 @@
+"""Whole models: ours with each backend, transformers with each attention and each mode of torch.compile, fp8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from bench.operations import Contender, Setting, as_contender, model_config, model_weights, our_model
+from bench.peers.compiled import MODES, compiled
+from bench.peers.registry import Unsupported, peer
+from bench.shapes import ModelShape
+from siglip_kernels import MissingBackendError
+
+_MODELS = ("vision_tower", "siglip", "training_step")
+_ATTENTION = ("eager", "sdpa", "flash_attention_2")
+
+
+def _ours(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
+    def load(setting: Setting) -> Contender:
+        try:
+            model = our_model(setting, backend)
+        except MissingBackendError as error:
+            raise Unsupported(str(error)) from error
+        return as_contender(model, setting, compiled(model, mode) if mode else None)
+
+    return load
+
+
+peer(_MODELS, "triton", package="triton", cuda=True)(_ours("triton"))
+peer(_MODELS, "triton:compile", package="triton", cuda=True, one_size=True, note="ours, under torch.compile")(
+    _ours("triton", "compile")
+)
+for _backend in ("sdpa", "eager"):
+    peer(_MODELS, f"siglip_model:{_backend}", note="ours, without our kernels")(_ours(_backend))
+peer(_MODELS, "siglip_model:flash_attention_2", package="flash-attn", cuda=True, dtypes=("fp16", "bf16"))(
+    _ours("flash_attention_2")
+)
+
+
+def transformers_model(setting: Setting, attention: str) -> nn.Module:
+    """transformers' SigLIP with the shape's weights."""
+    import torch
+    import transformers
+
+    shape = setting.shape
+    assert isinstance(shape, ModelShape)
+    transformers.logging.set_verbosity_error()
+    fields = model_config(shape)
+    config = transformers.SiglipConfig(text_config=fields["text_config"], vision_config=fields["vision_config"])
+    with torch.device(setting.device):
+        model = transformers.SiglipModel._from_config(config, attn_implementation=attention, dtype=setting.dtype)
+    model.load_state_dict(model_weights(setting), assign=True)
+    return (model if shape.text else model.vision_model).eval()
+
+
+def _transformers(attention: str, mode: str = "") -> Callable[[Setting], Contender]:
+    def load(setting: Setting) -> Contender:
+        if attention == "flash_attention_2":
+            import flash_attn.flash_attn_interface  # noqa: F401  an ImportError here says what is missing
+        model = transformers_model(setting, attention)
+        return as_contender(model, setting, compiled(model, mode) if mode else None)
+
+    return load
+
+
+for _attention in _ATTENTION:
+    _flash = _attention == "flash_attention_2"
+    for _mode in ("", *MODES):
+        peer(
+            _MODELS,
+            f"transformers:{_attention}" + (f":{_mode}" if _mode else ""),
+            package="flash-attn" if _flash else "transformers",
+            install="pip install flash-attn --no-build-isolation" if _flash else "pip install 'transformers>=5.17'",
+            cuda=_flash or bool(_mode),
+            one_size=bool(_mode),
+            dtypes=("fp16", "bf16") if _flash else None,
+            # Two compiled models say most of what all nine do; the rest is for those who have the minutes.
+            slow=bool(_mode) and (_attention, _mode) not in (("sdpa", "compile"), ("sdpa", "reduce-overhead")),
+        )(_transformers(_attention, _mode))
+
+
+def _quantized(setting: Setting) -> nn.Module:
+    """Forward alone: weights quantised ahead, activations as they come, a scale for each row."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    model = transformers_model(setting, "sdpa")
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return model
+
+
+def _float8_training(setting: Setting) -> nn.Module:
+    from torchao.float8 import convert_to_float8_training
+
+    # Sixteen divides every width of the products that fp8 takes; the others stay as they are.
+    def divisible(module: nn.Module, name: str) -> bool:
+        return not isinstance(module, nn.Linear) or (module.in_features % 16 == 0 and module.out_features % 16 == 0)
+
+    return convert_to_float8_training(transformers_model(setting, "sdpa"), module_filter_fn=divisible)
+
+
+@peer(
+    _MODELS,
+    "torchao:float8",
+    package="torchao",
+    cuda=True,
+    dtypes=("bf16",),
+    slow=True,
+    one_size=True,
+    tolerance=0.3,
+    note="transformers sdpa, products in fp8, torch.compile",
+)
+def float8(setting: Setting) -> Contender:
+    training = setting.operation.name == "training_step"
+    model = _float8_training(setting) if training else _quantized(setting)
+    return as_contender(model, setting, compiled(model, "compile"))

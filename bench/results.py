@@ -1,0 +1,158 @@
+"""Rows of results: the schema, files of JSON lines, and which rows are there already.
+
+A file is `<gpu>-<date>.jsonl`. A row is written as soon as it is measured and never changed; where several say the same
+thing, the last one counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.circumstances import ROOT, circumstances, in_repository, is_gpu
+
+STATUSES = ("ok", "oom", "unsupported", "missing", "error")
+AGAIN = "#2"  # the name of a contender that is timed twice in one group, for the noise
+
+
+@dataclass
+class Row:
+    """One measurement, or the reason why there is none. The fields are the schema."""
+
+    suite: str
+    op: str
+    direction: str
+    shape: dict[str, Any]
+    dtype: str
+    impl: str  # "triton" or "triton:variant" for ours, else the peer's name; "#2" behind it: timed once more
+    status: str = "ok"  # one of STATUSES
+    reason: str = ""  # why there is no number; beside a number, what a reader should know of it
+    ms_median: float | None = None
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+    floor_ms: float | None = None
+    floor_share: float | None = None
+    peak_mem_bytes: int | None = None  # at most held during a call, beyond inputs and weights
+    error_vs_fp64: float | None = None  # relative; the worst of results or gradients
+    gpu: str = ""
+    driver: str | None = None
+    cuda: str | None = None
+    torch: str = ""
+    triton: str | None = None
+    peer_version: str | None = None
+    commit: str = ""
+    dirty: bool | None = None
+    date: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status is {self.status!r}; supported: {', '.join(STATUSES)}")
+
+    @property
+    def on_gpu(self) -> bool:
+        return is_gpu(self.gpu)
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """What contenders were measured side by side."""
+        shape = json.dumps(self.shape, sort_keys=True)
+        return self.suite, self.op, self.direction, shape, self.dtype
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What a later row replaces."""
+        return (*self.group, self.impl, self.gpu)
+
+
+FIELDS = tuple(item.name for item in dataclasses.fields(Row))
+
+
+def new_row(**values: Any) -> Row:
+    """A row with this machine's circumstances."""
+    return Row(**{**circumstances(), **values})
+
+
+def results_directory() -> Path:
+    """bench/results of a checkout; for an installed copy, bench-results in the current directory."""
+    return ROOT / "bench" / "results" if in_repository() else Path.cwd() / "bench-results"
+
+
+def results_file(where: Path | None = None) -> Path:
+    """The file of this machine and day, in `where` or the usual directory; `where` itself where it is a file."""
+    if where is not None and where.suffix == ".jsonl":
+        return where
+    facts = circumstances()
+    return (where or results_directory()) / f"{slug(facts['gpu'])}-{facts['date']}.jsonl"
+
+
+def slug(gpu: str) -> str:
+    """A GPU's name as a file's: "NVIDIA H100 80GB HBM3" -> "h100-80gb-hbm3"; "cpu (…)" -> "cpu"."""
+    if not is_gpu(gpu):
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia")).strip("-") or "gpu"
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    """Every row of the files. ValueError names the file and line of one that is no row."""
+    rows = []
+    for path in paths:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+                unknown, lacking = set(values) - set(FIELDS), set(FIELDS) - set(values)
+                if unknown or lacking:
+                    raise ValueError(f"fields unknown {sorted(unknown)}, lacking {sorted(lacking)}")
+                rows.append(Row(**values))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    return rows
+
+
+@dataclass
+class Results:
+    """A file of rows that is being written, and what it held before."""
+
+    path: Path
+    rows: dict[tuple[str, ...], Row] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> Results:
+        results = cls(path)
+        if path.exists():
+            _drop_half_a_line(path)
+            for row in read([path]):
+                results.rows[row.key] = row
+        return results
+
+    def add(self, row: Row) -> None:
+        """Writes it to the file, to the disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            file.flush()
+        self.rows[row.key] = row
+
+    def settled(self, row: Row) -> bool:
+        """Whether a row like this one was measured with this code and these versions."""
+        found = self.rows.get(row.key)
+        return found is not None and _code(found) == _code(row) and found.peer_version == row.peer_version
+
+
+def _code(row: Row) -> tuple[str, str, str | None]:
+    return row.commit, row.torch, row.triton
+
+
+def _drop_half_a_line(path: Path) -> None:
+    """What a run that was killed while writing left behind."""
+    text = path.read_text()
+    if text and not text.endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1])

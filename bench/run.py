@@ -1,0 +1,147 @@
+"""Runs suites: skips what is settled, writes at once what is measured, and ends in order when time is up."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from bench.circumstances import device
+from bench.floors import Floors, measure_floors
+from bench.measure import Plan, blank_row, free, measure
+from bench.operations import Setting
+from bench.peers import Peer, peers_of
+from bench.results import Results, Row
+from bench.suites import SUITES, by_importance, dtype_name, dtypes_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure; empty means what is usual. The command line has checked every name."""
+
+    suites: Sequence[str]
+    shapes: Sequence[str] = ()
+    peers: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    directions: Sequence[str] = ()
+    quick: bool = False
+    again: bool = False  # also what is settled
+
+    def settings(self) -> list[tuple[str, Setting]]:
+        """What to measure, by suite, most important first."""
+        place = device()
+        dtypes = list(self.dtypes) or dtypes_of(place)
+        return by_importance(
+            {
+                name: SUITES[name].settings(place, dtypes, self.quick, self.shapes, self.directions)
+                for name in self.suites
+            }
+        )
+
+    def entries(self, setting: Setting) -> list[Peer]:
+        """Whom to measure: on a CPU not the peers that only a GPU has, in a quick run not the slow ones."""
+        entries = peers_of(setting.operation.name).values()
+        if self.peers:
+            return [entry for entry in entries if entry.name in self.peers]
+        possible = [entry for entry in entries if setting.device == "cuda" or not entry.cuda]
+        return [entry for entry in possible if not (self.quick and entry.slow)]
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    rows: list[Row] = field(default_factory=list)
+    settled: int = 0  # groups that were measured before
+    left_out: list[str] = field(default_factory=list)
+
+
+class OutOfTime(BaseException):
+    """Raised where time is up, whatever is running: no library's `except Exception` keeps it."""
+
+
+@contextlib.contextmanager
+def deadline(at: float | None) -> Iterator[None]:
+    """Raises OutOfTime in the main thread when `time.monotonic()` reaches `at`."""
+    if at is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, at - time.monotonic()))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def label(suite: str, setting: Setting) -> str:
+    """A group's name for people."""
+    name = setting.operation.name
+    operation = name if name == suite else f"{suite} {name}"
+    return f"{operation} {setting.direction} {setting.shape.name} {dtype_name(setting.dtype)}"
+
+
+def run(
+    request: Request,
+    results: Results,
+    plan: Plan,
+    until: float | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    measure_group: Callable[..., None] = measure,
+) -> Outcome:
+    """Measures what is requested, until `time.monotonic()` reaches `until`."""
+    outcome = Outcome()
+    settings = request.settings()
+    floors: dict[torch.dtype, Floors] = {}
+
+    def write(row: Row) -> None:
+        results.add(row)
+        outcome.rows.append(row)
+
+    place = 0
+    try:
+        with deadline(until):
+            for place, (suite, setting) in enumerate(settings):
+                entries = request.entries(setting)
+                if not request.again and all(results.settled(blank_row(suite, setting, entry)) for entry in entries):
+                    outcome.settled += 1
+                    continue
+                name = label(suite, setting)
+                progress(place, len(settings), f"{name}: floors")
+                if setting.dtype not in floors:
+                    floors[setting.dtype] = measure_floors(setting.device, setting.dtype, plan.seconds)
+                step = _under(progress, place, len(settings), name)
+                measure_group(suite, setting, entries, floors[setting.dtype], plan, write, step)
+            place = len(settings)
+    except OutOfTime:
+        free()
+        outcome.left_out = [label(suite, setting) for suite, setting in settings[place:]]
+    progress(place, len(settings), "")
+    return outcome
+
+
+def _under(progress: Callable[[int, int, str], None], place: int, total: int, name: str) -> Callable[[str], None]:
+    return lambda what: progress(place, total, f"{name}: {what}")
+
+
+def open_results(where: Path | None) -> Results:
+    """The file of this machine and day, or the one that is named."""
+    from bench.results import results_file
+
+    return Results.open(results_file(where))
+
+
+def plan_for(quick: bool, red: Mapping[str, str]) -> Plan:
+    """A quick run takes a third of the time on each contender."""
+    return replace(Plan(red=dict(red)), seconds=0.1 if quick else 0.3)

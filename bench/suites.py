@@ -1,0 +1,295 @@
+"""Which shapes each suite measures, in order of importance: on a GPU, in a quick run, and on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bench.operations import DTYPES, OPERATIONS, Operation, Setting
+from bench.shapes import (
+    MODELS,
+    AttentionShape,
+    LinearShape,
+    LossShape,
+    MLPShape,
+    ModelShape,
+    NormShape,
+    PatchShape,
+    PoolShape,
+    QKVShape,
+    Shape,
+    TrainShape,
+    parse,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of an operation, and where it is measured unless it is named."""
+
+    operation: str
+    shape: Shape
+    quick: bool = False
+    cpu: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What `python -m bench run NAME` measures.
+
+    hide_launches: whether kernels are timed back to back, or a call as its user waits for it.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    hide_launches: bool = True
+
+    def settings(
+        self,
+        device: str,
+        dtypes: Sequence[str],
+        quick: bool,
+        patterns: Sequence[str] = (),
+        directions: Sequence[str] = (),
+    ) -> list[Setting]:
+        """What to measure, most important first. Named shapes are measured whatever the machine."""
+        chosen = self._named(patterns) if patterns else [case for case in self.cases if _usual(case, device, quick)]
+        return [
+            Setting(operation, case.shape, DTYPES[dtype], device, direction)
+            for case in chosen
+            for operation in [OPERATIONS[case.operation]]
+            for direction in operation.directions + tuple(d for d in directions if d not in operation.directions)
+            if (not directions or direction in directions) and not (direction == "bwd" and _no_backward(operation))
+            for dtype in dtypes
+        ]
+
+    def shape_names(self) -> list[str]:
+        return list(dict.fromkeys(case.shape.name for case in self.cases))
+
+    def _named(self, patterns: Sequence[str]) -> list[Case]:
+        """Cases whose shape has a name, matches a pattern such as so400m-384*, or is given as field=value,…"""
+        found = []
+        for pattern in patterns:
+            if "=" in pattern:
+                for name in dict.fromkeys(case.operation for case in self.cases):
+                    with contextlib.suppress(ValueError):  # sizes of another of the suite's operations
+                        found.append(Case(name, parse(OPERATIONS[name].shape_class, pattern)))
+            else:
+                found += [case for case in self.cases if fnmatch.fnmatchcase(case.shape.name, pattern)]
+        return found
+
+
+def _usual(case: Case, device: str, quick: bool) -> bool:
+    return case.cpu if device == "cpu" else case.quick or not quick
+
+
+def _no_backward(operation: Operation) -> bool:
+    """The loss may compute its gradients in the forward; models are trained as a whole."""
+    return operation.name in ("sigmoid_loss", "vision_tower", "siglip", "training_step")
+
+
+def _attention(model: str, batch: int, text: bool = False, quick: bool = False, cpu: bool = False) -> Case:
+    tower = MODELS[model].text if text else MODELS[model].vision
+    name = f"{model}{'-text' if text else ''}-b{batch}"
+    return Case("attention", AttentionShape(name, batch, tower.tokens, tower.heads, tower.head_dim), quick, cpu)
+
+
+def _rows(model: str, batch: int) -> int:
+    return batch * MODELS[model].vision.tokens
+
+
+def _linear(model: str, batch: int, part: str, quick: bool = False) -> Case:
+    tower = MODELS[model].vision
+    inputs, outputs, residual = {
+        "fc1": (tower.width, tower.hidden, False),
+        "fc2": (tower.hidden, tower.width, True),
+        "out": (tower.width, tower.width, True),
+        "qkv": (tower.width, 3 * tower.width, False),
+    }[part]
+    shape = LinearShape(f"{model}-{part}-b{batch}", _rows(model, batch), inputs, outputs, residual)
+    return Case("linear", shape, quick)
+
+
+def _qkv(model: str, batch: int, quick: bool = False) -> Case:
+    tower = MODELS[model].vision
+    shape = QKVShape(f"{model}-b{batch}", _rows(model, batch), tower.width, tower.heads)
+    return Case("pre_norm_qkv", shape, quick)
+
+
+def _mlp(operation: str, model: str, batch: int, quick: bool = False) -> Case:
+    tower = MODELS[model].vision
+    return Case(operation, MLPShape(f"{model}-b{batch}", _rows(model, batch), tower.width, tower.hidden), quick)
+
+
+def _norm(model: str, batch: int, quick: bool = False) -> Case:
+    shape = NormShape(f"{model}-b{batch}", _rows(model, batch), MODELS[model].vision.width)
+    return Case("layer_norm", shape, quick)
+
+
+def _pool(model: str, batch: int, quick: bool = False, cpu: bool = False) -> Case:
+    tower = MODELS[model].vision
+    shape = PoolShape(f"{model}-b{batch}", batch, tower.tokens, tower.width, tower.heads)
+    return Case("attention_pool", shape, quick, cpu)
+
+
+def _patch(model: str, batch: int, quick: bool = False) -> Case:
+    tower = MODELS[model].vision
+    return Case("patch_embed", PatchShape(f"{model}-b{batch}", batch, tower.image, tower.patch, tower.width), quick)
+
+
+def _loss(pairs: int, width: int, quick: bool = False, cpu: bool = False) -> Case:
+    return Case("sigmoid_loss", LossShape(f"n{pairs}-d{width}", pairs, width), quick, cpu)
+
+
+def _model(model: str, batch: int, text: bool = False, layers: int = 0, quick: bool = False, cpu: bool = False) -> Case:
+    name = f"{model}-b{batch}" + (f"-l{layers}" if layers else "")
+    return Case("siglip" if text else "vision_tower", ModelShape(name, model, batch, layers, text), quick, cpu)
+
+
+def _train(model: str, batch: int, layers: int = 0, quick: bool = False, cpu: bool = False) -> Case:
+    name = f"{model}-b{batch}" + (f"-l{layers}" if layers else "")
+    return Case("training_step", TrainShape(name, model, batch, layers), quick, cpu)
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "model",
+            (
+                _model("so400m-384", 64, quick=True),
+                _model("base-224", 128, quick=True),
+                _model("base-224", 4, layers=2, cpu=True),
+                _model("so400m-384", 1, layers=2, cpu=True),
+                _model("base-224", 1, layers=2, cpu=True),
+                _model("so400m-384", 128),
+                _model("so400m-384", 32),
+                _model("so400m-384", 8),
+                _model("so400m-224", 128),
+                _model("large-384", 64),
+                _model("base-512", 64),
+                *(_model("base-224", batch, text=True) for batch in (1, 2, 4, 8, 16, 32, 64)),
+            ),
+            hide_launches=False,
+        ),
+        Suite(
+            "attention",
+            (
+                _attention("so400m-384", 64, quick=True),
+                _attention("base-512", 64, quick=True),
+                _attention("so400m-384", 1024, text=True, quick=True),
+                _attention("so400m-384", 2, cpu=True),
+                _attention("base-224", 8, cpu=True),
+                *(_attention("so400m-384", batch) for batch in (8, 256)),
+                *(_attention("so400m-224", batch) for batch in (64, 256)),
+                *(_attention("large-384", batch) for batch in (8, 64, 256)),
+                _attention("base-512", 8),
+                _attention("base-224", 256),
+                _attention("base-224", 4096, text=True),
+                _attention("so400m-384", 4096, text=True),
+            ),
+        ),
+        Suite(
+            "loss",
+            (
+                _loss(65_536, 768, quick=True),
+                _loss(32_768, 1152, quick=True),
+                _loss(8192, 768, quick=True, cpu=True),
+                _loss(4096, 768, cpu=True),
+                _loss(2048, 768, cpu=True),
+                _loss(512, 768),
+                _loss(1024, 768),
+                _loss(16_384, 768),
+                _loss(32_768, 768),
+                _loss(16_384, 1152),
+                _loss(65_536, 1152),
+                _loss(131_072, 768),
+                _loss(1_048_576, 768),
+            ),
+        ),
+        Suite(
+            "mlp",
+            (
+                _mlp("mlp", "so400m-384", 64, quick=True),
+                _mlp("pre_norm_mlp", "so400m-384", 64, quick=True),
+                _mlp("mlp", "base-224", 256, quick=True),
+                _mlp("pre_norm_mlp", "base-224", 256),
+                _mlp("mlp", "so400m-384", 8),
+            ),
+        ),
+        Suite(
+            "train",
+            (
+                _train("base-224", 64, quick=True),
+                _train("base-224", 4, layers=2, cpu=True),
+                _train("so400m-384", 16),
+                _train("so400m-224", 64),
+                _train("base-224", 256),
+            ),
+            hide_launches=False,
+        ),
+        Suite(
+            "latency",
+            (
+                _model("so400m-384", 1, quick=True),
+                _model("base-224", 1, quick=True),
+                _model("large-384", 1),
+            ),
+            hide_launches=False,
+        ),
+        Suite(
+            "layer_norm",
+            (
+                _norm("so400m-384", 64, quick=True),
+                _norm("base-224", 256, quick=True),
+                _norm("so400m-384", 1),
+            ),
+        ),
+        Suite(
+            "linear",
+            (
+                _linear("so400m-384", 64, "fc1", quick=True),
+                _linear("so400m-384", 64, "out", quick=True),
+                _qkv("so400m-384", 64, quick=True),
+                _linear("so400m-384", 64, "fc2"),
+                _linear("so400m-384", 64, "qkv"),
+                _linear("base-224", 256, "out"),
+                _qkv("base-224", 256),
+            ),
+        ),
+        Suite(
+            "pool",
+            (
+                _pool("so400m-384", 64, quick=True),
+                _pool("so400m-384", 2, cpu=True),
+                _pool("base-224", 256),
+            ),
+        ),
+        Suite(
+            "patch",
+            (
+                _patch("so400m-384", 64, quick=True),
+                _patch("base-224", 256),
+            ),
+        ),
+    )
+}
+
+
+def by_importance(settings: dict[str, list[Setting]]) -> list[tuple[str, Setting]]:
+    """The first of every suite, then the second of every suite, and so on: what is left out is what matters least."""
+    longest = max((len(found) for found in settings.values()), default=0)
+    return [(name, found[place]) for place in range(longest) for name, found in settings.items() if place < len(found)]
+
+
+def dtypes_of(device: str) -> list[str]:
+    """What is measured unless something else is asked for: what models run in on that device."""
+    return ["bf16"] if device == "cuda" else ["fp32"]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)

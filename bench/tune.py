@@ -1,0 +1,258 @@
+"""Measures the configurations that an operation may choose from, and writes the winners into the table that it reads.
+
+An operation is tunable when its package has two modules:
+
+- `tuned`, with `TUNED: {GPU's name: {shape class: fields of a configuration}}` and nothing else but its docstring;
+- `configuration`, whose cached function `tile` looks a shape class up there before it falls back on a heuristic.
+
+Which shape classes a call asks for is seen by recording the look-ups; a candidate is tried by putting it in the table.
+An entry in TUNABLE says how the candidates of a shape class are listed.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.accuracy import Judge
+from bench.measure import free, step_of
+from bench.operations import OPERATIONS, Contender, Setting, ours
+from bench.peers import peers_of
+from bench.suites import SUITES
+from bench.timing import Steps, Timing, clock, copies, interleaved
+from siglip_kernels.device import Facts, facts
+
+Key = tuple[Any, ...]
+Fields = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """An operation's package, what exercises it, and what there is to choose from."""
+
+    package: str
+    suites: tuple[str, ...]
+    candidates: Callable[[Any, Key, Facts], Sequence[Any]]  # (configuration module, shape class, GPU)
+
+    def table(self) -> dict[str, dict[Key, Fields]]:
+        return importlib.import_module(f"{self.package}.tuned").TUNED
+
+    def configuration(self) -> Any:
+        return importlib.import_module(f"{self.package}.configuration")
+
+    def path(self) -> Path:
+        file = importlib.import_module(f"{self.package}.tuned").__file__
+        assert file is not None
+        return Path(file)
+
+    def forget(self) -> None:
+        """The next call looks the table up again."""
+        for value in vars(self.configuration()).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+    @contextlib.contextmanager
+    def trying(self, gpu: str, entries: Mapping[Key, Fields]) -> Iterator[None]:
+        """Calls within take these configurations for these shape classes."""
+        table, before = self.table(), self.table().get(gpu)
+        table[gpu] = {**(before or {}), **entries}
+        self.forget()
+        try:
+            yield
+        finally:
+            if before is None:
+                del table[gpu]
+            else:
+                table[gpu] = before
+            self.forget()
+
+    def asked_for(self, gpu: str, call: Callable[[], object]) -> list[Key]:
+        """The shape classes that a call looks up, in order."""
+        table, before = self.table(), self.table().get(gpu)
+        recorder = _Recorder(before or {})
+        table[gpu] = recorder
+        self.forget()
+        try:
+            call()
+        finally:
+            if before is None:
+                del table[gpu]
+            else:
+                table[gpu] = before
+            self.forget()
+        return list(recorder.keys_asked)
+
+
+class _Recorder(dict):
+    """A table that remembers what it was asked for."""
+
+    def __init__(self, entries: Mapping[Key, Fields]):
+        super().__init__(entries)
+        self.keys_asked: dict[Key, None] = {}
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.keys_asked[key] = None
+        return super().get(key, default)
+
+
+def _attention_candidates(configuration: Any, key: Key, gpu: Facts) -> Sequence[Any]:
+    return configuration.candidates(key[0])
+
+
+def _linear_candidates(configuration: Any, key: Key, gpu: Facts) -> Sequence[Any]:
+    rows, columns, depth, parts, gelu, element_bytes = key
+    dtype = torch.float32 if element_bytes == 4 else torch.bfloat16
+    shape = configuration.Shape(rows, columns, depth, parts, dtype, gelu, residual=False)
+    return configuration.candidates(shape, gpu)
+
+
+TUNABLE = {
+    "attention": Tunable("siglip_kernels.attention", ("attention",), _attention_candidates),
+    "linear": Tunable("siglip_kernels.linear", ("linear", "mlp"), _linear_candidates),
+}
+
+
+@dataclass
+class Choice:
+    """What was found best for one shape class."""
+
+    key: Key
+    fields: Fields
+    milliseconds: float
+    heuristic_milliseconds: float
+    tried: int
+
+
+Timer = Callable[[Mapping[Fields | None, Callable[[], object]], Setting], dict[Fields | None, Timing]]
+"""Times a step for each candidate; None stands for what is chosen without an entry."""
+
+
+def tune(
+    name: str,
+    settings: Sequence[Setting],
+    timer: Timer,
+    progress: Callable[[str], None] = lambda what: None,
+    tunable: Tunable | None = None,
+) -> list[Choice]:
+    """The best candidate for every shape class that the settings ask for, each measured once.
+
+    Classes are settled one after the other: a later one is measured with the earlier ones' winners in place.
+    """
+    tunable = tunable or TUNABLE[name]
+    choices: dict[Key, Choice] = {}
+    for setting in settings:
+        kernels = ours(setting.operation.name)
+        if kernels is None:
+            continue
+        gpu = facts(torch.device(setting.device))
+        entry, contender = peers_of(setting.operation.name)["triton"], Contender(kernels)
+        first = setting.inputs()
+        judge = Judge(setting, first)
+        others = range(1, copies(first.bytes(), setting.device))
+        step = Steps([step_of(contender, inputs, setting) for inputs in (first, *map(setting.inputs, others))])
+        winners = {key: choice.fields for key, choice in choices.items()}
+        for key in tunable.asked_for(gpu.name, step):
+            if key in choices:
+                continue
+            progress(f"{setting.operation.name} {setting.shape.name} {setting.direction} {key}")
+            steps: dict[Fields | None, Callable[[], object]] = {None: _trying(tunable, gpu.name, winners, step)}
+            candidates = [dataclasses.astuple(tile) for tile in tunable.candidates(tunable.configuration(), key, gpu)]
+            for fields in candidates:
+                entries = {**winners, key: fields}
+                try:
+                    with tunable.trying(gpu.name, entries):
+                        if judge.judge(entry, contender).problem:
+                            continue
+                        step()
+                except Exception:  # does not compile or does not fit: no candidate on this GPU
+                    continue
+                steps[fields] = _trying(tunable, gpu.name, entries, step)
+            if len(steps) == 1:
+                continue
+            times = timer(steps, setting)
+            best = min((fields for fields in times if fields is not None), key=lambda fields: times[fields].median)
+            winners[key] = best
+            choices[key] = Choice(key, best, times[best].median, times[None].median, len(steps) - 1)
+        free()
+    return list(choices.values())
+
+
+def _trying(
+    tunable: Tunable, gpu: str, entries: Mapping[Key, Fields], step: Callable[[], object]
+) -> Callable[[], object]:
+    def call() -> None:
+        with tunable.trying(gpu, entries):
+            step()
+
+    return call
+
+
+def time_candidates(
+    steps: Mapping[Fields | None, Callable[[], object]], setting: Setting
+) -> dict[Fields | None, Timing]:
+    """Side by side on the GPU."""
+    named = {str(fields): Steps([step]) for fields, step in steps.items()}
+    times = interleaved(named, clock(setting.device), seconds=0.1)
+    return {fields: times[str(fields)] for fields in steps}
+
+
+def settings_of(name: str, device: str, dtypes: Sequence[torch.dtype], quick: bool) -> list[Setting]:
+    """What is measured to tune an operation: its suites' shapes, forward and backward."""
+    cases = [case for suite in TUNABLE[name].suites for case in SUITES[suite].cases if case.quick or not quick]
+    return [
+        Setting(OPERATIONS[case.operation], case.shape, dtype, device, direction)
+        for case in cases
+        for direction in ("fwd", "fwd+bwd")
+        for dtype in dtypes
+    ]
+
+
+def write_table(path: Path, gpu: str, entries: Mapping[Key, Fields], target: Path | None = None) -> Path:
+    """Adds a GPU's entries to a `tuned` module, keeping its docstring and the entries that they do not replace.
+
+    target: another file to write, such as where the package itself may not be written.
+    """
+    text = path.read_text()
+    node = next(
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "TUNED"
+    )
+    assert node.value is not None and node.value.end_lineno is not None
+    table: dict[str, dict[Key, Fields]] = ast.literal_eval(node.value)
+    table[gpu] = {**table.get(gpu, {}), **entries}
+    lines = text.splitlines(keepends=True)
+    before = "".join(lines[: node.value.lineno - 1]) + lines[node.value.lineno - 1][: node.value.col_offset]
+    after = lines[node.value.end_lineno - 1][node.value.end_col_offset :] + "".join(lines[node.value.end_lineno :])
+    target = target or path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(before + _literal(table) + after)
+    return target
+
+
+def _literal(table: Mapping[str, Mapping[Key, Fields]]) -> str:
+    """The table as ruff formats it: a line for each entry."""
+    if not table:
+        return "{}"
+    lines = ["{"]
+    for gpu in sorted(table):
+        lines.append(f"    {_quoted(gpu)}: {{")
+        for key in sorted(table[gpu], key=repr):
+            lines.append(f"        {_quoted(key)}: {_quoted(table[gpu][key])},")
+        lines.append("    },")
+    return "\n".join([*lines, "}"])
+
+
+def _quoted(value: Any) -> str:
+    """repr with double quotes, as ruff has strings."""
+    if isinstance(value, tuple):
+        return f"({', '.join(_quoted(item) for item in value)}{',' * (len(value) == 1)})"
+    return '"' + value.replace('"', '\\"') + '"' if isinstance(value, str) else repr(value)
