@@ -19,7 +19,7 @@ def launches() -> Iterator[Launch]:
         yield from _training(tokens, 88, torch.float16)
     yield from _training(729, 72, torch.bfloat16, padded=True)
     yield from _training(64, 72, torch.bfloat16, padded=True)
-    for tokens in (729, 32):
+    for tokens in (729, 16):
         yield from _training(tokens, 72, torch.float32)
         yield from _training(tokens, 128, torch.float32)
         yield from _training(tokens, 72, torch.float32, allow_tf32=True)

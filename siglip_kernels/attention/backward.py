@@ -5,6 +5,13 @@ With P = softmax(scale · q kᵀ) and delta = rowsum(dO ∘ O) (FlashAttention-2
     dV = Pᵀ dO        dS = P ∘ (dO Vᵀ − delta)        dQ = scale · dS K        dK = scale · dSᵀ Q
 
 Both kernels compute P anew from the log-sum-exp. The first writes delta, which the second reads.
+
+dS is a difference, and where one key takes all the weight, or values are much alike, it should vanish. In half
+precision delta is taken from the rounded O, as in FlashAttention, and a difference that may be nothing but the rounding
+of fp32 sums counts as zero. In fp32 a first pass over the keys makes delta exact: the rows of dS sum to zero, so what
+they sum to is the error of delta. That pass also gives rowsum(P), by which P is divided: among scores of 1e4 the log-
+sum-exp has three decimals. And products and sums are rounded apart, as eager rounds them. So fp32 takes nine products
+of tiles where half precision takes seven.
 """
 
 import torch
@@ -15,7 +22,7 @@ from torch import Tensor
 from siglip_kernels.attention import configuration
 from siglip_kernels.attention.forward import exponent_scale
 from siglip_kernels.attention.strides import strides_of
-from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, narrow, store_tile
 from siglip_kernels.device import facts, interpreting
 
 # See forward.py: what matters of these is told by UNIT.
@@ -23,6 +30,15 @@ _INTEGERS = (
     [f"{tensor}_{axis}_stride" for tensor in ("q", "k", "v", "out_grad") for axis in ("batch", "token", "head")]
     + ["heads", "query_tokens", "key_tokens", "query_tiles", "key_tiles"]
 )  # fmt: skip
+
+
+@triton.jit
+def score_gradients(weights, weights_grad, row_delta, EXACT: tl.constexpr):
+    """P ∘ (dP − delta). In half precision a difference that may be the rounding of two fp32 sums counts as zero."""
+    difference = weights_grad - row_delta
+    if not EXACT:
+        difference = tl.where(tl.abs(difference) > tl.abs(row_delta) * 2**-16, difference, 0.0)
+    return weights * difference
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -34,7 +50,7 @@ def attention_backward_queries_kernel(
     out,  # (B, Sq, H, D), contiguous
     log_sum_exp,  # (B, H, Sq) fp32, as the forward kernel keeps it
     q_grad,  # (B, Sq, H, D), contiguous; written
-    delta,  # (B, H, Sq) fp32; written
+    delta,  # (B, H, Sq) fp32; written. If EXACT: (B, H, 2, Sq), delta and what P is to be multiplied by
     lengths,  # (B,) int32
     q_batch_stride,  # strides in UNIT elements
     q_token_stride,
@@ -63,6 +79,7 @@ def attention_backward_queries_kernel(
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     HAS_LENGTHS: tl.constexpr,
     ONLY_DELTA: tl.constexpr,  # nobody asks for the queries' gradient
+    EXACT: tl.constexpr,  # delta by a pass of its own
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -95,21 +112,40 @@ def attention_backward_queries_kernel(
     query_is_valid = queries < query_tokens - first_query
     out_grad_offsets = queries * (out_grad_token_stride * UNIT)
     out_grad_main, out_grad_tail = load_tile(out_grad, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
+    statistics = sequence.to(tl.int64) * query_tokens + first_query + queries
+    exact_statistics = statistics + (sequence.to(tl.int64) * query_tokens if EXACT else 0)
+    row_log_sum_exp = tl.load(log_sum_exp + statistics, mask=query_is_valid, other=float("inf"))
+    limit = key_tokens
+    if HAS_LENGTHS:
+        limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
+    q_main, q_tail = load_tile(q, queries * (q_token_stride * UNIT), query_is_valid, HEAD_DIM, MAIN, TAIL)
+    k_offsets = keys * (k_token_stride * UNIT)
+    v_offsets = keys * (v_token_stride * UNIT)
+
     out_main, out_tail = load_tile(out + contiguous, queries * row, query_is_valid, HEAD_DIM, MAIN, TAIL)
     row_delta = tl.sum(out_main.to(tl.float32) * out_grad_main.to(tl.float32), 1)
     if TAIL > 0:
         row_delta += tl.sum(out_tail.to(tl.float32) * out_grad_tail.to(tl.float32), 1)
-    statistics = sequence.to(tl.int64) * query_tokens + first_query + queries
-    tl.store(delta + statistics, row_delta, mask=query_is_valid)
+
+    if EXACT:
+        excess = tl.zeros([BLOCK_Q], tl.float32)  # rowsum(dS), which ought to be 0
+        total = tl.zeros([BLOCK_Q], tl.float32)  # rowsum(P), which ought to be 1
+        for first_key in tl.range(0, limit, BLOCK_K):
+            key_is_valid = keys < limit - first_key
+            k_main, k_tail = load_tile(k + first_key * k_step, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+            scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)
+            weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
+            weights = tl.where(key_is_valid[None, :], weights, 0.0)
+            v_main, v_tail = load_tile(v + first_key * v_step, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+            weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED)
+            excess += tl.sum(score_gradients(weights, weights_grad, row_delta[:, None], EXACT), 1)
+            total += tl.sum(weights, 1)
+        normaliser = 1.0 / tl.where(total == 0.0, 1.0, total)
+        row_delta += excess * normaliser
+        tl.store(delta + exact_statistics + query_tokens, normaliser, mask=query_is_valid)
+    tl.store(delta + exact_statistics, row_delta, mask=query_is_valid)
 
     if not ONLY_DELTA:
-        limit = key_tokens
-        if HAS_LENGTHS:
-            limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
-        q_main, q_tail = load_tile(q, queries * (q_token_stride * UNIT), query_is_valid, HEAD_DIM, MAIN, TAIL)
-        row_log_sum_exp = tl.load(log_sum_exp + statistics, mask=query_is_valid, other=float("inf"))
-        k_offsets = keys * (k_token_stride * UNIT)
-        v_offsets = keys * (v_token_stride * UNIT)
         q_grad_main = tl.zeros([BLOCK_Q, MAIN], tl.float32)
         q_grad_tail = tl.zeros([BLOCK_Q, TAIL if TAIL > 0 else 16], tl.float32)
         for first_key in tl.range(0, limit, BLOCK_K):
@@ -119,15 +155,24 @@ def attention_backward_queries_kernel(
             k_main, k_tail = load_tile(k_tile, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
             scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)  # [BLOCK_Q, BLOCK_K]
             weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
+            if EXACT:
+                weights *= normaliser[:, None]
             if first_key + BLOCK_K > limit:  # the last tile alone pays for the mask
                 weights = tl.where(key_is_valid[None, :], weights, 0.0)
             v_main, v_tail = load_tile(v_tile, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
             weights_grad = inner_products(
                 out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED
             )  # [BLOCK_Q, BLOCK_K]
-            scores_grad = (weights * (weights_grad - row_delta[:, None])).to(k_main.dtype)
+            scores_grad = score_gradients(weights, weights_grad, row_delta[:, None], EXACT)
             q_grad_main, q_grad_tail = accumulate(
-                scores_grad, k_main, k_tail, q_grad_main, q_grad_tail, TAIL, PRECISION, INTERPRETED
+                narrow(scores_grad, k_main.dtype, INTERPRETED),
+                k_main,
+                k_tail,
+                q_grad_main,
+                q_grad_tail,
+                TAIL,
+                PRECISION,
+                INTERPRETED,
             )
         store_tile(
             q_grad + contiguous,
@@ -138,6 +183,7 @@ def attention_backward_queries_kernel(
             HEAD_DIM,
             MAIN,
             TAIL,
+            INTERPRETED,
         )
 
 
@@ -148,7 +194,7 @@ def attention_backward_keys_kernel(
     v,  # (B, Sk, H, D)
     out_grad,  # (B, Sq, H, D)
     log_sum_exp,  # (B, H, Sq) fp32
-    delta,  # (B, H, Sq) fp32
+    delta,  # (B, H, Sq) fp32, or (B, H, 2, Sq), as the kernel above writes it
     k_grad,  # (B, Sk, H, D), contiguous; written
     v_grad,  # (B, Sk, H, D), contiguous; written
     lengths,  # (B,) int32
@@ -178,6 +224,7 @@ def attention_backward_keys_kernel(
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     HAS_LENGTHS: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -193,7 +240,7 @@ def attention_backward_keys_kernel(
     k += batch * k_batch_stride * UNIT + head * k_head_stride * UNIT + first_key.to(tl.int64) * k_token_stride * UNIT
     v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT + first_key.to(tl.int64) * v_token_stride * UNIT
     log_sum_exp += sequence.to(tl.int64) * query_tokens
-    delta += sequence.to(tl.int64) * query_tokens
+    delta += sequence.to(tl.int64) * query_tokens * (2 if EXACT else 1)
     row = heads * HEAD_DIM
     q_step = q_token_stride.to(tl.int64) * UNIT
     out_grad_step = out_grad_token_stride.to(tl.int64) * UNIT
@@ -228,11 +275,13 @@ def attention_backward_keys_kernel(
         row_log_sum_exp = tl.load(log_sum_exp + first_query + queries, mask=query_is_valid, other=float("inf"))
         scores = inner_products(k_main, k_tail, q_main, q_tail, TAIL, PRECISION, INTERPRETED)  # [BLOCK_K, BLOCK_Q]
         weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[None, :])
+        if EXACT:
+            weights *= tl.load(delta + query_tokens + first_query + queries, mask=query_is_valid, other=0.0)[None, :]
         out_grad_main, out_grad_tail = load_tile(
             out_grad + first_query * out_grad_step, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL
         )
         v_grad_main, v_grad_tail = accumulate(
-            weights.to(v_main.dtype),
+            narrow(weights, v_main.dtype, INTERPRETED),
             out_grad_main,
             out_grad_tail,
             v_grad_main,
@@ -245,9 +294,16 @@ def attention_backward_keys_kernel(
         weights_grad = inner_products(
             v_main, v_tail, out_grad_main, out_grad_tail, TAIL, PRECISION, INTERPRETED
         )  # [BLOCK_K, BLOCK_Q]
-        scores_grad = (weights * (weights_grad - row_delta[None, :])).to(q_main.dtype)
+        scores_grad = score_gradients(weights, weights_grad, row_delta[None, :], EXACT)
         k_grad_main, k_grad_tail = accumulate(
-            scores_grad, q_main, q_tail, k_grad_main, k_grad_tail, TAIL, PRECISION, INTERPRETED
+            narrow(scores_grad, q_main.dtype, INTERPRETED),
+            q_main,
+            q_tail,
+            k_grad_main,
+            k_grad_tail,
+            TAIL,
+            PRECISION,
+            INTERPRETED,
         )
 
     # Padding has been multiplied along as zeros, with weights that mean nothing: its gradients are zeros.
@@ -263,6 +319,7 @@ def attention_backward_keys_kernel(
         HEAD_DIM,
         MAIN,
         TAIL,
+        INTERPRETED,
     )
     store_tile(
         v_grad + contiguous,
@@ -273,6 +330,7 @@ def attention_backward_keys_kernel(
         HEAD_DIM,
         MAIN,
         TAIL,
+        INTERPRETED,
     )
 
 
@@ -295,7 +353,8 @@ def attention_backward(
     k_grad, v_grad = (torch.empty(k.shape if needs_k_or_v else 0, dtype=q.dtype, device=q.device) for _ in range(2))
     if batch * heads == 0:
         return q_grad, k_grad, v_grad
-    delta = torch.empty_like(log_sum_exp)
+    exact = q.dtype == torch.float32
+    delta = torch.empty((batch, heads, 2 if exact else 1, query_tokens), dtype=torch.float32, device=q.device)
     main, tail = configuration.split_head_dim(head_dim)
     strides = strides_of(q, k, v, out_grad)
     sizes = (q.element_size(), head_dim, query_tokens, key_tokens)
@@ -305,6 +364,7 @@ def attention_backward(
         "TAIL": tail,
         "UNIT": strides.unit,
         "HAS_LENGTHS": lengths is not None,
+        "EXACT": exact,
         "PRECISION": configuration.precision(q.dtype),
         "INTERPRETED": interpreting(),
     }
@@ -335,6 +395,7 @@ def attention_backward(
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,
+            enable_fp_fusion=not exact,
             **same_in_both,
         )
     if needs_k_or_v and key_tokens > 0:
@@ -363,6 +424,7 @@ def attention_backward(
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,
+            enable_fp_fusion=not exact,
             **same_in_both,
         )
     return q_grad, k_grad, v_grad

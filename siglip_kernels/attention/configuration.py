@@ -60,9 +60,13 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
     """
     if facts.capability == (0, 0):
         return Tile(128, 128, 4, 1)  # the interpreter takes its time by the operation
-    if element_bytes == 4:  # IEEE products are made one multiply-add at a time, out of registers
-        return Tile(16, 32, 8, 1) if kernel == "backward_queries" and columns > 80 else Tile(32, 32, 8, 1)
     narrow = columns <= 80
+    if element_bytes == 4:  # IEEE products are made one multiply-add at a time, out of registers
+        if kernel == "forward":
+            return Tile(32, 32, 8, 1)
+        if kernel == "backward_queries":
+            return Tile(32, 32, 8, 1) if narrow else Tile(16, 16, 8, 1)
+        return Tile(16, 32, 4 if narrow else 8, 1)
     if kernel == "forward":
         if facts.capability[0] == 9:
             return Tile(128, 64, 8, 3, 128 if narrow else None)
@@ -71,9 +75,9 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
         return Tile(128, 64, 4, 2) if narrow else Tile(128, 64, 8, 2)
     if kernel == "backward_queries":
         return Tile(64, 64, 4, 2, 168 if narrow else None) if facts.capability[0] == 9 else Tile(64, 32, 4, 2)
-    if facts.capability[0] == 9:
+    if facts.capability[0] >= 9:
         return Tile(64, 64, 4, 2) if narrow else Tile(64, 64, 8, 2)
-    return Tile(32, 64, 4, 2)
+    return Tile(32, 64, 4 if narrow else 8, 2)
 
 
 def candidates(kernel: str) -> list[Tile]:
@@ -93,7 +97,7 @@ def candidates(kernel: str) -> list[Tile]:
 
 def short_block(element_bytes: int) -> int:
     """Rows of a tile of short sequences; longer ones go to the kernels that loop over tiles."""
-    return 64 if element_bytes == 2 else 32
+    return 64 if element_bytes == 2 else 16
 
 
 def is_short(q: Tensor, k: Tensor) -> bool:
@@ -104,8 +108,9 @@ def is_short(q: Tensor, k: Tensor) -> bool:
 def short(kernel: str, facts: Facts, element_bytes: int, head_dim: int, tiles: int) -> tuple[int, int, int]:
     """(programs, warps, stages) for short sequences: as many programs as are resident at once, each with many tiles."""
     columns = sum(split_head_dim(head_dim))
-    most_for_4_warps = 80 if facts.capability[0] >= 9 else 64
-    warps = 4 if element_bytes == 2 and (kernel == "short_forward" or columns <= most_for_4_warps) else 8
+    most_for_4_warps = 80 if facts.capability[0] == 9 else 64  # more would spill, in backward on every other chip
+    wide = columns > most_for_4_warps and (kernel == "short_backward" or facts.capability[0] >= 10)
+    warps = 8 if wide and element_bytes == 2 else 4
     stages = 2 if element_bytes == 2 and (kernel == "short_forward" or facts.capability[0] >= 9) else 1
     return min(tiles, 4 * facts.multiprocessors), warps, stages
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from siglip_kernels.attention import configuration
 from siglip_kernels.attention.strides import strides_of
-from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, narrow, store_tile
 from siglip_kernels.device import facts, interpreting
 
 # The integers change from call to call: to specialise on them (are they 1, do they divide by 16) would only compile
@@ -110,11 +110,12 @@ def attention_forward_kernel(
         out_tail *= correction[:, None]
         v_main, v_tail = load_tile(v_tile, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
         out_main, out_tail = accumulate(
-            weights.to(v_main.dtype), v_main, v_tail, out_main, out_tail, TAIL, PRECISION, INTERPRETED
+            narrow(weights, v_main.dtype, INTERPRETED), v_main, v_tail, out_main, out_tail, TAIL, PRECISION, INTERPRETED
         )
 
     no_key = running_sum == 0.0  # only then: the largest score alone adds 1
-    normaliser = 1.0 / tl.where(no_key, 1.0, running_sum)
+    running_sum = tl.where(no_key, 1.0, running_sum)
+    normaliser = 1.0 / running_sum
     row = heads * HEAD_DIM
     if WIDE:
         row = row.to(tl.int64)
@@ -128,6 +129,7 @@ def attention_forward_kernel(
         HEAD_DIM,
         MAIN,
         TAIL,
+        INTERPRETED,
     )
     if KEEP_LOG_SUM_EXP:
         kept = tl.where(no_key, float("inf"), running_max + tl.log2(running_sum))
@@ -184,5 +186,6 @@ def attention_forward(
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,
+        enable_fp_fusion=q.dtype != torch.float32,  # see backward.py
     )
     return out, log_sum_exp

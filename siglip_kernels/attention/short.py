@@ -14,7 +14,7 @@ from torch import Tensor
 from siglip_kernels.attention import configuration
 from siglip_kernels.attention.forward import exponent_scale
 from siglip_kernels.attention.strides import strides_of
-from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, narrow, store_tile
 from siglip_kernels.device import facts, interpreting
 
 # See forward.py: what matters of these is told by UNIT.
@@ -109,7 +109,7 @@ def attention_short_forward_kernel(
             BLOCK, PADDED, TAIL, NEGATIVE_SCALE, PRECISION, INTERPRETED,
         )  # fmt: skip
         out_main, out_tail = accumulate(
-            weights.to(v_main.dtype),
+            narrow(weights, v_main.dtype, INTERPRETED),
             v_main,
             v_tail,
             tl.zeros([BLOCK, MAIN], tl.float32),
@@ -121,7 +121,7 @@ def attention_short_forward_kernel(
         out_offsets = ((batch * query_tokens + token) * heads + head) * HEAD_DIM
         out_main *= normaliser[:, None]
         out_tail *= normaliser[:, None]
-        store_tile(out, out_offsets, query_is_valid, out_main, out_tail, HEAD_DIM, MAIN, TAIL)
+        store_tile(out, out_offsets, query_is_valid, out_main, out_tail, HEAD_DIM, MAIN, TAIL, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -193,13 +193,13 @@ def attention_short_backward_kernel(
         key_offsets = ((batch * key_tokens + token) * heads + head) * HEAD_DIM
         if NEEDS_K_OR_V:
             grad_main, grad_tail = accumulate(
-                tl.trans(weights.to(out_grad_main.dtype)), out_grad_main, out_grad_tail, zeros_main, zeros_tail,
-                TAIL, PRECISION, INTERPRETED,
+                tl.trans(narrow(weights, out_grad_main.dtype, INTERPRETED)),
+                out_grad_main, out_grad_tail, zeros_main, zeros_tail, TAIL, PRECISION, INTERPRETED,
             )  # fmt: skip
-            store_tile(v_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+            store_tile(v_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL, INTERPRETED)
         weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED)
         delta = tl.sum(weights * weights_grad, 1)
-        scores_grad = (weights * (weights_grad - delta[:, None])).to(k_main.dtype)
+        scores_grad = narrow(weights * (weights_grad - delta[:, None]), k_main.dtype, INTERPRETED)
         if NEEDS_Q:
             grad_main, grad_tail = accumulate(
                 scores_grad, k_main, k_tail, zeros_main, zeros_tail, TAIL, PRECISION, INTERPRETED
@@ -207,14 +207,14 @@ def attention_short_backward_kernel(
             query_offsets = ((batch * query_tokens + token) * heads + head) * HEAD_DIM
             grad_main *= scale
             grad_tail *= scale
-            store_tile(q_grad, query_offsets, query_is_valid, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+            store_tile(q_grad, query_offsets, query_is_valid, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL, INTERPRETED)
         if NEEDS_K_OR_V:
             grad_main, grad_tail = accumulate(
                 tl.trans(scores_grad), q_main, q_tail, zeros_main, zeros_tail, TAIL, PRECISION, INTERPRETED
             )
             grad_main *= scale
             grad_tail *= scale
-            store_tile(k_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+            store_tile(k_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL, INTERPRETED)
 
 
 def attention_short_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
@@ -308,5 +308,6 @@ def _launch(
         "INTERPRETED": interpreting(),
         "num_warps": warps,
         "num_stages": stages,
+        "enable_fp_fusion": q.dtype != torch.float32,  # see backward.py
     }
     return (configuration.grid(programs),), tiles, constants

@@ -32,17 +32,36 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(pointer, offsets, valid, main, tail, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    element = pointer.dtype.element_ty
+def narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """fp32 in the dtype, rounded to nearest even. The interpreter would cut bf16 off: there the bits are rounded."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def store_tile(
+    pointer,
+    offsets,
+    valid,
+    main,
+    tail,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    element: tl.constexpr = pointer.dtype.element_ty
     columns = tl.arange(0, MAIN)
     mask = valid[:, None]
     if MAIN > HEAD_DIM:
         mask = mask & (columns < HEAD_DIM)[None, :]
-    tl.store(pointer + (offsets[:, None] + columns[None, :]), main.to(element), mask=mask)
+    tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(main, element, INTERPRETED), mask=mask)
     if TAIL > 0:
         columns = MAIN + tl.arange(0, TAIL)
         mask = valid[:, None] & (columns < HEAD_DIM)[None, :]
-        tl.store(pointer + (offsets[:, None] + columns[None, :]), tail.to(element), mask=mask)
+        tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(tail, element, INTERPRETED), mask=mask)
 
 
 @triton.jit

@@ -1,0 +1,95 @@
+"""Attention's kernels, compiled for GPUs that are not there: spills, matrix instructions, widths of loads, variants."""
+
+import pytest
+
+from bench.ahead_of_time import Row, rows_in_a_subprocess
+
+KERNELS = {
+    "attention_forward_kernel",
+    "attention_backward_queries_kernel",
+    "attention_backward_keys_kernel",
+    "attention_short_forward_kernel",
+    "attention_short_backward_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return rows_in_a_subprocess("bench.attention_launches", "a100", "h200", "b200")
+
+
+def test_every_configuration_compiles_without_a_spill(rows):
+    assert {(row.kernel, row.gpu) for row in rows} == {
+        (kernel, gpu) for kernel in KERNELS for gpu in ("a100", "h200", "b200")
+    }
+    assert not [str(row) for row in rows if row.problems()]
+
+
+@pytest.mark.parametrize(("gpu", "instruction"), [("a100", "mma"), ("h200", "wgmma"), ("b200", "tcgen05")])
+def test_half_precision_uses_the_matrix_instructions_of_its_gpu(rows, gpu, instruction):
+    half = [row for row in rows if row.gpu == gpu and row.launch[:4] in ("bf16", "fp16")]
+    assert half
+    for row in half:
+        assert row.matrix and all(name.startswith(instruction) for name in row.matrix), str(row)
+
+
+def columns(row: Row) -> set[int]:
+    """How wide the products are that wgmma makes: the n of m64n80k16."""
+    return {int(name.split("n", 1)[1].split("k")[0]) for name in row.matrix}
+
+
+def test_head_dim_72_costs_80_columns(rows):
+    """Out of 64 keys or queries, and of 64 + 16 columns of the head: five steps of 16 along it, never six or eight."""
+    for kernel, products_along_it, products_across_it in (
+        ("attention_forward_kernel", 1, 1),
+        ("attention_backward_queries_kernel", 2, 1),
+        ("attention_backward_keys_kernel", 2, 2),
+        ("attention_short_forward_kernel", 1, 1),
+        ("attention_short_backward_kernel", 2, 3),
+    ):
+        (row, *_) = [
+            row
+            for row in rows
+            if row.gpu == "h200" and row.kernel == kernel and "bf16 " in row.launch and "D=72" in row.launch
+        ]
+        assert row.matrix == {
+            "wgmma m64n64k16": 5 * products_along_it + 4 * products_across_it,
+            "wgmma m64n16k16": 4 * products_across_it,
+        }, str(row)
+
+
+def test_accesses_are_as_wide_as_the_alignment_allows(rows):
+    """No element by itself: what is narrower than 8 bytes is a statistic, a length or a product's tail in fp32."""
+    for row in rows:
+        widths = {int(access.split()[1]) for access in row.accesses}
+        assert 16 in widths and 2 not in widths and 1 not in widths, str(row)
+        if "_short_" not in row.kernel and row.launch[:4] == "bf16":
+            assert row.accesses["cp.async 16"] >= 8, str(row)
+        narrow = sum(count for access, count in row.accesses.items() if int(access.split()[1]) < 16)
+        wide = sum(count for access, count in row.accesses.items() if int(access.split()[1]) == 16)
+        if "lengths" not in row.launch and "fp32" not in row.launch and "tf32" not in row.launch:
+            assert wide >= 2 * narrow, str(row)
+
+
+_VARIANTS = """
+import torch
+from bench.ahead_of_time import GPUS, compiling_for
+from siglip_kernels.attention.forward import attention_forward
+compiled = set()
+def record(name, kernel):
+    assert not isinstance(kernel, Exception), kernel
+    compiled.add(kernel.hash)
+with compiling_for(GPUS["h200"], record):
+    for batch, tokens, heads, row in ((1, 729, 16, 72), (1, 576, 1, 72), (64, 1000, 16, {row}), (2, 1024, 16, {row})):
+        packed = torch.empty(batch, tokens, 3, heads, row, dtype=torch.bfloat16, device="meta")
+        attention_forward(*packed[..., :72].unbind(2), None, 72**-0.5, False)
+print(len(compiled))
+"""
+
+
+@pytest.mark.parametrize(("row", "variants"), [(72, 1), (75, 2)])
+def test_one_compilation_for_every_shape_that_aligns(run_python, row, variants):
+    """Batches, lengths, heads and strides change nothing; strides that do not divide by 8 make a variant."""
+    done = run_python(_VARIANTS.format(row=row))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == variants
