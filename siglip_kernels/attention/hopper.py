@@ -98,7 +98,7 @@ def attention_forward_hopper(
     ]
     attention_forward_hopper_kernel[(min(tiles, facts(q.device).multiprocessors),)](
         *parts,
-        log_sum_exp,
+        log_sum_exp if keep_log_sum_exp else None,
         lengths,
         heads,
         query_tokens,
@@ -116,8 +116,6 @@ def attention_forward_hopper(
         CONSUMER_REGISTERS=chosen.consumer_registers,
         PRODUCER_REGISTERS=chosen.producer_registers,
         NEGATIVE_SCALE=scale < 0,
-        HAS_LENGTHS=lengths is not None,
-        KEEP_LOG_SUM_EXP=keep_log_sum_exp,
         num_warps=4,
     )
     return out, log_sum_exp

@@ -40,14 +40,13 @@ def operand_layout(columns):
 
 
 @gluon.jit
-def read_problem(
-    tile, lengths, heads, key_tokens, query_tiles, KEYS: gl.constexpr, LAST: gl.constexpr, HAS_LENGTHS: gl.constexpr
-):
+def read_problem(tile, lengths, sizes, KEYS: gl.constexpr, LAST: gl.constexpr):
     """(sample, head, which tile of queries, number of valid keys, number of whole tiles of keys) of a tile."""
+    heads, _, key_tokens, query_tiles, _ = sizes
     sequence = tile // query_tiles
     batch = sequence // heads
     limit = key_tokens
-    if HAS_LENGTHS:
+    if lengths is not None:
         limit = gl.minimum(gl.maximum(gl.load(lengths + batch), 0), key_tokens)
     whole = limit // KEYS if LAST == 0 else (gl.maximum(limit, 1) - 1) // KEYS
     return batch, sequence % heads, tile % query_tiles, limit, whole
@@ -74,20 +73,19 @@ def load_rows(main, tail, main_stage, tail_stage, full, empty, phase, batch, row
 
 @gluon.jit
 def load_tiles(
-    q_tensors, k_tensors, v_tensors, shared, barriers, lengths, heads, key_tokens, query_tiles, tiles,
-    TAIL: gl.constexpr, KEYS: gl.constexpr, LAST: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    HAS_LENGTHS: gl.constexpr,
-):  # fmt: skip
+    q_tensors, k_tensors, v_tensors, shared, barriers, sizes, lengths, TAIL: gl.constexpr, LAST: gl.constexpr
+):
     """The producer: queries of each tile, then its keys and values, the last ones first."""
     q_main, q_tail, k_main, k_tail, v_main, v_tail, _out_main, _out_tail = shared
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = barriers
+    CONSUMERS: gl.constexpr = q_main.shape[0]
+    STAGES: gl.constexpr = k_main.shape[0]
+    KEYS: gl.constexpr = k_main.shape[2]
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        batch, head, query_tile, limit, whole = read_problem(
-            tile, lengths, heads, key_tokens, query_tiles, KEYS, LAST, HAS_LENGTHS
-        )
+    for tile in range(gl.program_id(0), sizes[4], gl.num_programs(0)):
+        batch, head, query_tile, limit, whole = read_problem(tile, lengths, sizes, KEYS, LAST)
         for i in gl.static_range(CONSUMERS):
             load_rows(
                 q_tensors[0], q_tensors[1], q_main.index(i), q_tail.index(i), q_full.index(i), q_empty.index(i),
@@ -169,14 +167,17 @@ def store_rows(tensor, staging, I: gl.constexpr, out, batch, row, head, FIRST: g
 
 @gluon.jit
 def attend(
-    I: gl.constexpr, out_tensors, log_sum_exp, shared, barriers, lengths, heads, query_tokens, key_tokens, query_tiles,
-    tiles, exponent_scale, MAIN: gl.constexpr, TAIL: gl.constexpr, KEYS: gl.constexpr, LAST: gl.constexpr,
-    LAST_MAIN: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, NEGATIVE_SCALE: gl.constexpr,
-    HAS_LENGTHS: gl.constexpr, KEEP_LOG_SUM_EXP: gl.constexpr,
+    I: gl.constexpr, out_tensors, log_sum_exp, shared, barriers, sizes, lengths, exponent_scale, TAIL: gl.constexpr,
+    LAST: gl.constexpr, LAST_MAIN: gl.constexpr, NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
     """Consumer I: ROWS queries of each tile. At each of its turns it issues its products, then lets the next one."""
     q_main, q_tail, k_main, k_tail, v_main, v_tail, staging_main, staging_tail = shared
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
+    CONSUMERS: gl.constexpr = q_main.shape[0]
+    MAIN: gl.constexpr = q_main.shape[4]
+    STAGES: gl.constexpr = k_main.shape[0]
+    KEYS: gl.constexpr = k_main.shape[2]
+    HAS_LENGTHS: gl.constexpr = lengths is not None
     my_turn = turn.index(I)
     next_turn = turn.index((I + 1) % CONSUMERS)
     element: gl.constexpr = out_tensors[0].dtype
@@ -188,10 +189,8 @@ def attend(
     phase = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
     turn_phase = gl.to_tensor(1 if I == 0 else 0)  # the first consumer's first turn is given to it by nobody
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        batch, head, query_tile, limit, whole = read_problem(
-            tile, lengths, heads, key_tokens, query_tiles, KEYS, LAST, HAS_LENGTHS
-        )
+    for tile in range(gl.program_id(0), sizes[4], gl.num_programs(0)):
+        batch, head, query_tile, limit, whole = read_problem(tile, lengths, sizes, KEYS, LAST)
         out_main = gl.zeros([ROWS, MAIN], gl.float32, product_layout(MAIN))
         if TAIL > 0:
             out_tail = gl.zeros([ROWS, TAIL], gl.float32, product_layout(TAIL))
@@ -315,13 +314,13 @@ def attend(
         if TAIL > 0:
             out_tail = rescale(out_tail, normaliser, TAIL)
             store_rows(out_tensors[1], staging_tail, I, out_tail, batch, row, head, MAIN, TAIL)
-        if KEEP_LOG_SUM_EXP:
+        if log_sum_exp is not None:
             kept = running_max + gl.log2(running_sum)
             if HAS_LENGTHS:
                 kept = gl.where(running_sum == 0.0, float("inf"), kept)
             queries = row + gl.arange(0, ROWS, row_layout)
-            first = (tile // query_tiles).to(gl.int64) * query_tokens
-            gl.store(log_sum_exp + (first + queries), kept, mask=queries < query_tokens)
+            first = (tile // sizes[3]).to(gl.int64) * sizes[1]
+            gl.store(log_sum_exp + (first + queries), kept, mask=queries < sizes[1])
     tma.store_wait(0)
 
 
@@ -338,8 +337,8 @@ def attention_forward_hopper_kernel(
     v_tail,
     out_main,  # of (B, Sq, H, D), as those of q
     out_tail,
-    log_sum_exp,  # (B, H, Sq) fp32: log2 of the sum of 2^(score · exponent_scale), +inf where there is no key
-    lengths,  # (B,) int32
+    log_sum_exp,  # (B, H, Sq) fp32, or None: log2 of the sum of 2^(score · exponent_scale), +inf where there is no key
+    lengths,  # (B,) int32, or None
     heads,
     query_tokens,
     key_tokens,
@@ -356,8 +355,6 @@ def attention_forward_hopper_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     NEGATIVE_SCALE: gl.constexpr,
-    HAS_LENGTHS: gl.constexpr,
-    KEEP_LOG_SUM_EXP: gl.constexpr,
 ):
     element: gl.constexpr = q_main.dtype
     tail_columns: gl.constexpr = TAIL if TAIL > 0 else 16
@@ -396,34 +393,29 @@ def attention_forward_hopper_kernel(
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     fence_async_shared()
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
-    consumer_0 = (
-        0, (out_main, out_tail), log_sum_exp, shared, barriers, lengths, heads, query_tokens, key_tokens, query_tiles,
-        tiles, exponent_scale, MAIN, TAIL, KEYS, LAST, LAST_MAIN, STAGES, CONSUMERS, NEGATIVE_SCALE, HAS_LENGTHS,
-        KEEP_LOG_SUM_EXP,
-    )  # fmt: skip
-    consumer_1 = (
-        1, (out_main, out_tail), log_sum_exp, shared, barriers, lengths, heads, query_tokens, key_tokens, query_tiles,
-        tiles, exponent_scale, MAIN, TAIL, KEYS, LAST, LAST_MAIN, STAGES, CONSUMERS, NEGATIVE_SCALE, HAS_LENGTHS,
-        KEEP_LOG_SUM_EXP,
-    )  # fmt: skip
-    producer = (
-        (q_main, q_tail), (k_main, k_tail), (v_main, v_tail), shared, barriers, lengths, heads, key_tokens,
-        query_tiles, tiles, TAIL, KEYS, LAST, STAGES, CONSUMERS, HAS_LENGTHS,
-    )  # fmt: skip
+    sizes = (heads, query_tokens, key_tokens, query_tiles, tiles)
+    q = (q_main, q_tail)
+    k = (k_main, k_tail)
+    v = (v_main, v_tail)
+    out = (out_main, out_tail)
     if CONSUMERS == 2:
         gl.warp_specialize(
-            [(attend, consumer_0), (attend, consumer_1), (load_tiles, producer)],
+            [
+                (attend, (0, out, log_sum_exp, shared, barriers, sizes, lengths, exponent_scale, TAIL, LAST, LAST_MAIN, NEGATIVE_SCALE)),
+                (attend, (1, out, log_sum_exp, shared, barriers, sizes, lengths, exponent_scale, TAIL, LAST, LAST_MAIN, NEGATIVE_SCALE)),
+                (load_tiles, (q, k, v, shared, barriers, sizes, lengths, TAIL, LAST)),
+            ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
-    else:
-        consumer_2 = (
-            2, (out_main, out_tail), log_sum_exp, shared, barriers, lengths, heads, query_tokens, key_tokens,
-            query_tiles, tiles, exponent_scale, MAIN, TAIL, KEYS, LAST, LAST_MAIN, STAGES, CONSUMERS, NEGATIVE_SCALE,
-            HAS_LENGTHS, KEEP_LOG_SUM_EXP,
         )  # fmt: skip
+    else:
         gl.warp_specialize(
-            [(attend, consumer_0), (attend, consumer_1), (attend, consumer_2), (load_tiles, producer)],
+            [
+                (attend, (0, out, log_sum_exp, shared, barriers, sizes, lengths, exponent_scale, TAIL, LAST, LAST_MAIN, NEGATIVE_SCALE)),
+                (attend, (1, out, log_sum_exp, shared, barriers, sizes, lengths, exponent_scale, TAIL, LAST, LAST_MAIN, NEGATIVE_SCALE)),
+                (attend, (2, out, log_sum_exp, shared, barriers, sizes, lengths, exponent_scale, TAIL, LAST, LAST_MAIN, NEGATIVE_SCALE)),
+                (load_tiles, (q, k, v, shared, barriers, sizes, lengths, TAIL, LAST)),
+            ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+        )  # fmt: skip
