@@ -94,7 +94,7 @@ def layer_norm_forward_kernel(
     # A program owns ROWS rows; if they are WIDE, MAIN columns of them.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    x_offsets = row * (x_stride * UNIT)
+    x_offsets = row * x_stride * UNIT
     y_offsets = row * WIDTH
     FULL: tl.constexpr = MAIN <= WIDTH and not WIDE
     TAIL_FULL: tl.constexpr = MAIN + TAIL == WIDTH
@@ -162,12 +162,12 @@ def layer_norm_backward_kernel(
     if weight is not None:
         gamma = load_parameter(weight, columns, WIDTH, FULL)
     for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile * ROWS + tl.arange(0, ROWS)
+        row = tl.arange(0, ROWS).to(tl.int64) + tile * ROWS
         valid = row < rows
         average = tl.load(mean + row, mask=valid, other=0.0)
         scale = tl.load(rstd + row, mask=valid, other=0.0)
-        dy = load_rows(y_grad, row * (y_grad_stride * UNIT), valid, columns, WIDTH, FULL)
-        normed = load_rows(x, row * (x_stride * UNIT), valid, columns, WIDTH, FULL)
+        dy = load_rows(y_grad, row * y_grad_stride * UNIT, valid, columns, WIDTH, FULL)
+        normed = load_rows(x, row * x_stride * UNIT, valid, columns, WIDTH, FULL)
         normed = centre(normed, average, columns, WIDTH, FULL) * scale[:, None]
         g = dy * gamma
         if WIDE:
@@ -187,7 +187,7 @@ def layer_norm_backward_kernel(
         if x_grad is not None:
             dx = scale[:, None] * (g - g_average[:, None] - normed * projection[:, None])
             if residual_grad is not None:
-                dx += load_rows(residual_grad, row * (residual_stride * UNIT), valid, columns, WIDTH, FULL)
+                dx += load_rows(residual_grad, row * residual_stride * UNIT, valid, columns, WIDTH, FULL)
             store_rows(x_grad, row * WIDTH, valid, columns, dx, WIDTH, FULL, INTERPRETED)
     if weight_partials is not None:
         tl.store(weight_partials + program * WIDTH + columns, weight_sum, mask=columns < WIDTH)
