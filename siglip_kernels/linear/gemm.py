@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from siglip_kernels.device import facts, interpreting
+from siglip_kernels.device import facts, hopper_kernels_enabled, interpreting
 from siglip_kernels.errors import unsupported
 from siglip_kernels.interpreted import dot, narrow
 from siglip_kernels.linear import configuration
@@ -310,6 +310,14 @@ def gemm(
     biases = _biases_to_read(biases, columns, a)
     residual = None if residual is None else _rows_to_read(residual)
     outs = list(out.unflatten(1, (parts, columns)).unbind(1))
+    if hopper_kernels_enabled():
+        from siglip_kernels.linear import hopper
+
+        sums = hopper.launch(
+            a, weights, transposed, biases, residual, gelu, pre_activation, activation, outs, keep_column_sums
+        )
+        return out, pre_activation, activation, sums
+
     tile = configuration.tile(
         configuration.Shape(rows, columns, depth, parts, a.dtype, gelu, residual is not None), facts(a.device)
     )

@@ -1,0 +1,358 @@
+"""The matrix product with its epilogues for Hopper (sm_90), in Gluon: out = epilogue(a wᵀ), the epilogue being any of
+
+    + bias    + residual    gelu(·), keeping · for the backward    · ∘ gelu'(h), giving gelu(h) and the column sums, too
+
+It takes fp16 and bf16 and matrices whose extents N and K are multiples of 8, as the copy engine wants rows that start
+at multiples of 16 bytes; any number of rows. Anything else is an error here, and work for `gemm.py`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from siglip_kernels.device import Facts, facts
+from siglip_kernels.errors import unsupported
+from siglip_kernels.linear.hopper_pipeline import (
+    BLOCK_K,
+    CONSUMERS,
+    PIECE,
+    accumulator_layout,
+    choose,
+    load_tiles,
+    make_ring,
+    multiply_tile,
+    pieces_of,
+    reciprocal,
+    tile_position,
+)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The work of one program at a time: two consumers, one above the other."""
+
+    consumer_rows: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        return CONSUMERS.value * self.consumer_rows
+
+    def stages(self, buffers: int, out_dtype: torch.dtype, shared_memory: int) -> int:
+        """As many stages of 2-byte operands as fit beside the epilogue's buffers, and a little for the rest."""
+        epilogue = buffers * self.rows * PIECE.value * out_dtype.itemsize + 1024
+        return (shared_memory - epilogue) // ((self.rows + self.columns) * BLOCK_K.value * 2)
+
+
+WIDE, TALL, SMALL = Tile(64, 256), Tile(128, 128), Tile(64, 128)
+GROUP = 8  # row tiles whose results are computed together, so that their operands stay in the L2
+
+
+def tile_for(rows: int, columns: int, depth: int, parts: int, gelu: str, out_dtype: torch.dtype, gpu: Facts) -> Tile:
+    """The tile that takes the fewest clocks by a rough count: whole waves of tiles, each bound by its matrix work (2048
+    multiply-adds a clock) or by what it reads from the L2 (40 bytes a clock). Not measured.
+
+    so400m, 64 images of 729 tokens: N = 4304 is 17 tiles of 256 or 34 of 128 (either way 1.1 % more than asked for),
+    and 48 waves; N = 1152 is nine tiles of 128 but four and a half of 256, 13 waves of TALL tiles, 14 of WIDE ones.
+    """
+    if out_dtype == torch.float32:  # whose buffers leave no room for stages of larger tiles
+        return SMALL
+
+    def clocks(tile: Tile) -> int:
+        tiles = math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns) * parts
+        matrix = tile.rows * tile.columns / 2048
+        l2 = (tile.rows + tile.columns) * 2 / 40
+        return math.ceil(tiles / gpu.multiprocessors) * round(depth * max(matrix, l2) + 1500)
+
+    # The backward's epilogue holds two results at once: with 64 values a thread, of 128 rows, they would spill.
+    return min((WIDE, SMALL) if gelu == "backward" else (WIDE, TALL, SMALL), key=clocks)
+
+
+_CUBIC = gl.constexpr(0.044715)
+_EXPONENT = gl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654)  # 2^(u √(π/2) · this) = e^(-2u)
+_SLOPE = gl.constexpr(2 * 0.7978845608028654)
+_SLOPE_CUBIC = gl.constexpr(2 * 0.7978845608028654 * 3 * 0.044715)
+
+
+@gluon.jit
+def _gelu(x):
+    """tanh-GELU as x σ(2u), u = √(2/π) (x + 0.044715 x³). x: fp32."""
+    return x * reciprocal(1.0 + gl.exp2((x * x * _CUBIC + 1.0) * x * _EXPONENT))
+
+
+@gluon.jit
+def _gelu_and_derivative(x):
+    """gelu(x) and s + x s (1 - s) · 2 du/dx, where s = σ(2u). x: fp32."""
+    near = gl.minimum(gl.maximum(x, -100.0), 100.0)  # beyond, both are x or 0 and 1 or 0, and x³ may overflow
+    square = near * near
+    s = reciprocal(1.0 + gl.exp2((square * _CUBIC + 1.0) * near * _EXPONENT))
+    return x * s, s + near * s * (1.0 - s) * (square * _SLOPE_CUBIC + _SLOPE)
+
+
+@gluon.jit
+def _send(value, buffer, target, row, column):
+    """Rounds to the target's dtype, and starts the copy from the buffer to target[row : , column : ]."""
+    buffer.store(value.to(target.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(target, [row, column], buffer)
+
+
+@gluon.jit
+def _consumer(
+    consumer: gl.constexpr,
+    a_blocks,
+    b_blocks,
+    filled,
+    emptied,
+    lead,
+    buffers,
+    landed,
+    bias,
+    bias_second,
+    bias_third,
+    added,
+    second_out,
+    out,
+    out_second,
+    out_third,
+    column_sums,
+    rows,
+    COLUMNS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    PARTS: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    GELU: gl.constexpr,
+    CONSUMER_ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
+    BUFFERS: gl.constexpr,
+):
+    LAYOUT: gl.constexpr = accumulator_layout(BLOCK_N)
+    PIECE_LAYOUT: gl.constexpr = accumulator_layout(PIECE)
+    PIECES: gl.constexpr = BLOCK_N // PIECE
+    row_tiles = gl.cdiv(rows, CONSUMERS * CONSUMER_ROWS)
+    PART_TILES: gl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    step = 0
+    done = 0
+    for tile in range(gl.program_id(0), row_tiles * PART_TILES * PARTS, gl.num_programs(0)):
+        row_tile, column_tile = tile_position(tile, row_tiles, PART_TILES * PARTS, GROUP)
+        part = column_tile // PART_TILES
+        first_row = (row_tile * CONSUMERS + consumer) * CONSUMER_ROWS
+        first_column = column_tile % PART_TILES * BLOCK_N
+
+        if added is not None:
+            # Into the buffers that the last tile was sent from; it arrives under the products.
+            tma.store_wait(pendings=0)
+            mbarrier.expect(landed.index(consumer), PIECES * added.block_type.nbytes)
+            for piece in gl.static_range(PIECES):
+                tma.async_copy_global_to_shared(
+                    added, [first_row, first_column + piece * PIECE], landed.index(consumer),
+                    buffers.index(consumer * BUFFERS + piece),
+                )  # fmt: skip
+
+        total = gl.zeros((CONSUMER_ROWS, BLOCK_N), gl.float32, LAYOUT)
+        if bias is not None:
+            columns = first_column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+            tile_bias = choose(part, bias, bias_second, bias_third, PARTS)
+            total += gl.load(tile_bias + columns, mask=columns < COLUMNS, other=0.0).to(gl.float32)[None, :]
+        total, step = multiply_tile(
+            total, consumer, a_blocks, b_blocks, filled, emptied, lead, step, done, DEPTH,
+            False, not TRANSPOSED, STAGES,
+        )  # fmt: skip
+
+        if added is not None:
+            mbarrier.wait(landed.index(consumer), done & 1)
+        pieces = pieces_of(total)
+        for piece in gl.static_range(PIECES):
+            value = pieces[piece]
+            column = first_column + piece * PIECE
+            # Of two results for each piece, the second has a buffer of its own.
+            if added is not None:
+                buffer = buffers.index(consumer * BUFFERS + piece)
+                second_buffer = buffers.index(consumer * BUFFERS + BUFFERS - 1)
+            elif second_out is not None:
+                buffer = buffers.index(consumer * BUFFERS)
+                second_buffer = buffers.index(consumer * BUFFERS + 1)
+            else:
+                buffer = buffers.index(consumer * BUFFERS + piece % 2)
+
+            if GELU == "forward":
+                if second_out is not None:
+                    tma.store_wait(pendings=1)
+                    _send(value, second_buffer, second_out, first_row, column)
+                value = _gelu(value)
+            elif GELU == "backward":
+                again, derivative = _gelu_and_derivative(buffer.load(PIECE_LAYOUT).to(gl.float32))
+                if second_out is not None:
+                    tma.store_wait(pendings=1)
+                    _send(again, second_buffer, second_out, first_row, column)
+                value *= derivative
+                if column_sums is not None:
+                    columns = column + gl.arange(0, PIECE, gl.SliceLayout(0, PIECE_LAYOUT))
+                    sums = column_sums + (row_tile * CONSUMERS + consumer) * COLUMNS + columns
+                    gl.store(sums, gl.sum(value, 0), mask=columns < COLUMNS)
+            elif added is not None:
+                value += buffer.load(PIECE_LAYOUT).to(gl.float32)
+
+            if added is None:
+                tma.store_wait(pendings=1)
+            _send(value, buffer, choose(part, out, out_second, out_third, PARTS), first_row, column)
+        done += 1  # noqa: SIM113 - the range is the kernel's
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def gemm_kernel(
+    # Each matrix is a tensor descriptor. Blocks of a are [CONSUMER_ROWS, 64], of results [CONSUMER_ROWS, 64].
+    a,  # (rows, DEPTH)
+    weight,  # (COLUMNS, DEPTH), in blocks [BLOCK_N, 64]; TRANSPOSED: (DEPTH, COLUMNS), [64, BLOCK_N]
+    weight_second,  # as weight; None unless PARTS == 3
+    weight_third,
+    bias,  # (COLUMNS,) pointer, or None
+    bias_second,
+    bias_third,
+    added,  # (rows, COLUMNS): the residual; GELU "backward": the pre-activation; or None
+    second_out,  # (rows, COLUMNS): GELU "forward": the pre-activation, "backward": its activation; or None
+    out,  # (rows, COLUMNS)
+    out_second,
+    out_third,
+    column_sums,  # fp32 (2 row tiles, COLUMNS) pointer: sums of each consumer's columns, before rounding; or None
+    rows,
+    COLUMNS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    PARTS: gl.constexpr,  # 1, or 3 weights side by side
+    TRANSPOSED: gl.constexpr,
+    GELU: gl.constexpr,  # "", "forward" or "backward"
+    CONSUMER_ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP: gl.constexpr,  # row tiles that are done together, column tile by column tile
+    BUFFERS: gl.constexpr,  # of a consumer, for what `added` brings and what results leave from
+):
+    """Persistent: program p owns the tiles p, p + programs, ... of 2 CONSUMER_ROWS by BLOCK_N."""
+    a_blocks, b_blocks, filled, emptied, lead = make_ring(a, weight, STAGES)
+    buffers = gl.allocate_shared_memory(out.dtype, [CONSUMERS * BUFFERS, CONSUMER_ROWS, PIECE], out.layout)
+    landed = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for consumer in gl.static_range(CONSUMERS):
+        mbarrier.init(landed.index(consumer), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                0, a_blocks, b_blocks, filled, emptied, lead, buffers, landed, bias, bias_second, bias_third,
+                added, second_out, out, out_second, out_third, column_sums, rows, COLUMNS, DEPTH, PARTS, TRANSPOSED,
+                GELU, CONSUMER_ROWS, BLOCK_N, STAGES, GROUP, BUFFERS,
+            )),
+            (_consumer, (
+                1, a_blocks, b_blocks, filled, emptied, lead, buffers, landed, bias, bias_second, bias_third,
+                added, second_out, out, out_second, out_third, column_sums, rows, COLUMNS, DEPTH, PARTS, TRANSPOSED,
+                GELU, CONSUMER_ROWS, BLOCK_N, STAGES, GROUP, BUFFERS,
+            )),
+            (load_tiles, (
+                a, weight, weight_second, weight_third, a_blocks, b_blocks, filled, emptied,
+                gl.cdiv(rows, CONSUMERS * CONSUMER_ROWS), gl.cdiv(COLUMNS, BLOCK_N), DEPTH, CONSUMER_ROWS, BLOCK_N,
+                PARTS, False, not TRANSPOSED, STAGES, GROUP,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def check_supported(a: Tensor, columns: int) -> None:
+    """Raises unless the kernel takes a product of `a` (M, K) that has so many columns."""
+    gpu = facts(a.device)
+    if gpu.capability != (9, 0):
+        raise unsupported("linear", "x", f"is on {gpu.name}", "Hopper (sm_90), as SIGLIP_KERNELS_HOPPER=1 asks for")
+    if a.dtype not in (torch.float16, torch.bfloat16):
+        raise unsupported("linear", "x", f"has dtype {a.dtype}", "float16, bfloat16 with SIGLIP_KERNELS_HOPPER=1")
+    for name, extent in (("in_features", a.shape[1]), ("out_features", columns)):
+        if extent == 0 or extent % 8:
+            raise unsupported("linear", name, f"is {extent}", "multiples of 8 with SIGLIP_KERNELS_HOPPER=1")
+
+
+def launch(
+    a: Tensor,
+    weights: list[Tensor],
+    transposed: bool,
+    biases: list[Tensor | None],
+    residual: Tensor | None,
+    gelu: str,
+    pre_activation: Tensor | None,
+    activation: Tensor | None,
+    outs: list[Tensor],
+    keep_column_sums: bool,
+) -> Tensor | None:
+    """Launches the kernel on the arguments of `gemm.gemm` as it has prepared them; returns the column sums, if kept.
+
+    a: (M, K); weights: one or three (N, K), transposed: (K, N); biases: (N,) each, or all None; residual,
+    pre_activation, activation and each of outs: (M, N). gelu "forward" writes pre_activation if given, "backward" reads
+    it, and writes activation if given.
+    """
+    rows, depth = a.shape
+    columns, parts = outs[0].shape[1], len(outs)
+    check_supported(a, columns)
+    gpu = facts(a.device)
+    tile = tile_for(rows, columns, depth, parts, gelu, outs[0].dtype, gpu)
+    added = pre_activation if gelu == "backward" else residual
+    second_out = activation if gelu == "backward" else pre_activation
+    pieces = tile.columns // PIECE.value
+    buffers = 2 if added is None else pieces + (second_out is not None)
+    row_tiles = triton.cdiv(rows, tile.rows)
+    tiles = row_tiles * triton.cdiv(columns, tile.columns) * parts
+    partial_sums = None
+    if keep_column_sums:
+        shape = (CONSUMERS.value * row_tiles, columns)
+        partial_sums = torch.empty(shape, dtype=torch.float32, device=a.device)
+
+    result_block = [tile.consumer_rows, PIECE.value]
+    weight_block = [BLOCK_K.value, tile.columns] if transposed else [tile.columns, BLOCK_K.value]
+    nothing = [None] * (3 - parts)
+    gemm_kernel[(min(tiles, gpu.multiprocessors),)](
+        descriptor(a, [tile.consumer_rows, BLOCK_K.value]),
+        *(descriptor(weight, weight_block) for weight in weights),
+        *nothing,
+        *biases,
+        *nothing,
+        None if added is None else descriptor(added, result_block),
+        None if second_out is None else descriptor(second_out, result_block),
+        *(descriptor(out, result_block) for out in outs),
+        *nothing,
+        partial_sums,
+        rows,
+        COLUMNS=columns,
+        DEPTH=depth,
+        PARTS=parts,
+        TRANSPOSED=transposed,
+        GELU=gelu,
+        CONSUMER_ROWS=tile.consumer_rows,
+        BLOCK_N=tile.columns,
+        STAGES=tile.stages(buffers, outs[0].dtype, gpu.shared_memory),
+        GROUP=GROUP,
+        BUFFERS=buffers,
+        num_warps=4,
+    )
+    # One partial sum for each consumer's rows, in their order: the same bits every time.
+    return None if partial_sums is None else partial_sums.sum(0)
+
+
+_GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+
+
+def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    """What the copy engine needs to know of a matrix with rows of unit stride. One that does not start at a multiple of
+    16 bytes, or whose rows do not, is copied."""
+    stride = matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // 8) * 8
+    if matrix.data_ptr() % 16 or stride * matrix.element_size() % 16:
+        matrix = matrix.clone(memory_format=torch.contiguous_format)
+        stride = matrix.shape[1]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON_DTYPES[matrix.dtype])
+    return TensorDescriptor(matrix, list(matrix.shape), [stride, 1], block, layout)
