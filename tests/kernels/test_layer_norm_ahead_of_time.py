@@ -1,0 +1,53 @@
+"""Layer normalisation's kernels, compiled for GPUs that are not there: no spills, 16 bytes at a time, few variants."""
+
+import pytest
+
+from bench.ahead_of_time import Row, rows_in_a_subprocess
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return rows_in_a_subprocess("bench.layer_norm_launches", "a100", "h200", "b200")
+
+
+def test_nothing_spills_or_fails(rows):
+    assert {row.kernel for row in rows} == {
+        "layer_norm_forward_kernel",
+        "layer_norm_backward_kernel",
+        "layer_norm_parameter_gradients_kernel",
+        "wide_statistics_kernel",
+        "wide_sums_kernel",
+    }
+    assert not [str(row) for row in rows if row.problems()]
+
+
+def test_rows_are_read_and_written_sixteen_bytes_at_a_time(rows):
+    models = [row for row in rows if row.launch.split()[3] in ("768", "1024", "1152", "72", "4304", "8192", "20000")]
+    for row in models:
+        if row.kernel == "layer_norm_forward_kernel":
+            assert "ld 16" in row.accesses and "st 16" in row.accesses and "st 2" not in row.accesses, str(row)
+        if row.kernel == "layer_norm_backward_kernel":
+            assert "cp.async 16" in row.accesses and "st 16" in row.accesses, str(row)
+            assert not {"cp.async 2", "cp.async 8", "st 2"} & set(row.accesses), str(row)
+
+
+_EVERY_SIZE = """
+import torch
+from bench.ahead_of_time import GPUS, compiling_for
+from siglip_kernels.layer_norm import layer_norm_backward, layer_norm_forward
+compiled = set()
+def record(name, kernel):
+    assert not isinstance(kernel, Exception), kernel
+    compiled.add(kernel.hash)
+for rows in (46_656, 30_000, 30_001, 2**21):
+    x = torch.empty(rows, 72, dtype=torch.bfloat16, device="meta")
+    with compiling_for(GPUS["h200"], record):
+        _, mean, rstd = layer_norm_forward(x, x[0], x[0], 1e-6)
+        layer_norm_backward(x, x, x[0], mean, rstd)
+print(len(compiled))
+"""
+
+
+def test_one_compilation_for_many_numbers_of_rows(run_python):
+    done = run_python(_EVERY_SIZE)
+    assert done.stdout == "3\n", done.stdout + done.stderr
