@@ -8,24 +8,26 @@ so one exponential and one reciprocal. Far from zero both are x or 0 and x or 1;
 import triton
 import triton.language as tl
 
-_CUBIC = tl.constexpr(0.044715)
-_EXPONENT = tl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654)  # 2^(u √(π/2) · this) = e^(-2u)
+# e^(-2u) = 2^(x (_LINEAR + _CUBIC x²)), and 2 du/dx = _SLOPE + _SLOPE_SQUARE x²
+_LINEAR = tl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654)
+_CUBIC = tl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654 * 0.044715)
 _SLOPE = tl.constexpr(2 * 0.7978845608028654)
-_SLOPE_CUBIC = tl.constexpr(2 * 0.7978845608028654 * 3 * 0.044715)
+_SLOPE_SQUARE = tl.constexpr(2 * 0.7978845608028654 * 3 * 0.044715)
 
 
 @triton.jit
 def gelu(x):
     """x: fp32."""
     x = tl.where(x < -100.0, -100.0, x)  # -inf would give -inf · 0
-    return x / (1.0 + tl.exp2((x * x * _CUBIC + 1.0) * x * _EXPONENT))
+    return x / (1.0 + tl.exp2((x * x * _CUBIC + _LINEAR) * x))
 
 
 @triton.jit
 def gelu_and_derivative(x):
-    """gelu(x) and d gelu / dx = s + x s (1 - s) · 2 du/dx, where s = σ(2u). x: fp32."""
-    x = tl.where(x < -100.0, -100.0, x)
-    near = tl.where(x > 100.0, 100.0, x)
+    """gelu(x) and d gelu / dx = s + x s (1 - s) · 2 du/dx, where s = σ(2u) and 1 - s = s e^(-2u). x: fp32."""
+    x = tl.where(x < -10.0, -10.0, x)  # gelu(-10) is -1e-37; much further e^(-2u) would overflow
+    near = tl.where(x > 10.0, 10.0, x)
     square = near * near
-    s = 1.0 / (1.0 + tl.exp2((square * _CUBIC + 1.0) * near * _EXPONENT))
-    return x * s, s + near * s * (1.0 - s) * (square * _SLOPE_CUBIC + _SLOPE)
+    e = tl.exp2((square * _CUBIC + _LINEAR) * near)
+    s = 1.0 / (1.0 + e)
+    return x * s, s + near * s * (s * e) * (square * _SLOPE_SQUARE + _SLOPE)

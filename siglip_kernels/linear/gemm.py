@@ -18,6 +18,8 @@ from siglip_kernels.interpreted import dot, narrow
 from siglip_kernels.linear import configuration
 from siglip_kernels.linear.gelu import gelu, gelu_and_derivative
 
+INTERPRETED = tl.constexpr(interpreting())
+
 
 @triton.jit
 def _load(
@@ -28,7 +30,7 @@ def _load(
     stride,  # of a row, in units of UNIT elements
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,  # columns from here on read as zeros
+    EDGE: tl.constexpr,  # columns from here on read as zeros; None: no tile reaches so far
     UNIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
@@ -39,8 +41,8 @@ def _load(
         o_rows = tl.arange(0, ROWS)[:, None]
         o_columns = tl.arange(0, COLUMNS)[None, :]
         mask = o_rows < height - first_row
-        if WIDTH % COLUMNS != 0:
-            mask = mask & (o_columns < WIDTH - first_column)
+        if EDGE is not None:
+            mask = mask & (o_columns < EDGE - first_column)
         corner = source + (tl.cast(first_row, tl.int64) * stride * UNIT + first_column)
         return tl.load(corner + (o_rows * (stride * UNIT) + o_columns), mask=mask, other=0.0)
 
@@ -48,16 +50,15 @@ def _load(
 @triton.jit
 def _store(
     target,  # as `source` above
-    value,  # fp32
+    value,  # fp32 [ROWS, COLUMNS]
     first_row,
     first_column,
     height,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EDGE: tl.constexpr,
     STRIDE: tl.constexpr,  # of a row, in elements
-    WIDTH: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """target[first_row : +ROWS, first_column : +COLUMNS] = value, as far as there is a target."""
     if DESCRIPTORS:
@@ -66,8 +67,8 @@ def _store(
         o_rows = tl.arange(0, ROWS)[:, None]
         o_columns = tl.arange(0, COLUMNS)[None, :]
         mask = o_rows < height - first_row
-        if WIDTH % COLUMNS != 0:
-            mask = mask & (o_columns < WIDTH - first_column)
+        if EDGE is not None:
+            mask = mask & (o_columns < EDGE - first_column)
         corner = target + (tl.cast(first_row, tl.int64) * STRIDE + first_column)
         value = narrow(value, target.dtype.element_ty, INTERPRETED)
         tl.store(corner + (o_rows * STRIDE + o_columns), value, mask=mask)
@@ -105,7 +106,7 @@ def _choose(part, first, second, third, PARTS: tl.constexpr):
     return chosen
 
 
-@triton.jit(do_not_specialize=["a_stride", "weight_stride", "residual_stride", "rows"])
+@triton.jit(do_not_specialize=["a_stride", "weight_stride", "residual_stride", "pre_activation_stride", "rows"])
 def gemm_kernel(
     # Each matrix is a tensor descriptor (DESCRIPTORS) or a pointer. Strides are of rows, in units of UNIT elements.
     a,  # (rows, DEPTH), in blocks [BLOCK_M, BLOCK_K]
@@ -125,6 +126,7 @@ def gemm_kernel(
     a_stride,
     weight_stride,
     residual_stride,
+    pre_activation_stride,
     rows,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -140,12 +142,13 @@ def gemm_kernel(
     DESCRIPTORS: tl.constexpr,
     FLATTEN: tl.constexpr,  # loads of the next tile start under the epilogue of this one
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     row_tiles = tl.cdiv(rows, BLOCK_M)
     PART_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     group_tiles = GROUP * PART_TILES * PARTS
     PIECE: tl.constexpr = BLOCK_N // PIECES
+    EDGE: tl.constexpr = None if COLUMNS % BLOCK_N == 0 else COLUMNS
+    DEPTH_EDGE: tl.constexpr = None if DEPTH % BLOCK_K == 0 else DEPTH
 
     for tile in tl.range(tl.program_id(0), row_tiles * PART_TILES * PARTS, tl.num_programs(0), flatten=FLATTEN):
         first_of_group = tile // group_tiles * GROUP
@@ -153,27 +156,36 @@ def gemm_kernel(
         row_tile = first_of_group + tile % group_tiles % group
         column_tile = tile % group_tiles // group
         part = column_tile // PART_TILES
-        first_row = row_tile * BLOCK_M
+        row = row_tile * BLOCK_M
         first_column = column_tile % PART_TILES * BLOCK_N
 
         tile_weight = _choose(part, weight, weight_second, weight_third, PARTS)
         products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, DEPTH, BLOCK_K):
-            a_block = _load(a, first_row, k, rows, a_stride, BLOCK_M, BLOCK_K, DEPTH, UNIT, DESCRIPTORS)
+            a_block = _load(a, row, k, rows, a_stride, BLOCK_M, BLOCK_K, DEPTH_EDGE, UNIT, DESCRIPTORS)
             if TRANSPOSED:
                 w_block = _load(
-                    tile_weight, k, first_column, DEPTH, weight_stride, BLOCK_K, BLOCK_N, COLUMNS, UNIT, DESCRIPTORS
+                    tile_weight, k, first_column, DEPTH, weight_stride, BLOCK_K, BLOCK_N, EDGE, UNIT, DESCRIPTORS
                 )
             else:
                 w_block = _load(
-                    tile_weight, first_column, k, COLUMNS, weight_stride, BLOCK_N, BLOCK_K, DEPTH, UNIT, DESCRIPTORS
+                    tile_weight,
+                    first_column,
+                    k,
+                    COLUMNS,
+                    weight_stride,
+                    BLOCK_N,
+                    BLOCK_K,
+                    DEPTH_EDGE,
+                    UNIT,
+                    DESCRIPTORS,
                 ).T
             products = dot(a_block, w_block, products, PRECISION, INTERPRETED)
 
         tile_out = _choose(part, out, out_second, out_third, PARTS)
         pieces = _pieces(products, PIECES)
         for piece in tl.static_range(PIECES):
-            value = pieces[piece]
+            value = pieces[piece]  # [BLOCK_M, PIECE]
             column = first_column + piece * PIECE
             columns = column + tl.arange(0, PIECE)
             if bias is not None:
@@ -181,61 +193,23 @@ def gemm_kernel(
                 value += tl.load(tile_bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
             if GELU == "forward":
                 if pre_activation is not None:
-                    _store(
-                        pre_activation,
-                        value,
-                        first_row,
-                        column,
-                        rows,
-                        BLOCK_M,
-                        PIECE,
-                        COLUMNS,
-                        COLUMNS,
-                        DESCRIPTORS,
-                        INTERPRETED,
-                    )
+                    _store(pre_activation, value, row, column, rows, BLOCK_M, PIECE, EDGE, COLUMNS, DESCRIPTORS)
                 value = gelu(value)
             if GELU == "backward":
                 kept = _load(
-                    pre_activation, first_row, column, rows, COLUMNS // UNIT, BLOCK_M, PIECE, COLUMNS, UNIT, DESCRIPTORS
+                    pre_activation, row, column, rows, pre_activation_stride, BLOCK_M, PIECE, EDGE, UNIT, DESCRIPTORS
                 )
                 again, derivative = gelu_and_derivative(kept.to(tl.float32))
                 if activation is not None:
-                    _store(
-                        activation,
-                        again,
-                        first_row,
-                        column,
-                        rows,
-                        BLOCK_M,
-                        PIECE,
-                        COLUMNS,
-                        COLUMNS,
-                        DESCRIPTORS,
-                        INTERPRETED,
-                    )
+                    _store(activation, again, row, column, rows, BLOCK_M, PIECE, EDGE, COLUMNS, DESCRIPTORS)
                 value *= derivative
                 if column_sums is not None:
-                    o_sums = row_tile.to(tl.int64) * COLUMNS + columns
+                    o_sums = tl.cast(row_tile, tl.int64) * COLUMNS + columns
                     tl.store(column_sums + o_sums, tl.sum(value, 0), mask=columns < COLUMNS)
             if residual is not None:
-                added = _load(
-                    residual, first_row, column, rows, residual_stride, BLOCK_M, PIECE, COLUMNS, UNIT, DESCRIPTORS
-                )
+                added = _load(residual, row, column, rows, residual_stride, BLOCK_M, PIECE, EDGE, UNIT, DESCRIPTORS)
                 value += added.to(tl.float32)
-            _store(
-                tile_out,
-                value,
-                first_row,
-                column,
-                rows,
-                BLOCK_M,
-                PIECE,
-                PARTS * COLUMNS,
-                COLUMNS,
-                DESCRIPTORS,
-                INTERPRETED,
-            )
+            _store(tile_out, value, row, column, rows, BLOCK_M, PIECE, EDGE, PARTS * COLUMNS, DESCRIPTORS)
 
 
 def _row_stride(matrix: Tensor) -> int:
@@ -356,6 +330,7 @@ def gemm(
         _row_stride(a) // unit,
         _row_stride(weights[0]) // unit,
         0 if residual is None else _row_stride(residual) // unit,
+        0 if pre_activation is None else _row_stride(pre_activation) // unit,
         rows,
         COLUMNS=columns,
         DEPTH=depth,
@@ -371,7 +346,6 @@ def gemm(
         DESCRIPTORS=descriptors,
         FLATTEN=descriptors,
         PRECISION=configuration.precision(a.dtype),
-        INTERPRETED=interpreting(),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -87,7 +87,7 @@ def _pre_norm_qkv_backward(
     require_kernels("pre_norm_qkv", "x", x)
     rows = as_rows(x)
     norm_weight = norm_weight.contiguous()
-    parts = packed_grad.reshape(rows.shape[0], 3, -1)  # [rows, 3, H · D]
+    parts = packed_grad.flatten(3).flatten(0, 1)  # [rows, 3, H · D]
     x_grad, norm_weight_grad, norm_bias_grad = (rows.new_empty(0) for _ in range(3))
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         if any(needs_normed):
