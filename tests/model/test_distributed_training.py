@@ -1,0 +1,125 @@
+"""The triton backend under DDP and FSDP2: two processes end where one with the whole batch does."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import siglip_model
+from siglip_model.encoder import Attention, EncoderLayer
+from siglip_model.layers import Linear
+
+BATCH, STEPS = 4, 3
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {**TOWER, "vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": None, "eos_token_id": 1}
+VISION = {**TOWER, "image_size": 32, "patch_size": 16}
+
+
+def fresh(backend: str = "triton") -> siglip_model.SiglipModel:
+    torch.manual_seed(0)
+    return siglip_model.SiglipModel(siglip_model.SiglipConfig(text_config=TEXT, vision_config=VISION), backend=backend)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 50, (BATCH, 8), generator=generator)
+    return {"input_ids": ids, "pixel_values": torch.randn(BATCH, 3, 32, 32, generator=generator)}
+
+
+def train(model: Any, inputs: dict[str, torch.Tensor]) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = model(**inputs, return_loss=True).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def sharded(model: siglip_model.SiglipModel, kinds: tuple[type, ...], **policy: Any) -> siglip_model.SiglipModel:
+    mesh = init_device_mesh("cpu", (2,))
+    for module in reversed(list(model.modules())):  # the inner ones first
+        if isinstance(module, kinds):
+            fully_shard(module, mesh=mesh, **policy)
+    fully_shard(model, mesh=mesh, **policy)
+    return model
+
+
+def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    half = {name: tensor.chunk(2)[rank] for name, tensor in batch().items()}
+
+    def save(name: str, model: torch.nn.Module, losses: list[float]) -> None:
+        weights = whole(model)
+        shared = torch.tensor(losses)
+        dist.all_reduce(shared)  # a process's loss is of its own images; their mean is the loss of the batch
+        losses = (shared / 2).tolist()
+        if rank == 0:
+            torch.save({"weights": weights, "losses": losses}, f"{folder}/{name}.pt")
+
+    model = fresh()
+    model.use_global_loss()
+    save("ddp", model, train(DistributedDataParallel(model), half))
+
+    model = fresh()
+    model.use_global_loss()
+    for tower in (model.text_model, model.vision_model):
+        tower.gradient_checkpointing_enable()
+    save("fsdp, checkpointed", model, train(sharded(model.train(), (EncoderLayer,)), half))
+
+    model = fresh()  # parts of a layer as shards of their own: an operation must not reach past their hooks
+    model.use_global_loss()
+    save("fsdp of parts", model, train(sharded(model, (Linear, Attention, torch.nn.MultiheadAttention)), half))
+
+    model = fresh()
+    model.use_global_loss()
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    save("fsdp, bf16", model, train(sharded(model, (EncoderLayer,), mp_policy=bf16), half))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    torch.multiprocessing.spawn(one_of_two, args=(str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[dict[str, torch.Tensor], list[float]]:
+    model = fresh()
+    losses = train(model, batch())
+    return model.state_dict(), losses
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp, checkpointed", "fsdp of parts"])
+def test_two_processes_train_as_one(name: str, together: Path, alone: tuple[dict, list]) -> None:
+    weights, losses = alone
+    found = torch.load(together / f"{name}.pt", weights_only=True)
+    assert found["weights"].keys() == weights.keys()
+    before = fresh().state_dict()
+    assert max((weights[key] - before[key]).abs().max().item() for key in weights) > 1e-3  # it learnt something
+    for key, expected in weights.items():
+        torch.testing.assert_close(found["weights"][key], expected, rtol=0, atol=2e-6, msg=key)
+    assert found["losses"] == pytest.approx(losses, rel=1e-5)
+
+
+def test_mixed_precision_stays_near(together: Path, alone: tuple[dict, list]) -> None:
+    found = torch.load(together / "fsdp, bf16.pt", weights_only=True)
+    assert {tensor.dtype for tensor in found["weights"].values()} == {torch.float32}
+    assert found["losses"] == pytest.approx(alone[1], rel=0.02)
