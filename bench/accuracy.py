@@ -98,7 +98,7 @@ class Judge:
         how = self._how(entry)
         found = self._evaluate(how, contender, self.inputs if how == "timed call" else self.sample)
         true, plain = self._reference(how, entry, torch.float64), self._reference(how, entry, self.setting.dtype)
-        rounding = torch.finfo(self.setting.dtype).eps
+        rounding = torch.finfo(self.setting.dtype).eps / 2
         worst = Verdict(0.0)
         for name in true:
             if [tensor.shape for tensor in found[name]] != [tensor.shape for tensor in true[name]]:

@@ -125,7 +125,7 @@ def _check(setting: Setting, kernels: Callable[..., Any], result: Checked) -> Ch
         found = gradients(contender, inputs, setting.dtype)
         again = gradients(contender, inputs, setting.dtype)
         inference = forward(contender, inputs)
-    rounding = torch.finfo(setting.dtype).eps
+    rounding = torch.finfo(setting.dtype).eps / 2
     excess = -1.0
     for name in exact:
         error, eager_error = distance(found[name], exact[name]), distance(plain[name], exact[name])

@@ -353,7 +353,7 @@ def _run(request, where: Path | None, red: dict[str, str], until: float | None) 
     for name, how in missing.items():
         print(f"{name} is missing: {how}")
     if outcome.settled:
-        print(f"{outcome.settled} groups were measured before with this commit (--again measures them again).")
+        print(f"{outcome.settled} group(s) measured before with this commit (--again measures them again).")
     if outcome.left_out:
         print(f"Time was up. Left out: {', '.join(outcome.left_out)}.")
     print(f"{len(outcome.rows)} rows written to {results.path}.")
@@ -400,6 +400,8 @@ def _deadline(minutes: float | None) -> float | None:
 def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
+    except typer.Exit:  # a RuntimeError
+        raise
     except KeyboardInterrupt:
         print("bench: stopped; what was measured is written, and the next run goes on there", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

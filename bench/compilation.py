@@ -36,7 +36,7 @@ def compile_operations(
     gpus: Sequence[str],
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Iterator[tuple[str, Row]]:
-    """(operation, row) of every kernel of the modules of launches, for each GPU."""
+    """(operation, row) of every kernel of the modules of launches, for each GPU; what is alike in all counts once."""
     launches = {name: list(importlib.import_module(module).launches()) for name, module in modules.items()}
     total = len(gpus) * sum(len(found) for found in launches.values())
     done = 0
@@ -44,7 +44,7 @@ def compile_operations(
         for launch in found:
             for gpu in gpus:
                 progress(done, total, f"{operation} {launch.name} for {gpu}")
-                for row in compile_launches(iter([launch]), gpu):
+                for row in {str(row): row for row in compile_launches(iter([launch]), gpu)}.values():
                     yield operation, row
                 done += 1
     progress(done, total, "")

@@ -8,8 +8,7 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,8 @@ class _Group:
             steps = [step_of(contender, inputs, self.setting) for inputs in self.inputs]
             for step in steps[:2]:
                 step()
-            row.peak_mem_bytes = self._peak(entry, steps[0])
+            if self.setting.device == "cuda":
+                row.peak_mem_bytes = cuda_peak(steps[0])
             self.ready[entry.name] = row, Steps(steps)
             return None
         except Exception as error:  # whatever goes wrong in a peer is its result
@@ -157,15 +157,13 @@ class _Group:
                     f"not tried: about {needed / 1e9:.0f} GB, and {there / 1e9:.0f} GB are free"
                 )
 
-    def _peak(self, entry: Peer, step: Callable[[], object]) -> int | None:
-        if self.setting.device == "cuda":
-            return cuda_peak(step)
-        return peak_in_a_process(self.suite, self.setting, entry) if sys.platform == "linux" else None
-
     def time(self) -> list[Row]:
         """Rows of all that are ready."""
         if not self.ready:
             return []
+        if self.setting.device == "cpu":
+            for name, peak in peaks_in_a_process(self.setting, list(self.ready)).items():
+                self.ready[name][0].peak_mem_bytes = peak
         timed = {name: steps for name, (_, steps) in self.ready.items()}
         first = next(iter(timed))
         timed[first + AGAIN] = timed[first]
@@ -231,23 +229,23 @@ def _available_memory() -> int:
     return 2**40
 
 
-def peak_in_a_process(suite: str, setting: Setting, entry: Peer) -> int:
-    """How far the resident memory of a fresh process rises during one call (Linux).
+def peaks_in_a_process(setting: Setting, names: Sequence[str]) -> dict[str, int]:
+    """How far the resident memory of a fresh process rises during one call of each contender (Linux; empty elsewhere).
 
-    Memory is taken from the system and given back piece by piece there, so that no earlier piece is used again unseen.
+    There the system takes back every piece of memory that is freed, so that none is used again unseen. What the process
+    could not measure, because it ended early, is absent.
     """
+    if sys.platform != "linux":
+        return {}
     what = {
         "operation": setting.operation.name,
         "shape": setting.shape.sizes(),
         "dtype": dtype_name(setting.dtype),
         "direction": setting.direction,
-        "peer": entry.name,
+        "peers": list(names),
     }
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    with tempfile.TemporaryDirectory() as elsewhere:
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "bench.peak_memory", json.dumps(what)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=elsewhere)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}")
-    return int(done.stdout.split()[-1])
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-m", "bench.peak_memory", json.dumps(what)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **allocator, "PYTHONPATH": path})
+    return {name: peak for line in done.stdout.splitlines() for name, peak in json.loads(line).items()}

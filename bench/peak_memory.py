@@ -1,13 +1,28 @@
-"""Prints how far this process's memory rises in one call: `bench.measure.peak_in_a_process` starts it."""
+"""Prints how far this process's memory rises in a call of each contender; `bench.measure` starts it."""
 
 import json
 import sys
 from dataclasses import replace
 
-from bench.measure import step_of
+from bench.measure import free, step_of
 from bench.operations import DTYPES, OPERATIONS, Setting
 from bench.peers import peers_of
 from bench.timing import forget_peak, peak_resident_bytes
+
+
+def peak(setting: Setting, name: str) -> int:
+    """Bytes beyond inputs and weights. What the call returns is part of what it needs."""
+    contender = peers_of(setting.operation.name)[name].prepare(setting)
+    sample = replace(setting, shape=setting.shape.sample())
+    step_of(contender, sample.inputs(seed=1), sample)()  # loads libraries, starts threads
+    step = step_of(contender, setting.inputs(), setting)
+    free()
+    forget_peak()
+    before = peak_resident_bytes()
+    held = step()
+    after = peak_resident_bytes()
+    del held
+    return after - before
 
 
 def main() -> None:
@@ -15,15 +30,9 @@ def main() -> None:
     operation = OPERATIONS[what["operation"]]
     shape = operation.shape_class(**what["shape"])
     setting = Setting(operation, shape, DTYPES[what["dtype"]], "cpu", what["direction"])
-    contender = peers_of(operation.name)[what["peer"]].prepare(setting)
-    sample = replace(setting, shape=shape.sample())
-    step_of(contender, sample.inputs(seed=1), sample)()  # loads libraries, starts threads
-    step = step_of(contender, setting.inputs(), setting)
-    forget_peak()
-    before = peak_resident_bytes()
-    held = step()  # what it returns is part of what it needs
-    print(peak_resident_bytes() - before)
-    del held
+    for name in what["peers"]:
+        print(json.dumps({name: peak(setting, name)}), flush=True)
+        free()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ _OPERATIONS = (
 )  # fmt: skip
 
 
-@peer(_OPERATIONS, "eager", note="the definition; its products are cuBLAS's")
+@peer(_OPERATIONS, "eager", note="the definition")
 def eager(setting: Setting) -> Callable[..., Any]:
     return getattr(reference, setting.operation.name)
 

@@ -31,6 +31,23 @@ peer(_MODELS, "triton", package="triton", cuda=True)(_ours("triton"))
 peer(_MODELS, "triton:compile", package="triton", cuda=True, one_size=True, note="ours, under torch.compile")(
     _ours("triton", "compile")
 )
+
+
+def _captured(backend: str) -> Callable[[Setting], Contender]:
+    def load(setting: Setting) -> Contender:
+        shape = setting.shape
+        assert isinstance(shape, ModelShape)
+        model = our_model(setting, backend)
+        return as_contender(model, setting, model.capture(shape.batch))  # type: ignore[operator]
+
+    return load
+
+
+_FORWARD = ("vision_tower", "siglip")
+peer(_FORWARD, "triton:graph", package="triton", cuda=True, note="ours, as `model.capture` records it")(
+    _captured("triton")
+)
+peer(_FORWARD, "siglip_model:sdpa:graph", cuda=True, note="ours, without our kernels, captured")(_captured("sdpa"))
 for _backend in ("sdpa", "eager"):
     peer(_MODELS, f"siglip_model:{_backend}", note="ours, without our kernels")(_ours(_backend))
 peer(_MODELS, "siglip_model:flash_attention_2", package="flash-attn", cuda=True, dtypes=("fp16", "bf16"))(

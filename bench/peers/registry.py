@@ -123,7 +123,7 @@ def _ours(operation: str) -> Callable[[Setting], Any]:
 
 
 @functools.cache
-def registry() -> dict[tuple[str, str], Peer]:
+def everyone() -> dict[tuple[str, str], Peer]:
     """Every entry by operation and name, ours first."""
     for operation in (
         "attention", "linear", "pre_norm_qkv", "mlp", "pre_norm_mlp", "layer_norm", "attention_pool", "patch_embed",
@@ -137,9 +137,9 @@ def registry() -> dict[tuple[str, str], Peer]:
 
 def peers_of(operation: str) -> dict[str, Peer]:
     """The entries of one operation by name."""
-    return {name: entry for (of, name), entry in registry().items() if of == operation}
+    return {name: entry for (of, name), entry in everyone().items() if of == operation}
 
 
 def names() -> list[str]:
     """Every name that `--peers` takes."""
-    return list(dict.fromkeys(name for _, name in registry()))
+    return list(dict.fromkeys(name for _, name in everyone()))

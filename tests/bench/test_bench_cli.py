@@ -1,0 +1,117 @@
+"""`python -m bench`: wrong arguments list the right ones, and each command says plainly what it cannot do here."""
+
+import json
+
+import pytest
+import torch
+from bench_helpers import FLOORS, row
+from typer.testing import CliRunner
+
+from bench.ahead_of_time import Row as Compiled
+from bench.cli import app
+from bench.results import Results
+
+
+def bench(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bad", "listed"),
+    [
+        (["run", "attentoin"], "attentoin", ["attention", "loss", "latency", "all"]),
+        (["run", "loss", "--peers", "siglip"], "siglip", ["siglip_kernel", "open_clip", "triton"]),
+        (["run", "loss", "--shapes", "n5"], "n5", ["n65536-d768", "n1048576-d768"]),
+        (["run", "attention", "--shapes", "so400m-384-b65"], "so400m-384-b65", ["so400m-384-b64"]),
+        (["run", "loss", "--shapes", "pairs=8"], "width", ["pairs=", "width="]),
+        (["run", "loss", "--shapes", "n=8"], "n", ["pairs=", "width="]),
+        (["run", "--dtype", "fp8"], "fp8", ["bf16", "fp16", "fp32"]),
+        (["run", "--direction", "back"], "back", ["fwd", "bwd", "fwd+bwd"]),
+        (["check", "atention"], "atention", ["attention", "layer_norm"]),
+        (["compile", "gelu"], "gelu", ["attention", "sigmoid_loss"]),
+        (["compile", "--gpu", "sm_90"], "sm_90", ["a100", "h200", "b200"]),
+        (["tune", "gelu"], "gelu", ["attention", "linear"]),
+        (["peers", "nobody"], "nobody", ["attention", "all"]),
+    ],
+)
+def test_bad_arguments_list_the_valid_ones(arguments, bad, listed):
+    result = bench(*arguments)
+    assert result.exit_code == 2, result.output
+    assert bad in result.stderr and "supported: " in result.stderr
+    assert all(name in result.stderr.partition("supported: ")[2] for name in listed), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr("siglip_kernels.device.interpreting", lambda: False)
+    checked = bench("check")
+    assert checked.exit_code == 2 and "need a CUDA device" in checked.stderr and "TRITON_INTERPRET=1" in checked.stderr
+    assert bench("gpu", "--quick").exit_code == 2 and bench("tune").exit_code == 2
+    monkeypatch.setattr("bench.run.measure_floors", lambda *arguments: FLOORS)
+    request = ("run", "loss", "--shapes", "pairs=8,width=8", "--direction", "fwd", "--peers", "eager,chunked")
+    done = bench(*request, "--quick", "--results", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "Triton kernels are not timed here; they are only checked" in done.stderr
+    (path,) = tmp_path.glob("cpu-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {item["impl"] for item in rows} == {"chunked", "eager", "chunked#2"}
+    assert all(item["status"] == "ok" and item["peak_mem_bytes"] is not None for item in rows)
+    again = bench(*request, "--results", str(tmp_path))
+    assert "1 group(s) measured before with this commit" in again.output
+    assert len(path.read_text().splitlines()) == len(rows)
+
+
+def compiled(stack_bytes=0, **values):
+    facts = dict(warps=8, registers=200, shared_bytes=1000, shared_limit=232_448, matrix={"wgmma m64n64k16": 4})
+    return Compiled("bf16", "attention_forward_kernel", "h200", stack_bytes=stack_bytes, **{**facts, **values})
+
+
+@pytest.mark.parametrize(
+    ("rows", "exit_code", "said"),
+    [
+        ([compiled()], 0, "1 of 1 kernels"),
+        ([compiled(), compiled(stack_bytes=16)], 1, "16 B of stack"),
+        ([compiled(error="CompilationError: no")], 1, "CompilationError"),
+        ([compiled(shared_bytes=10**6)], 1, "shared memory"),
+    ],
+)
+def test_compile_fails_on_a_spill(monkeypatch, tmp_path, rows, exit_code, said):
+    monkeypatch.setattr("bench.compilation.use_the_compiler", lambda: None)
+    monkeypatch.setattr(
+        "bench.compilation.compile_operations", lambda modules, gpus, progress: [("attention", row) for row in rows]
+    )
+    result = bench("compile", "--results", str(tmp_path))
+    assert result.exit_code == exit_code, result.output
+    assert said in result.output.replace("\n", " ")
+    (path,) = tmp_path.glob("compile-*.jsonl")
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(written) == len(rows) and {"commit", "triton", "date", "registers", "matrix"} <= set(written[0])
+    assert written[0]["arch"] == "sm_90" and bool(written[-1]["problems"]) == bool(exit_code)
+
+
+def test_every_module_of_launches_is_found():
+    from bench.compilation import launch_modules
+
+    modules = launch_modules()
+    assert modules["attention"] == "bench.attention_launches"
+    assert {"attention", "sigmoid_loss", "linear", "layer_norm"} <= set(modules)
+
+
+def test_report(tmp_path):
+    results = Results.open(tmp_path / "h200-2026-12-01.jsonl")
+    for one in (row("triton", 1.0), row("sdpa", 2.0)):
+        results.add(one)
+    (tmp_path / "compile-triton-3.6.0.jsonl").write_text('{"op": "attention"}\n')  # is no table of times
+    readme = tmp_path / "page.md"
+    readme.write_text("<!-- bench: begin -->\n<!-- bench: end -->\n")
+    result = bench("report", "--results", str(tmp_path), "--readme", str(readme))
+    assert result.exit_code == 0, result.output
+    assert "`triton` 1.00 | `sdpa` 2.00 | **2.00x**" in readme.read_text()
+    assert "h200-2026-12-01.jsonl" in readme.read_text()
+    assert "![h200 attention tflops by shape](h200-attention-tflops-by-shape.png)" in readme.read_text()
+    assert "`sdpa`" in (tmp_path / "README.md").read_text()
+    assert bench("report", "absent.jsonl").exit_code == 2
+    readme.write_text("no marks")
+    failed = bench("report", "--results", str(tmp_path), "--readme", str(readme), "--no-plots")
+    assert failed.exit_code == 2 and "bench: begin" in failed.stderr

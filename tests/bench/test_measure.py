@@ -1,0 +1,164 @@
+"""One group: who is right is timed, who is wrong is shown as wrong, and nobody's failure is anybody else's."""
+
+import pytest
+import torch
+from bench_helpers import FLOORS, SHAPE, contender, setting
+
+from bench.measure import Plan, measure
+from bench.operations import OPERATIONS
+from bench.peers import Missing, Unsupported, peers_of
+from bench.shapes import LinearShape, LossShape, MLPShape, NormShape, PatchShape, PoolShape, QKVShape
+from siglip_kernels import reference
+
+PLAN = Plan(seconds=0.0, least_rounds=2)
+
+
+@pytest.fixture(autouse=True)
+def no_process_for_memory(monkeypatch):
+    monkeypatch.setattr("bench.measure.peaks_in_a_process", lambda setting, names: dict.fromkeys(names, 1000))
+
+
+def rows_of(entries, plan=PLAN, **values):
+    rows = []
+    measure("attention", setting(**values), entries, FLOORS, plan, rows.append)
+    return {row.impl: row for row in rows}
+
+
+def wrong(q, k, v):
+    return 1.01 * reference.attention(q, k, v)
+
+
+def test_a_peer_that_gives_wrong_results_is_shown_as_wrong_not_as_fast():
+    rows = rows_of([contender("eager"), contender("wrong", wrong)])
+    assert rows["wrong"].status == "error" and rows["wrong"].ms_median is None
+    assert rows["wrong"].reason.startswith("wrong: results is off by 1.0e-02")
+    assert rows["wrong"].error_vs_fp64 == pytest.approx(0.01, rel=1e-3)
+    assert rows["eager"].status == "ok" and rows["eager"].ms_median > 0
+    assert rows["eager"].error_vs_fp64 < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda q, k, v: torch.full_like(q, torch.nan), "off by nan"),
+        (lambda q, k, v: reference.attention(q, k, v)[:, :-1], "shapes"),
+    ],
+)
+def test_nan_and_wrong_shapes_are_wrong(call, reason):
+    row = rows_of([contender("peer", call)])["peer"]
+    assert (row.status, row.ms_median) == ("error", None)
+    assert reason in row.reason
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        return reference.attention(q, k, v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad, grad
+
+
+@pytest.mark.parametrize("direction", ["bwd", "fwd+bwd"])
+def test_wrong_gradients_are_wrong(direction):
+    rows = rows_of([contender("peer", WrongGradient.apply_by_name), contender("eager")], direction=direction)
+    assert rows["peer"].status == "error" and "gradient of q" in rows["peer"].reason
+    assert rows["eager"].status == "ok"
+
+
+WrongGradient.apply_by_name = staticmethod(lambda q, k, v: WrongGradient.apply(q, k, v))
+
+
+def test_ours_has_to_be_closer_than_peers():
+    def rounded(q, k, v):  # like a peer that keeps results in a narrower type
+        return (reference.attention(q, k, v) * (1 + 3e-7)).contiguous()
+
+    rows = rows_of([contender("triton:rounded", rounded), contender("peer", rounded)])
+    assert rows["triton:rounded"].status == "error"
+    assert rows["peer"].status == "ok"
+
+
+def raising(error):
+    def load(q, k, v):
+        raise error
+
+    return load
+
+
+def test_everybody_fails_alone():
+    entries = [
+        contender("oom", raising(torch.OutOfMemoryError("CUDA out of memory"))),
+        contender("unsupported", raising(Unsupported("head dim 8"))),
+        contender("missing", raising(Missing("pip install it"))),
+        contender("broken", raising(KeyError("no such | thing"))),
+        contender("eager"),
+    ]
+    rows = rows_of(entries)
+    assert {name: row.status for name, row in rows.items()} == {
+        "oom": "oom", "unsupported": "unsupported", "missing": "missing", "broken": "error", "eager": "ok",
+        "eager#2": "ok",
+    }  # fmt: skip
+    assert rows["missing"].reason == "pip install it"
+    assert rows["broken"].reason.startswith("KeyError")
+
+
+def test_a_red_operation_of_ours_is_not_timed():
+    plan = Plan(0.0, 2, red={"attention": "wrong in check (s64): too far"})
+    rows = rows_of([contender("triton"), contender("eager")], plan)
+    assert rows["triton"].status == "error" and rows["triton"].ms_median is None
+    assert rows["triton"].reason == "not timed: wrong in check (s64): too far"
+    assert rows["eager"].status == "ok"
+
+
+def test_a_row_follows_from_its_time():
+    rows = rows_of([contender("eager", note="the definition"), contender("sdpa")])
+    row, again = rows["eager"], rows["eager#2"]  # the first is timed twice
+    assert row.ms_p20 <= row.ms_median <= row.ms_p80
+    flops, bytes_moved = SHAPE.flops("fwd"), SHAPE.bytes("fwd", 4)
+    assert row.tflops == pytest.approx(flops / row.ms_median * 1e3 / 1e12)
+    assert row.gbps == pytest.approx(bytes_moved / row.ms_median * 1e3 / 1e9)
+    assert row.floor_ms == pytest.approx(1e3 * max(flops / FLOORS.flops, bytes_moved / FLOORS.bytes))
+    assert row.floor_share == pytest.approx(row.floor_ms / row.ms_median)
+    assert row.peak_mem_bytes == 1000 and row.reason.startswith("the definition")
+    assert row.shape == {"name": "tiny", "batch": 2, "tokens": 17, "heads": 2, "head_dim": 8}
+    assert again.impl == "eager#2" and "sdpa#2" not in rows
+
+
+SMALL = {
+    "attention": SHAPE,
+    "linear": LinearShape("tiny", 5, 8, 6, True),
+    "pre_norm_qkv": QKVShape("tiny", 5, 8, 2),
+    "mlp": MLPShape("tiny", 5, 8, 12),
+    "pre_norm_mlp": MLPShape("tiny", 5, 8, 12),
+    "layer_norm": NormShape("tiny", 5, 8),
+    "attention_pool": PoolShape("tiny", 2, 5, 8, 2),
+    "patch_embed": PatchShape("tiny", 2, 28, 14, 8),
+    "sigmoid_loss": LossShape("tiny", 9, 8),
+}
+
+
+@pytest.mark.parametrize("operation", SMALL)
+def test_every_operation_runs_in_every_direction_it_is_measured_in(operation):
+    entries = [entry for entry in peers_of(operation).values() if not entry.cuda and not entry.package]
+    assert entries
+    for direction in OPERATIONS[operation].directions:
+        rows = []
+        measure("attention", setting(operation, SMALL[operation], direction), entries, FLOORS, PLAN, rows.append)
+        assert {row.impl for row in rows if row.status != "ok"} <= {"sdpa:flash"}, [row.reason for row in rows]
+
+
+def test_inputs_are_drawn_anew_and_are_never_zeros():
+    for operation, shape in SMALL.items():
+        first, second = (setting(operation, shape).inputs(seed) for seed in (0, 1))
+        for name, tensor in first.tensors.items():
+            assert tensor.abs().min() > 0, f"{operation}: {name}"
+            assert tensor.dim() == 0 or not torch.equal(tensor, second.tensors[name])
+
+
+def test_memory_that_a_cpu_does_not_have_is_not_asked_for():
+    rows = []
+    entries = [peers_of("sigmoid_loss")["eager"]]
+    vast = setting("sigmoid_loss", LossShape("vast", 2**21, 8))
+    measure("loss", vast, entries, FLOORS, PLAN, rows.append)
+    assert [row.status for row in rows] == ["oom"] and rows[0].reason.startswith("not tried")

@@ -1,0 +1,114 @@
+"""The registry: who is in it, that nothing is loaded early, and what an absent package says."""
+
+import builtins
+import sys
+
+import pytest
+import torch
+from bench_helpers import setting
+
+from bench.operations import OPERATIONS, Setting
+from bench.peers import Missing, Unsupported, everyone, names, peers_of
+from bench.shapes import LossShape
+
+OPTIONAL = (
+    "transformers", "flash_attn", "fa3_fwd_interface", "fa3_fwd", "siglip_kernel", "open_clip", "inf_cl", "memeff",
+    "liger_kernel", "torchao",
+)  # fmt: skip
+
+
+@pytest.fixture
+def nothing_optional(monkeypatch):
+    """As if none of the optional packages were installed."""
+    from importlib import metadata, util
+
+    import_module, find_spec, version = builtins.__import__, util.find_spec, metadata.version
+
+    def refuse(name, *arguments, **more):
+        if name.split(".")[0] in OPTIONAL:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return import_module(name, *arguments, **more)
+
+    def no_version(distribution):
+        if distribution.replace("-", "_").lower() in {*OPTIONAL, "fa3_fwd", "flash_attn_4", "open_clip_torch"}:
+            raise metadata.PackageNotFoundError(distribution)
+        return version(distribution)
+
+    for name in [name for name in sys.modules if name.split(".")[0] in OPTIONAL]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr(util, "find_spec", lambda name, *a: None if name in OPTIONAL else find_spec(name, *a))
+    monkeypatch.setattr(metadata, "version", no_version)
+
+
+def test_everyone_is_there():
+    wanted = {
+        "attention": "triton eager sdpa sdpa:math sdpa:flash sdpa:cudnn sdpa:efficient flex flash_attn_2 flash_attn_3 "
+        "flash_attn_4",
+        "linear": "triton eager compile max-autotune cublaslt",
+        "mlp": "triton eager compile max-autotune cublaslt",
+        "layer_norm": "triton eager compile liger",
+        "attention_pool": "triton eager folded",
+        "patch_embed": "triton eager",
+        "sigmoid_loss": "triton chunked eager compile siglip_kernel siglip_kernel:chunk_size=1024 open_clip "
+        "open_clip:chunk_size=1024 inf_cl memeff",
+        "vision_tower": "triton triton:graph siglip_model:sdpa siglip_model:eager torchao:float8 "
+        "transformers:eager transformers:sdpa transformers:flash_attention_2 "
+        "transformers:sdpa:compile transformers:sdpa:reduce-overhead transformers:sdpa:max-autotune "
+        "transformers:flash_attention_2:max-autotune",
+        "training_step": "triton siglip_model:sdpa transformers:sdpa transformers:sdpa:max-autotune",
+    }
+    for operation, expected in wanted.items():
+        assert set(expected.split()) <= set(peers_of(operation)), operation
+        assert next(iter(peers_of(operation))).startswith("triton")
+    assert all(operation in OPERATIONS for operation, _ in everyone())
+    assert len(names()) == len(set(names()))
+
+
+def test_without_any_optional_package(nothing_optional):
+    """On a machine that has CUDA: each absent peer says how to install it, and none of the others minds."""
+    shape = LossShape("tiny", 4, 16)
+    told = {}
+    for name in ("siglip_kernel", "siglip_kernel:chunk_size=1024", "open_clip", "inf_cl", "memeff"):
+        entry = peers_of("sigmoid_loss")[name]
+        assert entry.version() is None
+        with pytest.raises(Missing) as missing:
+            entry.prepare(Setting(OPERATIONS["sigmoid_loss"], shape, torch.bfloat16, "cuda", "fwd"))
+        told[name] = str(missing.value)
+    assert told["siglip_kernel"] == "pip install siglip-kernel"
+    assert told["open_clip"] == "pip install open-clip-torch"
+    for operation, name in (
+        ("attention", "flash_attn_2"),
+        ("attention", "flash_attn_3"),
+        ("attention", "flash_attn_4"),
+    ):
+        with pytest.raises(Missing, match="pip install"):
+            peers_of(operation)[name].prepare(
+                Setting(OPERATIONS[operation], setting().shape, torch.bfloat16, "cuda", "fwd")
+            )
+    assert callable(peers_of("sigmoid_loss")["eager"].prepare(setting("sigmoid_loss", shape)).call)
+
+
+def test_neighbours_are_marked():
+    for name in ("inf_cl", "memeff"):
+        entry = peers_of("sigmoid_loss")[name]
+        assert "softmax" in entry.note and entry.truth is not None
+
+
+def test_what_a_peer_cannot_do_is_said():
+    here = setting()
+    with pytest.raises(Unsupported, match="CUDA"):
+        peers_of("attention")["flex"].prepare(here)
+    on_gpu = Setting(OPERATIONS["attention"], here.shape, torch.float32, "cuda", "fwd")
+    with pytest.raises(Unsupported, match="supported: bf16"):
+        peers_of("attention")["flash_attn_3"].prepare(on_gpu)
+    backward = Setting(OPERATIONS["attention"], here.shape, torch.bfloat16, "cuda", "bwd")
+    with pytest.raises(Unsupported, match="no bwd; supported: fwd"):
+        peers_of("attention")["flash_attn_3"].prepare(backward)
+
+
+def test_sdpa_says_which_backend_ran():
+    assert peers_of("attention")["sdpa"].prepare(setting()).note in (
+        "SDPA ran flash_attention", "SDPA ran math", "SDPA ran unknown",
+    )  # fmt: skip
+    assert peers_of("attention")["sdpa:math"].prepare(setting()).note == "SDPA ran math"

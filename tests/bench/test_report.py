@@ -1,0 +1,127 @@
+"""Tables and plots from files with ties, failures and missing peers."""
+
+import pytest
+from bench_helpers import row
+
+from bench.plots import draw_all
+from bench.report import BEGIN, END, full_report, groups, insert, summary
+from bench.results import Results
+
+FAILED = [
+    row("sdpa:cudnn", status="oom", reason="CUDA out of memory"),
+    row("flash_attn_2", status="missing", reason="pip install flash-attn"),
+    row("flash_attn_3", status="unsupported", reason="has no fp16; supported: bf16"),
+    row("flex", status="error", reason="wrong: results is off by 1.0e-01, 1.0e-02 | is allowed"),
+]
+ON_CPU = dict(gpu="cpu (AMD EPYC, 2 threads)", driver=None, cuda=None, dtype="fp32")
+
+
+def write(path, rows):
+    results = Results.open(path)
+    for one in rows:
+        results.add(one)
+    return rows
+
+
+def table_rows(page):
+    """impl -> the cells of its row."""
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
+    return {line.split("`")[1]: [cell.strip() for cell in line.strip("|").split(" | ")] for line in lines}
+
+
+def test_ties_failures_and_missing_peers(tmp_path):
+    path = tmp_path / "h200-2026-12-01.jsonl"
+    rows = write(path, [*FAILED, row("triton", 1.00), row("sdpa", 1.02), row("eager", 3.0), row("triton#2", 1.03)])
+    (group,) = groups(rows)
+    assert group.noise == pytest.approx(1.03)
+    assert [one.impl for one in group.fastest()] == ["triton", "sdpa"]  # 2 % apart where the noise is 3 %
+    page = full_report(rows, [path])
+    cells = table_rows(page)
+    assert list(cells) == ["triton", "sdpa", "eager", "sdpa:cudnn", "flash_attn_2", "flash_attn_3", "flex"]
+    assert cells["triton"][1] == "**1.00**" and cells["sdpa"][1] == "**1.02**" and cells["eager"][1] == "3.00"
+    assert (cells["triton"][3], cells["sdpa"][3], cells["eager"][3]) == ("1.02x", "1.00x", "0.34x")
+    assert cells["sdpa:cudnn"][1] == "oom" and cells["flash_attn_2"][1] == "missing"
+    assert cells["flash_attn_2"][-1] == "pip install flash-attn"
+    assert cells["flex"][1] == "error" and "wrong: results is off by 1.0e-01" in cells["flex"][-1]
+    assert "\\|" in page and "h200-2026-12-01.jsonl" in page and "Noise 1.03x" in page
+    assert "not measured yet" not in page
+
+
+def test_without_noise_a_hundredth_is_a_tie():
+    (group,) = groups([row("triton", 1.0), row("sdpa", 1.009), row("eager", 1.02)])
+    assert [one.impl for one in group.fastest()] == ["triton", "sdpa"] and group.noise is None
+
+
+def test_a_group_where_nothing_ran(tmp_path):
+    page = full_report(FAILED, [tmp_path / "h200-2026-12-01.jsonl"])
+    assert list(table_rows(page)) == [one.impl for one in FAILED]
+    text = summary(FAILED, [tmp_path / "h200-2026-12-01.jsonl"], [], tmp_path)
+    assert "attention fwd | so400m-384-b64 | bf16 | not measured yet |" in text
+
+
+def test_ours_that_is_wrong_is_said_in_the_summary(tmp_path):
+    rows = [row("triton", status="error", reason="not timed: wrong in check"), row("sdpa", 1.0)]
+    text = summary(rows, [tmp_path / "h200-2026-12-01.jsonl"], [], tmp_path)
+    assert "| not timed: wrong in check | `sdpa` 1.00 |" in text
+
+
+def test_no_gpu_row_is_said(tmp_path):
+    rows = [row("chunked", 2.0, **ON_CPU), row("eager", 3.0, **ON_CPU)]
+    path = tmp_path / "cpu-2026-12-01.jsonl"
+    for text in (summary(rows, [path], [], tmp_path), full_report(rows, [path])):
+        assert "On a GPU: not measured yet." in text
+        assert "cpu-2026-12-01.jsonl" in text
+    assert "never timed there" in summary(rows, [path], [], tmp_path)
+
+
+def test_gpu_and_cpu_stay_apart(tmp_path):
+    rows = [row("triton", 1.0), row("sdpa", 1.5), row("sdpa", 900.0, **ON_CPU)]
+    assert len(groups(rows)) == 2
+    text = summary(rows, [tmp_path / "h200-2026-12-01.jsonl", tmp_path / "cpu-2026-12-01.jsonl"], [], tmp_path)
+    assert text.index("On NVIDIA H200") < text.index("On cpu")
+    assert "not measured yet" not in text.split("On cpu")[0]
+    assert "**1.50x**" in text
+
+
+def test_neighbours_with_another_loss_are_not_the_best_other(tmp_path):
+    shape = {"name": "n65536-d768", "pairs": 65_536, "width": 768}
+    facts = dict(suite="loss", op="sigmoid_loss", direction="fwd+bwd", shape=shape)
+    rows = [row("triton", 30.0, **facts), row("eager", 100.0, **facts)]
+    rows.append(row("memeff", 10.0, reason="another loss: softmax", **facts))
+    text = summary(rows, [tmp_path / "h200-2026-12-01.jsonl"], [], tmp_path)
+    assert "| `eager` 100 | 3.33x | `eager` 100 |" in text
+
+
+def test_the_readme_is_written_between_its_marks(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    insert(readme, "new")
+    insert(readme, "newer")
+    assert readme.read_text() == f"before\n{BEGIN}\nnewer\n{END}\nafter\n"
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="bench: begin"):
+        insert(readme, "new")
+    assert readme.read_text() == "no marks"
+
+
+def test_plots(tmp_path):
+    rows = [row("triton", 1.0), row("sdpa", 1.2), *FAILED]
+    for pairs in (1024, 2048):
+        facts = dict(suite="loss", op="sigmoid_loss", direction="fwd+bwd", shape=dict(name="n", pairs=pairs, width=768))
+        rows += [row("triton", 1.0, **facts), row("eager", 3.0, **facts), row("chunked", status="oom", **facts)]
+    for batch in (1, 8):
+        shape = dict(name="b", model="base-224", batch=batch, layers=0, text=True)
+        facts = dict(suite="model", op="siglip", shape=shape)
+        rows += [row("triton", 1.0, **facts), row("transformers:eager", 2.0, **facts)]
+    drawn = draw_all(rows, tmp_path)
+    assert [path.name for path in drawn] == [
+        "h200-speed-up-by-batch-size.png", "h200-attention-tflops-by-shape.png", "h200-loss-memory-by-pairs.png",
+    ]  # fmt: skip
+    assert all(path.stat().st_size > 5000 for path in drawn)
+    page = full_report(rows, [tmp_path / "h200-2026-12-01.jsonl"], drawn)
+    assert "![h200 loss memory by pairs](h200-loss-memory-by-pairs.png)" in page
+
+
+def test_no_rows_no_plots(tmp_path):
+    assert draw_all(FAILED, tmp_path) == [] and list(tmp_path.iterdir()) == []
+    assert "not measured yet" in full_report([], []) and "not measured yet" in summary([], [], [], tmp_path)

@@ -1,0 +1,88 @@
+"""The file format: every field, nothing lost, half a line dropped, and what counts as measured already."""
+
+import json
+import re
+
+import pytest
+from bench_helpers import row
+
+from bench.circumstances import circumstances
+from bench.results import FIELDS, Results, Row, new_row, read, slug
+
+SCHEMA = [
+    "suite", "op", "direction", "shape", "dtype", "impl", "status", "reason", "ms_median", "ms_p20", "ms_p80",
+    "tflops", "gbps", "floor_ms", "floor_share", "peak_mem_bytes", "error_vs_fp64", "gpu", "driver", "cuda",
+    "torch", "triton", "peer_version", "commit", "dirty", "date",
+]  # fmt: skip
+
+
+def test_schema(tmp_path):
+    assert list(FIELDS) == SCHEMA
+    results = Results.open(tmp_path / "h200-2026-12-01.jsonl")
+    results.add(row("triton", 1.5))
+    (line,) = results.path.read_text().splitlines()
+    assert list(json.loads(line)) == SCHEMA
+    assert read([results.path]) == [row("triton", 1.5)]
+
+
+def test_circumstances_of_this_machine():
+    facts = circumstances()
+    assert set(facts) <= set(SCHEMA)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", facts["date"])
+    assert facts["commit"] and facts["torch"] and facts["gpu"]
+    assert bool(facts["dirty"]) == ("+" in facts["commit"])
+
+
+def test_a_status_that_is_none():
+    with pytest.raises(ValueError, match="ok, oom, unsupported, missing, error"):
+        row("triton", status="fast")
+
+
+def test_slug():
+    assert slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    assert slug("NVIDIA H200") == "h200"
+    assert slug("cpu (AMD EPYC, 2 threads)") == "cpu"
+
+
+def test_what_was_killed_while_writing_is_dropped(tmp_path):
+    results = Results.open(tmp_path / "a.jsonl")
+    results.add(row("triton", 1.0))
+    whole = results.path.read_text()
+    results.path.write_text(whole + whole[: len(whole) // 2])
+    again = Results.open(results.path)
+    assert len(again.rows) == 1
+    assert results.path.read_text() == whole
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"suite": "loss", "speed": 1}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: .*speed.*lacking"):
+        read([path])
+    path.write_text("not json\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1"):
+        read([path])
+
+
+def test_settled(tmp_path):
+    results = Results.open(tmp_path / "a.jsonl")
+    results.add(row("triton", 1.0, peer_version="3.6.0"))
+    same = dict(peer_version="3.6.0")
+    assert results.settled(row("triton", **same))
+    assert not results.settled(row("triton", peer_version="3.7.0"))
+    assert not results.settled(row("triton", commit="abc+123456", **same))
+    assert not results.settled(row("triton", torch="2.13.0", **same))
+    assert not results.settled(row("triton", dtype="fp16", **same))
+    assert not results.settled(row("sdpa", **same))
+
+
+def test_the_last_row_counts(tmp_path):
+    results = Results.open(tmp_path / "a.jsonl")
+    results.add(row("triton", 2.0))
+    results.add(row("triton", 1.0))
+    assert [kept.ms_median for kept in Results.open(results.path).rows.values()] == [1.0]
+
+
+def test_new_row_carries_the_circumstances():
+    made = new_row(suite="loss", op="sigmoid_loss", direction="fwd", shape={}, dtype="fp32", impl="eager")
+    assert isinstance(made, Row) and made.commit == circumstances()["commit"] and made.status == "ok"

@@ -1,0 +1,132 @@
+"""Whole runs with a measurement that is made up: order, resuming, and time that is up."""
+
+import time
+
+import pytest
+from bench_helpers import FLOORS
+
+from bench import run as runs
+from bench.measure import Plan, blank_row
+from bench.peers import Peer
+from bench.results import Results, read
+from bench.run import Request, deadline, run
+from bench.suites import SUITES, by_importance
+
+
+@pytest.fixture(autouse=True)
+def no_floors(monkeypatch):
+    monkeypatch.setattr(runs, "measure_floors", lambda *arguments: FLOORS)
+
+
+class Measurement:
+    """Stands for `measure`: writes a row for each entry and remembers the groups."""
+
+    def __init__(self, stop_after=None, status="ok"):
+        self.groups, self.stop_after, self.status = [], stop_after, status
+
+    def __call__(self, suite, setting, entries, floors, plan, write, progress):
+        if len(self.groups) == self.stop_after:
+            raise KeyboardInterrupt
+        self.groups.append((suite, setting.shape.name, setting.direction))
+        for entry in entries:
+            progress(entry.name)
+            write(blank_row(suite, setting, entry, status=self.status, ms_median=1.0))
+
+
+REQUEST = Request(["loss", "pool"], shapes=["pairs=8,width=8", "batch=2,tokens=5,width=8,heads=2"])
+GROUPS = {("loss", "fwd+bwd"), ("pool", "fwd"), ("loss", "fwd"), ("pool", "fwd+bwd")}
+
+
+def test_what_is_settled_is_skipped(tmp_path):
+    path = tmp_path / "cpu.jsonl"
+    first = Measurement(stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(REQUEST, Results.open(path), Plan(), measure_group=first)
+    written = len(read([path]))
+    assert written > 0  # at once, not at the end
+    second = Measurement()
+    outcome = run(REQUEST, Results.open(path), Plan(), measure_group=second)
+    assert outcome.settled == 2
+    done = [(suite, direction) for suite, _, direction in first.groups + second.groups]
+    assert len(done) == 4 and set(done) == GROUPS
+    third = Measurement()
+    assert run(REQUEST, Results.open(path), Plan(), measure_group=third).settled == 4 and not third.groups
+    again = Request(REQUEST.suites, REQUEST.shapes, again=True)
+    run(again, Results.open(path), Plan(), measure_group=third)
+    assert len(third.groups) == 4
+
+
+def test_another_commit_is_measured_again(tmp_path, monkeypatch):
+    path = tmp_path / "cpu.jsonl"
+    run(REQUEST, Results.open(path), Plan(), measure_group=Measurement())
+    monkeypatch.setattr("bench.results.circumstances", lambda: {"gpu": "cpu (x)", "commit": "other", "torch": "t"})
+    again = Measurement()
+    run(REQUEST, Results.open(path), Plan(), measure_group=again)
+    assert len(again.groups) == 4
+
+
+def test_a_peer_that_was_installed_since_is_measured_with_its_group(tmp_path, monkeypatch):
+    path = tmp_path / "cpu.jsonl"
+    request = Request(["loss"], shapes=["pairs=8,width=8"], peers=["eager", "open_clip"], directions=["fwd"])
+    monkeypatch.setattr(Peer, "version", lambda entry: None if entry.package else "1")
+    run(request, Results.open(path), Plan(), measure_group=Measurement(status="missing"))
+    again = Measurement()
+    assert run(request, Results.open(path), Plan(), measure_group=again).settled == 1
+    monkeypatch.setattr(Peer, "version", lambda entry: "1")
+    run(request, Results.open(path), Plan(), measure_group=again)
+    assert len(again.groups) == 1
+
+
+def test_time_that_is_up(tmp_path):
+    """Also within a group, past code that catches every Exception; what is left out is named."""
+    seen = []
+
+    def slow(suite, setting, entries, floors, plan, write, progress):
+        seen.append(suite)
+        if len(seen) == 2:
+            try:
+                time.sleep(30)
+            except Exception:
+                pytest.fail("swallowed")
+        for entry in entries:
+            write(blank_row(suite, setting, entry))
+
+    start = time.monotonic()
+    results = Results.open(tmp_path / "cpu.jsonl")
+    outcome = run(REQUEST, results, Plan(), until=start + 1.0, measure_group=slow)
+    assert time.monotonic() - start < 20
+    assert len(outcome.left_out) == 3 and outcome.left_out[0].startswith("pool attention_pool fwd ")
+    assert {row.suite for row in read([results.path])} == {"loss"}
+
+
+def test_a_deadline_that_is_kept_leaves_nothing_behind():
+    with deadline(time.monotonic() + 0.2):
+        pass
+    time.sleep(0.3)
+
+
+def test_the_first_of_every_suite_comes_first():
+    settings = {name: SUITES[name].settings("cuda", ["bf16"], quick=True) for name in ("attention", "loss", "mlp")}
+    ordered = by_importance(settings)
+    assert [name for name, _ in ordered[:3]] == ["attention", "loss", "mlp"]
+    assert len(ordered) == sum(map(len, settings.values()))
+
+
+def test_a_quick_run_on_a_gpu_has_every_suite_and_no_slow_peer():
+    for suite in SUITES.values():
+        quick, all_of_it = (suite.settings("cuda", ["bf16"], quick=flag) for flag in (True, False))
+        assert quick and set(quick) <= set(all_of_it)
+        for setting in quick:
+            entries = Request([suite.name], quick=True).entries(setting)
+            assert entries and not any(entry.slow for entry in entries)
+
+
+def test_on_a_cpu_only_what_runs_there():
+    request = Request(["model", "loss", "attention", "mlp"], quick=True)
+    settings = [
+        (name, setting) for name in request.suites for setting in SUITES[name].settings("cpu", ["fp32"], quick=True)
+    ]
+    assert {name for name, _ in settings} == {"model", "loss", "attention"}
+    for _, setting in settings:
+        entries = request.entries(setting)
+        assert not any(entry.cuda for entry in entries) and len(entries) > 1

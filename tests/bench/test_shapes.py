@@ -1,0 +1,114 @@
+"""FLOPs and bytes against numbers worked out by hand, and against the published floors of one H200."""
+
+import dataclasses
+
+import pytest
+
+from bench.operations import OPERATIONS
+from bench.shapes import (
+    MODELS,
+    AttentionShape,
+    LinearShape,
+    LossShape,
+    MLPShape,
+    ModelShape,
+    NormShape,
+    PatchShape,
+    PoolShape,
+    QKVShape,
+    TrainShape,
+    parse,
+)
+from bench.suites import SUITES
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "head_dim", "gigaflops", "microseconds", "images_per_second"),
+    [
+        ("base-224", 196, 64, 34.9, 44.2, 22_609),
+        ("base-512", 1024, 64, 213.8, 270.6, 3_695),
+        ("large-384", 576, 64, 381.4, 482.8, 2_071),
+        ("so400m-224", 256, 72, 219.0, 277.2, 3_608),
+        ("so400m-384", 729, 72, 666.4, 843.6, 1_185),
+    ],
+)
+def test_vision_towers_at_790_tflops(model, tokens, head_dim, gigaflops, microseconds, images_per_second):
+    tower = MODELS[model].vision
+    assert (tower.tokens, tower.head_dim) == (tokens, head_dim)
+    flops = ModelShape("", model, 1).flops("fwd")
+    assert flops / 1e9 == pytest.approx(gigaflops, abs=0.06)
+    assert flops / 790e12 * 1e6 == pytest.approx(microseconds, abs=0.06)
+    assert 790e12 / flops == pytest.approx(images_per_second, rel=5e-4)
+    assert ModelShape("", model, 8).flops("fwd") == 8 * flops
+
+
+@pytest.mark.parametrize(
+    ("pairs", "width", "milliseconds"),
+    [(16_384, 768, 1.6), (32_768, 1152, 9.4), (65_536, 768, 25.1), (2**20, 768, 6400)],
+)
+def test_the_loss_is_three_products(pairs, width, milliseconds):
+    shape = LossShape("", pairs, width)
+    assert shape.flops("fwd+bwd") == 6 * pairs**2 * width == shape.flops("fwd") + shape.flops("bwd")
+    assert shape.flops("fwd+bwd") / 790e12 * 1e3 == pytest.approx(milliseconds, rel=0.03)
+
+
+def test_attention_of_so400m_384_at_batch_64():
+    shape = AttentionShape("", 64, 729, 16, 72)
+    assert shape.flops("fwd") / 1e9 == pytest.approx(157, abs=0.5)
+    assert shape.flops("fwd") / 790e12 * 1e6 == pytest.approx(198, abs=1)
+    assert shape.bytes("fwd", 2) / 4.3e12 * 1e6 == pytest.approx(100, abs=1)
+    assert shape.flops("bwd") == 2.5 * shape.flops("fwd")
+
+
+def test_small_shapes_by_hand():
+    assert LinearShape("", 2, 3, 5).flops("fwd") == 2 * 2 * 3 * 5
+    assert LinearShape("", 2, 3, 5).flops("fwd+bwd") == 3 * 60
+    assert LinearShape("", 2, 3, 5).bytes("fwd", 2) == 2 * (6 + 15 + 10)
+    assert LinearShape("", 2, 3, 5, residual=True).bytes("fwd", 2) == 2 * (6 + 15 + 10 + 10)
+    # dy and x and W are read; dx and dW are written
+    assert LinearShape("", 2, 3, 5).bytes("bwd", 4) == 4 * (10 + 6 + 15 + 6 + 15)
+    assert MLPShape("", 2, 3, 5).flops("fwd") == 2 * (2 * 2 * 3 * 5)
+    assert QKVShape("", 2, 4, 2).flops("fwd") == 3 * (2 * 2 * 4 * 4)
+    assert NormShape("", 2, 3).bytes("fwd", 4) == 4 * 12
+    assert NormShape("", 2, 3).bytes("bwd", 4) == 4 * 18
+    assert PatchShape("", 2, 28, 14, 5).tokens == 4
+    assert PatchShape("", 2, 28, 14, 5).flops("fwd") == 2 * 2 * 4 * (3 * 14 * 14) * 5
+    # scores and pooling for each of 2 heads, then the values' and the output projection
+    assert PoolShape("", 3, 7, 4, 2).flops("fwd") == 2 * (2 * 3 * 7 * 4 * 2) + 2 * (2 * 3 * 4 * 4)
+
+
+def test_training_is_three_forwards_of_both_towers_and_the_loss():
+    shape = TrainShape("", "base-224", 16)
+    towers = 16 * (MODELS["base-224"].vision.flops() + MODELS["base-224"].text.flops())
+    assert shape.flops("fwd+bwd") == 3 * towers + 6 * 16**2 * 768
+    assert TrainShape("", "base-224", 16, layers=2).flops("fwd+bwd") < shape.flops("fwd+bwd") / 5
+
+
+def test_every_case_has_a_name_of_its_own_and_a_sample_that_is_no_larger():
+    for suite in SUITES.values():
+        named = [(case.operation, case.shape.name) for case in suite.cases]
+        assert len(named) == len(set(named)), suite.name
+        for case in suite.cases:
+            assert isinstance(case.shape, OPERATIONS[case.operation].shape_class)
+            assert case.shape.sample().flops("fwd") <= case.shape.flops("fwd")
+            assert case.shape.sizes() == dataclasses.asdict(case.shape)
+
+
+def test_parse():
+    assert parse(LinearShape, "rows=3,inputs=4,outputs=5,residual=1") == LinearShape(
+        "rows=3,inputs=4,outputs=5,residual=1", 3, 4, 5, True
+    )
+    assert parse(ModelShape, "model=base-224,batch=3").sizes()["layers"] == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["rows=3", "rows=x,inputs=4,outputs=5", "rows=3,inputs=4,outputs=5,width=1", "rows=0,inputs=4,outputs=5"]
+)
+def test_parse_names_the_fields(text):
+    with pytest.raises(ValueError, match="supported"):
+        parse(LinearShape, text)
+
+
+def test_parse_lists_the_models():
+    with pytest.raises(ValueError, match="so400m-384"):
+        parse(ModelShape, "model=huge,batch=1")
