@@ -57,7 +57,9 @@ def test_classify_in_json_equals_transformers(siglip, images, checkpoint):
     paths = sorted(images.iterdir())
     result = siglip("classify", *paths, "--labels", *LABELS, "--json", "--batch-size", 2)
     assert result.exit_code == 0 and result.stderr == ""
-    theirs = transformers.pipeline("zero-shot-image-classification", model=str(checkpoint), device=-1)
+    pillow = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint)  # not torchvision's, which differs
+    task = "zero-shot-image-classification"
+    theirs = transformers.pipeline(task, model=str(checkpoint), image_processor=pillow, device=-1)
     expected = theirs([str(path) for path in paths], candidate_labels=LABELS)
     ours = json.loads(result.stdout)
     assert [entry["image"] for entry in ours] == [str(path) for path in paths]

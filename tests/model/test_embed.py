@@ -79,7 +79,7 @@ def test_rows_are_the_models_features(embed, checkpoint, folder, normalize):
     assert (summary.embedded, summary.failed, summary.skipped, summary.rows) == (23, 0, 0, 23)
     assert summary.complete and summary.width == 32 and summary.images_per_second > 0
     theirs = transformers.SiglipModel.from_pretrained(checkpoint)
-    processor = transformers.AutoImageProcessor.from_pretrained(checkpoint)
+    processor = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint)
     stored = load_embeddings(embed.out)
     assert stored.files == sorted(stored.files) and len(stored.files) == 23 and stored.failed == {}
     images = [Image.open(path).convert("RGB") for path in stored.files]

@@ -30,7 +30,8 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(checkpoint):
-    return transformers.pipeline(TASK, model=str(checkpoint), device=-1)
+    pillow = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint)  # not torchvision's, which differs
+    return transformers.pipeline(TASK, model=str(checkpoint), image_processor=pillow, device=-1)
 
 
 @pytest.fixture(scope="module")
