@@ -120,7 +120,7 @@ class Encoder(nn.Module):
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: dict[str, Any] | None = None  # arguments of `checkpoint`
 
     def forward(
         self, x: Tensor, mask: MaskArguments, output_hidden_states: bool, output_attentions: bool
@@ -129,8 +129,8 @@ class Encoder(nn.Module):
         hidden_states = [x]
         attentions = []
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x, weights = checkpoint(layer, x, mask, output_attentions, use_reentrant=False)
+            if self.gradient_checkpointing is not None and self.training:
+                x, weights = checkpoint(layer, x, mask, output_attentions, **self.gradient_checkpointing)
             else:
                 x, weights = layer(x, mask, output_attentions)
             hidden_states.append(x)

@@ -99,17 +99,24 @@ class PreTrainedModel(nn.Module):
     def num_parameters(self, only_trainable: bool = False) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute each layer in the backward pass instead of keeping its activations."""
-        self._set_gradient_checkpointing(True)
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations.
+
+        gradient_checkpointing_kwargs: for torch.utils.checkpoint.checkpoint, beside use_reentrant=False.
+        """
+        self._set_gradient_checkpointing({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
 
     def gradient_checkpointing_disable(self) -> None:
-        self._set_gradient_checkpointing(False)
+        self._set_gradient_checkpointing(None)
 
-    def _set_gradient_checkpointing(self, enable: bool) -> None:
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any(getattr(module, "gradient_checkpointing", None) is not None for module in self.modules())
+
+    def _set_gradient_checkpointing(self, arguments: dict[str, Any] | None) -> None:
         for module in self.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = enable  # type: ignore[assignment]
+                module.gradient_checkpointing = arguments  # type: ignore[assignment]
 
     def _default(self, asked: bool | None, what: str) -> bool:
         return getattr(self.config, f"output_{what}") if asked is None else asked

@@ -207,14 +207,14 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     theirs = transformers_model(TINY_TEXT, TINY_VISION)
     inputs = batch(theirs)
     gradients = []
-    for enable in (False, True):
+    for arguments in (None, {}, {"use_reentrant": True}, {"preserve_rng_state": False}):
         ours = our_model(theirs, "sdpa").train()
-        if enable:
-            ours.gradient_checkpointing_enable()
+        if arguments is not None:
+            ours.gradient_checkpointing_enable(arguments)
         ours(**inputs, return_loss=True).loss.backward()
         gradients.append([parameter.grad for parameter in ours.parameters()])
-    for kept, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(kept, recomputed)
+    for kept, *recomputed in zip(*gradients, strict=True):
+        assert all(torch.equal(kept, again) for again in recomputed)
 
 
 def test_bf16_loss_is_fp32_as_there() -> None:

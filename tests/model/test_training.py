@@ -158,6 +158,17 @@ def test_bfloat16_is_close_and_keeps_float32_weights(tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_triton_backend_trains_as_eager_does(bfloat16, tmp_path):
+    config = TrainingConfig(steps=2, warmup_steps=0, bfloat16=bfloat16, log_every=1)
+    for backend in ("eager", "triton"):
+        model = tiny_model()
+        model.set_backend(backend)
+        train(model, coloured_squares, config, tmp_path / backend, show_progress=False)
+    logs = [[entry["loss"] for entry in log_of(tmp_path / backend)] for backend in ("eager", "triton")]
+    assert logs[1] == pytest.approx(logs[0], rel=0.01 if bfloat16 else 1e-5)
+
+
 def test_biases_norms_and_logit_parameters_are_not_decayed():
     model = tiny_model()
     optimizer = make_optimizer(model, TrainingConfig(steps=1, warmup_steps=0, weight_decay=0.3))

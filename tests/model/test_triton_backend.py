@@ -200,7 +200,10 @@ def test_gradient_checkpointing_gives_the_same_bits() -> None:
         ours = model("triton").train()
         if enable:
             ours.gradient_checkpointing_enable()
+        assert ours.is_gradient_checkpointing == enable
         gradients.append(results(ours, batch()))
+    ours.gradient_checkpointing_disable()
+    assert not ours.is_gradient_checkpointing
     for name, expected in gradients[0].items():
         assert torch.equal(gradients[1][name], expected), name
 
