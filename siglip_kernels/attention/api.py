@@ -10,16 +10,25 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.attention.configuration import is_short
-from siglip_kernels.device import interpreting
-from siglip_kernels.errors import MissingBackendError, unsupported
+from siglip_kernels.device import require_kernels
+from siglip_kernels.errors import unsupported
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_HEAD_DIM = 128
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
+def _require_tensors(**arguments: object) -> None:
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            raise unsupported("attention", name, f"is a {type(argument).__name__}", "tensors")
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None) -> None:
     """Everything that a call can get wrong, except that the machine cannot run it. Traceable: it reads no values."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.layout != torch.strided:
+            raise unsupported("attention", name, f"has layout {tensor.layout}", "torch.strided")
         if tensor.dim() != 4:
             raise unsupported("attention", name, f"has {tensor.dim()} dimensions", "4: (B, S, H, D)")
         if tensor.dtype not in _DTYPES:
@@ -37,8 +46,8 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: fl
                 raise unsupported("attention", name, got, f"the same {what} in q, k and v")
     if q.shape[3] % 8 != 0 or not 8 <= q.shape[3] <= _LARGEST_HEAD_DIM:
         raise unsupported("attention", "q", f"has head dim {q.shape[3]}", f"multiples of 8 up to {_LARGEST_HEAD_DIM}")
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise unsupported("attention", "scale", f"is {scale}", "finite numbers")
+    if scale is not None and not (isinstance(scale, _NUMBERS) and -math.inf < scale < math.inf):
+        raise unsupported("attention", "scale", f"is {scale!r}", "finite numbers")
     if lengths is None:
         return
     if lengths.dtype != torch.int32:
@@ -48,15 +57,6 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: fl
         raise unsupported("attention", "lengths", got, "(B,)")
     if lengths.device != q.device:
         raise unsupported("attention", "lengths", f"is on {lengths.device} while q is on {q.device}", "one device")
-
-
-def _require_a_gpu(q: Tensor) -> None:
-    """Kernels run on CUDA tensors, and on CPU tensors in Triton's interpreter."""
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreting()):
-        raise MissingBackendError(
-            f"attention: q is on {q.device}, and the Triton kernels need a CUDA device (or CPU tensors and "
-            "TRITON_INTERPRET=1 set before Triton is imported); elsewhere use the backend 'sdpa' or 'eager'"
-        )
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
@@ -73,12 +73,13 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None, keep_for_backward: bool
 ) -> tuple[Tensor, Tensor]:
     """out, and what backward needs besides: the log-sum-exp, or an empty tensor where that is nothing."""
-    _require_a_gpu(q)
+    require_kernels("attention", "q", q)
     from siglip_kernels.attention.forward import attention_forward
     from siglip_kernels.attention.short import attention_short_forward
 
     scale = _scale(scale, q.shape[3])
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    lengths = None if lengths is None else lengths.contiguous()
     with torch.cuda.device_of(q):
         if is_short(q, k):
             return attention_short_forward(q, k, v, lengths, scale), q.new_empty(0, dtype=torch.float32)
@@ -99,15 +100,18 @@ def _attention_backward(
     needs_k_or_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; one that is not needed is an empty tensor."""
-    _require_a_gpu(q)
+    require_kernels("attention", "q", q)
     from siglip_kernels.attention.backward import attention_backward
     from siglip_kernels.attention.short import attention_short_backward
 
     scale = _scale(scale, q.shape[3])
     q, k, v, out_grad = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(out_grad)
+    lengths = None if lengths is None else lengths.contiguous()
     with torch.cuda.device_of(q):
         if is_short(q, k):
             return attention_short_backward(out_grad, q, k, v, lengths, scale, needs_q, needs_k_or_v)
+        if log_sum_exp.shape != (q.shape[0], q.shape[2], q.shape[1]):
+            raise unsupported("attention", "keep_for_backward", "was False", "True where gradients are asked for")
         return attention_backward(out_grad, q, k, v, out, log_sum_exp, lengths, scale, needs_q, needs_k_or_v)
 
 
@@ -164,15 +168,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, le
 
     q: (B, Sq, H, D); k, v: (B, Sk, H, D), fp32, fp16 or bf16. Returns (B, Sq, H, D), contiguous, in q's dtype.
     D is a multiple of 8 up to 128. Views are read where they lie, packed or expanded ones too; only a tensor whose last
-    stride is not 1 is copied. fp32 products are IEEE unless torch.backends.cuda.matmul.allow_tf32; sums are in fp32.
+    stride is not 1 is copied. fp32 products are IEEE unless torch.backends.cuda.matmul allows TF32; sums are in fp32.
     scale: D**-0.5 unless given. lengths: int32 (B,), how many of a sample's keys are valid (taken into 0..Sk); the
     others are never read, and a sample with 0 gives zeros. So does Sk = 0.
     Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
     Gradients are deterministic; second derivatives are refused.
 
-    Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
-    are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    Raises UnsupportedInputError (a ValueError) for other types, shapes and dtypes, and MissingBackendError for tensors
+    that are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
+    _require_tensors(q=q, k=k, v=v)
+    if lengths is not None:
+        _require_tensors(lengths=lengths)
     if q.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = _autocast(q, dtype), _autocast(k, dtype), _autocast(v, dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from siglip_kernels import UnsupportedInputError, attention
+from siglip_kernels.attention.configuration import precision
 
 OPERATORS = torch.ops.siglip_kernels
 
@@ -75,6 +76,36 @@ def test_second_derivatives_are_refused(tokens, device):
         gradient.sum().backward()
 
 
+def test_a_forward_that_kept_nothing_has_no_backward(device):
+    q, k, v = tensors(70, device)
+    out, _ = OPERATORS.attention(q, k, v, None, None, False)
+    with pytest.raises(UnsupportedInputError, match="keep_for_backward was False"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
+def test_products_of_fp32_follow_the_newer_setting_too(asked, expected, device):
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = asked
+    try:
+        assert precision(torch.float32) == expected
+        assert precision(torch.bfloat16) == "ieee"
+        assert attention(*tensors(5, device, torch.float32)).isfinite().all()
+    finally:
+        settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_products_of_fp32_follow_the_older_setting(allowed):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        assert precision(torch.float32) == ("tf32" if allowed else "ieee")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def test_shapes_without_data():
     q, k, v = (torch.empty(2, 70, 2, 72, device="meta", dtype=torch.bfloat16) for _ in range(3))
     out = attention(q, k, v)
@@ -119,6 +150,10 @@ BAD = {
         "lengths is on meta while q is on cpu; supported: one device",
     ),
     "scale": ({"scale": float("nan")}, "scale is nan; supported: finite numbers"),
+    "scale as a tensor": ({"scale": torch.tensor(0.5)}, r"scale is tensor\(0.5000\); supported: finite numbers"),
+    "no tensor": ({"k": None}, "k is a NoneType; supported: tensors"),
+    "lengths as a list": ({"lengths": [5, 5]}, "lengths is a list; supported: tensors"),
+    "sparse": ({"v": torch.zeros(2, 5, 2, 24, dtype=HALF).to_sparse()}, "v has layout torch.sparse_coo"),
 }
 
 
