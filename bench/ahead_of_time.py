@@ -59,6 +59,7 @@ class Row:
     tensor_memory_columns: int = 0  # Blackwell: of 512
     matrix: dict[str, int] = dataclasses.field(default_factory=dict)  # {"wgmma m64n128k16": 5, "mma m16n8k16": ...}
     accesses: dict[str, int] = dataclasses.field(default_factory=dict)  # {"cp.async 16": 30, "ld 2": 0, "st 16": ...}
+    register_moves: list[int] = dataclasses.field(default_factory=list)  # setmaxnreg: what partitions change to
     error: str = ""
 
     def problems(self) -> list[str]:
@@ -150,6 +151,7 @@ def _read(launch: str, kernel: str, gpu_name: str, gpu: Facts, compiled: Any) ->
     row.stack_bytes = max(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
     row.matrix = matrix_instructions(compiled.asm["ptx"])
     row.accesses = global_accesses(compiled.asm["ptx"])
+    row.register_moves = sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", compiled.asm["ptx"])})
     return row
 
 

@@ -1,0 +1,165 @@
+"""Counts what the inner loops of compiled kernels cost each pipe of a Hopper multiprocessor, and the bound they set.
+
+    python -m bench.inner_loop bench.attention_hopper_launches bench.attention_launches --only "S=729 D=72" [--json]
+
+For each loop that issues wgmma, and holds no other such loop: the clocks that one warp's pass through it takes on its
+quarter of the multiprocessor, by pipe. Passes of all warps there add up, so no kernel runs faster than its busiest
+pipe; if that is the tensor pipe it can reach the peak, and `share` says how far it can otherwise. Latencies, and waits
+for memory or for each other, come on top: it is a bound, not a prediction.
+
+A quarter (CUDA C++ programming guide, arithmetic throughput, compute capability 9.0) takes a warp's instruction of fp32
+multiply-add in 1 clock, of integers, comparisons or conversions in 2, a shuffle or memory access in 4, an exponential
+in 8; and 512 multiply-adds of fp16 or bf16 a clock.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from bench.ahead_of_time import GPUS, Launch, compiling_for, sass
+
+_GPU = "h200"
+_CLOCKS = {"fma": 1, "alu": 2, "lsu": 4, "mufu": 8}
+_FMA = ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2")
+_LSU = ("LD", "ST", "SHFL", "ATOM", "RED", "SYNCS", "UTMA")
+_CONTROL = ("BAR", "BRA", "WARPGROUP", "WARPSYNC", "NOP", "DEPBAR", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "YIELD")
+
+
+@dataclasses.dataclass
+class Loop:
+    """An inner loop of a kernel: instructions of one warp, and clocks of its quarter of the multiprocessor."""
+
+    launch: str
+    kernel: str
+    clocks: dict[str, float]  # by pipe: tensor, mufu, fma, alu, lsu, issue
+    instructions: dict[str, int]  # by name: {"HGMMA.64x128x16": 5, "MUFU": 66, ...}
+    waits: int  # for wgmma: as many as there are HGMMA, and they run one by one
+    exponentials_under_way: int  # issued while wgmma are in flight
+
+    @property
+    def bound(self) -> str:
+        """The busiest pipe."""
+        return max(self.clocks, key=lambda pipe: self.clocks[pipe])
+
+    @property
+    def share(self) -> float:
+        """Of the tensor pipe's peak that the busiest pipe allows."""
+        return self.clocks["tensor"] / self.clocks[self.bound]
+
+    def __str__(self) -> str:
+        clocks = "  ".join(f"{pipe} {round(count)}" for pipe, count in self.clocks.items())
+        products = "  ".join(f"{name} x{n}" for name, n in self.instructions.items() if name.startswith("HGMMA"))
+        return (
+            f"{self.launch:34} {self.kernel:32} clocks: {clocks}  bound by {self.bound}, {self.share:.0%} of peak  "
+            f"{products}  {self.waits} waits  {self.exponentials_under_way} exponentials under way"
+        )
+
+
+def pipe_of(instruction: str) -> str:
+    """The pipe that an instruction of the machine code keeps busy; "" for control and the uniform data path."""
+    name = instruction.split(".")[0]
+    if name == "HGMMA":
+        return "tensor"
+    if name == "MUFU":
+        return "mufu"
+    if name.startswith(_FMA):
+        return "fma"
+    if name.startswith(_LSU):
+        return "lsu"
+    if name.startswith(("U", *_CONTROL)):
+        return ""
+    return "alu"
+
+
+def tensor_clocks(instruction: str) -> float:
+    """Of HGMMA.64xNxK on a quarter, which makes 16 of the 64 rows."""
+    rows, columns, depth = (int(n) for n in re.search(r"(\d+)x(\d+)x(\d+)", instruction).groups())  # type: ignore[union-attr]
+    return rows * columns * depth / 4 / 512
+
+
+def inner_loops(code: str) -> list[list[str]]:
+    """The instructions of each innermost loop that contains HGMMA. code: of nvdisasm, with labels."""
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*)", line):
+            lines.append(instruction[1].strip())
+    loops = []
+    for end, line in enumerate(lines):
+        # Only a conditional branch closes a loop: what is moved out of the way goes back by an unconditional one.
+        branch = re.match(r"@!?U?P\w+\s+BRA.*`\((\.L_\w+)\)", line)
+        if branch and labels.get(branch[1], end + 1) <= end:
+            loops.append((labels[branch[1]], end + 1))
+    with_products = [(a, b) for a, b in loops if any("HGMMA" in line for line in lines[a:b])]
+    innermost = [
+        (a, b) for a, b in with_products if not any((a, b) != (c, d) and a <= c and d <= b for c, d in with_products)
+    ]
+    return [[re.sub(r"^@!?U?P\w+\s+", "", line) for line in lines[a:b]] for a, b in innermost]
+
+
+def measure(launch: str, kernel: str, loop: list[str]) -> Loop:
+    """What a loop's instructions cost."""
+    clocks = dict.fromkeys(("tensor", "mufu", "fma", "alu", "lsu", "issue"), 0.0)
+    names: Counter[str] = Counter()
+    waits = under_way = 0
+    in_flight = False
+    for line in loop:
+        name = line.split()[0]
+        pipe = pipe_of(name)
+        clocks["issue"] += 1
+        if pipe:
+            clocks[pipe] += tensor_clocks(name) if pipe == "tensor" else _CLOCKS[pipe]
+        names[".".join(name.split(".")[: 2 if pipe == "tensor" else 1])] += 1
+        if pipe == "tensor":
+            in_flight = True
+        elif name.startswith("WARPGROUP.DEPBAR"):
+            waits += 1
+            in_flight = not line.rstrip().endswith("0x0")
+        elif name == "MUFU.EX2" and in_flight:
+            under_way += 1
+    return Loop(launch, kernel, clocks, dict(names.most_common()), waits, under_way)
+
+
+def loops_of(launches: Iterable[Launch]) -> list[Loop]:
+    """Of every kernel that the launches start, compiled for an H200."""
+    found: list[Loop] = []
+    for launch in launches:
+
+        def record(kernel: str, compiled: Any, launch: Launch = launch) -> None:
+            if isinstance(compiled, Exception):
+                raise compiled
+            found.extend(measure(launch.name, kernel, loop) for loop in inner_loops(sass(compiled.asm["cubin"])))
+
+        with compiling_for(GPUS[_GPU], record):
+            launch.call()
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Count the instructions of inner loops by pipe, for an H200.")
+    parser.add_argument("modules", nargs="+", metavar="MODULE", help="has launches(), such as bench.attention_launches")
+    parser.add_argument("--only", default="", help="only launches whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print a list of loops rather than a table")
+    arguments = parser.parse_args()
+    loops: list[Loop] = []
+    for module in arguments.modules:
+        chosen = (launch for launch in importlib.import_module(module).launches() if arguments.only in launch.name)
+        loops += loops_of(chosen)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(loop) for loop in loops]))
+    else:
+        for loop in loops:
+            print(loop)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Attention, forward, on Hopper: when hopper_kernel.py can take a call, with which tiles, and its launch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from siglip_kernels.attention import configuration
+from siglip_kernels.attention.forward import exponent_scale
+from siglip_kernels.attention.hopper_kernel import ROWS, attention_forward_hopper_kernel
+from siglip_kernels.device import facts
+from siglip_kernels.errors import unsupported
+
+_ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The work of one program at a time: `consumers` × 64 queries by `keys` keys."""
+
+    consumers: int
+    keys: int
+    stages: int
+    consumer_registers: int  # of a thread
+    producer_registers: int
+
+
+def tile(head_dim: int, query_tokens: int) -> Tile:
+    """Not measured on a GPU. As few tiles of queries as two or three consumers allow. Three only where their
+    accumulators fit 160 registers a thread: beyond 64 columns they spill, and wgmma wait for each other.
+
+    Counted by `python -m bench.inner_loop bench.attention_hopper_launches bench.attention_launches` with triton 3.7.1:
+    clocks of a quarter of a multiprocessor for 16 × 128 scores, and what share of the tensor pipe's peak the busiest
+    pipe allows, here and in the portable kernel, whose loop issues no exponential beneath its products.
+
+    | D      | tensor | exponentials | fma | alu | issue | share | portable         |
+    |--------|--------|--------------|-----|-----|-------|-------|------------------|
+    | 64     | 512    | 528          | 170 | 218 | 419   | 97 %  | 71 % (issue)     |
+    | 72, 80 | 640    | 528          | 176 | 222 | 458   | 100 % | 77 % (issue)     |
+    | 96     | 768    | 528          | 184 | 222 | 479   | 100 % | 91 % at 88 (issue) |
+    | 128    | 1024   | 528          | 202 | 218 | 461   | 100 % | 100 %            |
+
+    So all exponentials stay on the special-function units: at 64, where those are the bound, an eighth of them as a
+    polynomial would win at most 3 %, for half of the clocks in which nothing is issued.
+    """
+    columns = sum(configuration.split_head_dim(head_dim))
+    units = -(-query_tokens // ROWS.value)
+    stages = 3 if columns <= 96 else 2
+    if columns <= 64 and -(-units // 3) * 3 <= -(-units // 2) * 2:
+        return Tile(3, 128, stages, 160, 32)
+    return Tile(2, 128, stages, 240, 24)
+
+
+def last_keys(key_tokens: int, keys: int, has_lengths: bool) -> tuple[int, int]:
+    """(LAST, FIRST_PART): how many columns the step with the last keys has, and the first of its parts.
+
+    As many as they need, in one or two powers of two, at least 16 each: 729 keys are 5 tiles of 128 and 32 + 64. With
+    lengths any number may be left: a whole tile. (0, 0) where whole tiles are all there is.
+    """
+    if has_lengths:
+        return keys, keys
+    left = key_tokens % keys
+    wide, narrow = configuration.split_head_dim(left) if left else (0, 0)
+    return wide + narrow, narrow or wide
+
+
+def _described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+    """Boxes of so many tokens and columns of one head; None for no columns."""
+    if columns == 0:
+        return None
+    box = [1, rows, 1, columns]
+    return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout.get_default_for(box, _ELEMENTS[tensor.dtype]))
+
+
+def _readable_by_tma(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where TMA cannot read it: rows that do not start at multiples of 16 bytes, or repeat."""
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:3])
+    repeats = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor if aligned and not repeats else tensor.contiguous()
+
+
+def attention_forward_hopper(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, keep_log_sum_exp: bool
+) -> tuple[Tensor, Tensor]:
+    """Launches the kernel: forward.attention_forward's contract, for fp16 and bf16.
+
+    q, k, v: unit stride along D. Strides that do not divide by 8, and expanded axes, are copied first: TMA cannot read
+    them. Raises UnsupportedInputError for fp32, and where the device is no Hopper.
+    """
+    batch, query_tokens, heads, head_dim = q.shape
+    key_tokens = k.shape[1]
+    gpu = facts(q.device)
+    if gpu.capability != (9, 0):
+        raise unsupported("attention", "q", f"is on {gpu.name}", "Hopper (sm_90), as SIGLIP_KERNELS_HOPPER=1 asks for")
+    if q.dtype not in _ELEMENTS:
+        got = f"has dtype {q.dtype}"
+        raise unsupported("attention", "q", got, "float16, bfloat16 with SIGLIP_KERNELS_HOPPER=1")
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    log_sum_exp = torch.empty(
+        (batch, heads, query_tokens) if keep_log_sum_exp else 0, dtype=torch.float32, device=q.device
+    )
+    if out.numel() == 0:
+        return out, log_sum_exp
+    if key_tokens == 0:
+        return out.zero_(), log_sum_exp.fill_(float("inf"))
+    chosen = tile(head_dim, query_tokens)
+    main, tail = configuration.split_head_dim(head_dim)
+    last, first_part = last_keys(key_tokens, chosen.keys, lengths is not None)
+    query_tiles = -(-query_tokens // (chosen.consumers * ROWS.value))
+    tiles = configuration.grid(batch * heads * query_tiles)
+    parts = [
+        _described(tensor, rows, columns)
+        for tensor, rows in (
+            (_readable_by_tma(q), ROWS.value),
+            (_readable_by_tma(k), chosen.keys),
+            (_readable_by_tma(v), chosen.keys),
+            (out, ROWS.value),
+        )
+        for columns in (main, tail)
+    ]
+    attention_forward_hopper_kernel[(min(tiles, gpu.multiprocessors),)](
+        *parts,
+        log_sum_exp if keep_log_sum_exp else None,
+        lengths,
+        heads,
+        query_tokens,
+        key_tokens,
+        query_tiles,
+        tiles,
+        exponent_scale(scale),
+        LAST=last,
+        FIRST_PART=first_part,
+        STAGES=chosen.stages,
+        CONSUMERS=chosen.consumers,
+        CONSUMER_REGISTERS=chosen.consumer_registers,
+        PRODUCER_REGISTERS=chosen.producer_registers,
+        NEGATIVE_SCALE=scale < 0,
+        num_warps=4,
+    )
+    return out, log_sum_exp

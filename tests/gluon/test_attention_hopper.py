@@ -1,0 +1,251 @@
+"""Attention's forward kernel for Hopper, emulated: numbers, ragged shapes, lengths, strides, and when it is chosen."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hopper_emulator.faults import Fault
+from hopper_emulator.launch import emulating
+
+from bench.ahead_of_time import GPUS
+from siglip_kernels import MissingBackendError, UnsupportedInputError, attention, reference
+from siglip_kernels.attention import hopper, hopper_kernel
+from siglip_kernels.attention.hopper import attention_forward_hopper, last_keys, tile
+from siglip_kernels.device import pretend
+
+# Few multiprocessors, so that each program has several tiles.
+HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fresh memory is full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def on_hopper(seed=0):
+    with pretend(HOPPER), emulating(seed):
+        yield
+
+
+def random_inputs(batch, query_tokens, key_tokens, heads, head_dim, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, query_tokens, heads, head_dim, generator=generator).to(dtype)
+    k, v = torch.randn(batch, key_tokens, 2, heads, head_dim, generator=generator).to(dtype).unbind(2)
+    return q, k, v
+
+
+def run(q, k, v, seed=0, scale=None, lengths=None):
+    """out, and the natural logarithm of the sum of exponentials."""
+    with on_hopper(seed):
+        out, log_sum_exp = attention_forward_hopper(q, k, v, lengths, scale or q.shape[3] ** -0.5, True)
+    return out, log_sum_exp * math.log(2)
+
+
+def scores_of(q, k, scale):
+    return torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * scale
+
+
+def check(q, k, v, seed=0, scale=None, lengths=None):
+    """‖kernel − fp64‖ ≤ 2 ‖same-dtype eager − fp64‖ + one rounding; the statistics as fp32 makes them."""
+    out, log_sum_exp = run(q, k, v, seed, scale, lengths)
+    truth = reference.attention(q.double(), k.double(), v.double(), scale=scale, lengths=lengths)
+    eager = reference.attention(q, k, v, scale=scale, lengths=lengths)
+    error, allowed = (out.double() - truth).norm(), 2 * (eager.double() - truth).norm()
+    assert out.dtype == q.dtype and error <= allowed + torch.finfo(q.dtype).eps / 2 * truth.norm()
+    scores = scores_of(q, k, scale or q.shape[3] ** -0.5)
+    if lengths is not None:
+        hidden = torch.arange(k.shape[1]) >= lengths[:, None]
+        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+    expected = scores.logsumexp(-1)
+    expected = torch.where(expected == float("-inf"), float("inf"), expected)
+    torch.testing.assert_close(log_sum_exp.double(), expected, atol=1e-5, rtol=1e-5)
+    return out
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
+def test_lengths_and_head_dims(tokens, head_dim):
+    dtype = torch.float16 if (tokens + head_dim) % 3 == 0 else torch.bfloat16
+    check(*random_inputs(1, tokens, tokens, 2, head_dim, dtype), seed=tokens)
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(729, 72), (577, 64), (729, 64), (1024, 128)])
+def test_the_lengths_of_models(tokens, head_dim):
+    check(*random_inputs(1, tokens, tokens, 1, head_dim))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("query_tokens", "key_tokens", "head_dim"), [(150, 300, 72), (190, 257, 64), (260, 130, 128)])
+def test_every_interleaving_gives_the_same(query_tokens, key_tokens, head_dim, seed):
+    """Three heads on two programs; 190 queries at head dim 64 are three consumers' work. Bitwise."""
+    inputs = random_inputs(1, query_tokens, key_tokens, 3, head_dim)
+    first, again = run(*inputs, seed=100), run(*inputs, seed=seed)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not first[0].isnan().any()
+
+
+@pytest.mark.parametrize(("query_tokens", "key_tokens"), [(1, 130), (130, 1), (65, 129), (7, 256), (129, 17)])
+def test_ragged_tails(query_tokens, key_tokens):
+    check(*random_inputs(2, query_tokens, key_tokens, 2, 72))
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 40, 56, 88, 104, 120])
+def test_every_other_head_dim(head_dim):
+    check(*random_inputs(1, 66, 150, 1, head_dim, torch.float16))
+
+
+@pytest.mark.parametrize("head_dim", [64, 72])
+@pytest.mark.parametrize("seed", range(2))
+def test_keys_beyond_the_length_are_not_read(head_dim, seed):
+    q, k, v = random_inputs(8, 66, 300, 1, head_dim)
+    lengths = torch.tensor([0, 1, 63, 128, 129, 256, 300, 299], dtype=torch.int32)
+    packed = torch.stack([k, v], 2)
+    packed[torch.arange(300) >= lengths[:, None]] = float("nan")
+    want = check(q, k, v, seed, lengths=lengths)
+    out, _ = run(q, *packed.unbind(2), seed=seed, lengths=lengths)
+    assert torch.equal(out, want) and not out[0].any()
+
+
+def test_lengths_are_taken_into_the_range():
+    q, k, v = random_inputs(2, 66, 140, 1, 72)
+    out, _ = run(q, k, v, lengths=torch.tensor([-5, 900], dtype=torch.int32))
+    want, _ = run(q, k, v, lengths=torch.tensor([0, 140], dtype=torch.int32))
+    assert torch.equal(out, want)
+
+
+def test_no_keys_and_no_batch():
+    out, log_sum_exp = run(*random_inputs(2, 66, 0, 1, 72))
+    assert not out.any() and (log_sum_exp == float("inf")).all()
+    assert run(*random_inputs(0, 66, 80, 1, 72))[0].shape == (0, 66, 1, 72)
+
+
+def test_packed_expanded_and_misaligned_tensors():
+    q, k, v = torch.randn(2, 100, 3, 2, 72, generator=torch.Generator().manual_seed(1)).bfloat16().unbind(2)
+    want = check(q, k, v)
+    assert torch.equal(want, run(q.contiguous(), k.contiguous(), v.contiguous())[0])
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(want, run(*heads_first)[0])
+    odd = torch.zeros(2, 100, 2, 75, dtype=torch.bfloat16)[..., 1:73].copy_(k)
+    assert torch.equal(want, run(q, odd, v)[0])
+    expanded = v[:1].expand(2, -1, -1, -1)
+    assert torch.equal(run(q, k, expanded)[0], run(q, k, expanded.contiguous())[0])
+
+
+@pytest.mark.parametrize("scale", [-0.3, 1e-30, 3.0])
+def test_scales(scale):
+    check(*random_inputs(1, 70, 150, 1, 64), scale=scale)
+
+
+@pytest.mark.parametrize("size", [80.0, 1e4])
+def test_extreme_logits(size):
+    q, k, v = random_inputs(1, 70, 150, 1, 72, torch.bfloat16)
+    scale = size / scores_of(q, k, 1.0).abs().max().item()
+    out, _ = run(q, k, v, scale=scale)
+    truth = reference.attention(q.double(), k.double(), v.double(), scale=scale)
+    assert (out.double() - truth).norm() <= 2**-7 * truth.norm()
+
+
+def test_equal_rows_and_an_outlier():
+    q, k, v = random_inputs(1, 70, 150, 1, 72, torch.float16)
+    k[:] = k[:, :1]
+    check(q, k, v)
+    q, k, v = random_inputs(1, 70, 150, 1, 72, torch.float16)
+    q[0, 3], k[0, 140] = 6.0, 6.0
+    check(q, k, v)
+
+
+def test_through_the_public_operation_with_gradients(monkeypatch):
+    """The forward emulated, the backward from its statistics."""
+    inputs = [x.requires_grad_() for x in random_inputs(1, 70, 130, 1, 72)]
+    out_grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "0")
+    portable = attention(*inputs)
+    want = torch.autograd.grad(portable, inputs, out_grad)
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
+    with on_hopper():
+        out = attention(*inputs)
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "0")
+    found = torch.autograd.grad(out, inputs, out_grad)
+    for one, other in zip((out, *found), (portable, *want), strict=True):
+        assert (one.double() - other.double()).norm() <= 2**-7 * other.double().norm()
+
+
+def test_chosen_only_where_asked_for(monkeypatch):
+    inputs = random_inputs(1, 70, 70, 1, 64)
+    with pretend(HOPPER):
+        attention(*inputs)  # the portable kernel: a Gluon kernel cannot run outside of the emulator
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
+    with pytest.raises(UnsupportedInputError, match=r"attention: q is on interpreter; supported: Hopper \(sm_90\)"):
+        attention(*inputs)
+    with on_hopper(), pytest.raises(UnsupportedInputError, match=r"attention: q has dtype torch.float32"):
+        attention(*(x.float() for x in inputs))
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "yes")
+    with pytest.raises(MissingBackendError, match="SIGLIP_KERNELS_HOPPER is 'yes'"):
+        attention(*inputs)
+
+
+def test_columns_follow_the_keys():
+    """729 keys cost 736 columns, 577 cost 592; FlashAttention-3's tiles of 144 make 864 and 720 of them."""
+    for tokens, columns in ((729, 736), (577, 592), (576, 576), (1024, 1024), (196, 208), (1, 16), (127, 128)):
+        last, first_part = last_keys(tokens, 128, False)
+        whole = tokens // 128 if last == 0 else (tokens - 1) // 128
+        assert whole * 128 + last == columns
+        assert last == 0 or (first_part in (16, 32, 64, 128) and last - first_part in (0, 16, 32, 64))
+    assert last_keys(729, 128, True) == (128, 128)
+
+
+def test_rows_follow_the_queries():
+    """As few tiles of 64 queries as two or three consumers allow."""
+    for tokens, consumers in ((729, 3), (576, 3), (1024, 2), (256, 2), (196, 2), (577, 2)):
+        assert tile(64, tokens).consumers == consumers
+    assert tile(72, 729).consumers == 2
+
+
+# A line of the kernel, and what breaks it. (Keys handed back too early are no fault: the producer's wait for the stage
+# of values before them comes later.)
+BROKEN = {
+    "values are handed back before they are read": (
+        "                out = wait_for_all(out)\n                mbarrier.arrive(v_empty.index(stage), count=1)\n",
+        "                mbarrier.arrive(v_empty.index(stage), count=1)\n                out = wait_for_all(out)\n",
+    ),
+    "one product too many is left in flight": ("_wait(PARTS, deps=(scores,))", "_wait(PARTS + 1, deps=(scores,))"),
+    "the producer does not wait": ("    mbarrier.wait(empty.index(index), phase ^ 1)\n", ""),
+    "the producer counts the main part alone": ("main_bytes + tail_bytes)", "main_bytes)"),
+    "a consumer does not wait for its queries": ("        mbarrier.wait(q_full.index(mine), q_phase)\n", ""),
+    "queries are never handed back": ("        mbarrier.arrive(q_empty.index(mine), count=1)\n", ""),
+    "the phase of the ring does not turn": ("gl.where(wraps, phase ^ 1, phase)", "phase"),
+    "a turn is not passed on": (
+        "out, 0)\n                mbarrier.arrive(next_turn, count=1)\n", "out, 0)\n"
+    ),
+    "the output is staged over a store": ("        tma.store_wait(0)\n        store_rows(", "        store_rows("),
+    "the output is stored without a fence": ("    fence_async_shared()\n    tma.async", "    tma.async"),
+    "the last store is not waited for": ("query_tokens)\n    tma.store_wait(0)\n", "query_tokens)\n"),
+    "one consumer is enough to empty a stage": ("k_empty.index(i), count=CONSUMERS)", "k_empty.index(i), count=1)"),
+    "the first consumer waits for a turn from nobody": ("1 if CONSUMER == 0 else 0", "0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch):
+    """Each of these compiles; each is found under every seed."""
+    line, replacement = BROKEN[broken]
+    source = Path(hopper_kernel.__file__).read_text()
+    assert source.count(line) == 1
+    copy = tmp_path / "broken_kernel.py"
+    copy.write_text(source.replace(line, replacement))
+    specification = importlib.util.spec_from_file_location("broken_kernel", copy)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr(hopper, "attention_forward_hopper_kernel", module.attention_forward_hopper_kernel)
+    q, k, v = random_inputs(1, 70, 690, 5, 72)
+    for seed in range(2):
+        with pytest.raises(Fault):
+            run(q, k, v, seed=seed)

@@ -1,0 +1,118 @@
+"""Attention's kernel for Hopper, compiled without a GPU: registers, shared memory, wgmma, the inner loop's cost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.ahead_of_time import GPUS, rows_in_a_subprocess
+from bench.inner_loop import Loop, inner_loops, measure
+
+ROOT = Path(__file__).parent.parent.parent
+COLUMNS = {64: (64,), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128,)}
+
+
+def columns(launch: str) -> tuple[int, ...]:
+    return COLUMNS[int(launch.split("D=")[1].split()[0])]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return rows_in_a_subprocess("bench.attention_hopper_launches", "h200")
+
+
+@pytest.fixture(scope="module")
+def loops() -> list[Loop]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.inner_loop", "bench.attention_hopper_launches", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [Loop(**loop) for loop in json.loads(done.stdout)]
+
+
+def test_no_spill_and_shared_memory_that_fits(rows):
+    assert len(rows) == 9
+    assert not [str(row) for row in rows if row.problems()]
+    assert all(row.shared_bytes <= 227 * 1024 for row in rows)
+
+
+def test_registers_go_from_the_producer_to_the_consumers(rows):
+    """What a thread starts with times the threads is the register file; setmaxnreg then moves them."""
+    for row in rows:
+        assert row.registers * row.warps * 32 <= 65_536
+        three = "S=729 D=64" in row.launch
+        assert row.warps == (16 if three else 12), str(row)
+        assert set(row.register_moves) >= ({160, 32} if three else {240, 24}), str(row)
+
+
+def test_products_are_as_wide_as_the_head(rows):
+    """Scores of 128 keys at once; values by the head's columns, 80 of them at head dim 72."""
+    for row in rows:
+        widths = {int(name.split("n", 1)[1].split("k")[0]) for name in row.matrix}
+        assert 128 in widths and widths <= {128, 64, 32, 16} and widths >= set(columns(row.launch)), str(row)
+
+
+def test_everything_moves_by_tma(rows):
+    """Besides, only statistics are stored and lengths loaded, four bytes each."""
+    for row in rows:
+        assert row.accesses["tma"] >= 6
+        assert set(row.accesses) <= {"tma", "st 4", "ld 4"}, str(row)
+        assert ("ld 4" in row.accesses) == ("lengths" in row.launch), str(row)
+
+
+def test_one_inner_loop_for_each_consumer(loops):
+    assert len(loops) == 9 * 2 + 2
+
+
+def test_products_run_together_and_exponentials_beneath_them(loops):
+    for loop in loops:
+        products = {name: n for name, n in loop.instructions.items() if name.startswith("HGMMA")}
+        scores = sum(columns(loop.launch)) // 16
+        expected = {"HGMMA.64x128x16": scores}
+        for width in columns(loop.launch):
+            name = f"HGMMA.64x{width}x16"
+            expected[name] = expected.get(name, 0) + 8
+        assert products == expected, str(loop)
+        assert loop.waits == 2, str(loop)  # one for the scores, one for the products; not one for each wgmma
+        assert loop.exponentials_under_way == 66, str(loop)  # 64 × 128 scores and 64 corrections, by 128 threads
+
+
+def test_the_tensor_pipe_can_be_kept_busy(loops):
+    """A score costs one multiply-add, one exponential, and no multiplication by the scale of its own."""
+    for loop in loops:
+        assert loop.share >= 0.96, str(loop)
+        assert loop.instructions["FFMA"] in range(64, 72), str(loop)
+        assert loop.instructions["MUFU"] == 66, str(loop)
+        assert not {"STL", "LDL", "LDS", "STS"} & set(loop.instructions), str(loop)
+
+
+LOOP = """
+.L_x_1:
+        /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], RZ, !UPT, gsb0 ;
+        /*0010*/                   MUFU.EX2 R1, R2 ;
+        /*0020*/              @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0040*/                   MUFU.EX2 R1, R2 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/                   MUFU.EX2 R1, R2 ;
+        /*0070*/                   FFMA R1, R1, UR4, -R3 ;
+        /*0080*/                   UIADD3 UR4, UR4, 0x1, URZ ;
+        /*0090*/              @!P1 SHFL.BFLY PT, R1, R2, 0x1, 0x1f ;
+        /*00a0*/               @P0 BRA `(.L_x_1) ;
+        /*00b0*/               @P2 BRA `(.L_x_0) ;
+.L_x_3:
+        /*00c0*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_counting():
+    """An outer loop, and a block moved out of the way, are no inner loops."""
+    (found,) = inner_loops(".L_x_0:\n        /*0000*/                   NOP ;" + LOOP)
+    loop = measure("launch", "kernel", found)
+    assert loop.clocks == {"tensor": 64, "mufu": 24, "fma": 1, "alu": 0, "lsu": 4, "issue": 11}
+    assert (loop.waits, loop.exponentials_under_way, loop.bound, loop.share) == (2, 2, "tensor", 1.0)
+    assert GPUS["h200"].capability == (9, 0)
