@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.attention.configuration import is_short
-from siglip_kernels.device import require_kernels
+from siglip_kernels.device import hopper_kernels_enabled, require_kernels
 from siglip_kernels.errors import unsupported
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,6 +83,10 @@ def _attention(
     with torch.cuda.device_of(q):
         if is_short(q, k):
             return attention_short_forward(q, k, v, lengths, scale), q.new_empty(0, dtype=torch.float32)
+        if hopper_kernels_enabled():
+            from siglip_kernels.attention.hopper import attention_forward_hopper
+
+            return attention_forward_hopper(q, k, v, lengths, scale, keep_for_backward)
         return attention_forward(q, k, v, lengths, scale, keep_for_backward)
 
 
