@@ -31,7 +31,7 @@ def as_list(value: Any) -> list[Tensor]:
 
 
 def forward(contender: Contender, inputs: Inputs) -> list[Tensor]:
-    with torch.no_grad():
+    with contender.active(), torch.no_grad():
         return as_list(contender.call(**inputs.arguments()))
 
 
@@ -56,10 +56,11 @@ def upstream(results: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def gradients(contender: Contender, inputs: Inputs, dtype: torch.dtype) -> Found:
     """Results and gradients of inputs and weights."""
     inputs = differentiable(inputs)
-    results = as_list(contender.call(**inputs.arguments()))
     weights = [contender.parameters[name] for name in sorted(contender.parameters)]
     leaves = [*inputs.tensors.values(), *weights]
-    found = torch.autograd.grad(results, leaves, upstream(results, dtype), allow_unused=True)
+    with contender.active():
+        results = as_list(contender.call(**inputs.arguments()))
+        found = torch.autograd.grad(results, leaves, upstream(results, dtype), allow_unused=True)
     whole = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
     named = {"results": [result.detach() for result in results]}
     named |= {f"gradient of {name}": [grad] for name, grad in zip(inputs.tensors, whole, strict=False)}

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bench.accuracy import Judge, NoTruth, as_list, differentiable, upstream
+from bench.accuracy import Judge, NoTruth, as_list, differentiable, forward, upstream
 from bench.circumstances import ROOT, Watch
 from bench.floors import Floors
 from bench.operations import Contender, Inputs, Setting
@@ -51,26 +52,30 @@ def blank_row(suite: str, setting: Setting, entry: Peer, **values: Any) -> Row:
 def step_of(contender: Contender, inputs: Inputs, setting: Setting) -> Callable[[], object]:
     """One call in the setting's direction. For `bwd` the forward is behind it, and its graph is kept."""
     if setting.direction == "fwd":
-        arguments = inputs.arguments()
-
-        def forward() -> object:
-            with torch.no_grad():
-                return contender.call(**arguments)
-
-        return forward
+        return lambda: forward(contender, inputs)
     inputs = differentiable(inputs)
     leaves = [*inputs.tensors.values(), *contender.parameters.values()]
-    if setting.direction == "bwd":
-        results = as_list(contender.call(**inputs.arguments()))
-        given = upstream(results, setting.dtype)
-        return lambda: torch.autograd.grad(results, leaves, given, retain_graph=True, allow_unused=True)
-    with torch.no_grad():
-        given = upstream(as_list(contender.call(**inputs.arguments())), setting.dtype)
+
+    def results() -> list[Tensor]:
+        return as_list(contender.call(**inputs.arguments()))
+
+    def backward(of: list[Tensor], keep: bool) -> object:
+        return torch.autograd.grad(of, leaves, given, retain_graph=keep, allow_unused=True)
+
+    def backward_alone() -> object:
+        with contender.active():
+            return backward(kept, keep=True)
 
     def both() -> object:
-        results = as_list(contender.call(**inputs.arguments()))
-        return torch.autograd.grad(results, leaves, given, allow_unused=True)
+        with contender.active():
+            return backward(results(), keep=False)
 
+    if setting.direction == "bwd":
+        with contender.active():
+            kept = results()
+        given = upstream(kept, setting.dtype)
+        return backward_alone
+    given = upstream(forward(contender, inputs), setting.dtype)
     return both
 
 

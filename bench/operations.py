@@ -5,8 +5,10 @@ A contender is called as the definition is: by keyword, with the tensors and con
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,11 +66,29 @@ class Inputs:
 
 @dataclass
 class Contender:
-    """Something that can be measured: a function, and the weights of its own that training differentiates."""
+    """Something that can be measured: a function, and the weights of its own that training differentiates.
+
+    environment: variables that its calls, and their backward, read.
+    """
 
     call: Callable[..., Any]
     parameters: dict[str, Tensor] = field(default_factory=dict)
     note: str = ""  # what a reader of the row should know, such as the backend that SDPA took
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Its environment."""
+        before = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 @dataclass(frozen=True)

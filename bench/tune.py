@@ -3,7 +3,7 @@
 An operation is tunable when its package has two modules:
 
 - `tuned`, with `TUNED: {GPU's name: {shape class: fields of a configuration}}` and nothing else but its docstring;
-- `configuration`, whose cached function `tile` looks a shape class up there before it falls back on a heuristic.
+- `configuration` (or what `chooser` names), which looks a shape class up there before it falls back on a heuristic.
 
 Which shape classes a call asks for is seen by recording the look-ups; a candidate is tried by putting it in the table.
 An entry in TUNABLE says how the candidates of a shape class are listed.
@@ -41,12 +41,13 @@ class Tunable:
     package: str
     suites: tuple[str, ...]
     candidates: Callable[[Any, Key, Facts], Sequence[Any]]  # (configuration module, shape class, GPU)
+    chooser: str = "configuration"
 
     def table(self) -> dict[str, dict[Key, Fields]]:
         return importlib.import_module(f"{self.package}.tuned").TUNED
 
     def configuration(self) -> Any:
-        return importlib.import_module(f"{self.package}.configuration")
+        return importlib.import_module(f"{self.package}.{self.chooser}")
 
     def path(self) -> Path:
         file = importlib.import_module(f"{self.package}.tuned").__file__
@@ -108,15 +109,17 @@ def _attention_candidates(configuration: Any, key: Key, gpu: Facts) -> Sequence[
 
 
 def _linear_candidates(configuration: Any, key: Key, gpu: Facts) -> Sequence[Any]:
-    rows, columns, depth, parts, gelu, element_bytes = key
-    dtype = torch.float32 if element_bytes == 4 else torch.bfloat16
-    shape = configuration.Shape(rows, columns, depth, parts, dtype, gelu, residual=False)
-    return configuration.candidates(shape, gpu)
+    return configuration.candidates(configuration.Shape(*key), gpu)
+
+
+def _loss_candidates(configuration: Any, key: Key, gpu: Facts) -> Sequence[Any]:
+    return configuration.candidates(key[1], gpu)
 
 
 TUNABLE = {
     "attention": Tunable("siglip_kernels.attention", ("attention",), _attention_candidates),
     "linear": Tunable("siglip_kernels.linear", ("linear", "mlp"), _linear_candidates),
+    "sigmoid_loss": Tunable("siglip_kernels.sigmoid_loss", ("loss",), _loss_candidates, "config"),
 }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
 from bench.operations import Contender, Setting, as_contender, model_config, model_weights, our_model
 from bench.peers.compiled import MODES, compiled
-from bench.peers.registry import Unsupported, peer
+from bench.peers.registry import HOPPER, Unsupported, peer, require_hopper
 from bench.shapes import ModelShape
 from siglip_kernels import MissingBackendError
 
@@ -30,6 +31,16 @@ def _ours(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
 peer(_MODELS, "triton", package="triton", cuda=True)(_ours("triton"))
 peer(_MODELS, "triton:compile", package="triton", cuda=True, one_size=True, note="ours, under torch.compile")(
     _ours("triton", "compile")
+)
+
+
+def _hopper(setting: Setting) -> Contender:
+    require_hopper()
+    return replace(_ours("triton")(setting), environment=HOPPER)
+
+
+peer(_MODELS, "triton:hopper", package="triton", cuda=True, dtypes=("fp16", "bf16"), note="ours, for Hopper alone")(
+    _hopper
 )
 
 

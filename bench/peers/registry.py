@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from bench.operations import Contender, Setting, ours
 
 MODULES = ("attention", "dense", "loss", "models")
@@ -122,6 +124,25 @@ def _ours(operation: str) -> Callable[[Setting], Any]:
     return load
 
 
+# Asks the operations for the kernels that are written for Hopper alone.
+HOPPER = {"SIGLIP_KERNELS_HOPPER": "1"}
+
+
+def _ours_for_hopper(operation: str) -> Callable[[Setting], Any]:
+    def load(setting: Setting) -> Contender:
+        require_hopper()
+        return Contender(_ours(operation)(setting), environment=HOPPER)
+
+    return load
+
+
+def require_hopper() -> None:
+    """Raises Unsupported on any other GPU."""
+    capability = torch.cuda.get_device_capability()
+    if capability[0] != 9:
+        raise Unsupported(f"needs compute capability 9.0; this GPU has {capability[0]}.{capability[1]}")
+
+
 @functools.cache
 def everyone() -> dict[tuple[str, str], Peer]:
     """Every entry by operation and name, ours first."""
@@ -130,6 +151,9 @@ def everyone() -> dict[tuple[str, str], Peer]:
         "sigmoid_loss",
     ):  # fmt: skip
         peer(operation, "triton", package="triton", cuda=True)(_ours(operation))
+    for operation in ("attention", "linear", "pre_norm_qkv", "mlp", "pre_norm_mlp", "sigmoid_loss"):
+        half = dict(cuda=True, dtypes=("fp16", "bf16"), note="ours, written for Hopper alone")
+        peer(operation, "triton:hopper", package="triton", **half)(_ours_for_hopper(operation))
     for module in MODULES:
         importlib.import_module(f"bench.peers.{module}")
     return dict(_REGISTRY)

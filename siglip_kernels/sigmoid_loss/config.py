@@ -1,4 +1,7 @@
-"""How the Triton loss is cut into blocks and tiles: by GPU, dtype and width, never by N."""
+"""How the Triton loss is cut into blocks and tiles: by GPU, dtype and width, never by N.
+
+Nothing is tuned inside a call: `python -m bench tune sigmoid_loss` measures `candidates` and writes `tuned.py`.
+"""
 
 from dataclasses import dataclass
 
@@ -6,6 +9,7 @@ import torch
 
 from siglip_kernels.device import INTERPRETER, Facts
 from siglip_kernels.sigmoid_loss.blocks import round_up
+from siglip_kernels.sigmoid_loss.tuned import TUNED
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,27 @@ def choose(dtype: torch.dtype, width: int, gpu: Facts, allow_tf32: bool) -> Conf
         product = _HOPPER if width % 256 == 0 else _HOPPER_TALL
     else:
         residual = product = _SQUARE if descriptors else _AMPERE
+    residual = _measured("residual", dtype, width, gpu) or residual
+    product = _measured("product", dtype, width, gpu) or product
     return Config(residual, product, _block_size(product, width, gpu.multiprocessors), descriptors, precision)
+
+
+def _measured(kernel: str, dtype: torch.dtype, width: int, gpu: Facts) -> Tile | None:
+    fields = TUNED.get(gpu.name, {}).get((kernel, dtype.itemsize, width))
+    return None if fields is None else Tile(*fields)
+
+
+def candidates(element_bytes: int, gpu: Facts) -> list[Tile]:
+    """What there is to measure for both kernels, in half precision; fp32 has one tile for each precision."""
+    if element_bytes != 2:
+        return []
+    if gpu.capability < (9, 0):
+        return [_AMPERE, Tile(128, 128, 32, 4, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 4, 4)]
+    return [
+        Tile(*sizes, num_warps=8, num_stages=stages)
+        for sizes in ((128, 256, 64), (256, 128, 64), (128, 128, 64), (128, 128, 128))
+        for stages in (3, 4)
+    ]
 
 
 def _block_size(product: Tile, width: int, multiprocessors: int) -> int:

@@ -1,0 +1,116 @@
+"""Tuning with a made-up timer: the winner is found by shape class, and its table is what the operation then reads."""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from bench_helpers import setting
+
+from bench.ahead_of_time import GPUS
+from bench.shapes import AttentionShape
+from bench.timing import Timing
+from bench.tune import TUNABLE, time_candidates, tune, write_table
+from siglip_kernels.attention import configuration, tuned
+from siglip_kernels.attention.configuration import Tile
+from siglip_kernels.device import INTERPRETER
+from siglip_kernels.sigmoid_loss import config
+
+FAST, SLOW, WRONG = Tile(32, 64, 4, 1), Tile(64, 64, 4, 1), Tile(32, 32, 4, 1)
+GPU = INTERPRETER.name
+
+
+def timer(steps, setting):
+    """Rows of a tile are its milliseconds; every step has to run."""
+    assert None in steps
+    for step in steps.values():
+        step()
+    return {fields: Timing(*3 * [99.0 if fields is None else float(fields[0])], rounds=1) for fields in steps}
+
+
+@pytest.fixture
+def two_candidates(monkeypatch):
+    monkeypatch.setattr(configuration, "candidates", lambda kernel: [SLOW, FAST])
+
+
+def test_the_fastest_is_chosen_for_each_shape_class(two_candidates):
+    wanted = [setting(shape=AttentionShape("tiny", 1, tokens, 1, 16)) for tokens in (65, 66, 130)]
+    before = {gpu: dict(entries) for gpu, entries in tuned.TUNED.items()}
+    choices = tune("attention", wanted, timer)
+    assert [choice.key[0] for choice in choices] == ["forward", "forward"]  # 65 and 66 are of one class
+    assert choices[0].key[3:] != choices[1].key[3:]
+    for choice in choices:
+        assert choice.fields == dataclasses.astuple(FAST)
+        assert (choice.milliseconds, choice.heuristic_milliseconds, choice.tried) == (32.0, 99.0, 2)
+    assert before == tuned.TUNED  # trying leaves nothing behind
+
+
+def test_a_candidate_that_is_wrong_or_does_not_run_is_no_candidate(monkeypatch):
+    unfit = Tile(33, 64, 4, 1)  # no power of two
+    monkeypatch.setattr(configuration, "candidates", lambda kernel: [unfit, SLOW])
+    (choice,) = tune("attention", [setting(shape=AttentionShape("tiny", 1, 65, 1, 16))], timer)
+    assert choice.fields == dataclasses.astuple(SLOW) and choice.tried == 1
+    monkeypatch.setattr(configuration, "candidates", lambda kernel: [unfit])
+    assert tune("attention", [setting(shape=AttentionShape("tiny", 1, 65, 1, 16))], timer) == []
+
+
+def test_trying_reaches_the_operation():
+    key = ("forward", 4, 16, 128, 128)
+    tunable = TUNABLE["attention"]
+    with tunable.trying(GPU, {key: dataclasses.astuple(FAST)}):
+        assert configuration.tile("forward", INTERPRETER, 4, 16, 128, 128) == FAST
+    assert configuration.tile("forward", INTERPRETER, 4, 16, 128, 128) != FAST
+
+
+def test_the_real_timer_times_every_candidate():
+    times = time_candidates({None: lambda: None, (1, 2): lambda: None}, setting())
+    assert set(times) == {None, (1, 2)} and all(timing.median >= 0 for timing in times.values())
+
+
+def test_the_table_is_written_in_a_directory_of_ones_own(tmp_path):
+    source = TUNABLE["attention"].path()
+    untouched = source.read_text()
+    first = {("forward", 2, 80, 1024, 1024): (128, 64, 8, 3, 128), ("forward", 2, 64, 256, 256): (64, 64, 4, 2, None)}
+    path = write_table(source, "NVIDIA H200", first, tmp_path / "attention" / "tuned.py")
+    second = {("forward", 2, 80, 1024, 1024): (128, 128, 8, 2, None)}
+    write_table(path, "NVIDIA H200", second)
+    write_table(path, "NVIDIA A100", second)
+    assert source.read_text() == untouched
+    spec = importlib.util.spec_from_file_location("tuned_elsewhere", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.TUNED["NVIDIA H200"] == {**first, **second} and module.TUNED["NVIDIA A100"] == second
+    assert module.__doc__ == tuned.__doc__ and "TUNED: dict[" in path.read_text()
+    ruff = [sys.executable, "-m", "ruff", "format", "--check", "--line-length", "120", str(path)]
+    assert subprocess.run(ruff, capture_output=True).returncode == 0, path.read_text()
+
+
+def test_every_tunable_follows_the_protocol():
+    for tunable in TUNABLE.values():
+        assert isinstance(tunable.table(), dict) and tunable.path().name == "tuned.py"
+        assert callable(tunable.configuration().candidates)
+
+
+def test_the_losss_table_is_read():
+    gpu = GPUS["h200"]
+    plain = config.choose(torch.bfloat16, 768, gpu, False)
+    entries = {("product", 2, 768): dataclasses.astuple(config.candidates(2, gpu)[-1])}
+    with TUNABLE["sigmoid_loss"].trying(gpu.name, entries):
+        tuned_config = config.choose(torch.bfloat16, 768, gpu, False)
+    assert tuned_config.product == config.candidates(2, gpu)[-1] != plain.product
+    assert tuned_config.residual == plain.residual
+    assert config.choose(torch.bfloat16, 768, gpu, False) == plain
+
+
+def test_linears_candidates_of_a_key():
+    gpu = GPUS["h200"]
+    seen = []
+    linear = TUNABLE["linear"]
+    shape = linear.configuration().Shape(46_656, 4304, 1152, 1, 2, 0, "forward", False)
+    (key,) = linear.asked_for(gpu.name, lambda: seen.append(linear.configuration().tile(shape, gpu)))
+    candidates = linear.candidates(linear.configuration(), key, gpu)
+    assert seen[0] in candidates and len(candidates) > 1
+    with linear.trying(gpu.name, {key: dataclasses.astuple(candidates[-1])}):
+        assert linear.configuration().tile(shape, gpu) == candidates[-1]
