@@ -2,6 +2,7 @@
 
 from siglip_kernels import reference
 from siglip_kernels.attention import attention
+from siglip_kernels.attention_pool import attention_pool
 from siglip_kernels.errors import MissingBackendError, UnsupportedInputError
 from siglip_kernels.layer_norm import layer_norm
 from siglip_kernels.linear import linear, mlp, pre_norm_mlp, pre_norm_qkv
@@ -12,6 +13,7 @@ __all__ = [
     "SigLipLoss",
     "UnsupportedInputError",
     "attention",
+    "attention_pool",
     "chunked_sigmoid_loss",
     "layer_norm",
     "linear",

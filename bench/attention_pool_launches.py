@@ -1,0 +1,41 @@
+"""What pooling by attention launches, for `bench.ahead_of_time`: models' widths, a batch and one image."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bench.ahead_of_time import Launch
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def launches() -> Iterator[Launch]:
+    """so400m, base and giant in training, one image of so400m, padded samples and fp32."""
+    yield from _training(64, 729, 1152, 16, torch.bfloat16)
+    yield from _training(1, 729, 1152, 16, torch.bfloat16)
+    yield from _training(256, 196, 768, 12, torch.float16, padded=True)
+    yield from _training(64, 256, 1536, 16, torch.bfloat16)
+    yield from _training(64, 196, 768, 12, torch.float32)
+    yield from _training(64, 729, 1152, 16, torch.float32)
+
+
+def _training(
+    batch: int, tokens: int, width: int, heads: int, dtype: torch.dtype, padded: bool = False
+) -> Iterator[Launch]:
+    name = f"{_NAMES[dtype]} {batch} x {tokens} x {width}{' lengths' if padded else ''}"
+
+    def run(backward: bool) -> None:
+        from siglip_kernels.attention_pool.launch import attention_pool_backward, attention_pool_forward
+
+        x = torch.empty(batch, tokens, width, dtype=dtype, device="meta")
+        folded = torch.empty(heads, width, dtype=dtype, device="meta")
+        pooled = torch.empty(batch, heads, width, dtype=dtype, device="meta")
+        log_sum_exp = torch.empty(batch, heads, device="meta")
+        lengths = torch.empty(batch, dtype=torch.int32, device="meta") if padded else None
+        if backward:
+            attention_pool_backward(pooled, x, folded, pooled, log_sum_exp, 0.1, lengths, True, True)
+        else:
+            attention_pool_forward(x, folded, 0.1, lengths)
+
+    yield Launch(f"{name} forward", lambda: run(False))
+    yield Launch(f"{name} backward", lambda: run(True))

@@ -1,0 +1,6 @@
+"""The attention of the MAP head: its algebra in folded.py, the Triton op in api.py, launch.py and kernels.py."""
+
+from siglip_kernels.attention_pool.api import attention_pool
+from siglip_kernels.attention_pool.folded import folded_attention_pool
+
+__all__ = ["attention_pool", "folded_attention_pool"]

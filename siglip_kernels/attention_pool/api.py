@@ -1,0 +1,203 @@
+"""The attention_pool op: what it takes, how PyTorch knows it, and the public function.
+
+The one pass over the tokens is registered, as `siglip_kernels::attention_pool` and
+`siglip_kernels::attention_pool_backward`; what is left of the head's projections, one row a sample, is PyTorch's.
+"""
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.attention_pool.folded import pool_by
+from siglip_kernels.attention_pool.launch import (
+    LARGEST,
+    attention_pool_backward,
+    attention_pool_forward,
+    padded_heads,
+    padded_width,
+)
+from siglip_kernels.device import require_kernels
+from siglip_kernels.errors import unsupported
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _validate(x: Tensor, parameters: dict[str, Tensor], num_heads: int, lengths: Tensor | None) -> None:
+    """Everything that a call can get wrong, except that the machine cannot run it. Traceable: it reads no values."""
+    for name, tensor in {"x": x, **parameters}.items():
+        if not isinstance(tensor, Tensor):
+            raise unsupported("attention_pool", name, f"is {type(tensor).__name__}", "a tensor")
+        if tensor.dtype not in _DTYPES:
+            raise unsupported("attention_pool", name, f"has dtype {tensor.dtype}", "float32, float16, bfloat16")
+        if tensor.dtype != x.dtype:
+            got = f"has dtype {tensor.dtype} while x has {x.dtype}"
+            raise unsupported("attention_pool", name, got, "one dtype, or autocast")
+        if tensor.device != x.device:
+            raise unsupported("attention_pool", name, f"is on {tensor.device} while x is on {x.device}", "one device")
+    if x.dim() != 3:
+        raise unsupported("attention_pool", "x", f"has {x.dim()} dimensions", "3: (B, S, width)")
+    width = x.shape[2]
+    shapes = {
+        "probe": (1, 1, width),
+        "in_proj_weight": (3 * width, width),
+        "in_proj_bias": (3 * width,),
+        "out_proj_weight": (width, width),
+        "out_proj_bias": (width,),
+    }
+    for name, shape in shapes.items():
+        if parameters[name].shape != shape:
+            got = f"has shape {tuple(parameters[name].shape)} while x has width {width}"
+            raise unsupported("attention_pool", name, got, str(shape))
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
+        raise unsupported("attention_pool", "num_heads", f"is {num_heads!r}", "positive integers")
+    if width == 0 or width % num_heads:
+        raise unsupported("attention_pool", "num_heads", f"is {num_heads} while x has width {width}", "divisors of it")
+    if padded_heads(num_heads) * padded_width(width) > LARGEST:
+        raise unsupported(
+            "attention_pool",
+            "x",
+            f"has width {width} with {num_heads} heads",
+            f"heads (rounded up to a power of two, at least 16) × width up to {LARGEST}; the backend 'sdpa' takes any",
+        )
+    if lengths is None:
+        return
+    if not isinstance(lengths, Tensor):
+        raise unsupported("attention_pool", "lengths", f"is {type(lengths).__name__}", "a tensor")
+    if lengths.dtype != torch.int32:
+        raise unsupported("attention_pool", "lengths", f"has dtype {lengths.dtype}", "int32")
+    if lengths.dim() != 1 or lengths.shape[0] != x.shape[0]:
+        got = f"has shape {tuple(lengths.shape)} while the batch size is {x.shape[0]}"
+        raise unsupported("attention_pool", "lengths", got, "(B,)")
+    if lengths.device != x.device:
+        raise unsupported("attention_pool", "lengths", f"is on {lengths.device} while x is on {x.device}", "one device")
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@torch.library.custom_op("siglip_kernels::attention_pool", mutates_args=())
+def _pool(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`folded.plain_pooling`, and for backward the log-sum-exp of each head, (B, H) fp32."""
+    require_kernels("attention_pool", "x", x)
+    with torch.cuda.device_of(x):
+        lengths = None if lengths is None else lengths.contiguous()
+        return attention_pool_forward(_unit_stride(x), folded.contiguous(), scale, lengths)
+
+
+@torch.library.custom_op("siglip_kernels::attention_pool_backward", mutates_args=())
+def _pool_backward(
+    pooled_grad: Tensor,
+    x: Tensor,
+    folded: Tensor,
+    pooled: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+    lengths: Tensor | None,
+    needs_x: bool,
+    needs_folded: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and folded; one that is not needed is an empty tensor."""
+    require_kernels("attention_pool", "x", x)
+    with torch.cuda.device_of(x):
+        return attention_pool_backward(
+            _unit_stride(pooled_grad),
+            _unit_stride(x),
+            folded.contiguous(),
+            pooled,
+            log_sum_exp,
+            scale,
+            None if lengths is None else lengths.contiguous(),
+            needs_x,
+            needs_folded,
+        )
+
+
+@_pool.register_fake
+def _(x, folded, scale, lengths):
+    batch, heads = x.shape[0], folded.shape[0]
+    return x.new_empty(batch, heads, x.shape[2]), x.new_empty(batch, heads, dtype=torch.float32)
+
+
+@_pool_backward.register_fake
+def _(pooled_grad, x, folded, pooled, log_sum_exp, scale, lengths, needs_x, needs_folded):
+    return x.new_empty(x.shape if needs_x else 0), x.new_empty(folded.shape if needs_folded else 0)
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, folded, ctx.scale, lengths = inputs
+    pooled, log_sum_exp = output
+    ctx.mark_non_differentiable(log_sum_exp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, folded, pooled, log_sum_exp, lengths)
+
+
+def _differentiate(ctx, pooled_grad, _):
+    if pooled_grad is None:
+        return None, None, None, None
+    *saved, lengths = ctx.saved_tensors
+    needs_x, needs_folded = ctx.needs_input_grad[:2]
+    x_grad, folded_grad = _pool_backward(pooled_grad, *saved, ctx.scale, lengths, needs_x, needs_folded)
+    return x_grad if needs_x else None, folded_grad if needs_folded else None, None, None
+
+
+def _refuse(ctx, *gradients):
+    raise unsupported(
+        "attention_pool",
+        "create_graph",
+        "asks for second derivatives",
+        "first derivatives; for more, use the backend 'eager'",
+    )
+
+
+_pool.register_autograd(_differentiate, setup_context=_keep)
+_pool_backward.register_autograd(_refuse)
+
+
+def _pooling(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
+    return _pool(x, folded, scale, lengths)[0]
+
+
+def attention_pool(
+    x: Tensor,
+    probe: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor,
+    num_heads: int,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Attention of one learned probe over all tokens (the MAP head; Zhai et al. 2022, "Scaling Vision Transformers").
+
+    x: (B, S, width), fp32, fp16 or bf16; probe: (1, 1, width); the others are torch.nn.MultiheadAttention's parameters,
+    (3 width, width), (3 width,), (width, width), (width,), all of x's dtype. num_heads divides the width; heads
+    (rounded up to a power of two, at least 16) × width is at most 32,768. Returns (B, width).
+    lengths: int32 (B,), how many of a sample's tokens are valid (taken into 0..S); the others are never read, and get
+    zeros for their gradient; a sample with 0 gives out_proj_bias.
+
+    x is read once, where it lies if its last stride is 1; neither keys nor values nor anything else as large as x is
+    made or kept. Sums are in fp32, and fp32 products over tokens IEEE. Under autocast all but lengths is cast, as
+    torch.nn.functional.linear casts. Gradients are deterministic (that of the keys' bias is 0:
+    it does not change a softmax); second derivatives with respect to x are refused.
+
+    Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
+    are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    """
+    parameters = {
+        "probe": probe,
+        "in_proj_weight": in_proj_weight,
+        "in_proj_bias": in_proj_bias,
+        "out_proj_weight": out_proj_weight,
+        "out_proj_bias": out_proj_bias,
+    }
+    if isinstance(x, Tensor) and x.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = _autocast(x, dtype)
+        parameters = {name: _autocast(tensor, dtype) for name, tensor in parameters.items()}
+    _validate(x, parameters, num_heads, lengths)
+    return pool_by(_pooling, x, **parameters, num_heads=num_heads, lengths=lengths)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor

@@ -1,0 +1,182 @@
+"""Tiles of the pooling kernels, and their launchers."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.device import Facts, facts, interpreting
+
+LARGEST = 16 * 2048  # heads × width, each rounded up: what the accumulators may take of the registers
+
+
+def padded_heads(heads: int) -> int:
+    return max(16, 1 << (heads - 1).bit_length())
+
+
+def padded_width(width: int) -> int:
+    """The width as whole chunks of columns."""
+    chunk = chunk_columns(width)
+    return -(-width // chunk) * chunk
+
+
+def chunk_columns(width: int) -> int:
+    return min(128, max(16, 1 << (width - 1).bit_length()))
+
+
+@dataclass(frozen=True)
+class Tile:
+    tokens: int
+    warps: int
+    stages: int  # how deep the loads of the loop are pipelined
+    registers: int | None  # the most a thread may have, so that two programs fit a multiprocessor
+
+
+@functools.cache
+def choose_tile(kernel: str, gpu: Facts, element_bytes: int, heads: int, width: int) -> Tile:
+    """Not measured. The smallest tile, as deep a pipeline as shared memory holds; forward then has two programs on a
+    multiprocessor, which hide each other's softmax."""
+    tokens = 64 if gpu.capability == (0, 0) else 16
+    columns = padded_width(width)
+    accumulators = padded_heads(heads) * columns
+    resident = accumulators * (1 if kernel == "forward" else 2)  # of the heads, beside the tiles in shared memory
+    stages = 3
+    while stages > 1 and element_bytes * (resident + (stages - 1) * tokens * columns) > 0.95 * gpu.shared_memory:
+        stages -= 1
+    if element_bytes == 4 or accumulators > 16 * 1152:
+        return Tile(tokens, 16, stages, None)
+    return Tile(tokens, 8, stages, 128 if kernel == "forward" else None)
+
+
+def _split(samples: int, tokens: int, tile_tokens: int, programs: int) -> tuple[int, int]:
+    """(splits, tokens of a split) that give about so many programs, none with fewer than 64 tokens."""
+    splits = max(1, min(-(-tokens // 64), programs // max(1, samples)))
+    span = -(-tokens // (splits * tile_tokens)) * tile_tokens
+    return -(-tokens // span), span
+
+
+def _strides(*strides: int) -> tuple[list[int], int]:
+    """In units of `unit` elements: 8 where that divides them all, so that the compiler knows of the alignment."""
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    return [stride // unit for stride in strides], unit
+
+
+def _constants(tile: Tile, width: int, heads: int) -> dict[str, object]:
+    chunk = chunk_columns(width)
+    return {
+        "WIDTH": width,
+        "CHUNK": chunk,
+        "CHUNKS": -(-width // chunk),
+        "HEADS": padded_heads(heads),
+        "TOKENS": tile.tokens,
+        "STAGES": tile.stages,
+        "INTERPRETED": interpreting(),
+        "num_warps": tile.warps,
+        "maxnreg": tile.registers,
+    }
+
+
+def attention_pool_forward(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """pooled (B, H, width) and log_sum_exp (B, H). x: (B, S, width) of unit last stride; folded: (H, width)."""
+    batch, tokens, width = x.shape
+    heads = folded.shape[0]
+    pooled = torch.empty((batch, heads, width), dtype=x.dtype, device=x.device)
+    log_sum_exp = torch.empty((batch, heads), dtype=torch.float32, device=x.device)
+    if batch == 0 or tokens == 0:
+        return pooled.zero_(), log_sum_exp.zero_()
+    from siglip_kernels.attention_pool.kernels import attention_pool_combine_kernel, attention_pool_forward_kernel
+
+    gpu = facts(x.device)
+    tile = choose_tile("forward", gpu, x.element_size(), heads, width)
+    splits, span = _split(batch, tokens, tile.tokens, 2 * gpu.multiprocessors)
+    parts, part_sums = pooled, log_sum_exp
+    if splits > 1:
+        parts, part_sums = (
+            torch.empty((splits, *one.shape), dtype=torch.float32, device=x.device) for one in (pooled, log_sum_exp)
+        )
+    strides, unit = _strides(x.stride(0), x.stride(1))
+    attention_pool_forward_kernel[(batch * splits,)](
+        x,
+        folded,
+        lengths,
+        parts,
+        part_sums,
+        *strides,
+        batch,
+        tokens,
+        heads,
+        splits,
+        span,
+        scale * math.log2(math.e),
+        UNIT=unit,
+        **_constants(tile, width, heads),
+    )
+    if splits > 1:
+        chunk = chunk_columns(width)
+        attention_pool_combine_kernel[(batch * heads, -(-width // chunk))](
+            parts,
+            part_sums,
+            pooled,
+            log_sum_exp,
+            batch * heads,
+            splits,
+            WIDTH=width,
+            CHUNK=chunk,
+            SPLITS=1 << (splits - 1).bit_length(),
+            BLOCK=16,
+            INTERPRETED=interpreting(),
+            num_warps=4,
+        )
+    return pooled, log_sum_exp
+
+
+def attention_pool_backward(
+    pooled_grad: Tensor,
+    x: Tensor,
+    folded: Tensor,
+    pooled: Tensor,
+    log_sum_exp: Tensor,
+    scale: float,
+    lengths: Tensor | None,
+    needs_x: bool,
+    needs_folded: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and folded; one that is not needed is an empty tensor. x, pooled_grad: unit last stride."""
+    batch, tokens, width = x.shape
+    heads = folded.shape[0]
+    x_grad = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
+    if batch == 0 or tokens == 0:
+        return x_grad, torch.zeros(folded.shape if needs_folded else 0, dtype=x.dtype, device=x.device)
+    from siglip_kernels.attention_pool.kernels import attention_pool_backward_kernel
+
+    gpu = facts(x.device)
+    tile = choose_tile("backward", gpu, x.element_size(), heads, width)
+    splits, span = _split(batch, tokens, tile.tokens, gpu.multiprocessors)
+    programs = min(batch * splits, gpu.multiprocessors)
+    partials = torch.empty((programs, heads, width), dtype=torch.float32, device=x.device) if needs_folded else None
+    strides, unit = _strides(x.stride(0), x.stride(1), pooled_grad.stride(0), pooled_grad.stride(1))
+    attention_pool_backward_kernel[(programs,)](
+        pooled_grad,
+        x,
+        folded,
+        pooled,
+        log_sum_exp,
+        lengths,
+        x_grad if needs_x else None,
+        partials,
+        *strides,
+        tokens,
+        heads,
+        splits,
+        span,
+        batch * splits,
+        scale,
+        scale * math.log2(math.e),
+        UNIT=unit,
+        **_constants(tile, width, heads),
+    )
+    if partials is None:
+        return x_grad, torch.empty(0, dtype=x.dtype, device=x.device)
+    return x_grad, partials.sum(0).to(x.dtype)
