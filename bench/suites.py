@@ -163,8 +163,8 @@ SUITES = {
             (
                 _model("so400m-384", 64, quick=True),
                 _model("base-224", 128, quick=True),
-                _model("base-224", 4, layers=2, cpu=True),
-                _model("so400m-384", 1, layers=2, cpu=True),
+                _model("base-224", 2, layers=2, cpu=True),
+                _model("so400m-384", 1, layers=1, cpu=True),
                 _model("base-224", 1, layers=2, cpu=True),
                 _model("so400m-384", 128),
                 _model("so400m-384", 32),
@@ -225,7 +225,7 @@ SUITES = {
             "train",
             (
                 _train("base-224", 64, quick=True),
-                _train("base-224", 4, layers=2, cpu=True),
+                _train("base-224", 2, layers=2, cpu=True),
                 _train("so400m-384", 16),
                 _train("so400m-224", 64),
                 _train("base-224", 256),

@@ -1,0 +1,86 @@
+"""The suites under pytest-benchmark, so that its own `--benchmark-compare` finds what became slower.
+
+    pytest bench/ --benchmark-autosave
+    pytest bench/ --benchmark-compare --benchmark-compare-fail=median:10%
+
+On a GPU the shapes of a quick run; on a CPU small ones, without Triton. What gives wrong results fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bench.accuracy import Judge
+from bench.circumstances import device
+from bench.measure import free, step_of
+from bench.operations import DTYPES, OPERATIONS, Setting
+from bench.peers import Missing, Peer, Unsupported, peers_of
+from bench.run import Request, label
+from bench.shapes import (
+    AttentionShape,
+    LinearShape,
+    LossShape,
+    MLPShape,
+    ModelShape,
+    NormShape,
+    PatchShape,
+    PoolShape,
+    TrainShape,
+)
+from bench.suites import SUITES
+
+ON_A_CPU = {
+    "attention": ("attention", AttentionShape("base-224-b1", 1, 196, 12, 64)),
+    "linear": ("linear", LinearShape("base-224-out-b1", 196, 768, 768, True)),
+    "mlp": ("mlp", MLPShape("base-224-b1", 196, 768, 3072)),
+    "layer_norm": ("layer_norm", NormShape("base-224-b1", 196, 768)),
+    "pool": ("attention_pool", PoolShape("base-224-b1", 1, 196, 768, 12)),
+    "patch": ("patch_embed", PatchShape("base-224-b1", 1, 224, 16, 768)),
+    "loss": ("sigmoid_loss", LossShape("n1024-d256", 1024, 256)),
+    "model": ("vision_tower", ModelShape("base-224-b1-l1", "base-224", 1, 1)),
+    "train": ("training_step", TrainShape("base-224-b2-l1", "base-224", 2, 1)),
+}
+
+
+def _settings() -> list[tuple[str, Setting]]:
+    if device() == "cuda":
+        return Request(list(SUITES), quick=True).settings()
+    return [
+        (suite, Setting(OPERATIONS[operation], shape, DTYPES["fp32"], "cpu", direction))
+        for suite, (operation, shape) in ON_A_CPU.items()
+        for direction in OPERATIONS[operation].directions
+    ]
+
+
+CASES = [
+    pytest.param(suite, setting, entry, id=f"{label(suite, setting)} {entry.name}".replace(" ", "-"))
+    for suite, setting in _settings()
+    for entry in peers_of(setting.operation.name).values()
+    if not entry.slow and (setting.device == "cuda" or not entry.cuda)
+]
+
+
+@pytest.mark.parametrize(("suite", "setting", "entry"), CASES)
+def test_speed(benchmark: Callable, suite: str, setting: Setting, entry: Peer) -> None:
+    inputs = setting.inputs()
+    try:
+        contender = entry.prepare(setting)
+    except (Missing, Unsupported) as error:
+        pytest.skip(str(error))
+    verdict = Judge(setting, inputs).judge(entry, contender)
+    assert not verdict.problem, verdict.problem
+    step = step_of(contender, inputs, setting)
+
+    def wait_for_step() -> None:
+        step()
+        if setting.device == "cuda":
+            torch.cuda.synchronize()
+
+    wait_for_step()
+    benchmark.group = label(suite, setting)  # type: ignore[attr-defined]
+    benchmark.extra_info["error_vs_fp64"] = verdict.error  # type: ignore[attr-defined]
+    benchmark(wait_for_step)
+    free()
