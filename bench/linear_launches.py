@@ -1,6 +1,7 @@
 """What the projections and the MLP launch, for `bench.ahead_of_time`: every epilogue, widths of so400m and base."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -11,43 +12,53 @@ _WIDTHS = {"so400m": (1152, 4304), "base": (768, 3072)}
 
 
 def launches() -> Iterator[Launch]:
-    """Training shapes, then those of one image, other dtypes, and a residual stream in fp32 (autocast)."""
-    for model in _WIDTHS:
-        yield from _layer(model, 46_656)
-    yield from _layer("so400m", 729)
-    yield from _layer("so400m", 46_656, torch.float16)
-    yield from _layer("so400m", 46_656, torch.float32)
-    yield from _layer("so400m", 46_656, torch.float32, allow_tf32=True)
+    """A training batch and a single image, other dtypes, and a residual stream in fp32, as under autocast."""
+    yield from _layer("so400m", 46_656)
+    yield from _layer("base", 46_656, only=("qkv", "fc2, residual"))
+    yield from _layer("so400m", 729, only=("gelu, kept", "fc2, residual", "gelu backward"))
+    yield from _layer("so400m", 46_656, torch.float16, only=("gelu backward",))
+    for allow_tf32 in (False, True):
+        yield from _layer("so400m", 46_656, torch.float32, allow_tf32, ("gelu, kept", "fc2, residual", "gelu backward"))
 
 
-def _layer(model: str, tokens: int, dtype: torch.dtype = torch.bfloat16, allow_tf32: bool = False) -> Iterator[Launch]:
-    """The products of one encoder layer that are not cuBLAS's."""
+def _layer(
+    model: str,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    allow_tf32: bool = False,
+    only: tuple[str, ...] | None = None,
+) -> Iterator[Launch]:
+    """The products of one encoder layer that are not cuBLAS's, forward and backward: all, or `only` some."""
     from siglip_kernels.linear.gemm import gemm
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def launch(epilogue: str, *arguments, **options) -> Launch:
-        def call() -> None:
-            before = torch.backends.cuda.matmul.allow_tf32
-            torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-            try:
-                gemm(*arguments, **options)
-            finally:
-                torch.backends.cuda.matmul.allow_tf32 = before
-
-        return Launch(f"{'tf32' if allow_tf32 else _NAMES[dtype]} {model} {tokens} {epilogue}", call)
-
     width, hidden = _WIDTHS[model]
     x, h = empty(tokens, width), empty(tokens, hidden)
     fc1, fc2, square = empty(hidden, width), empty(width, hidden), empty(width, width)
     b_hidden, b_width = empty(hidden), empty(width)
-    yield launch("qkv", x, [square] * 3, [b_width] * 3)
-    yield launch("bias, residual", x, [square], [b_width], residual=x)
-    yield launch("gelu", x, [fc1], [b_hidden], gelu="forward")
-    yield launch("gelu, kept", x, [fc1], [b_hidden], gelu="forward", keep_pre_activation=True)
-    yield launch("fc2, residual", h, [fc2], [b_width], residual=x)
-    yield launch("fc2, fp32 residual", h, [fc2], [b_width], residual=empty(tokens, width, dtype=torch.float32))
-    kept = {"gelu": "backward", "pre_activation": h, "keep_column_sums": True}
-    yield launch("gelu backward", x, [fc2.T], [None], **kept, keep_activation=True)
-    yield launch("gelu backward, frozen weight", x, [fc2.T], [None], **kept)
+    backward = functools.partial(gemm, gelu="backward", pre_activation=h, keep_column_sums=True)
+    calls: dict[str, Callable[[], object]] = {
+        "qkv": lambda: gemm(x, [square] * 3, [b_width] * 3),
+        "bias, residual": lambda: gemm(x, [square], [b_width], residual=x),
+        "gelu": lambda: gemm(x, [fc1], [b_hidden], gelu="forward"),
+        "gelu, kept": lambda: gemm(x, [fc1], [b_hidden], gelu="forward", keep_pre_activation=True),
+        "fc2, residual": lambda: gemm(h, [fc2], [b_width], residual=x),
+        "fc2, fp32 residual": lambda: gemm(h, [fc2], [b_width], residual=empty(tokens, width, dtype=torch.float32)),
+        "gelu backward": lambda: backward(x, [fc2.T], [None], keep_activation=True),
+        "gelu backward, frozen weight": lambda: backward(x, [fc2.T], [None]),
+    }
+    for epilogue, call in calls.items():
+        if only is None or epilogue in only:
+            name = f"{'tf32' if allow_tf32 else _NAMES[dtype]} {model} {tokens} {epilogue}"
+            yield Launch(name, functools.partial(_with_tf32, allow_tf32, call))
+
+
+def _with_tf32(allow_tf32: bool, call: Callable[[], object]) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    try:
+        call()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

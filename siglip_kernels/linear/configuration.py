@@ -3,6 +3,7 @@
 Nothing is tuned inside a call. `candidates` is what there is to measure on a GPU, `tuned.py` keeps the winners.
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ class Shape:
     columns: int  # of one weight
     depth: int
     parts: int  # weights side by side
-    dtype: torch.dtype
+    element_bytes: int  # of a and the weights
+    residual_bytes: int  # of an element, 0 where there is none
     gelu: str  # "", "forward" or "backward"
-    residual: bool
+    tf32: bool  # how fp32 is multiplied
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def tile(shape: Shape, facts: Facts) -> Tile:
     """The tile for a product of this shape."""
     if facts.capability == (0, 0):
         return _interpreted(shape)
-    key = (rows_class(shape.rows), shape.columns, shape.depth, shape.parts, shape.gelu, shape.dtype.itemsize)
+    key = (rows_class(shape.rows), *dataclasses.astuple(shape)[1:])
     measured = TUNED.get(facts.name, {}).get(key)
     return Tile(*measured) if measured else min(candidates(shape, facts), key=functools.partial(_clocks, shape, facts))
 
@@ -68,36 +70,53 @@ def _interpreted(shape: Shape) -> Tile:
 
 
 def candidates(shape: Shape, facts: Facts) -> list[Tile]:
-    """The tiles that fit the registers and shared memory of the GPU with every epilogue. Not measured yet."""
-    if shape.dtype == torch.float32:
-        if precision(shape.dtype) == "ieee":  # one multiply-add at a time, out of registers
-            return [Tile(64, 64, 32, 8, 2, descriptors=facts.capability >= (9, 0))]
-        return [Tile(128, 128, 32, 8, 3, 4, descriptors=facts.capability >= (9, 0)), Tile(64, 64, 32, 4, 3, 2, 2)]
-    if facts.capability >= (9, 0):
-        return [
-            Tile(128, 256, 64, 8, 3, 4),
-            Tile(256, 128, 64, 8, 3, 4),
-            Tile(128, 128, 64, 8, 4, 4),
-            Tile(64, 128, 64, 4, 4, 2, residents=2),
-            Tile(64, 64, 64, 4, 4, 2, residents=3),
+    """The tiles whose epilogues all fit the registers, and the shared memory of the GPU. What there is to measure."""
+    copy_engine = facts.capability >= (9, 0)
+    if shape.element_bytes == 4:
+        if not shape.tf32:  # one multiply-add at a time, out of registers
+            return [Tile(64, 64, 32, 8, 2, descriptors=copy_engine)]
+        sizes = [(128, 128, 32, 8, 1), (64, 64, 32, 4, 2)]
+    elif copy_engine:
+        sizes = [
+            (128, 256, 64, 8, 1),
+            (256, 128, 64, 8, 1),
+            (128, 128, 64, 8, 1),
+            (64, 128, 64, 4, 2),
+            (64, 64, 64, 4, 3),
         ]
-    return [
-        Tile(128, 128, 32, 8, 4, 4, descriptors=False),
-        Tile(64, 128, 32, 4, 4, 4, residents=2, descriptors=False),
-        Tile(64, 64, 32, 4, 4, 2, residents=3, descriptors=False),
-    ]
+    else:
+        sizes = [(128, 128, 32, 4, 2), (64, 128, 32, 4, 2), (64, 64, 32, 4, 3)]
+    tiles = []
+    for rows, columns, depth, warps, residents in sizes:
+        pieces = max(1, rows * columns // (32 * 32 * warps))
+        if shape.residual_bytes == 2 and shape.gelu == "":
+            pieces = max(1, pieces // 2)  # each piece waits for its part of the residual: better twice than four times
+        stages = _stages(shape, facts, rows, columns, depth, pieces, residents)
+        tiles.append(Tile(rows, columns, depth, warps, stages, pieces, residents, copy_engine))
+    return tiles
+
+
+def _stages(shape: Shape, facts: Facts, rows: int, columns: int, depth: int, pieces: int, residents: int) -> int:
+    """As many as fit, 2 to 4. What the copy engine writes for and reads from the epilogue needs memory of its own."""
+    epilogue = 0
+    if facts.capability >= (9, 0):
+        matrices = 2 if shape.residual_bytes or shape.gelu == "backward" else 1
+        epilogue = matrices * rows * columns // pieces * max(shape.element_bytes, shape.residual_bytes)
+    free = facts.shared_memory // residents - epilogue - 2048  # barriers, and what the system takes of each program
+    return min(max(free // ((rows + columns) * depth * shape.element_bytes), 2), 4)
 
 
 def _clocks(shape: Shape, facts: Facts, tile: Tile) -> float:
     """A rough count of a multiprocessor's clocks, not measured: whole waves of tiles, each bound by its matrix work or
-    by what it reads from the L2, and by filling the pipeline and the epilogue once."""
+    by what it reads from the L2. A lone program's epilogue comes on top; those of several hide under each other's work.
+    """
     tiles = -(-shape.rows // tile.rows) * -(-shape.columns // tile.columns) * shape.parts
-    waves = math.ceil(tiles / facts.multiprocessors)
-    multiply_adds_per_clock, l2_bytes_per_clock = (2048, 40) if facts.capability >= (9, 0) else (1024, 48)
-    matrix = tile.rows * tile.columns / multiply_adds_per_clock
-    l2 = (tile.rows + tile.columns) * shape.dtype.itemsize / l2_bytes_per_clock
-    epilogue = 1000 + tile.rows * tile.columns / 16
-    return waves * (max(matrix, l2) * shape.depth + epilogue)
+    waves = math.ceil(tiles / (facts.multiprocessors * tile.residents)) * tile.residents
+    multiply_adds, l2_bytes = (2048, 40) if facts.capability >= (9, 0) else (1024, 48)  # a clock
+    matrix = tile.rows * tile.columns / multiply_adds * (shape.element_bytes / 2)
+    l2 = (tile.rows + tile.columns) * shape.element_bytes / l2_bytes
+    epilogue = tile.rows * tile.columns / 16 if tile.residents == 1 else 0
+    return waves * (max(matrix, l2) * shape.depth + epilogue + 500)
 
 
 def programs(tile: Tile, tiles: int, facts: Facts) -> int:

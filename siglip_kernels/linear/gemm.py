@@ -292,9 +292,17 @@ def gemm(
         )
         return out, pre_activation, activation, sums
 
-    tile = configuration.tile(
-        configuration.Shape(rows, columns, depth, parts, a.dtype, gelu, residual is not None), facts(a.device)
+    shape = configuration.Shape(
+        rows=rows,
+        columns=columns,
+        depth=depth,
+        parts=parts,
+        element_bytes=a.element_size(),
+        residual_bytes=0 if residual is None else residual.element_size(),
+        gelu=gelu,
+        tf32=configuration.precision(a.dtype) == "tf32",
     )
+    tile = configuration.tile(shape, facts(a.device))
     read_or_written = [a, *weights, residual, pre_activation, activation, *outs]
     matrices = [matrix for matrix in read_or_written if matrix is not None]
     unit = configuration.stride_unit([_row_stride(matrix) for matrix in matrices])

@@ -1,0 +1,68 @@
+"""The kernel of the projections and the MLP, compiled for GPUs that are not there: spills, tensor cores, widths."""
+
+import pytest
+
+from bench.ahead_of_time import Row, rows_in_a_subprocess
+
+GPUS = ("a100", "h200", "b200")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return rows_in_a_subprocess("bench.linear_launches", *GPUS)
+
+
+def test_nothing_spills_or_fails(rows):
+    assert {row.kernel for row in rows} == {"gemm_kernel"} and {row.gpu for row in rows} == set(GPUS)
+    assert not [str(row) for row in rows if row.problems()]
+
+
+@pytest.mark.parametrize(("gpu", "instruction"), [("a100", "mma"), ("h200", "wgmma"), ("b200", "tcgen05")])
+def test_products_use_tensor_cores(rows, gpu, instruction):
+    """All but those of IEEE fp32, which no tensor core makes; TF32 on Blackwell may come through the older ones."""
+    products = [row for row in rows if row.gpu == gpu and not row.launch.startswith("fp32")]
+    assert products
+    for row in products:
+        allowed = (instruction, "mma") if row.launch.startswith("tf32") and gpu == "b200" else (instruction,)
+        assert any(name.startswith(allowed) for name in row.matrix), str(row)
+
+
+def test_tiles_come_and_go_by_the_copy_engine_or_sixteen_bytes_at_a_time(rows):
+    """What is narrower is a vector: a bias, or the sums of columns."""
+    for row in rows:
+        if row.gpu == "a100":
+            assert "cp.async 16" in row.accesses and "st 16" in row.accesses, str(row)
+            assert not {"cp.async 4", "cp.async 8", "st 8", "st 2"} & set(row.accesses), str(row)
+            assert "ld 16" in row.accesses or not any(word in row.launch for word in ("residual", "backward")), str(row)
+        else:
+            assert "tma" in row.accesses, str(row)
+            assert not any(kind.startswith("cp.async") for kind in row.accesses), str(row)
+            assert not {"st 16", "st 8", "st 2"} & set(row.accesses), str(row)
+
+
+_EVERY_SIZE = """
+import torch
+from bench.ahead_of_time import GPUS, compiling_for
+from siglip_kernels.linear.gemm import gemm
+compiled = set()
+def record(name, kernel):
+    assert not isinstance(kernel, Exception), kernel
+    compiled.add(kernel.hash)
+weight, bias = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((1152, 1152), (1152,)))
+for rows in ({rows}):
+    x = torch.empty(rows, 1152, dtype=torch.bfloat16, device="meta")
+    with compiling_for(GPUS["{gpu}"], record):
+        gemm(x, [weight], [bias], residual=x)
+print(len(compiled))
+"""
+
+
+@pytest.mark.parametrize("gpu", ["a100", "h200"])
+def test_few_compilations_for_every_batch_size(run_python, gpu):
+    """One for each tile that some size is best served by, and none for a size's being 1 or a multiple of 16."""
+    done = run_python(_EVERY_SIZE.format(gpu=gpu, rows="93_312, 93_313, 186_631"))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 1
+    done = run_python(_EVERY_SIZE.format(gpu=gpu, rows="1, 2, 16, 17"))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 1
