@@ -123,7 +123,8 @@ class Judge:
         if how == "sample, gradients":
             return gradients(contender, inputs, self.setting.dtype)
         results = forward(contender, inputs)
-        return {"results": [result[-SAMPLES:] for result in results] if inputs.samples else results}
+        # Copied, because the next call of a CUDA graph overwrites its results.
+        return {"results": [(result[-SAMPLES:] if inputs.samples else result).clone() for result in results]}
 
     def _reference(self, how: str, entry: Peer, dtype: torch.dtype) -> Found:
         key = how, entry.truth, dtype

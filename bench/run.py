@@ -44,13 +44,14 @@ class Request:
             }
         )
 
-    def entries(self, setting: Setting) -> list[Peer]:
+    def entries(self, suite: str, setting: Setting) -> list[Peer]:
         """Whom to measure: on a CPU not the peers that only a GPU has, in a quick run not the slow ones."""
         entries = peers_of(setting.operation.name).values()
         if self.peers:
             return [entry for entry in entries if entry.name in self.peers]
         possible = [entry for entry in entries if setting.device == "cuda" or not entry.cuda]
-        return [entry for entry in possible if not (self.quick and entry.slow)]
+        waited_for = SUITES[suite].quick_peers
+        return [entry for entry in possible if not (self.quick and entry.slow) or entry.name in waited_for]
 
 
 @dataclass
@@ -113,7 +114,7 @@ def run(
     try:
         with deadline(until):
             for place, (suite, setting) in enumerate(settings):
-                entries = request.entries(setting)
+                entries = request.entries(suite, setting)
                 if not request.again and all(results.settled(blank_row(suite, setting, entry)) for entry in entries):
                     outcome.settled += 1
                     continue

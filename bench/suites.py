@@ -42,11 +42,13 @@ class Suite:
     """What `python -m bench run NAME` measures.
 
     hide_launches: whether kernels are timed back to back, or a call as its user waits for it.
+    quick_peers: which of the peers that take minutes to prepare a quick run waits for.
     """
 
     name: str
     cases: tuple[Case, ...]
     hide_launches: bool = True
+    quick_peers: tuple[str, ...] = ()
 
     def settings(
         self,
@@ -159,24 +161,6 @@ SUITES = {
     suite.name: suite
     for suite in (
         Suite(
-            "model",
-            (
-                _model("so400m-384", 64, quick=True),
-                _model("base-224", 128, quick=True),
-                _model("base-224", 2, layers=2, cpu=True),
-                _model("so400m-384", 1, layers=1, cpu=True),
-                _model("base-224", 1, layers=2, cpu=True),
-                _model("so400m-384", 128),
-                _model("so400m-384", 32),
-                _model("so400m-384", 8),
-                _model("so400m-224", 128),
-                _model("large-384", 64),
-                _model("base-512", 64),
-                *(_model("base-224", batch, text=True) for batch in (1, 2, 4, 8, 16, 32, 64)),
-            ),
-            hide_launches=False,
-        ),
-        Suite(
             "attention",
             (
                 _attention("so400m-384", 64, quick=True),
@@ -212,6 +196,25 @@ SUITES = {
             ),
         ),
         Suite(
+            "model",
+            (
+                _model("so400m-384", 64, quick=True),
+                _model("base-224", 128, quick=True),
+                _model("base-224", 2, layers=2, cpu=True),
+                _model("so400m-384", 1, layers=1, cpu=True),
+                _model("base-224", 1, layers=2, cpu=True),
+                _model("so400m-384", 128),
+                _model("so400m-384", 32),
+                _model("so400m-384", 8),
+                _model("so400m-224", 128),
+                _model("large-384", 64),
+                _model("base-512", 64),
+                *(_model("base-224", batch, text=True) for batch in (1, 2, 4, 8, 16, 32, 64)),
+            ),
+            hide_launches=False,
+            quick_peers=("transformers:sdpa:compile",),
+        ),
+        Suite(
             "mlp",
             (
                 _mlp("mlp", "so400m-384", 64, quick=True),
@@ -231,6 +234,7 @@ SUITES = {
                 _train("base-224", 256),
             ),
             hide_launches=False,
+            quick_peers=("transformers:sdpa:compile",),
         ),
         Suite(
             "latency",
@@ -240,6 +244,7 @@ SUITES = {
                 _model("large-384", 1),
             ),
             hide_launches=False,
+            quick_peers=("transformers:sdpa:reduce-overhead",),
         ),
         Suite(
             "layer_norm",

@@ -29,9 +29,9 @@ def _ours(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
 
 
 peer(_MODELS, "triton", package="triton", cuda=True)(_ours("triton"))
-peer(_MODELS, "triton:compile", package="triton", cuda=True, one_size=True, note="ours, under torch.compile")(
-    _ours("triton", "compile")
-)
+peer(
+    _MODELS, "triton:compile", package="triton", cuda=True, slow=True, one_size=True, note="ours, under torch.compile"
+)(_ours("triton", "compile"))
 
 
 def _hopper(setting: Setting) -> Contender:
@@ -103,8 +103,7 @@ for _attention in _ATTENTION:
             cuda=_flash or bool(_mode),
             one_size=bool(_mode),
             dtypes=("fp16", "bf16") if _flash else None,
-            # Two compiled models say most of what all nine do; the rest is for those who have the minutes.
-            slow=bool(_mode) and (_attention, _mode) not in (("sdpa", "compile"), ("sdpa", "reduce-overhead")),
+            slow=bool(_mode),
         )(_transformers(_attention, _mode))
 
 
