@@ -75,25 +75,29 @@ def tile_for(rows: int, columns: int, depth: int, parts: int, gelu: str, out_dty
     return min((WIDE, SMALL) if gelu == "backward" else (WIDE, TALL, SMALL), key=clocks)
 
 
-_CUBIC = gl.constexpr(0.044715)
-_EXPONENT = gl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654)  # 2^(u √(π/2) · this) = e^(-2u)
+# As in gelu.py: e^(-2u) = 2^(x (_LINEAR + _CUBIC x²)), and 2 du/dx = _SLOPE + _SLOPE_SQUARE x².
+_LINEAR = gl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654)
+_CUBIC = gl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654 * 0.044715)
 _SLOPE = gl.constexpr(2 * 0.7978845608028654)
-_SLOPE_CUBIC = gl.constexpr(2 * 0.7978845608028654 * 3 * 0.044715)
+_SLOPE_SQUARE = gl.constexpr(2 * 0.7978845608028654 * 3 * 0.044715)
 
 
 @gluon.jit
 def _gelu(x):
     """tanh-GELU as x σ(2u), u = √(2/π) (x + 0.044715 x³). x: fp32."""
-    return x * reciprocal(1.0 + gl.exp2((x * x * _CUBIC + 1.0) * x * _EXPONENT))
+    x = gl.where(x < -100.0, -100.0, x)  # -inf would give -inf · 0
+    return x * reciprocal(1.0 + gl.exp2((x * x * _CUBIC + _LINEAR) * x))
 
 
 @gluon.jit
 def _gelu_and_derivative(x):
-    """gelu(x) and s + x s (1 - s) · 2 du/dx, where s = σ(2u). x: fp32."""
-    near = gl.minimum(gl.maximum(x, -100.0), 100.0)  # beyond, both are x or 0 and 1 or 0, and x³ may overflow
+    """gelu(x) and s + x s (1 - s) · 2 du/dx, where s = σ(2u) and 1 - s = s e^(-2u). x: fp32."""
+    x = gl.where(x < -10.0, -10.0, x)  # gelu(-10) is -1e-37; much further e^(-2u) would overflow
+    near = gl.where(x > 10.0, 10.0, x)
     square = near * near
-    s = reciprocal(1.0 + gl.exp2((square * _CUBIC + 1.0) * near * _EXPONENT))
-    return x * s, s + near * s * (1.0 - s) * (square * _SLOPE_CUBIC + _SLOPE)
+    e = gl.exp2((square * _CUBIC + _LINEAR) * near)
+    s = reciprocal(1.0 + e)
+    return x * s, s + near * s * (s * e) * (square * _SLOPE_SQUARE + _SLOPE)
 
 
 @gluon.jit
@@ -170,41 +174,47 @@ def _consumer(
 
         if added is not None:
             mbarrier.wait(landed.index(consumer), done & 1)
-        pieces = pieces_of(total)
+        pieces = pieces_of(total, PIECE)
         for piece in gl.static_range(PIECES):
-            value = pieces[piece]
             column = first_column + piece * PIECE
-            # Of two results for each piece, the second has a buffer of its own.
-            if added is not None:
-                buffer = buffers.index(consumer * BUFFERS + piece)
-                second_buffer = buffers.index(consumer * BUFFERS + BUFFERS - 1)
-            elif second_out is not None:
-                buffer = buffers.index(consumer * BUFFERS)
-                second_buffer = buffers.index(consumer * BUFFERS + 1)
-            else:
-                buffer = buffers.index(consumer * BUFFERS + piece % 2)
+            # The condition keeps pieces apart, too: all at once would take more registers than there are. The shape is
+            # COLUMNS, but the compiler must not know.
+            if column < out.shape[1]:
+                value = pieces[piece]
+                # Of two results for each piece, the second has a buffer of its own.
+                if added is not None:
+                    buffer = buffers.index(consumer * BUFFERS + piece)
+                    second_buffer = buffers.index(consumer * BUFFERS + BUFFERS - 1)
+                elif second_out is not None:
+                    buffer = buffers.index(consumer * BUFFERS)
+                    second_buffer = buffers.index(consumer * BUFFERS + 1)
+                else:
+                    buffer = buffers.index(consumer * BUFFERS + piece % 2)
 
-            if GELU == "forward":
-                if second_out is not None:
-                    tma.store_wait(pendings=1)
-                    _send(value, second_buffer, second_out, first_row, column)
-                value = _gelu(value)
-            elif GELU == "backward":
-                again, derivative = _gelu_and_derivative(buffer.load(PIECE_LAYOUT).to(gl.float32))
-                if second_out is not None:
-                    tma.store_wait(pendings=1)
-                    _send(again, second_buffer, second_out, first_row, column)
-                value *= derivative
-                if column_sums is not None:
-                    columns = column + gl.arange(0, PIECE, gl.SliceLayout(0, PIECE_LAYOUT))
-                    sums = column_sums + (row_tile * CONSUMERS + consumer) * COLUMNS + columns
-                    gl.store(sums, gl.sum(value, 0), mask=columns < COLUMNS)
-            elif added is not None:
-                value += buffer.load(PIECE_LAYOUT).to(gl.float32)
+                if GELU == "forward":
+                    if second_out is not None:
+                        tma.store_wait(pendings=1)
+                        _send(value, second_buffer, second_out, first_row, column)
+                    value = _gelu(value)
+                elif GELU == "backward":
+                    again, derivative = _gelu_and_derivative(buffer.load(PIECE_LAYOUT).to(gl.float32))
+                    if second_out is not None:
+                        tma.store_wait(pendings=1)
+                        _send(again, second_buffer, second_out, first_row, column)
+                    value *= derivative
+                    if column_sums is not None:
+                        columns = column + gl.arange(0, PIECE, gl.SliceLayout(0, PIECE_LAYOUT))
+                        sums = column_sums + (row_tile * CONSUMERS + consumer) * COLUMNS + columns
+                        gl.store(sums, gl.sum(value, 0), mask=columns < COLUMNS)
+                elif added is not None:
+                    value += buffer.load(PIECE_LAYOUT).to(gl.float32)
 
-            if added is None:
-                tma.store_wait(pendings=1)
-            _send(value, buffer, choose(part, out, out_second, out_third, PARTS), first_row, column)
+                if added is None:
+                    tma.store_wait(pendings=1)
+                _send(value, buffer, choose(part, out, out_second, out_third, PARTS), first_row, column)
+        if added is None and second_out is None and first_column + BLOCK_N > COLUMNS:
+            # The buffers take turns, and a tile at the edge may have stopped in the middle of a turn.
+            tma.store_wait(pendings=0)
         done += 1  # noqa: SIM113 - the range is the kernel's
     tma.store_wait(pendings=0)
 

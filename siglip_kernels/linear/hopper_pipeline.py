@@ -21,6 +21,8 @@ BLOCK_K = gl.constexpr(64)  # 128 bytes of fp16 or bf16: the widest row that sha
 PIECE = gl.constexpr(64)  # columns that an epilogue works on at a time, for the same reason
 
 CONSUMERS = gl.constexpr(2)
+THREADS = gl.constexpr(128)  # of a consumer
+THREAD_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one element for each
 
 
 @gluon.constexpr_function
@@ -190,18 +192,22 @@ def reciprocal(x):
 
 
 @gluon.jit
-def pieces_of(x):
-    """The columns of an accumulator in runs of PIECE."""
-    if x.shape[1] == 2 * PIECE:
-        return halves(x, accumulator_layout(PIECE))
-    else:
-        gl.static_assert(x.shape[1] == 4 * PIECE)
-        left, right = halves(x, accumulator_layout(2 * PIECE))
-        return halves(left, accumulator_layout(PIECE)) + halves(right, accumulator_layout(PIECE))
+def sum_in_thread(x):
+    """The sum of what each thread of a warpgroup holds of an accumulator of 64 rows: (THREADS,). None is exchanged."""
+    # Rows: warp, half, lane; columns: run of eight, lane, pair.
+    x = gl.reshape(x, [4, 2, 8, x.shape[1] // 8, 4, 2])
+    x = gl.reshape(gl.permute(x, (0, 2, 4, 1, 3, 5)), [THREADS, x.shape[3] * 4])
+    return gl.convert_layout(gl.sum(x, 1), THREAD_LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
-def halves(x, LAYOUT: gl.constexpr):
-    """The left and the right columns of x, without leaving the registers: LAYOUT is theirs."""
-    left, right = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
-    return gl.convert_layout(left, LAYOUT, assert_trivial=True), gl.convert_layout(right, LAYOUT, assert_trivial=True)
+def pieces_of(x, COLUMNS: gl.constexpr):
+    """The columns of an accumulator in runs of that many, from left to right, without leaving the registers."""
+    if x.shape[1] == COLUMNS:
+        return (x,)
+    else:
+        HALF: gl.constexpr = accumulator_layout(x.shape[1] // 2)
+        left, right = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+        left = gl.convert_layout(left, HALF, assert_trivial=True)
+        right = gl.convert_layout(right, HALF, assert_trivial=True)
+        return pieces_of(left, COLUMNS) + pieces_of(right, COLUMNS)

@@ -5,7 +5,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from siglip_kernels.device import interpreting
+from siglip_kernels.device import hopper_kernels_enabled, interpreting
 from siglip_kernels.errors import MissingBackendError
 from siglip_kernels.sigmoid_loss.blocks import Engine, loss_and_gradients
 from siglip_kernels.sigmoid_loss.chunked import PlainEngine
@@ -29,7 +29,12 @@ def make_engine(name: str, embeds: Tensor, chunk_size: int = 0) -> Engine:
                 f"sigmoid_loss: its kernels need Triton and CUDA tensors, these are on {embeds.device}; "
                 "use siglip_kernels.chunked_sigmoid_loss, or a model's backend 'sdpa' or 'eager'"
             )
-        from siglip_kernels.sigmoid_loss.launch import TritonEngine, config_for  # here alone: importing needs no Triton
+        # Imported here alone: importing needs no Triton.
+        if hopper_kernels_enabled():
+            from siglip_kernels.sigmoid_loss.hopper import HopperEngine
+
+            return HopperEngine(embeds, chunk_size)
+        from siglip_kernels.sigmoid_loss.launch import TritonEngine, config_for
 
         return TritonEngine(embeds.dtype, config_for(embeds), chunk_size)
     return PlainEngine(embeds.dtype, embeds.device, chunk_size)
