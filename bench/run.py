@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from bench.operations import Setting
 from bench.peers import Peer, peers_of
 from bench.results import Results, Row
 from bench.suites import SUITES, by_importance, dtype_name, dtypes_of
+from bench.timing import LEAST_ROUNDS
 
 
 @dataclass(frozen=True)
@@ -144,5 +145,6 @@ def open_results(where: Path | None) -> Results:
 
 
 def plan_for(quick: bool, red: Mapping[str, str]) -> Plan:
-    """A quick run takes a third of the time on each contender."""
-    return replace(Plan(red=dict(red)), seconds=0.1 if quick else 0.3)
+    """A quick run takes a third of the time on each contender, and on a CPU, where a call may last seconds, fewer."""
+    rounds = 3 if quick and device() == "cpu" else LEAST_ROUNDS
+    return Plan(seconds=0.1 if quick else 0.3, least_rounds=rounds, red=dict(red))

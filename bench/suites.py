@@ -29,12 +29,15 @@ from bench.shapes import (
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of an operation, and where it is measured unless it is named."""
+    """A shape of an operation, and where it is measured unless it is named.
+
+    quick: in a quick run on a GPU. cpu: in a "quick" or only in a "full" run on a CPU; "" for neither.
+    """
 
     operation: str
     shape: Shape
     quick: bool = False
-    cpu: bool = False
+    cpu: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ class Suite:
 
 
 def _usual(case: Case, device: str, quick: bool) -> bool:
-    return case.cpu if device == "cpu" else case.quick or not quick
+    if device == "cpu":
+        return case.cpu == "quick" or (case.cpu == "full" and not quick)
+    return case.quick or not quick
 
 
 def _no_backward(operation: Operation) -> bool:
@@ -94,7 +99,7 @@ def _no_backward(operation: Operation) -> bool:
     return operation.name in ("sigmoid_loss", "vision_tower", "siglip", "training_step")
 
 
-def _attention(model: str, batch: int, text: bool = False, quick: bool = False, cpu: bool = False) -> Case:
+def _attention(model: str, batch: int, text: bool = False, quick: bool = False, cpu: str = "") -> Case:
     tower = MODELS[model].text if text else MODELS[model].vision
     name = f"{model}{'-text' if text else ''}-b{batch}"
     return Case("attention", AttentionShape(name, batch, tower.tokens, tower.heads, tower.head_dim), quick, cpu)
@@ -132,7 +137,7 @@ def _norm(model: str, batch: int, quick: bool = False) -> Case:
     return Case("layer_norm", shape, quick)
 
 
-def _pool(model: str, batch: int, quick: bool = False, cpu: bool = False) -> Case:
+def _pool(model: str, batch: int, quick: bool = False, cpu: str = "") -> Case:
     tower = MODELS[model].vision
     shape = PoolShape(f"{model}-b{batch}", batch, tower.tokens, tower.width, tower.heads)
     return Case("attention_pool", shape, quick, cpu)
@@ -143,16 +148,16 @@ def _patch(model: str, batch: int, quick: bool = False) -> Case:
     return Case("patch_embed", PatchShape(f"{model}-b{batch}", batch, tower.image, tower.patch, tower.width), quick)
 
 
-def _loss(pairs: int, width: int, quick: bool = False, cpu: bool = False) -> Case:
+def _loss(pairs: int, width: int, quick: bool = False, cpu: str = "") -> Case:
     return Case("sigmoid_loss", LossShape(f"n{pairs}-d{width}", pairs, width), quick, cpu)
 
 
-def _model(model: str, batch: int, text: bool = False, layers: int = 0, quick: bool = False, cpu: bool = False) -> Case:
+def _model(model: str, batch: int, text: bool = False, layers: int = 0, quick: bool = False, cpu: str = "") -> Case:
     name = f"{model}-b{batch}" + (f"-l{layers}" if layers else "")
     return Case("siglip" if text else "vision_tower", ModelShape(name, model, batch, layers, text), quick, cpu)
 
 
-def _train(model: str, batch: int, layers: int = 0, quick: bool = False, cpu: bool = False) -> Case:
+def _train(model: str, batch: int, layers: int = 0, quick: bool = False, cpu: str = "") -> Case:
     name = f"{model}-b{batch}" + (f"-l{layers}" if layers else "")
     return Case("training_step", TrainShape(name, model, batch, layers), quick, cpu)
 
@@ -166,8 +171,8 @@ SUITES = {
                 _attention("so400m-384", 64, quick=True),
                 _attention("base-512", 64, quick=True),
                 _attention("so400m-384", 1024, text=True, quick=True),
-                _attention("so400m-384", 2, cpu=True),
-                _attention("base-224", 8, cpu=True),
+                _attention("so400m-384", 2, cpu="quick"),
+                _attention("base-224", 8, cpu="quick"),
                 *(_attention("so400m-384", batch) for batch in (8, 256)),
                 *(_attention("so400m-224", batch) for batch in (64, 256)),
                 *(_attention("large-384", batch) for batch in (8, 64, 256)),
@@ -182,12 +187,12 @@ SUITES = {
             (
                 _loss(65_536, 768, quick=True),
                 _loss(32_768, 1152, quick=True),
-                _loss(8192, 768, quick=True, cpu=True),
-                _loss(4096, 768, cpu=True),
-                _loss(2048, 768, cpu=True),
+                _loss(8192, 768, quick=True, cpu="full"),
+                _loss(2048, 768, cpu="quick"),
+                _loss(1024, 768, cpu="quick"),
+                _loss(4096, 768, cpu="quick"),
                 _loss(512, 768),
-                _loss(1024, 768),
-                _loss(16_384, 768),
+                _loss(16_384, 768, cpu="full"),
                 _loss(32_768, 768),
                 _loss(16_384, 1152),
                 _loss(65_536, 1152),
@@ -200,9 +205,9 @@ SUITES = {
             (
                 _model("so400m-384", 64, quick=True),
                 _model("base-224", 128, quick=True),
-                _model("base-224", 2, layers=2, cpu=True),
-                _model("so400m-384", 1, layers=1, cpu=True),
-                _model("base-224", 1, layers=2, cpu=True),
+                _model("base-224", 2, layers=2, cpu="quick"),
+                _model("so400m-384", 1, layers=1, cpu="quick"),
+                _model("base-224", 1, layers=2, cpu="quick"),
                 _model("so400m-384", 128),
                 _model("so400m-384", 32),
                 _model("so400m-384", 8),
@@ -228,7 +233,7 @@ SUITES = {
             "train",
             (
                 _train("base-224", 64, quick=True),
-                _train("base-224", 2, layers=2, cpu=True),
+                _train("base-224", 2, layers=2, cpu="quick"),
                 _train("so400m-384", 16),
                 _train("so400m-224", 64),
                 _train("base-224", 256),
@@ -270,7 +275,7 @@ SUITES = {
             "pool",
             (
                 _pool("so400m-384", 64, quick=True),
-                _pool("so400m-384", 2, cpu=True),
+                _pool("so400m-384", 2, cpu="quick"),
                 _pool("base-224", 256),
             ),
         ),

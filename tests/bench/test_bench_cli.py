@@ -115,3 +115,17 @@ def test_report(tmp_path):
     readme.write_text("no marks")
     failed = bench("report", "--results", str(tmp_path), "--readme", str(readme), "--no-plots")
     assert failed.exit_code == 2 and "bench: begin" in failed.stderr
+
+
+def test_gpu_checks_runs_and_reports_within_nine_minutes(monkeypatch):
+    done = []
+    monkeypatch.setattr("bench.circumstances.device", lambda: "cuda")
+    monkeypatch.setattr("bench.cli._deadline", lambda minutes: minutes)
+    monkeypatch.setattr(
+        "bench.cli._check_before_timing", lambda suites, until: done.append(("check", until)) or {"mlp": "wrong"}
+    )
+    monkeypatch.setattr("bench.cli._run", lambda request, where, red, until: done.append(("run", request.quick, red)))
+    monkeypatch.setattr("bench.cli._report", lambda *arguments, **more: done.append("report"))
+    result = bench("gpu", "--quick")
+    assert done == [("check", 9.0), ("run", True, {"mlp": "wrong"}), "report"]
+    assert result.exit_code == 1  # a kernel is wrong
