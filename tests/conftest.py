@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+import torchvision_operators  # noqa: F401  before anything imports torchvision
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
