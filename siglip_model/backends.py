@@ -201,6 +201,7 @@ TRITON = replace(
     layer_norm=siglip_kernels.layer_norm,
     pre_norm_qkv=siglip_kernels.pre_norm_qkv,
     pre_norm_mlp=siglip_kernels.pre_norm_mlp,
+    attention_pool=siglip_kernels.attention_pool,
     sigmoid_loss=siglip_kernels.sigmoid_loss,
 )
 BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}
