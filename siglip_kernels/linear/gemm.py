@@ -254,6 +254,7 @@ def gemm(
     pre_activation: Tensor | None = None,
     keep_activation: bool = False,
     keep_column_sums: bool = False,
+    tile: configuration.Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launches the kernel: out, and what else was asked for: the pre-activation, the activation, the column sums.
 
@@ -261,6 +262,7 @@ def gemm(
     biases: (N,) or None for each. Returns out (M, number of weights · N), in a's dtype or what adding residual makes.
     gelu "forward": gelu(·), with keep_pre_activation · itself, too. gelu "backward": · ∘ gelu'(pre_activation),
     with keep_activation gelu(pre_activation), with keep_column_sums out's columns summed up, fp32 (N,).
+    tile: another than the configuration's, to measure or test it.
     """
     rows, depth = a.shape
     columns, parts = weights[0].shape[0], len(weights)
@@ -292,17 +294,18 @@ def gemm(
         )
         return out, pre_activation, activation, sums
 
-    shape = configuration.Shape(
-        rows=rows,
-        columns=columns,
-        depth=depth,
-        parts=parts,
-        element_bytes=a.element_size(),
-        residual_bytes=0 if residual is None else residual.element_size(),
-        gelu=gelu,
-        tf32=configuration.precision(a.dtype) == "tf32",
-    )
-    tile = configuration.tile(shape, facts(a.device))
+    if tile is None:
+        shape = configuration.Shape(
+            rows=rows,
+            columns=columns,
+            depth=depth,
+            parts=parts,
+            element_bytes=a.element_size(),
+            residual_bytes=0 if residual is None else residual.element_size(),
+            gelu=gelu,
+            tf32=configuration.precision(a.dtype) == "tf32",
+        )
+        tile = configuration.tile(shape, facts(a.device))
     read_or_written = [a, *weights, residual, pre_activation, activation, *outs]
     matrices = [matrix for matrix in read_or_written if matrix is not None]
     unit = configuration.stride_unit([_row_stride(matrix) for matrix in matrices])

@@ -65,7 +65,7 @@ def _gradients(
     """
     needs_x, needs_fc1_weight, needs_fc1_bias, needs_fc2_weight, needs_fc2_bias = needs
     gradients = [out_grad.new_empty(0) for _ in range(5)]
-    activation = None
+    hidden_grad = activation = None
     if fc2_weight is not None and (needs_x or needs_fc1_weight or needs_fc1_bias):
         from siglip_kernels.linear.gemm import gemm
 
@@ -78,18 +78,19 @@ def _gradients(
             keep_activation=needs_fc2_weight,
             keep_column_sums=needs_fc1_bias,
         )
-        if needs_x and fc1_weight is not None:
-            gradients[0] = plain.input_gradient(hidden_grad, fc1_weight)
-        if needs_fc1_weight:
-            gradients[1] = plain.weight_gradient(hidden_grad, x())
         if column_sums is not None:
-            gradients[2] = column_sums.to(hidden_grad.dtype)
-    if needs_fc2_weight:
-        if activation is None:
-            activation = F.gelu(pre_activation, approximate="tanh")
+            gradients[2] = column_sums.to(out_grad.dtype)
+    elif needs_fc2_weight:
+        activation = F.gelu(pre_activation, approximate="tanh")
+    if activation is not None:
         gradients[3] = plain.weight_gradient(out_grad, activation)
+        del activation  # as large as the pre-activation: gone before the next tensors come
     if needs_fc2_bias:
         gradients[4] = plain.bias_gradient(out_grad)
+    if hidden_grad is not None and needs_fc1_weight:
+        gradients[1] = plain.weight_gradient(hidden_grad, x())
+    if hidden_grad is not None and needs_x and fc1_weight is not None:
+        gradients[0] = plain.input_gradient(hidden_grad, fc1_weight)
     return gradients
 
 

@@ -173,19 +173,35 @@ def test_views_equal_their_contiguous_copies(kind, device):
             torch.testing.assert_close(found[result], tensor, msg=f"{result} for {name}")
 
 
-def test_rows_farther_apart_than_32_bits_reach(device):
-    """A row 2^31 / 256 elements from the last: offsets within a tile would overflow."""
-    storage = torch.empty(1, dtype=torch.float16, device=device).expand(2**24 + 16)
-    if device == "cpu":  # not touched beyond the rows: the operating system gives the pages when they are written
-        storage = torch.UntypedStorage(2 * (2**24 + 16))
-        storage = torch.empty(0, dtype=torch.float16).set_(storage)
-    else:
-        storage = torch.empty(2**24 + 16, dtype=torch.float16, device=device)
-    x = storage.as_strided((2, 16), (2**24, 1))
-    x.copy_(torch.randn(2, 16))
-    inputs, out_grad = linear_inputs(2, 24, 16, torch.float16, device)
-    found, expected = (run(linear, dict(inputs, x=each), out_grad, torch.float16) for each in (x, x.contiguous()))
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+@pytest.mark.parametrize(("rows", "stride"), [(300, 2**23 - 8), (2, 2**23)])
+def test_rows_far_apart(rows, stride, device):
+    """Offsets from row to row pass 2^31 elements; in the second case even those within a tile would."""
+    bytes_spanned = 2 * (stride * (rows - 1) + 16)
+    # Not filled with NaN, so that the pages between the rows, which nobody touches, take no memory.
+    storage = torch.UntypedStorage(bytes_spanned, device=device)
+    x = torch.empty(0, dtype=torch.float16, device=device).set_(storage).as_strided((rows, 16), (stride, 1))
+    x.copy_(torch.randn(rows, 16))
+    inputs, _ = linear_inputs(rows, 24, 16, torch.float16, device)
+    out, expected = (linear(**dict(inputs, x=each)) for each in (x, x.contiguous()))
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+@pytest.mark.parametrize("residents", [1, 3])
+def test_every_tile_is_computed_once_in_whatever_order(descriptors, residents, device):
+    """More row tiles than one group has, a last group that is smaller, and programs with several tiles each."""
+    from siglip_kernels.linear.configuration import GROUP, Tile
+    from siglip_kernels.linear.gemm import gemm
+
+    tile = Tile(16, 32, 16, 4, 2, pieces=2, residents=residents, descriptors=descriptors)
+    rows = 16 * (2 * GROUP + 3) - 5
+    x, weight, residual, bias = (torch.randn(s).to(device).half() for s in ((rows, 24), (72, 24), (rows, 72), (72,)))
+    out = gemm(x, [weight], [bias], residual=residual, tile=tile)[0]
+    exact = reference.linear(x.double(), weight.double(), bias.double(), residual.double())
+    assert (out - exact).norm() <= torch.finfo(torch.float16).eps / 2 * exact.norm()
+    out = gemm(x, [weight, 2 * weight, -weight], [bias, bias, None], tile=tile)[0]
+    exact = torch.cat([exact - residual, 2 * (exact - residual) - bias, bias - (exact - residual)], 1)
+    assert (out - exact).norm() <= torch.finfo(torch.float16).eps / 2 * exact.norm()
 
 
 def test_transposed_weights_are_not_copied(device, monkeypatch):

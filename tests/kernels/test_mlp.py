@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from error_budget import check_budget, run
 from torch import Tensor
 
@@ -91,6 +92,37 @@ def test_tiles_of_gpus(gpu, dtype, device):
     inputs, out_grad = mlp_inputs(70, 72, 136, dtype, device)
     with pretend(GPUS[gpu]):
         check_budget(mlp, reference.mlp, inputs, out_grad)
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+def test_every_tile_has_its_gelu_and_its_column_sums(descriptors, device):
+    """More row tiles than one group has, each with sums of its own; columns that end within a piece."""
+    from siglip_kernels.linear.configuration import GROUP, Tile
+    from siglip_kernels.linear.gemm import gemm
+
+    tile = Tile(16, 32, 16, 4, 2, pieces=4, descriptors=descriptors)
+    rows = 16 * (GROUP + 3) - 5
+    x, weight, kept = (torch.randn(shape).to(device) for shape in ((rows, 24), (72, 24), (rows, 72)))
+    out, product, _, _ = gemm(x, [weight], [None], gelu="forward", keep_pre_activation=True, tile=tile)
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(product.double(), exact, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.double(), F.gelu(exact, approximate="tanh"), atol=1e-5, rtol=1e-5)
+    out, _, activation, sums = gemm(
+        x,
+        [weight],
+        [None],
+        gelu="backward",
+        pre_activation=kept,
+        keep_activation=True,
+        keep_column_sums=True,
+        tile=tile,
+    )
+    exact_kept = kept.double().requires_grad_()
+    exact_activation = F.gelu(exact_kept, approximate="tanh")
+    (exact_out,) = torch.autograd.grad(exact_activation, exact_kept, exact)
+    torch.testing.assert_close(activation.double(), exact_activation, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.double(), exact_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sums.double(), exact_out.sum(0), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
