@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.attention_pool.folded import pool_by
-from siglip_kernels.attention_pool.launch import (
-    LARGEST,
-    attention_pool_backward,
-    attention_pool_forward,
-    padded_heads,
-    padded_width,
-)
+from siglip_kernels.attention_pool.launch import attention_pool_backward, attention_pool_forward, fits
+from siglip_kernels.attention_pool.products import pool_backward, pool_forward
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 
@@ -51,13 +46,6 @@ def _validate(x: Tensor, parameters: dict[str, Tensor], num_heads: int, lengths:
         raise unsupported("attention_pool", "num_heads", f"is {num_heads!r}", "positive integers")
     if width == 0 or width % num_heads:
         raise unsupported("attention_pool", "num_heads", f"is {num_heads} while x has width {width}", "divisors of it")
-    if padded_heads(num_heads) * padded_width(width) > LARGEST:
-        raise unsupported(
-            "attention_pool",
-            "x",
-            f"has width {width} with {num_heads} heads",
-            f"heads (rounded up to a power of two, at least 16) × width up to {LARGEST}; the backend 'sdpa' takes any",
-        )
     if lengths is None:
         return
     if not isinstance(lengths, Tensor):
@@ -80,6 +68,8 @@ def _pool(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tu
     """`folded.plain_pooling`, and for backward the log-sum-exp of each head, (B, H) fp32."""
     require_kernels("attention_pool", "x", x)
     with torch.cuda.device_of(x):
+        if x.shape[1] > 0 and not fits(x, folded.shape[0]):
+            return pool_forward(x, folded, scale, lengths)
         lengths = None if lengths is None else lengths.contiguous()
         return attention_pool_forward(_unit_stride(x), folded.contiguous(), scale, lengths)
 
@@ -99,6 +89,9 @@ def _pool_backward(
     """The gradients of x and folded; one that is not needed is an empty tensor."""
     require_kernels("attention_pool", "x", x)
     with torch.cuda.device_of(x):
+        if x.shape[1] > 0 and not fits(x, folded.shape[0]):
+            x_grad, folded_grad = pool_backward(pooled_grad, x, folded, pooled, log_sum_exp, scale, lengths)
+            return x_grad if needs_x else x.new_empty(0), folded_grad if needs_folded else x.new_empty(0)
         return attention_pool_backward(
             _unit_stride(pooled_grad),
             _unit_stride(x),
@@ -170,13 +163,15 @@ def attention_pool(
     """Attention of one learned probe over all tokens (the MAP head; Zhai et al. 2022, "Scaling Vision Transformers").
 
     x: (B, S, width), fp32, fp16 or bf16; probe: (1, 1, width); the others are torch.nn.MultiheadAttention's parameters,
-    (3 width, width), (3 width,), (width, width), (width,), all of x's dtype. num_heads divides the width; heads
-    (rounded up to a power of two, at least 16) × width is at most 32,768. Returns (B, width).
+    (3 width, width), (3 width,), (width, width), (width,), all of x's dtype; num_heads divides the width.
+    Returns (B, width).
     lengths: int32 (B,), how many of a sample's tokens are valid (taken into 0..S); the others are never read, and get
     zeros for their gradient; a sample with 0 gives out_proj_bias.
 
-    x is read once, where it lies if its last stride is 1; neither keys nor values nor anything else as large as x is
-    made or kept. Sums are in fp32, and fp32 products over tokens IEEE. Under autocast all but lengths is cast, as
+    In fp16 and bf16, with heads (rounded up to a power of two, at least 16) × width up to 24,576, a Triton kernel reads
+    the tokens once, where they lie if their last stride is 1, and makes nothing as large as x in forward. Otherwise the
+    same few products are PyTorch's; fp32 then honours torch.backends.cuda.matmul.allow_tf32. Neither keys nor values
+    nor anything else as large as x is kept for backward. Sums are in fp32. Under autocast all but lengths is cast, as
     torch.nn.functional.linear casts. Gradients are deterministic (that of the keys' bias is 0:
     it does not change a softmax); second derivatives with respect to x are refused.
 

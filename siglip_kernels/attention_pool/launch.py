@@ -9,7 +9,14 @@ from torch import Tensor
 
 from siglip_kernels.device import Facts, facts, interpreting
 
-LARGEST = 16 * 2048  # heads × width, each rounded up: what the accumulators may take of the registers
+LARGEST = 16 * 1536  # heads × width, each rounded up: what the accumulators may take of the registers
+
+
+def fits(x: Tensor, heads: int) -> bool:
+    """Whether the kernels take this, on this GPU."""
+    columns, rows = padded_width(x.shape[2]), padded_heads(heads)
+    shared_bytes = 2 * columns * (2 * rows + 16)  # of backward without any pipelining
+    return x.element_size() == 2 and rows * columns <= LARGEST and shared_bytes <= 0.95 * facts(x.device).shared_memory
 
 
 def padded_heads(heads: int) -> int:
@@ -28,26 +35,30 @@ def chunk_columns(width: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
+    """A program's tile of tokens, and how it goes through it."""
+
     tokens: int
+    chunk: int  # columns of a block: 16 bytes a thread
     warps: int
     stages: int  # how deep the loads of the loop are pipelined
     registers: int | None  # the most a thread may have, so that two programs fit a multiprocessor
 
 
 @functools.cache
-def choose_tile(kernel: str, gpu: Facts, element_bytes: int, heads: int, width: int) -> Tile:
+def choose_tile(kernel: str, gpu: Facts, heads: int, width: int) -> Tile:
     """Not measured. The smallest tile, as deep a pipeline as shared memory holds; forward then has two programs on a
     multiprocessor, which hide each other's softmax."""
     tokens = 64 if gpu.capability == (0, 0) else 16
     columns = padded_width(width)
-    accumulators = padded_heads(heads) * columns
+    accumulators = padded_heads(heads) * columns  # fp32
     resident = accumulators * (1 if kernel == "forward" else 2)  # of the heads, beside the tiles in shared memory
     stages = 3
-    while stages > 1 and element_bytes * (resident + (stages - 1) * tokens * columns) > 0.95 * gpu.shared_memory:
+    while stages > 1 and 2 * (resident + (stages - 1) * tokens * columns) > 0.95 * gpu.shared_memory:
         stages -= 1
-    if element_bytes == 4 or accumulators > 16 * 1152:
-        return Tile(tokens, 16, stages, None)
-    return Tile(tokens, 8, stages, 128 if kernel == "forward" else None)
+    if accumulators > 16 * 1152:
+        # Backward would spill with wider chunks.
+        return Tile(tokens, (2 if kernel == "forward" else 1) * chunk_columns(width), 16, stages, None)
+    return Tile(tokens, chunk_columns(width), 8, stages, 128 if kernel == "forward" else None)
 
 
 def _split(samples: int, tokens: int, tile_tokens: int, programs: int) -> tuple[int, int]:
@@ -64,11 +75,10 @@ def _strides(*strides: int) -> tuple[list[int], int]:
 
 
 def _constants(tile: Tile, width: int, heads: int) -> dict[str, object]:
-    chunk = chunk_columns(width)
     return {
         "WIDTH": width,
-        "CHUNK": chunk,
-        "CHUNKS": -(-width // chunk),
+        "CHUNK": tile.chunk,
+        "CHUNKS": -(-width // tile.chunk),
         "HEADS": padded_heads(heads),
         "TOKENS": tile.tokens,
         "STAGES": tile.stages,
@@ -89,7 +99,7 @@ def attention_pool_forward(x: Tensor, folded: Tensor, scale: float, lengths: Ten
     from siglip_kernels.attention_pool.kernels import attention_pool_combine_kernel, attention_pool_forward_kernel
 
     gpu = facts(x.device)
-    tile = choose_tile("forward", gpu, x.element_size(), heads, width)
+    tile = choose_tile("forward", gpu, heads, width)
     splits, span = _split(batch, tokens, tile.tokens, 2 * gpu.multiprocessors)
     parts, part_sums = pooled, log_sum_exp
     if splits > 1:
@@ -152,7 +162,7 @@ def attention_pool_backward(
     from siglip_kernels.attention_pool.kernels import attention_pool_backward_kernel
 
     gpu = facts(x.device)
-    tile = choose_tile("backward", gpu, x.element_size(), heads, width)
+    tile = choose_tile("backward", gpu, heads, width)
     splits, span = _split(batch, tokens, tile.tokens, gpu.multiprocessors)
     programs = min(batch * splits, gpu.multiprocessors)
     partials = torch.empty((programs, heads, width), dtype=torch.float32, device=x.device) if needs_folded else None
