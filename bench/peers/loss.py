@@ -90,9 +90,12 @@ def _open_clip(**arguments: int) -> Callable[[Setting], Loss]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         try:
-            return module.SigLipLoss(**arguments)
+            loss = module.SigLipLoss(**arguments)
         except TypeError as error:
-            raise Unsupported(f"this version's SigLipLoss has no {', '.join(arguments)}: {error}") from error
+            raise Unsupported(f"this version's SigLipLoss has no {', '.join(arguments)}") from error
+        return lambda image_embeds, text_embeds, logit_scale, logit_bias: loss(
+            image_embeds, text_embeds, logit_scale, logit_bias
+        )
 
     return load
 
@@ -122,11 +125,24 @@ def inf_cl(setting: Setting) -> Loss:
     return call
 
 
-@peer("sigmoid_loss", "memeff", package="memeff", cuda=True, truth=softmax_loss, note="another loss: softmax")
+def softmax_loss_of_constant_scale(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor
+) -> Tensor:
+    """The same, for embeddings alone to learn from."""
+    return softmax_loss(image_embeds, text_embeds, logit_scale.detach(), logit_bias)
+
+
+@peer(
+    "sigmoid_loss",
+    "memeff",
+    package="memeff",
+    cuda=True,
+    truth=softmax_loss_of_constant_scale,
+    note="another loss: softmax, of a constant scale",
+)
 def memeff(setting: Setting) -> Loss:
     from memeff import MemoryEfficientCLIPLoss
 
-    # Its temperature is a constant, so the scale gets no gradient from it.
     temperature = 1 / float(setting.inputs().tensors["logit_scale"])
     loss = MemoryEfficientCLIPLoss(temperature=temperature, normalized_inputs=True, stable=False)
     return lambda image_embeds, text_embeds, logit_scale, logit_bias: loss(image_embeds, text_embeds)
