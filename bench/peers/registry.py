@@ -156,7 +156,7 @@ def everyone() -> dict[tuple[str, str], Peer]:
         peer(operation, "triton:hopper", package="triton", **half)(_ours_for_hopper(operation))
     for module in MODULES:
         importlib.import_module(f"bench.peers.{module}")
-    return dict(_REGISTRY)
+    return dict(sorted(_REGISTRY.items(), key=lambda item: not item[1].ours))
 
 
 def peers_of(operation: str) -> dict[str, Peer]:
