@@ -6,6 +6,7 @@ from siglip_kernels.attention_pool import attention_pool
 from siglip_kernels.errors import MissingBackendError, UnsupportedInputError
 from siglip_kernels.layer_norm import layer_norm
 from siglip_kernels.linear import linear, mlp, pre_norm_mlp, pre_norm_qkv
+from siglip_kernels.patch_embed import patch_embed
 from siglip_kernels.sigmoid_loss import SigLipLoss, chunked_sigmoid_loss, plain_sigmoid_loss, sigmoid_loss
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "mlp",
+    "patch_embed",
     "plain_sigmoid_loss",
     "pre_norm_mlp",
     "pre_norm_qkv",

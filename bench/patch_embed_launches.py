@@ -1,0 +1,48 @@
+"""What patch embedding launches, for `bench.ahead_of_time`: the patches of SigLIP's models, a batch and one image."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bench.ahead_of_time import Launch
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def launches() -> Iterator[Launch]:
+    """base (patches of 16 pixels), so400m (14), both for one image, mixed with fp32 positions, and fp32."""
+    yield _launch(64, 224, 16, 768, torch.bfloat16)
+    yield _launch(64, 384, 14, 1152, torch.bfloat16)
+    yield _launch(1, 224, 16, 768, torch.float16)
+    yield _launch(1, 384, 14, 1152, torch.bfloat16)
+    yield _launch(64, 224, 16, 768, torch.bfloat16, torch.float32)
+    yield _launch(64, 224, 16, 768, torch.float32)
+    yield _launch(64, 224, 16, 768, torch.float32, allow_tf32=True)
+
+
+def _launch(
+    batch: int,
+    side: int,
+    patch: int,
+    width: int,
+    dtype: torch.dtype,
+    position_dtype: torch.dtype | None = None,
+    allow_tf32: bool = False,
+) -> Launch:
+    def run() -> None:
+        from siglip_kernels.patch_embed.forward import patch_embed_forward
+
+        pixels = torch.empty(batch, 3, side, side, dtype=dtype, device="meta")
+        weight = torch.empty(width, 3, patch, patch, dtype=dtype, device="meta")
+        tokens = (side // patch) ** 2
+        position = torch.empty(1, tokens, width, dtype=position_dtype or dtype, device="meta")
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        try:
+            out_dtype = torch.promote_types(dtype, position.dtype)
+            patch_embed_forward(pixels, weight, weight[:, 0, 0, 0], position.expand(batch, -1, -1), out_dtype)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    name = f"{'tf32' if allow_tf32 else _NAMES[dtype]} {batch} x {side} patch {patch} width {width}"
+    return Launch(f"{name} position {_NAMES[position_dtype]}" if position_dtype else name, run)

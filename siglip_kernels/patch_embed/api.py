@@ -1,0 +1,169 @@
+"""The patch_embed op: what it takes, how PyTorch knows it, and the public function.
+
+Forward is registered as `siglip_kernels::patch_embed`. Its derivatives are two matrix products and sums with nothing to
+fuse, so PyTorch makes them, of patches that are copied out of the image for that.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siglip_kernels.device import require_kernels
+from siglip_kernels.errors import unsupported
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _validate(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> tuple[int, int, int]:
+    """Everything that a call can get wrong, except that the machine cannot run it. Traceable: it reads no values.
+
+    Returns the shape of the tokens, (B, S, width).
+    """
+    named = {"pixel_values": pixel_values, "weight": weight, "bias": bias, "position": position}
+    for name, tensor in named.items():
+        if name == "bias" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise unsupported("patch_embed", name, f"is {type(tensor).__name__}", "a tensor")
+        if tensor.dtype not in _DTYPES:
+            raise unsupported("patch_embed", name, f"has dtype {tensor.dtype}", "float32, float16, bfloat16")
+        if name != "position" and tensor.dtype != pixel_values.dtype:
+            got = f"has dtype {tensor.dtype} while pixel_values have {pixel_values.dtype}"
+            raise unsupported("patch_embed", name, got, "one dtype, or autocast")
+        if tensor.device != pixel_values.device:
+            got = f"is on {tensor.device} while pixel_values are on {pixel_values.device}"
+            raise unsupported("patch_embed", name, got, "one device")
+    if pixel_values.dim() != 4:
+        raise unsupported("patch_embed", "pixel_values", f"has {pixel_values.dim()} dimensions", "4: (B, C, H, W)")
+    batch, channels, height, image_width = pixel_values.shape
+    if weight.dim() != 4 or weight.shape[1] != channels or 0 in weight.shape:
+        got = f"has shape {tuple(weight.shape)} while pixel_values have {channels} channels"
+        raise unsupported("patch_embed", "weight", got, "(width, C, patch height, patch width), none of them 0")
+    width, _, patch_height, patch_width = weight.shape
+    if height < patch_height or image_width < patch_width:
+        got = f"has shape {tuple(pixel_values.shape)} while a patch has {patch_height} × {patch_width} pixels"
+        raise unsupported("patch_embed", "pixel_values", got, "at least one patch")
+    if bias is not None and bias.shape != (width,):
+        raise unsupported("patch_embed", "bias", f"has shape {tuple(bias.shape)}", f"({width},), as weight has rows")
+    tokens = (batch, (height // patch_height) * (image_width // patch_width), width)
+    fits = position.dim() <= 3 and all(
+        given == 1 or wanted in (1, given)
+        for given, wanted in zip(reversed(position.shape), reversed(tokens), strict=False)
+    )
+    if not fits or (position.dim() > 0 and position.shape[-1] not in (1, width)):
+        got = f"has shape {tuple(position.shape)} while the tokens have {tokens}"
+        raise unsupported("patch_embed", "position", got, "(S, width), or what broadcasts with the tokens")
+    return tokens
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _spread(position: Tensor, tokens: tuple[int, int, int]) -> Tensor:
+    """position as (B, S, width) with unit last stride, expanded over what it does not depend on."""
+    row = position.expand(*position.shape[:-1], tokens[2]) if position.dim() else position.expand(tokens[2])
+    return _unit_stride(row).expand(tokens)
+
+
+@torch.library.custom_op("siglip_kernels::patch_embed", mutates_args=())
+def _patch_embed(
+    pixel_values: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    require_kernels("patch_embed", "pixel_values", pixel_values)
+    from siglip_kernels.patch_embed.forward import patch_embed_forward
+
+    tokens = _tokens(pixel_values, weight)
+    with torch.cuda.device_of(pixel_values):
+        return patch_embed_forward(
+            _unit_stride(pixel_values),
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            None if position is None else _spread(position, tokens),
+            out_dtype,
+        )
+
+
+def _tokens(pixel_values: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    (batch, _, height, image_width), (width, _, patch_height, patch_width) = pixel_values.shape, weight.shape
+    return batch, (height // patch_height) * (image_width // patch_width), width
+
+
+@_patch_embed.register_fake
+def _(pixel_values, weight, bias, position, out_dtype):
+    return pixel_values.new_empty(_tokens(pixel_values, weight), dtype=out_dtype)
+
+
+def _keep(ctx, inputs, output) -> None:
+    pixel_values, weight, _, position, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(pixel_values, weight)
+    ctx.position = None if position is None else (position.shape, position.dtype)
+
+
+def _differentiate(ctx, out_grad):
+    if out_grad is None:
+        return (None,) * 5
+    pixel_values, weight = ctx.saved_tensors
+    needs_pixels, needs_weight, needs_bias, needs_position, _ = ctx.needs_input_grad
+    rows = out_grad.flatten(0, 1).to(weight.dtype)  # [B · S, width]
+    return (
+        _image(rows @ weight.flatten(1), pixel_values.shape, weight.shape) if needs_pixels else None,
+        (rows.T @ _patches(pixel_values, weight.shape)).view(weight.shape) if needs_weight else None,
+        out_grad.sum((0, 1), dtype=torch.float32).to(weight.dtype) if needs_bias else None,
+        out_grad.sum_to_size(ctx.position[0]).to(ctx.position[1]) if needs_position else None,
+        None,
+    )
+
+
+def _patches(pixel_values: Tensor, weight_shape: torch.Size) -> Tensor:
+    """A copy of the patches, (B · S, C · p · p)."""
+    batch, channels, height, image_width = pixel_values.shape
+    _, _, p, q = weight_shape
+    down, across = height // p, image_width // q
+    cut = pixel_values[:, :, : down * p, : across * q].unflatten(3, (across, q)).unflatten(2, (down, p))
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch * down * across, channels * p * q)
+
+
+def _image(patches: Tensor, shape: torch.Size, weight_shape: torch.Size) -> Tensor:
+    """The image of these patches, with zeros beyond the last whole one: the reverse of `_patches`."""
+    batch, channels, height, image_width = shape
+    _, _, p, q = weight_shape
+    down, across = height // p, image_width // q
+    image = patches.view(batch, down, across, channels, p, q).permute(0, 3, 1, 4, 2, 5)
+    image = image.reshape(batch, channels, down * p, across * q)
+    return F.pad(image, (0, image_width - across * q, 0, height - down * p))
+
+
+_patch_embed.register_autograd(_differentiate, setup_context=_keep)
+
+
+def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> Tensor:
+    """Non-overlapping patches, each projected to one token, plus its position embedding.
+
+    pixel_values: (B, C, H, W), fp32, fp16 or bf16; weight: (width, C, p, q), a convolution's; bias: (width,) or None,
+    all of one dtype. position: (S, width) or what broadcasts with the tokens, of any of these dtypes;
+    S = (H // p) · (W // q), and pixels beyond the last whole patch do not count. Returns (B, S, width) in the dtype to
+    which the tokens and position promote, rounded once.
+
+    Images are read where they lie if their last stride is 1, whatever the others; else, as with channels_last, they are
+    copied. Sums are in fp32; fp32 products honour torch.backends.cuda.matmul.allow_tf32. Under autocast all but position
+    is cast, as torch.nn.functional.conv2d casts. Gradients are deterministic.
+
+    Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
+    are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    """
+    device = pixel_values.device.type if isinstance(pixel_values, Tensor) else ""
+    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        pixel_values, weight, bias = (_autocast(tensor, dtype) for tensor in (pixel_values, weight, bias))
+    tokens = _validate(pixel_values, weight, bias, position)
+    out_dtype = torch.promote_types(pixel_values.dtype, position.dtype)
+    if torch.broadcast_shapes(tokens, position.shape) != tokens:  # one token for several positions, as in the reference
+        return _patch_embed(pixel_values, weight, bias, None, pixel_values.dtype) + position
+    return _patch_embed(pixel_values, weight, bias, position, out_dtype)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor

@@ -1,0 +1,162 @@
+"""Patch embedding, forward: tokens = patches · Wᵀ + bias + position, one matrix product that gathers its patches.
+
+A patch's pixels lie at (where the patch begins) + (where channel, row and column are within a patch), so a tile of
+patches is addressed by a column vector plus a row vector, and no patch is ever copied.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from siglip_kernels.device import Facts, facts, interpreting
+from siglip_kernels.interpreted import dot, narrow
+
+_INTEGERS = [
+    "batch_stride", "channel_stride", "row_stride", "position_batch_stride", "position_token_stride", "patches",
+    "tokens", "tokens_across",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def patch_embed_kernel(
+    pixels,  # (B, C, H, W) of unit last stride
+    weight,  # (WIDTH, C · PATCH_HEIGHT · PATCH_WIDTH), contiguous
+    bias,  # (WIDTH,) or None
+    position,  # (B, S, WIDTH) of unit last stride, or None
+    out,  # (B · S, WIDTH), contiguous; written
+    batch_stride,  # strides in UNIT elements
+    channel_stride,
+    row_stride,
+    position_batch_stride,  # in POSITION_UNIT elements
+    position_token_stride,
+    patches,  # B · S
+    tokens,  # S
+    tokens_across,  # patches side by side in a row of the image
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,  # C · PATCH_HEIGHT · PATCH_WIDTH
+    PATCH_HEIGHT: tl.constexpr,
+    PATCH_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr,
+    POSITION_UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # A program owns BLOCK_M patches × BLOCK_N columns. Neighbours share the patches.
+    COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    patch = (program // COLUMN_TILES).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = program % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    patch_is_there = patch < patches
+    column_is_there = columns < WIDTH
+    sample = patch // tokens
+    token = patch % tokens
+    beginnings = sample * batch_stride * UNIT + token // tokens_across * PATCH_HEIGHT * row_stride * UNIT
+    beginnings += token % tokens_across * PATCH_WIDTH
+
+    products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in tl.range(0, DEPTH, BLOCK_K):
+        depth = first + tl.arange(0, BLOCK_K)
+        depth_is_there = depth < DEPTH
+        channel = (depth // (PATCH_HEIGHT * PATCH_WIDTH)).to(tl.int64)
+        row = (depth // PATCH_WIDTH % PATCH_HEIGHT).to(tl.int64)
+        within = channel * channel_stride * UNIT + row * row_stride * UNIT + depth % PATCH_WIDTH
+        patch_tile = tl.load(
+            pixels + (beginnings[:, None] + within[None, :]),
+            mask=patch_is_there[:, None] & depth_is_there[None, :],
+            other=0.0,
+        )
+        weight_tile = tl.load(
+            weight + (columns[:, None] * DEPTH + depth[None, :]),
+            mask=column_is_there[:, None] & depth_is_there[None, :],
+            other=0.0,
+        )
+        products = dot(patch_tile, tl.trans(weight_tile), products, PRECISION, INTERPRETED)
+
+    mask = patch_is_there[:, None] & column_is_there[None, :]
+    if bias is not None:
+        products += tl.load(bias + columns, mask=column_is_there, other=0.0).to(tl.float32)[None, :]
+    if position is not None:
+        offsets = sample * position_batch_stride * POSITION_UNIT + token * position_token_stride * POSITION_UNIT
+        added = tl.load(position + (offsets[:, None] + columns[None, :]), mask=mask, other=0.0)
+        products += added.to(tl.float32)
+    element: tl.constexpr = out.dtype.element_ty
+    tl.store(out + ((patch * WIDTH)[:, None] + columns[None, :]), narrow(products, element, INTERPRETED), mask=mask)
+
+
+@dataclass(frozen=True)
+class Tile:
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def choose_tile(gpu: Facts, element_bytes: int, tf32: bool, patches: int, width: int) -> Tile:
+    """Not measured. The largest tile that does not spill, unless a smaller one gives more multiprocessors work."""
+    if gpu.capability == (0, 0):
+        return Tile(64, 64, 64, 4, 1)
+    if element_bytes == 4:
+        return Tile(64, 64, 32, 8, 3) if tf32 else Tile(32, 32, 32, 8, 2)
+    tiles = -(-patches // 128) * -(-width // 128)
+    if tiles < gpu.multiprocessors:
+        return Tile(64, 64, 64, 4, 3)
+    return Tile(128, 128, 64 if gpu.capability[0] >= 9 else 32, 8, 3)
+
+
+def _unit(*strides: int) -> int:
+    """8, 4, 2 or 1: what divides them all, so that the compiler knows of the alignment."""
+    return next(unit for unit in (8, 4, 2, 1) if all(stride % unit == 0 for stride in strides))
+
+
+def patch_embed_forward(
+    pixels: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Launches the kernel. pixels: (B, C, H, W) of unit last stride; weight: (width, C, p, p) and bias, contiguous;
+    position: (B, S, width) of unit last stride, expanded or not. Returns (B, S, width)."""
+    batch, _, height, image_width = pixels.shape
+    width, _, patch_height, patch_width = weight.shape
+    tokens_across = image_width // patch_width
+    tokens = height // patch_height * tokens_across
+    out = torch.empty((batch, tokens, width), dtype=out_dtype, device=pixels.device)
+    if out.numel() == 0:
+        return out
+    tf32 = pixels.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tile = choose_tile(facts(pixels.device), pixels.element_size(), tf32, batch * tokens, width)
+    strides = [stride if size > 1 else 0 for size, stride in zip(pixels.shape[:3], pixels.stride(), strict=False)]
+    position_strides = [0, 0] if position is None else list(position.stride()[:2])
+    unit, position_unit = _unit(*strides), _unit(*position_strides)
+    patch_embed_kernel[(triton.cdiv(batch * tokens, tile.rows) * triton.cdiv(width, tile.columns),)](
+        pixels,
+        weight,
+        bias,
+        position,
+        out,
+        *(stride // unit for stride in strides),
+        *(stride // position_unit for stride in position_strides),
+        batch * tokens,
+        tokens,
+        tokens_across,
+        WIDTH=width,
+        DEPTH=weight[0].numel(),
+        PATCH_HEIGHT=patch_height,
+        PATCH_WIDTH=patch_width,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth,
+        UNIT=unit,
+        POSITION_UNIT=position_unit,
+        PRECISION="tf32" if tf32 else "ieee",
+        INTERPRETED=interpreting(),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
