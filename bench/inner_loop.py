@@ -9,7 +9,7 @@ for memory or for each other, come on top: it is a bound, not a prediction.
 
 A quarter (CUDA C++ programming guide, arithmetic throughput, compute capability 9.0) takes a warp's instruction of fp32
 multiply-add in 1 clock, of integers, comparisons or conversions in 2, a shuffle or memory access in 4, an exponential
-in 8; and 512 multiply-adds of fp16 or bf16 a clock.
+in 8; and 512 multiply-adds of fp16 or bf16 a clock. Wgmma's operands come from shared memory by 128 bytes a clock.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Loop:
 
     launch: str
     kernel: str
-    clocks: dict[str, float]  # by pipe: tensor, mufu, fma, alu, lsu, issue
+    clocks: dict[str, float]  # by pipe: tensor, shared (operands of wgmma), mufu, fma, alu, lsu, issue
     instructions: dict[str, int]  # by name: {"HGMMA.64x128x16": 5, "MUFU": 66, ...}
     waits: int  # for wgmma: as many as there are HGMMA, and they run one by one
     exponentials_under_way: int  # issued while wgmma are in flight
@@ -83,6 +83,14 @@ def tensor_clocks(instruction: str) -> float:
     return rows * columns * depth / 4 / 512
 
 
+def shared_clocks(line: str) -> float:
+    """Of the operands that HGMMA reads from shared memory, 128 bytes a clock: always the right one, often both."""
+    name, destination_and_sources = line.split(maxsplit=1)
+    rows, columns, depth = (int(n) for n in re.search(r"(\d+)x(\d+)x(\d+)", name).groups())  # type: ignore[union-attr]
+    left_too = destination_and_sources.split(",")[1].strip().startswith("gdesc")
+    return 2 * depth * (columns + (rows if left_too else 0)) / 128
+
+
 def inner_loops(code: str) -> list[list[str]]:
     """The instructions of each innermost loop that contains HGMMA. code: of nvdisasm, with labels."""
     lines: list[str] = []
@@ -107,7 +115,7 @@ def inner_loops(code: str) -> list[list[str]]:
 
 def measure(launch: str, kernel: str, loop: list[str]) -> Loop:
     """What a loop's instructions cost."""
-    clocks = dict.fromkeys(("tensor", "mufu", "fma", "alu", "lsu", "issue"), 0.0)
+    clocks = dict.fromkeys(("tensor", "shared", "mufu", "fma", "alu", "lsu", "issue"), 0.0)
     names: Counter[str] = Counter()
     waits = under_way = 0
     in_flight = False
@@ -119,6 +127,7 @@ def measure(launch: str, kernel: str, loop: list[str]) -> Loop:
             clocks[pipe] += tensor_clocks(name) if pipe == "tensor" else _CLOCKS[pipe]
         names[".".join(name.split(".")[: 2 if pipe == "tensor" else 1])] += 1
         if pipe == "tensor":
+            clocks["shared"] += shared_clocks(line)
             in_flight = True
         elif name.startswith("WARPGROUP.DEPBAR"):
             waits += 1

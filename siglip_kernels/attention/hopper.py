@@ -10,7 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from siglip_kernels.attention import configuration
 from siglip_kernels.attention.forward import exponent_scale
 from siglip_kernels.attention.hopper_kernel import ROWS, attention_forward_hopper_kernel
-from siglip_kernels.device import facts
+from siglip_kernels.device import Facts, facts
 from siglip_kernels.errors import unsupported
 
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -66,15 +66,30 @@ def last_keys(key_tokens: int, keys: int, has_lengths: bool) -> tuple[int, int]:
     return wide + narrow, narrow or wide
 
 
-def _described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
-    """Boxes of so many tokens and columns of one head; None for no columns."""
-    if columns == 0:
-        return None
-    box = [1, rows, 1, columns]
-    return TensorDescriptor.from_tensor(tensor, box, gl.NVMMASharedLayout.get_default_for(box, _ELEMENTS[tensor.dtype]))
+def require_hopper(q: Tensor) -> Facts:
+    """The facts of q's device, where the Hopper kernels can take it."""
+    gpu = facts(q.device)
+    if gpu.capability != (9, 0):
+        raise unsupported("attention", "q", f"is on {gpu.name}", "Hopper (sm_90), as SIGLIP_KERNELS_HOPPER=1 asks for")
+    if q.dtype not in _ELEMENTS:
+        got = f"has dtype {q.dtype}"
+        raise unsupported("attention", "q", got, "float16, bfloat16 with SIGLIP_KERNELS_HOPPER=1")
+    return gpu
 
 
-def _readable_by_tma(tensor: Tensor) -> Tensor:
+def boxes(tokens: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """Two descriptors of each (B, S, H, D), with boxes of so many tokens of one head: for the two parts of its columns,
+    the second None where there is one."""
+    descriptors: list[TensorDescriptor | None] = []
+    for tensor in tensors:
+        for columns in configuration.split_head_dim(tensor.shape[3]):
+            box = [1, tokens, 1, columns]
+            layout = gl.NVMMASharedLayout.get_default_for(box, _ELEMENTS[tensor.dtype])
+            descriptors.append(TensorDescriptor.from_tensor(tensor, box, layout) if columns else None)
+    return descriptors
+
+
+def readable_by_tma(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where TMA cannot read it: rows that do not start at multiples of 16 bytes, or repeat."""
     aligned = tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:3])
     repeats = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -91,12 +106,7 @@ def attention_forward_hopper(
     """
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]
-    gpu = facts(q.device)
-    if gpu.capability != (9, 0):
-        raise unsupported("attention", "q", f"is on {gpu.name}", "Hopper (sm_90), as SIGLIP_KERNELS_HOPPER=1 asks for")
-    if q.dtype not in _ELEMENTS:
-        got = f"has dtype {q.dtype}"
-        raise unsupported("attention", "q", got, "float16, bfloat16 with SIGLIP_KERNELS_HOPPER=1")
+    gpu = require_hopper(q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     log_sum_exp = torch.empty(
         (batch, heads, query_tokens) if keep_log_sum_exp else 0, dtype=torch.float32, device=q.device
@@ -106,22 +116,13 @@ def attention_forward_hopper(
     if key_tokens == 0:
         return out.zero_(), log_sum_exp.fill_(float("inf"))
     chosen = tile(head_dim, query_tokens)
-    main, tail = configuration.split_head_dim(head_dim)
     last, first_part = last_keys(key_tokens, chosen.keys, lengths is not None)
     query_tiles = -(-query_tokens // (chosen.consumers * ROWS.value))
     tiles = configuration.grid(batch * heads * query_tiles)
-    parts = [
-        _described(tensor, rows, columns)
-        for tensor, rows in (
-            (_readable_by_tma(q), ROWS.value),
-            (_readable_by_tma(k), chosen.keys),
-            (_readable_by_tma(v), chosen.keys),
-            (out, ROWS.value),
-        )
-        for columns in (main, tail)
-    ]
     attention_forward_hopper_kernel[(min(tiles, gpu.multiprocessors),)](
-        *parts,
+        *boxes(ROWS.value, readable_by_tma(q)),
+        *boxes(chosen.keys, readable_by_tma(k), readable_by_tma(v)),
+        *boxes(ROWS.value, out),
         log_sum_exp if keep_log_sum_exp else None,
         lengths,
         heads,

@@ -82,14 +82,15 @@ def test_the_lengths_of_models(tokens, head_dim):
     check(*random_inputs(1, tokens, tokens, 1, head_dim))
 
 
-@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("query_tokens", "key_tokens", "head_dim"), [(150, 300, 72), (190, 257, 64), (260, 130, 128)])
-def test_every_interleaving_gives_the_same(query_tokens, key_tokens, head_dim, seed):
+def test_every_interleaving_gives_the_same(query_tokens, key_tokens, head_dim):
     """Three heads on two programs; 190 queries at head dim 64 are three consumers' work. Bitwise."""
     inputs = random_inputs(1, query_tokens, key_tokens, 3, head_dim)
-    first, again = run(*inputs, seed=100), run(*inputs, seed=seed)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    first = run(*inputs, seed=100)
     assert not first[0].isnan().any()
+    for seed in range(8):
+        again = run(*inputs, seed=seed)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
 @pytest.mark.parametrize(("query_tokens", "key_tokens"), [(1, 130), (130, 1), (65, 129), (7, 256), (129, 17)])

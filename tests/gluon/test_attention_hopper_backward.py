@@ -1,0 +1,197 @@
+"""Attention's backward kernels for Hopper, emulated: gradients, ragged shapes, lengths, strides, and their barriers."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from hopper_emulator.faults import Fault
+from test_attention_hopper import on_hopper, random_inputs
+
+from siglip_kernels import attention, reference
+from siglip_kernels.attention import hopper_backward, hopper_backward_kernels
+from siglip_kernels.attention.hopper import attention_forward_hopper
+from siglip_kernels.attention.hopper_backward import attention_backward_hopper
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fresh memory is full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def gradient_of(q, seed=7):
+    return torch.randn(q.shape, generator=torch.Generator().manual_seed(seed)).to(q.dtype)
+
+
+def run(q, k, v, out_grad, seed=0, scale=None, lengths=None, needs_q=True, needs_k_or_v=True):
+    scale = scale or q.shape[3] ** -0.5
+    with on_hopper(seed):
+        out, log_sum_exp = attention_forward_hopper(q, k, v, lengths, scale, True)
+        return attention_backward_hopper(
+            out_grad, q, k, v, out, log_sum_exp, lengths, scale, needs_q, needs_k_or_v
+        )  # fmt: skip
+
+
+def of_reference(q, k, v, out_grad, dtype, **options):
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    return torch.autograd.grad(reference.attention(*inputs, **options), inputs, out_grad.to(dtype))
+
+
+def check(q, k, v, seed=0, **options):
+    """‖kernel − fp64‖ ≤ 2 ‖same-dtype eager − fp64‖ + one rounding, for each gradient."""
+    out_grad = gradient_of(q)
+    found = run(q, k, v, out_grad, seed, **options)
+    truth = of_reference(q, k, v, out_grad, torch.float64, **options)
+    eager = of_reference(q, k, v, out_grad, q.dtype, **options)
+    for name, one, exact, other in zip(("dq", "dk", "dv"), found, truth, eager, strict=True):
+        error, allowed = (one.double() - exact).norm(), 2 * (other.double() - exact).norm()
+        if exact.norm() == 0:  # one key: terms that cancel exactly in eager's order, and to fp32 rounding in any other
+            allowed = torch.finfo(torch.float32).eps * v.double().norm() * out_grad.double().norm()
+        allowed += torch.finfo(q.dtype).eps / 2 * exact.norm()
+        assert one.dtype == q.dtype and error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head_dim"),
+    [(tokens, head_dim) for tokens in (1, 63, 65) for head_dim in (64, 72, 80, 96, 128)] + [(64, 72), (200, 72)],
+)
+def test_lengths_and_head_dims(tokens, head_dim):
+    dtype = torch.float16 if (tokens + head_dim) % 3 == 0 else torch.bfloat16
+    check(*random_inputs(1, tokens, tokens, 1, head_dim, dtype), seed=tokens)
+
+
+def test_the_length_of_a_model():
+    check(*random_inputs(1, 729, 729, 1, 72))
+
+
+def test_every_interleaving_gives_the_same():
+    """Three heads on two programs, bitwise."""
+    inputs = random_inputs(1, 150, 200, 3, 72)
+    out_grad = gradient_of(inputs[0])
+    first = run(*inputs, out_grad, seed=100)
+    for seed in range(5):
+        for one, again in zip(first, run(*inputs, out_grad, seed=seed), strict=True):
+            assert torch.equal(one, again) and not one.isnan().any()
+
+
+@pytest.mark.parametrize(("query_tokens", "key_tokens"), [(1, 130), (130, 1), (65, 129), (7, 256), (129, 17)])
+def test_ragged_tails(query_tokens, key_tokens):
+    check(*random_inputs(2, query_tokens, key_tokens, 2, 72))
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 88, 120])
+def test_every_other_head_dim(head_dim):
+    check(*random_inputs(1, 66, 150, 1, head_dim, torch.float16))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_keys_beyond_the_length_are_nothing(head_dim):
+    """Neither read nor given a gradient other than zero."""
+    q, k, v = random_inputs(6, 66, 300, 1, head_dim)
+    lengths = torch.tensor([0, 1, 63, 128, 257, 300], dtype=torch.int32)
+    hidden = torch.arange(300) >= lengths[:, None]
+    want = check(q, k, v, lengths=lengths)
+    packed = torch.stack([k, v], 2)
+    packed[hidden] = float("nan")
+    found = run(q, *packed.unbind(2), gradient_of(q), lengths=lengths)
+    for one, other in zip(found, want, strict=True):
+        assert torch.equal(one, other)
+    assert not found[0][0].any() and not found[1][hidden].any() and not found[2][hidden].any()
+
+
+def test_packed_expanded_and_misaligned_tensors():
+    q, k, v = torch.randn(2, 100, 3, 2, 72, generator=torch.Generator().manual_seed(1)).bfloat16().unbind(2)
+    want = run(q.contiguous(), k.contiguous(), v.contiguous(), gradient_of(q))
+    odd = torch.zeros(2, 100, 2, 75, dtype=torch.bfloat16)[..., 1:73].copy_(k)
+    for k_like in (k, odd):
+        for one, other in zip(run(q, k_like, v, gradient_of(q)), want, strict=True):
+            assert torch.equal(one, other)
+    row = torch.randn(72, generator=torch.Generator().manual_seed(2)).bfloat16()
+    expanded = row.expand(q.shape)
+    for one, other in zip(run(q, k, v, expanded), run(q, k, v, expanded.contiguous()), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 3.0])
+def test_scales(scale):
+    check(*random_inputs(1, 70, 150, 1, 64), scale=scale)
+
+
+def test_only_what_is_needed():
+    q, k, v = random_inputs(1, 70, 150, 1, 72)
+    want = run(q, k, v, gradient_of(q))
+    q_grad, none, none_either = run(q, k, v, gradient_of(q), needs_k_or_v=False)
+    assert torch.equal(q_grad, want[0]) and none.numel() == none_either.numel() == 0
+    none, k_grad, v_grad = run(q, k, v, gradient_of(q), needs_q=False)
+    assert torch.equal(k_grad, want[1]) and torch.equal(v_grad, want[2]) and none.numel() == 0
+
+
+def test_no_keys_no_queries_no_batch():
+    for batch, query_tokens, key_tokens in ((2, 66, 0), (2, 0, 66), (0, 66, 66)):
+        q, k, v = random_inputs(batch, query_tokens, key_tokens, 1, 72)
+        for gradient, tensor in zip(run(q, k, v, gradient_of(q)), (q, k, v), strict=True):
+            assert gradient.shape == tensor.shape and not gradient.any()
+
+
+def test_through_the_public_operation(monkeypatch):
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
+    inputs = [x.requires_grad_() for x in random_inputs(1, 70, 130, 1, 72)]
+    out_grad = gradient_of(inputs[0])
+    with on_hopper():
+        found = torch.autograd.grad(attention(*inputs), inputs, out_grad)
+    want = run(*(x.detach() for x in inputs), out_grad)
+    for one, other in zip(found, want, strict=True):
+        assert torch.equal(one, other)
+
+
+BROKEN = {
+    "keys are handed back before they are read": (
+        "    q_grad = wait_for_all(issue_products(scores_grad, k_stages, stage, q_grad, 0))\n"
+        "    mbarrier.arrive(k_empty.index(stage), count=1)\n",
+        "    q_grad = issue_products(scores_grad, k_stages, stage, q_grad, 0)\n"
+        "    mbarrier.arrive(k_empty.index(stage), count=1)\n"
+        "    q_grad = wait_for_all(q_grad)\n",
+    ),
+    "queries are handed back before they are read": (
+        "            v_grad = wait_for_all(v_grad)\n            k_grad = wait_for_all(k_grad)\n"
+        "            mbarrier.arrive(grad_empty.index(stage), count=1)\n"
+        "            mbarrier.arrive(q_empty.index(stage), count=1)\n",
+        "            mbarrier.arrive(grad_empty.index(stage), count=1)\n"
+        "            mbarrier.arrive(q_empty.index(stage), count=1)\n"
+        "            v_grad = wait_for_all(v_grad)\n            k_grad = wait_for_all(k_grad)\n",
+    ),
+    "a product is used before it is made": ("_wait(PARTS, deps=(weights_grad,))", "_wait(3, deps=(weights_grad,))"),
+    "the output is not waited for": ("        mbarrier.wait(out_full.index(mine), slot_phase)\n", ""),
+    "the output's gradient is handed back with the output": (
+        "        mbarrier.arrive(out_empty.index(mine), count=1)\n",
+        "        mbarrier.arrive(out_empty.index(mine), count=1)\n"
+        "        mbarrier.arrive(grad_empty.index(mine), count=1)\n",
+    ),
+    "values are never handed back": ("        mbarrier.arrive(v_empty.index(mine), count=1)\n", ""),
+    "the last store is not waited for": (
+        "    tma.store_wait(0)\n\n\n_INTEGERS",
+        "\n\n_INTEGERS",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_fault_in_the_kernels_is_found(broken, tmp_path, monkeypatch):
+    line, replacement = BROKEN[broken]
+    source = Path(hopper_backward_kernels.__file__).read_text()
+    assert source.count(line) == 1
+    copy = tmp_path / "broken_kernels.py"
+    copy.write_text(source.replace(line, replacement))
+    specification = importlib.util.spec_from_file_location("broken_kernels", copy)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    for name in ("attention_backward_queries_hopper_kernel", "attention_backward_keys_hopper_kernel"):
+        monkeypatch.setattr(hopper_backward, name, getattr(module, name))
+    q, k, v = random_inputs(1, 330, 330, 5, 72)
+    for seed in range(2):
+        with pytest.raises(Fault):
+            run(q, k, v, gradient_of(q), seed=seed)
