@@ -6,6 +6,7 @@ import functools
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,11 @@ logger = logging.getLogger(__name__)
 
 MaskArguments = dict[str, Any]  # keyword arguments of the backend's attention
 Projected = tuple[Tensor, Tensor, Tensor]  # q, k and v, each [B, S, H, D]
+
+
+@torch.compiler.assume_constant_result  # said while tracing, too
+def _say_that_weights_are_eager(backend: str) -> None:
+    _say_once_that_weights_are_eager(backend)
 
 
 @functools.cache
@@ -61,7 +67,7 @@ class Attention(UsesBackend, nn.Module):
         weights = None
         if return_weights:
             if self.ops.name != "eager":
-                _say_once_that_weights_are_eager(self.ops.name)
+                _say_that_weights_are_eager(self.ops.name)
             out, weights = reference.attention_with_weights(q, k, v, **mask)
         else:
             out = self.ops.attention(q, k, v, **mask)
@@ -120,7 +126,8 @@ class Encoder(nn.Module):
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.gradient_checkpointing: dict[str, Any] | None = None  # arguments of `checkpoint`
+        self.checkpointing: dict[str, Any] | None = None  # arguments of `checkpoint`
+        self.checkpointed_every = 1  # layers
 
     def forward(
         self, x: Tensor, mask: MaskArguments, output_hidden_states: bool, output_attentions: bool
@@ -128,9 +135,9 @@ class Encoder(nn.Module):
         """x: (B, S, width). Returns the last hidden state, all of them (layers + 1), each layer's attention weights."""
         hidden_states = [x]
         attentions = []
-        for layer in self.layers:
-            if self.gradient_checkpointing is not None and self.training:
-                x, weights = checkpoint(layer, x, mask, output_attentions, **self.gradient_checkpointing)
+        for number, layer in enumerate(self.layers):
+            if self.checkpointing is not None and self.training and number % self.checkpointed_every == 0:
+                x, weights = checkpoint(layer, x, mask, output_attentions, **self.checkpointing)
             else:
                 x, weights = layer(x, mask, output_attentions)
             hidden_states.append(x)

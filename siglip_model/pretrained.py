@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from siglip_kernels.errors import unsupported
 from siglip_model import backends
 from siglip_model.config import HUB_ARGUMENTS, PretrainedConfig
+from siglip_model.encoder import Encoder
 from siglip_model.layers import UsesBackend
 from siglip_model.outputs import ModelOutput
 
@@ -96,27 +98,49 @@ class PreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+        left_out = {id(table) for table in tables} if exclude_embeddings else set()
+        chosen = (p for p in self.parameters() if id(p) not in left_out)
+        return sum(p.numel() for p in chosen if p.requires_grad or not only_trainable)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recompute each layer in the backward pass instead of keeping its activations.
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute every n-th layer in the backward pass instead of keeping its activations, when training.
 
-        gradient_checkpointing_kwargs: for torch.utils.checkpoint.checkpoint, beside use_reentrant=False.
+        activation_checkpointing_kwargs: for torch.utils.checkpoint.checkpoint, beside use_reentrant=False.
+        Raises ValueError for every_n_layers < 1 and offload=True, which transformers' Trainer can ask for.
         """
-        self._set_gradient_checkpointing({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        if every_n_layers < 1:
+            raise unsupported("activation_checkpointing_enable", "every_n_layers", f"is {every_n_layers}", "1 and more")
+        if offload:
+            raise unsupported("activation_checkpointing_enable", "offload", "is True", "False")
+        self._set_checkpointing({"use_reentrant": False, **(activation_checkpointing_kwargs or {})}, every_n_layers)
+
+    def activation_checkpointing_disable(self) -> None:
+        self._set_checkpointing(None)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """transformers' older word for `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        self._set_gradient_checkpointing(None)
+        self.activation_checkpointing_disable()
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return any(getattr(module, "gradient_checkpointing", None) is not None for module in self.modules())
+        return any(isinstance(module, Encoder) and module.checkpointing is not None for module in self.modules())
 
-    def _set_gradient_checkpointing(self, arguments: dict[str, Any] | None) -> None:
+    def _set_checkpointing(self, arguments: dict[str, Any] | None, every_n_layers: int = 1) -> None:
         for module in self.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = arguments  # type: ignore[assignment]
+            if isinstance(module, Encoder):
+                module.checkpointing, module.checkpointed_every = arguments, every_n_layers
 
     def _default(self, asked: bool | None, what: str) -> bool:
         return getattr(self.config, f"output_{what}") if asked is None else asked

@@ -78,10 +78,7 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
                 "integers (batch, tokens)",
             )
         x = self.embeddings(input_ids.view(-1, input_ids.shape[-1]), position_ids)  # [B, L, width]
-        if attention_mask is None or isinstance(attention_mask, dict):
-            mask = attention_mask or {}
-        else:
-            mask = self.ops.attention_mask(attention_mask)
+        mask = self._mask(attention_mask, *x.shape[:2]) if isinstance(attention_mask, Tensor) else attention_mask or {}
         x, hidden_states, attentions = self.encoder(
             x,
             mask,
@@ -91,6 +88,14 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         x = self.final_layer_norm(x)
         # The last position is the text's, padding or not: SigLIP is trained that way.
         return finish(BaseModelOutputWithPooling(x, self.head(x[:, -1]), hidden_states, attentions), self, return_dict)
+
+    def _mask(self, attention_mask: Tensor, batch: int, tokens: int) -> MaskArguments:
+        if attention_mask.dim() == 2:
+            if attention_mask.shape not in ((batch, tokens), (1, tokens)):
+                got = f"has shape {tuple(attention_mask.shape)}"
+                raise unsupported("SiglipTextModel", "attention_mask", got, f"{(batch, tokens)}, that of input_ids")
+            attention_mask = attention_mask.expand(batch, tokens)
+        return self.ops.attention_mask(attention_mask)
 
     def capture(
         self, batch_size: int = 1, *, text_length: int | None = None, attention_mask: bool = False

@@ -59,7 +59,7 @@ def test_training(backend: str, masked: bool) -> None:
 def test_inference(backend: str) -> None:
     original = model(backend)
     compiled = torch.compile(original, fullgraph=True, backend="aot_eager")
-    everything = {**batch(), "output_hidden_states": True}
+    everything = {**batch(), "output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
         assert worst_difference(compiled(**everything), original(**everything)) < 1e-5
     for method, argument in (("get_image_features", "pixel_values"), ("get_text_features", "input_ids")):

@@ -1,5 +1,7 @@
 """The model against transformers: every output field, every gradient, in fp32, at most 1e-5 apart."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -210,11 +212,50 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     for arguments in (None, {}, {"use_reentrant": True}, {"preserve_rng_state": False}):
         ours = our_model(theirs, "sdpa").train()
         if arguments is not None:
-            ours.gradient_checkpointing_enable(arguments)
+            ours.activation_checkpointing_enable(arguments, every_n_layers=len(arguments) + 1)
+        assert ours.is_gradient_checkpointing == (arguments is not None)
         ours(**inputs, return_loss=True).loss.backward()
         gradients.append([parameter.grad for parameter in ours.parameters()])
     for kept, *recomputed in zip(*gradients, strict=True):
         assert all(torch.equal(kept, again) for again in recomputed)
+
+
+def test_every_second_layer_is_recomputed() -> None:
+    ours = our_model(transformers_model(TINY_TEXT, TINY_VISION), "sdpa").vision_model.train()
+    calls: list[int] = []
+    for number, layer in enumerate(ours.encoder.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    ours.gradient_checkpointing_enable(every_n_layers=2)
+    ours(torch.randn(1, 3, 48, 48)).pooler_output.sum().backward()
+    assert sorted(calls) == [0, 0, 1, 2, 2]
+    calls.clear()
+    ours.gradient_checkpointing_disable()
+    ours(torch.randn(1, 3, 48, 48)).pooler_output.sum().backward()
+    assert calls == [0, 1, 2]
+    with pytest.raises(ValueError, match="offload is True; supported: False"):
+        ours.activation_checkpointing_enable(offload=True)
+    with pytest.raises(ValueError, match="every_n_layers is 0; supported: 1 and more"):
+        ours.activation_checkpointing_enable(every_n_layers=0)
+
+
+def test_trainer_of_transformers(tmp_path: Path) -> None:
+    pairs = [{"input_ids": torch.full((16,), n), "pixel_values": torch.randn(3, 48, 48)} for n in range(4)]
+
+    def collate(chosen: list[dict[str, torch.Tensor]]) -> dict:
+        stacked = {name: torch.stack([pair[name] for pair in chosen]) for name in chosen[0]}
+        return {**stacked, "return_loss": True}
+
+    theirs = transformers_model(TINY_TEXT, TINY_VISION)
+    model = our_model(theirs, "sdpa")
+    assert model.num_parameters(exclude_embeddings=True) == theirs.num_parameters(exclude_embeddings=True)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_checkpointing=True, bf16=True, use_cpu=True,
+        save_strategy="no", report_to=[], remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=pairs, data_collator=collate)
+    before = model.logit_bias.item()
+    assert 0 < trainer.train().training_loss < 100
+    assert model.is_gradient_checkpointing and model.logit_bias.item() != before
 
 
 def test_bf16_loss_is_fp32_as_there() -> None:

@@ -127,6 +127,18 @@ def test_masks_of_other_kinds_are_refused() -> None:
             ours(**batch(), attention_mask=mask)
 
 
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_a_mask_of_another_shape_than_the_texts(backend: str) -> None:
+    ours = model(backend)
+    for shape in ((3, 15), (2, 16), (3, 17)):
+        with pytest.raises(ValueError, match=r"attention_mask has shape .*; supported: \(3, 16\), that of input_ids"):
+            ours(**batch(), attention_mask=torch.ones(shape, device=DEVICE))
+    with torch.no_grad():
+        close(
+            ours(**batch(), attention_mask=padding()[1:2]), ours(**batch(), attention_mask=padding()[[1, 1, 1]]), 1e-6
+        )
+
+
 def test_a_text_without_any_valid_token() -> None:
     mask = padding()
     mask[2] = 0
