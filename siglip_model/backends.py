@@ -191,8 +191,7 @@ FLASH = replace(
     attention=_flash_attention,
     attention_mask=functools.partial(_lengths, name="flash_attention_2"),
 )
-TRITON = replace(
-    SDPA,
+TRITON = Backend(
     name="triton",
     attention=_triton_attention,
     attention_mask=functools.partial(_lengths, name="triton"),
@@ -202,6 +201,7 @@ TRITON = replace(
     pre_norm_qkv=siglip_kernels.pre_norm_qkv,
     pre_norm_mlp=siglip_kernels.pre_norm_mlp,
     attention_pool=siglip_kernels.attention_pool,
+    patch_embed=siglip_kernels.patch_embed,
     sigmoid_loss=siglip_kernels.sigmoid_loss,
 )
 BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}

@@ -1,6 +1,7 @@
 """The whole model with our kernels, on the GPU or in Triton's interpreter: what `eager` does, and as exactly."""
 
 import logging
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import siglip_model
 from siglip_kernels.device import interpreting
-from siglip_model import encoder
+from siglip_model import backends, encoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TWO_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -297,3 +298,20 @@ def test_the_backend_changes_at_any_time() -> None:
         close(ours(**batch()), before)
         ours.set_backend("sdpa")
         close(ours(**batch()), before)
+
+
+def test_every_operation_is_ours() -> None:
+    """A kernel stands behind each; none is PyTorch's by an oversight."""
+    for field in fields(backends.TRITON):
+        if field.name not in ("name", "attention_mask"):
+            assert getattr(backends.TRITON, field.name) is not getattr(backends.EAGER, field.name)
+            assert getattr(backends.TRITON, field.name) is not getattr(backends.SDPA, field.name)
+
+
+def test_images_of_one_patch() -> None:
+    """transformers adds all positions to it; so does everyone here."""
+    pixels = batch(image_size=16)["pixel_values"]
+    with torch.no_grad():
+        outputs = [model(backend).get_image_features(pixels) for backend in ("triton", "eager")]
+    assert outputs[0].last_hidden_state.shape == (3, 9, 64)
+    close(*outputs)
