@@ -28,28 +28,28 @@ class Tile:
 def tile(kernel: str, head_dim: int) -> Tile:
     """Of "queries" or "keys". Not measured on a GPU: the widest without a spill, in 227 KB of shared memory.
 
-    Counted as in hopper.py: clocks of a quarter of a multiprocessor for 16 × 128 scores of queries, 16 × 64 of keys (32
-    at 128). Operands that wgmma reads from shared memory come second.
+    Counted as in hopper.py: clocks of a quarter of a multiprocessor for 16 rows of scores, as many columns as a stage
+    has tokens. "operands" are those that wgmma reads from shared memory.
 
-    | D      | kernel  | tensor | operands | exponentials | alu | issue | share | portable                        |
-    |--------|---------|--------|----------|--------------|-----|-------|-------|---------------------------------|
-    | 64     | queries | 768    | 512      | 512          | 324 | 487   | 100 % | 100 %, for each 64 keys         |
-    |        | keys    | 512    | 384      | 256          | 314 | 431   | 100 % | 100 %                           |
-    | 72, 80 | queries | 960    | 640      | 512          | 324 | 534   | 100 % | 100 %, for each 64 keys         |
-    |        | keys    | 640    | 480      | 256          | 320 | 473   | 100 % | 100 %                           |
-    | 96     | queries | 1152   | 768      | 512          | 326 | 538   | 100 % | not counted                     |
-    |        | keys    | 768    | 576      | 256          | 342 | 486   | 100 % | not counted                     |
-    | 128    | queries | 768    | 640      | 256          | 166 | 326   | 100 % | 100 %                           |
-    |        | keys    | 512    | 512      | 128          | 208 | 296   | 100 % | 86 % (operands)                 |
+    | D      | kernel  | tensor | operands | exponentials | alu | issue | share | portable        |
+    |--------|---------|--------|----------|--------------|-----|-------|-------|-----------------|
+    | 64     | queries | 768    | 512      | 512          | 324 | 487   | 100 % | 100 %           |
+    |        | keys    | 512    | 384      | 256          | 314 | 431   | 100 % | 100 %           |
+    | 72, 80 | queries | 960    | 640      | 512          | 324 | 534   | 100 % | 100 %           |
+    |        | keys    | 640    | 480      | 256          | 320 | 473   | 100 % | 100 %           |
+    | 96     | queries | 576    | 480      | 256          | 166 | 315   | 100 % | not counted     |
+    |        | keys    | 768    | 576      | 256          | 342 | 486   | 100 % | not counted     |
+    | 128    | queries | 768    | 640      | 256          | 166 | 326   | 100 % | 100 %           |
+    |        | keys    | 512    | 512      | 128          | 208 | 296   | 100 % | 86 % (operands) |
 
     No pipe but the tensor pipe is the bound, here or there; what the portable kernels lack is exponentials beneath
     their products, loads that take no registers and no instructions of the same warps, and a program that goes on.
     """
     columns = sum(configuration.split_head_dim(head_dim))
-    narrow = columns <= 80
+    slots = 2 if columns <= 96 else 1
     if kernel == "queries":
-        return Tile(128 if columns <= 96 else 64, 2, 2 if narrow else 1)
-    return Tile(64, 3 if narrow else 2, 2) if columns <= 96 else Tile(32, 2, 1)
+        return Tile(128 if columns <= 80 else 64, 2, slots)
+    return Tile(64 if columns <= 96 else 32, 3 if columns <= 80 else 2, slots)
 
 
 def attention_backward_hopper(

@@ -79,19 +79,19 @@ def wgmma(loop: Loop) -> dict[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "wide", "narrow", "along_the_head", "across_it", "waits"),
-    [(FORWARD, 128, 128, 1, 1, 2), (QUERIES, 128, 64, 2, 1, 3), (KEYS, 64, 32, 2, 2, 4)],
+    ("kernel", "many", "few", "wide_heads", "along_the_head", "across_it", "waits"),
+    [(FORWARD, 128, 0, (), 1, 1, 2), (QUERIES, 128, 64, (96, 128), 2, 1, 3), (KEYS, 64, 32, (128,), 2, 2, 4)],
 )
 def test_products_run_together_and_exponentials_beneath_them(
-    loops, kernel, wide, narrow, along_the_head, across_it, waits
+    loops, kernel, many, few, wide_heads, along_the_head, across_it, waits
 ):
-    """A step has so many scores or tokens at once, fewer of them at head dim 128. Products along the head sum over its
-    columns, those across it make them."""
+    """A step has many tokens at once, for wide heads fewer. Products along the head sum over its columns, those across
+    it make them."""
     for loop in loops:
         if loop.kernel != kernel:
             continue
         head = columns(loop.launch)
-        tokens = wide if sum(head) < 128 else narrow
+        tokens = few if sum(head) in wide_heads else many
         expected = Counter({tokens: along_the_head * sum(head) // 16})
         for width in head:
             expected[width] += across_it * tokens // 16
