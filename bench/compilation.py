@@ -17,6 +17,7 @@ from bench.ahead_of_time import GPUS, Row, compile_launches
 from bench.circumstances import commit, version
 
 SUFFIX = "_launches"
+HOPPER = "_hopper"  # ends the names of operations whose kernels are for compute capability 9 alone
 
 
 def launch_modules() -> dict[str, str]:
@@ -37,17 +38,22 @@ def compile_operations(
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Iterator[tuple[str, Row]]:
     """(operation, row) of every kernel of the modules of launches, for each GPU; what is alike in all counts once."""
-    launches = {name: list(importlib.import_module(module).launches()) for name, module in modules.items()}
-    total = len(gpus) * sum(len(found) for found in launches.values())
-    done = 0
-    for operation, found in launches.items():
-        for launch in found:
-            for gpu in gpus:
-                progress(done, total, f"{operation} {launch.name} for {gpu}")
-                for row in {str(row): row for row in compile_launches(iter([launch]), gpu)}.values():
-                    yield operation, row
-                done += 1
-    progress(done, total, "")
+    wanted = [
+        (operation, launch, gpu)
+        for operation, module in modules.items()
+        for launch in importlib.import_module(module).launches()
+        for gpu in gpus
+        if not operation.endswith(HOPPER) or GPUS[gpu].capability[0] == 9
+    ]
+    for done, (operation, launch, gpu) in enumerate(wanted):
+        progress(done, len(wanted), f"{operation} {launch.name} for {gpu}")
+        try:
+            rows = compile_launches(iter([launch]), gpu)
+        except Exception as error:  # before any kernel: the launcher itself
+            rows = [Row(launch.name, "none", gpu, error=f"{type(error).__name__}: {error}"[:500])]
+        for row in {str(row): row for row in rows}.values():
+            yield operation, row
+    progress(len(wanted), len(wanted), "")
 
 
 def architecture(gpu: str) -> str:

@@ -233,7 +233,7 @@ SUITES = {
             "train",
             (
                 _train("base-224", 64, quick=True),
-                _train("base-224", 2, layers=2, cpu="quick"),
+                _train("base-224", 2, layers=1, cpu="quick"),
                 _train("so400m-384", 16),
                 _train("so400m-224", 64),
                 _train("base-224", 256),

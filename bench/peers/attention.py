@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.operations import Contender, Setting
 from bench.peers.registry import Unsupported, peer
+from bench.shapes import AttentionShape
 from siglip_kernels import reference
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,11 +30,11 @@ def heads_first(function: Callable[..., Tensor]) -> Attention:
     return call
 
 
-def chosen_backend(setting: Setting) -> str:
-    """The backend that `scaled_dot_product_attention` takes for these inputs, by PyTorch's own answer."""
-    q, k, v = (tensor.transpose(1, 2) for tensor in setting.inputs().tensors.values())
-    if setting.direction != "fwd":
-        q.requires_grad_()
+def chosen_backend(shape: AttentionShape, setting: Setting) -> str:
+    """The backend that `scaled_dot_product_attention` takes for a shape, by PyTorch's own answer."""
+    sizes = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
+    q, k, v = (torch.empty(sizes, dtype=setting.dtype, device=setting.device).transpose(1, 2) for _ in range(3))
+    q.requires_grad_(setting.direction != "fwd")
     try:
         from torch.nn.attention import SDPBackend
 
@@ -44,7 +45,9 @@ def chosen_backend(setting: Setting) -> str:
 
 @peer("attention", "sdpa", note="the backend that PyTorch chooses")
 def sdpa(setting: Setting) -> Contender:
-    return Contender(heads_first(F.scaled_dot_product_attention), note=f"SDPA ran {chosen_backend(setting)}")
+    assert isinstance(setting.shape, AttentionShape)
+    ran = chosen_backend(setting.shape, setting)
+    return Contender(heads_first(F.scaled_dot_product_attention), note=f"SDPA ran {ran}")
 
 
 def _pinned(backend: str) -> Callable[[Setting], Contender]:

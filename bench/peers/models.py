@@ -8,13 +8,25 @@ from dataclasses import replace
 from torch import nn
 
 from bench.operations import Contender, Setting, as_contender, model_config, model_weights, our_model
+from bench.peers.attention import chosen_backend
 from bench.peers.compiled import MODES, compiled
 from bench.peers.registry import HOPPER, Unsupported, peer, require_hopper
-from bench.shapes import ModelShape
+from bench.shapes import AttentionShape, ModelShape
 from siglip_kernels import MissingBackendError
 
 _MODELS = ("vision_tower", "siglip", "training_step")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2")
+
+
+def _note(setting: Setting, attention: str) -> str:
+    """Which backend SDPA takes for the vision tower."""
+    if attention != "sdpa":
+        return ""
+    shape = setting.shape
+    assert isinstance(shape, ModelShape)
+    tower = shape.towers()[0]
+    of_it = AttentionShape("", shape.batch, tower.tokens, tower.heads, tower.head_dim)
+    return f"SDPA ran {chosen_backend(of_it, setting)}"
 
 
 def _ours(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
@@ -23,7 +35,7 @@ def _ours(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
             model = our_model(setting, backend)
         except MissingBackendError as error:
             raise Unsupported(str(error)) from error
-        return as_contender(model, setting, compiled(model, mode) if mode else None)
+        return as_contender(model, setting, compiled(model, mode) if mode else None, _note(setting, backend))
 
     return load
 
@@ -87,7 +99,7 @@ def _transformers(attention: str, mode: str = "") -> Callable[[Setting], Contend
         if attention == "flash_attention_2":
             import flash_attn.flash_attn_interface  # noqa: F401  an ImportError here says what is missing
         model = transformers_model(setting, attention)
-        return as_contender(model, setting, compiled(model, mode) if mode else None)
+        return as_contender(model, setting, compiled(model, mode) if mode else None, _note(setting, attention))
 
     return load
 

@@ -129,3 +129,33 @@ def test_gpu_checks_runs_and_reports_within_nine_minutes(monkeypatch):
     result = bench("gpu", "--quick")
     assert done == [("check", 9.0), ("run", True, {"mlp": "wrong"}), "report"]
     assert result.exit_code == 1  # a kernel is wrong
+
+
+def test_kernels_for_hopper_are_compiled_for_hopper_alone(monkeypatch):
+    from bench import compilation
+    from bench.ahead_of_time import Launch
+
+    monkeypatch.setattr(compilation.importlib, "import_module", lambda name: Launches)
+    monkeypatch.setattr(compilation, "compile_launches", lambda launches, gpu: [row_of(next(launches), gpu)] * 2)
+
+    class Launches:
+        @staticmethod
+        def launches():
+            yield Launch("bf16", lambda: None)
+            yield Launch("broken", lambda: None)
+
+    def row_of(launch, gpu):
+        if launch.name == "broken":
+            raise ValueError("no such shape")
+        return Compiled(launch.name, "kernel", gpu)
+
+    rows = list(compilation.compile_operations({"mlp": "a", "mlp_hopper": "b"}, ["a100", "h200"]))
+    assert [(operation, row.launch, row.gpu) for operation, row in rows] == [
+        ("mlp", "bf16", "a100"),
+        ("mlp", "bf16", "h200"),
+        ("mlp", "broken", "a100"),
+        ("mlp", "broken", "h200"),
+        ("mlp_hopper", "bf16", "h200"),
+        ("mlp_hopper", "broken", "h200"),
+    ]
+    assert [row.problems() for _, row in rows if row.launch == "broken"] == [["ValueError: no such shape"]] * 3
