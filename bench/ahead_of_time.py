@@ -195,10 +195,13 @@ def global_accesses(ptx: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def rows_in_a_subprocess(module: str, *gpus: str) -> list[Row]:
-    """`compile_launches` for the launches of a module, in a process where Triton's compiler is not interpreted away."""
+def rows_in_a_subprocess(module: str, *gpus: str, only: str = "") -> list[Row]:
+    """`compile_launches` for the launches of a module, in a process where Triton's compiler is not interpreted away.
+
+    only: launches whose name contains this.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.ahead_of_time", module, "--json", "--gpu", *gpus]
+    command = [sys.executable, "-m", "bench.ahead_of_time", module, "--json", "--only", only, "--gpu", *gpus]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     if not done.stdout:

@@ -1,12 +1,14 @@
-"""What attention launches, for `bench.ahead_of_time`: every configuration of the heuristic and of the tables."""
+"""What attention launches, for `bench.ahead_of_time`: every configuration that a call may get or tuning may try."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from bench.ahead_of_time import Launch
+from bench.ahead_of_time import GPUS, Launch
+from siglip_kernels.attention.configuration import Tile
 
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -23,6 +25,50 @@ def launches() -> Iterator[Launch]:
         yield from _training(tokens, 72, torch.float32)
         yield from _training(tokens, 128, torch.float32)
         yield from _training(tokens, 72, torch.float32, allow_tf32=True)
+    yield from _tuned()
+    yield from _candidates()
+
+
+def _tuned() -> Iterator[Launch]:
+    """The shapes that have an entry in the table of some GPU."""
+    from siglip_kernels.attention.tuned import TUNED
+
+    classes = {shape_class[1:] for table in TUNED.values() for shape_class in table}
+    for element_bytes, columns, _, tokens in sorted(classes):
+        yield from _training(tokens, 72 if columns == 80 else columns, _DTYPES[element_bytes])
+
+
+def _candidates() -> Iterator[Launch]:
+    """One kernel and one tile each. A tile that is no candidate for a GPU is not compiled for it."""
+    from siglip_kernels.attention.configuration import candidates
+
+    for kernel in ("forward", "backward_queries", "backward_keys"):
+        for tile in dict.fromkeys(tile for gpu in GPUS.values() for tile in candidates(kernel, gpu)):
+            for head_dim in (64, 72):
+                name = f"candidate D={head_dim} {tile.queries}x{tile.keys} {tile.warps} warps {tile.stages} stages"
+                yield Launch(f"{name} {kernel}", _candidate(kernel, tile, head_dim))
+
+
+def _candidate(kernel: str, tile: Tile, head_dim: int) -> Callable[[], None]:
+    from siglip_kernels.attention import configuration
+
+    heuristic = configuration.tile
+    if kernel == "forward":
+        call = _forward(729, head_dim, torch.bfloat16, padded=False)
+    else:
+        call = _backward(729, head_dim, torch.bfloat16, padded=False, needs=kernel.removeprefix("backward_"))
+
+    def launch() -> None:
+        if tile not in configuration.candidates(kernel):
+            return
+        chosen = lambda asked, *shape: tile if asked == kernel else heuristic(asked, *shape)  # noqa: E731
+        configuration.tile = chosen  # type: ignore[assignment]
+        try:
+            call()
+        finally:
+            configuration.tile = heuristic
+
+    return launch
 
 
 def _training(
@@ -61,14 +107,17 @@ def _forward(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Ca
     return lambda: attention_forward(q, k, v, lengths, head_dim**-0.5, True)
 
 
-def _backward(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Callable[[], object]:
+def _backward(
+    tokens: int, head_dim: int, dtype: torch.dtype, padded: bool, needs: str = "queries and keys"
+) -> Callable[[], object]:
     from siglip_kernels.attention.backward import attention_backward
     from siglip_kernels.attention.configuration import is_short
     from siglip_kernels.attention.short import attention_short_backward
 
     (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
     out = torch.empty(q.shape, device="meta", dtype=dtype)
+    scale, needs_q, needs_k_or_v = head_dim**-0.5, "queries" in needs, "keys" in needs
     if is_short(q, k):
-        return lambda: attention_short_backward(out, q, k, v, lengths, head_dim**-0.5, True, True)
+        return lambda: attention_short_backward(out, q, k, v, lengths, scale, needs_q, needs_k_or_v)
     statistics = torch.empty(q.shape[0], q.shape[2], tokens, device="meta")
-    return lambda: attention_backward(out, q, k, v, out, statistics, lengths, head_dim**-0.5, True, True)
+    return lambda: attention_backward(out, q, k, v, out, statistics, lengths, scale, needs_q, needs_k_or_v)

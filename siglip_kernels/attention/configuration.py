@@ -1,7 +1,7 @@
 """Which tile sizes, warps and pipeline stages a launch gets: a heuristic, and above it a table of measured ones.
 
-Nothing is tuned inside a call. `python -m bench.attention --tune` measures `candidates` on the GPU that it runs on and
-prints the entries for `tuned.py`.
+Nothing is tuned inside a call. `python -m bench tune attention` measures `candidates` on the GPU that it runs on and
+writes the fastest into `tuned.py`.
 """
 
 import functools
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.attention.tuned import TUNED
-from siglip_kernels.device import Facts
+from siglip_kernels.device import Facts, facts
 from siglip_kernels.errors import unsupported
 
 
@@ -80,19 +80,32 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
     return Tile(32, 64, 4 if narrow else 8, 2)
 
 
-def candidates(kernel: str) -> list[Tile]:
-    """What `python -m bench.attention --tune` measures for two-byte elements. Some do not fit some GPUs."""
-    owned, passed = ((64, 128), (32, 64, 128)) if kernel == "forward" else ((64, 128), (32, 64))
-    sizes = [(mine, other) for mine in owned for other in passed]
-    if kernel == "backward_keys":
-        sizes = [(other, mine) for mine, other in sizes]
-    return [
-        Tile(queries, keys, warps, stages, registers)
-        for queries, keys in sizes
-        for warps in (4, 8)
-        for stages in (2, 3)
-        for registers in (None, 128 if warps == 8 else 168)
-    ]
+# (queries, keys, warps) of what is worth measuring, by major compute capability; others get those of 8. At head dims
+# 64 and 72 none spills.
+_CANDIDATES = {
+    "forward": {
+        8: ((64, 32, 4), (64, 64, 4), (128, 32, 4), (64, 64, 8), (64, 128, 8), (128, 32, 8), (128, 64, 8)),
+        9: ((64, 64, 4), (128, 32, 4), (128, 64, 4), (64, 128, 8), (128, 32, 8), (128, 64, 8), (128, 128, 8)),
+        10: ((64, 64, 4), (128, 32, 4), (128, 64, 4), (64, 128, 8), (128, 32, 8), (128, 64, 8)),
+    },
+    "backward_queries": {
+        8: ((64, 32, 4), (64, 32, 8), (128, 32, 8)),
+        9: ((64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8)),
+        10: ((64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8)),
+    },
+    "backward_keys": {
+        8: ((32, 64, 4), (32, 64, 8)),
+        9: ((32, 64, 4), (32, 64, 8), (64, 64, 4), (64, 64, 8), (32, 128, 8)),
+        10: ((32, 64, 4), (32, 64, 8), (64, 64, 4), (64, 64, 8)),
+    },
+}
+
+
+def candidates(kernel: str, gpu: Facts | None = None) -> list[Tile]:
+    """What tuning measures beside the heuristic's choice for two-byte elements, on the current GPU or the one given."""
+    sizes = _CANDIDATES[kernel]
+    major = (gpu or facts(torch.device("cuda"))).capability[0]
+    return [Tile(*size, stages) for size in sizes.get(major, sizes[8]) for stages in (2, 3)]
 
 
 def short_block(element_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""Measured configurations, one table for each GPU by its full name. Written by `python -m bench.attention --tune`.
+"""Measured configurations, one table for each GPU by its full name. Written by `python -m bench tune attention`.
 
 {(kernel, bytes of an element, columns of a head's tile, class of query length, class of key length):
      (queries, keys, warps, stages)}

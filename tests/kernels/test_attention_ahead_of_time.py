@@ -15,7 +15,8 @@ KERNELS = {
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return rows_in_a_subprocess("bench.attention_launches", "a100", "h200", "b200")
+    """What calls get. A launch's name has its number of tokens."""
+    return rows_in_a_subprocess("bench.attention_launches", "a100", "h200", "b200", only="S=")
 
 
 def test_every_configuration_compiles_without_a_spill(rows):
@@ -23,6 +24,36 @@ def test_every_configuration_compiles_without_a_spill(rows):
         (kernel, gpu) for kernel in KERNELS for gpu in ("a100", "h200", "b200")
     }
     assert not [str(row) for row in rows if row.problems()]
+
+
+def test_what_tuning_may_choose_does_not_spill():
+    rows = rows_in_a_subprocess("bench.attention_launches", "h200", only="candidate D=72")
+    assert {row.kernel for row in rows} == {kernel for kernel in KERNELS if "short" not in kernel}
+    assert not [str(row) for row in rows if row.problems()]
+
+
+_TOO_LARGE = """
+import torch
+from bench.ahead_of_time import Launch, compile_launches
+from bench.attention_launches import _forward
+from siglip_kernels.attention import configuration
+configuration.tile = lambda *shape: configuration.Tile(128, 128, 4, {stages}, {registers})
+(row,) = compile_launches(iter([Launch("too large", _forward(729, 72, torch.bfloat16, False))]), "{gpu}")
+print(row.problems())
+"""
+
+
+@pytest.mark.parametrize(
+    ("tile", "problem"),
+    [
+        (dict(gpu="h200", stages=2, registers=168), "B of stack"),
+        (dict(gpu="rtx4090", stages=4, registers=None), "B of shared memory"),
+    ],
+    ids=["a spill", "shared memory"],
+)
+def test_a_tile_too_large_is_a_problem(tile, problem, run_python):
+    done = run_python(_TOO_LARGE.format(**tile))
+    assert problem in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("gpu", "instruction"), [("a100", "mma"), ("h200", "wgmma"), ("b200", "tcgen05")])
