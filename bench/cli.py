@@ -11,9 +11,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from bench.run import Request
 
 RED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
@@ -243,7 +246,7 @@ def _request(
     direction: Sequence[str] | None,
     quick: bool,
     again: bool,
-):  # type: ignore[no-untyped-def]
+) -> Request:
     """What is asked for, every name of it known. ValueError lists what there is."""
     from bench.operations import OPERATIONS
     from bench.peers import peers_of
@@ -340,12 +343,16 @@ def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[str
     return found
 
 
-def _run(request, where: Path | None, red: dict[str, str], until: float | None) -> None:  # type: ignore[no-untyped-def]
+def _run(request: Request, where: Path | None, red: dict[str, str], until: float | None) -> None:
     from bench import terminal
     from bench.report import groups
     from bench.run import open_results, plan_for, run
 
     results = open_results(where)
+    for suite in request.without_settings():
+        terminal.say(
+            f"{suite}: nothing of what is asked is measured on this machine; name its --shapes to measure them"
+        )
     with terminal.progress_bar() as progress:
         outcome = run(request, results, plan_for(request.quick, red), until, progress)
     terminal.print_groups(groups(outcome.rows))

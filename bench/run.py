@@ -45,6 +45,11 @@ class Request:
             }
         )
 
+    def without_settings(self) -> list[str]:
+        """Suites of which nothing is measured, such as an MLP on a CPU, where there is nobody to compare with."""
+        measured = {suite for suite, _ in self.settings()}
+        return [suite for suite in self.suites if suite not in measured]
+
     def entries(self, suite: str, setting: Setting) -> list[Peer]:
         """Whom to measure: on a CPU not the peers that only a GPU has, in a quick run not the slow ones."""
         entries = peers_of(setting.operation.name).values()

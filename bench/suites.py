@@ -11,6 +11,7 @@ import torch
 
 from bench.operations import DTYPES, OPERATIONS, Operation, Setting
 from bench.shapes import (
+    DIRECTIONS,
     MODELS,
     AttentionShape,
     LinearShape,
@@ -68,7 +69,7 @@ class Suite:
             for case in chosen
             for operation in [OPERATIONS[case.operation]]
             for direction in operation.directions + tuple(d for d in directions if d not in operation.directions)
-            if (not directions or direction in directions) and not (direction == "bwd" and _no_backward(operation))
+            if (not directions or direction in directions) and direction in _possible(operation)
             for dtype in dtypes
         ]
 
@@ -94,9 +95,11 @@ def _usual(case: Case, device: str, quick: bool) -> bool:
     return case.quick or not quick
 
 
-def _no_backward(operation: Operation) -> bool:
-    """The loss may compute its gradients in the forward; models are trained as a whole."""
-    return operation.name in ("sigmoid_loss", "vision_tower", "siglip", "training_step")
+def _possible(operation: Operation) -> tuple[str, ...]:
+    """Models have gradients in training_step alone; the loss may compute its gradients in the forward."""
+    if operation.name in ("vision_tower", "siglip"):
+        return ("fwd",)
+    return ("fwd", "fwd+bwd") if operation.name in ("sigmoid_loss", "training_step") else DIRECTIONS
 
 
 def _attention(model: str, batch: int, text: bool = False, quick: bool = False, cpu: str = "") -> Case:

@@ -121,12 +121,15 @@ def test_a_quick_run_on_a_gpu_has_every_suite_and_no_slow_peer():
             assert entries and {entry.name for entry in entries if entry.slow} <= set(suite.quick_peers)
 
 
-def test_on_a_cpu_only_what_runs_there():
+def test_on_a_cpu_only_what_runs_there(monkeypatch):
     request = Request(["model", "loss", "attention", "mlp"], quick=True)
     settings = [
         (name, setting) for name in request.suites for setting in SUITES[name].settings("cpu", ["fp32"], quick=True)
     ]
     assert {name for name, _ in settings} == {"model", "loss", "attention"}
+    monkeypatch.setattr("bench.run.device", lambda: "cpu")
+    assert request.without_settings() == ["mlp"]
+    assert Request(["model"], directions=["bwd"]).without_settings() == ["model"]
     for name, setting in settings:
         entries = request.entries(name, setting)
         assert not any(entry.cuda for entry in entries) and len(entries) > 1
