@@ -8,15 +8,17 @@ import torch
 from bench.ahead_of_time import Launch
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_WIDTHS = {"so400m": (1152, 4304), "base": (768, 3072)}
+_WIDTHS = {"so400m": (1152, 4304), "base": (768, 3072), "odd": (1151, 4303)}
 
 
 def launches() -> Iterator[Launch]:
-    """A training batch and a single image, other dtypes, and a residual stream in fp32, as under autocast."""
+    """A training batch and a single image, other dtypes, a residual in fp32 (autocast), rows that do not align."""
     yield from _layer("so400m", 46_656)
     yield from _layer("base", 46_656, only=("qkv", "fc2, residual"))
     yield from _layer("so400m", 729, only=("gelu, kept", "fc2, residual", "gelu backward"))
     yield from _layer("so400m", 46_656, torch.float16, only=("gelu backward",))
+    yield from _layer("odd", 46_656, only=("gelu, kept", "fc2, residual", "gelu backward"))
+    yield from _layer("odd", 46_656, torch.float32, only=("fc2, residual", "gelu backward"))
     for allow_tf32 in (False, True):
         yield from _layer("so400m", 46_656, torch.float32, allow_tf32, ("gelu, kept", "fc2, residual", "gelu backward"))
 

@@ -5,7 +5,6 @@ Nothing is tuned inside a call. `candidates` is what there is to measure on a GP
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +28,7 @@ class Shape:
     residual_bytes: int  # of an element, 0 where there is none
     gelu: str  # "", "forward" or "backward"
     tf32: bool  # how fp32 is multiplied
+    aligned: bool  # all rows start at multiples of 16 bytes, as tensor descriptors want them
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Tile:
     stages: int  # how deep the loads of the loop are pipelined
     pieces: int = 1  # the epilogue takes the columns in that many runs
     residents: int = 1  # programs that a multiprocessor holds at once
-    descriptors: bool = True  # tiles come through tensor descriptors where strides allow, else through pointers
+    descriptors: bool = True  # tiles come through tensor descriptors, or else through pointers
 
 
 def rows_class(rows: int) -> int:
@@ -66,17 +66,27 @@ def _interpreted(shape: Shape) -> Tile:
     def size(extent: int, largest: int) -> int:
         return min(max(16, 1 << (extent - 1).bit_length()), largest)
 
-    return Tile(size(shape.rows, 128), size(shape.columns, 256), size(shape.depth, 256), 4, 1, pieces=2)
+    return Tile(
+        size(shape.rows, 128),
+        size(shape.columns, 256),
+        size(shape.depth, 256),
+        4,
+        1,
+        pieces=2,
+        descriptors=shape.aligned,
+    )
 
 
 def candidates(shape: Shape, facts: Facts) -> list[Tile]:
     """The tiles whose epilogues all fit the registers, and the shared memory of the GPU. What there is to measure."""
-    copy_engine = facts.capability >= (9, 0)
+    descriptors = facts.capability >= (9, 0) and shape.aligned
+    if shape.element_bytes == 4 and not shape.tf32:  # one multiply-add at a time, out of registers
+        return [Tile(64, 64, 32 if shape.aligned else 16, 8, 2, descriptors=descriptors)]
+    if not shape.aligned:  # element by element, through registers
+        return [Tile(64, 64, 32, 8, 2, pieces=2, descriptors=False)]
     if shape.element_bytes == 4:
-        if not shape.tf32:  # one multiply-add at a time, out of registers
-            return [Tile(64, 64, 32, 8, 2, descriptors=copy_engine)]
-        sizes = [(128, 128, 32, 8, 1), (64, 64, 32, 4, 2)]
-    elif copy_engine:
+        sizes = [(128, 128, 32, 8, 1), (64, 64, 32, 4, 1)]
+    elif descriptors:
         sizes = [
             (128, 256, 64, 8, 1),
             (256, 128, 64, 8, 1),
@@ -91,19 +101,22 @@ def candidates(shape: Shape, facts: Facts) -> list[Tile]:
         pieces = max(1, rows * columns // (32 * 32 * warps))
         if shape.residual_bytes == 2 and shape.gelu == "":
             pieces = max(1, pieces // 2)  # each piece waits for its part of the residual: better twice than four times
+        elif shape.residual_bytes > shape.element_bytes:
+            pieces = min(4, 2 * pieces)  # it is twice as large as other matrices
         stages = _stages(shape, facts, rows, columns, depth, pieces, residents)
-        tiles.append(Tile(rows, columns, depth, warps, stages, pieces, residents, copy_engine))
+        if stages >= 2:  # the largest tiles are not for every GPU
+            tiles.append(Tile(rows, columns, depth, warps, min(stages, 4), pieces, residents, descriptors))
     return tiles
 
 
 def _stages(shape: Shape, facts: Facts, rows: int, columns: int, depth: int, pieces: int, residents: int) -> int:
-    """As many as fit, 2 to 4. What the copy engine writes for and reads from the epilogue needs memory of its own."""
+    """As many as fit. What the copy engine writes for and reads from the epilogue needs memory of its own."""
     epilogue = 0
     if facts.capability >= (9, 0):
         matrices = 2 if shape.residual_bytes or shape.gelu == "backward" else 1
         epilogue = matrices * rows * columns // pieces * max(shape.element_bytes, shape.residual_bytes)
     free = facts.shared_memory // residents - epilogue - 2048  # barriers, and what the system takes of each program
-    return min(max(free // ((rows + columns) * depth * shape.element_bytes), 2), 4)
+    return free // ((rows + columns) * depth * shape.element_bytes)
 
 
 def _clocks(shape: Shape, facts: Facts, tile: Tile) -> float:
@@ -111,11 +124,12 @@ def _clocks(shape: Shape, facts: Facts, tile: Tile) -> float:
     by what it reads from the L2. A lone program's epilogue comes on top; those of several hide under each other's work.
     """
     tiles = -(-shape.rows // tile.rows) * -(-shape.columns // tile.columns) * shape.parts
-    waves = math.ceil(tiles / (facts.multiprocessors * tile.residents)) * tile.residents
+    residents = min(tile.residents, -(-tiles // facts.multiprocessors))
+    waves = -(-tiles // (facts.multiprocessors * residents)) * residents
     multiply_adds, l2_bytes = (2048, 40) if facts.capability >= (9, 0) else (1024, 48)  # a clock
     matrix = tile.rows * tile.columns / multiply_adds * (shape.element_bytes / 2)
     l2 = (tile.rows + tile.columns) * shape.element_bytes / l2_bytes
-    epilogue = tile.rows * tile.columns / 16 if tile.residents == 1 else 0
+    epilogue = tile.rows * tile.columns / 16 if residents == 1 else 0
     return waves * (max(matrix, l2) * shape.depth + epilogue + 500)
 
 

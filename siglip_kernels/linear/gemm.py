@@ -217,12 +217,19 @@ def _row_stride(matrix: Tensor) -> int:
     return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // 8) * 8
 
 
+def _is_aligned(matrix: Tensor) -> bool:
+    """What the copy engine asks: rows that start at multiples of 16 bytes, and at least one element."""
+    aligned = matrix.data_ptr() % 16 == 0 and _row_stride(matrix) * matrix.element_size() % 16 == 0
+    return aligned and matrix.numel() > 0
+
+
 def _rows_to_read(matrix: Tensor) -> Tensor:
     """The kernel reads rows of unit stride that do not overlap, at most so far apart that offsets within a tile have 32
-    bits. Anything else is copied."""
+    bits. Anything else is copied, and what a copy would align."""
     unit_stride = matrix.stride(1) == 1 or matrix.shape[1] == 1
     apart = matrix.shape[1] <= _row_stride(matrix) < 2**31 // configuration.LARGEST_BLOCK
-    return matrix if unit_stride and apart else matrix.contiguous()
+    aligned = _is_aligned(matrix) or matrix.shape[1] * matrix.element_size() % 16 != 0
+    return matrix if unit_stride and apart and aligned else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _weights_to_read(weights: list[Tensor]) -> tuple[list[Tensor], bool]:
@@ -294,6 +301,9 @@ def gemm(
         )
         return out, pre_activation, activation, sums
 
+    matrices = [m for m in (a, *weights, residual, pre_activation, activation, *outs) if m is not None]
+    unit = configuration.stride_unit([_row_stride(matrix) for matrix in matrices])
+    aligned = all(map(_is_aligned, matrices))
     if tile is None:
         shape = configuration.Shape(
             rows=rows,
@@ -304,12 +314,10 @@ def gemm(
             residual_bytes=0 if residual is None else residual.element_size(),
             gelu=gelu,
             tf32=configuration.precision(a.dtype) == "tf32",
+            aligned=aligned,
         )
         tile = configuration.tile(shape, facts(a.device))
-    read_or_written = [a, *weights, residual, pre_activation, activation, *outs]
-    matrices = [matrix for matrix in read_or_written if matrix is not None]
-    unit = configuration.stride_unit([_row_stride(matrix) for matrix in matrices])
-    descriptors = tile.descriptors and all(map(_fits_a_descriptor, matrices))
+    descriptors = tile.descriptors and aligned
 
     def source(matrix: Tensor | None, block_rows: int, block_columns: int) -> Tensor | TensorDescriptor | None:
         if matrix is None or not descriptors:
@@ -363,9 +371,3 @@ def gemm(
     # One partial sum for each row tile, in their order: the same bits every time.
     sums = None if partial_sums is None else partial_sums.sum(0)
     return out, pre_activation, activation, sums
-
-
-def _fits_a_descriptor(matrix: Tensor) -> bool:
-    """The copy engine wants rows that start at multiples of 16 bytes, and at least one element."""
-    aligned = matrix.data_ptr() % 16 == 0 and _row_stride(matrix) * matrix.element_size() % 16 == 0
-    return aligned and matrix.numel() > 0

@@ -93,9 +93,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     residual: (..., out), of any of these dtypes: as in PyTorch, the result is in what the dtypes promote to. Without a
     residual there is nothing to fuse, and this is torch.nn.functional.linear.
     fp32 products are IEEE unless torch.backends.cuda.matmul.allow_tf32; sums are in fp32 and rounded once. Rows of unit
-    stride, and weights that are transposed views, are read where they lie; anything else is copied. Under autocast x,
-    weight and bias are cast as torch.nn.functional.linear casts them. Gradients are deterministic; with a residual,
-    second derivatives are refused.
+    stride that start at multiples of 16 bytes, and weights that are transposed views, are read where they lie; anything
+    else may be copied. Under autocast x, weight and bias are cast as torch.nn.functional.linear casts them. Gradients
+    are deterministic; with a residual, second derivatives are refused.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
     are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.

@@ -4,5 +4,5 @@
 A GPU that is not here, or a shape that its table lacks, is not tuned yet and gets `configuration.py`'s heuristic.
 """
 
-Key = tuple[int, int, int, int, int, int, str, bool]
+Key = tuple[int, int, int, int, int, int, str, bool, bool]
 TUNED: dict[str, dict[Key, tuple[int, int, int, int, int, int, int, bool]]] = {}

