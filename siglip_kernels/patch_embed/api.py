@@ -147,8 +147,8 @@ def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, posit
     which the tokens and position promote, rounded once.
 
     Images are read where they lie if their last stride is 1, whatever the others; else, as with channels_last, they are
-    copied. Sums are in fp32; fp32 products honour torch.backends.cuda.matmul.allow_tf32. Under autocast all but position
-    is cast, as torch.nn.functional.conv2d casts. Gradients are deterministic.
+    copied. Sums are in fp32; fp32 products honour torch.backends.cuda.matmul.allow_tf32. Under autocast all but
+    position is cast, as torch.nn.functional.conv2d casts. Gradients are deterministic.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
     are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
@@ -156,7 +156,8 @@ def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, posit
     device = pixel_values.device.type if isinstance(pixel_values, Tensor) else ""
     if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        pixel_values, weight, bias = (_autocast(tensor, dtype) for tensor in (pixel_values, weight, bias))
+        pixel_values, weight = _autocast(pixel_values, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
     tokens = _validate(pixel_values, weight, bias, position)
     out_dtype = torch.promote_types(pixel_values.dtype, position.dtype)
     if torch.broadcast_shapes(tokens, position.shape) != tokens:  # one token for several positions, as in the reference
