@@ -186,9 +186,8 @@ def multiply_tile(
 
 @gluon.jit
 def reciprocal(x):
-    """1 / x for positive x, by two instructions: a division would look after the whole range of its operands."""
-    root = gl.rsqrt(x)
-    return root * root
+    """1 / x for 1 <= x <= inf, by one instruction: a division would look after the whole range of its operands."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

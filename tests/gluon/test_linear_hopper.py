@@ -1,0 +1,297 @@
+"""The product's kernel for Hopper, emulated: epilogues, tiles, ragged shapes, interleavings, and when it is chosen."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hopper_emulator.faults import Fault
+from hopper_emulator.launch import emulating
+from torch import Tensor
+
+from bench.ahead_of_time import GPUS
+from siglip_kernels import MissingBackendError, UnsupportedInputError, linear, mlp
+from siglip_kernels.device import pretend
+from siglip_kernels.linear import hopper, hopper_pipeline
+from siglip_kernels.linear.gemm import gemm
+
+# Few multiprocessors, so that each program has several tiles.
+HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
+TILES = {"wide": hopper.WIDE, "tall": hopper.TALL, "small": hopper.SMALL}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """The switch is on, and fresh memory is full of NaN."""
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def on_hopper(seed: int = 0, gpu=HOPPER):
+    with pretend(gpu), emulating(seed):
+        yield
+
+
+@pytest.fixture
+def pin(monkeypatch):
+    """Pins the tile."""
+    return lambda tile: monkeypatch.setattr(hopper, "tile_for", lambda *_: TILES[tile])
+
+
+def operands(rows: int, columns: int, depth: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    """x, three weights, two biases, something of the result's shape."""
+    generator = torch.Generator().manual_seed(rows + columns + depth)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, weights = random(rows, depth), random(3, columns, depth) * depth**-0.5
+    return tuple(t.to(dtype) for t in (x, *weights, random(columns), random(columns), random(rows, columns)))
+
+
+def check(ours: Tensor, truth: Tensor, eager: Tensor) -> None:
+    """‖kernel − fp64‖ ≤ 2 ‖same-dtype eager − fp64‖ + one rounding; every element written."""
+    assert ours.shape == truth.shape and ours.isfinite().all()
+    error, allowed = (ours.double() - truth).norm(), 2 * (eager.double() - truth).norm()
+    assert error <= allowed + torch.finfo(ours.dtype).eps / 2 * truth.norm()
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_derivative(x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(gelu(x).sum(), x)[0]
+
+
+SHAPES = [(1, 8, 8), (63, 72, 64), (65, 264, 72), (130, 520, 328), (300, 136, 200)]
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES, ids=str)
+def test_forward_epilogues(rows, columns, depth, tile, pin):
+    pin(tile)
+    dtype = torch.float16 if (rows + columns) % 3 == 0 else torch.bfloat16
+    x, w, w2, w3, b, b2, residual = operands(rows, columns, depth, dtype)
+    with on_hopper(rows):
+        plain = gemm(x, [w], [None])[0]
+        added = gemm(x, [w], [b], residual=residual)[0]
+        activated = gemm(x, [w], [b], gelu="forward")[0]
+        again, kept, _, _ = gemm(x, [w], [b], gelu="forward", keep_pre_activation=True)
+        packed = gemm(x, [w, w2, w3], [b, None, b2])[0]
+    product = x.double() @ w.double().T
+    check(plain, product, x @ w.T)
+    check(added, product + b + residual, F.linear(x, w, b) + residual)
+    check(activated, gelu(product + b), gelu(F.linear(x, w, b)))
+    assert torch.equal(activated, again)
+    check(kept, product + b, F.linear(x, w, b))
+    others = [x.double() @ w2.double().T, x.double() @ w3.double().T + b2]
+    eager = torch.cat([F.linear(x, w, b), x @ w2.T, F.linear(x, w3, b2)], 1)
+    check(packed, torch.cat([product + b, *others], 1), eager)
+
+
+@pytest.mark.parametrize("tile", ["wide", "small"])
+@pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES, ids=str)
+def test_backward_epilogue(rows, columns, depth, tile, pin):
+    """dY·W2 with the weight as it lies, times GELU's derivative; the activation again; the bias's gradient."""
+    pin(tile)
+    dtype = torch.float16 if (rows + columns) % 3 == 0 else torch.bfloat16
+    out_grad, w, _, _, _, _, h = operands(rows, columns, depth, dtype)
+    weight = w.T.contiguous().T
+    options = {"gelu": "backward", "pre_activation": h, "keep_column_sums": True}
+    with on_hopper(rows):
+        grad, _, activation, sums = gemm(out_grad, [weight], [None], **options, keep_activation=True)
+        frozen, _, nothing, _ = gemm(out_grad, [weight], [None], **options)
+    truth = (out_grad.double() @ w.double().T) * gelu_derivative(h.double())
+    check(grad, truth, (out_grad @ w.T) * gelu_derivative(h))
+    check(activation, gelu(h.double()), gelu(h))
+    assert torch.equal(frozen, grad) and nothing is None
+    assert (sums.double() - truth.sum(0)).norm() <= 1e-5 * truth.abs().sum(0).norm()
+
+
+def test_a_residual_stream_in_fp32():
+    x, w, _, _, b, _, residual = operands(130, 264, 136)
+    with on_hopper():
+        out = gemm(x, [w], [b], residual=residual.float())[0]
+    truth = x.double() @ w.double().T + b + residual
+    assert out.dtype == torch.float32
+    assert (out.double() - truth).norm() <= 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("depth", [64, 200, 456])
+def test_every_interleaving_gives_the_same(depth, pin):
+    """Bitwise, with fewer blocks of depth than stages, and with more."""
+    pin("wide")
+    x, w, _, _, b, _, h = operands(300, 264, depth)
+
+    def run(seed: int) -> list[Tensor]:
+        with on_hopper(seed):
+            grad, _, activation, sums = gemm(
+                x, [w], [None], gelu="backward", pre_activation=h, keep_activation=True, keep_column_sums=True
+            )
+            return [gemm(x, [w], [b], gelu="forward")[0], gemm(x, [w], [b], residual=h)[0], grad, activation, sums]
+
+    first = run(100)
+    for seed in range(4):
+        assert all(map(torch.equal, first, run(seed)))
+
+
+def test_rows_that_lie_apart_or_nowhere_near_a_boundary():
+    x, w, _, _, b, _, residual = operands(70, 72, 136)
+    with on_hopper():
+        want = gemm(x, [w], [b], residual=residual)[0]
+        for room, start in ((160, 8), (139, 3)):  # read where they lie; copied
+            apart = torch.zeros(70, room, dtype=x.dtype)[:, start : start + 136].copy_(x)
+            assert torch.equal(gemm(apart, [w], [b], residual=residual)[0], want)
+        crowded = torch.zeros(72, 137, dtype=x.dtype)[:, 1:].copy_(w)
+        assert torch.equal(gemm(x, [crowded], [b], residual=residual)[0], want)
+
+
+def test_extreme_pre_activations():
+    """As the portable kernel: finite where GELU is, NaN where it comes in."""
+    x = torch.zeros(64, 64, dtype=torch.bfloat16)
+    bias = torch.tensor([-3e38, -1e4, -100.0, -10.0, 10.0, 100.0, 1e4, 3e38], dtype=torch.bfloat16)
+    with on_hopper():
+        out = gemm(x, [x[:8]], [bias], gelu="forward")[0]
+        h = bias.expand(64, 8).contiguous()
+        ones = torch.eye(8, dtype=torch.bfloat16).repeat(8, 1)
+        grad = gemm(ones, [torch.ones(8, 8, dtype=torch.bfloat16)], [None], gelu="backward", pre_activation=h)[0]
+        nan = gemm(x, [x[:8]], [bias * float("nan")], gelu="forward")[0]
+    torch.testing.assert_close(out[5], torch.where(bias > 0, bias, 0.0), atol=1e-35, rtol=0)
+    torch.testing.assert_close(grad[0], (bias > 0).bfloat16(), atol=1e-34, rtol=0)
+    assert nan.isnan().all()
+
+
+def test_integers_are_exact():
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randint(-3, 4, shape, generator=generator).bfloat16() for shape in ((70, 200), (72, 200), (72,)))
+    with on_hopper():
+        out = gemm(x, [w], [b], residual=torch.zeros(70, 72))[0]
+    assert torch.equal(out, x.float() @ w.float().T + b.float())
+
+
+def test_through_the_public_operations_with_gradients(monkeypatch):
+    """linear with a residual, and the MLP: against the portable kernels, which meet their own tests."""
+    x, w1, _, _, b1, _, _ = operands(70, 136, 72)
+    w2, b2 = w1.T.contiguous(), b1[:72].clone()
+    inputs = [t.clone().requires_grad_() for t in (x, w1, b1, w2, b2)]
+    out_grad = torch.randn(70, 72, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def run() -> list[Tensor]:
+        out = linear(mlp(*inputs), inputs[3] @ inputs[1], inputs[4], residual=inputs[0])
+        return [out, *torch.autograd.grad(out, inputs, out_grad)]
+
+    with on_hopper():
+        found = run()
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "0")
+    for one, other in zip(found, run(), strict=True):
+        assert (one.double() - other.double()).norm() <= 2**-6 * other.double().norm()
+
+
+def test_chosen_only_where_asked_for_and_nothing_falls_back(monkeypatch):
+    x, w, _, _, b, _, residual = operands(70, 72, 64)
+    with pytest.raises(UnsupportedInputError, match=r"linear: x is on interpreter; supported: Hopper \(sm_90\)"):
+        linear(x, w, b, residual)
+    with on_hopper():
+        with pytest.raises(UnsupportedInputError, match=r"linear: x has dtype torch.float32"):
+            linear(x.float(), w.float(), b.float(), residual.float())
+        with pytest.raises(UnsupportedInputError, match=r"linear: in_features is 60; supported: multiples of 8"):
+            linear(x[:, :60], w[:, :60], b, residual)
+        with pytest.raises(UnsupportedInputError, match=r"linear: out_features is 70"):
+            linear(x, w[:70], b[:70], residual[:, :70])
+        assert linear(x[:0], w, b, residual[:0]).shape == (0, 72)
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "on")
+    with pytest.raises(MissingBackendError, match="SIGLIP_KERNELS_HOPPER is 'on'"):
+        linear(x, w, b, residual)
+    monkeypatch.delenv("SIGLIP_KERNELS_HOPPER")
+    with pretend(HOPPER):  # the portable kernel: a Gluon kernel cannot run outside of the emulator
+        assert linear(x, w, b, residual).isfinite().all()
+
+
+def test_tiles_follow_the_shapes_of_models():
+    h200 = GPUS["h200"]
+
+    def tile(columns: int, depth: int, parts: int = 1, gelu: str = "", dtype=torch.bfloat16, rows: int = 64 * 729):
+        return hopper.tile_for(rows, columns, depth, parts, gelu, dtype, h200)
+
+    assert tile(4304, 1152, gelu="forward") == hopper.WIDE
+    assert tile(1152, 4304) == tile(1152, 1152, parts=3) == hopper.TALL
+    assert tile(4304, 1152, gelu="backward") == hopper.WIDE
+    assert tile(1152, 4304, dtype=torch.float32) == hopper.SMALL
+    assert tile(1152, 1152, rows=64) == hopper.SMALL
+    assert hopper.WIDE.stages(2, torch.bfloat16, h200.shared_memory) == 4
+    assert hopper.WIDE.stages(5, torch.bfloat16, h200.shared_memory) == 3
+
+
+# A line of the main loop or of the epilogues, and what breaks it.
+IN_PIPELINE = {
+    "the producer does not wait": ("            mbarrier.wait(emptied.index(stage), (step // STAGES & 1) ^ 1)\n", ""),
+    "the producer waits for the other phase": ("(step // STAGES & 1) ^ 1)", "step // STAGES & 1)"),
+    "half of a's bytes are counted": ("CONSUMERS * a.block_type.nbytes +", "a.block_type.nbytes +"),
+    "one consumer empties a stage": ("emptied.index(stage), count=CONSUMERS)", "emptied.index(stage), count=1)"),
+    "a stage is handed back while it is read": ("(step + block - 1) % STAGES)", "(step + block) % STAGES)"),
+    "a consumer does not wait for its block": ("    mbarrier.wait(filled.index(stage), step // STAGES & 1)\n", ""),
+    "the last product is not waited for": ("num_outstanding=0, deps", "num_outstanding=1, deps"),
+    "the last stage is never handed back": (
+        "    mbarrier.arrive(emptied.index((step + blocks - 1) % STAGES), count=1)\n", ""
+    ),
+    "the first consumer never gets ahead": ("(block == LAG))", "(block == -1))"),
+    "the lead is taken with one stage": ("staggered = blocks >= STAGES", "staggered = blocks >= 1"),
+    "both consumers take the same rows": ("stage * CONSUMERS + consumer)\n    b =", "stage * CONSUMERS)\n    b ="),
+}  # fmt: skip
+IN_EPILOGUE = {
+    "a result is sent without a fence": ("    fence_async_shared()\n    tma.async", "    tma.async"),
+    "a buffer is written while it is sent": (
+        "                if added is None:\n                    tma.store_wait(pendings=1)\n", ""
+    ),
+    "the turns of the buffers are mixed up at the edge": (
+        "            tma.store_wait(pendings=0)\n        done += 1", "            pass\n        done += 1"
+    ),
+    "the last results are not waited for": ("    tma.store_wait(pendings=0)\n\n", "\n"),
+    "the residual arrives on a result that is being sent": (
+        "            tma.store_wait(pendings=0)\n            mbarrier", "            mbarrier"
+    ),
+    "the residual is not waited for": ("mbarrier.wait(landed.index(consumer), done & 1)", "pass"),
+    "the residual's phase does not turn": ("landed.index(consumer), done & 1)", "landed.index(consumer), 0)"),
+}  # fmt: skip
+
+
+def broken_kernel(path: Path, line: str, replacement: str, in_pipeline: bool):
+    """gemm_kernel with one line changed, in it or in the main loop that it imports."""
+    sources = {"broken_pipeline": Path(hopper_pipeline.__file__), "broken_hopper": Path(hopper.__file__)}
+    modules = {}
+    for name, source in sources.items():
+        text = source.read_text()
+        if in_pipeline == (name == "broken_pipeline"):
+            assert text.count(line) == 1, text.count(line)
+            text = text.replace(line, replacement)
+        text = text.replace("siglip_kernels.linear.hopper_pipeline import", "broken_pipeline import")
+        (path / f"{name}.py").write_text(text)
+        specification = importlib.util.spec_from_file_location(name, path / f"{name}.py")
+        sys.modules[name] = modules[name] = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(modules[name])
+    return modules["broken_hopper"].gemm_kernel
+
+
+@pytest.mark.parametrize("broken", [*IN_PIPELINE, *IN_EPILOGUE])
+def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch, pin):
+    """Each of these compiles; each is found by a fault or by its numbers, under every seed."""
+    line, replacement = (IN_PIPELINE | IN_EPILOGUE)[broken]
+    kernel = broken_kernel(tmp_path, line, replacement, broken in IN_PIPELINE)
+    monkeypatch.setattr(hopper, "gemm_kernel", kernel)
+    pin("wide")
+    x, w, _, _, _, _, residual = operands(300, 264, 456)
+    for seed in range(2):
+        with on_hopper(seed), pytest.raises((Fault, AssertionError)):
+            check(gemm(x, [w], [None])[0], x.double() @ w.double().T, x @ w.T)
+            check(gemm(x, [w], [None], residual=residual)[0], x.double() @ w.double().T + residual, x @ w.T + residual)
+            short = gemm(x[:, :64].contiguous(), [w[:, :64].contiguous()], [None])[0]
+            check(short, x[:, :64].double() @ w[:, :64].double().T, x[:, :64] @ w[:, :64].T)

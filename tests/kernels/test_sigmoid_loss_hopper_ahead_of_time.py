@@ -1,0 +1,35 @@
+"""The loss's kernels for Hopper, compiled without a GPU: registers, shared memory, wgmma."""
+
+import pytest
+
+from bench.ahead_of_time import Row, rows_in_a_subprocess
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    rows = rows_in_a_subprocess("bench.sigmoid_loss_hopper_launches", "h200")
+    return [row for row in rows if row.kernel != "scale_kernel"]
+
+
+def test_no_spill_and_shared_memory_that_fits(rows):
+    assert {row.kernel for row in rows} == {"residual_kernel", "product_kernel"}
+    assert not [str(row) for row in rows if row.problems()]
+    assert all(row.shared_bytes <= 227 * 1024 for row in rows)
+
+
+def test_registers_move_from_the_producer_to_the_consumers(rows):
+    for row in rows:
+        assert {24, 240} <= set(row.register_moves), str(row)
+
+
+def test_wgmma_as_wide_as_the_embeddings_allow(rows):
+    for row in rows:
+        (shape,) = row.matrix
+        wide = row.kernel == "residual_kernel" or "D=768" in row.launch
+        assert shape == ("wgmma m64n256k16" if wide else "wgmma m64n128k16"), str(row)
+
+
+def test_only_sums_are_loaded_and_stored_without_tma(rows):
+    """fp32 gradients by two numbers at a time, the sums of a thread, t and b."""
+    for row in rows:
+        assert set(row.accesses) <= {"tma", "ld 4", "ld 8", "st 4", "st 8"} and row.accesses["tma"] >= 3, str(row)
