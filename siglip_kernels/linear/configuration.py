@@ -101,9 +101,10 @@ def candidates(shape: Shape, facts: Facts) -> list[Tile]:
         pieces = max(1, rows * columns // (32 * 32 * warps))
         if shape.residual_bytes == 2 and shape.gelu == "":
             pieces = max(1, pieces // 2)  # each piece waits for its part of the residual: better twice than four times
-        elif shape.residual_bytes > shape.element_bytes:
-            pieces = min(4, 2 * pieces)  # it is twice as large as other matrices
         stages = _stages(shape, facts, rows, columns, depth, pieces, residents)
+        while stages < 2 and pieces < 4:
+            pieces *= 2
+            stages = _stages(shape, facts, rows, columns, depth, pieces, residents)
         if stages >= 2:  # the largest tiles are not for every GPU
             tiles.append(Tile(rows, columns, depth, warps, min(stages, 4), pieces, residents, descriptors))
     return tiles
