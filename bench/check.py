@@ -18,7 +18,7 @@ import torch
 from bench import shapes
 from bench.accuracy import OURS, Found, Judge, distance, forward, gradients
 from bench.circumstances import device
-from bench.measure import free
+from bench.measure import DeadDevice, device_is_dead, free
 from bench.operations import DTYPES, OPERATIONS, Contender, Setting, ours
 from bench.peers import peers_of
 from bench.shapes import Shape
@@ -174,6 +174,8 @@ def check_all(
         what = f"{setting.operation.name} {setting.shape.name} {dtype_name(setting.dtype)}"
         progress(done, len(wanted), what)
         checked.append(check(setting))
+        if device_is_dead():
+            raise DeadDevice(f"{what} broke the CUDA context: {checked[-1].problem}")
     progress(len(wanted), len(wanted), "")
     return checked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -33,6 +34,24 @@ class Plan:
     seconds: float = 0.3  # on each contender
     least_rounds: int = LEAST_ROUNDS
     red: Mapping[str, str] = field(default_factory=dict)
+
+
+class DeadDevice(RuntimeError):
+    """A kernel broke the CUDA context: nothing more can run in this process."""
+
+
+DEAD = "broke the CUDA context: "
+
+
+def device_is_dead() -> bool:
+    """Whether an earlier kernel's error comes back whatever is asked."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def blank_row(suite: str, setting: Setting, entry: Peer, **values: Any) -> Row:
@@ -104,6 +123,9 @@ def measure(
     for entry in entries:
         progress(entry.name)
         row = group.prepare(entry)
+        if row is not None and device_is_dead():
+            write(replace(row, reason=DEAD + row.reason))
+            raise DeadDevice(f"{entry.name} broke the CUDA context, as its row says; start again to go on without it")
         if row is not None:
             write(row)
     progress("timing")
@@ -223,8 +245,9 @@ def explain(error: BaseException) -> tuple[str, str]:
 def free() -> None:
     """Gives back what the last contender held."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if torch.cuda.is_initialized():
+        with contextlib.suppress(RuntimeError):  # of a dead device
+            torch.cuda.empty_cache()
 
 
 def _available_memory() -> int:

@@ -64,7 +64,7 @@ def _speed_up(found: Sequence[Group], gpu: str, path: Path) -> bool:
     series: dict[tuple[Any, ...], dict[int, Group]] = {}
     for group in found:
         row = group.first
-        if row.suite == "model" and row.direction == "fwd":
+        if row.suite in ("model", "latency") and row.direction == "fwd":
             key = (row.op, row.shape["model"], row.shape.get("layers", 0), row.dtype)
             series.setdefault(key, {})[row.shape["batch"]] = group
     series = {key: by_batch for key, by_batch in series.items() if len(by_batch) > 1}

@@ -14,7 +14,7 @@ import torch
 
 from bench.circumstances import device
 from bench.floors import Floors, measure_floors
-from bench.measure import Plan, blank_row, free, measure
+from bench.measure import DEAD, Plan, blank_row, free, measure
 from bench.operations import Setting
 from bench.peers import Peer, peers_of
 from bench.results import Results, Row
@@ -99,6 +99,12 @@ def label(suite: str, setting: Setting) -> str:
     return f"{operation} {setting.direction} {setting.shape.name} {dtype_name(setting.dtype)}"
 
 
+def _is_deadly(results: Results, suite: str, setting: Setting, entry: Peer) -> bool:
+    """Whether a contender broke the CUDA context when this code met it before."""
+    row = blank_row(suite, setting, entry)
+    return results.settled(row) and results.rows[row.key].reason.startswith(DEAD)
+
+
 def run(
     request: Request,
     results: Results,
@@ -120,7 +126,9 @@ def run(
     try:
         with deadline(until):
             for place, (suite, setting) in enumerate(settings):
-                entries = request.entries(suite, setting)
+                entries = [
+                    entry for entry in request.entries(suite, setting) if not _is_deadly(results, suite, setting, entry)
+                ]
                 if not request.again and all(results.settled(blank_row(suite, setting, entry)) for entry in entries):
                     outcome.settled += 1
                     continue

@@ -1,13 +1,14 @@
 """Whole runs with a measurement that is made up: order, resuming, and time that is up."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from bench_helpers import FLOORS
 
 from bench import run as runs
-from bench.measure import Plan, blank_row
-from bench.peers import Peer
+from bench.measure import DeadDevice, Plan, blank_row
+from bench.peers import Peer, everyone, peers_of
 from bench.results import Results, read
 from bench.run import Request, deadline, run
 from bench.suites import SUITES, by_importance
@@ -75,6 +76,21 @@ def test_a_peer_that_was_installed_since_is_measured_with_its_group(tmp_path, mo
     monkeypatch.setattr(Peer, "version", lambda entry: "1")
     run(request, Results.open(path), Plan(), measure_group=again)
     assert len(again.groups) == 1
+
+
+def test_a_contender_that_broke_the_cuda_context_is_left_alone_when_started_again(tmp_path, monkeypatch):
+    request = Request(["attention"], ["batch=1,tokens=5,heads=1,head_dim=8"], ["eager", "sdpa"], directions=["fwd"])
+    monkeypatch.setattr("bench.measure.device_is_dead", lambda: True)
+    deadly = replace(everyone()["attention", "eager"], load=lambda setting: 1 / 0)
+    monkeypatch.setattr(runs, "peers_of", lambda operation: {**peers_of(operation), "eager": deadly})
+    path = tmp_path / "cpu.jsonl"
+    with pytest.raises(DeadDevice, match="eager broke the CUDA context"):
+        run(request, Results.open(path), Plan(0.0, 2))
+    (row,) = read([path])
+    assert row.status == "error" and row.reason.startswith("broke the CUDA context: ZeroDivisionError")
+    again = Measurement()
+    outcome = run(request, Results.open(path), Plan(), measure_group=again)
+    assert [one.impl for one in outcome.rows] == ["sdpa"]
 
 
 def test_time_that_is_up(tmp_path):
