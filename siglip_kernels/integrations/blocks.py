@@ -1,0 +1,158 @@
+"""What the towers of all three libraries share: LayerNorm, and the two halves of a pre-norm encoder layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import siglip_kernels
+from siglip_kernels.integrations.instances import (
+    Accelerated,
+    has_plain_parameters,
+    is_bare,
+    is_plain,
+    is_replaced,
+    runs,
+    why_not_plain,
+)
+
+LARGEST_HEAD_DIM = 128
+LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)  # the second in torch's MultiheadAttention
+_TANH_GELUS = {
+    ("transformers.activations", "GELUTanh"),
+    ("transformers.activations", "PytorchGELUTanh"),
+    ("timm.layers.activations", "GELUTanh"),
+}
+
+
+def is_tanh_gelu(activation: Any) -> bool:
+    """Whether it is the activation inside `siglip_kernels.mlp`, and nobody looks at it."""
+    if isinstance(activation, nn.Module) and not is_bare(activation):
+        return False
+    if type(activation) is nn.GELU:
+        return activation.approximate == "tanh"
+    return (type(activation).__module__, type(activation).__name__) in _TANH_GELUS
+
+
+def why_not_tanh_gelu(activation: Any) -> list[str]:
+    if is_tanh_gelu(activation):
+        return []
+    shown = repr(activation) if isinstance(activation, nn.Module) else getattr(activation, "__name__", activation)
+    return [f"the activation {shown} is called as it is; the fused MLP has GELU's tanh form in it"]
+
+
+def why_not_head_dim(head_dim: int) -> list[str]:
+    if head_dim % 8 == 0 and head_dim <= LARGEST_HEAD_DIM:
+        return []
+    return [f"its head dim is {head_dim}; siglip_kernels.attention takes multiples of 8 up to {LARGEST_HEAD_DIM}"]
+
+
+class LayerNorm(Accelerated):
+    """torch.nn.LayerNorm and its subclasses that compute the same."""
+
+    @staticmethod
+    def describe(module):
+        if len(module.normalized_shape) != 1 or module.weight is None or module.bias is None:
+            return (), ("siglip_kernels.layer_norm takes one dimension, with weight and bias",)
+        if getattr(module, "_fast_norm", False):
+            return (), ("timm's fast norm is on, which normalises in the autocast dtype",)
+        return ("layer_norm",), ()
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if takes_norm(x, self):
+            return siglip_kernels.layer_norm(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
+def takes_norm(x: Tensor, norm: Any) -> bool:
+    """Whether `layer_norm` takes x and the parameters of a LayerNorm, whose dtype may be fp32 beside any of x."""
+    return has_plain_parameters(norm) and (
+        runs(x, norm.weight, norm.bias) or (runs(x) and norm.weight.dtype == torch.float32)
+    )
+
+
+def is_fusable_norm(norm: Any, x: Tensor) -> bool:
+    """Whether an operation that begins with a LayerNorm may take this one's parameters."""
+    return is_replaced(norm, LayerNorm) and is_bare(norm) and takes_norm(x, norm)
+
+
+def why_not_fusable_norm(path: str, norm: Any) -> list[str]:
+    if is_replaced(norm, LayerNorm) and is_bare(norm):
+        return []
+    return [f"{path} ({type(norm).__name__}) has hooks or is not replaced, and is called as it is"]
+
+
+def pre_norm_packed_qkv(
+    x: Tensor, norm: Any, weight: Tensor, bias: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """siglip_kernels.pre_norm_qkv, the projections packed in one. weight: (3 · H · D, width); bias: (3 · H · D,)."""
+    (q, k, v), (q_bias, k_bias, v_bias) = weight.chunk(3), bias.chunk(3)
+    return siglip_kernels.pre_norm_qkv(x, norm.weight, norm.bias, norm.eps, q, q_bias, k, k_bias, v, v_bias, heads)
+
+
+def add_linear(x: Tensor, linear: Any, y: Tensor) -> Tensor:
+    """x + linear(y)."""
+    if is_plain(linear, *LINEARS) and runs(y, linear.weight, linear.bias):
+        return siglip_kernels.linear(y, linear.weight, linear.bias, x)
+    return x + linear(y)
+
+
+def fuses_mlp(fc1: Any, activation: Any, fc2: Any, x: Tensor) -> bool:
+    return (
+        is_tanh_gelu(activation)
+        and is_plain(fc1, nn.Linear)
+        and is_plain(fc2, nn.Linear)
+        and runs(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    )
+
+
+def mlp(x: Tensor, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
+    return siglip_kernels.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+
+def add_pre_norm_mlp(x: Tensor, norm: Any, fc1: Any, activation: Callable[[Tensor], Tensor], fc2: Any) -> Tensor:
+    """x + fc2(activation(fc1(norm(x))))."""
+    if fuses_mlp(fc1, activation, fc2, x) and is_fusable_norm(norm, x):
+        return siglip_kernels.pre_norm_mlp(
+            x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        )
+    return add_linear(x, fc2, activation(fc1(norm(x))))
+
+
+def describe_pre_norm_mlp(
+    norm: tuple[str, nn.Module], fc1: tuple[str, nn.Module], activation: Any, fc2: tuple[str, nn.Module]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Operations and remarks of `add_pre_norm_mlp`; each module comes with its path."""
+    remarks = why_not_plain(*fc1, nn.Linear) + why_not_plain(*fc2, nn.Linear) + why_not_tanh_gelu(activation)
+    remarks += why_not_fusable_norm(*norm)
+    if not remarks:
+        return ("pre_norm_mlp",), []
+    operations = ("layer_norm",) * is_replaced(norm[1], LayerNorm) + ("linear",) * is_plain(fc2[1], nn.Linear)
+    return operations, remarks
+
+
+def why_not_patches(path: str, convolution: Any) -> list[str]:
+    """Why a convolution is not `siglip_kernels.patch_embed`, or nothing."""
+    if not is_plain(convolution, nn.Conv2d):
+        return why_not_plain(path, convolution, nn.Conv2d)
+    side_by_side = convolution.stride == convolution.kernel_size and convolution.padding in ("valid", (0, 0))
+    if side_by_side and convolution.dilation == (1, 1) and convolution.groups == 1:
+        return []
+    return [f"{path} does not cut the image into patches side by side"]
+
+
+def is_plain_attention(attention: Any) -> bool:
+    """`is_plain` for a torch.nn.MultiheadAttention of SigLIP's form: packed projections with biases."""
+    return (
+        type(attention) is nn.MultiheadAttention
+        and is_bare(attention)
+        and attention.in_proj_weight is not None
+        and attention.in_proj_bias is not None
+        and not hasattr(type(attention.in_proj_weight), "__tensor_flatten__")
+        and attention.bias_k is None
+        and attention.bias_v is None
+        and not attention.add_zero_attn
+        and not (attention.training and attention.dropout)
+        and is_plain(attention.out_proj, *LINEARS)
+    )

@@ -1,0 +1,270 @@
+"""Another forward for one instance of a library's module, and the way back.
+
+The instance's class becomes a subclass of its own class, made here, with the same name: parameters, buffers, hooks,
+`state_dict`, `isinstance`, gradient checkpointing and whatever asks for the class's name stay as they were, copies and
+pickles keep their class, and undoing it is giving the class back. Nothing is stored on the instance.
+
+Every replacement decides at each call whether the kernels may compute it; where not (a tensor on the CPU, dropout, a
+wrapped or hooked linear layer), it computes what its library computes.
+"""
+
+import functools
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from siglip_kernels.device import interpreting
+from siglip_kernels.errors import MissingBackendError, unsupported
+from siglip_kernels.integrations.report import Left, Replaced, Report
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTERPRETING = interpreting()  # here, because torch.compile cannot trace the question
+
+
+class Accelerated(nn.Module):
+    """A replacement: mixed in before a library's class by `accelerated_class`, it overrides `forward`.
+
+    original: the library's class. replacement: the class that was mixed in. own: the class made of both.
+    """
+
+    original: ClassVar[Any] = None
+    replacement: ClassVar[Any] = None
+    own: ClassVar[Any] = None
+
+    @staticmethod
+    def describe(module: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The operations that would compute the module, none if it is not served, and remarks on what they leave."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        made = type(self)
+        return _new, (made.replacement, made.original), *super().__reduce_ex__(max(protocol, 2))[2:]  # type: ignore[misc]
+
+
+def _new(replacement: type[Accelerated], original: type[nn.Module]) -> nn.Module:
+    made = accelerated_class(replacement, original)
+    return made.__new__(made)
+
+
+_made: dict[tuple[Any, Any], Any] = {}
+
+
+def accelerated_class(replacement: type[Accelerated], original: Any) -> Any:
+    """The subclass of `original` with `replacement`'s forward, under the original's name and signature."""
+    if (replacement, original) not in _made:
+        _made[replacement, original] = _make(replacement, original)
+    return _made[replacement, original]
+
+
+def _make(replacement: type[Accelerated], original: Any) -> Any:
+
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        return replacement.forward(self, *args, **kwargs)
+
+    made: Any = type(original)(
+        original.__name__,
+        (replacement, original),
+        {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "original": original,
+            "replacement": replacement,
+            "forward": forward,
+        },
+    )
+    made.own = made
+    return made
+
+
+def full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def original_class(module: Any) -> type[nn.Module]:
+    """The library's class of a module, replaced or not."""
+    return type(module).original if is_replaced(module) else type(module)
+
+
+def is_replaced(module: nn.Module, replacement: type[Accelerated] = Accelerated) -> bool:
+    """Whether the module's class is one made here, of this replacement, and nobody has subclassed that in turn."""
+    return isinstance(module, replacement) and type(module).own is type(module)
+
+
+def _has_own_forward(module: Any) -> bool:
+    """Whether the instance has another forward than its class's, which older transformers leave on it."""
+    state = module.__dict__
+    return "forward" in state and getattr(state["forward"], "__func__", None) is not type(module).forward
+
+
+def _drop_shadow(module: Any) -> None:
+    """Removes from the instance a forward that is only its class's, and would outlive a change of class."""
+    if "forward" in module.__dict__ and not _has_own_forward(module):
+        del module.__dict__["forward"]
+
+
+def put_back(module: Any) -> None:
+    """Gives the module its library's class, if it has another."""
+    _drop_shadow(module)
+    if is_replaced(module):
+        module.__class__ = type(module).original
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: every module gets its library's class back. A model that was not accelerated stays as it is.
+
+    Raises UnsupportedInputError, before anything changes, if a module was wrapped in between by something that makes
+    subclasses, such as FSDP2.
+    """
+    _check_module("restore", model)
+    for path, module in model.named_modules():
+        if isinstance(module, Accelerated) and not is_replaced(module):
+            got = f"has become a {type(module).__name__} at {path or 'its root'} since it was accelerated"
+            raise unsupported("restore", "model", got, "undoing first what was done after accelerate")
+    for module in model.modules():
+        put_back(module)
+
+
+# Which parameters an operation may take ------------------------------------------------------------------------------
+
+# Hooks that transformers leaves on attention and layers once hidden states were asked for; they look at weights of
+# attention, which only its own forward returns, and at a layer's output, which stays.
+_HOOKS_THAT_WATCH = "transformers.utils.output_capturing"
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module does nothing but run its class's forward."""
+    state = module.__dict__
+    return (
+        not state["_forward_pre_hooks"]
+        and not state["_backward_pre_hooks"]
+        and not state["_backward_hooks"]
+        and not _has_own_forward(module)
+        and all(getattr(hook, "__module__", None) == _HOOKS_THAT_WATCH for hook in state["_forward_hooks"].values())
+    )
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether an operation may take the module's parameters instead of calling it.
+
+    Not where someone stands between: another class (LoRA, parametrizations, FSDP2, quantised layers), a hook, a
+    forward set on the instance, a weight made of other tensors (quantised, distributed), a missing weight or bias.
+    """
+    return type(module) in kinds and is_bare(module) and has_plain_parameters(module)
+
+
+def has_plain_parameters(module: nn.Module) -> bool:
+    """Whether every parameter is there and is an ordinary tensor; torch marks those made of others."""
+    return all(
+        parameter is not None and not hasattr(type(parameter), "__tensor_flatten__")
+        for parameter in module.__dict__["_parameters"].values()
+    )
+
+
+def why_not_plain(path: str, module: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """The remark of a report on a module that has to be called, or nothing."""
+    if is_plain(module, kind):
+        return []
+    if type(module) is not kind:
+        return [f"{path} is a {full_name(type(module))} and is called as it is"]
+    if not is_bare(module):
+        return [f"{path} has hooks or a forward of its own and is called as it is"]
+    return [f"{path} lacks a weight or bias, or has one that is made of other tensors, and is called as it is"]
+
+
+def runs(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether the kernels take x together with these parameters, here and now."""
+    device = x.device.type
+    if type(x) not in (Tensor, nn.Parameter) or not (device == "cuda" or (device == "cpu" and _INTERPRETING)):
+        return False
+    if torch.is_autocast_enabled(device):
+        return x.dtype in _DTYPES and all(parameter.dtype in _DTYPES for parameter in parameters)
+    return x.dtype in _DTYPES and all(parameter.dtype == x.dtype for parameter in parameters)
+
+
+# Whole models --------------------------------------------------------------------------------------------------------
+
+
+def _check_module(operation: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise unsupported(operation, "model", f"is a {type(model).__name__}", "torch.nn.Module")
+
+
+def accelerate_modules(
+    model: nn.Module,
+    library: str,
+    replacements: Callable[[str, nn.Module], type[Accelerated] | str | None],
+    nothing_found: str,
+) -> Report:
+    """Replaces what can be replaced in `model`, and tells about it.
+
+    replacements: for a module's path and the module, its replacement; or why it stays; or None, if it is no SigLIP's.
+    """
+    _check_module("accelerate", model)
+    _require_triton()
+    replaced: list[Replaced] = []
+    left: list[Left] = []
+    for path, module in reversed(list(model.named_modules())):  # children first: parents ask what they have become
+        found = replacements(path, module)
+        if found is None:
+            continue
+        name = original_class(module).__name__
+        if isinstance(found, str):
+            left.append(Left(path, name, found))
+            continue
+        put_back(module)
+        if _has_own_forward(module):
+            left.append(Left(path, name, "a forward was set on the instance, by hand or by hooks that move weights"))
+            continue
+        operations, remarks = found.describe(module)
+        if not operations:
+            left.append(Left(path, name, "; ".join(remarks)))
+            continue
+        module.__class__ = accelerated_class(found, type(module))
+        replaced.append(Replaced(path, name, operations, remarks))
+    note = _note(model) if replaced else f"nothing was replaced: {nothing_found}" if not left else ""
+    return Report(type(model).__name__, library, tuple(reversed(replaced)), tuple(reversed(left)), note)
+
+
+def _require_triton() -> None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise MissingBackendError("accelerate: the kernels need Triton, which is not installed") from error
+
+
+def _note(model: nn.Module) -> str:
+    devices = sorted({parameter.device.type for parameter in model.parameters()})
+    notes = []
+    if "cuda" not in devices and not _INTERPRETING:
+        notes.append(
+            f"its parameters are on {', '.join(devices)}, where it computes as before; the kernels take over when it "
+            "is on a CUDA device"
+        )
+    wide = sorted({str(parameter.dtype) for parameter in model.parameters()} - {str(dtype) for dtype in _DTYPES})
+    if wide:
+        notes.append(f"parameters of {', '.join(wide)} are computed as before")
+    return "; ".join(notes)
+
+
+def require_version(library: str, distribution: str, at_least: tuple[int, ...], below: tuple[int, ...]) -> str:
+    """The library's version, or MissingBackendError that names it if it is not one of those that were looked at."""
+    version = importlib.metadata.version(distribution)
+    numbers = tuple(_leading_numbers(version))
+    if not at_least <= numbers < below:
+        supported = f"{'.'.join(map(str, at_least))} to below {'.'.join(map(str, below))}"
+        raise MissingBackendError(
+            f"siglip_kernels.integrations.{library}: {distribution} {version} is not supported; supported: {supported}"
+        )
+    return version
+
+
+def _leading_numbers(version: str) -> Iterator[int]:
+    for part in version.split("."):
+        if not part.isdigit():
+            return
+        yield int(part)

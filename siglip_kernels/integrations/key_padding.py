@@ -1,0 +1,83 @@
+"""Attention masks that say which keys are valid, as what the kernels take: how many keys are valid.
+
+Softmax attention does not care about the order of its keys, so a mask whose valid keys are not all at the front is
+served, too: keys and values are reordered. Any other mask (causal, windows, biases) cannot be expressed and is told
+apart by reading it, once for each forward.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import siglip_kernels
+
+
+class KeyPadding(NamedTuple):
+    """mask: what was read. lengths: valid keys per sample, int32 (B,). order: int64 (B, K), valid keys first, or None
+    where they already are."""
+
+    mask: Tensor
+    lengths: Tensor
+    order: Tensor | None
+
+    def valid_first(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, K, ...)."""
+        if self.order is None:
+            return tokens
+        return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], self.order]
+
+
+def attend(projected: tuple[Tensor, Tensor, Tensor], scale: float | None, padding: KeyPadding | None) -> Tensor:
+    """siglip_kernels.attention over the valid keys. projected: q, k and v, each (B, S, H, D)."""
+    q, k, v = projected
+    if padding is None:
+        return siglip_kernels.attention(q, k, v, scale=scale)
+    k, v = padding.valid_first(k), padding.valid_first(v)
+    return siglip_kernels.attention(q, k, v, scale=scale, lengths=padding.lengths)
+
+
+def read_key_padding(mask: Any) -> Any:
+    """A KeyPadding if `mask` is a tensor that says nothing but which keys are valid, else `mask` itself.
+
+    mask: (B, K), not 0 where valid; or (B, 1, Q or 1, K), bool (True is valid) or added to the scores (0 or at most the
+    dtype's smallest number). While torch.compile traces or a CUDA graph is captured values cannot be read: then two
+    kinds are recognised that need no reading, (B, K) and bool (B, 1, 1, K).
+    """
+    if not isinstance(mask, Tensor):
+        return mask
+    if mask.dim() == 2:
+        return from_valid_keys(mask != 0, mask)
+    if mask.dim() != 4 or mask.shape[1] != 1 or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        return mask
+    row = mask[:, 0, 0]
+    if mask.dtype == torch.bool and mask.shape[2] == 1:
+        return from_valid_keys(row, mask)
+    if not can_read_values(mask):
+        return mask
+    valid = row if mask.dtype == torch.bool else row == 0
+    same_for_all_queries = (mask == mask[:, :, :1]).all()
+    only_masks = (
+        same_for_all_queries if mask.dtype == torch.bool else (valid | (row <= torch.finfo(mask.dtype).min)).all()
+    )
+    return from_valid_keys(valid, mask) if bool(same_for_all_queries & only_masks) else mask
+
+
+def from_valid_keys(valid: Tensor, mask: Tensor) -> KeyPadding:
+    """valid: bool (B, K)."""
+    lengths = valid.sum(-1, dtype=torch.int32)
+    if can_read_values(valid) and bool((valid[:, 1:] <= valid[:, :-1]).all()):
+        return KeyPadding(mask, lengths, None)
+    return KeyPadding(mask, lengths, torch.argsort((~valid).to(torch.uint8), dim=-1, stable=True))
+
+
+def can_read_values(tensor: Tensor) -> bool:
+    """Whether the host may look at values here: not while they are traced or captured."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not Tensor:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def as_given(mask: Any) -> Any:
+    """What `read_key_padding` was given."""
+    return mask.mask if isinstance(mask, KeyPadding) else mask

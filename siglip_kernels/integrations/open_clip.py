@@ -1,0 +1,206 @@
+"""SigLIP in open_clip: timm's vision tower, open_clip's text transformer, and the loss of its training script.
+
+    from siglip_kernels.integrations import open_clip as siglip_open_clip
+
+    report = siglip_open_clip.accelerate(model)
+    siglip_open_clip.restore(model)
+
+    siglip_open_clip.register_loss()   # open_clip.create_loss(args) with args.siglip is now siglip_kernels.SigLipLoss
+    siglip_open_clip.restore_loss()
+
+The training script with both, arguments as for `python -m open_clip_train.main`:
+
+    python -m siglip_kernels.integrations.open_clip --siglip --model ViT-SO400M-14-SigLIP ...
+"""
+
+import sys
+from typing import Any
+
+import open_clip
+import open_clip.factory
+import open_clip.loss
+from torch import Tensor, nn
+
+import siglip_kernels
+from siglip_kernels import SigLipLoss
+from siglip_kernels.integrations import timm as siglip_timm
+from siglip_kernels.integrations.blocks import (
+    LayerNorm,
+    add_linear,
+    add_pre_norm_mlp,
+    describe_pre_norm_mlp,
+    is_fusable_norm,
+    is_plain_attention,
+    pre_norm_packed_qkv,
+    takes_norm,
+    why_not_fusable_norm,
+    why_not_head_dim,
+)
+from siglip_kernels.integrations.instances import (
+    Accelerated,
+    accelerate_modules,
+    full_name,
+    is_bare,
+    is_replaced,
+    original_class,
+    require_version,
+    restore,
+    runs,
+)
+from siglip_kernels.integrations.report import Report
+
+__all__ = ["SigLipLoss", "accelerate", "register_loss", "restore", "restore_loss"]
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Replace, on this instance, what the towers of a SigLIP model compute: the timm tower (see
+    `siglip_kernels.integrations.timm`) and the blocks and LayerNorms of open_clip's text transformer.
+
+    The results are those of before but for rounding. A causal text transformer, such as CLIP's, is left as it is.
+
+    Returns what was replaced and what was not, and why. `restore(model)` undoes it.
+    Raises MissingBackendError, and changes nothing, for an open_clip that is not 3 or without Triton.
+    """
+    version = require_version("open_clip", "open_clip_torch", (3,), (4,))
+    require_version("open_clip", "timm", *siglip_timm.VERSIONS)
+    towers = siglip_timm.paths_of_towers(model)
+    texts = [] if not isinstance(model, nn.Module) else list(_text_transformers(model))
+
+    def replacement(path: str, module: nn.Module) -> type[Accelerated] | str | None:
+        name = full_name(original_class(module))
+        if name in _LEFT:
+            return _LEFT[name]
+        if path in texts and module.attn_mask is not None:
+            return "its attention is causal"
+        for text in texts:
+            if (path.startswith(f"{text}.") or not text) and model.get_submodule(text).attn_mask is None:
+                return _REPLACEMENTS.get(name)
+        return siglip_timm.replacement(towers, path, module)
+
+    return accelerate_modules(model, f"open_clip {version}", replacement, "no SigLIP tower is in it")
+
+
+def _text_transformers(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if full_name(type(module)) == f"{_OURS}.TextTransformer"]
+
+
+_OURS = "open_clip.transformer"
+
+
+class TextLayerNorm(LayerNorm):
+    """open_clip's LayerNorm and LayerNormFp32, whose result has the input's dtype under autocast, too."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if takes_norm(x, self):
+            return siglip_kernels.layer_norm(x, self.weight, self.bias, self.eps).to(x.dtype)
+        return super(LayerNorm, self).forward(x)
+
+
+class ResidualAttentionBlock(Accelerated):
+    """The pre-norm block of open_clip's transformer; with a mask or another's keys its attention is PyTorch's."""
+
+    @staticmethod
+    def describe(module):
+        operations: tuple[str, ...] = ("layer_norm",) * is_replaced(module.ln_1, LayerNorm)
+        remarks: list[str] = []
+        if not (_is_self_attention(module.attn) and type(module.ls_1) is nn.Identity):
+            remarks.append("attn is wrapped, hooked, scaled or of another form than SigLIP's, and is called as it is")
+        else:
+            remarks += why_not_head_dim(module.attn.head_dim)
+            if not remarks:
+                remarks = why_not_fusable_norm("ln_1", module.ln_1)
+                operations = (*(operations if remarks else ("pre_norm_qkv",)), "attention", "linear")
+        if not (type(module.ls_2) is nn.Identity and _is_known_mlp(module.mlp)):
+            operations += ("layer_norm",) * is_replaced(module.ln_2, LayerNorm)
+            remarks.append("mlp is wrapped, hooked or scaled, and is called as it is")
+        else:
+            fc1, fc2 = ("mlp.c_fc", module.mlp.c_fc), ("mlp.c_proj", module.mlp.c_proj)
+            second = describe_pre_norm_mlp(("ln_2", module.ln_2), fc1, module.mlp.gelu, fc2)
+            operations, remarks = operations + second[0], remarks + second[1]
+        return tuple(dict.fromkeys(operations)), tuple(remarks)
+
+    def forward(self: Any, q_x: Tensor, k_x: Any = None, v_x: Any = None, attn_mask: Any = None) -> Tensor:
+        if not runs(q_x) or k_x is not None or v_x is not None:
+            return super().forward(q_x, k_x, v_x, attn_mask)
+        x = self._add_attention(q_x, attn_mask)
+        module = self.mlp
+        if _is_known_mlp(module) and siglip_timm.drops_nothing(self.ls_2):
+            return add_pre_norm_mlp(x, self.ln_2, module.c_fc, module.gelu, module.c_proj)
+        return x + self.ls_2(module(self.ln_2(x)))
+
+    def _add_attention(self: Any, x: Tensor, attn_mask: Any) -> Tensor:
+        norm, attention = self.ln_1, self.attn
+        if (
+            attn_mask is not None
+            or not _is_self_attention(attention)
+            or why_not_head_dim(attention.head_dim)
+            or not siglip_timm.drops_nothing(self.ls_1)
+            or not runs(x, attention.in_proj_weight, attention.in_proj_bias)
+        ):
+            return x + self.ls_1(self.attention(q_x=norm(x), attn_mask=attn_mask))
+        weight, bias, heads = attention.in_proj_weight, attention.in_proj_bias, attention.num_heads
+        if is_fusable_norm(norm, x):
+            q, k, v = pre_norm_packed_qkv(x, norm, weight, bias, heads)
+        else:
+            projected = siglip_kernels.linear(norm(x), weight, bias)
+            q, k, v = projected.unflatten(-1, (3, heads, attention.head_dim)).unbind(2)
+        return add_linear(x, attention.out_proj, siglip_kernels.attention(q, k, v).flatten(2))
+
+
+def _is_self_attention(attention: Any) -> bool:
+    return attention.batch_first and is_plain_attention(attention)
+
+
+def _is_known_mlp(module: Any) -> bool:
+    return type(module) is nn.Sequential and is_bare(module) and list(module._modules) == ["c_fc", "gelu", "c_proj"]
+
+
+_REPLACEMENTS: dict[str, type[Accelerated]] = {
+    f"{_OURS}.ResidualAttentionBlock": ResidualAttentionBlock,
+    f"{_OURS}.LayerNorm": TextLayerNorm,
+    f"{_OURS}.LayerNormFp32": TextLayerNorm,
+}
+
+_LEFT = {
+    "open_clip.hf_model.HFTextEncoder": "a model of transformers: its own integration takes it",
+    f"{_OURS}.CustomResidualAttentionBlock": "blocks with normalised, scaled or cosine attention are not SigLIP's",
+}
+
+
+# The loss ------------------------------------------------------------------------------------------------------------
+
+_THEIRS = open_clip.loss.SigLipLoss
+
+
+def register_loss() -> None:
+    """Make open_clip's `create_loss`, and so its training script under --siglip, take siglip_kernels.SigLipLoss."""
+    open_clip.factory.SigLipLoss = SigLipLoss
+
+
+def restore_loss() -> None:
+    """Undo `register_loss`."""
+    open_clip.factory.SigLipLoss = _THEIRS
+
+
+def train(arguments: list[str]) -> None:
+    """open_clip's training script with the model accelerated and the loss registered."""
+    import open_clip_train.main as script
+
+    create = script.create_model_and_transforms
+
+    def create_accelerated(*args: Any, **named: Any) -> Any:
+        model, *transforms = create(*args, **named)
+        print(accelerate(model))
+        return model, *transforms
+
+    script.create_model_and_transforms = create_accelerated
+    register_loss()
+    try:
+        script.main(arguments)
+    finally:
+        restore_loss()
+        script.create_model_and_transforms = create
+
+
+if __name__ == "__main__":
+    train(sys.argv[1:])

@@ -1,0 +1,74 @@
+"""What `accelerate` did to a model, module by module."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A module that now calls the kernels.
+
+    operations: those of siglip_kernels that compute it now.
+    remarks: what of it PyTorch still computes, and why.
+    """
+
+    path: str
+    module: str
+    operations: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module of a SigLIP tower that stays as it was, and why."""
+
+    path: str
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was replaced and what was not; `print(report)` shows it with equal layers on one line.
+
+    note: what holds for the whole model, such as the device that it waits for.
+    """
+
+    model: str
+    library: str
+    replaced: tuple[Replaced, ...]
+    left: tuple[Left, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.model} ({self.library}): {len(self.replaced)} modules run on siglip_kernels"]
+        lines += [f"note: {self.note}"] * bool(self.note)
+        rows = [(entry.path, (entry.module, ", ".join(entry.operations), entry.remarks)) for entry in self.replaced]
+        for path, (module, operations, remarks) in _collapsed(rows):
+            lines.append(f"  {path} ({module}): {operations}")
+            lines += [f"    but: {remark}" for remark in remarks]
+        if self.left:
+            lines.append("left as they were:")
+            left = [(entry.path, (entry.module, entry.reason)) for entry in self.left]
+            lines += [f"  {path} ({module}): {reason}" for path, (module, reason) in _collapsed(left)]
+        return "\n".join(lines)
+
+
+def _collapsed(rows: Iterable[tuple[str, tuple]]) -> list[tuple[str, tuple]]:
+    """Rows that differ only in the numbers of their paths, as one: layers.0.mlp, layers.1.mlp → layers.0-1.mlp."""
+    groups: dict[tuple, list[tuple[int, ...]]] = {}
+    for path, what in rows:
+        numbers = tuple(int(number) for number in re.findall(r"\d+", path))
+        groups.setdefault((re.sub(r"\d+", "{}", path), what), []).append(numbers)
+    return [
+        (pattern.format(*(_ranges(set(column)) for column in zip(*numbers, strict=True))) or "(the model)", what)
+        for (pattern, what), numbers in groups.items()
+    ]
+
+
+def _ranges(numbers: set[int]) -> str:
+    """{0, 1, 2, 5} → "0-2,5"."""
+    starts = sorted(number for number in numbers if number - 1 not in numbers)
+    ends = sorted(number for number in numbers if number + 1 not in numbers)
+    return ",".join(f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))

@@ -1,0 +1,210 @@
+"""SigLIP in transformers, on our kernels.
+
+    from siglip_kernels.integrations import transformers as siglip_transformers
+
+    report = siglip_transformers.accelerate(model)   # any model with a SigLIP or SigLIP 2 tower in it
+    siglip_transformers.restore(model)
+
+or attention alone, in any model: `register()`, then `attn_implementation="siglip_triton"`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from siglip_kernels.errors import MissingBackendError, unsupported
+from siglip_kernels.integrations.blocks import LayerNorm
+from siglip_kernels.integrations.instances import (
+    Accelerated,
+    accelerate_modules,
+    full_name,
+    original_class,
+    require_version,
+    restore,
+)
+from siglip_kernels.integrations.key_padding import (
+    KeyPadding,
+    attend,
+    can_read_values,
+    from_valid_keys,
+    read_key_padding,
+)
+from siglip_kernels.integrations.report import Report
+from siglip_kernels.integrations.transformers_modules import LEFT, REPLACEMENTS, TOWERS
+
+__all__ = ["accelerate", "register", "restore"]
+
+NAME = "siglip_triton"
+_VERSIONS = ((4, 50), (6,))
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Replace, on this instance, what SigLIP and SigLIP 2 towers compute, wherever in the model they are.
+
+    Attention, MLP, LayerNorm, MAP head, patch embedding and the loss of SiglipModel(return_loss=True) call the kernels;
+    a language model beside the tower stays untouched. Parameters, `state_dict`, `save_pretrained`, hooks, gradient
+    checkpointing, PEFT before or after, torch.compile and DDP work as before; the results are those of before but for
+    rounding. What the kernels cannot compute (tensors that are not on a CUDA device, float64, dropout in training,
+    calls with output_attentions=True, attention masks that are no padding) is computed by transformers, call by call.
+    So a model may be accelerated on the CPU and moved afterwards. Calling it again changes nothing but the report.
+
+    Returns what was replaced and what was not, and why.
+    Raises MissingBackendError, and changes nothing, if this version of transformers is not one that the package knows
+    or Triton is not installed.
+    """
+    version = _require_version()
+    towers = () if not isinstance(model, nn.Module) else tuple(_paths_of_towers(model))
+
+    def replacement(path: str, module: nn.Module) -> type[Accelerated] | str | None:
+        kind = original_class(module)
+        name = full_name(kind)
+        if name in REPLACEMENTS:
+            return REPLACEMENTS[name]
+        if name in LEFT:
+            return LEFT[name]
+        if not any(path == tower or not tower or path.startswith(f"{tower}.") for tower in towers):
+            return None
+        if kind is nn.LayerNorm:
+            return LayerNorm
+        known = [full_name(base) for base in kind.__mro__ if full_name(base) in REPLACEMENTS]
+        return f"{name} is a subclass of {known[0]} with code of its own" if known else None
+
+    return accelerate_modules(
+        model, f"transformers {version}", replacement, "no module of a SigLIP or SigLIP 2 tower is in it"
+    )
+
+
+def _paths_of_towers(model: nn.Module) -> list[str]:
+    return [
+        path
+        for path, module in model.named_modules()
+        if any(full_name(base) in TOWERS for base in original_class(module).__mro__)
+    ]
+
+
+def _require_version() -> str:
+    return require_version("transformers", "transformers", *_VERSIONS)
+
+
+def register() -> None:
+    """Make attn_implementation="siglip_triton" known to transformers, for every model that it lets choose attention.
+
+    It computes bidirectional attention, with or without a mask of padding. Causal attention, sliding windows, soft
+    caps, sinks, biases, dropout and other masks are refused by name. A vision-language model takes it for its tower:
+    attn_implementation={"vision_config": "siglip_triton"}.
+
+    Raises MissingBackendError for a version of transformers without the mask interface (before 4.53).
+    """
+    _require_version()
+    try:
+        from transformers import AttentionMaskInterface
+    except ImportError as error:
+        message = f"register: transformers {transformers.__version__} has no AttentionMaskInterface; 4.53 is the first"
+        raise MissingBackendError(message) from error
+    transformers.AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, padding_mask)
+
+
+# What changes attention's result and is not supported, under the names by which transformers hands it over.
+_UNSUPPORTED = (
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "position_bias",
+    "attention_bias",
+    "head_mask",
+    "layer_head_mask",
+    "cache",
+    "block_table",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "output_attentions",
+)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface. query, key, value: (B, H, S, D). Returns (B, S, H, D), and no weights.
+
+    attention_mask: what `padding_mask` returned, or a mask that says which keys are valid (see `key_padding`).
+    Fewer heads of keys than of queries (grouped queries) are repeated.
+    """
+    kind = type(module).__name__
+    if dropout:
+        raise unsupported(NAME, "dropout", f"is {dropout} in {kind}", "0: set the config's attention_dropout to 0")
+    for name in _UNSUPPORTED:
+        if arguments.get(name) not in (None, False):
+            raise unsupported(NAME, name, f"is given by {kind}", "attention without it; use 'sdpa' or 'eager'")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal and attention_mask is None and query.shape[2] > 1:
+        raise unsupported(NAME, "is_causal", f"is True in {kind}", _BIDIRECTIONAL)
+    padding = read_key_padding(getattr(attention_mask, _READ, attention_mask))
+    if not (padding is None or isinstance(padding, KeyPadding)):
+        got = f"of {kind} is no mask of padding ({_shown(attention_mask)})"
+        raise unsupported(NAME, "attention_mask", got, "(batch, keys), the same for all queries; use 'sdpa' or 'eager'")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    projected = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return attend(projected, scaling, padding), None
+
+
+_BIDIRECTIONAL = (
+    "bidirectional attention; for the tower of a vision-language model alone give "
+    f'attn_implementation={{"vision_config": "{NAME}"}}'
+)
+_READ = "_siglip_key_padding"  # an attribute of the masks made by `padding_mask`: they are read once for all layers
+
+
+def _shown(mask: Any) -> str:
+    return f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+
+
+def padding_mask(
+    *,
+    kv_length: int,
+    mask_function: Any,
+    attention_mask: Tensor | None = None,
+    kv_offset: int = 0,
+    **arguments: Any,
+) -> Tensor | None:
+    """transformers' mask interface: bool (B, 1, 1, K), True where a key is valid, or None if all are.
+
+    attention_mask: (B, K), not 0 where valid. Only bidirectional masks are made; others are refused by name.
+    """
+    if getattr(mask_function, "__name__", "") != "bidirectional_mask_function":
+        raise unsupported(NAME, "mask_function", f"is {_name_of_mask(mask_function)}", _BIDIRECTIONAL)
+    if attention_mask is None:
+        return None
+    valid = attention_mask != 0
+    missing = kv_length + kv_offset - valid.shape[-1]
+    if missing > 0:
+        valid = F.pad(valid, (0, missing))
+    valid = valid[:, kv_offset : kv_offset + kv_length]
+    mask = valid[:, None, None]
+    if can_read_values(valid):
+        if bool(valid.all()):
+            return None
+        setattr(mask, _READ, from_valid_keys(valid, mask))
+    return mask
+
+
+def _name_of_mask(function: Any) -> str:
+    """and_masks(sliding_window_bidirectional_overlay, bidirectional_mask_function), as transformers composes them."""
+    name = getattr(function, "__qualname__", type(function).__name__).split(".<locals>")[0]
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    parts = [_name_of_mask(part) for value in held if isinstance(value, tuple) for part in value if callable(part)]
+    return f"{name}({', '.join(parts)})" if parts else name

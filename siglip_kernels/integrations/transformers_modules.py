@@ -1,0 +1,364 @@
+"""Replacements for the modules of SigLIP towers in transformers, 4.50 to 5.
+
+They fit every class that is SigLIP's in shape and attributes, whatever its name: SigLIP, SigLIP 2, and the towers of
+Idefics 2, Idefics 3 and SmolVLM, which are copies.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import siglip_kernels
+from siglip_kernels.integrations.blocks import (
+    LayerNorm,
+    add_linear,
+    add_pre_norm_mlp,
+    describe_pre_norm_mlp,
+    fuses_mlp,
+    is_fusable_norm,
+    is_plain_attention,
+    mlp,
+    why_not_fusable_norm,
+    why_not_head_dim,
+    why_not_patches,
+    why_not_tanh_gelu,
+)
+from siglip_kernels.integrations.instances import (
+    Accelerated,
+    full_name,
+    is_bare,
+    is_plain,
+    is_replaced,
+    runs,
+    why_not_plain,
+)
+from siglip_kernels.integrations.key_padding import KeyPadding, as_given, attend, read_key_padding
+
+
+class Attention(Accelerated):
+    """SiglipAttention: its linear layers, whatever they have become, around our attention."""
+
+    @staticmethod
+    def describe(module):
+        refusal = why_not_head_dim(module.head_dim)
+        if refusal:
+            return (), tuple(refusal)
+        if not module.dropout:
+            return ("attention",), ()
+        return ("attention",), (
+            f"attention_dropout is {module.dropout}, which PyTorch's attention applies in training",
+        )
+
+    def attends(self: Any, x: Tensor, padding: Any, arguments: dict[str, Any]) -> bool:
+        """Whether our attention can compute this call; it has no weights of attention to return."""
+        return (
+            runs(x)
+            and (padding is None or isinstance(padding, KeyPadding))
+            and not (self.training and self.dropout)
+            and not (arguments.get("output_attentions") or getattr(self.config, "output_attentions", False))
+        )
+
+    def project(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, S, width). Returns q, k and v, each (B, S, H, D)."""
+        heads = (self.num_heads, self.head_dim)
+        return (
+            self.q_proj(x).unflatten(-1, heads),
+            self.k_proj(x).unflatten(-1, heads),
+            self.v_proj(x).unflatten(-1, heads),
+        )
+
+    def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **arguments: Any):
+        padding = read_key_padding(attention_mask)
+        if not self.attends(hidden_states, padding, arguments):
+            return super().forward(hidden_states=hidden_states, attention_mask=as_given(attention_mask), **arguments)
+        out = attend(self.project(hidden_states), self.scale, padding)
+        return self.out_proj(out.flatten(2)), None
+
+
+class MLP(Accelerated):
+    """SiglipMLP."""
+
+    @staticmethod
+    def describe(module):
+        fc1, fc2 = why_not_plain("fc1", module.fc1, nn.Linear), why_not_plain("fc2", module.fc2, nn.Linear)
+        remarks = tuple(fc1 + fc2 + why_not_tanh_gelu(module.activation_fn))
+        return ((), remarks) if remarks else (("mlp",), ())
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if fuses_mlp(self.fc1, self.activation_fn, self.fc2, hidden_states):
+            return mlp(hidden_states, self.fc1, self.fc2)
+        return super().forward(hidden_states)
+
+
+class EncoderLayer(Accelerated):
+    """SiglipEncoderLayer: four operations, or its modules where somebody stands between."""
+
+    returns_tuple = False  # as transformers before 4.56 does
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if cls.original is not None:
+            cls.returns_tuple = "output_attentions" in inspect.signature(cls.original.forward).parameters
+
+    @staticmethod
+    def describe(module):
+        attention, norm = module.self_attn, module.layer_norm1
+        remarks: list[str] = []
+        if not (is_replaced(attention, Attention) and is_bare(attention)):
+            operations: tuple[str, ...] = ("layer_norm",) * is_replaced(norm, LayerNorm)
+            remarks.append("self_attn has hooks or is not replaced, and is called as it is")
+        else:
+            remarks += why_not_fusable_norm("layer_norm1", norm)
+            for name in ("q_proj", "k_proj", "v_proj"):
+                remarks += why_not_plain(f"self_attn.{name}", getattr(attention, name), nn.Linear)
+            operations = ("layer_norm",) * is_replaced(norm, LayerNorm) if remarks else ("pre_norm_qkv",)
+            out_proj = why_not_plain("self_attn.out_proj", attention.out_proj, nn.Linear)
+            operations = (*operations, "attention", *(() if out_proj else ("linear",)))
+            remarks += out_proj + list(Attention.describe(attention)[1])
+        if not _is_known_mlp(module.mlp):
+            operations += ("layer_norm",) * is_replaced(module.layer_norm2, LayerNorm)
+            remarks.append("mlp has hooks or is not replaced, and is called as it is")
+        else:
+            fc1, fc2 = ("mlp.fc1", module.mlp.fc1), ("mlp.fc2", module.mlp.fc2)
+            second = describe_pre_norm_mlp(("layer_norm2", module.layer_norm2), fc1, module.mlp.activation_fn, fc2)
+            operations, remarks = operations + second[0], remarks + second[1]
+        return tuple(dict.fromkeys(operations)), tuple(remarks)
+
+    def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, *arguments: Any, **named: Any):
+        if arguments:  # transformers before 4.56, which passes it by place when it checkpoints
+            named["output_attentions"] = arguments[0]
+        if not runs(hidden_states) or named.get("output_attentions"):
+            return super().forward(hidden_states, as_given(attention_mask), **named)
+        x = self._add_attention(hidden_states, attention_mask, named)
+        module = self.mlp
+        if _is_known_mlp(module):
+            x = add_pre_norm_mlp(x, self.layer_norm2, module.fc1, module.activation_fn, module.fc2)
+        else:
+            x = x + module(self.layer_norm2(x))
+        return (x,) if self.returns_tuple else x
+
+    def _add_attention(self: Any, x: Tensor, mask: Any, arguments: dict[str, Any]) -> Tensor:
+        norm, attention = self.layer_norm1, self.self_attn
+        padding = read_key_padding(mask)
+        if not (is_replaced(attention, Attention) and is_bare(attention) and attention.attends(x, padding, arguments)):
+            return x + attention(hidden_states=norm(x), attention_mask=as_given(mask), **arguments)[0]
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        if is_fusable_norm(norm, x) and all(is_plain(p, nn.Linear) and runs(x, p.weight, p.bias) for p in (q, k, v)):
+            projected = siglip_kernels.pre_norm_qkv(
+                x,
+                norm.weight,
+                norm.bias,
+                norm.eps,
+                q.weight,
+                q.bias,
+                k.weight,
+                k.bias,
+                v.weight,
+                v.bias,
+                attention.num_heads,
+            )
+        else:
+            projected = attention.project(norm(x))
+        return add_linear(x, attention.out_proj, attend(projected, attention.scale, padding).flatten(2))
+
+
+def _is_known_mlp(module: nn.Module) -> bool:
+    """Whether a SiglipMLP's linear layers may be called in its stead; one with another activation was not replaced."""
+    return is_bare(module) and (is_replaced(module, MLP) or REPLACEMENTS.get(full_name(type(module))) is MLP)
+
+
+class Encoder(Accelerated):
+    """SiglipEncoder: reads the mask once for all layers."""
+
+    @staticmethod
+    def describe(module):
+        return ("attention",), ()
+
+    def forward(self: Any, inputs_embeds: Tensor, attention_mask: Any = None, *arguments: Any, **named: Any):
+        if attention_mask is not None and runs(inputs_embeds) and all(_takes_key_padding(x) for x in self.layers):
+            attention_mask = read_key_padding(attention_mask)
+        return super().forward(inputs_embeds, attention_mask, *arguments, **named)
+
+
+def _takes_key_padding(layer: nn.Module) -> bool:
+    return is_replaced(layer, EncoderLayer) and is_bare(layer)
+
+
+class PoolingHead(Accelerated):
+    """SiglipMultiheadAttentionPoolingHead, and SigLIP 2's, which takes a mask."""
+
+    @staticmethod
+    def describe(module):
+        if not is_plain_attention(module.attention):
+            kind = full_name(type(module.attention))
+            return (), (f"its attention, a {kind}, is wrapped, hooked or of another form than SigLIP's",)
+        if not _is_known_mlp(module.mlp):
+            return ("attention_pool",), ("mlp has hooks or is not replaced, and is called as it is",)
+        fc1, fc2 = ("mlp.fc1", module.mlp.fc1), ("mlp.fc2", module.mlp.fc2)
+        operations, remarks = describe_pre_norm_mlp(("layernorm", module.layernorm), fc1, module.mlp.activation_fn, fc2)
+        return ("attention_pool", *operations), tuple(remarks)
+
+    def forward(self: Any, hidden_state: Tensor, attention_mask: Any = None) -> Tensor:
+        padding = read_key_padding(attention_mask)
+        pool = self.attention
+        if (
+            not runs(hidden_state, self.probe)
+            or not (padding is None or isinstance(padding, KeyPadding))
+            or not is_plain_attention(pool)
+            or not runs(hidden_state, pool.in_proj_weight)
+        ):
+            return super().forward(hidden_state, *(() if attention_mask is None else (attention_mask,)))
+        lengths = None
+        if padding is not None:
+            hidden_state, lengths = padding.valid_first(hidden_state), padding.lengths
+        x = siglip_kernels.attention_pool(
+            hidden_state,
+            self.probe,
+            pool.in_proj_weight,
+            pool.in_proj_bias,
+            pool.out_proj.weight,
+            pool.out_proj.bias,
+            pool.num_heads,
+            lengths=lengths,
+        )
+        module = self.mlp
+        if _is_known_mlp(module):
+            return add_pre_norm_mlp(x, self.layernorm, module.fc1, module.activation_fn, module.fc2)
+        return x + module(self.layernorm(x))
+
+
+class VisionEmbeddings(Accelerated):
+    """SiglipVisionEmbeddings."""
+
+    @staticmethod
+    def describe(module):
+        remarks = why_not_patches("patch_embedding", module.patch_embedding)
+        return ((), tuple(remarks)) if remarks else (("patch_embed",), ())
+
+    def forward(self: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        convolution = self.patch_embedding
+        if why_not_patches("patch_embedding", convolution) or not is_bare(self.position_embedding):
+            return super().forward(pixel_values, interpolate_pos_encoding)
+        pixels = pixel_values.to(dtype=convolution.weight.dtype)
+        height, width = pixels.shape[-2:]
+        count = (height // convolution.kernel_size[0]) * (width // convolution.kernel_size[1])
+        if not runs(pixels, convolution.weight) or not (interpolate_pos_encoding or count == self.num_positions):
+            return super().forward(pixel_values, interpolate_pos_encoding)
+        if interpolate_pos_encoding:  # it asks the embeddings for their shape alone
+            shape_of_embeddings = convolution.bias.detach().expand(1, count, -1)
+            position = self.interpolate_pos_encoding(shape_of_embeddings, height, width)
+        else:
+            position = self.position_embedding(self.position_ids)
+        return siglip_kernels.patch_embed(pixels, convolution.weight, convolution.bias, position[0])
+
+
+class NaflexVisionEmbeddings(Accelerated):
+    """Siglip2VisionEmbeddings: patches come cut and padded, positions are resized for each image."""
+
+    @staticmethod
+    def describe(module):
+        remarks = why_not_plain("patch_embedding", module.patch_embedding, nn.Linear)
+        return ((), tuple(remarks)) if remarks else (("linear",), ())
+
+    def forward(self: Any, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
+        linear = self.patch_embedding
+        if not is_plain(linear, nn.Linear) or not is_bare(self.position_embedding):
+            return super().forward(pixel_values, spatial_shapes)
+        patches = pixel_values.to(dtype=linear.weight.dtype)
+        if not runs(patches, linear.weight, linear.bias):
+            return super().forward(pixel_values, spatial_shapes)
+        side = self.position_embedding_size
+        grid = self.position_embedding.weight.reshape(side, side, -1)
+        positions = self.resize_positional_embeddings(grid, spatial_shapes, max_length=patches.shape[1])
+        return siglip_kernels.linear(patches, linear.weight, linear.bias, positions)
+
+
+class Model(Accelerated):
+    """SiglipModel and Siglip2Model: the loss, from embeddings instead of logits. Logits are returned all the same."""
+
+    argument_names: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if cls.original is not None:
+            cls.argument_names = tuple(inspect.signature(cls.original.forward).parameters)[1:]
+
+    @staticmethod
+    def describe(module):
+        return ("sigmoid_loss",), ()
+
+    def forward(self: Any, *arguments: Any, **named: Any):
+        named.update(zip(self.argument_names, arguments, strict=False))
+        if not named.get("return_loss"):
+            return super().forward(**named)
+        return_dict = named.pop("return_dict", None)
+        output = super().forward(**{**named, "return_loss": None, "return_dict": True})
+        loss = self._loss(output)
+        output = type(output)(loss=loss, **output)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    def _loss(self: Any, output: Any) -> Tensor:
+        image, text = output.image_embeds, output.text_embeds
+        fits = image.shape == text.shape and image.shape[-1] % 8 == 0 and image.shape[-1] <= _WIDEST_LOSS
+        if fits and image.device == text.device and runs(image, text):
+            scale, bias = self.logit_scale.to(text.device).exp(), self.logit_bias.to(text.device)
+            return siglip_kernels.sigmoid_loss(image, text, scale.reshape(()), bias.reshape(()))
+        logits = output.logits_per_text
+        signs = 2 * torch.eye(len(logits), device=logits.device) - torch.ones_like(
+            logits
+        )  # transformers' way, errors too
+        return -nn.functional.logsigmoid(signs * logits).sum(-1).mean()
+
+
+_WIDEST_LOSS = 2048
+
+
+def _tower(package: str, prefix: str, attention: str, mlp: str) -> dict[str, type[Accelerated]]:
+    classes = {
+        f"{attention}Attention": Attention,
+        f"{attention}SdpaAttention": Attention,  # these two in transformers before 4.51
+        f"{attention}FlashAttention2": Attention,
+        mlp: MLP,
+        f"{prefix}EncoderLayer": EncoderLayer,
+        f"{prefix}Encoder": Encoder,
+    }
+    return {f"transformers.models.{package}.modeling_{package}.{name}": kind for name, kind in classes.items()}
+
+
+# By name, so that no model's file is imported because another model is used.
+REPLACEMENTS: dict[str, type[Accelerated]] = {
+    **_tower("siglip", "Siglip", "Siglip", "SiglipMLP"),
+    **_tower("siglip2", "Siglip2", "Siglip2", "Siglip2MLP"),
+    **_tower("idefics2", "Idefics2", "Idefics2Vision", "Idefics2VisionMLP"),
+    **_tower("idefics3", "Idefics3", "Idefics3Vision", "Idefics3VisionMLP"),
+    **_tower("smolvlm", "SmolVLM", "SmolVLMVision", "SmolVLMVisionMLP"),
+    "transformers.models.siglip.modeling_siglip.SiglipMultiheadAttentionPoolingHead": PoolingHead,
+    "transformers.models.siglip2.modeling_siglip2.Siglip2MultiheadAttentionPoolingHead": PoolingHead,
+    "transformers.models.siglip.modeling_siglip.SiglipVisionEmbeddings": VisionEmbeddings,
+    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings": NaflexVisionEmbeddings,
+    "transformers.models.siglip.modeling_siglip.SiglipModel": Model,
+    "transformers.models.siglip2.modeling_siglip2.Siglip2Model": Model,
+}
+
+# Modules whose LayerNorms are SigLIP's, own or nested.
+TOWERS = frozenset(
+    f"transformers.models.{package}.modeling_{package}.{name}"
+    for package, names in {
+        "siglip": ("SiglipVisionModel", "SiglipVisionTransformer", "SiglipTextModel", "SiglipTextTransformer"),
+        "siglip2": ("Siglip2VisionModel", "Siglip2VisionTransformer", "Siglip2TextModel", "Siglip2TextTransformer"),
+        "idefics2": ("Idefics2VisionTransformer",),
+        "idefics3": ("Idefics3VisionTransformer",),
+        "smolvlm": ("SmolVLMVisionTransformer",),
+    }.items()
+    for name in names
+)
+
+LEFT = {
+    f"transformers.models.{package}.modeling_{package}.{name}VisionEmbeddings": (
+        "its positions differ from image to image; siglip_kernels.patch_embed adds the same to all"
+    )
+    for package, name in (("idefics2", "Idefics2"), ("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
+}

@@ -1,0 +1,118 @@
+"""A model before and after: what it computes, and whether the difference is within the error budget."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Call = Callable[[nn.Module], dict[str, Tensor]]  # runs a model; its results by name
+
+
+class Results(NamedTuple):
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]  # of every parameter that has one
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Every parameter drawn anew, so that no bias is zero and no head is symmetric."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name.lower() and name.endswith("weight"):
+                parameter.copy_(1 + 0.1 * noise)
+            elif parameter.dim() > 1:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            else:
+                parameter.copy_(0.1 * noise)
+    return model
+
+
+def run(model: nn.Module, call: Call) -> Results:
+    """Results, and the gradients of a fixed random combination of all of them."""
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    outputs = call(model)
+    total = torch.zeros((), dtype=torch.float64)
+    for output in outputs.values():
+        weights = torch.randn(output.shape, generator=generator)
+        total = total + (output.double() * weights.to(output.device)).sum().cpu() / output.numel() ** 0.5
+    if total.requires_grad:
+        total.backward()
+    gradients = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return Results({name: output.detach().clone() for name, output in outputs.items()}, gradients)
+
+
+def in_fp64(model: nn.Module, call: Call) -> Results:
+    """The truth: the model as its library made it, in fp64."""
+    return run(copy.deepcopy(model).double(), call)
+
+
+def assert_within_budget(accelerated: Results, before: Results, truth: Results) -> None:
+    """‖accelerated − fp64‖ ≤ 2 ‖before − fp64‖ + one rounding, for every output and every gradient.
+
+    A gradient that is nothing but cancellation, as that of the keys' bias, is rounding of its neighbours: the rounding
+    allowed is at least that of the typical gradient of its size. A single number, such as the loss, may come out of
+    `before` nearly exact by luck: it is allowed eight roundings, and one of the coarsest dtype that led to it.
+    """
+    coarsest = max(torch.finfo(value.dtype).eps for value in before.outputs.values())
+    for what in ("outputs", "gradients"):
+        ours, theirs, true = (getattr(results, what) for results in (accelerated, before, truth))
+        assert ours.keys() == theirs.keys()
+        typical = torch.stack([value.norm() / value.numel() ** 0.5 for value in true.values()]).median()
+        for name, value in ours.items():
+            assert value.dtype == theirs[name].dtype, name
+            allowed = 2 * (theirs[name].double() - true[name]).norm()
+            eps = torch.finfo(value.dtype).eps
+            eps = eps if value.numel() > 1 else 8 * eps + coarsest
+            allowed += eps * max(true[name].norm(), typical * value.numel() ** 0.5)
+            error = (value.double() - true[name]).norm()
+            assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+
+
+def assert_bitwise(one: Results, other: Results) -> None:
+    for what in ("outputs", "gradients"):
+        ours, theirs = getattr(one, what), getattr(other, what)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), name
+
+
+def assert_close(one: Results, other: Results, tolerance: float = 1e-4) -> None:
+    """For what is not held to the budget itself: relative to the largest value of each."""
+    for what in ("outputs", "gradients"):
+        ours, theirs = getattr(one, what), getattr(other, what)
+        assert ours.keys() == theirs.keys()
+        typical = max(value.abs().max() for value in theirs.values()) if theirs else 0
+        for name in ours:
+            bound = tolerance * max(theirs[name].abs().max(), 1e-2 * typical)
+            assert (ours[name] - theirs[name]).abs().max() <= bound, name
+
+
+def check_acceleration(
+    model: nn.Module, call: Call, accelerate: Callable, restore: Callable, budget: bool = False
+) -> Any:
+    """Results as before after `accelerate`, bitwise so after `restore`; names and values of the state unchanged.
+
+    budget: hold them to the kernels' error budget, which compares two roundings and so asks for models whose tensors
+    are large enough for them to be alike. Returns the report, with the model restored.
+    """
+    kinds = [type(module) for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before = run(model, call)
+    report = accelerate(model)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(isinstance(module, kind) for module, kind in zip(model.modules(), kinds, strict=True))
+    after = run(model, call)
+    restore(model)
+    if budget:
+        assert_within_budget(after, before, in_fp64(model, call))
+    else:
+        assert_close(after, before)
+    assert [type(module) for module in model.modules()] == kinds
+    assert_bitwise(run(model, call), before)
+    return report

@@ -1,0 +1,190 @@
+"""accelerate and restore on open_clip's SigLIP models, and the loss of its training script."""
+
+import sys
+import types
+
+import open_clip
+import pytest
+import tiny_timm  # noqa: F401  registers the tower that the configurations name
+import torch
+from budget import assert_close, check_acceleration, randomise, run
+
+import siglip_kernels
+from siglip_kernels import MissingBackendError
+from siglip_kernels.integrations import open_clip as siglip_open_clip
+from siglip_kernels.integrations.instances import Accelerated
+from siglip_kernels.integrations.open_clip import accelerate, register_loss, restore, restore_loss
+
+TOWER = dict(
+    image_size=28, timm_model_name="vit_tiny_siglip", timm_model_pretrained=False, timm_pool="map", timm_proj="none"
+)
+TEXT = dict(
+    context_length=6,
+    vocab_size=40,
+    width=144,
+    heads=2,
+    layers=2,
+    no_causal_mask=True,
+    proj_bias=True,
+    pool_type="last",
+    norm_kwargs=dict(eps=1e-6),
+)
+# As in open_clip's files of these names, but for the sizes.
+SO400M = dict(embed_dim=144, init_logit_bias=-10, vision_cfg=TOWER, text_cfg={**TEXT, "mlp_ratio": 3.7362})
+BASE = dict(embed_dim=144, init_logit_bias=-10, vision_cfg=TOWER, text_cfg=TEXT)
+SIGLIP2 = {**BASE, "text_cfg": {**TEXT, "act_kwargs": dict(approximate="tanh")}}
+
+
+def siglip(config=BASE, **text):
+    config = {**config, "text_cfg": {**config["text_cfg"], **text}}
+    return randomise(open_clip.CustomTextCLIP(**config)).eval()
+
+
+def contrastive(loss=siglip_kernels.SigLipLoss()):  # noqa: B008
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(3, 3, 28, 28, generator=generator)
+    texts = torch.randint(2, 40, (3, 6), generator=generator)
+
+    def call(model):
+        image, text, scale, bias = model(images.to(model.logit_scale.dtype), texts)
+        return dict(image=image, text=text, loss=loss(image, text, scale, bias))
+
+    return call
+
+
+def check(model, budget=False):
+    return check_acceleration(model, contrastive(), accelerate, restore, budget)
+
+
+def operations(report, path):
+    return next(entry.operations for entry in report.replaced if entry.path == path)
+
+
+FUSED = ("pre_norm_qkv", "attention", "linear", "pre_norm_mlp")
+EXACT_GELU = ("pre_norm_qkv", "attention", "linear", "layer_norm")
+
+
+@pytest.mark.parametrize(("config", "expected"), [(SO400M, EXACT_GELU), (BASE, EXACT_GELU), (SIGLIP2, FUSED)])
+def test_siglip_models(config, expected):
+    report = check(siglip(config), budget=True)
+    assert operations(report, "text.transformer.resblocks.1") == expected
+    assert operations(report, "text.ln_final") == ("layer_norm",)
+    assert operations(report, "visual.trunk.blocks.0") == EXACT_GELU
+    assert operations(report, "visual.trunk.attn_pool")[0] == "attention_pool"
+
+
+def test_bfloat16_beside_norms_in_float32():
+    """open_clip's precision bf16: its LayerNorms are LayerNormFp32."""
+    model = randomise(open_clip.CustomTextCLIP(**SIGLIP2, cast_dtype=torch.bfloat16)).eval()
+    assert type(model.text.ln_final).__name__ == "LayerNormFp32"
+    model.to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, open_clip.transformer.LayerNormFp32):
+            module.float()
+    call = contrastive()
+    before = run(model, call)
+    report = accelerate(model)
+    assert operations(report, "text.transformer.resblocks.0") == FUSED
+    after = run(model, call)
+    assert [output.dtype for output in after.outputs.values()] == [output.dtype for output in before.outputs.values()]
+    for name, output in after.outputs.items():
+        torch.testing.assert_close(output, before.outputs[name], atol=0.05, rtol=0.05)
+
+
+def test_blocks_of_another_form_are_left_or_called():
+    report = check(siglip(ls_init_value=0.1))
+    assert any("scaled" in remark for entry in report.replaced for remark in entry.remarks)
+    report = check(siglip(qk_norm=True))
+    assert any(entry.module == "CustomResidualAttentionBlock" for entry in report.left)
+    report = check(siglip(no_causal_mask=False))
+    assert [(entry.path, entry.reason) for entry in report.left if entry.path == "text"] == [
+        ("text", "its attention is causal")
+    ]
+    model = siglip()
+    model.text.use_pad_mask, model.text.pad_id = True, 3
+    check(model)
+
+
+def test_checkpointing_and_compilation():
+    model, call = siglip(SIGLIP2), contrastive()
+    accelerate(model)
+    plain = run(model, call)
+    model.set_grad_checkpointing()
+    assert_close(run(model, call), plain, tolerance=1e-6)
+    model.set_grad_checkpointing(False)
+    texts = torch.randint(2, 40, (3, 6))
+    compiled = torch.compile(model.text, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(texts), model.text(texts))
+
+
+def test_hooks_inside_a_block_see_what_they_saw():
+    model = siglip(SIGLIP2)
+    texts = torch.randint(2, 40, (3, 6), generator=torch.Generator().manual_seed(0))
+    for name in ("ln_1", "attn", "ls_1", "ln_2", "mlp", "mlp.c_fc", "mlp.gelu", "mlp.c_proj"):
+        seen = []
+        module = model.text.transformer.resblocks[0].get_submodule(name)
+        handle = module.register_forward_hook(lambda m, a, out, s=seen: s.append(out[0] if type(out) is tuple else out))
+        before = model.text(texts)
+        accelerate(model)
+        after = model.text(texts)
+        restore(model)
+        handle.remove()
+        assert len(seen) == 2, name
+        torch.testing.assert_close(seen[1], seen[0])
+        torch.testing.assert_close(after, before)
+
+
+def test_other_versions_are_named(monkeypatch):
+    model = siglip()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.24.0")
+    with pytest.raises(MissingBackendError, match=r"open_clip_torch 2\.24\.0 is not supported; supported: 3 to"):
+        accelerate(model)
+
+
+def arguments_of_the_script(**changed):
+    return types.SimpleNamespace(
+        **{**dict(distill=False, model="ViT-B-16-SigLIP", siglip=True, horovod=False), **changed},
+        rank=0,
+        world_size=1,
+        loss_dist_impl=None,
+        local_loss=False,
+        gather_with_grad=False,
+    )
+
+
+def test_the_training_script_takes_the_loss_and_gives_it_back():
+    theirs = open_clip.create_loss(arguments_of_the_script())
+    try:
+        register_loss()
+        register_loss()
+        ours = open_clip.create_loss(arguments_of_the_script())
+        assert type(ours) is siglip_kernels.SigLipLoss is siglip_open_clip.SigLipLoss
+        assert type(open_clip.create_loss(arguments_of_the_script(siglip=False))) is open_clip.ClipLoss
+    finally:
+        restore_loss()
+    assert type(open_clip.create_loss(arguments_of_the_script())) is type(theirs) is open_clip.loss.SigLipLoss
+    one, other = (run(siglip(), contrastive(loss)) for loss in (ours, theirs))
+    assert_close(one, other)
+
+
+def test_the_training_script_with_both(monkeypatch, capsys):
+    """In a stand-in for open_clip_train.main, which asks for packages of its own: it has its names and its order."""
+    seen = []
+
+    def main(arguments):
+        model, preprocess = script.create_model_and_transforms("tiny")
+        loss = script.create_loss(arguments_of_the_script())
+        seen.append((arguments, any(isinstance(m, Accelerated) for m in model.modules()), type(loss), preprocess))
+
+    def create_model_and_transforms(name):
+        return siglip(), "preprocess"
+
+    script = types.ModuleType("open_clip_train.main")
+    script.main, script.create_loss = main, open_clip.create_loss
+    script.create_model_and_transforms = create_model_and_transforms
+    monkeypatch.setitem(sys.modules, "open_clip_train.main", script)
+    siglip_open_clip.train(["--siglip"])
+    assert seen == [(["--siglip"], True, siglip_kernels.SigLipLoss, "preprocess")]
+    assert "CustomTextCLIP (open_clip" in capsys.readouterr().out
+    assert script.create_model_and_transforms is create_model_and_transforms
+    assert open_clip.factory.SigLipLoss is open_clip.loss.SigLipLoss

@@ -1,0 +1,177 @@
+"""attn_implementation="siglip_triton" in transformers' models: served, or refused by name."""
+
+import pytest
+import torch
+import transformers
+from budget import check_acceleration, randomise
+from tiny_transformers import contrastive, inputs, naflex_inputs, siglip, siglip2, to, towers
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from siglip_kernels import UnsupportedInputError
+from siglip_kernels.integrations.transformers import register
+
+NAME = "siglip_triton"
+SMALL = dict(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=16,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register()
+    register()  # twice is once
+    assert NAME in transformers.AttentionInterface() and NAME in ALL_MASK_ATTENTION_FUNCTIONS
+
+
+def check(model, call):
+    before = model.config._attn_implementation
+    check_acceleration(
+        model,
+        call,
+        lambda model: model.set_attn_implementation(NAME),
+        lambda model: model.set_attn_implementation(before),
+    )
+
+
+PADDED = torch.tensor([[1] * 8, [1] * 3 + [0] * 5, [0] * 4 + [1] * 4])
+
+
+@pytest.mark.parametrize("mask", [None, PADDED, torch.ones_like(PADDED)], ids=["none", "padding", "all"])
+def test_siglip(mask):
+    arguments = inputs() if mask is None else {**inputs(), "attention_mask": mask}
+    check(siglip(head_dim=72), contrastive(**arguments))
+
+
+def test_siglip2_with_padded_patches():
+    check(siglip2(), contrastive(**naflex_inputs()))
+    arguments = naflex_inputs()
+    arguments["pixel_attention_mask"] = arguments["pixel_attention_mask"].flip(1)
+    check(siglip2(), contrastive(**arguments))
+
+
+def test_given_when_the_model_is_made():
+    config = transformers.SiglipConfig(**towers())
+    model = transformers.SiglipModel._from_config(config, attn_implementation=NAME)
+    assert model.vision_model.config._attn_implementation == NAME
+    model(**inputs())
+
+
+def test_another_encoder_with_padding():
+    model = randomise(transformers.BertModel(transformers.BertConfig(**SMALL, **NO_DROPOUT))).eval()
+    ids = inputs()["input_ids"]
+    check(model, lambda model: dict(tokens=model(ids, attention_mask=PADDED).last_hidden_state))
+
+
+def test_cross_attention_and_images_without_a_mask():
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    model = randomise(transformers.ViTModel(config)).eval()
+    pixels = inputs()["pixel_values"]
+    check(model, lambda model: dict(tokens=model(pixels.to(model.dtype)).last_hidden_state))
+
+
+def test_only_the_tower_of_a_vision_language_model():
+    vision = {**towers()["vision_config"], "model_type": "siglip_vision_model"}
+    text = dict(**SMALL, model_type="gemma", num_key_value_heads=1, head_dim=8)
+    config = transformers.PaliGemmaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=39,
+        image_token_id=39,
+        projection_dim=16,
+        hidden_size=16,
+    )
+    model = transformers.PaliGemmaForConditionalGeneration._from_config(
+        config, attn_implementation={"vision_config": NAME, "text_config": "sdpa"}
+    )
+    assert model.config.vision_config._attn_implementation == NAME
+    ids = torch.cat([torch.full((1, 16), 39), torch.arange(5, 9)[None]], dim=1)
+    model(input_ids=ids, pixel_values=inputs(batch=1)["pixel_values"])
+    model.set_attn_implementation(NAME)
+    with pytest.raises(UnsupportedInputError, match=f'give attn_implementation={{"vision_config": "{NAME}"}}'):
+        model(input_ids=ids, pixel_values=inputs(batch=1)["pixel_values"])
+
+
+def refused(model, *arguments, match, **named):
+    model.set_attn_implementation(NAME)
+    with pytest.raises(UnsupportedInputError, match=match):
+        model(*arguments, **named)
+
+
+def test_causal_attention_is_refused():
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=1)
+    refused(
+        transformers.LlamaModel(config).eval(), torch.ones(1, 4).long(), match="mask_function is causal_mask_function"
+    )
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**SMALL)).eval()
+    refused(text, torch.ones(1, 4).long(), match="causal")
+
+
+def test_sliding_windows_are_refused():
+    config = transformers.ModernBertConfig(**SMALL, local_attention=4, global_attn_every_n_layers=2, cls_token_id=1)
+    refused(transformers.ModernBertModel(config).eval(), torch.ones(1, 9).long(), match="sliding_window")
+
+
+def test_dropout_is_refused():
+    model = siglip(attention_dropout=0.1).train()
+    refused(model, **inputs(), match="dropout is 0.1 in SiglipAttention")
+    model.eval()
+    model(**inputs())
+
+
+def test_head_dims_without_a_kernel_are_refused():
+    refused(siglip(head_dim=20), **inputs(), match="head dim 20")
+
+
+def test_other_masks_are_refused():
+    model = siglip().text_model
+    causal = torch.ones(8, 8).tril().bool().expand(3, 1, 8, 8)
+    biases = torch.randn(3, 1, 1, 8)
+    for mask in (causal, biases):
+        refused(model, inputs()["input_ids"], attention_mask=mask, match="is no mask of padding")
+
+
+@pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias", "cu_seq_lens_q", "output_attentions"])
+def test_what_else_changes_attention_is_refused(argument):
+    from siglip_kernels.integrations.transformers import attention_forward
+
+    module = siglip().vision_model.encoder.layers[0].self_attn
+    q = torch.zeros(1, 2, 4, 8)
+    attention_forward(module, q, q, q, None, **{argument: None})
+    with pytest.raises(UnsupportedInputError, match=f"{argument} is given by SiglipAttention"):
+        attention_forward(module, q, q, q, None, **{argument: torch.ones(()).item() or 1})
+
+
+def test_grouped_queries():
+    from siglip_kernels.integrations.transformers import attention_forward
+
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2, 2))
+    module = siglip().vision_model.encoder.layers[0].self_attn
+    out, weights = attention_forward(module, q, k, v, None, scaling=0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    assert weights is None
+
+
+def test_compiled_without_a_break():
+    model = siglip().vision_model
+    model.set_attn_implementation(NAME)
+    pixels = to(torch.float32, inputs())["pixel_values"]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixels).pooler_output, model(pixels).pooler_output)
+    text = siglip().text_model
+    text.set_attn_implementation(NAME)
+    arguments = dict(input_ids=inputs()["input_ids"], attention_mask=PADDED)
+    compiled = torch.compile(text, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**arguments).pooler_output, text(**arguments).pooler_output)
