@@ -46,8 +46,10 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: fl
                 raise unsupported("attention", name, got, f"the same {what} in q, k and v")
     if q.shape[3] % 8 != 0 or not 8 <= q.shape[3] <= _LARGEST_HEAD_DIM:
         raise unsupported("attention", "q", f"has head dim {q.shape[3]}", f"multiples of 8 up to {_LARGEST_HEAD_DIM}")
-    if scale is not None and not (isinstance(scale, _NUMBERS) and -math.inf < scale < math.inf):
-        raise unsupported("attention", "scale", f"is {scale!r}", "finite numbers")
+    if scale is not None and not isinstance(scale, _NUMBERS):
+        raise unsupported("attention", "scale", f"is a {type(scale).__name__}", "finite numbers")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise unsupported("attention", "scale", f"is {scale}", "finite numbers")
     if lengths is None:
         return
     if lengths.dtype != torch.int32:
