@@ -28,10 +28,10 @@ def _training(
         x = torch.empty(batch, tokens, width, dtype=dtype, device="meta")
         folded = torch.empty(heads, width, dtype=dtype, device="meta")
         pooled = torch.empty(batch, heads, width, dtype=dtype, device="meta")
-        log_sum_exp = torch.empty(batch, heads, device="meta")
+        statistics = torch.empty(batch, heads, device="meta")
         lengths = torch.empty(batch, dtype=torch.int32, device="meta") if padded else None
         if backward:
-            attention_pool_backward(pooled, x, folded, pooled, log_sum_exp, 0.1, lengths, True, True)
+            attention_pool_backward(pooled, x, folded, pooled, statistics, statistics, 0.1, lengths, True, True)
         else:
             attention_pool_forward(x, folded, 0.1, lengths)
 

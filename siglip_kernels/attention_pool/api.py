@@ -64,8 +64,8 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("siglip_kernels::attention_pool", mutates_args=())
-def _pool(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`folded.plain_pooling`, and for backward the log-sum-exp of each head, (B, H) fp32."""
+def _pool(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`folded.plain_pooling`; and for backward each head's highest score and sum of powers, in base 2, (B, H) fp32."""
     require_kernels("attention_pool", "x", x)
     with torch.cuda.device_of(x):
         if x.shape[1] > 0 and not fits(x, folded.shape[0]):
@@ -80,7 +80,8 @@ def _pool_backward(
     x: Tensor,
     folded: Tensor,
     pooled: Tensor,
-    log_sum_exp: Tensor,
+    highest: Tensor,
+    total: Tensor,
     scale: float,
     lengths: Tensor | None,
     needs_x: bool,
@@ -90,14 +91,15 @@ def _pool_backward(
     require_kernels("attention_pool", "x", x)
     with torch.cuda.device_of(x):
         if x.shape[1] > 0 and not fits(x, folded.shape[0]):
-            x_grad, folded_grad = pool_backward(pooled_grad, x, folded, pooled, log_sum_exp, scale, lengths)
+            x_grad, folded_grad = pool_backward(pooled_grad, x, folded, pooled, highest, total, scale, lengths)
             return x_grad if needs_x else x.new_empty(0), folded_grad if needs_folded else x.new_empty(0)
         return attention_pool_backward(
             _unit_stride(pooled_grad),
             _unit_stride(x),
             folded.contiguous(),
             pooled,
-            log_sum_exp,
+            highest,
+            total,
             scale,
             None if lengths is None else lengths.contiguous(),
             needs_x,
@@ -108,23 +110,23 @@ def _pool_backward(
 @_pool.register_fake
 def _(x, folded, scale, lengths):
     batch, heads = x.shape[0], folded.shape[0]
-    return x.new_empty(batch, heads, x.shape[2]), x.new_empty(batch, heads, dtype=torch.float32)
+    statistics = (x.new_empty(batch, heads, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(batch, heads, x.shape[2]), *statistics
 
 
 @_pool_backward.register_fake
-def _(pooled_grad, x, folded, pooled, log_sum_exp, scale, lengths, needs_x, needs_folded):
+def _(pooled_grad, x, folded, pooled, highest, total, scale, lengths, needs_x, needs_folded):
     return x.new_empty(x.shape if needs_x else 0), x.new_empty(folded.shape if needs_folded else 0)
 
 
 def _keep(ctx, inputs, output) -> None:
     x, folded, ctx.scale, lengths = inputs
-    pooled, log_sum_exp = output
-    ctx.mark_non_differentiable(log_sum_exp)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, folded, pooled, log_sum_exp, lengths)
+    ctx.save_for_backward(x, folded, *output, lengths)
 
 
-def _differentiate(ctx, pooled_grad, _):
+def _differentiate(ctx, pooled_grad, *_):
     if pooled_grad is None:
         return None, None, None, None
     *saved, lengths = ctx.saved_tensors

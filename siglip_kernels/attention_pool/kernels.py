@@ -5,7 +5,11 @@ CHUNK columns: all of them make the scores (heads × tokens, a softmax in runnin
 all of them are then summed by these weights into as many accumulators (heads × CHUNK, fp32). Backward, with the
 gradients gₕ of pooledₕ,
 
-    dscoreₛₕ = aₛₕ (xₛ·gₕ - pooledₕ·gₕ),    dxₛ = Σₕ aₛₕ gₕ + scale · dscoreₛₕ fₕ,    dfₕ = scale · Σₛ dscoreₛₕ xₛ.
+    dscoreₛₕ = aₛₕ (xₛ·gₕ - δₕ),    dxₛ = Σₕ aₛₕ gₕ + scale · dscoreₛₕ fₕ,    dfₕ = scale · Σₛ dscoreₛₕ (xₛ - pooledₕ).
+
+δₕ = Σₛ aₛₕ xₛ·gₕ is pooledₕ·gₕ, but made anew from the same products in a pass of its own: where one token has all of
+the weight its dscore is 0 because two equal numbers cancel, and any other rounding of one of them would be multiplied
+by a large fₕ.
 """
 
 # Tuples that grow by an element a chunk, as the loops over chunks are unrolled, are beyond the type checker, and
@@ -47,7 +51,8 @@ def attention_pool_forward_kernel(
     folded,  # (H, WIDTH), contiguous
     lengths,  # (B,) int32, or None
     pooled,  # (splits, B, H, WIDTH), contiguous; written: averages over the tokens of a split
-    log_sum_exp,  # (splits, B, H) fp32; written: log2 of the sum of 2^(score · exponent_scale), -inf without a token
+    highest,  # (splits, B, H) fp32; written: largest score · exponent_scale, -inf without a token
+    total,  # (splits, B, H) fp32; written: sum of 2^(score · exponent_scale - highest)
     x_batch_stride,  # strides in UNIT elements
     x_token_stride,
     batch,
@@ -107,22 +112,23 @@ def attention_pool_forward_kernel(
             new_sums = new_sums + (dot(weights, tiles[chunk], corrected, "ieee", INTERPRETED),)
         sums = new_sums
 
-    no_token = running_sum == 0.0  # only then: the largest score alone adds 1
-    normaliser = 1.0 / tl.where(no_token, 1.0, running_sum)
+    normaliser = 1.0 / tl.where(running_sum == 0.0, 1.0, running_sum)  # 0: no token; the largest score alone adds 1
     row = (tl.cast(split, tl.int64) * batch + sample) * heads + head
     for chunk in tl.static_range(CHUNKS):
         average = sums[chunk] * normaliser[:, None]
         store_chunk(pooled, row * WIDTH, head_is_valid, average, chunk * CHUNK, WIDTH, CHUNK, INTERPRETED)
-    kept = tl.where(no_token, float("-inf"), running_max + tl.log2(running_sum))
-    tl.store(log_sum_exp + row, kept, mask=head_is_valid)
+    tl.store(highest + row, running_max, mask=head_is_valid)
+    tl.store(total + row, running_sum, mask=head_is_valid)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def attention_pool_combine_kernel(
     partial_pooled,  # (splits, B · H, WIDTH) fp32
-    partial_log_sum_exp,  # (splits, B · H) fp32
+    partial_highest,  # (splits, B · H) fp32
+    partial_total,  # (splits, B · H) fp32
     pooled,  # (B · H, WIDTH); written
-    log_sum_exp,  # (B · H,) fp32; written
+    highest,  # (B · H,) fp32; written
+    total,  # (B · H,) fp32; written
     rows,  # B · H
     splits,
     WIDTH: tl.constexpr,
@@ -135,21 +141,25 @@ def attention_pool_combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     rows = tl.cast(rows, tl.int64)
     split = tl.arange(0, SPLITS)
-    parts = tl.load(partial_log_sum_exp + split * rows + row, mask=split < splits, other=float("-inf"))
-    highest = tl.max(parts, 0)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)  # a sample without a token
-    total = tl.sum(tl.exp2(parts - highest), 0)
-    tl.store(log_sum_exp + row, highest + tl.log2(total))
-    normaliser = 1.0 / tl.where(total == 0.0, 1.0, total)
+    offsets = split * rows + row
+    all_highest = tl.load(partial_highest + offsets, mask=split < splits, other=float("-inf"))
+    all_total = tl.load(partial_total + offsets, mask=split < splits, other=0.0)
+    top = tl.max(all_highest, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)  # a sample without a token
+    whole = tl.sum(all_total * tl.exp2(all_highest - top), 0)
+    tl.store(highest + row, top)
+    tl.store(total + row, whole)
+    normaliser = 1.0 / tl.where(whole == 0.0, 1.0, whole)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     there = columns < WIDTH
     sums = tl.zeros([BLOCK, CHUNK], tl.float32)
     for first in tl.range(0, splits, BLOCK):
         some = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        part = tl.load(partial_log_sum_exp + some * rows + row, mask=some < splits, other=float("-inf"))
-        offsets = (some * rows + row)[:, None] * WIDTH + columns[None, :]
-        averages = tl.load(partial_pooled + offsets, mask=(some < splits)[:, None] & there[None, :], other=0.0)
-        sums += averages * tl.exp2(part - highest)[:, None]
+        offsets = some * rows + row
+        share = tl.load(partial_total + offsets, mask=some < splits, other=0.0)
+        share *= tl.exp2(tl.load(partial_highest + offsets, mask=some < splits, other=float("-inf")) - top)
+        mask = (some < splits)[:, None] & there[None, :]
+        sums += share[:, None] * tl.load(partial_pooled + (offsets[:, None] * WIDTH + columns), mask=mask, other=0.0)
     element: tl.constexpr = pooled.dtype.element_ty
     out = narrow(tl.sum(sums, 0) * normaliser, element, INTERPRETED)
     tl.store(pooled + row * WIDTH + columns, out, mask=there)
@@ -167,8 +177,10 @@ def attention_pool_backward_kernel(
     x,  # (B, S, WIDTH)
     folded,  # (H, WIDTH), contiguous
     pooled,  # (B, H, WIDTH), contiguous
-    log_sum_exp,  # (B, H) fp32
+    highest,  # (B, H) fp32
+    total,  # (B, H) fp32
     lengths,  # (B,) int32, or None
+    delta,  # (B, splits, H) fp32: δ's part of each split; written by the first pass, read by the second
     x_grad,  # (B, S, WIDTH), contiguous; written, or None
     partials,  # (programs, H, WIDTH) fp32; written: sums of the gradient of `folded`, or None
     x_batch_stride,  # strides in UNIT elements
@@ -189,6 +201,7 @@ def attention_pool_backward_kernel(
     TOKENS: tl.constexpr,
     UNIT: tl.constexpr,
     STAGES: tl.constexpr,
+    FIRST_PASS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     # A program owns every num_programs-th split of some sample's tokens.
@@ -207,14 +220,17 @@ def attention_pool_backward_kernel(
         if lengths is not None:
             limit = tl.minimum(tl.load(lengths + sample), end)
         row = sample * heads + head
-        log_total = tl.load(log_sum_exp + row, mask=head_is_valid, other=float("inf"))
+        top = tl.load(highest + row, mask=head_is_valid, other=float("inf"))
+        normaliser = 1.0 / tl.load(total + row, mask=head_is_valid, other=1.0)
         grad_offsets = sample * grad_batch_stride * UNIT + head.to(tl.int64) * grad_head_stride * UNIT
-        delta = tl.zeros([HEADS], tl.float32)  # pooled · its gradient
+        head_delta = tl.zeros([HEADS], tl.float32)
+        if not FIRST_PASS:
+            for split in tl.range(0, splits):
+                head_delta += tl.load(delta + (sample * splits + split) * heads + head, mask=head_is_valid, other=0.0)
+        surplus = tl.zeros([HEADS], tl.float32)
         grads = ()
         for chunk in tl.static_range(CHUNKS):
             grad = load_chunk(pooled_grad, grad_offsets, head_is_valid, chunk * CHUNK, WIDTH, CHUNK)
-            average = load_chunk(pooled, row * WIDTH, head_is_valid, chunk * CHUNK, WIDTH, CHUNK)
-            delta += tl.sum(grad.to(tl.float32) * average.to(tl.float32), 1)
             grads = grads + (grad,)
         for first in tl.range(start, end, TOKENS, num_stages=STAGES):
             token = tl.arange(0, TOKENS).to(tl.int64) + first
@@ -228,22 +244,36 @@ def attention_pool_backward_kernel(
                 scores += dot(folds[chunk], tl.trans(tile), None, "ieee", INTERPRETED)
                 weights_grad += dot(grads[chunk], tl.trans(tile), None, "ieee", INTERPRETED)
                 tiles = tiles + (tile,)
-            weights = tl.exp2(scores * exponent_scale - log_total[:, None])
+            weights = tl.exp2(scores * exponent_scale - top[:, None]) * normaliser[:, None]
             weights = tl.where(valid[None, :], weights, 0.0)
-            scores_grad = weights * (weights_grad - delta[:, None]) * scale
-            weights = narrow(weights, tiles[0].dtype, INTERPRETED)
-            scores_grad = narrow(scores_grad, tiles[0].dtype, INTERPRETED)
+            if FIRST_PASS:
+                head_delta += tl.sum(weights * weights_grad, 1)
+            else:
+                scores_grad = weights * (weights_grad - head_delta[:, None]) * scale
+                weights = narrow(weights, tiles[0].dtype, INTERPRETED)
+                scores_grad = narrow(scores_grad, tiles[0].dtype, INTERPRETED)
+                surplus += tl.sum(scores_grad.to(tl.float32), 1)
+                new_sums = ()
+                for chunk in tl.static_range(CHUNKS):
+                    if x_grad is not None:
+                        dx = dot(tl.trans(weights), grads[chunk], None, "ieee", INTERPRETED)
+                        dx = dot(tl.trans(scores_grad), folds[chunk], dx, "ieee", INTERPRETED)
+                        row_offsets = (sample * tokens + token) * WIDTH
+                        store_chunk(x_grad, row_offsets, token < end, dx, chunk * CHUNK, WIDTH, CHUNK, INTERPRETED)
+                    if partials is not None:
+                        new_sums = new_sums + (dot(scores_grad, tiles[chunk], sums[chunk], "ieee", INTERPRETED),)
+                if partials is not None:
+                    sums = new_sums
+        if FIRST_PASS:
+            tl.store(delta + (sample * splits + item % splits) * heads + head, head_delta, mask=head_is_valid)
+        if partials is not None:
+            # All gradients of a head's scores add up to 0, but for rounding: tokens count by how far they are from
+            # their average, or else a large mean would multiply that rounding.
             new_sums = ()
             for chunk in tl.static_range(CHUNKS):
-                if x_grad is not None:
-                    dx = dot(tl.trans(weights), grads[chunk], None, "ieee", INTERPRETED)
-                    dx = dot(tl.trans(scores_grad), folds[chunk], dx, "ieee", INTERPRETED)
-                    row_offsets = (sample * tokens + token) * WIDTH
-                    store_chunk(x_grad, row_offsets, token < end, dx, chunk * CHUNK, WIDTH, CHUNK, INTERPRETED)
-                if partials is not None:
-                    new_sums = new_sums + (dot(scores_grad, tiles[chunk], sums[chunk], "ieee", INTERPRETED),)
-            if partials is not None:
-                sums = new_sums
+                average = load_chunk(pooled, row * WIDTH, head_is_valid, chunk * CHUNK, WIDTH, CHUNK)
+                new_sums = new_sums + (sums[chunk] - surplus[:, None] * average.to(tl.float32),)
+            sums = new_sums
     if partials is not None:
         rows = (tl.program_id(0).to(tl.int64) * heads + head) * WIDTH
         for chunk in tl.static_range(CHUNKS):

@@ -88,31 +88,30 @@ def _constants(tile: Tile, width: int, heads: int) -> dict[str, object]:
     }
 
 
-def attention_pool_forward(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """pooled (B, H, width) and log_sum_exp (B, H). x: (B, S, width) of unit last stride; folded: (H, width)."""
+def attention_pool_forward(
+    x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pooled (B, H, width), and highest and total (B, H). x: (B, S, width) of unit last stride; folded: (H, width)."""
     batch, tokens, width = x.shape
     heads = folded.shape[0]
     pooled = torch.empty((batch, heads, width), dtype=x.dtype, device=x.device)
-    log_sum_exp = torch.empty((batch, heads), dtype=torch.float32, device=x.device)
+    highest, total = (torch.empty((batch, heads), dtype=torch.float32, device=x.device) for _ in range(2))
     if batch == 0 or tokens == 0:
-        return pooled.zero_(), log_sum_exp.zero_()
+        return pooled.zero_(), highest.zero_(), total.zero_()
     from siglip_kernels.attention_pool.kernels import attention_pool_combine_kernel, attention_pool_forward_kernel
 
     gpu = facts(x.device)
     tile = choose_tile("forward", gpu, heads, width)
     splits, span = _split(batch, tokens, tile.tokens, 2 * gpu.multiprocessors)
-    parts, part_sums = pooled, log_sum_exp
+    results = parts = [pooled, highest, total]
     if splits > 1:
-        parts, part_sums = (
-            torch.empty((splits, *one.shape), dtype=torch.float32, device=x.device) for one in (pooled, log_sum_exp)
-        )
+        parts = [torch.empty((splits, *one.shape), dtype=torch.float32, device=x.device) for one in results]
     strides, unit = _strides(x.stride(0), x.stride(1))
     attention_pool_forward_kernel[(batch * splits,)](
         x,
         folded,
         lengths,
-        parts,
-        part_sums,
+        *parts,
         *strides,
         batch,
         tokens,
@@ -126,10 +125,8 @@ def attention_pool_forward(x: Tensor, folded: Tensor, scale: float, lengths: Ten
     if splits > 1:
         chunk = chunk_columns(width)
         attention_pool_combine_kernel[(batch * heads, -(-width // chunk))](
-            parts,
-            part_sums,
-            pooled,
-            log_sum_exp,
+            *parts,
+            *results,
             batch * heads,
             splits,
             WIDTH=width,
@@ -139,7 +136,7 @@ def attention_pool_forward(x: Tensor, folded: Tensor, scale: float, lengths: Ten
             INTERPRETED=interpreting(),
             num_warps=4,
         )
-    return pooled, log_sum_exp
+    return pooled, highest, total
 
 
 def attention_pool_backward(
@@ -147,7 +144,8 @@ def attention_pool_backward(
     x: Tensor,
     folded: Tensor,
     pooled: Tensor,
-    log_sum_exp: Tensor,
+    highest: Tensor,
+    total: Tensor,
     scale: float,
     lengths: Tensor | None,
     needs_x: bool,
@@ -167,26 +165,31 @@ def attention_pool_backward(
     programs = min(batch * splits, gpu.multiprocessors)
     partials = torch.empty((programs, heads, width), dtype=torch.float32, device=x.device) if needs_folded else None
     strides, unit = _strides(x.stride(0), x.stride(1), pooled_grad.stride(0), pooled_grad.stride(1))
-    attention_pool_backward_kernel[(programs,)](
-        pooled_grad,
-        x,
-        folded,
-        pooled,
-        log_sum_exp,
-        lengths,
-        x_grad if needs_x else None,
-        partials,
-        *strides,
-        tokens,
-        heads,
-        splits,
-        span,
-        batch * splits,
-        scale,
-        scale * math.log2(math.e),
-        UNIT=unit,
-        **_constants(tile, width, heads),
-    )
+    delta = torch.empty((batch, splits, heads), dtype=torch.float32, device=x.device)
+    for first_pass in (True, False):
+        attention_pool_backward_kernel[(batch * splits if first_pass else programs,)](
+            pooled_grad,
+            x,
+            folded,
+            pooled,
+            highest,
+            total,
+            lengths,
+            delta,
+            x_grad if needs_x and not first_pass else None,
+            None if first_pass else partials,
+            *strides,
+            tokens,
+            heads,
+            splits,
+            span,
+            batch * splits,
+            scale,
+            scale * math.log2(math.e),
+            UNIT=unit,
+            FIRST_PASS=first_pass,
+            **_constants(tile, width, heads),
+        )
     if partials is None:
         return x_grad, torch.empty(0, dtype=x.dtype, device=x.device)
     return x_grad, partials.sum(0).to(x.dtype)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 
-def pool_forward(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """pooled (B, H, width), and the log-sum-exp (B, H) of the scores in base 2, -inf without a token; fp32."""
+def pool_forward(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """pooled (B, H, width), and of the scores in base 2 the highest and the sum of powers, (B, H) fp32."""
     x, scores = _scores(x, folded, scale, lengths)
     highest = scores.amax(1, keepdim=True)
     highest = highest.masked_fill(highest == float("-inf"), 0)  # a sample without a token
     weights = torch.exp2(scores - highest)
     total = weights.sum(1, keepdim=True)  # [B, 1, H]
     weights = (weights / total.masked_fill(total == 0, 1)).to(x.dtype)
-    return weights.transpose(1, 2) @ x, (highest + total.log2()).squeeze(1)
+    return weights.transpose(1, 2) @ x, highest.squeeze(1), total.squeeze(1)
 
 
 def pool_backward(
@@ -24,17 +24,21 @@ def pool_backward(
     x: Tensor,
     folded: Tensor,
     pooled: Tensor,
-    log_sum_exp: Tensor,
+    highest: Tensor,
+    total: Tensor,
     scale: float,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and folded; formulas in kernels.py."""
     x, scores = _scores(x, folded, scale, lengths)
-    weights = torch.exp2(scores - log_sum_exp[:, None]).masked_fill(scores == float("-inf"), 0)
-    delta = (pooled.float() * pooled_grad.float()).sum(2)[:, None]
-    scores_grad = weights * ((x @ pooled_grad.transpose(1, 2)).float() - delta) * scale
-    weights, scores_grad = weights.to(x.dtype), scores_grad.to(x.dtype)
-    return weights @ pooled_grad + scores_grad @ folded, scores_grad.flatten(0, 1).T @ x.flatten(0, 1)
+    weights = torch.exp2(scores - highest[:, None]) / total.masked_fill(total == 0, 1)[:, None]
+    weights_grad = (x @ pooled_grad.transpose(1, 2)).float()
+    delta = (weights * weights_grad).sum(1, keepdim=True)
+    weights, scores_grad = weights.to(x.dtype), (weights * (weights_grad - delta) * scale).to(x.dtype)
+    surplus = scores_grad.sum(1, dtype=torch.float32)  # [B, H]; see kernels.py
+    folded_grad = (scores_grad.flatten(0, 1).T @ x.flatten(0, 1)).float()
+    folded_grad -= (surplus[:, :, None] * pooled).sum(0)
+    return weights @ pooled_grad + scores_grad @ folded, folded_grad.to(x.dtype)
 
 
 def _scores(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
