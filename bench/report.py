@@ -220,11 +220,12 @@ def _line(group: Group) -> str:
     best = min(others, key=_ms, default=None)
     speed = "" if ours is None or baseline is None else f"{_ms(baseline) / _ms(ours):.2f}x"
     failed = next((one.reason for one in group.rows if is_ours(one.impl) and one.status == "error"), "")
+    absent = NOT_MEASURED if row.on_gpu else "checked, not timed"
     cells = (
         f"{row.op} {row.direction}",
         str(row.shape.get("name", "")),
         row.dtype,
-        (f"`{ours.impl}` {milliseconds(ours.ms_median)}" if ours else failed or NOT_MEASURED),
+        f"`{ours.impl}` {milliseconds(ours.ms_median)}" if ours else failed or absent,
         f"`{baseline.impl}` {milliseconds(baseline.ms_median)}" if baseline else "",
         f"**{speed}**" if ours in group.fastest() and speed else speed,
         f"`{best.impl}` {milliseconds(best.ms_median)}" if best else "",

@@ -105,7 +105,7 @@ class _Recorder(dict):
 
 
 def _attention_candidates(configuration: Any, key: Key, gpu: Facts) -> Sequence[Any]:
-    return configuration.candidates(key[0])
+    return configuration.candidates(key[0], gpu) if key[1] == 2 else []  # bytes of an element
 
 
 def _linear_candidates(configuration: Any, key: Key, gpu: Facts) -> Sequence[Any]:
@@ -145,12 +145,14 @@ def tune(
     progress: Callable[[str], None] = lambda what: None,
     tunable: Tunable | None = None,
 ) -> list[Choice]:
-    """The best candidate for every shape class that the settings ask for, each measured once.
+    """The best candidate for every shape class that the settings ask for, each class measured once.
 
-    Classes are settled one after the other: a later one is measured with the earlier ones' winners in place.
+    Classes are settled one after the other: a later one is measured with the earlier ones' winners in place. Where the
+    heuristic's own choice is fastest there is nothing to write.
     """
     tunable = tunable or TUNABLE[name]
     choices: dict[Key, Choice] = {}
+    settled: set[Key] = set()
     for setting in settings:
         kernels = ours(setting.operation.name)
         if kernels is None:
@@ -163,8 +165,9 @@ def tune(
         step = Steps([step_of(contender, inputs, setting) for inputs in (first, *map(setting.inputs, others))])
         winners = {key: choice.fields for key, choice in choices.items()}
         for key in tunable.asked_for(gpu.name, step):
-            if key in choices:
+            if key in settled:
                 continue
+            settled.add(key)
             progress(f"{setting.operation.name} {setting.shape.name} {setting.direction} {key}")
             steps: dict[Fields | None, Callable[[], object]] = {None: _trying(tunable, gpu.name, winners, step)}
             candidates = [dataclasses.astuple(tile) for tile in tunable.candidates(tunable.configuration(), key, gpu)]
@@ -181,7 +184,9 @@ def tune(
             if len(steps) == 1:
                 continue
             times = timer(steps, setting)
-            best = min((fields for fields in times if fields is not None), key=lambda fields: times[fields].median)
+            best = min(times, key=lambda fields: times[fields].median)
+            if best is None:
+                continue
             winners[key] = best
             choices[key] = Choice(key, best, times[best].median, times[None].median, len(steps) - 1)
         free()

@@ -19,8 +19,10 @@ SHAPE = AttentionShape("tiny", 2, 17, 2, 8)
 H200 = "NVIDIA H200"
 
 
-def setting(operation: str = "attention", shape: Shape = SHAPE, direction: str = "fwd") -> Setting:
-    return Setting(OPERATIONS[operation], shape, torch.float32, "cpu", direction)
+def setting(
+    operation: str = "attention", shape: Shape = SHAPE, direction: str = "fwd", dtype: torch.dtype = torch.float32
+) -> Setting:
+    return Setting(OPERATIONS[operation], shape, dtype, "cpu", direction)
 
 
 def contender(name: str, call: Callable[..., Any] = reference.attention, **entry: Any) -> Peer:

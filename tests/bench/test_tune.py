@@ -24,6 +24,10 @@ FAST, SLOW = Tile(32, 64, 4, 1), Tile(64, 64, 4, 1)
 GPU = INTERPRETER.name
 
 
+def attention(tokens):
+    return setting(shape=AttentionShape("tiny", 1, tokens, 1, 16), dtype=torch.bfloat16)
+
+
 def timer(steps, setting):
     """Rows of a tile are its milliseconds; every step has to run."""
     assert None in steps
@@ -38,12 +42,12 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tunes in the
 
 @pytest.fixture
 def two_candidates(monkeypatch):
-    monkeypatch.setattr(configuration, "candidates", lambda kernel: [SLOW, FAST])
+    monkeypatch.setattr(configuration, "candidates", lambda kernel, gpu: [SLOW, FAST])
 
 
 @interpreted
 def test_the_fastest_is_chosen_for_each_shape_class(two_candidates):
-    wanted = [setting(shape=AttentionShape("tiny", 1, tokens, 1, 16)) for tokens in (65, 66, 130)]
+    wanted = [attention(tokens) for tokens in (65, 66, 130)]
     before = {gpu: dict(entries) for gpu, entries in tuned.TUNED.items()}
     choices = tune("attention", wanted, timer)
     assert [choice.key[0] for choice in choices] == ["forward", "forward"]  # 65 and 66 are of one class
@@ -55,13 +59,21 @@ def test_the_fastest_is_chosen_for_each_shape_class(two_candidates):
 
 
 @interpreted
+def test_where_the_heuristic_is_fastest_there_is_nothing_to_write(two_candidates):
+    def slower(steps, setting):
+        return {fields: Timing(*3 * [1.0 if fields is None else 2.0], rounds=1) for fields in steps}
+
+    assert tune("attention", [attention(65), attention(66)], slower) == []
+
+
+@interpreted
 def test_a_candidate_that_is_wrong_or_does_not_run_is_no_candidate(monkeypatch):
     unfit = Tile(33, 64, 4, 1)  # no power of two
-    monkeypatch.setattr(configuration, "candidates", lambda kernel: [unfit, SLOW])
-    (choice,) = tune("attention", [setting(shape=AttentionShape("tiny", 1, 65, 1, 16))], timer)
+    monkeypatch.setattr(configuration, "candidates", lambda kernel, gpu: [unfit, SLOW])
+    (choice,) = tune("attention", [attention(65)], timer)
     assert choice.fields == dataclasses.astuple(SLOW) and choice.tried == 1
-    monkeypatch.setattr(configuration, "candidates", lambda kernel: [unfit])
-    assert tune("attention", [setting(shape=AttentionShape("tiny", 1, 65, 1, 16))], timer) == []
+    monkeypatch.setattr(configuration, "candidates", lambda kernel, gpu: [unfit])
+    assert tune("attention", [attention(65)], timer) == []
 
 
 def test_trying_reaches_the_operation():
