@@ -107,6 +107,40 @@ def test_reductions():
 
 
 @gluon.jit
+def shapes_kernel(x, out, N: gl.constexpr):
+    i = gl.arange(0, N, LAYOUT)
+    values = gl.load(x + i)
+    powers = gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [values], gl.float32, True, 1)
+    pairs = gl.join(values, powers)
+    again, power = gl.split(pairs)
+    gl.store(out + i, gl.fma(again, 2.0, power))
+    rows = gl.reshape(values, [2, N // 2])
+    gl.store(out + N + gl.arange(0, 2, LAYOUT), gl.sum(gl.permute(rows, [1, 0]), 0))
+    gl.multiple_of(i * 8, 8)
+
+
+@gluon.jit
+def unknown_assembly_kernel(x):
+    gl.store(x, gl.inline_asm_elementwise("lop3.b32 $0, $1, $1, $1, 3;", "=r,r", [gl.load(x)], gl.float32, True, 1))
+
+
+@gluon.jit
+def wrong_hint_kernel(n):
+    gl.multiple_of(n, 8)
+
+
+def test_shapes_assembly_and_hints():
+    x, out = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.zeros(6)
+    emulate(shapes_kernel, (1,), x=x, out=out, N=4)
+    torch.testing.assert_close(out, torch.cat([2 * x + x.exp2(), x.view(2, 2).sum(1)]))
+    with pytest.raises(UnsupportedByEmulator, match="lop3"):
+        emulate(unknown_assembly_kernel, (1,), x=x)
+    emulate(wrong_hint_kernel, (1,), n=16)
+    with pytest.raises(Fault, match=r"multiple_of\(8\) is not true of 12"):
+        emulate(wrong_hint_kernel, (1,), n=12)
+
+
+@gluon.jit
 def masked_kernel(x, out, n, N: gl.constexpr):
     i = gl.arange(0, N, LAYOUT)
     gl.store(out + i, gl.load(x + i, mask=i < n, other=7.0), mask=i < n + 1)

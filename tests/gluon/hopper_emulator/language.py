@@ -18,6 +18,7 @@ from hopper_emulator.faults import UnsupportedByEmulator as Unsupported
 from hopper_emulator.memory import Allocation, View
 from hopper_emulator.scheduler import Partition
 from hopper_emulator.values import Pointer, Value, common_dtype, together, torch_dtype, unwrap, wrap
+from triton.experimental.gluon.language import SliceLayout
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real_mbarrier
 
 # Creation and shape
@@ -106,7 +107,9 @@ def _elementwise(function: Callable[..., torch.Tensor]) -> Callable[..., Value]:
 
 
 def _two(function: Callable[..., torch.Tensor]) -> Callable[..., Value]:
-    def apply(x: Any, y: Any, *options: Any, **named: Any) -> Value:
+    def apply(x: Any, y: Any, **options: Any) -> Value:
+        if options:
+            raise Unsupported(f"options of an operation on two tensors: {options}")
         a, b, layout = together(x, y)
         return Value(function(a, b), layout)
 
@@ -152,9 +155,8 @@ _INLINE: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def inline_asm_elementwise(
-    asm: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int
-) -> Value:  # pragma: no cover - the table grows with the kernels
+def inline_asm_elementwise(asm: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int) -> Value:
+    """One instruction of the table above: "ex2.approx.ftz.f32 $0, $1;"."""
     instruction = re.fullmatch(r"\s*([\w.]+)\s+\$0((?:,\s*\$\d+)+)\s*;?\s*", str(unwrap(asm)))
     if not instruction or instruction[1] not in _INLINE or unwrap(pack) != 1:
         raise Unsupported(f"the inline assembly {unwrap(asm)!r}; language.py has a table of what is known")
@@ -167,8 +169,6 @@ def inline_asm_elementwise(
 
 
 def _reduced_layout(value: Value, axis: int | None) -> Any:
-    from triton.experimental.gluon.language import SliceLayout
-
     return None if axis is None or value.layout is None else SliceLayout(axis, value.layout)
 
 
