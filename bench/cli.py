@@ -145,37 +145,41 @@ def tune(
     ] = None,
     dtype: DtypeOption = None,
     quick: QuickOption = False,
+    minutes: MinutesOption = None,
+    again: Annotated[bool, typer.Option("--again", help="Also shape classes that the tables have.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write tables there instead of into siglip_kernels.")
     ] = None,
 ) -> None:
     """Measure the configurations of our kernels on this GPU and write the tables that the operations read."""
+    until = _deadline(minutes)
     with _errors_in_one_line():
-        import torch
-
         from bench import terminal
         from bench.circumstances import device, hardware
         from bench.operations import DTYPES
+        from bench.run import OutOfTime, deadline
         from bench.tune import TUNABLE, settings_of, time_candidates, tune, write_table
 
         chosen = _known("operation", _split(operations), TUNABLE) or list(TUNABLE)
         dtypes = [DTYPES[name] for name in _dtypes(dtype) or ["bf16"]]
         if device() != "cuda":
             raise RuntimeError("tune measures kernels on a CUDA device, and this machine has none")
-        torch.cuda.init()
-        for name in chosen:
-            settings = settings_of(name, "cuda", dtypes, quick)
-            with terminal.progress_bar() as progress:
-                choices = tune(name, settings, time_candidates, lambda what: progress(0, 1, what))
-            tunable = TUNABLE[name]
-            target = None if out is None else out / tunable.package.rpartition(".")[2] / "tuned.py"
-            path = write_table(tunable.path(), hardware(), {one.key: one.fields for one in choices}, target)
-            for one in choices:
-                print(
-                    f"{name} {one.key}: {one.fields}, {one.milliseconds:.4f} ms; by the heuristic "
-                    f"{one.heuristic_milliseconds:.4f} ms; {one.tried} tried"
-                )
-            print(f"{len(choices)} shape classes of {name} written to {path}.")
+        try:
+            with deadline(until), terminal.progress_bar() as progress:
+                for name in chosen:
+                    tunable, gpu = TUNABLE[name], hardware()
+                    target = None if out is None else out / tunable.package.rpartition(".")[2] / "tuned.py"
+                    known = () if again else list(tunable.table().get(gpu, {}))
+                    settings = settings_of(name, "cuda", dtypes, quick)
+                    for one in tune(name, settings, time_candidates, lambda what: progress(0, 1, what), known):
+                        source = target if target is not None and target.exists() else tunable.path()
+                        path = write_table(source, gpu, {one.key: one.fields}, target)
+                        print(
+                            f"{name} {one.key}: {one.fields}, {one.milliseconds:.4f} ms, the heuristic "
+                            f"{one.heuristic_milliseconds:.4f} ms; {one.tried} tried; written to {path}"
+                        )
+        except OutOfTime:
+            print("Time was up; started again, it goes on with the shape classes that are not in the tables yet.")
 
 
 @app.command()

@@ -15,7 +15,7 @@ import ast
 import contextlib
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,16 +143,16 @@ def tune(
     settings: Sequence[Setting],
     timer: Timer,
     progress: Callable[[str], None] = lambda what: None,
-    tunable: Tunable | None = None,
-) -> list[Choice]:
+    known: Collection[Key] = (),
+) -> Iterator[Choice]:
     """The best candidate for every shape class that the settings ask for, each class measured once.
 
     Classes are settled one after the other: a later one is measured with the earlier ones' winners in place. Where the
-    heuristic's own choice is fastest there is nothing to write.
+    heuristic's own choice is fastest there is nothing to write. known: shape classes that are not measured again.
     """
-    tunable = tunable or TUNABLE[name]
-    choices: dict[Key, Choice] = {}
-    settled: set[Key] = set()
+    tunable = TUNABLE[name]
+    winners: dict[Key, Fields] = {}
+    settled = set(known)
     for setting in settings:
         kernels = ours(setting.operation.name)
         if kernels is None:
@@ -163,7 +163,6 @@ def tune(
         judge = Judge(setting, first)
         others = range(1, copies(first.bytes(), setting.device))
         step = Steps([step_of(contender, inputs, setting) for inputs in (first, *map(setting.inputs, others))])
-        winners = {key: choice.fields for key, choice in choices.items()}
         for key in tunable.asked_for(gpu.name, step):
             if key in settled:
                 continue
@@ -188,9 +187,8 @@ def tune(
             if best is None:
                 continue
             winners[key] = best
-            choices[key] = Choice(key, best, times[best].median, times[None].median, len(steps) - 1)
+            yield Choice(key, best, times[best].median, times[None].median, len(steps) - 1)
         free()
-    return list(choices.values())
 
 
 def _trying(

@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 from bench_helpers import setting
+from typer.testing import CliRunner
 
 from bench.ahead_of_time import GPUS
+from bench.cli import app
 from bench.shapes import AttentionShape
 from bench.timing import Timing
 from bench.tune import TUNABLE, time_candidates, tune, write_table
@@ -49,13 +51,15 @@ def two_candidates(monkeypatch):
 def test_the_fastest_is_chosen_for_each_shape_class(two_candidates):
     wanted = [attention(tokens) for tokens in (65, 66, 130)]
     before = {gpu: dict(entries) for gpu, entries in tuned.TUNED.items()}
-    choices = tune("attention", wanted, timer)
+    choices = list(tune("attention", wanted, timer))
     assert [choice.key[0] for choice in choices] == ["forward", "forward"]  # 65 and 66 are of one class
     assert choices[0].key[3:] != choices[1].key[3:]
     for choice in choices:
         assert choice.fields == dataclasses.astuple(FAST)
         assert (choice.milliseconds, choice.heuristic_milliseconds, choice.tried) == (32.0, 99.0, 2)
     assert before == tuned.TUNED  # trying leaves nothing behind
+    known = [choice.key for choice in choices[:1]]
+    assert [choice.key for choice in tune("attention", wanted, timer, known=known)] == [choices[1].key]
 
 
 @interpreted
@@ -63,7 +67,7 @@ def test_where_the_heuristic_is_fastest_there_is_nothing_to_write(two_candidates
     def slower(steps, setting):
         return {fields: Timing(*3 * [1.0 if fields is None else 2.0], rounds=1) for fields in steps}
 
-    assert tune("attention", [attention(65), attention(66)], slower) == []
+    assert list(tune("attention", [attention(65), attention(66)], slower)) == []
 
 
 @interpreted
@@ -73,7 +77,7 @@ def test_a_candidate_that_is_wrong_or_does_not_run_is_no_candidate(monkeypatch):
     (choice,) = tune("attention", [attention(65)], timer)
     assert choice.fields == dataclasses.astuple(SLOW) and choice.tried == 1
     monkeypatch.setattr(configuration, "candidates", lambda kernel, gpu: [unfit])
-    assert tune("attention", [attention(65)], timer) == []
+    assert list(tune("attention", [attention(65)], timer)) == []
 
 
 def test_trying_reaches_the_operation():
@@ -139,3 +143,16 @@ def test_linears_candidates_of_a_key():
     assert len(candidates) > 1
     with linear.trying(gpu.name, {key: dataclasses.astuple(candidates[-1])}):
         assert configuration.tile(configuration.Shape(*key), gpu) == candidates[-1]
+
+
+@interpreted
+def test_the_command_writes_each_winner_at_once(two_candidates, monkeypatch, tmp_path):
+    monkeypatch.setattr("bench.circumstances.device", lambda: "cuda")
+    monkeypatch.setattr("bench.circumstances.hardware", lambda: "NVIDIA H200")
+    monkeypatch.setattr("bench.tune.settings_of", lambda *arguments: [attention(65), attention(130)])
+    monkeypatch.setattr("bench.tune.time_candidates", timer)
+    result = CliRunner().invoke(app, ["tune", "attention", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    table = (tmp_path / "attention" / "tuned.py").read_text()
+    assert table.count('("forward", 2, 16, ') == 2 and '"NVIDIA H200": {' in table
+    assert result.output.count("written to") == 2
