@@ -17,6 +17,7 @@ from siglip_kernels.attention import hopper, hopper_kernel
 from siglip_kernels.attention.hopper import attention_forward_hopper, last_keys, tile
 from siglip_kernels.device import pretend
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the portable kernels on CPU tensors: interpreter")
 # Few multiprocessors, so that each program has several tiles.
 HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
 
@@ -163,6 +164,7 @@ def test_equal_rows_and_an_outlier():
     check(q, k, v)
 
 
+@interpreted
 def test_through_the_public_operation_with_gradients(monkeypatch):
     """The forward emulated, the backward from its statistics."""
     inputs = [x.requires_grad_() for x in random_inputs(1, 70, 130, 1, 72)]
@@ -179,6 +181,7 @@ def test_through_the_public_operation_with_gradients(monkeypatch):
         assert (one.double() - other.double()).norm() <= 2**-7 * other.double().norm()
 
 
+@interpreted
 def test_chosen_only_where_asked_for(monkeypatch):
     inputs = random_inputs(1, 70, 70, 1, 64)
     with pretend(HOPPER):

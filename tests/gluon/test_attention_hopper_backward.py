@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hopper_emulator.faults import Fault
-from test_attention_hopper import on_hopper, random_inputs
+from test_attention_hopper import interpreted, on_hopper, random_inputs
 
 from siglip_kernels import attention, reference
 from siglip_kernels.attention import hopper_backward, hopper_backward_kernels
@@ -137,6 +137,7 @@ def test_no_keys_no_queries_no_batch():
             assert gradient.shape == tensor.shape and not gradient.any()
 
 
+@interpreted
 def test_through_the_public_operation(monkeypatch):
     monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
     inputs = [x.requires_grad_() for x in random_inputs(1, 70, 130, 1, 72)]
