@@ -16,7 +16,9 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of products where the tensor is, or None where autocast is off."""
-    if tensor.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(tensor.device.type):
+    if not isinstance(tensor, Tensor) or tensor.device.type not in ("cuda", "cpu"):
+        return None
+    if torch.is_autocast_enabled(tensor.device.type):
         return torch.get_autocast_dtype(tensor.device.type)
     return None
 
@@ -27,13 +29,21 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor: ...
 def cast(tensor: None, dtype: torch.dtype | None) -> None: ...
 def cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     """As autocast casts the inputs of torch.nn.functional.linear: floating point, fp64 excepted. None: not at all."""
-    if tensor is None or dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if dtype is None or not isinstance(tensor, Tensor):
+        return tensor
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
 
 
+def check_tensor(operation: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise unsupported(operation, argument, f"is {type(value).__name__}", "a tensor")
+
+
 def check_input(operation: str, argument: str, x: Tensor, dimensions: int | None = None) -> None:
-    """x: a supported dtype; so many dimensions, or at least one."""
+    """x: a tensor of a supported dtype, of so many dimensions, or at least one."""
+    check_tensor(operation, argument, x)
     if dimensions is not None and x.dim() != dimensions:
         raise unsupported(operation, argument, f"has {x.dim()} dimensions", f"{dimensions}: (B, S, width)")
     if x.dim() == 0:
@@ -49,10 +59,14 @@ def check_parameter(
     shape: tuple[int | None, ...],
     like: Tensor,
     dtype: torch.dtype,
+    *,
+    optional: bool = False,
 ) -> None:
-    """A weight or bias of this shape (None: any extent) and dtype, on the device of `like`. None is no parameter."""
-    if parameter is None:
+    """A weight or bias of this shape (None: any extent) and dtype, on the device of `like`."""
+    if parameter is None and optional:
         return
+    check_tensor(operation, argument, parameter)
+    assert parameter is not None
     if parameter.dtype != dtype:
         raise unsupported(
             operation, argument, f"has dtype {parameter.dtype} while the input has {dtype}", "one dtype, or autocast"
@@ -73,6 +87,8 @@ def check_norm(
 ) -> tuple[Tensor, Tensor]:
     """x and the parameters of its layer normalisation, which autocast makes in fp32: (weight, bias)."""
     check_input(operation, "x", x)
+    check_tensor(operation, "norm_weight", weight)
+    check_tensor(operation, "norm_bias", bias)
     if autocast:
         weight, bias = (p.float() if p.is_floating_point() else p for p in (weight, bias))
     for name, parameter in (("norm_weight", weight), ("norm_bias", bias)):
@@ -87,6 +103,7 @@ def check_residual(operation: str, residual: Tensor | None, shape: tuple[int, ..
     """The residual has the result's shape; its dtype may be another one."""
     if residual is None:
         return
+    check_tensor(operation, "residual", residual)
     if residual.dtype not in _DTYPES:
         raise unsupported(operation, "residual", f"has dtype {residual.dtype}", "float32, float16, bfloat16")
     if residual.device != like.device:

@@ -104,7 +104,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
     check_input("linear", "x", x)
     check_parameter("linear", "weight", weight, (None, x.shape[-1]), x, x.dtype)
-    check_parameter("linear", "bias", bias, (weight.shape[0],), x, x.dtype)
+    check_parameter("linear", "bias", bias, (weight.shape[0],), x, x.dtype, optional=True)
     shape = (*x.shape[:-1], weight.shape[0])
     check_residual("linear", residual, shape, x)
     if residual is not None:

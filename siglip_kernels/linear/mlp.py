@@ -188,9 +188,9 @@ _mlp_backward.register_autograd(refuse_second_derivatives("mlp"))
 
 def _check_weights(operation, x, dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias, out: int | None) -> None:
     check_parameter(operation, "fc1_weight", fc1_weight, (None, x.shape[-1]), x, dtype)
-    check_parameter(operation, "fc1_bias", fc1_bias, (fc1_weight.shape[0],), x, dtype)
+    check_parameter(operation, "fc1_bias", fc1_bias, (fc1_weight.shape[0],), x, dtype, optional=True)
     check_parameter(operation, "fc2_weight", fc2_weight, (out, fc1_weight.shape[0]), x, dtype)
-    check_parameter(operation, "fc2_bias", fc2_bias, (fc2_weight.shape[0],), x, dtype)
+    check_parameter(operation, "fc2_bias", fc2_bias, (fc2_weight.shape[0],), x, dtype, optional=True)
 
 
 def mlp(

@@ -20,6 +20,7 @@ from siglip_kernels.linear.arguments import (
     check_input,
     check_norm,
     check_parameter,
+    check_tensor,
     refuse_second_derivatives,
     wants_gradients,
 )
@@ -202,11 +203,12 @@ def pre_norm_qkv(
     q_bias, k_bias, v_bias = (cast(bias, dtype) for bias in (q_bias, k_bias, v_bias))
     norm_weight, norm_bias = check_norm("pre_norm_qkv", x, norm_weight, norm_bias, eps, autocast=dtype is not None)
     check_input("pre_norm_qkv", "x", x, dimensions=3)
+    check_tensor("pre_norm_qkv", "q_weight", q_weight)
     out = q_weight.shape[0] if q_weight.dim() else None
     for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
         check_parameter("pre_norm_qkv", f"{name}_weight", weight, (out, x.shape[-1]), x, dtype or x.dtype)
-        check_parameter("pre_norm_qkv", f"{name}_bias", bias, (out,), x, dtype or x.dtype)
-    if num_heads < 1 or q_weight.shape[0] % num_heads != 0:
+        check_parameter("pre_norm_qkv", f"{name}_bias", bias, (out,), x, dtype or x.dtype, optional=True)
+    if not isinstance(num_heads, int) or num_heads < 1 or q_weight.shape[0] % num_heads != 0:
         got = f"is {num_heads} while the weights have {q_weight.shape[0]} rows"
         raise unsupported("pre_norm_qkv", "num_heads", got, "positive divisors of the rows")
     keep = wants_gradients(x, norm_weight, norm_bias, q_weight, k_weight, v_weight)

@@ -218,6 +218,13 @@ def half(*shape: int) -> Tensor:
 
 BAD: dict[str, tuple[str, dict[str, object], str]] = {
     "dimensions": ("linear", {"x": half()}, r"x has no dimension; supported: \(\.\.\., width\)"),
+    "no tensor": ("linear", {"x": [1.0]}, "x is list; supported: a tensor"),
+    "no weight": ("linear", {"weight": None}, "weight is NoneType; supported: a tensor"),
+    "no fc2 weight": ("mlp", {"fc2_weight": None}, "fc2_weight is NoneType; supported: a tensor"),
+    "no q weight": ("pre_norm_qkv", {"q_weight": None}, "q_weight is NoneType; supported: a tensor"),
+    "no norm weight": ("pre_norm_mlp", {"norm_weight": None}, "norm_weight is NoneType; supported: a tensor"),
+    "bias of numbers": ("mlp", {"fc1_bias": 0.0}, "fc1_bias is float; supported: a tensor"),
+    "residual of numbers": ("linear", {"residual": 0.0}, "residual is float; supported: a tensor"),
     "integers": (
         "linear",
         {"x": torch.zeros(2, 5, 24, dtype=torch.int32)},
