@@ -1,0 +1,49 @@
+"""Whole models of a made-up size: ours and transformers', right by the same weights, forward and trained."""
+
+import pytest
+import torch
+from bench_helpers import FLOORS
+
+from bench.measure import Plan, measure
+from bench.operations import OPERATIONS, Setting, model_weights
+from bench.peers import peers_of
+from bench.shapes import MODELS, Model, ModelShape, Tower, TrainShape
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    vision, text = Tower(32, 48, 2, 2, 4, 16, 32), Tower(32, 48, 2, 2, 64)
+    monkeypatch.setitem(MODELS, "tiny", Model("tiny", vision, text))
+    monkeypatch.setattr("bench.measure.peaks_in_a_process", lambda setting, names: {})
+
+
+@pytest.mark.parametrize(
+    ("operation", "shape"),
+    [
+        ("vision_tower", ModelShape("tiny-b3", "tiny", 3)),
+        ("siglip", ModelShape("tiny-b3-l1", "tiny", 3, layers=1, text=True)),
+        ("training_step", TrainShape("tiny-b4", "tiny", 4)),
+    ],
+)
+def test_models_that_a_cpu_has(operation, shape):
+    (direction,) = OPERATIONS[operation].directions
+    setting = Setting(OPERATIONS[operation], shape, torch.float32, "cpu", direction)
+    entries = [entry for entry in peers_of(operation).values() if not entry.cuda]
+    rows = []
+    measure("model", setting, entries, FLOORS, Plan(0.0, 2), rows.append)
+    named = {row.impl: row for row in rows}
+    assert {"transformers:eager", "transformers:sdpa", "siglip_model:eager", "siglip_model:sdpa"} <= set(named)
+    assert {row.status for row in rows} == {"ok"}, [row.reason for row in rows]
+    assert all(row.error_vs_fp64 < 1e-5 for row in rows)
+    assert "SDPA ran" in named["transformers:sdpa"].reason and "SDPA ran" in named["siglip_model:sdpa"].reason
+
+
+def test_weights_are_the_same_for_every_contender():
+    setting = Setting(OPERATIONS["vision_tower"], ModelShape("tiny-b1", "tiny", 1), torch.float32, "cpu", "fwd")
+    entries = peers_of("training_step")
+    trained = Setting(OPERATIONS["training_step"], TrainShape("t", "tiny", 2), torch.float32, "cpu", "fwd+bwd")
+    ours, theirs = (entries[name].prepare(trained) for name in ("siglip_model:sdpa", "transformers:sdpa"))
+    assert set(ours.parameters) == set(theirs.parameters)
+    for name, parameter in ours.parameters.items():
+        assert parameter.data_ptr() == theirs.parameters[name].data_ptr(), name
+    assert model_weights(setting).keys() == model_weights(trained).keys()
