@@ -1,8 +1,17 @@
-"""The loss's kernels for Hopper, compiled without a GPU: registers, shared memory, wgmma."""
+"""The loss's kernels for Hopper, compiled without a GPU: registers, shared memory, wgmma, the cost of epilogues."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from bench.ahead_of_time import Row, rows_in_a_subprocess
+from bench.inner_loop import Loop
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +42,18 @@ def test_only_sums_are_loaded_and_stored_without_tma(rows):
     """fp32 gradients by two numbers at a time, the sums of a thread, t and b."""
     for row in rows:
         assert set(row.accesses) <= {"tma", "ld 4", "ld 8", "st 4", "st 8"} and row.accesses["tma"] >= 3, str(row)
+
+
+def test_the_epilogue_nearly_hides_under_the_other_consumers_products():
+    """A pair costs one exponential and one reciprocal, and less than twenty instructions."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    module = ["bench.sigmoid_loss_hopper_launches", "--only", "bf16 D=768 train", "--json"]
+    command = [sys.executable, "-m", "bench.tile_cost", *module]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    costs = [Loop(**cost) for cost in json.loads(done.stdout)]
+    costs = [cost for cost in costs if cost.kernel == "residual_kernel"]
+    assert costs
+    for cost in costs:
+        assert cost.clocks["mufu"] <= 2 * 128 * 8 + 64, str(cost)
+        assert cost.clocks["issue"] <= 20 * 128, str(cost)
