@@ -9,7 +9,8 @@ gradients gₕ of pooledₕ,
 
 δₕ = Σₛ aₛₕ xₛ·gₕ is pooledₕ·gₕ, but made anew from the same products in a pass of its own: where one token has all of
 the weight its dscore is 0 because two equal numbers cancel, and any other rounding of one of them would be multiplied
-by a large fₕ.
+by a large fₕ. And all dscoreₛₕ of a sample add up to 0 but for rounding, which a large mean of the tokens would
+multiply: so dfₕ counts tokens by how far they are from their average.
 """
 
 # Tuples that grow by an element a chunk, as the loops over chunks are unrolled, are beyond the type checker, and
@@ -182,7 +183,8 @@ def attention_pool_backward_kernel(
     lengths,  # (B,) int32, or None
     delta,  # (B, splits, H) fp32: δ's part of each split; written by the first pass, read by the second
     x_grad,  # (B, S, WIDTH), contiguous; written, or None
-    partials,  # (programs, H, WIDTH) fp32; written: sums of the gradient of `folded`, or None
+    partials,  # (programs, H, WIDTH) fp32; written: sums of scale · dscore x, or None
+    surplus,  # (B, splits, H) fp32; written: sums of scale · dscore, or None
     x_batch_stride,  # strides in UNIT elements
     x_token_stride,
     grad_batch_stride,
@@ -227,7 +229,7 @@ def attention_pool_backward_kernel(
         if not FIRST_PASS:
             for split in tl.range(0, splits):
                 head_delta += tl.load(delta + (sample * splits + split) * heads + head, mask=head_is_valid, other=0.0)
-        surplus = tl.zeros([HEADS], tl.float32)
+        head_surplus = tl.zeros([HEADS], tl.float32)
         grads = ()
         for chunk in tl.static_range(CHUNKS):
             grad = load_chunk(pooled_grad, grad_offsets, head_is_valid, chunk * CHUNK, WIDTH, CHUNK)
@@ -252,7 +254,7 @@ def attention_pool_backward_kernel(
                 scores_grad = weights * (weights_grad - head_delta[:, None]) * scale
                 weights = narrow(weights, tiles[0].dtype, INTERPRETED)
                 scores_grad = narrow(scores_grad, tiles[0].dtype, INTERPRETED)
-                surplus += tl.sum(scores_grad.to(tl.float32), 1)
+                head_surplus += tl.sum(scores_grad.to(tl.float32), 1)
                 new_sums = ()
                 for chunk in tl.static_range(CHUNKS):
                     if x_grad is not None:
@@ -267,13 +269,7 @@ def attention_pool_backward_kernel(
         if FIRST_PASS:
             tl.store(delta + (sample * splits + item % splits) * heads + head, head_delta, mask=head_is_valid)
         if partials is not None:
-            # All gradients of a head's scores add up to 0, but for rounding: tokens count by how far they are from
-            # their average, or else a large mean would multiply that rounding.
-            new_sums = ()
-            for chunk in tl.static_range(CHUNKS):
-                average = load_chunk(pooled, row * WIDTH, head_is_valid, chunk * CHUNK, WIDTH, CHUNK)
-                new_sums = new_sums + (sums[chunk] - surplus[:, None] * average.to(tl.float32),)
-            sums = new_sums
+            tl.store(surplus + (sample * splits + item % splits) * heads + head, head_surplus, mask=head_is_valid)
     if partials is not None:
         rows = (tl.program_id(0).to(tl.int64) * heads + head) * WIDTH
         for chunk in tl.static_range(CHUNKS):

@@ -52,13 +52,14 @@ def choose_tile(kernel: str, gpu: Facts, heads: int, width: int) -> Tile:
     columns = padded_width(width)
     accumulators = padded_heads(heads) * columns  # fp32
     resident = accumulators * (1 if kernel == "forward" else 2)  # of the heads, beside the tiles in shared memory
-    stages = 3
+    stages = 3 if accumulators <= 16 * 1152 else 2
     while stages > 1 and 2 * (resident + (stages - 1) * tokens * columns) > 0.95 * gpu.shared_memory:
         stages -= 1
+    if kernel == "backward":
+        return Tile(tokens, chunk_columns(width), 8, stages, None)
     if accumulators > 16 * 1152:
-        # Backward would spill with wider chunks.
-        return Tile(tokens, (2 if kernel == "forward" else 1) * chunk_columns(width), 16, stages, None)
-    return Tile(tokens, chunk_columns(width), 8, stages, 128 if kernel == "forward" else None)
+        return Tile(tokens, 2 * chunk_columns(width), 16, stages, None)
+    return Tile(tokens, chunk_columns(width), 8, stages, 128)
 
 
 def _split(samples: int, tokens: int, tile_tokens: int, programs: int) -> tuple[int, int]:
@@ -165,7 +166,7 @@ def attention_pool_backward(
     programs = min(batch * splits, gpu.multiprocessors)
     partials = torch.empty((programs, heads, width), dtype=torch.float32, device=x.device) if needs_folded else None
     strides, unit = _strides(x.stride(0), x.stride(1), pooled_grad.stride(0), pooled_grad.stride(1))
-    delta = torch.empty((batch, splits, heads), dtype=torch.float32, device=x.device)
+    delta, surplus = (torch.empty((batch, splits, heads), dtype=torch.float32, device=x.device) for _ in range(2))
     for first_pass in (True, False):
         attention_pool_backward_kernel[(batch * splits if first_pass else programs,)](
             pooled_grad,
@@ -178,6 +179,7 @@ def attention_pool_backward(
             delta,
             x_grad if needs_x and not first_pass else None,
             None if first_pass else partials,
+            surplus,
             *strides,
             tokens,
             heads,
@@ -192,4 +194,5 @@ def attention_pool_backward(
         )
     if partials is None:
         return x_grad, torch.empty(0, dtype=x.dtype, device=x.device)
-    return x_grad, partials.sum(0).to(x.dtype)
+    centred = torch.einsum("bh,bhw->hw", surplus.sum(1).to(x.dtype), pooled)
+    return x_grad, (partials.sum(0) - centred).to(x.dtype)

@@ -1,0 +1,29 @@
+"""Pooling's kernels, compiled for GPUs that are not there: no spills, tensor cores, wide accesses."""
+
+import pytest
+
+from bench.ahead_of_time import Row, rows_in_a_subprocess
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return rows_in_a_subprocess("bench.attention_pool_launches", "a100", "h200", "b200")
+
+
+def test_nothing_spills_or_fails(rows):
+    assert {row.kernel for row in rows} == {
+        "attention_pool_forward_kernel",
+        "attention_pool_combine_kernel",
+        "attention_pool_backward_kernel",
+    }
+    assert not [str(row) for row in rows if row.problems()]
+
+
+def test_tokens_arrive_sixteen_bytes_at_a_time_and_meet_tensor_cores(rows):
+    """Sixteen rows, one for each head, are too few for the larger instructions of sm_90 and sm_100."""
+    for row in rows:
+        if row.kernel == "attention_pool_combine_kernel":
+            continue
+        assert "mma m16n8k16" in row.matrix, str(row)
+        assert "cp.async 16" in row.accesses, str(row)
+        assert not {"cp.async 4", "cp.async 8", "ld 2", "ld 8", "st 2", "st 8"} & set(row.accesses), str(row)
