@@ -199,3 +199,108 @@ def exchange(rounds: int, fault: str = "none") -> Tensor:
     out = torch.full((rounds, TILE.value), -1, dtype=torch.int32)
     exchange_kernel[(1,)](out, rounds, FAULT=fault, num_warps=4)
     return out
+
+
+@gluon.jit
+def load_for_both(source, stages, full, empty, rounds):
+    for i in range(rounds):
+        stage = i % STAGES
+        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(stage), source.block_type.nbytes)
+        tma.async_copy_global_to_shared(source, [i * TILE, 0], full.index(stage), stages.index(stage))
+
+
+@gluon.jit
+def square(READER: gl.constexpr, target, stages, staging, full, empty, rounds, FAULT: gl.constexpr):
+    """Half of the columns of x xᵀ, negated by way of shared memory, and stored by TMA from two buffers in turn."""
+    HALF: gl.constexpr = TILE // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
+    for i in range(rounds):
+        stage = i % STAGES
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        half = stages.index(stage).slice(READER * HALF, HALF).permute((1, 0))
+        nothing = gl.zeros((TILE, HALF), gl.float32, layout)
+        product = warpgroup_mma(stages.index(stage), half, nothing, use_acc=False, is_async=True)
+        product = warpgroup_mma_wait(0, deps=(product,))
+        if FAULT == "one hands back for both":
+            if READER == 0:
+                mbarrier.arrive(empty.index(stage), count=2)
+        elif FAULT == "one hands back twice":
+            if READER == 0:
+                mbarrier.arrive(empty.index(stage), count=1)
+                mbarrier.arrive(empty.index(stage), count=1)
+        elif FAULT == "one forgets the last":
+            if READER == 0 or i < rounds - 1:
+                mbarrier.arrive(empty.index(stage), count=1)
+        else:
+            mbarrier.arrive(empty.index(stage), count=1)
+        buffer = staging.index(0 if FAULT == "both use one buffer" else READER * STAGES + stage)
+        if FAULT == "one store too many in flight":
+            tma.store_wait(STAGES)
+        else:
+            tma.store_wait(STAGES - 1)
+        buffer.store((-product).to(gl.bfloat16))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(target, [i * TILE, READER * HALF], buffer)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def squares_kernel(
+    source,  # (rounds · TILE, TILE) by tiles
+    target,  # likewise, by half tiles
+    rounds,
+    FAULT: gl.constexpr,
+):
+    stages = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, TILE], source.layout)
+    staging = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, TILE, TILE // 2], target.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (square, (0, target, stages, staging, full, empty, rounds, FAULT)),
+            (square, (1, target, stages, staging, full, empty, rounds, FAULT)),
+            (load_for_both, (source, stages, full, empty, rounds)),
+        ],
+        [4, 1],
+        [168, 24],
+    )
+
+
+def squares(x: Tensor, fault: str = "none") -> Tensor:
+    """-t tᵀ for each TILE × TILE tile t of x (n · TILE, TILE): two readers of every stage."""
+    out = torch.full_like(x, float("nan"))
+    half = [TILE.value, TILE.value // 2]
+    layout = gl.NVMMASharedLayout.get_default_for(half, gl.bfloat16)
+    target = TensorDescriptor.from_tensor(out, half, layout)
+    squares_kernel[(1,)](tiles_of(x), target, x.shape[0] // TILE.value, FAULT=fault, num_warps=4)
+    return out
+
+
+@gluon.jit
+def unfenced_kernel(x, out, FAULT: gl.constexpr):
+    """x xᵀ, from shared memory that was written by ordinary stores."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
+    rows = gl.arange(0, TILE, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, TILE, gl.SliceLayout(0, layout))
+    where = rows[:, None] * TILE + columns[None, :]
+    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, TILE], gl.bfloat16)
+    tile = gl.allocate_shared_memory(gl.bfloat16, [TILE, TILE], shared)
+    tile.store(gl.load(x + where))
+    if FAULT != "no fence before the product":
+        fence_async_shared()
+    nothing = gl.zeros((TILE, TILE), gl.float32, layout)
+    product = warpgroup_mma(tile, tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if FAULT == "overwritten under its product":
+        tile.store(gl.load(x + where))
+    gl.store(out + where, warpgroup_mma_wait(0, deps=(product,)))
+
+
+def unfenced(x: Tensor, fault: str = "none") -> Tensor:
+    out = torch.full(x.shape, float("nan"))
+    unfenced_kernel[(1,)](x, out, FAULT=fault, num_warps=4)
+    return out

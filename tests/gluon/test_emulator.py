@@ -337,8 +337,11 @@ with compiling_for(GPUS["h200"], record):
     a, b = (torch.empty(256, 256, dtype=torch.bfloat16) for _ in range(2))
     pipelines.product(a, b[:64])
     pipelines.exchange(2)
+    pipelines.squares(a[:, :64])
+    pipelines.unfenced(a[:64, :64])
 assert "setmaxnreg" in compiled["product_kernel"] and "wgmma.mma_async" in compiled["product_kernel"]
-assert "mbarrier.try_wait" in compiled["exchange_kernel"]
+assert "mbarrier.try_wait" in compiled["exchange_kernel"] and "cp.async.bulk.tensor" in compiled["squares_kernel"]
+assert "wgmma.mma_async" in compiled["unfenced_kernel"]
 """
 
 

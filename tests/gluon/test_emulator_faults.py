@@ -46,6 +46,16 @@ def test_without_a_fault_the_exchange_is_right(seed):
     assert out.tolist() == [[i] * 64 for i in range(5)]
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_without_a_fault_the_squares_are_right(seed):
+    x = operands(5 * 64, 1, 64)[0]
+    with emulating(seed):
+        out, first = pipelines.squares(x), pipelines.unfenced(x[:64].contiguous())
+    squares = torch.cat([tile.double() @ tile.double().T for tile in x.split(64)])
+    torch.testing.assert_close(out, (-squares).bfloat16(), atol=2**-6, rtol=2**-7)
+    torch.testing.assert_close(first, squares[:64].float())
+
+
 PRODUCER, CONSUMER = "load_tiles", "multiply"
 ANY_BARRIER, NO_BARRIER = r"(full|empty)\[[01]\]", ""
 # A fault of the kernel: what it may be found as, depending on who runs first; in whom; at which barrier.
@@ -84,6 +94,20 @@ IN_EXCHANGE = {
 }  # fmt: skip
 
 
+READERS = {"square[0]", "square[1]"}
+IN_SQUARES = {
+    "one hands back for both": ({IN_USE}, {"load_for_both"}, r"empty\[0\]"),
+    "one hands back twice": ({IN_USE, WRONG_PHASE}, {"load_for_both", *READERS}, ANY_BARRIER),
+    "one forgets the last": ({UNDER_ARRIVAL}, {"main"}, r"empty\[0\]"),
+    "both use one buffer": ({IN_USE, NOT_AWAITED}, READERS, r"full\[[01]\]"),
+    "one store too many in flight": ({IN_USE}, READERS, r"full\[0\]"),
+}
+IN_UNFENCED = {
+    "no fence before the product": ({NOT_FENCED}, {"main"}, NO_BARRIER),
+    "overwritten under its product": ({IN_USE}, {"main"}, NO_BARRIER),
+}
+
+
 def check(fault, expected):
     kinds, partitions, barriers = expected
     assert fault.kind in kinds, fault
@@ -109,8 +133,24 @@ def test_a_fault_of_the_exchange_is_found(planted, seed):
     check(caught.value, IN_EXCHANGE[planted])
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("planted", IN_SQUARES)
+def test_a_fault_between_two_readers_is_found(planted, seed):
+    with pytest.raises(Fault) as caught, emulating(seed):
+        pipelines.squares(operands(5 * 64, 1, 64)[0], planted)
+    check(caught.value, IN_SQUARES[planted])
+
+
+@pytest.mark.parametrize("planted", IN_UNFENCED)
+def test_a_fault_without_partitions_is_found(planted):
+    with pytest.raises(Fault) as caught, emulating():
+        pipelines.unfenced(operands(64, 1, 64)[0], planted)
+    check(caught.value, IN_UNFENCED[planted])
+
+
 def test_every_kind_of_fault_is_shown():
-    shown = set().union(*(kinds for kinds, _, _ in (IN_PRODUCT | IN_EXCHANGE).values()))
+    planted = IN_PRODUCT | IN_EXCHANGE | IN_SQUARES | IN_UNFENCED
+    shown = set().union(*(kinds for kinds, _, _ in planted.values()))
     assert shown == {
         DEADLOCK, WRONG_PHASE, OVER_ARRIVAL, UNDER_ARRIVAL, BYTE_COUNT, UNWRITTEN, NOT_AWAITED, IN_USE, IN_FLIGHT,
         NOT_FENCED, OUT_OF_BOUNDS, ILLEGAL,
