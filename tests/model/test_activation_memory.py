@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import siglip_model
+from siglip_kernels.device import interpreting
 from siglip_model.backends import BACKENDS
 from siglip_model.encoder import EncoderLayer
 from siglip_model.layers import UsesBackend
@@ -19,6 +20,8 @@ from siglip_model.layers import UsesBackend
 SO400M = siglip_model.SiglipVisionConfig(
     hidden_size=1152, intermediate_size=4304, num_hidden_layers=1, num_attention_heads=16
 )
+
+on_the_cpu = pytest.mark.skipif(not interpreting(), reason="computes on the CPU, in Triton's interpreter")
 
 
 def saved_bytes(backend: str, tokens: int, *, batch: int = 1, dtype: torch.dtype = torch.bfloat16, fake: bool) -> int:
@@ -71,6 +74,7 @@ def test_three_quarters_of_sdpa_and_a_small_part_of_eager() -> None:
     assert kept["triton"] <= 729 * (2 * elements + statistics)
 
 
+@on_the_cpu
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
 def test_real_tensors_give_the_same_count(backend: str) -> None:
     assert saved_bytes(backend, 16, fake=False) == saved_bytes(backend, 16, fake=True)
@@ -80,6 +84,7 @@ def test_memory_grows_with_the_batch_alone() -> None:
     assert saved_bytes("triton", 64, batch=4, fake=True) == 4 * saved_bytes("triton", 64, fake=True)
 
 
+@on_the_cpu
 def test_nothing_is_kept_without_gradients() -> None:
     storages = []
     layer = EncoderLayer(siglip_model.SiglipVisionConfig(hidden_size=64, num_attention_heads=2, intermediate_size=96))

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import siglip_model
+from siglip_kernels.device import interpreting
 from siglip_model.encoder import Attention, EncoderLayer
 from siglip_model.layers import Linear
 
@@ -20,6 +21,8 @@ BATCH, STEPS = 4, 3
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXT = {**TOWER, "vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": None, "eos_token_id": 1}
 VISION = {**TOWER, "image_size": 32, "patch_size": 16}
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="two processes on the CPU, in Triton's interpreter")
 
 
 def fresh(backend: str = "triton") -> siglip_model.SiglipModel:

@@ -164,7 +164,8 @@ def test_the_triton_backend_trains_as_eager_does(bfloat16, tmp_path):
     for backend in ("eager", "triton"):
         model = tiny_model()
         model.set_backend(backend)
-        train(model, coloured_squares, config, tmp_path / backend, show_progress=False)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        train(model, coloured_squares, config, tmp_path / backend, device=device, show_progress=False)
     logs = [[entry["loss"] for entry in log_of(tmp_path / backend)] for backend in ("eager", "triton")]
     assert logs[1] == pytest.approx(logs[0], rel=0.01 if bfloat16 else 1e-5)
 

@@ -233,8 +233,8 @@ def test_lora_of_peft(backend: str) -> None:
 
 
 def test_hooks_see_what_they_see_in_transformers() -> None:
-    theirs = transformers_model({**TINY_TEXT, **ONE_LAYER}, {**TINY_VISION, **ONE_LAYER})
-    ours = our_model(theirs, "sdpa")
+    theirs = transformers_model({**TINY_TEXT, **ONE_LAYER}, {**TINY_VISION, **ONE_LAYER}).to(DEVICE)
+    ours = our_model(theirs, "sdpa").to(DEVICE)
     visible = [name for name in MODULES if name != "vision_model.head.attention.out_proj"]  # nn's attention hides it
     seen: list[dict[str, Tensor]] = []
     for each in (theirs, ours):
