@@ -149,5 +149,9 @@ def stride_unit(strides: list[int]) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of fp32 inputs are made: as torch.backends.cuda.matmul.allow_tf32 says. Without effect on others."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How products of fp32 inputs are made: as torch.backends.cuda.matmul says. Without effect on other dtypes.
+
+    `fp32_precision` follows the older `allow_tf32`, which PyTorch refuses to read once the newer has been set.
+    """
+    allowed = torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if dtype == torch.float32 and allowed == "tf32" else "ieee"

@@ -92,7 +92,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     x: (..., in); weight: (out, in); bias: (out,); fp32, fp16 or bf16, all of one dtype and on one CUDA device.
     residual: (..., out), of any of these dtypes: as in PyTorch, the result is in what the dtypes promote to. Without a
     residual there is nothing to fuse, and this is torch.nn.functional.linear.
-    fp32 products are IEEE unless torch.backends.cuda.matmul.allow_tf32; sums are in fp32 and rounded once. Rows of unit
+    fp32 products are IEEE unless torch.backends.cuda.matmul allows TF32; sums are in fp32, rounded once. Rows of unit
     stride that start at multiples of 16 bytes, and weights that are transposed views, are read where they lie; anything
     else may be copied. Under autocast x, weight and bias are cast as torch.nn.functional.linear casts them. Gradients
     are deterministic; with a residual, second derivatives are refused.

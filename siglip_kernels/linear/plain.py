@@ -1,8 +1,9 @@
 """Products with nothing to fuse: cuBLAS through PyTorch, whose own epilogue adds a bias. This is the one place.
 
 The derivatives of a product are products: for y = x wᵀ + b and the gradient g of y, dx = g w, dw = gᵀ x, db = Σ g over
-rows. Sums are in fp32 and in a fixed order. fp32 obeys torch.backends.cuda.matmul.allow_tf32, and two-byte dtypes its
-neighbours allow_bf16_reduced_precision_reduction and allow_fp16_reduced_precision_reduction.
+rows. Sums are in fp32 and in a fixed order. torch.backends.cuda.matmul says whether fp32 may be TF32, and, with
+allow_bf16_reduced_precision_reduction and allow_fp16_reduced_precision_reduction, whether cuBLAS may add up parts of a
+sum in two bytes.
 """
 
 import torch

@@ -298,19 +298,25 @@ def test_only_the_gradients_asked_for(wanted, device):
     assert torch.equal(gradient, everything[wanted])
 
 
-def test_fp32_products_round_as_they_are_told(device):
-    """With allow_tf32 the kernel is asked for TF32 (which the interpreter computes in full), without it for IEEE."""
+@pytest.mark.parametrize(
+    ("switch", "on", "off"), [("allow_tf32", True, False), ("fp32_precision", "tf32", "ieee")], ids=str
+)
+def test_fp32_products_round_as_they_are_told(switch, on, off, device):
+    """By PyTorch's older switch and by its newer: TF32, which the interpreter computes in full, or IEEE."""
     from siglip_kernels.linear import configuration
 
-    assert configuration.precision(torch.float32) == "ieee"
-    torch.backends.cuda.matmul.allow_tf32 = True
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    inputs, out_grad = linear_inputs(9, 40, 24, torch.float32, device)
     try:
+        setattr(settings, switch, off)
+        assert configuration.precision(torch.float32) == "ieee"
+        setattr(settings, switch, on)
         assert configuration.precision(torch.float32) == "tf32"
         assert configuration.precision(torch.bfloat16) == "ieee"
-        inputs, out_grad = linear_inputs(9, 40, 24, torch.float32, device)
         found = run(linear, inputs, out_grad, torch.float32)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
+        settings.fp32_precision = before
     exact = run(reference.linear, inputs, out_grad, torch.float64)
     for name, tensor in exact.items():
         assert (found[name].double() - tensor).norm() <= 2e-3 * tensor.norm(), name
