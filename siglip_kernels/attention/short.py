@@ -293,6 +293,7 @@ def _launch(
     if kernel == "short_backward" and (main, tail) == (64, 32):
         main, tail = 128, 0  # the two blocks spill on Ampere, and memory is what takes the time
     padded = triton.next_power_of_2(max(query_tokens, k.shape[1]))
+    configuration.grid(batch * heads + block)  # kernels number sequences in 32 bits
     tiles = triton.cdiv(batch * heads, block // padded)
     programs, warps, stages = configuration.short(kernel, facts(q.device), q.element_size(), head_dim, tiles)
     constants: dict[str, object] = {

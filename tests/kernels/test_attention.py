@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from siglip_kernels import attention, reference
-from siglip_kernels.attention.configuration import split_head_dim
+from siglip_kernels import UnsupportedInputError, attention, reference
+from siglip_kernels.attention.configuration import grid, split_head_dim
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -367,6 +367,18 @@ def test_more_heads_than_a_grid_axis_is_long(device, monkeypatch):
     assert len(grids) == 5
     assert all(len(grid) == 1 for grid in grids)
     assert sum(grid[0] >= 140_000 for grid in grids) == 3
+
+
+@pytest.mark.gpu
+def test_more_sequences_than_a_grid_axis_is_long(device):
+    q, k, v, _ = random_inputs(33_000, 1, 2, 2, 8, torch.float16, device)
+    torch.testing.assert_close(attention(q, k, v), reference.attention(q, k, v), rtol=2e-3, atol=2e-3)
+
+
+def test_more_programs_than_32_bits_count():
+    assert grid(2**31 - 1) == 2**31 - 1
+    with pytest.raises(UnsupportedInputError, match="q needs 2147483648 programs; supported: fewer than 2"):
+        grid(2**31)
 
 
 def test_offsets_beyond_32_bits(device):
