@@ -1,7 +1,9 @@
-"""Small Gluon kernels with every device of the big ones, and a fault of choice planted in the first.
+"""Small Gluon kernels with every device of the big ones, and a fault of choice planted in each.
 
-`product_kernel` is a persistent product c = a bᵀ: a producer that fills two stages by TMA, a consumer with asynchronous
-wgmma one tile of K behind, a TMA store from a staging buffer. FAULT = "none" is right; any other value breaks one rule.
+FAULT = "none" is right; any other value breaks one rule. `product_kernel` is a persistent product c = a bᵀ: a producer
+fills two stages by TMA, a consumer multiplies them by asynchronous wgmma and stores by TMA from a staging buffer. In
+`exchange_kernel` two partitions pass tiles by ordinary loads and stores, in `squares_kernel` two consumers share each
+stage, and `unfenced_kernel` has no partitions.
 """
 
 import torch

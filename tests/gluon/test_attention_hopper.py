@@ -137,6 +137,10 @@ def test_packed_expanded_and_misaligned_tensors():
     assert torch.equal(want, run(*heads_first)[0])
     odd = torch.zeros(2, 100, 2, 75, dtype=torch.bfloat16)[..., 1:73].copy_(k)
     assert torch.equal(want, run(q, odd, v)[0])
+    off = torch.zeros(v.numel() + 1, dtype=torch.bfloat16)[1:].view(v.shape).copy_(v)
+    assert off.is_contiguous() and torch.equal(want, run(q, k, off)[0])
+    alone = torch.as_strided(torch.zeros(20_000, dtype=torch.bfloat16), (1, *v.shape[1:]), (14_403, 144, 72, 1))
+    assert torch.equal(want[:1], run(q[:1], k[:1], alone.copy_(v[:1]))[0])
     expanded = v[:1].expand(2, -1, -1, -1)
     assert torch.equal(run(q, k, expanded)[0], run(q, k, expanded.contiguous())[0])
 
