@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import Parameter
 
 from siglip_kernels import reference
 from siglip_kernels.errors import unsupported
@@ -56,18 +57,22 @@ def is_plain(module: nn.Module, kind: type[ModuleType]) -> TypeIs[ModuleType]:
     distributed), a missing weight or bias. Such a module is called.
     """
     state = module.__dict__
-    parameters = state["_parameters"]
-    return (
-        type(module) is kind
-        and not state["_forward_pre_hooks"]
-        and not state["_forward_hooks"]
-        and not state["_backward_pre_hooks"]
-        and not state["_backward_hooks"]
-        and "forward" not in state
-        and parameters.get("weight", module) is not None
-        and parameters.get("bias", module) is not None
-        and not any(map(_wraps_tensors, parameters.values()))
-    )
+    if (
+        type(module) is not kind
+        or state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_pre_hooks"]
+        or state["_backward_hooks"]
+        or "forward" in state
+    ):
+        return False
+    for name, parameter in state["_parameters"].items():
+        if type(parameter) is not Parameter and (_wraps_tensors(parameter) or (parameter is None and name in _NEEDED)):
+            return False
+    return True
+
+
+_NEEDED = ("weight", "bias")
 
 
 def _wraps_tensors(tensor: Tensor | None) -> bool:
