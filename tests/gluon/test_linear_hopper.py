@@ -14,7 +14,7 @@ from hopper_emulator.launch import emulating
 from torch import Tensor
 
 from bench.ahead_of_time import GPUS
-from siglip_kernels import MissingBackendError, UnsupportedInputError, linear, mlp
+from siglip_kernels import MissingBackendError, UnsupportedInputError, linear, mlp, pre_norm_qkv
 from siglip_kernels.device import pretend
 from siglip_kernels.linear import hopper, hopper_pipeline
 from siglip_kernels.linear.gemm import gemm
@@ -179,14 +179,20 @@ def test_integers_are_exact():
 
 
 def test_through_the_public_operations_with_gradients(monkeypatch):
-    """linear with a residual, and the MLP: against the portable kernels, which meet their own tests."""
+    """linear with a residual, the MLP and the projections: against the portable kernels, which meet their own tests."""
     x, w1, _, _, b1, _, _ = operands(70, 136, 72)
     w2, b2 = w1.T.contiguous(), b1[:72].clone()
     inputs = [t.clone().requires_grad_() for t in (x, w1, b1, w2, b2)]
     out_grad = torch.randn(70, 72, generator=torch.Generator().manual_seed(3)).bfloat16()
 
+    norm = torch.ones(72, dtype=x.dtype)
+    square = operands(72, 72, 72)[1:4]
+    projections = [value for weight in square for value in (weight, b2)]
+
     def run() -> list[Tensor]:
         out = linear(mlp(*inputs), inputs[3] @ inputs[1], inputs[4], residual=inputs[0])
+        q, k, v = pre_norm_qkv(out[None], norm, 0 * norm, 1e-6, *projections, num_heads=1)
+        out = q[0, :, 0] + k[0, :, 0] * v[0, :, 0]
         return [out, *torch.autograd.grad(out, inputs, out_grad)]
 
     with on_hopper():
