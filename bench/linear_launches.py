@@ -58,9 +58,10 @@ def _layer(
 
 
 def _with_tf32(allow_tf32: bool, call: Callable[[], object]) -> None:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision  # type: ignore[attr-defined]
+    settings.fp32_precision = "tf32" if allow_tf32 else "ieee"  # type: ignore[attr-defined]
     try:
         call()
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        settings.fp32_precision = before  # type: ignore[attr-defined]
