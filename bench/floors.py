@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from bench.shapes import Shape
-from bench.timing import Steps, clock, interleaved
+from bench.timing import Steps, Timing
 
 GEMM_SIZE = {"cuda": 8192, "cpu": 1024}
-COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
+COPY_BYTES = {"cuda": 2**29, "cpu": 2**26}
 
 
 @dataclass(frozen=True)
 class Floors:
-    """Measured in the same run as what is compared with them."""
+    """Measured in turn with what is compared with them."""
 
     flops: float  # FLOPs a second of a large product in one dtype
     bytes: float  # bytes a second, read and written, of a large copy
@@ -25,16 +26,23 @@ class Floors:
         return 1e3 * max(shape.flops(direction) / self.flops, shape.bytes(direction, element) / self.bytes)
 
 
-def measure_floors(device: str, dtype: torch.dtype, seconds: float = 0.3) -> Floors:
-    """A product of large random matrices and a copy of a large tensor, in turn."""
-    size, length = GEMM_SIZE[device], COPY_BYTES[device]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    source = torch.randint(0, 256, (length,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    contenders = {
-        "product": Steps([lambda: torch.mm(a, b, out=product)]),
-        "copy": Steps([lambda: target.copy_(source)]),
-    }
-    times = interleaved(contenders, clock(device), seconds)
-    return Floors(2e3 * size**3 / times["product"].median, 2e3 * length / times["copy"].median)
+class FloorProbe:
+    """A product of large random matrices and a copy of a large tensor, to be timed in turn with contenders."""
+
+    PRODUCT, COPY = "floor: product", "floor: copy"
+
+    def __init__(self, device: str, dtype: torch.dtype):
+        self.size, self.length = GEMM_SIZE[device], COPY_BYTES[device]
+        a, b = (torch.randn(self.size, self.size, device=device).to(dtype) for _ in range(2))
+        product = torch.empty_like(a)
+        source = torch.randint(0, 256, (self.length,), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        self.contenders = {
+            self.PRODUCT: Steps([lambda: torch.mm(a, b, out=product)]),
+            self.COPY: Steps([lambda: target.copy_(source)]),
+        }
+
+    def floors(self, times: Mapping[str, Timing]) -> Floors:
+        """From the times of `contenders`."""
+        product, copy = times[self.PRODUCT].median, times[self.COPY].median
+        return Floors(2e3 * self.size**3 / product, 2e3 * self.length / copy)

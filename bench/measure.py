@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.accuracy import Judge, NoTruth, as_list, differentiable, forward, upstream
 from bench.circumstances import ROOT, Watch
-from bench.floors import Floors
+from bench.floors import FloorProbe, Floors
 from bench.operations import Contender, Inputs, Setting
 from bench.peers import Missing, Peer, Unsupported
 from bench.results import AGAIN, Row, new_row
@@ -102,7 +102,7 @@ def measure(
     suite: str,
     setting: Setting,
     entries: Iterable[Peer],
-    floors: Floors,
+    probe: FloorProbe,
     plan: Plan,
     write: Callable[[Row], None],
     progress: Callable[[str], None] = lambda what: None,
@@ -114,7 +114,7 @@ def measure(
     torch._dynamo.reset()
     entries = list(entries)
     try:
-        group = _Group(suite, setting, plan, floors)
+        group = _Group(suite, setting, plan, probe)
     except Exception as error:  # inputs that do not fit are everybody's failure
         status, reason = explain(error)
         for entry in entries:
@@ -137,8 +137,8 @@ def measure(
 class _Group:
     """Contenders of one setting that stand ready to be timed, and the inputs that they share."""
 
-    def __init__(self, suite: str, setting: Setting, plan: Plan, floors: Floors):
-        self.suite, self.setting, self.plan, self.floors = suite, setting, plan, floors
+    def __init__(self, suite: str, setting: Setting, plan: Plan, probe: FloorProbe):
+        self.suite, self.setting, self.plan, self.probe = suite, setting, plan, probe
         first = setting.inputs(0)
         self.inputs = [first, *(setting.inputs(seed) for seed in range(1, copies(first.bytes(), setting.device)))]
         self.judge = Judge(setting, first)
@@ -195,12 +195,14 @@ class _Group:
         first = next(iter(timed))
         timed[first + AGAIN] = timed[first]
         watch = Watch()
-        times = interleaved(timed, self._clock(), self.plan.seconds, self.plan.least_rounds, watch.look)
+        contenders = {**timed, **self.probe.contenders}
+        times = interleaved(contenders, self._clock(), self.plan.seconds, self.plan.least_rounds, watch.look)
+        floors = self.probe.floors(times)
         rows = []
-        for name, timing in times.items():
+        for name in timed:
             row = self.ready[name.removesuffix(AGAIN)][0]
             note = "; ".join(part for part in (row.reason, watch.note()) if part)
-            rows.append(with_times(replace(row, impl=name, reason=note), self.setting, timing, self.floors))
+            rows.append(with_times(replace(row, impl=name, reason=note), self.setting, times[name], floors))
         return rows
 
     def _clock(self) -> Clock:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.circumstances import device
-from bench.floors import Floors, measure_floors
+from bench.floors import FloorProbe
 from bench.measure import DEAD, Plan, blank_row, free, measure
 from bench.operations import Setting
 from bench.peers import Peer, peers_of
@@ -116,7 +116,7 @@ def run(
     """Measures what is requested, until `time.monotonic()` reaches `until`."""
     outcome = Outcome()
     settings = request.settings()
-    floors: dict[torch.dtype, Floors] = {}
+    probes: dict[torch.dtype, FloorProbe] = {}
 
     def write(row: Row) -> None:
         results.add(row)
@@ -133,11 +133,10 @@ def run(
                     outcome.settled += 1
                     continue
                 name = label(suite, setting)
-                progress(place, len(settings), f"{name}: floors")
-                if setting.dtype not in floors:
-                    floors[setting.dtype] = measure_floors(setting.device, setting.dtype, plan.seconds)
+                if setting.dtype not in probes:
+                    probes[setting.dtype] = FloorProbe(setting.device, setting.dtype)
                 step = _under(progress, place, len(settings), name)
-                measure_group(suite, setting, entries, floors[setting.dtype], plan, write, step)
+                measure_group(suite, setting, entries, probes[setting.dtype], plan, write, step)
             place = len(settings)
     except OutOfTime:
         free()

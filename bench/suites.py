@@ -175,7 +175,7 @@ SUITES = {
                 _attention("base-512", 64, quick=True),
                 _attention("so400m-384", 1024, text=True, quick=True),
                 _attention("so400m-384", 2, cpu="quick"),
-                _attention("base-224", 8, cpu="quick"),
+                _attention("base-224", 8, cpu="full"),
                 *(_attention("so400m-384", batch) for batch in (8, 256)),
                 *(_attention("so400m-224", batch) for batch in (64, 256)),
                 *(_attention("large-384", batch) for batch in (8, 64, 256)),

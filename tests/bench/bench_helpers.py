@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,6 +15,18 @@ from bench.shapes import AttentionShape, Shape
 from siglip_kernels import reference
 
 FLOORS = Floors(flops=1e12, bytes=1e11)
+
+
+class KnownFloors:
+    """Stands for FloorProbe where times are not to matter."""
+
+    contenders: ClassVar[dict] = {}
+
+    def floors(self, times: object) -> Floors:
+        return FLOORS
+
+
+PROBE = KnownFloors()
 SHAPE = AttentionShape("tiny", 2, 17, 2, 8)
 H200 = "NVIDIA H200"
 

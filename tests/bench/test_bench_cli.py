@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from bench_helpers import FLOORS, row
+from bench_helpers import PROBE, row
 from typer.testing import CliRunner
 
 from bench.ahead_of_time import Row as Compiled
@@ -48,7 +48,7 @@ def test_without_a_gpu(monkeypatch, tmp_path):
     checked = bench("check")
     assert checked.exit_code == 2 and "need a CUDA device" in checked.stderr and "TRITON_INTERPRET=1" in checked.stderr
     assert bench("gpu", "--quick").exit_code == 2 and bench("tune").exit_code == 2
-    monkeypatch.setattr("bench.run.measure_floors", lambda *arguments: FLOORS)
+    monkeypatch.setattr("bench.run.FloorProbe", lambda *arguments: PROBE)
     request = ("run", "loss", "--shapes", "pairs=8,width=8", "--direction", "fwd", "--peers", "eager,chunked")
     done = bench(*request, "--quick", "--results", str(tmp_path))
     assert done.exit_code == 0, done.output

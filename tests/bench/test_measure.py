@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from bench_helpers import FLOORS, SHAPE, contender, setting
+from bench_helpers import FLOORS, PROBE, SHAPE, contender, setting
 
+from bench.floors import FloorProbe
 from bench.measure import Plan, measure
 from bench.operations import OPERATIONS
 from bench.peers import Missing, Unsupported, peers_of
 from bench.shapes import LinearShape, LossShape, MLPShape, NormShape, PatchShape, PoolShape, QKVShape
+from bench.timing import Timing
 from siglip_kernels import reference
 
 PLAN = Plan(seconds=0.0, least_rounds=2)
@@ -20,7 +22,7 @@ def no_process_for_memory(monkeypatch):
 
 def rows_of(entries, plan=PLAN, **values):
     rows = []
-    measure("attention", setting(**values), entries, FLOORS, plan, rows.append)
+    measure("attention", setting(**values), entries, PROBE, plan, rows.append)
     return {row.impl: row for row in rows}
 
 
@@ -144,8 +146,20 @@ def test_every_operation_runs_in_every_direction_it_is_measured_in(operation):
     assert entries
     for direction in OPERATIONS[operation].directions:
         rows = []
-        measure("attention", setting(operation, SMALL[operation], direction), entries, FLOORS, PLAN, rows.append)
+        measure("attention", setting(operation, SMALL[operation], direction), entries, PROBE, PLAN, rows.append)
         assert {row.impl for row in rows if row.status != "ok"} <= {"sdpa:flash"}, [row.reason for row in rows]
+
+
+def test_floors_come_from_a_product_and_a_copy():
+    probe = FloorProbe("cpu", torch.float32)
+    times = {probe.PRODUCT: Timing(10.0, 9.0, 11.0, 3), probe.COPY: Timing(2.0, 1.0, 3.0, 3)}
+    floors = probe.floors(times)
+    assert floors.flops == pytest.approx(2 * 1024**3 / 10e-3) and floors.bytes == pytest.approx(2 * 2**26 / 2e-3)
+    for steps in probe.contenders.values():
+        steps()
+    shape = LinearShape("", 100, 1000, 1000)
+    assert floors.milliseconds(shape, "fwd", 4) == pytest.approx(1e3 * shape.flops("fwd") / floors.flops)
+    assert floors.milliseconds(NormShape("", 10, 10), "fwd", 4) == pytest.approx(1e3 * 800 / floors.bytes)
 
 
 def test_inputs_are_drawn_anew_and_are_never_zeros():
@@ -160,5 +174,5 @@ def test_memory_that_a_cpu_does_not_have_is_not_asked_for():
     rows = []
     entries = [peers_of("sigmoid_loss")["eager"]]
     vast = setting("sigmoid_loss", LossShape("vast", 2**21, 8))
-    measure("loss", vast, entries, FLOORS, PLAN, rows.append)
+    measure("loss", vast, entries, PROBE, PLAN, rows.append)
     assert [row.status for row in rows] == ["oom"] and rows[0].reason.startswith("not tried")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bench_helpers import FLOORS
+from bench_helpers import PROBE
 
 from bench.measure import Plan, measure
 from bench.operations import OPERATIONS, Setting, model_weights
@@ -30,7 +30,7 @@ def test_models_that_a_cpu_has(operation, shape):
     setting = Setting(OPERATIONS[operation], shape, torch.float32, "cpu", direction)
     entries = [entry for entry in peers_of(operation).values() if not entry.cuda]
     rows = []
-    measure("model", setting, entries, FLOORS, Plan(0.0, 2), rows.append)
+    measure("model", setting, entries, PROBE, Plan(0.0, 2), rows.append)
     named = {row.impl: row for row in rows}
     assert {"transformers:eager", "transformers:sdpa", "siglip_model:eager", "siglip_model:sdpa"} <= set(named)
     assert {row.status for row in rows} == {"ok"}, [row.reason for row in rows]

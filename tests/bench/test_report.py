@@ -3,9 +3,10 @@
 import pytest
 from bench_helpers import row
 
+from bench.circumstances import ROOT
 from bench.plots import draw_all
 from bench.report import BEGIN, END, full_report, groups, insert, summary
-from bench.results import Results
+from bench.results import Results, read, results_directory
 
 FAILED = [
     row("sdpa:cudnn", status="oom", reason="CUDA out of memory"),
@@ -102,6 +103,16 @@ def test_the_readme_is_written_between_its_marks(tmp_path):
     with pytest.raises(ValueError, match="bench: begin"):
         insert(readme, "new")
     assert readme.read_text() == "no marks"
+
+
+def test_the_readme_says_what_the_committed_files_say():
+    """`python -m bench report` was run after the last results came in."""
+    directory = results_directory()
+    files = sorted(path for path in directory.glob("*.jsonl") if not path.name.startswith("compile-"))
+    rows = read(files)
+    written, page = (ROOT / "README.md").read_text(), (directory / "README.md").read_text()
+    assert not [line for line in summary(rows, files, [], ROOT).splitlines() if line not in written]
+    assert not [line for line in full_report(rows, files).splitlines() if line not in page]
 
 
 def test_plots(tmp_path):

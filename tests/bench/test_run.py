@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from bench_helpers import FLOORS
+from bench_helpers import PROBE
 
 from bench import run as runs
 from bench.measure import DeadDevice, Plan, blank_row
@@ -16,7 +16,7 @@ from bench.suites import SUITES, by_importance
 
 @pytest.fixture(autouse=True)
 def no_floors(monkeypatch):
-    monkeypatch.setattr(runs, "measure_floors", lambda *arguments: FLOORS)
+    monkeypatch.setattr(runs, "FloorProbe", lambda *arguments: PROBE)
 
 
 class Measurement:
@@ -25,7 +25,7 @@ class Measurement:
     def __init__(self, stop_after=None, status="ok"):
         self.groups, self.stop_after, self.status = [], stop_after, status
 
-    def __call__(self, suite, setting, entries, floors, plan, write, progress):
+    def __call__(self, suite, setting, entries, probe, plan, write, progress):
         if len(self.groups) == self.stop_after:
             raise KeyboardInterrupt
         self.groups.append((suite, setting.shape.name, setting.direction))
@@ -97,7 +97,7 @@ def test_time_that_is_up(tmp_path):
     """Also within a group, past code that catches every Exception; what is left out is named."""
     seen = []
 
-    def slow(suite, setting, entries, floors, plan, write, progress):
+    def slow(suite, setting, entries, probe, plan, write, progress):
         seen.append(suite)
         if len(seen) == 2:
             try:
