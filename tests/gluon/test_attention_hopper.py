@@ -78,7 +78,9 @@ def test_lengths_and_head_dims(tokens, head_dim):
     check(*random_inputs(1, tokens, tokens, 2, head_dim, dtype), seed=tokens)
 
 
-@pytest.mark.parametrize(("tokens", "head_dim"), [(729, 72), (577, 64), (729, 64), (1024, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "head_dim"), [(729, 64), (729, 72), (729, 80), (729, 96), (729, 128), (577, 64), (1024, 128)]
+)
 def test_the_lengths_of_models(tokens, head_dim):
     check(*random_inputs(1, tokens, tokens, 1, head_dim))
 

@@ -64,8 +64,9 @@ def test_lengths_and_head_dims(tokens, head_dim):
     check(*random_inputs(1, tokens, tokens, 1, head_dim, dtype), seed=tokens)
 
 
-def test_the_length_of_a_model():
-    check(*random_inputs(1, 729, 729, 1, 72))
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_the_length_of_a_model(head_dim):
+    check(*random_inputs(1, 729, 729, 1, head_dim))
 
 
 def test_every_interleaving_gives_the_same():
