@@ -216,7 +216,7 @@ def accelerate_modules(
         if isinstance(found, str):
             left.append(Left(path, name, found))
             continue
-        put_back(module)
+        _drop_shadow(module)
         if _has_own_forward(module):
             left.append(Left(path, name, "a forward was set on the instance, by hand or by hooks that move weights"))
             continue
@@ -224,7 +224,7 @@ def accelerate_modules(
         if not operations:
             left.append(Left(path, name, "; ".join(remarks)))
             continue
-        module.__class__ = accelerated_class(found, type(module))
+        module.__class__ = accelerated_class(found, original_class(module))
         replaced.append(Replaced(path, name, operations, remarks))
     note = _note(model) if replaced else f"nothing was replaced: {nothing_found}" if not left else ""
     return Report(type(model).__name__, library, tuple(reversed(replaced)), tuple(reversed(left)), note)

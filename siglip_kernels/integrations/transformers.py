@@ -34,7 +34,7 @@ from siglip_kernels.integrations.key_padding import (
     read_key_padding,
 )
 from siglip_kernels.integrations.report import Report
-from siglip_kernels.integrations.transformers_modules import LEFT, REPLACEMENTS, TOWERS
+from siglip_kernels.integrations.transformers_modules import LEFT, REPLACEMENTS, TOWERS, MaskedTower
 
 __all__ = ["accelerate", "register", "restore"]
 
@@ -50,7 +50,8 @@ def accelerate(model: nn.Module) -> Report:
     checkpointing, PEFT before or after, torch.compile and DDP work as before; the results are those of before but for
     rounding. What the kernels cannot compute (tensors that are not on a CUDA device, float64, dropout in training,
     calls with output_attentions=True, attention masks that are no padding) is computed by transformers, call by call.
-    So a model may be accelerated on the CPU and moved afterwards. Calling it again changes nothing but the report.
+    So a model may be accelerated on the CPU and moved afterwards. Calling it again changes nothing but the report,
+    which tells of the model as it is then. FSDP2 makes classes of its own: accelerate before `fully_shard`.
 
     Returns what was replaced and what was not, and why.
     Raises MissingBackendError, and changes nothing, if this version of transformers is not one that the package knows
@@ -62,8 +63,8 @@ def accelerate(model: nn.Module) -> Report:
     def replacement(path: str, module: nn.Module) -> type[Accelerated] | str | None:
         kind = original_class(module)
         name = full_name(kind)
-        if name in REPLACEMENTS:
-            return REPLACEMENTS[name]
+        if name in REPLACEMENTS and (REPLACEMENTS[name] is not MaskedTower or hasattr(module, "encoder")):
+            return REPLACEMENTS[name]  # in transformers 4 these are wrappers, the towers are inside
         if name in LEFT:
             return LEFT[name]
         if not any(path == tower or not tower or path.startswith(f"{tower}.") for tower in towers):

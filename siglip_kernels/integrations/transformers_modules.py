@@ -275,8 +275,8 @@ class NaflexVisionEmbeddings(Accelerated):
         return siglip_kernels.linear(patches, linear.weight, linear.bias, positions)
 
 
-class Model(Accelerated):
-    """SiglipModel and Siglip2Model: the loss, from embeddings instead of logits. Logits are returned all the same."""
+class _TakesArguments(Accelerated):
+    """A whole model: its arguments have names, however they are given."""
 
     argument_names: tuple[str, ...] = ()
 
@@ -284,6 +284,29 @@ class Model(Accelerated):
         super().__init_subclass__(**arguments)
         if cls.original is not None:
             cls.argument_names = tuple(inspect.signature(cls.original.forward).parameters)[1:]
+
+
+class MaskedTower(_TakesArguments):
+    """The towers that take a mask. Compiled, transformers would make it one for each query, which cannot be told from
+    other masks without reading it; made one for all queries here, it is served by lengths in the graph, too."""
+
+    @staticmethod
+    def describe(module):
+        return ("attention",), ()
+
+    def forward(self: Any, *arguments: Any, **named: Any):
+        if torch.compiler.is_compiling() and self.config._attn_implementation == "sdpa":
+            named.update(zip(self.argument_names, arguments, strict=False))
+            arguments = ()
+            for name in ("attention_mask", "pixel_attention_mask"):
+                mask = named.get(name)
+                if isinstance(mask, Tensor) and mask.dim() == 2:
+                    named[name] = (mask != 0)[:, None, None]
+        return super().forward(*arguments, **named)
+
+
+class Model(_TakesArguments):
+    """SiglipModel and Siglip2Model: the loss, from embeddings instead of logits. Logits are returned all the same."""
 
     @staticmethod
     def describe(module):
@@ -339,6 +362,9 @@ REPLACEMENTS: dict[str, type[Accelerated]] = {
     "transformers.models.siglip2.modeling_siglip2.Siglip2MultiheadAttentionPoolingHead": PoolingHead,
     "transformers.models.siglip.modeling_siglip.SiglipVisionEmbeddings": VisionEmbeddings,
     "transformers.models.siglip2.modeling_siglip2.Siglip2VisionEmbeddings": NaflexVisionEmbeddings,
+    "transformers.models.siglip.modeling_siglip.SiglipTextModel": MaskedTower,
+    "transformers.models.siglip2.modeling_siglip2.Siglip2TextModel": MaskedTower,
+    "transformers.models.siglip2.modeling_siglip2.Siglip2VisionModel": MaskedTower,
     "transformers.models.siglip.modeling_siglip.SiglipModel": Model,
     "transformers.models.siglip2.modeling_siglip2.Siglip2Model": Model,
 }

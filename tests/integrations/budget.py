@@ -51,14 +51,16 @@ def in_fp64(model: nn.Module, call: Call) -> Results:
     return run(copy.deepcopy(model).double(), call)
 
 
-def assert_within_budget(accelerated: Results, before: Results, truth: Results) -> None:
+def assert_within_budget(
+    accelerated: Results, before: Results, truth: Results, autocast: torch.dtype = torch.float32
+) -> None:
     """‖accelerated − fp64‖ ≤ 2 ‖before − fp64‖ + one rounding, for every output and every gradient.
 
     A gradient that is nothing but cancellation, as that of the keys' bias, is rounding of its neighbours: the rounding
     allowed is at least that of the typical gradient of its size. A single number, such as the loss, may come out of
     `before` nearly exact by luck: it is allowed eight roundings, and one of the coarsest dtype that led to it.
     """
-    coarsest = max(torch.finfo(value.dtype).eps for value in before.outputs.values())
+    coarsest = max(torch.finfo(dtype).eps for dtype in (autocast, *(value.dtype for value in before.outputs.values())))
     for what in ("outputs", "gradients"):
         ours, theirs, true = (getattr(results, what) for results in (accelerated, before, truth))
         assert ours.keys() == theirs.keys()

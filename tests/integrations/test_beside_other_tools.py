@@ -31,14 +31,29 @@ def test_compiled_without_a_break():
     assert torch.equal(run(compiled, call).outputs["pooled"], expected.outputs["pooled"])
 
 
-def test_text_with_padding_compiles_without_a_break():
+def run_compiled(model, arguments, **options):
+    """The output of the compiled model, and the names of the operators in its graphs."""
+    operators = []
+
+    def backend(graph, example_inputs):
+        operators.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend, **options)(**arguments), operators
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_text_with_padding_compiles_without_a_break(flipped):
     model = siglip().text_model
     mask = torch.arange(8) < torch.tensor([8, 3, 5])[:, None]
-    arguments = dict(input_ids=inputs()["input_ids"], attention_mask=mask.long())
+    arguments = dict(input_ids=inputs()["input_ids"], attention_mask=(mask.flip(1) if flipped else mask).long())
     expected = model(**arguments).pooler_output
     accelerate(model)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**arguments).pooler_output, expected)
+    output, operators = run_compiled(model, arguments, fullgraph=True)
+    torch.testing.assert_close(output.pooler_output, expected)
+    assert any("siglip_kernels.attention" in name for name in operators)
+    assert not any("scaled_dot_product" in name for name in operators)
 
 
 def test_padded_patches_compile():
@@ -47,7 +62,11 @@ def test_padded_patches_compile():
     del arguments["input_ids"]
     expected = model(**arguments).pooler_output
     accelerate(model)
-    torch.testing.assert_close(torch.compile(model, backend="eager")(**arguments).pooler_output, expected)
+    output, operators = run_compiled(model, arguments)
+    torch.testing.assert_close(output.pooler_output, expected)
+    assert any("siglip_kernels.attention." in name for name in operators)
+    assert any("siglip_kernels" in name and "pool" in name for name in operators)
+    assert not any("scaled_dot_product" in name for name in operators)
 
 
 @pytest.fixture

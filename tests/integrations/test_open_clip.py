@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import tiny_timm  # noqa: F401  registers the tower that the configurations name
 import torch
-from budget import assert_close, check_acceleration, randomise, run
+from budget import assert_close, assert_within_budget, check_acceleration, in_fp64, randomise, run
 
 import siglip_kernels
 from siglip_kernels import MissingBackendError
@@ -89,6 +89,21 @@ def test_bfloat16_beside_norms_in_float32():
     assert [output.dtype for output in after.outputs.values()] == [output.dtype for output in before.outputs.values()]
     for name, output in after.outputs.items():
         torch.testing.assert_close(output, before.outputs[name], atol=0.05, rtol=0.05)
+
+
+def test_autocast():
+    """open_clip's precision amp_bf16. Its LayerNorms give back the dtype that they were given."""
+    model, everything = siglip(SIGLIP2, layers=1), contrastive()
+
+    def call(model):
+        return {name: output for name, output in everything(model).items() if name != "loss"}
+
+    truth = in_fp64(model, call)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = run(model, call)
+        accelerate(model)
+        assert model.text.ln_final(torch.zeros(1, 144, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        assert_within_budget(run(model, call), before, truth, torch.bfloat16)
 
 
 def test_blocks_of_another_form_are_left_or_called():

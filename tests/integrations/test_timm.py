@@ -6,7 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
-from budget import assert_close, check_acceleration, run
+from budget import assert_close, assert_within_budget, check_acceleration, in_fp64, run
 from tiny_timm import tower
 from torch import nn
 
@@ -81,6 +81,17 @@ def test_what_is_dropped_in_training_is_dropped_as_before(rate):
     accelerate(model)
     torch.manual_seed(0)
     assert_close(run(model, call), before)
+
+
+def test_autocast():
+    model, call = tower(head_dim=64, act_layer="gelu_tanh"), features(32)
+    truth = in_fp64(model, call)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = run(model, call)
+        patches = model.patch_embed(pixels(32)).dtype
+        accelerate(model)
+        assert model.patch_embed(pixels(32)).dtype == patches
+        assert_within_budget(run(model, call), before, truth, torch.bfloat16)
 
 
 def test_masks_are_left_to_timm():
