@@ -141,7 +141,9 @@ def full_report(rows: Sequence[Row], files: Sequence[Path], plots: Sequence[Path
     """The page beside the files: every row."""
     parts = [
         "# Results",
-        "Written by `python -m bench report` from " + ", ".join(f"[{path.name}]({path.name})" for path in files) + ".\n"
+        "Written by `python -m bench report` from "
+        + (", ".join(f"[{path.name}]({path.name})" for path in files) or "no file yet")
+        + ".\n"
         "Bold is fastest, or as fast within the noise (the same contender timed twice in the group). Speed is the "
         "ratio to what people run today, the first that was timed of "
         + ", ".join(f"`{name}`" for name in BASELINES)
