@@ -20,11 +20,6 @@ MaskArguments = dict[str, Any]  # keyword arguments of the backend's attention
 Projected = tuple[Tensor, Tensor, Tensor]  # q, k and v, each [B, S, H, D]
 
 
-@torch.compiler.assume_constant_result  # said while tracing, too
-def _say_that_weights_are_eager(backend: str) -> None:
-    _say_once_that_weights_are_eager(backend)
-
-
 @functools.cache
 def _say_once_that_weights_are_eager(backend: str) -> None:
     logger.warning(
@@ -66,8 +61,8 @@ class Attention(UsesBackend, nn.Module):
             mask = {**mask, "dropout": self.dropout}
         weights = None
         if return_weights:
-            if self.ops.name != "eager":
-                _say_that_weights_are_eager(self.ops.name)
+            if self.ops.name != "eager" and not torch.compiler.is_compiling():  # which traces no logging
+                _say_once_that_weights_are_eager(self.ops.name)
             out, weights = reference.attention_with_weights(q, k, v, **mask)
         else:
             out = self.ops.attention(q, k, v, **mask)
