@@ -170,7 +170,7 @@ def attention_pool(
     lengths: int32 (B,), how many of a sample's tokens are valid (taken into 0..S); the others are never read, and get
     zeros for their gradient; a sample with 0 gives out_proj_bias.
 
-    In fp16 and bf16, with heads (rounded up to a power of two, at least 16) × width up to 24,576, a Triton kernel reads
+    In fp16 and bf16, with heads (rounded up to a power of two, at least 16) × width up to 18,432, a Triton kernel reads
     the tokens once, where they lie if their last stride is 1, and makes nothing as large as x in forward. Otherwise the
     same few products are PyTorch's; fp32 then honours torch.backends.cuda.matmul.allow_tf32. Neither keys nor values
     nor anything else as large as x is kept for backward. Sums are in fp32. Under autocast all but lengths is cast, as

@@ -156,11 +156,11 @@ def attention_pool_combine_kernel(
     sums = tl.zeros([BLOCK, CHUNK], tl.float32)
     for first in tl.range(0, splits, BLOCK):
         some = (first + tl.arange(0, BLOCK)).to(tl.int64)
-        offsets = some * rows + row
-        share = tl.load(partial_total + offsets, mask=some < splits, other=0.0)
-        share *= tl.exp2(tl.load(partial_highest + offsets, mask=some < splits, other=float("-inf")) - top)
+        parts = some * rows + row
+        share = tl.load(partial_total + parts, mask=some < splits, other=0.0)
+        share *= tl.exp2(tl.load(partial_highest + parts, mask=some < splits, other=float("-inf")) - top)
         mask = (some < splits)[:, None] & there[None, :]
-        sums += share[:, None] * tl.load(partial_pooled + (offsets[:, None] * WIDTH + columns), mask=mask, other=0.0)
+        sums += share[:, None] * tl.load(partial_pooled + (parts[:, None] * WIDTH + columns), mask=mask, other=0.0)
     element: tl.constexpr = pooled.dtype.element_ty
     out = narrow(tl.sum(sums, 0) * normaliser, element, INTERPRETED)
     tl.store(pooled + row * WIDTH + columns, out, mask=there)
@@ -181,7 +181,7 @@ def attention_pool_backward_kernel(
     highest,  # (B, H) fp32
     total,  # (B, H) fp32
     lengths,  # (B,) int32, or None
-    delta,  # (B, splits, H) fp32: δ's part of each split; written by the first pass, read by the second
+    delta,  # fp32: δ's part of each split (B, splits, H), written by the first pass; δ (B, H), read by the second
     x_grad,  # (B, S, WIDTH), contiguous; written, or None
     partials,  # (programs, H, WIDTH) fp32; written: sums of scale · dscore x, or None
     surplus,  # (B, splits, H) fp32; written: sums of scale · dscore, or None
@@ -227,8 +227,7 @@ def attention_pool_backward_kernel(
         grad_offsets = sample * grad_batch_stride * UNIT + head.to(tl.int64) * grad_head_stride * UNIT
         head_delta = tl.zeros([HEADS], tl.float32)
         if not FIRST_PASS:
-            for split in tl.range(0, splits):
-                head_delta += tl.load(delta + (sample * splits + split) * heads + head, mask=head_is_valid, other=0.0)
+            head_delta = tl.load(delta + row, mask=head_is_valid, other=0.0)
         head_surplus = tl.zeros([HEADS], tl.float32)
         grads = ()
         for chunk in tl.static_range(CHUNKS):
@@ -255,17 +254,17 @@ def attention_pool_backward_kernel(
                 weights = narrow(weights, tiles[0].dtype, INTERPRETED)
                 scores_grad = narrow(scores_grad, tiles[0].dtype, INTERPRETED)
                 head_surplus += tl.sum(scores_grad.to(tl.float32), 1)
-                new_sums = ()
-                for chunk in tl.static_range(CHUNKS):
-                    if x_grad is not None:
+                if partials is not None:
+                    new_sums = ()
+                    for chunk in tl.static_range(CHUNKS):
+                        new_sums = new_sums + (dot(scores_grad, tiles[chunk], sums[chunk], "ieee", INTERPRETED),)
+                    sums = new_sums
+                if x_grad is not None:
+                    row_offsets = (sample * tokens + token) * WIDTH
+                    for chunk in tl.static_range(CHUNKS):
                         dx = dot(tl.trans(weights), grads[chunk], None, "ieee", INTERPRETED)
                         dx = dot(tl.trans(scores_grad), folds[chunk], dx, "ieee", INTERPRETED)
-                        row_offsets = (sample * tokens + token) * WIDTH
                         store_chunk(x_grad, row_offsets, token < end, dx, chunk * CHUNK, WIDTH, CHUNK, INTERPRETED)
-                    if partials is not None:
-                        new_sums = new_sums + (dot(scores_grad, tiles[chunk], sums[chunk], "ieee", INTERPRETED),)
-                if partials is not None:
-                    sums = new_sums
         if FIRST_PASS:
             tl.store(delta + (sample * splits + item % splits) * heads + head, head_delta, mask=head_is_valid)
         if partials is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from siglip_kernels.device import Facts, facts, interpreting
 
-LARGEST = 16 * 1536  # heads × width, each rounded up: what the accumulators may take of the registers
+LARGEST = 16 * 1152  # heads × width, each rounded up: more accumulators than that, and backward would spill
 
 
 def fits(x: Tensor, heads: int) -> bool:
@@ -50,16 +50,11 @@ def choose_tile(kernel: str, gpu: Facts, heads: int, width: int) -> Tile:
     multiprocessor, which hide each other's softmax."""
     tokens = 64 if gpu.capability == (0, 0) else 16
     columns = padded_width(width)
-    accumulators = padded_heads(heads) * columns  # fp32
-    resident = accumulators * (1 if kernel == "forward" else 2)  # of the heads, beside the tiles in shared memory
-    stages = 3 if accumulators <= 16 * 1152 else 2
+    resident = padded_heads(heads) * columns * (1 if kernel == "forward" else 2)  # beside the tiles in shared memory
+    stages = 3
     while stages > 1 and 2 * (resident + (stages - 1) * tokens * columns) > 0.95 * gpu.shared_memory:
         stages -= 1
-    if kernel == "backward":
-        return Tile(tokens, chunk_columns(width), 8, stages, None)
-    if accumulators > 16 * 1152:
-        return Tile(tokens, 2 * chunk_columns(width), 16, stages, None)
-    return Tile(tokens, chunk_columns(width), 8, stages, 128)
+    return Tile(tokens, chunk_columns(width), 8, stages, None if kernel == "backward" else 128)
 
 
 def _split(samples: int, tokens: int, tile_tokens: int, programs: int) -> tuple[int, int]:
@@ -176,7 +171,7 @@ def attention_pool_backward(
             highest,
             total,
             lengths,
-            delta,
+            delta if first_pass else delta.sum(1),
             x_grad if needs_x and not first_pass else None,
             None if first_pass else partials,
             surplus,
@@ -190,7 +185,7 @@ def attention_pool_backward(
             scale * math.log2(math.e),
             UNIT=unit,
             FIRST_PASS=first_pass,
-            **_constants(tile, width, heads),
+            **{**_constants(tile, width, heads), "maxnreg": 128 if first_pass else tile.registers},
         )
     if partials is None:
         return x_grad, torch.empty(0, dtype=x.dtype, device=x.device)
