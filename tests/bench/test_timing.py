@@ -1,5 +1,6 @@
 """Clocks, rotation, memory and notes, with a GPU that is made up."""
 
+import sys
 import types
 
 import pytest
@@ -92,6 +93,7 @@ def test_median_and_fifths():
     assert Timing.of([1.0]) == Timing(1.0, 1.0, 1.0, 1)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_call():
     timing.forget_peak()
     before = timing.peak_resident_bytes()
