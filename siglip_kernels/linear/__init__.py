@@ -1,4 +1,4 @@
-"""Projections and the MLP: linear.py, mlp.py and qkv.py; their one kernel in gemm.py, cuBLAS in plain.py."""
+"""Projections and the MLP: linear.py, mlp.py and qkv.py; their product in gemm.py (hopper.py), cuBLAS in plain.py."""
 
 from siglip_kernels.linear.linear import linear
 from siglip_kernels.linear.mlp import mlp, pre_norm_mlp
