@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.modules.module as _hooks_on_all_modules
 from torch import Tensor, nn
 
-from siglip_kernels.device import interpreting
+from siglip_kernels.device import facts, interpreting
 from siglip_kernels.errors import MissingBackendError, unsupported
 from siglip_kernels.integrations.report import Left, Replaced, Report
 
@@ -139,13 +140,14 @@ _HOOKS_THAT_WATCH = "transformers.utils.output_capturing"
 def is_bare(module: nn.Module) -> bool:
     """Whether calling the module does nothing but run its class's forward."""
     state = module.__dict__
-    return (
-        not state["_forward_pre_hooks"]
-        and not state["_backward_pre_hooks"]
-        and not state["_backward_hooks"]
-        and not _has_own_forward(module)
-        and all(getattr(hook, "__module__", None) == _HOOKS_THAT_WATCH for hook in state["_forward_hooks"].values())
-    )
+    if state["_forward_pre_hooks"] or state["_backward_pre_hooks"] or state["_backward_hooks"]:
+        return False
+    if _hooks_on_all_modules._global_forward_hooks or _hooks_on_all_modules._global_forward_pre_hooks:
+        return False
+    for hook in state["_forward_hooks"].values():
+        if getattr(hook, "__module__", None) != _HOOKS_THAT_WATCH:
+            return False
+    return not _has_own_forward(module)
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -159,10 +161,10 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def has_plain_parameters(module: nn.Module) -> bool:
     """Whether every parameter is there and is an ordinary tensor; torch marks those made of others."""
-    return all(
-        parameter is not None and not hasattr(type(parameter), "__tensor_flatten__")
-        for parameter in module.__dict__["_parameters"].values()
-    )
+    for parameter in module.__dict__["_parameters"].values():  # loops, here and below: this is run at each call
+        if parameter is None or hasattr(type(parameter), "__tensor_flatten__"):
+            return False
+    return True
 
 
 def why_not_plain(path: str, module: nn.Module, kind: type[nn.Module]) -> list[str]:
@@ -178,12 +180,16 @@ def why_not_plain(path: str, module: nn.Module, kind: type[nn.Module]) -> list[s
 
 def runs(x: Tensor, *parameters: Tensor) -> bool:
     """Whether the kernels take x together with these parameters, here and now."""
-    device = x.device.type
-    if type(x) not in (Tensor, nn.Parameter) or not (device == "cuda" or (device == "cpu" and _INTERPRETING)):
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
         return False
-    if torch.is_autocast_enabled(device):
-        return x.dtype in _DTYPES and all(parameter.dtype in _DTYPES for parameter in parameters)
-    return x.dtype in _DTYPES and all(parameter.dtype == x.dtype for parameter in parameters)
+    device, dtype = x.device.type, x.dtype
+    if not (device == "cuda" or (device == "cpu" and _INTERPRETING)) or dtype not in _DTYPES:
+        return False
+    autocast = torch.is_autocast_enabled(device)
+    for parameter in parameters:
+        if parameter.dtype != dtype and not (autocast and parameter.dtype in _DTYPES):
+            return False
+    return True
 
 
 # Whole models --------------------------------------------------------------------------------------------------------
@@ -205,7 +211,7 @@ def accelerate_modules(
     replacements: for a module's path and the module, its replacement; or why it stays; or None, if it is no SigLIP's.
     """
     _check_module("accelerate", model)
-    _require_triton()
+    _require_kernels(model)
     replaced: list[Replaced] = []
     left: list[Left] = []
     for path, module in reversed(list(model.named_modules())):  # children first: parents ask what they have become
@@ -230,11 +236,17 @@ def accelerate_modules(
     return Report(type(model).__name__, library, tuple(reversed(replaced)), tuple(reversed(left)), note)
 
 
-def _require_triton() -> None:
+def _require_kernels(model: nn.Module) -> None:
     try:
         import triton  # noqa: F401
     except ImportError as error:
         raise MissingBackendError("accelerate: the kernels need Triton, which is not installed") from error
+    for device in {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}:
+        gpu = facts(device)
+        if gpu.capability < (8, 0):
+            raise MissingBackendError(
+                f"accelerate: {gpu.name} has compute capability {gpu.capability}, not 8.0 or later"
+            )
 
 
 def _note(model: nn.Module) -> str:

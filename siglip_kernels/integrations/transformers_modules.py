@@ -145,7 +145,8 @@ class EncoderLayer(Accelerated):
         if not (is_replaced(attention, Attention) and is_bare(attention) and attention.attends(x, padding, arguments)):
             return x + attention(hidden_states=norm(x), attention_mask=as_given(mask), **arguments)[0]
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        if is_fusable_norm(norm, x) and all(is_plain(p, nn.Linear) and runs(x, p.weight, p.bias) for p in (q, k, v)):
+        plain = is_plain(q, nn.Linear) and is_plain(k, nn.Linear) and is_plain(v, nn.Linear)
+        if plain and is_fusable_norm(norm, x) and runs(x, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias):
             projected = siglip_kernels.pre_norm_qkv(
                 x,
                 norm.weight,

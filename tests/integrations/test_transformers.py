@@ -267,6 +267,19 @@ def test_hooks_see_what_they_saw():
         torch.testing.assert_close(after, before)
 
 
+def test_hooks_on_all_modules_see_what_they_saw():
+    model, pixels, seen = siglip().vision_model, inputs()["pixel_values"], []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        model(pixels)
+        count = len(seen)
+        accelerate(model)
+        model(pixels)
+    finally:
+        handle.remove()
+    assert count > 10 and seen[count:] == seen[:count]
+
+
 def test_dropout_in_training_is_transformers():
     model, call = siglip(attention_dropout=0.5).vision_model, pooled(inputs()["pixel_values"])
     report = accelerate(model)
