@@ -75,6 +75,17 @@ def distance(found: list[Tensor], true: list[Tensor]) -> float:
     return (difference / size) ** 0.5 if size else difference**0.5
 
 
+def allowed_distance(plain: list[Tensor], true: list[Tensor], dtype: torch.dtype, factor: float) -> float:
+    """`factor` times what the same formula in the same dtype is off by, and one rounding.
+
+    A single value, such as a loss, may be right by luck, so it gets at least eight roundings of fp32.
+    """
+    rounding = torch.finfo(dtype).eps / 2
+    if sum(tensor.numel() for tensor in true) == 1:
+        rounding = max(rounding, 4 * torch.finfo(torch.float32).eps)
+    return factor * distance(plain, true) + rounding
+
+
 class NoTruth(Exception):
     """The definition itself cannot be computed here, as for lack of memory in fp64."""
 
@@ -99,7 +110,6 @@ class Judge:
         how = self._how(entry)
         found = self._evaluate(how, contender, self.inputs if how == "timed call" else self.sample)
         true, plain = self._reference(how, entry, torch.float64), self._reference(how, entry, self.setting.dtype)
-        rounding = torch.finfo(self.setting.dtype).eps / 2
         worst = Verdict(0.0)
         for name in true:
             if [tensor.shape for tensor in found[name]] != [tensor.shape for tensor in true[name]]:
@@ -107,7 +117,7 @@ class Judge:
                 return Verdict(float("nan"), f"wrong: {name} of shapes {shapes}")
             error = distance(found[name], true[name])
             factor = OURS if entry.ours else THEIRS
-            allowed = entry.tolerance or factor * distance(plain[name], true[name]) + rounding
+            allowed = entry.tolerance or allowed_distance(plain[name], true[name], self.setting.dtype, factor)
             if not error <= allowed:
                 return Verdict(error, f"wrong: {name} is off by {error:.1e}, {allowed:.1e} is allowed")
             worst.error = max(worst.error, error)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench import shapes
-from bench.accuracy import OURS, Found, Judge, distance, forward, gradients
+from bench.accuracy import OURS, Found, Judge, allowed_distance, distance, forward, gradients
 from bench.circumstances import device
 from bench.measure import DeadDevice, device_is_dead, free
 from bench.operations import DTYPES, OPERATIONS, Contender, Setting, ours
@@ -125,13 +125,12 @@ def _check(setting: Setting, kernels: Callable[..., Any], result: Checked) -> Ch
         found = gradients(contender, inputs, setting.dtype)
         again = gradients(contender, inputs, setting.dtype)
         inference = forward(contender, inputs)
-    rounding = torch.finfo(setting.dtype).eps / 2
     excess = -1.0
     for name in exact:
         error, eager_error = distance(found[name], exact[name]), distance(plain[name], exact[name])
         if name == "results":
             error = max(error, distance(inference, exact[name]), key=lambda value: (value != value, value))
-        allowed = OURS * eager_error + rounding
+        allowed = allowed_distance(plain[name], exact[name], setting.dtype, OURS)
         if not error / allowed <= excess:
             excess = error / allowed
             result = replace(result, what=name, error=error, allowed=allowed, eager_error=eager_error)
