@@ -65,8 +65,10 @@ def tile_for(rows: int, columns: int, depth: int, parts: int, gelu: str, out_dty
     Counted by `python -m bench.inner_loop` and `python -m bench.tile_cost`, each with `bench.linear_hopper_launches
     bench.linear_launches`, triton 3.7.1: clocks of one warp on its quarter of a multiprocessor, where a consumer has
     one. A block of depth is 512 clocks of the tensor pipe for each consumer, 320 (WIDE) or 384 (TALL) of shared memory
-    for its operands and at most 100 of any other pipe: bound by the tensor pipe, as the portable loop is. Epilogues,
-    here and in the portable kernel, where both of a quarter's warps have theirs while the tensor cores stand still:
+    for its operands and at most 67 of any other pipe: bound by the tensor pipe, as the portable loop is between its
+    epilogues. (TMA writes both consumers' blocks in another 384. Should they have to share the 128 bytes a clock, WIDE
+    would be just at that bound and TALL 12 % beyond it: the first thing to measure.) Epilogues, here and in the
+    portable kernel, where both of a quarter's warps have theirs while the tensor cores stand still:
 
     | epilogue          | exponentials | issue | portable: exponentials | issue |
     |-------------------|--------------|-------|------------------------|-------|
