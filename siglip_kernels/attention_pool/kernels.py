@@ -223,7 +223,8 @@ def attention_pool_backward_kernel(
             limit = tl.minimum(tl.load(lengths + sample), end)
         row = sample * heads + head
         top = tl.load(highest + row, mask=head_is_valid, other=float("inf"))
-        normaliser = 1.0 / tl.load(total + row, mask=head_is_valid, other=1.0)
+        whole = tl.load(total + row, mask=head_is_valid, other=1.0)
+        normaliser = 1.0 / tl.where(whole == 0.0, 1.0, whole)  # 0: no token
         grad_offsets = sample * grad_batch_stride * UNIT + head.to(tl.int64) * grad_head_stride * UNIT
         head_delta = tl.zeros([HEADS], tl.float32)
         if not FIRST_PASS:

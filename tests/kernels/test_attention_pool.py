@@ -278,9 +278,8 @@ def test_autocast_as_the_reference(dtype, device):
         out = attention_pool(**tensors, num_heads=3)
         assert out.dtype == reference.attention_pool(**tensors, num_heads=3).dtype == dtype
     assert torch.equal(out, attention_pool(**{name: t.to(dtype) for name, t in tensors.items()}, num_heads=3))
-    for gradient, tensor in zip(
-        torch.autograd.grad(out.sum(), tensors.values()), tensors.values(), strict=True
-    ):  # fmt: skip
+    gradients = torch.autograd.grad(out.sum(), tensors.values())
+    for gradient, tensor in zip(gradients, tensors.values(), strict=True):
         assert gradient.dtype == tensor.dtype
 
 

@@ -37,15 +37,11 @@ def check(inputs: dict[str, Tensor], out_grad: Tensor, eps: float = 1e-6, **slac
 
 @pytest.mark.parametrize(
     ("width", "dtype"),
-    [
-        (width, dtype)
-        for width in (2, 17, 255, 1152)
-        for dtype in DTYPES
-    ]
-    + [(768, torch.bfloat16), (1024, torch.bfloat16), (1153, torch.float16), (4304, torch.bfloat16), (8192, torch.float16)]
-    + [(8193, torch.bfloat16), (20_000, torch.float32)],
+    [(width, dtype) for width in (2, 17, 255, 1152) for dtype in DTYPES]
+    + [(768, torch.bfloat16), (1024, torch.bfloat16), (1153, torch.float16), (4304, torch.bfloat16)]
+    + [(8192, torch.float16), (8193, torch.bfloat16), (20_000, torch.float32)],
     ids=str,
-)  # fmt: skip
+)
 def test_widths(width, dtype, device):
     check(*random_inputs(5, width, dtype, device))
 
@@ -196,9 +192,7 @@ def test_without_weight_or_bias(missing, device):
     nothing = dict.fromkeys(missing)
 
     def definition(**tensors):
-        return torch.nn.functional.layer_norm(
-            tensors["x"], (80,), tensors.get("weight"), tensors.get("bias"), 1e-6
-        )  # fmt: skip
+        return torch.nn.functional.layer_norm(tensors["x"], (80,), tensors.get("weight"), tensors.get("bias"), 1e-6)
 
     check_budget(lambda **tensors: layer_norm(**tensors, **nothing), definition, inputs, out_grad)
 
