@@ -79,6 +79,15 @@ def require_kernels(operation: str, argument: str, tensor: torch.Tensor) -> None
         )
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How products of fp32 inputs are made: as torch.backends.cuda.matmul says. Without effect on other dtypes.
+
+    `fp32_precision` follows the older `allow_tf32`, which PyTorch refuses to read once the newer has been set.
+    """
+    allowed = torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if dtype == torch.float32 and allowed == "tf32" else "ieee"
+
+
 def hopper_kernels_enabled() -> bool:
     """Whether SIGLIP_KERNELS_HOPPER=1 asks for the kernels that are written for Hopper alone. They have not met a GPU
     yet: without it the portable kernels run everywhere. With it, a call that no Hopper kernel takes is an error."""

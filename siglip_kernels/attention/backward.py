@@ -22,8 +22,9 @@ from torch import Tensor
 from siglip_kernels.attention import configuration
 from siglip_kernels.attention.forward import exponent_scale
 from siglip_kernels.attention.strides import strides_of
-from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, narrow, store_tile
-from siglip_kernels.device import facts, interpreting
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.device import facts, interpreting, precision
+from siglip_kernels.interpreted import narrow
 
 # See forward.py: what matters of these is told by UNIT.
 _INTEGERS = (
@@ -365,7 +366,7 @@ def attention_backward(
         "UNIT": strides.unit,
         "HAS_LENGTHS": lengths is not None,
         "EXACT": exact,
-        "PRECISION": configuration.precision(q.dtype),
+        "PRECISION": precision(q.dtype),
         "INTERPRETED": interpreting(),
     }
     if query_tokens > 0:

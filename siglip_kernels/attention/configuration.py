@@ -133,12 +133,3 @@ def grid(programs: int) -> int:
     if programs >= 2**31:
         raise unsupported("attention", "q", f"needs {programs} programs", "fewer than 2^31: split the batch")
     return programs
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of fp32 inputs are made: as torch.backends.cuda.matmul says. Without effect on other dtypes.
-
-    `fp32_precision` follows the older `allow_tf32`, which PyTorch refuses to read once the newer has been set.
-    """
-    allowed = torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if dtype == torch.float32 and allowed == "tf32" else "ieee"

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from siglip_kernels.attention import configuration
 from siglip_kernels.attention.strides import strides_of
-from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, narrow, store_tile
-from siglip_kernels.device import facts, interpreting
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.device import facts, interpreting, precision
+from siglip_kernels.interpreted import narrow
 
 # The integers change from call to call: to specialise on them (are they 1, do they divide by 16) would only compile
 # anew. What of the strides matters, whether they divide by 8, is told by UNIT.
@@ -181,7 +182,7 @@ def attention_forward(
         NEGATIVE_SCALE=scale < 0,
         HAS_LENGTHS=lengths is not None,
         KEEP_LOG_SUM_EXP=keep_log_sum_exp,
-        PRECISION=configuration.precision(q.dtype),
+        PRECISION=precision(q.dtype),
         INTERPRETED=interpreting(),
         num_warps=tile.warps,
         num_stages=tile.stages,

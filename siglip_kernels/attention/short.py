@@ -14,8 +14,9 @@ from torch import Tensor
 from siglip_kernels.attention import configuration
 from siglip_kernels.attention.forward import exponent_scale
 from siglip_kernels.attention.strides import strides_of
-from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, narrow, store_tile
-from siglip_kernels.device import facts, interpreting
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.device import facts, interpreting, precision
+from siglip_kernels.interpreted import narrow
 
 # See forward.py: what matters of these is told by UNIT.
 _INTEGERS = (
@@ -305,7 +306,7 @@ def _launch(
         "UNIT": unit,
         "NEGATIVE_SCALE": scale < 0,
         "HAS_LENGTHS": lengths is not None,
-        "PRECISION": configuration.precision(q.dtype),
+        "PRECISION": precision(q.dtype),
         "INTERPRETED": interpreting(),
         "num_warps": warps,
         "num_stages": stages,

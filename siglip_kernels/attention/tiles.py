@@ -8,6 +8,8 @@ stands for the other is never used.
 import triton
 import triton.language as tl
 
+from siglip_kernels.interpreted import dot, narrow
+
 
 @triton.jit
 def load_block(pointer, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
@@ -32,15 +34,6 @@ def load_tile(
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 in the dtype, rounded to nearest even. The interpreter would cut bf16 off: there the bits are rounded."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
 def store_tile(
     pointer,
     offsets,
@@ -62,15 +55,6 @@ def store_tile(
         columns = MAIN + tl.arange(0, TAIL)
         mask = valid[:, None] & (columns < HEAD_DIM)[None, :]
         tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(tail, element, INTERPRETED), mask=mask)
-
-
-@triton.jit
-def dot(a, b, accumulator, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """a b + accumulator in fp32. The interpreter takes bf16 operands for integers, so there they are widened first."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit

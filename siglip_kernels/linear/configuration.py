@@ -7,8 +7,6 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 
-import torch
-
 from siglip_kernels.device import Facts
 from siglip_kernels.linear.tuned import TUNED
 
@@ -146,12 +144,3 @@ def stride_unit(strides: list[int]) -> int:
     rows of a stride such as 4312 to start anywhere; counted in eights and multiplied inside the kernel, it knows.
     """
     return 1 if any(stride % 8 for stride in strides) else 8
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of fp32 inputs are made: as torch.backends.cuda.matmul says. Without effect on other dtypes.
-
-    `fp32_precision` follows the older `allow_tf32`, which PyTorch refuses to read once the newer has been set.
-    """
-    allowed = torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if dtype == torch.float32 and allowed == "tf32" else "ieee"

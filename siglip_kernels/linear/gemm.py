@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from siglip_kernels.device import facts, hopper_kernels_enabled, interpreting
+from siglip_kernels.device import facts, hopper_kernels_enabled, interpreting, precision
 from siglip_kernels.errors import unsupported
 from siglip_kernels.interpreted import dot, narrow
 from siglip_kernels.linear import configuration
@@ -313,7 +313,7 @@ def gemm(
             element_bytes=a.element_size(),
             residual_bytes=0 if residual is None else residual.element_size(),
             gelu=gelu,
-            tf32=configuration.precision(a.dtype) == "tf32",
+            tf32=precision(a.dtype) == "tf32",
             aligned=aligned,
         )
         tile = configuration.tile(shape, facts(a.device))
@@ -364,7 +364,7 @@ def gemm(
         UNIT=unit,
         DESCRIPTORS=descriptors,
         FLATTEN=descriptors,
-        PRECISION=configuration.precision(a.dtype),
+        PRECISION=precision(a.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

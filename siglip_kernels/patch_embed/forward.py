@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip_kernels.device import Facts, facts, interpreting
+from siglip_kernels.device import Facts, facts, interpreting, precision
 from siglip_kernels.interpreted import dot, narrow
 
 _INTEGERS = [
@@ -129,7 +129,7 @@ def patch_embed_forward(
     out = torch.empty((batch, tokens, width), dtype=out_dtype, device=pixels.device)
     if out.numel() == 0:
         return out
-    tf32 = pixels.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = precision(pixels.dtype) == "tf32"
     tile = choose_tile(facts(pixels.device), pixels.element_size(), tf32, batch * tokens, width)
     strides = [stride if size > 1 else 0 for size, stride in zip(pixels.shape[:3], pixels.stride(), strict=False)]
     position_strides = [0, 0] if position is None else list(position.stride()[:2])

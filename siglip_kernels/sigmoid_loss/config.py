@@ -50,9 +50,8 @@ _INTERPRETER = Tile(64, 64, 64, num_warps=4, num_stages=1)
 _LARGEST_BLOCK = 5632
 
 
-def choose(dtype: torch.dtype, width: int, gpu: Facts, allow_tf32: bool) -> Config:
-    """The configuration for embeddings of this dtype and width."""
-    precision = "tf32" if allow_tf32 and dtype == torch.float32 else "ieee"
+def choose(dtype: torch.dtype, width: int, gpu: Facts, precision: str) -> Config:
+    """The configuration for embeddings of this dtype and width. precision: of fp32 products, "ieee" or "tf32"."""
     if gpu == INTERPRETER:
         return Config(_INTERPRETER, _INTERPRETER, 256, descriptors=True, precision=precision)
     capability = gpu.capability

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from siglip_kernels.device import facts
+from siglip_kernels.device import facts, precision
 from siglip_kernels.sigmoid_loss.blocks import round_up
 from siglip_kernels.sigmoid_loss.config import Config, choose
 from siglip_kernels.sigmoid_loss.kernels import product_kernel, residual_kernel, scale_kernel
@@ -13,7 +13,7 @@ from siglip_kernels.sigmoid_loss.kernels import product_kernel, residual_kernel,
 
 def config_for(embeds: Tensor) -> Config:
     """The configuration for embeddings like these on their device."""
-    return choose(embeds.dtype, embeds.shape[1], facts(embeds.device), torch.backends.cuda.matmul.allow_tf32)
+    return choose(embeds.dtype, embeds.shape[1], facts(embeds.device), precision(embeds.dtype))
 
 
 class TritonEngine:

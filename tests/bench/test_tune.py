@@ -119,13 +119,13 @@ def test_every_tunable_follows_the_protocol():
 
 def test_the_losss_table_is_read():
     gpu = GPUS["h200"]
-    plain = config.choose(torch.bfloat16, 768, gpu, False)
+    plain = config.choose(torch.bfloat16, 768, gpu, "ieee")
     entries = {("product", 2, 768): dataclasses.astuple(config.candidates(2, gpu)[-1])}
     with TUNABLE["sigmoid_loss"].trying(gpu.name, entries):
-        tuned_config = config.choose(torch.bfloat16, 768, gpu, False)
+        tuned_config = config.choose(torch.bfloat16, 768, gpu, "ieee")
     assert tuned_config.product == config.candidates(2, gpu)[-1] != plain.product
     assert tuned_config.residual == plain.residual
-    assert config.choose(torch.bfloat16, 768, gpu, False) == plain
+    assert config.choose(torch.bfloat16, 768, gpu, "ieee") == plain
 
 
 def test_linears_candidates_of_a_key():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from siglip_kernels import UnsupportedInputError, attention
-from siglip_kernels.attention.configuration import precision
+from siglip_kernels.device import precision
 
 OPERATORS = torch.ops.siglip_kernels
 

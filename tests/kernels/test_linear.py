@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.ahead_of_time import GPUS
 from siglip_kernels import linear, pre_norm_qkv, reference
-from siglip_kernels.device import pretend
+from siglip_kernels.device import precision, pretend
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "seed")
 
@@ -303,17 +303,15 @@ def test_only_the_gradients_asked_for(wanted, device):
 )
 def test_fp32_products_round_as_they_are_told(switch, on, off, device):
     """By PyTorch's older switch and by its newer: TF32, which the interpreter computes in full, or IEEE."""
-    from siglip_kernels.linear import configuration
-
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     inputs, out_grad = linear_inputs(9, 40, 24, torch.float32, device)
     try:
         setattr(settings, switch, off)
-        assert configuration.precision(torch.float32) == "ieee"
+        assert precision(torch.float32) == "ieee"
         setattr(settings, switch, on)
-        assert configuration.precision(torch.float32) == "tf32"
-        assert configuration.precision(torch.bfloat16) == "ieee"
+        assert precision(torch.float32) == "tf32"
+        assert precision(torch.bfloat16) == "ieee"
         found = run(linear, inputs, out_grad, torch.float32)
     finally:
         settings.fp32_precision = before
