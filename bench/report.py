@@ -200,6 +200,11 @@ def _machine(gpu: str, found: Sequence[Group], files: Sequence[Path], root: Path
     ]
     for group in found:
         lines.append(_line(group))
+    if any("busy" in row.reason or "throttled" in row.reason for group in found for row in group.rows):
+        lines += [
+            "",
+            "The machine was busy or throttled meanwhile, as the rows say: the noise may be more than it shows.",
+        ]
     return "\n".join(lines)
 
 
