@@ -6,6 +6,7 @@ Another backend (fp8, a vendor's library) is one more value here; no module chan
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -209,7 +210,8 @@ BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}
 
 def _lacks_flash() -> str | None:
     lacks = []
-    if importlib.util.find_spec("flash_attn") is None:
+    # By the name of what is installed: FlashAttention-4 brings a package flash_attn, too, without what is called here.
+    if not any(importlib.metadata.distributions(name="flash-attn")):
         lacks.append("the package flash-attn is not installed (pip install flash-attn --no-build-isolation)")
     if not torch.cuda.is_available():
         lacks.append("there is no CUDA device")
