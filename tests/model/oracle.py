@@ -1,6 +1,7 @@
 """transformers' models with random weights, and ours holding the same ones."""
 
 import torch
+import torchvision_operators  # noqa: F401  processes that a test starts import no conftest.py
 import transformers
 
 import siglip_model
