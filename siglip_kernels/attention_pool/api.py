@@ -67,7 +67,7 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 def _pool(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`folded.plain_pooling`; and for backward each head's highest score and sum of powers, in base 2, (B, H) fp32."""
     require_kernels("attention_pool", "x", x)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         if x.shape[1] > 0 and not fits(x, folded.shape[0]):
             return pool_forward(x, folded, scale, lengths)
         lengths = None if lengths is None else lengths.contiguous()
@@ -89,7 +89,7 @@ def _pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and folded; one that is not needed is an empty tensor."""
     require_kernels("attention_pool", "x", x)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         if x.shape[1] > 0 and not fits(x, folded.shape[0]):
             x_grad, folded_grad = pool_backward(pooled_grad, x, folded, pooled, highest, total, scale, lengths)
             return x_grad if needs_x else x.new_empty(0), folded_grad if needs_folded else x.new_empty(0)

@@ -106,14 +106,15 @@ def _differentiate(ctx, out_grad):
         return (None,) * 5
     pixel_values, weight = ctx.saved_tensors
     needs_pixels, needs_weight, needs_bias, needs_position, _ = ctx.needs_input_grad
-    rows = out_grad.flatten(0, 1).to(weight.dtype)  # [B · S, width]
-    return (
-        _image(rows @ weight.flatten(1), pixel_values.shape, weight.shape) if needs_pixels else None,
-        (rows.T @ _patches(pixel_values, weight.shape)).view(weight.shape) if needs_weight else None,
-        out_grad.sum((0, 1), dtype=torch.float32).to(weight.dtype) if needs_bias else None,
-        out_grad.sum_to_size(ctx.position[0]).to(ctx.position[1]) if needs_position else None,
-        None,
-    )
+    with torch.autocast(out_grad.device.type, enabled=False):  # backward may run under it; dtypes are settled
+        rows = out_grad.flatten(0, 1).to(weight.dtype)  # [B · S, width]
+        return (
+            _image(rows @ weight.flatten(1), pixel_values.shape, weight.shape) if needs_pixels else None,
+            (rows.T @ _patches(pixel_values, weight.shape)).view(weight.shape) if needs_weight else None,
+            out_grad.sum((0, 1), dtype=torch.float32).to(weight.dtype) if needs_bias else None,
+            out_grad.sum_to_size(ctx.position[0]).to(ctx.position[1]) if needs_position else None,
+            None,
+        )
 
 
 def _patches(pixel_values: Tensor, weight_shape: torch.Size) -> Tensor:

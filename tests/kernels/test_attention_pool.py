@@ -283,6 +283,18 @@ def test_autocast_as_the_reference(dtype, device):
         assert gradient.dtype == tensor.dtype
 
 
+@pytest.mark.parametrize("tokens", [20, 0])
+def test_backward_inside_autocast(tokens, device):
+    """The operator's own products stay in fp32; those of the projections around it are PyTorch's, and autocast."""
+    x, folded = (torch.randn(shape, device=device, requires_grad=True) for shape in ((2, tokens, 48), (3, 48)))
+    results = []
+    for enabled in (False, True):
+        pooled = OPERATORS.attention_pool(x, folded, 0.3, None)[0]
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            results.append(torch.autograd.grad(pooled.square().sum(), (x, folded)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_offsets_beyond_32_bits(device):
     """The second sample, and the last token, begin after 2^31 elements."""
     step = 2**31 + 8

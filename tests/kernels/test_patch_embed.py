@@ -231,6 +231,17 @@ def test_autocast_as_conv2d(dtype, device):
         assert gradient.dtype == torch.float32
 
 
+def test_backward_inside_autocast(device):
+    inputs, _ = random_inputs(2, (8, 8), 4, 24, torch.float32, device)
+    tensors = [tensor.requires_grad_() for tensor in inputs.values()]
+    results = []
+    for enabled in (False, True):
+        total = patch_embed(*tensors).sum()
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            results.append(torch.autograd.grad(total, tensors))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_offsets_beyond_32_bits(device):
     """The second image begins after 2^31 elements, and so does its last row."""
     step = 2**31 + 8
