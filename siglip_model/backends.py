@@ -71,7 +71,7 @@ def _lengths(attention_mask: Tensor, name: str) -> dict[str, Tensor]:
 
 # An operator, because it reads the values to see that padding is at the end, and so waits for the device: torch.compile
 # keeps it whole, and leaves it out of its CUDA graphs.
-@torch.library.custom_op("siglip_model::count_valid", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("siglip_model::count_valid", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _count_valid(valid: Tensor, name: str) -> Tensor:
     """valid: bool (B, L). Returns int32 (B,)."""
     if valid.is_cuda and torch.cuda.is_current_stream_capturing():
