@@ -35,10 +35,13 @@ _INTEGERS = (
 
 @triton.jit
 def score_gradients(weights, weights_grad, row_delta, EXACT: tl.constexpr):
-    """P ∘ (dP − delta). In half precision a difference that may be the rounding of two fp32 sums counts as zero."""
+    """P ∘ (dP − delta). In half precision a difference that may be the rounding of two fp32 sums counts as zero.
+
+    NaN and inf are not small: they stay, or a loss scaler would not see that a gradient has overflowed.
+    """
     difference = weights_grad - row_delta
     if not EXACT:
-        difference = tl.where(tl.abs(difference) > tl.abs(row_delta) * 2**-16, difference, 0.0)
+        difference = tl.where(tl.abs(difference) < tl.abs(row_delta) * 2**-16, 0.0, difference)
     return weights * difference
 
 

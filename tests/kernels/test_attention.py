@@ -289,6 +289,16 @@ def test_not_a_number_is_not_hidden(tokens, device):
     assert out.isnan().sum() == 64
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_stays_so_in_eager_s_places(which, value, dtype, device):
+    inputs = random_inputs(1, 70, 70, 2, 24, dtype, device)
+    inputs[which][0, 3, 1, 5] = value
+    for one, eager in zip(run(attention, inputs, dtype), run(reference.attention, inputs, dtype), strict=True):
+        assert torch.equal(one.isfinite(), eager.isfinite())
+
+
 @pytest.mark.parametrize("tokens", [20, 130])
 def test_bitwise_repeatable(tokens, device):
     inputs = random_inputs(2, tokens, tokens, 2, 72, torch.bfloat16, device)
