@@ -18,7 +18,7 @@ import torch
 from bench import shapes
 from bench.accuracy import OURS, Found, Judge, allowed_distance, distance, forward, gradients
 from bench.circumstances import device
-from bench.measure import DeadDevice, device_is_dead, free
+from bench.measure import DEADLY, DeadDevice, device_is_dead, free
 from bench.operations import DTYPES, OPERATIONS, Contender, Setting, ours
 from bench.peers import peers_of
 from bench.shapes import Shape
@@ -36,6 +36,7 @@ class Checked:
     shape: dict[str, Any]
     dtype: str
     ok: bool
+    kernels: str = "triton"  # or "triton:hopper"
     problem: str = ""
     what: str = ""  # the result or gradient that is furthest from what is allowed
     error: float | None = None
@@ -163,29 +164,42 @@ def check_all(
     quick: bool,
     dtypes: Sequence[str] = (),
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
-) -> list[Checked]:
-    """Every setting of the operations."""
+) -> Iterator[Checked]:
+    """Every setting of the operations. DeadDevice where one, which is given before, broke the CUDA context."""
     wanted = [setting for name in operations for setting in settings(name, quick, dtypes)]
     if not quick:
         wanted += [setting for name in operations for setting in beyond_31_bits(name)]
-    checked = []
     for done, setting in enumerate(wanted):
         what = f"{setting.operation.name} {setting.shape.name} {dtype_name(setting.dtype)}"
         progress(done, len(wanted), what)
-        checked.append(check(setting))
+        checked = check(setting)
         if device_is_dead():
-            raise DeadDevice(f"{what} broke the CUDA context: {checked[-1].problem}")
+            yield replace(checked, ok=False, problem=DEADLY + checked.problem)
+            raise DeadDevice(f"{what} broke the CUDA context: {checked.problem}")
+        yield checked
     progress(len(wanted), len(wanted), "")
-    return checked
 
 
-def red(checked: Iterable[Checked]) -> dict[str, str]:
-    """Operations that are not to be timed, with the first reason."""
-    found: dict[str, str] = {}
+# What is made of all the operations.
+_MODELS = ("vision_tower", "siglip", "training_step")
+
+
+def red(checked: Iterable[Checked]) -> dict[tuple[str, str], str]:
+    """(operation, kernels) that are not to be timed, with the first reason. What models make of them is judged there,
+    unless it takes the process down."""
+    found: dict[tuple[str, str], str] = {}
     for one in checked:
-        if not one.ok:
-            found.setdefault(one.op, f"wrong in check ({one.shape['name']} {one.dtype}): {one.problem}")
+        if one.ok:
+            continue
+        reason = f"wrong in check ({one.shape['name']} {one.dtype}): {one.problem}"
+        more = spread(one.op, one.kernels, reason) if one.problem.startswith(DEADLY) else {}
+        found = {**more, (one.op, one.kernels): reason, **found}
     return found
+
+
+def spread(operation: str, kernels: str, reason: str) -> dict[tuple[str, str], str]:
+    """What takes the process down in one operation is not to be met again in a model."""
+    return {(one, kernels): reason if one == operation else f"{operation}: {reason}" for one in (operation, *_MODELS)}
 
 
 def _attention(tokens: Iterable[int], head_dims: Iterable[int], batch: int = 2, heads: int = 4) -> tuple[Shape, ...]:

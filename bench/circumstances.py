@@ -29,6 +29,12 @@ def version(distribution: str) -> str | None:
         return None
 
 
+def environment(**variables: str) -> dict[str, str]:
+    """This process's, for another one that imports this code from wherever it is started."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **variables}
+
+
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)

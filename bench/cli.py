@@ -91,14 +91,19 @@ def check(
     """Compare every kernel of ours with fp64, on this GPU or in Triton's interpreter."""
     with _errors_in_one_line():
         from bench import terminal
+        from bench.apart import check_apart
         from bench.check import check_all, kernel_operations, kernels_can_run
+        from bench.circumstances import device
 
         reason = kernels_can_run()
         if reason is not None:
             raise RuntimeError(reason)
-        operations = kernel_operations(_suites(suites))
+        operations, dtypes = kernel_operations(_suites(suites)), _dtypes(dtype)
         with terminal.progress_bar() as progress:
-            checked = check_all(operations, quick, _dtypes(dtype), progress)
+            if device() == "cuda":
+                checked = check_apart(operations, quick, dtypes, progress=progress)
+            else:
+                checked = list(check_all(operations, quick, dtypes, progress))
         terminal.print_checks(checked)
         wrong = sum(not one.ok for one in checked)
         print(f"{len(checked) - wrong} of {len(checked)} right, on {_place()}.")
@@ -322,12 +327,13 @@ def _check_shape(pattern: str, names: Sequence[str], classes: Sequence[type]) ->
         raise ValueError(f"--shapes: {pattern}; supported: {', '.join(names)}, patterns such as so400m*, or sizes")
 
 
-def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[str, str]:
-    """Operations of ours that are wrong, which are not to be timed. On a CPU nothing of ours is."""
+def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[tuple[str, str], str]:
+    """Kernels of ours that are wrong, which are not to be timed. On a CPU nothing of ours is."""
     from bench import terminal
-    from bench.check import check_all, kernel_operations, red
+    from bench.apart import check_apart
+    from bench.check import kernel_operations, red
     from bench.circumstances import device
-    from bench.run import OutOfTime, deadline
+    from bench.run import OutOfTime
 
     if device() != "cuda":
         terminal.say(
@@ -336,29 +342,35 @@ def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[str
         )
         return {}
     try:
-        with deadline(until), terminal.progress_bar() as progress:
-            checked = check_all(kernel_operations(suites), quick=True, progress=progress)
+        with terminal.progress_bar() as progress:
+            checked = check_apart(kernel_operations(suites), quick=True, until=until, progress=progress)
     except OutOfTime:
         raise RuntimeError("time was up before the check had ended; nothing was timed") from None
     terminal.print_checks(checked)
     found = red(checked)
-    for operation, reason in found.items():
-        terminal.say(f"{operation} is not timed: {reason}")
+    for (operation, kernels), reason in found.items():
+        terminal.say(f"{operation} {kernels} is not timed: {reason}")
     return found
 
 
-def _run(request: Request, where: Path | None, red: dict[str, str], until: float | None) -> None:
+def _run(request: Request, where: Path | None, red: dict[tuple[str, str], str], until: float | None) -> None:
     from bench import terminal
+    from bench.apart import run_apart
+    from bench.circumstances import device
     from bench.report import groups
     from bench.run import open_results, plan_for, run
 
-    results = open_results(where)
     for suite in request.without_settings():
         terminal.say(
             f"{suite}: nothing of what is asked is measured on this machine; name its --shapes to measure them"
         )
+    plan = plan_for(request.quick, red)
     with terminal.progress_bar() as progress:
-        outcome = run(request, results, plan_for(request.quick, red), until, progress)
+        if device() == "cuda":
+            outcome, path = run_apart(request, where, plan, until, progress)
+        else:
+            results = open_results(where)
+            outcome, path = run(request, results, plan, until, progress), results.path
     terminal.print_groups(groups(outcome.rows))
     missing = {row.impl: row.reason for row in outcome.rows if row.status == "missing"}
     for name, how in missing.items():
@@ -367,7 +379,7 @@ def _run(request: Request, where: Path | None, red: dict[str, str], until: float
         print(f"{outcome.settled} group(s) measured before with this commit (--again measures them again).")
     if outcome.left_out:
         print(f"Time was up. Left out: {', '.join(outcome.left_out)}.")
-    print(f"{len(outcome.rows)} rows written to {results.path}.")
+    print(f"{len(outcome.rows)} rows written to {path}.")
 
 
 def _report(files: Sequence[Path] | None, where: Path | None, readme: Path | None, plots: bool) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.accuracy import Judge, NoTruth, as_list, differentiable, forward, upstream
-from bench.circumstances import ROOT, Watch
+from bench.circumstances import Watch, environment
 from bench.floors import FloorProbe, Floors
 from bench.operations import Contender, Inputs, Setting
 from bench.peers import Missing, Peer, Unsupported
@@ -29,18 +28,20 @@ from bench.timing import LEAST_ROUNDS, Clock, Steps, Timing, clock, copies, cuda
 
 @dataclass(frozen=True)
 class Plan:
-    """How much time to spend. red: operations of ours that `check` found wrong, which are not timed, and why."""
+    """How much time to spend. red: (operation, kernels) of ours that `check` found wrong, which are not timed: why."""
 
     seconds: float = 0.3  # on each contender
     least_rounds: int = LEAST_ROUNDS
-    red: Mapping[str, str] = field(default_factory=dict)
+    red: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 class DeadDevice(RuntimeError):
     """A kernel broke the CUDA context: nothing more can run in this process."""
 
 
-DEAD = "broke the CUDA context: "
+# How the reason begins of a contender that nothing can run after in the same process: it broke the CUDA context, did
+# not end, or crashed.
+DEADLY = "took the process down: "
 
 
 def device_is_dead() -> bool:
@@ -124,7 +125,7 @@ def measure(
         progress(entry.name)
         row = group.prepare(entry)
         if row is not None and device_is_dead():
-            write(replace(row, reason=DEAD + row.reason))
+            write(replace(row, reason=DEADLY + row.reason))
             raise DeadDevice(f"{entry.name} broke the CUDA context, as its row says; start again to go on without it")
         if row is not None:
             write(row)
@@ -148,8 +149,9 @@ class _Group:
         """None where the contender is ready, else its row with the reason why not."""
         row = blank_row(self.suite, self.setting, entry)
         try:
-            if entry.ours and self.setting.operation.name in self.plan.red:
-                return replace(row, status="error", reason=f"not timed: {self.plan.red[self.setting.operation.name]}")
+            red = self.plan.red.get((self.setting.operation.name, entry.kernels)) if entry.ours else None
+            if red is not None:
+                return replace(row, status="error", reason=f"not timed: {red}")
             self._refuse_what_memory_forbids(entry)
             contender = entry.prepare(self.setting)
             doubt = ""
@@ -196,10 +198,20 @@ class _Group:
         timed[first + AGAIN] = timed[first]
         watch = Watch()
         contenders = {**timed, **self.probe.contenders}
-        times = interleaved(contenders, self._clock(), self.plan.seconds, self.plan.least_rounds, watch.look)
-        floors = self.probe.floors(times)
         rows = []
-        for name in timed:
+
+        def failed(name: str, error: Exception) -> None:
+            if name not in timed:
+                raise error  # without the floors there is nothing to tell
+            status, reason = explain(error)
+            row = replace(self.ready[name.removesuffix(AGAIN)][0], impl=name)
+            rows.append(replace(row, status=status, reason=f"while it was timed: {reason}"))
+            free()
+
+        plan = self.plan
+        times = interleaved(contenders, self._clock(), plan.seconds, plan.least_rounds, watch.look, failed)
+        floors = self.probe.floors(times)
+        for name in (name for name in timed if name in times):
             row = self.ready[name.removesuffix(AGAIN)][0]
             note = "; ".join(part for part in (row.reason, watch.note()) if part)
             rows.append(with_times(replace(row, impl=name, reason=note), self.setting, times[name], floors))
@@ -274,8 +286,7 @@ def peaks_in_a_process(setting: Setting, names: Sequence[str]) -> dict[str, int]
         "direction": setting.direction,
         "peers": list(names),
     }
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, "-m", "bench.peak_memory", json.dumps(what)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **allocator, "PYTHONPATH": path})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(**allocator))
     return {name: peak for line in done.stdout.splitlines() for name, peak in json.loads(line).items()}

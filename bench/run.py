@@ -14,7 +14,7 @@ import torch
 
 from bench.circumstances import device
 from bench.floors import FloorProbe
-from bench.measure import DEAD, Plan, blank_row, free, measure
+from bench.measure import DEADLY, Plan, blank_row, free, measure
 from bench.operations import Setting
 from bench.peers import Peer, peers_of
 from bench.results import Results, Row
@@ -73,9 +73,12 @@ class OutOfTime(BaseException):
     """Raised where time is up, whatever is running: no library's `except Exception` keeps it."""
 
 
+KEPT_SECONDS = 5.0  # a finalizer, or a context that fails to close, may swallow it once
+
+
 @contextlib.contextmanager
 def deadline(at: float | None) -> Iterator[None]:
-    """Raises OutOfTime in the main thread when `time.monotonic()` reaches `at`."""
+    """Raises OutOfTime in the main thread when `time.monotonic()` reaches `at`, and again where somebody kept it."""
     if at is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -84,7 +87,7 @@ def deadline(at: float | None) -> Iterator[None]:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(0.01, at - time.monotonic()))
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, at - time.monotonic()), KEPT_SECONDS)
     try:
         yield
     finally:
@@ -100,9 +103,9 @@ def label(suite: str, setting: Setting) -> str:
 
 
 def _is_deadly(results: Results, suite: str, setting: Setting, entry: Peer) -> bool:
-    """Whether a contender broke the CUDA context when this code met it before."""
+    """Whether a contender took the process down when this code met it before."""
     row = blank_row(suite, setting, entry)
-    return results.settled(row) and results.rows[row.key].reason.startswith(DEAD)
+    return results.settled(row) and results.rows[row.key].reason.startswith(DEADLY)
 
 
 def run(
@@ -112,8 +115,9 @@ def run(
     until: float | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     measure_group: Callable[..., None] = measure,
+    start: int = 0,
 ) -> Outcome:
-    """Measures what is requested, until `time.monotonic()` reaches `until`."""
+    """Measures what is requested, from the group of number `start`, until `time.monotonic()` reaches `until`."""
     outcome = Outcome()
     settings = request.settings()
     probes: dict[torch.dtype, FloorProbe] = {}
@@ -122,10 +126,10 @@ def run(
         results.add(row)
         outcome.rows.append(row)
 
-    place = 0
+    place = start
     try:
         with deadline(until):
-            for place, (suite, setting) in enumerate(settings):
+            for place, (suite, setting) in enumerate(settings[start:], start):
                 entries = [
                     entry for entry in request.entries(suite, setting) if not _is_deadly(results, suite, setting, entry)
                 ]
@@ -150,13 +154,17 @@ def _under(progress: Callable[[int, int, str], None], place: int, total: int, na
 
 
 def open_results(where: Path | None) -> Results:
-    """The file of this machine and day, or the one that is named."""
+    """The file of this machine and day, or the one that is named. OSError, before anything is measured, where it
+    cannot be written."""
     from bench.results import results_file
 
-    return Results.open(results_file(where))
+    results = Results.open(results_file(where))
+    results.path.parent.mkdir(parents=True, exist_ok=True)
+    results.path.open("a").close()
+    return results
 
 
-def plan_for(quick: bool, red: Mapping[str, str]) -> Plan:
+def plan_for(quick: bool, red: Mapping[tuple[str, str], str]) -> Plan:
     """A quick run takes a third of the time on each contender, and on a CPU, where a call may last seconds, fewer."""
     rounds = 3 if quick and device() == "cpu" else LEAST_ROUNDS
     return Plan(seconds=0.1 if quick else 0.3, least_rounds=rounds, red=dict(red))

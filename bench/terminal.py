@@ -106,7 +106,8 @@ def print_checks(checked: Sequence[Checked]) -> None:
         if one.ok and one.problem:
             verdict = Text(one.problem, "yellow")
         errors = [number(value) for value in (one.error, one.allowed, one.eager_error, one.sdpa_error)]
-        table.add_row(one.op, str(one.shape["name"]), one.dtype, one.what, *errors, verdict)
+        operation = f"{one.op} for Hopper" if one.kernels == "triton:hopper" else one.op
+        table.add_row(operation, str(one.shape["name"]), one.dtype, one.what, *errors, verdict)
     _print(table)
 
 

@@ -108,26 +108,41 @@ def interleaved(
     seconds: float,
     least_rounds: int = LEAST_ROUNDS,
     each_round: Callable[[], object] = lambda: None,
+    failed: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, Timing]:
     """Times contenders that have run before (compiled, warm).
 
     Each round takes every contender once, in an order drawn anew, so that clocks and temperature favour none. Rounds
     go on for `seconds` for each contender, but for no fewer than `least_rounds`. `each_round` is called after each.
+    A contender that raises is told to `failed`, if there is one, and left out from there on.
     """
     order = list(contenders)
     generator = random.Random(0)
-    for name in order:
-        clock(contenders[name])  # warm, and not counted
     times: dict[str, list[float]] = {name: [] for name in order}
+
+    def take(name: str, counted: bool) -> None:
+        try:
+            milliseconds = clock(contenders[name])
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(name, error)
+            order.remove(name)
+            return
+        if counted:
+            times[name].append(milliseconds)
+
+    for name in list(order):
+        take(name, counted=False)  # warm
     start = time.perf_counter()
     for number in range(MOST_ROUNDS):
         if number >= least_rounds and time.perf_counter() - start > seconds * len(order):
             break
         generator.shuffle(order)
-        for name in order:
-            times[name].append(clock(contenders[name]))
+        for name in list(order):
+            take(name, counted=True)
         each_round()
-    return {name: Timing.of(times[name]) for name in contenders}
+    return {name: Timing.of(times[name]) for name in contenders if name in order}
 
 
 def copies(bytes_of_one: int, device: str) -> int:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.operations import Contender, Setting
+from bench.peers.compiled import compiled
 from bench.peers.registry import Unsupported, peer
 from bench.shapes import AttentionShape
 from siglip_kernels import reference
@@ -86,7 +87,7 @@ for _name, _backend in (
 def flex(setting: Setting) -> Attention:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return heads_first(torch.compile(flex_attention, dynamic=False))
+    return heads_first(compiled(flex_attention, "compile"))
 
 
 @peer(

@@ -69,6 +69,11 @@ class Peer:
     def ours(self) -> bool:
         return self.name.split(":")[0] == "triton"
 
+    @property
+    def kernels(self) -> str:
+        """Which of our kernels an entry of ours runs: those for Hopper alone, or "triton" under whatever name."""
+        return self.name if self.name == "triton:hopper" else "triton"
+
     def version(self) -> str | None:
         """Of its package; None where that is not installed."""
         try:

@@ -124,12 +124,13 @@ def test_gpu_checks_runs_and_reports_within_nine_minutes(monkeypatch):
     monkeypatch.setattr("bench.circumstances.device", lambda: "cuda")
     monkeypatch.setattr("bench.cli._deadline", lambda minutes: minutes)
     monkeypatch.setattr(
-        "bench.cli._check_before_timing", lambda suites, until: done.append(("check", until)) or {"mlp": "wrong"}
+        "bench.cli._check_before_timing",
+        lambda suites, until: done.append(("check", until)) or {("mlp", "triton"): "wrong"},
     )
     monkeypatch.setattr("bench.cli._run", lambda request, where, red, until: done.append(("run", request.quick, red)))
     monkeypatch.setattr("bench.cli._report", lambda *arguments, **more: done.append("report"))
     result = bench("gpu", "--quick")
-    assert done == [("check", 9.0), ("run", True, {"mlp": "wrong"}), "report"]
+    assert done == [("check", 9.0), ("run", True, {("mlp", "triton"): "wrong"}), "report"]
     assert result.exit_code == 1  # a kernel is wrong
 
 

@@ -1,10 +1,13 @@
 """The check itself: it passes what is right, in the interpreter, and is red for each kind of wrong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bench_helpers import SHAPE, setting
 
-from bench.check import _TINY, check, check_all, kernel_operations, kernels_can_run, red, settings
+from bench.check import _TINY, Checked, check, check_all, kernel_operations, kernels_can_run, red, settings
+from bench.measure import DeadDevice
 from bench.operations import OPERATIONS, ours
 from bench.suites import SUITES
 from siglip_kernels import reference
@@ -67,12 +70,29 @@ def raises(q, k, v):
 def test_wrong_kernels_are_red(kernels, problem):
     checked = check(setting(direction="fwd+bwd"), kernels)
     assert not checked.ok and problem in checked.problem
-    assert red([checked]) == {"attention": f"wrong in check ({SHAPE.name} fp32): {checked.problem}"}
+    assert red([checked]) == {("attention", "triton"): f"wrong in check ({SHAPE.name} fp32): {checked.problem}"}
 
 
 def test_other_bits_in_a_second_run_are_red():
     checked = check(setting(direction="fwd+bwd"), drifting())
     assert not checked.ok and checked.problem == "a second run gave other bits"
+
+
+def test_what_takes_the_process_down_is_not_met_again_in_a_model():
+    checked = Checked("mlp", {"name": "s1"}, "bf16", False, "triton:hopper", "took the process down: did not end")
+    assert set(red([checked])) == {
+        (name, "triton:hopper") for name in ("mlp", "vision_tower", "siglip", "training_step")
+    }
+    assert set(red([replace(checked, problem="results is off")])) == {("mlp", "triton:hopper")}
+
+
+def test_a_kernel_that_breaks_the_device_ends_the_check(monkeypatch):
+    monkeypatch.setattr("bench.check.device_is_dead", lambda: True)
+    checks = check_all(["layer_norm"], quick=True)
+    checked = next(checks)
+    assert not checked.ok and checked.problem.startswith("took the process down: ")
+    with pytest.raises(DeadDevice, match="broke the CUDA context"):
+        next(checks)
 
 
 def test_green_is_not_red():

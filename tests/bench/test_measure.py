@@ -106,10 +106,27 @@ def test_everybody_fails_alone():
 
 
 def test_a_red_operation_of_ours_is_not_timed():
-    plan = Plan(0.0, 2, red={"attention": "wrong in check (s64): too far"})
-    rows = rows_of([contender("triton"), contender("eager")], plan)
+    plan = Plan(0.0, 2, red={("attention", "triton"): "wrong in check (s64): too far"})
+    rows = rows_of([contender("triton"), contender("triton:hopper"), contender("eager")], plan)
+    assert rows["triton:hopper"].status == "ok"  # other kernels
     assert rows["triton"].status == "error" and rows["triton"].ms_median is None
     assert rows["triton"].reason == "not timed: wrong in check (s64): too far"
+    assert rows["eager"].status == "ok"
+
+
+def test_what_fails_while_it_is_timed_fails_alone():
+    calls = 0
+
+    def soon_out_of_memory(q, k, v):
+        nonlocal calls
+        calls += 1
+        if calls > 4:  # judged once, run twice, taken once
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return reference.attention(q, k, v)
+
+    rows = rows_of([contender("greedy", soon_out_of_memory), contender("eager")])
+    assert rows["greedy"].status == rows["greedy#2"].status == "oom" and rows["greedy"].ms_median is None
+    assert rows["greedy"].reason == "while it was timed: CUDA out of memory"
     assert rows["eager"].status == "ok"
 
 

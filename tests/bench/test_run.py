@@ -87,7 +87,7 @@ def test_a_contender_that_broke_the_cuda_context_is_left_alone_when_started_agai
     with pytest.raises(DeadDevice, match="eager broke the CUDA context"):
         run(request, Results.open(path), Plan(0.0, 2))
     (row,) = read([path])
-    assert row.status == "error" and row.reason.startswith("broke the CUDA context: ZeroDivisionError")
+    assert row.status == "error" and row.reason.startswith("took the process down: ZeroDivisionError")
     again = Measurement()
     outcome = run(request, Results.open(path), Plan(), measure_group=again)
     assert [one.impl for one in outcome.rows] == ["sdpa"]
@@ -113,6 +113,18 @@ def test_time_that_is_up(tmp_path):
     assert time.monotonic() - start < 20
     assert len(outcome.left_out) == 3 and outcome.left_out[0].startswith("pool attention_pool fwd ")
     assert {row.suite for row in read([results.path])} == {"loss"}
+
+
+def test_a_deadline_that_somebody_swallows_comes_again(monkeypatch):
+    monkeypatch.setattr(runs, "KEPT_SECONDS", 0.1)
+    start, swallowed = time.monotonic(), 0
+    with pytest.raises(runs.OutOfTime), deadline(start + 0.1):
+        try:
+            time.sleep(30)
+        except BaseException:
+            swallowed += 1
+        time.sleep(30)
+    assert swallowed == 1 and time.monotonic() - start < 20
 
 
 def test_a_deadline_that_is_kept_leaves_nothing_behind():

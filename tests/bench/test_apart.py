@@ -1,0 +1,178 @@
+"""Processes that hang, crash or break the CUDA context cost their own rows; those here follow a script."""
+
+import json
+import sys
+import textwrap
+import time
+from dataclasses import asdict
+
+import pytest
+from bench_helpers import row
+
+from bench import apart
+from bench.apart import check_apart, run_apart
+from bench.check import red
+from bench.measure import Plan
+from bench.results import read
+from bench.run import OutOfTime, Request
+
+REQUEST = Request(["loss"], ["pairs=8,width=8"], ["eager", "chunked"])
+
+
+@pytest.fixture
+def scripted(tmp_path, monkeypatch):
+    """Lets the processes run a few lines, with `task`, `path`, `tell` and `blank` at hand."""
+    path = tmp_path / "h200.jsonl"
+
+    def write(lines):
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import json, os, signal, sys, time\n"
+            "task = json.loads(sys.argv[1])\n"
+            f"path, blank = {str(path)!r}, json.loads({json.dumps(asdict(row('triton:hopper')))!r})\n"
+            "def tell(**what): print(json.dumps(what), flush=True)\n" + textwrap.dedent(lines)
+        )
+        monkeypatch.setattr(apart, "COMMAND", (sys.executable, str(script)))
+        return path
+
+    return write
+
+
+def begun(seconds=60, ours='"triton:hopper"', blank="blank"):
+    return (
+        f"tell(path=path); tell(begun=[0, 2, 'loss fwd: triton:hopper'], blank={blank}, kernels={ours}, "
+        f"seconds={seconds})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fate", "reason"),
+    [
+        ("time.sleep(60)", "did not end within 1 s"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV"),
+        ("sys.exit(3)", "ended with exit code 3"),
+    ],
+)
+def test_one_that_hangs_or_crashes_gets_a_row_and_the_next_process_goes_on(scripted, fate, reason):
+    path = scripted(
+        f"""
+        if task["red"]:
+            assert task["red"][0][:2] == ["attention", "triton:hopper"] and task["start"] == 0
+            assert ["vision_tower", "triton:hopper"] in [red[:2] for red in task["red"]]
+            tell(path=path); tell(settled=1, left_out=[]); sys.exit()
+        {begun(seconds=1 if "sleep" in fate else 60)}
+        {fate}
+        """
+    )
+    outcome, where = run_apart(REQUEST, None, Plan(), None, lambda *_: None)
+    (written,) = read([path])
+    assert where == path and outcome.rows == [written] and outcome.settled == 1
+    assert (written.impl, written.status) == ("triton:hopper", "error")
+    assert written.reason == f"took the process down: {reason}"
+
+
+def test_a_peer_that_crashes_makes_nothing_of_ours_red(scripted):
+    scripted(
+        f"""
+        if os.path.exists(path):
+            assert task["red"] == []
+            tell(path=path); tell(settled=0, left_out=[]); sys.exit()
+        {begun(ours="None")}
+        sys.exit(1)
+        """
+    )
+    outcome, _ = run_apart(REQUEST, None, Plan(), None, lambda *_: None)
+    assert len(outcome.rows) == 1
+
+
+def test_a_row_that_the_process_wrote_itself_is_not_written_twice(scripted):
+    path = scripted(
+        f"""
+        if task["red"]:
+            tell(path=path); tell(settled=0, left_out=[]); sys.exit()
+        {begun()}
+        tell(row={{**blank, "status": "error", "reason": "took the process down: illegal memory access"}})
+        sys.exit(1)
+        """
+    )
+    outcome, _ = run_apart(REQUEST, None, Plan(), None, lambda *_: None)
+    assert [one.reason for one in outcome.rows] == ["took the process down: illegal memory access"]
+    assert not path.exists()  # what wrote it is the other process
+
+
+def test_a_group_that_crashes_while_it_is_timed_is_left_out(scripted):
+    scripted(
+        f"""
+        if task["start"] == 1:
+            tell(path=path); tell(settled=0, left_out=["more"]); sys.exit()
+        {begun(blank="None", ours="None")}
+        sys.exit(1)
+        """
+    )
+    outcome, _ = run_apart(REQUEST, None, Plan(), None, lambda *_: None)
+    assert outcome.rows == [] and outcome.left_out == ["loss fwd (ended with exit code 1 while it was timed)", "more"]
+
+
+def test_one_that_cannot_be_interrupted_is_stopped_when_time_is_up(scripted, monkeypatch):
+    monkeypatch.setattr(apart, "GRACE", 0.5)
+    scripted(begun() + "\ntime.sleep(60)")
+    start = time.monotonic()
+    outcome, _ = run_apart(REQUEST, None, Plan(), start + 1, lambda *_: None)
+    assert time.monotonic() - start < 20
+    assert outcome.rows == [] and len(outcome.left_out) == 2  # both directions; nobody is to blame
+
+
+def test_what_cannot_begin_is_an_error(scripted):
+    scripted("sys.exit(7)")
+    with pytest.raises(RuntimeError, match="ended with exit code 7 before it had begun"):
+        run_apart(REQUEST, None, Plan(), None, lambda *_: None)
+    scripted("tell(error='read-only')")
+    with pytest.raises(RuntimeError, match="read-only"):
+        run_apart(REQUEST, None, Plan(), None, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("fate", "problem"), [("time.sleep(60)", "did not end in time"), ("os.abort()", "ended by SIGABRT")]
+)
+def test_a_check_that_hangs_or_crashes_is_red(scripted, monkeypatch, fate, problem):
+    monkeypatch.setattr(apart, "QUICK_CHECK", 2.0 if "sleep" in fate else 60.0)
+    scripted(
+        f"""
+        tell(begun=["s64", "bf16"])
+        facts = dict(op=task["operation"], shape={{"name": "s64"}}, dtype="bf16", kernels=task["kernels"])
+        tell(checked=dict(facts, ok=True))
+        tell(begun=["s65", "bf16"])
+        if task["kernels"] == "triton:hopper":
+            assert os.environ["SIGLIP_KERNELS_HOPPER"] == "1"
+            {fate}
+        tell(ended=True)
+        """
+    )
+    checked = check_apart(["attention", "layer_norm"], quick=True)
+    assert [(one.op, one.kernels, one.ok) for one in checked] == [
+        ("attention", "triton", True),
+        ("attention", "triton:hopper", True),
+        ("attention", "triton:hopper", False),
+        ("layer_norm", "triton", True),
+    ]
+    assert red(checked)["attention", "triton:hopper"].endswith(f"(s65 bf16): took the process down: {problem}")
+
+
+def test_a_check_that_time_does_not_suffice_for(scripted):
+    scripted('tell(begun=["s64", "bf16"]); time.sleep(60)')
+    start = time.monotonic()
+    with pytest.raises(OutOfTime):
+        check_apart(["attention"], quick=True, until=start + 1)
+    assert time.monotonic() - start < 20
+
+
+def test_real_processes(tmp_path):
+    """On this machine, whatever it has: a check in the interpreter and a run."""
+    steps = []
+    (checked,) = check_apart(["layer_norm"], quick=True, progress=lambda *step: steps.append(step))
+    assert checked.ok, checked.problem
+    assert steps == [(0, 1, "check layer_norm triton")]
+    request = Request(["loss"], ["pairs=8,width=8"], ["eager"], directions=["fwd"])
+    outcome, path = run_apart(request, tmp_path, Plan(0.0, 2), None, lambda *step: steps.append(step))
+    assert [one.impl for one in outcome.rows] == ["eager", "eager#2"] and outcome.rows == read([path])
+    assert steps[1:] and steps[-1][2].endswith(": timing")
