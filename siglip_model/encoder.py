@@ -128,11 +128,14 @@ class Encoder(nn.Module):
         self, x: Tensor, mask: MaskArguments, output_hidden_states: bool, output_attentions: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """x: (B, S, width). Returns the last hidden state, all of them (layers + 1), each layer's attention weights."""
+        checkpointing = self.checkpointing if self.training else None
+        if checkpointing is not None and checkpointing.get("use_reentrant") and self._is_trained_alone(x):
+            x = x.detach().requires_grad_()  # or reentrant checkpoints, which look at their input, would give none
         hidden_states = [x]
         attentions = []
         for number, layer in enumerate(self.layers):
-            if self.checkpointing is not None and self.training and number % self.checkpointed_every == 0:
-                x, weights = checkpoint(layer, x, mask, output_attentions, **self.checkpointing)
+            if checkpointing is not None and number % self.checkpointed_every == 0:
+                x, weights = checkpoint(layer, x, mask, output_attentions, **checkpointing)
             else:
                 x, weights = layer(x, mask, output_attentions)
             hidden_states.append(x)
@@ -142,3 +145,8 @@ class Encoder(nn.Module):
             tuple(hidden_states) if output_hidden_states else None,
             tuple(attentions) if output_attentions else None,
         )
+
+    def _is_trained_alone(self, x: Tensor) -> bool:
+        """Whether layers need gradients and what is before them does not: adapters, frozen embeddings."""
+        trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which makes no reentrant checkpoints
+        return trains and not x.requires_grad and any(parameter.requires_grad for parameter in self.parameters())

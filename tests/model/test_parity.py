@@ -220,6 +220,27 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         assert all(torch.equal(kept, again) for again in recomputed)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_layers_behind_frozen_embeddings_learn_when_checkpointed(use_reentrant: bool) -> None:
+    theirs = transformers_model(TINY_TEXT, TINY_VISION)
+    ours = our_model(theirs, "sdpa").train()
+    inputs = batch(theirs)
+    for tower in (ours.text_model, ours.vision_model):
+        tower.embeddings.requires_grad_(False)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            ours.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        ours.zero_grad()
+        ours(**inputs, return_loss=True).loss.backward()
+        gradients.append({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == {n for n, p in ours.named_parameters() if p.requires_grad}
+    for name, expected in gradients[0].items():
+        assert torch.equal(gradients[1][name], expected), name
+    ours.vision_model.requires_grad_(False)
+    assert not ours.get_image_features(inputs["pixel_values"]).last_hidden_state.requires_grad  # and costs no backward
+
+
 def test_every_second_layer_is_recomputed() -> None:
     ours = our_model(transformers_model(TINY_TEXT, TINY_VISION), "sdpa").vision_model.train()
     calls: list[int] = []
