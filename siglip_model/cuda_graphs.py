@@ -34,6 +34,10 @@ class CudaGraphRecorder:
     def __init__(self, device: torch.device):
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
+        # A stream of its own. `torch.cuda.graph` would take one that the whole process shares: it may belong to another
+        # device, and a graph's end frees cuBLAS's workspace of its stream under every other graph that was captured on
+        # it (pytorch/pytorch#193402). Not that of the warm-ups: its workspace lies outside of the pool.
+        self.stream = torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
@@ -45,7 +49,7 @@ class CudaGraphRecorder:
                     function()
             torch.cuda.current_stream().wait_stream(side)
             # thread_local: a data loader's thread may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 results = function()
         return results, graph.replay
 

@@ -145,7 +145,7 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         or one number, if not the configuration's; the position embedding is then interpolated. text_length: tokens, if
         not max_position_embeddings. attention_mask: whether calls may give one. Calls of other shapes raise ValueError.
         No gradients. Weights may change in place (an optimizer's step, load_state_dict); after the model was moved or
-        cast, calls raise RuntimeError. Not for several threads at once.
+        cast, calls raise RuntimeError. Not for several threads or streams at once.
         Raises MissingBackendError unless the model is on a CUDA device, ValueError in training mode.
         """
         return CapturedSiglip(self, batch_size, text_batch_size, image_size, text_length, attention_mask)

@@ -1,8 +1,10 @@
 """CUDA graphs of the model. Without a GPU a recorder that runs the function again stands in for the graph: what is
 copied, checked, cloned and refused around it is the same."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from oracle import TINY_TEXT, TINY_VISION, leaves, randomised, worst_difference
 
 import siglip_model
 from siglip_kernels import MissingBackendError
-from siglip_model.cuda_graphs import CapturedSiglip, CapturedText, CapturedVision
+from siglip_model.cuda_graphs import CapturedSiglip, CapturedText, CapturedVision, CudaGraphRecorder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5
@@ -254,6 +256,50 @@ def test_impossible_sizes(arguments: dict, message: str) -> None:
 def test_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="in training mode; supported: evaluation mode"):
         model().train().capture()
+
+
+def test_each_capture_has_a_stream_of_its_own_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda's own default serves the process's first device, and shares cuBLAS's workspace between graphs."""
+    captured_on = []
+
+    class Stream:
+        def __init__(self, device: Any = None):
+            self.device = device
+
+        def wait_stream(self, other: Any) -> None: ...
+
+    def graph(graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Any:
+        captured_on.append(stream)
+        return contextlib.nullcontext()
+
+    for name, stand_in in (
+        ("Stream", Stream),
+        ("CUDAGraph", MagicMock),
+        ("graph", graph),
+        ("graph_pool_handle", object),
+        ("current_stream", Stream),
+        ("stream", lambda _: contextlib.nullcontext()),
+        ("device", lambda _: contextlib.nullcontext()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    for index in (0, 1, 1):
+        record = CudaGraphRecorder(torch.device("cuda", index))
+        results, _ = record(lambda: 1)
+        assert results == 1 and record(lambda: 2)[0] == 2
+    assert [stream.device.index for stream in captured_on] == [0, 0, 1, 1, 1, 1]
+    assert len(set(captured_on)) == 3 and all(captured_on[i] is captured_on[i + 1] for i in (0, 2, 4))
+
+
+@pytest.mark.gpu
+def test_a_graph_outlives_another() -> None:
+    """A graph's end frees the workspace of its stream."""
+    original = model("sdpa", dtype=torch.bfloat16)
+    fast = original.capture()
+    expected = fast(ids(), pixels()).logits_per_image
+    for _ in range(3):
+        fast = original.capture()  # the one before ends when this is there
+        torch.cuda.empty_cache()
+        torch.testing.assert_close(fast(ids(), pixels()).logits_per_image, expected)
 
 
 @pytest.mark.gpu
