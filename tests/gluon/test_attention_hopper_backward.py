@@ -181,19 +181,37 @@ BROKEN = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def plant(tmp_path, monkeypatch):
+    """Plants a fault of BROKEN in the kernels that are launched."""
+
+    def replace(broken: str) -> None:
+        line, replacement = BROKEN[broken]
+        source = Path(hopper_backward_kernels.__file__).read_text()
+        assert source.count(line) == 1
+        copy = tmp_path / "broken_kernels.py"
+        copy.write_text(source.replace(line, replacement))
+        specification = importlib.util.spec_from_file_location("broken_kernels", copy)
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        for name in ("attention_backward_queries_hopper_kernel", "attention_backward_keys_hopper_kernel"):
+            monkeypatch.setattr(hopper_backward, name, getattr(module, name))
+
+    return replace
+
+
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_fault_in_the_kernels_is_found(broken, tmp_path, monkeypatch):
-    line, replacement = BROKEN[broken]
-    source = Path(hopper_backward_kernels.__file__).read_text()
-    assert source.count(line) == 1
-    copy = tmp_path / "broken_kernels.py"
-    copy.write_text(source.replace(line, replacement))
-    specification = importlib.util.spec_from_file_location("broken_kernels", copy)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    for name in ("attention_backward_queries_hopper_kernel", "attention_backward_keys_hopper_kernel"):
-        monkeypatch.setattr(hopper_backward, name, getattr(module, name))
+def test_a_fault_in_the_kernels_is_found(broken, plant):
+    plant(broken)
     q, k, v = random_inputs(1, 330, 330, 5, 72)
     for seed in range(2):
         with pytest.raises(Fault):
             run(q, k, v, gradient_of(q), seed=seed)
+
+
+def test_a_barrier_is_named_as_its_kernel_names_it(plant):
+    """Of ten that one function makes, and calls full and empty, a fault says which."""
+    plant("the output is not waited for")
+    q, k, v = random_inputs(1, 65, 65, 1, 72)
+    with pytest.raises(Fault, match=r"barrier out_full\[.*loads allocate\(out, SLOTS \* CONSUMERS\)\.main\["):
+        run(q, k, v, gradient_of(q))

@@ -217,6 +217,19 @@ def test_boxes_are_filled_and_clipped_at_the_edges(row, column, padding):
     torch.testing.assert_close(target, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("base", [torch.zeros(1, 64).half().expand(64, 64), torch.zeros(64, 68).half()[:, 1:65]])
+def test_what_tma_cannot_read_is_refused(base):
+    """Rows that repeat, though their stride of 0 divides by all; a descriptor made in the kernel from anywhere."""
+    layout = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
+    with pytest.raises(Fault, match="TMA cannot read strides"):
+        emulate(address_kernel, (1,), x=base, row=base.stride(0), LAYOUT=layout)
+
+
+@gluon.jit
+def address_kernel(x, row, LAYOUT: gl.constexpr):
+    tma.make_tensor_descriptor(x, [64, 64], [row, 1], [64, 64], LAYOUT)
+
+
 @gluon.jit
 def products_kernel(a, b, out, M: gl.constexpr, N: gl.constexpr, FROM_REGISTERS: gl.constexpr):
     """Two products in flight: the first is waited for alone, and the second does not use its accumulator."""

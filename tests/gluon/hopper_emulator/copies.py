@@ -29,6 +29,10 @@ class Descriptor:
         self.strides = [wrap(n) for n in tensor.stride()]
         if any(n > _LARGEST_BOX for n in self.block_shape):
             raise ValueError(f"a TMA box of {self.block_shape}; at most {_LARGEST_BOX} along an axis")
+        *steps, last = tensor.stride()
+        if last != 1 or tensor.data_ptr() % 16 or any(n <= 0 or n * tensor.element_size() % 16 for n in steps):
+            got = f"strides {tensor.stride()} of {tensor.dtype} from {tensor.data_ptr() % 16} bytes past a boundary"
+            raise ValueError(f"TMA cannot read {got}; it wants multiples of 16 bytes, no repetition, unit last stride")
 
     @classmethod
     def of_host(cls, host: Any) -> "Descriptor":

@@ -295,11 +295,25 @@ def allocate_shared_memory(element_ty: Any, shape: Any, layout: Any, value: Valu
 
 
 def _assigned_name(frame: Any) -> str:
-    """The variable that the calling line assigns to: a name for messages."""
-    assignment = re.match(
-        r"\s*([\w.]+)(?:\s*:[^=]*)?\s*=[^=]", linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    )
-    return assignment[1] if assignment else ""
+    """A name for messages: what the line assigns to or, where a function of the kernel allocates for its callers, what
+    the caller's line does: q_full, not full, for `q_full, q_empty = make_barriers(...)`; else q_tiles.main."""
+    name = ", ".join(_targets(_line(frame)))
+    caller = frame.f_back
+    if caller is None or caller.f_globals.get("range") is not emulated_range:
+        return name
+    targets = _targets(_line(caller))
+    alike = [target for target in targets if name in target] or targets
+    outer = alike[0] if len(alike) == 1 else _line(caller).rstrip(",")
+    return outer if name in outer else f"{outer}.{name}"
+
+
+def _line(frame: Any) -> str:
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+
+
+def _targets(line: str) -> list[str]:
+    assignment = re.match(r"([\w.]+(?:\s*,\s*[\w.]+)*)(?:\s*:[^=]*)?\s*=[^=]", line)
+    return re.split(r"\s*,\s*", assignment[1]) if assignment else []
 
 
 def warp_specialize(functions_and_args: Any, worker_num_warps: Any, worker_num_regs: Any = None) -> Any:
