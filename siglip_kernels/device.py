@@ -51,7 +51,7 @@ def _ask(index: int) -> Facts:
 
 @contextlib.contextmanager
 def pretend(facts: Facts) -> Iterator[None]:
-    """Answer `facts` for every device: how kernels are compiled for a GPU that is not there."""
+    """Answer `facts` for every device and take tensors on any, to compile kernels for a GPU that is not there."""
     global _pretended
     before, _pretended = _pretended, facts
     try:
@@ -72,7 +72,9 @@ def interpreting() -> bool:
 
 def require_kernels(operation: str, argument: str, tensor: torch.Tensor) -> None:
     """Raises MissingBackendError unless kernels run where the tensor is: on CUDA, or on the CPU in the interpreter."""
-    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
+    if tensor.device.type == "cuda" or _pretended is not None:
+        return
+    if not (tensor.device.type == "cpu" and interpreting()):
         raise MissingBackendError(
             f"{operation}: {argument} is on {tensor.device}, and the Triton kernels need a CUDA device (or CPU tensors "
             "and TRITON_INTERPRET=1 set before Triton is imported); elsewhere use the backend 'sdpa' or 'eager'"
@@ -84,8 +86,9 @@ def precision(dtype: torch.dtype) -> str:
 
     `fp32_precision` follows the older `allow_tf32`, which PyTorch refuses to read once the newer has been set.
     """
-    allowed = torch.backends.cuda.matmul.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if dtype == torch.float32 and allowed == "tf32" else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def hopper_kernels_enabled() -> bool:

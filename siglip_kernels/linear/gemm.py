@@ -6,6 +6,8 @@ A persistent kernel: each program takes tiles of the result in an order that kee
 (Triton's tutorial 9), through tensor descriptors (the copy engine of sm_90 and later) or, elsewhere, through pointers.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from siglip_kernels.errors import unsupported
 from siglip_kernels.interpreted import dot, narrow
 from siglip_kernels.linear import configuration
 from siglip_kernels.linear.gelu import gelu, gelu_and_derivative
+from siglip_kernels.linear.plan import layout, plan
 
 INTERPRETED = tl.constexpr(interpreting())
 
@@ -212,37 +215,6 @@ def gemm_kernel(
             _store(tile_out, value, row, column, rows, BLOCK_M, PIECE, EDGE, PARTS * COLUMNS, DESCRIPTORS)
 
 
-def _row_stride(matrix: Tensor) -> int:
-    """Of a single row it does not matter, and aligned is best."""
-    return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // 8) * 8
-
-
-def _is_aligned(matrix: Tensor) -> bool:
-    """What the copy engine asks: rows that start at multiples of 16 bytes, and at least one element."""
-    aligned = matrix.data_ptr() % 16 == 0 and _row_stride(matrix) * matrix.element_size() % 16 == 0
-    return aligned and matrix.numel() > 0
-
-
-def _rows_to_read(matrix: Tensor) -> Tensor:
-    """The kernel reads rows of unit stride that do not overlap, at most so far apart that offsets within a tile have 32
-    bits. Anything else is copied, and what a copy would align."""
-    unit_stride = matrix.stride(1) == 1 or matrix.shape[1] == 1
-    apart = matrix.shape[1] <= _row_stride(matrix) < 2**31 // configuration.LARGEST_BLOCK
-    aligned = _is_aligned(matrix) or matrix.shape[1] * matrix.element_size() % 16 != 0
-    return matrix if unit_stride and apart and aligned else matrix.clone(memory_format=torch.contiguous_format)
-
-
-def _weights_to_read(weights: list[Tensor]) -> tuple[list[Tensor], bool]:
-    """The weights (out, in) as the matrices that lie in memory, and whether those are (in, out): transposed views."""
-    transposed = all(weight.stride(0) == 1 and weight.stride(1) != 1 for weight in weights)
-    if transposed:
-        weights = [weight.T for weight in weights]
-    weights = [_rows_to_read(weight) for weight in weights]
-    if len({_row_stride(weight) for weight in weights}) > 1:
-        weights = [weight.contiguous() for weight in weights]
-    return weights, transposed
-
-
 def _biases_to_read(biases: list[Tensor | None], columns: int, like: Tensor) -> list[Tensor | None]:
     """Either all or none: one that is missing beside others is zeros."""
     if all(bias is None for bias in biases):
@@ -271,7 +243,7 @@ def gemm(
     with keep_activation gelu(pre_activation), with keep_column_sums out's columns summed up, fp32 (N,).
     tile: another than the configuration's, to measure or test it.
     """
-    rows, depth = a.shape
+    rows = a.shape[0]
     columns, parts = weights[0].shape[0], len(weights)
     dtype = a.dtype if residual is None else torch.promote_types(a.dtype, residual.dtype)
 
@@ -288,85 +260,54 @@ def gemm(
     if rows >= 2**31:
         raise unsupported("linear", "x", f"has {rows} rows", "fewer than 2^31: split the batch")
 
-    a = _rows_to_read(a)
-    weights, transposed = _weights_to_read(weights)
+    chosen = plan(
+        layout(a),
+        tuple([layout(weight) for weight in weights]),
+        None if residual is None else layout(residual),
+        None if pre_activation is None else layout(pre_activation),
+        dtype,
+        gelu,
+        keep_activation,
+        precision(a.dtype),
+        facts(a.device),
+        tile,
+    )
+    if chosen.transposed:
+        weights = [weight.T for weight in weights]
+    inputs: list[Any] = [
+        matrix.clone(memory_format=torch.contiguous_format) if copied and matrix is not None else matrix
+        for matrix, copied in zip((a, *weights, residual, pre_activation), chosen.copied, strict=True)
+    ]
     biases = _biases_to_read(biases, columns, a)
-    residual = None if residual is None else _rows_to_read(residual)
-    outs = list(out.unflatten(1, (parts, columns)).unbind(1))
+    outs = [out] if parts == 1 else list(out.split(columns, 1))
     if hopper_kernels_enabled():
         from siglip_kernels.linear import hopper
 
+        a, *weights, residual, kept = inputs
         sums = hopper.launch(
-            a, weights, transposed, biases, residual, gelu, pre_activation, activation, outs, keep_column_sums
+            a, weights, chosen.transposed, biases, residual, gelu, kept, activation, outs, keep_column_sums
         )
         return out, pre_activation, activation, sums
 
-    matrices = [m for m in (a, *weights, residual, pre_activation, activation, *outs) if m is not None]
-    unit = configuration.stride_unit([_row_stride(matrix) for matrix in matrices])
-    aligned = all(map(_is_aligned, matrices))
-    if tile is None:
-        shape = configuration.Shape(
-            rows=rows,
-            columns=columns,
-            depth=depth,
-            parts=parts,
-            element_bytes=a.element_size(),
-            residual_bytes=0 if residual is None else residual.element_size(),
-            gelu=gelu,
-            tf32=precision(a.dtype) == "tf32",
-            aligned=aligned,
-        )
-        tile = configuration.tile(shape, facts(a.device))
-    descriptors = tile.descriptors and aligned
-
-    def source(matrix: Tensor | None, block_rows: int, block_columns: int) -> Tensor | TensorDescriptor | None:
-        if matrix is None or not descriptors:
-            return matrix
-        return TensorDescriptor(matrix, list(matrix.shape), [_row_stride(matrix), 1], [block_rows, block_columns])
-
-    weight_block = (tile.depth, tile.columns) if transposed else (tile.columns, tile.depth)
-    epilogue_block = (tile.rows, tile.columns // tile.pieces)
-    weight_sources = [source(weight, *weight_block) for weight in weights]
-    out_targets = [source(part, *epilogue_block) for part in outs]
-    row_tiles = triton.cdiv(rows, tile.rows)
-    tiles = row_tiles * triton.cdiv(columns, tile.columns) * parts
     partial_sums = None
     if keep_column_sums:
-        partial_sums = torch.empty((row_tiles, columns), dtype=torch.float32, device=a.device)
+        partial_sums = torch.empty((chosen.row_tiles, columns), dtype=torch.float32, device=a.device)
+    matrices = [
+        matrix if matrix is None or blocks is None else TensorDescriptor(matrix, *blocks)
+        for matrix, blocks in zip((*inputs, activation, *outs), chosen.sources, strict=True)
+    ]
     nothing = [None] * (3 - parts)
-    gemm_kernel[(configuration.programs(tile, tiles, facts(a.device)),)](
-        source(a, tile.rows, tile.depth),
-        *weight_sources,
+    gemm_kernel[(chosen.programs,)](
+        *matrices[: 1 + parts],
         *nothing,
         *biases,
         *nothing,
-        source(residual, *epilogue_block),
-        source(pre_activation, *epilogue_block),
-        source(activation, *epilogue_block),
-        *out_targets,
+        *matrices[1 + parts :],
         *nothing,
         partial_sums,
-        _row_stride(a) // unit,
-        _row_stride(weights[0]) // unit,
-        0 if residual is None else _row_stride(residual) // unit,
-        0 if pre_activation is None else _row_stride(pre_activation) // unit,
+        *chosen.steps,
         rows,
-        COLUMNS=columns,
-        DEPTH=depth,
-        PARTS=parts,
-        TRANSPOSED=transposed,
-        GELU=gelu,
-        BLOCK_M=tile.rows,
-        BLOCK_N=tile.columns,
-        BLOCK_K=tile.depth,
-        PIECES=tile.pieces,
-        GROUP=configuration.GROUP,
-        UNIT=unit,
-        DESCRIPTORS=descriptors,
-        FLATTEN=descriptors,
-        PRECISION=precision(a.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **chosen.constants,
     )
     # One partial sum for each row tile, in their order: the same bits every time.
     sums = None if partial_sums is None else partial_sums.sum(0)

@@ -225,6 +225,23 @@ def test_every_tile_is_computed_once_in_whatever_order(descriptors, device):
     assert (out - exact).norm() <= torch.finfo(torch.float16).eps / 2 * exact.norm()
 
 
+def test_a_case_is_planned_once(device):
+    """The same sizes and strides find their plan again; what lies elsewhere gets another, and the same result."""
+    from siglip_kernels.linear.plan import plan
+
+    inputs, _ = linear_inputs(20, 40, 24, torch.float16, device)
+    plan.cache_clear()
+    expected = linear(**inputs)
+    assert torch.equal(linear(**{name: tensor.clone() for name, tensor in inputs.items()}), expected)
+    assert plan.cache_info()[:2] == (1, 1)  # hits, misses
+    shape = inputs["x"].shape
+    shifted = inputs["x"].new_empty(inputs["x"].numel() + 1)[1:].view(shape).copy_(inputs["x"])
+    assert torch.equal(linear(**dict(inputs, x=shifted)), expected)
+    apart = inputs["x"].new_empty(shape[0], shape[1] + 16)[:, : shape[1]].copy_(inputs["x"])
+    assert torch.equal(linear(**dict(inputs, x=apart)), expected)
+    assert plan.cache_info()[:2] == (1, 3)
+
+
 def test_transposed_weights_are_not_copied(device, monkeypatch):
     inputs, _ = linear_inputs(5, 40, 24, torch.float16, device)
     inputs["weight"] = strided("transposed", (40, 24), torch.float16, device)
