@@ -29,7 +29,7 @@ from bench.measure import DEADLY, DeadDevice, Plan, blank_row, device_is_dead
 from bench.peers import Unsupported, peers_of
 from bench.peers.registry import HOPPER, require_hopper
 from bench.results import Results, Row
-from bench.run import Outcome, OutOfTime, Request, label, open_results, run
+from bench.run import Outcome, OutOfTime, Request, open_results, run
 
 Progress = Callable[[int, int, str], None]
 
@@ -189,7 +189,7 @@ def run_apart(
             raise RuntimeError(f"the process that measures {problem} before it had begun")
         place, _, what = begun["begun"]
         if until is not None and time.monotonic() >= until:  # it could not be interrupted; nobody is to blame
-            outcome.left_out += [label(suite, setting) for suite, setting in request.settings()[place:]]
+            outcome.left_out += request.labels()[place:]
             return outcome, path
         if deadly is None and begun["blank"] is not None:
             deadly = Row(**{**begun["blank"], "status": "error", "reason": DEADLY + problem})

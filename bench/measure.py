@@ -113,7 +113,23 @@ def measure(
     The first of those that are timed is timed twice; its second row, with "#2" behind the name, is the noise.
     """
     torch._dynamo.reset()
-    entries = list(entries)
+    gc.collect()
+    gc.freeze()  # collecting after every contender need not look through all of PyTorch
+    try:
+        _measure(suite, setting, list(entries), probe, plan, write, progress)
+    finally:
+        gc.unfreeze()
+
+
+def _measure(
+    suite: str,
+    setting: Setting,
+    entries: Sequence[Peer],
+    probe: FloorProbe,
+    plan: Plan,
+    write: Callable[[Row], None],
+    progress: Callable[[str], None],
+) -> None:
     try:
         group = _Group(suite, setting, plan, probe)
     except Exception as error:  # inputs that do not fit are everybody's failure

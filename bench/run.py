@@ -35,28 +35,42 @@ class Request:
     again: bool = False  # also what is settled
 
     def settings(self) -> list[tuple[str, Setting]]:
-        """What to measure, by suite, most important first."""
+        """What to measure, by suite, most important first. What a quick run on a GPU waits for in minutes comes last:
+        those settings stand there once more, to be measured with it."""
         place = device()
         dtypes = list(self.dtypes) or dtypes_of(place)
-        return by_importance(
+        found = by_importance(
             {
                 name: SUITES[name].settings(place, dtypes, self.quick, self.shapes, self.directions)
                 for name in self.suites
             }
         )
+        if place != "cuda" or not self.quick or self.peers:
+            return found
+        return found + [(suite, setting) for suite, setting in found if SUITES[suite].quick_peers]
+
+    def labels(self) -> list[str]:
+        """The settings' names for people, in their order."""
+        once, names = set(), []
+        for one in self.settings():
+            slow = f" with {', '.join(SUITES[one[0]].quick_peers)}" if one in once else ""
+            names.append(label(*one) + slow)
+            once.add(one)
+        return names
 
     def without_settings(self) -> list[str]:
         """Suites of which nothing is measured, such as an MLP on a CPU, where there is nobody to compare with."""
         measured = {suite for suite, _ in self.settings()}
         return [suite for suite in self.suites if suite not in measured]
 
-    def entries(self, suite: str, setting: Setting) -> list[Peer]:
-        """Whom to measure: on a CPU not the peers that only a GPU has, in a quick run not the slow ones."""
+    def entries(self, suite: str, setting: Setting, waiting: bool = False) -> list[Peer]:
+        """Whom to measure: on a CPU not the peers that only a GPU has, in a quick run not the slow ones, or only those
+        that the suite waits for."""
         entries = peers_of(setting.operation.name).values()
         if self.peers:
             return [entry for entry in entries if entry.name in self.peers]
         possible = [entry for entry in entries if setting.device == "cuda" or not entry.cuda]
-        waited_for = SUITES[suite].quick_peers
+        waited_for = SUITES[suite].quick_peers if waiting else ()
         return [entry for entry in possible if not (self.quick and entry.slow) or entry.name in waited_for]
 
 
@@ -119,7 +133,7 @@ def run(
 ) -> Outcome:
     """Measures what is requested, from the group of number `start`, until `time.monotonic()` reaches `until`."""
     outcome = Outcome()
-    settings = request.settings()
+    settings, labels = request.settings(), request.labels()
     probes: dict[torch.dtype, FloorProbe] = {}
 
     def write(row: Row) -> None:
@@ -130,21 +144,19 @@ def run(
     try:
         with deadline(until):
             for place, (suite, setting) in enumerate(settings[start:], start):
-                entries = [
-                    entry for entry in request.entries(suite, setting) if not _is_deadly(results, suite, setting, entry)
-                ]
+                entries = request.entries(suite, setting, waiting=(suite, setting) in settings[:place])
+                entries = [entry for entry in entries if not _is_deadly(results, suite, setting, entry)]
                 if not request.again and all(results.settled(blank_row(suite, setting, entry)) for entry in entries):
                     outcome.settled += 1
                     continue
-                name = label(suite, setting)
                 if setting.dtype not in probes:
                     probes[setting.dtype] = FloorProbe(setting.device, setting.dtype)
-                step = _under(progress, place, len(settings), name)
+                step = _under(progress, place, len(settings), labels[place])
                 measure_group(suite, setting, entries, probes[setting.dtype], plan, write, step)
             place = len(settings)
     except OutOfTime:
         free()
-        outcome.left_out = [label(suite, setting) for suite, setting in settings[place:]]
+        outcome.left_out = labels[place:]
     progress(place, len(settings), "")
     return outcome
 

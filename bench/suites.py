@@ -46,7 +46,7 @@ class Suite:
     """What `python -m bench run NAME` measures.
 
     hide_launches: whether kernels are timed back to back, or a call as its user waits for it.
-    quick_peers: which of the peers that take minutes to prepare a quick run waits for.
+    quick_peers: which of the peers that take minutes to prepare a quick run waits for, when all else is measured.
     """
 
     name: str

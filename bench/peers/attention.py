@@ -65,7 +65,7 @@ def _pinned(backend: str) -> Callable[[Setting], Contender]:
             with torch.no_grad():
                 call(**setting.inputs().tensors)
         except RuntimeError as error:
-            if "No available kernel" in str(error):
+            if "No available kernel" in str(error) or "No viable backend" in str(error):
                 raise Unsupported(f"PyTorch has no {backend.lower()} kernel for this call") from error
             raise
         return Contender(call, note=f"SDPA ran {backend.lower()}")

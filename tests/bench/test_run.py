@@ -140,13 +140,36 @@ def test_the_first_of_every_suite_comes_first():
     assert len(ordered) == sum(map(len, settings.values()))
 
 
-def test_a_quick_run_on_a_gpu_has_every_suite_and_no_slow_peer():
-    for suite in SUITES.values():
-        quick, all_of_it = (suite.settings("cuda", ["bf16"], quick=flag) for flag in (True, False))
-        assert quick and set(quick) <= set(all_of_it)
-        for setting in quick:
-            entries = Request([suite.name], quick=True).entries(suite.name, setting)
-            assert entries and {entry.name for entry in entries if entry.slow} <= set(suite.quick_peers)
+def test_a_quick_run_on_a_gpu_has_every_suite_and_slow_peers_at_its_end(monkeypatch):
+    monkeypatch.setattr("bench.run.device", lambda: "cuda")
+    request = Request(list(SUITES), quick=True)
+    settings = request.settings()
+    assert {suite for suite, _ in settings} == set(SUITES)
+    first = list(dict.fromkeys(settings))
+    assert settings[: len(first)] == first  # each once before any comes again
+    for suite, setting in first:
+        assert not any(entry.slow for entry in request.entries(suite, setting))
+    again = settings[len(first) :]
+    assert {suite for suite, _ in again} == {"model", "train", "latency"}
+    for suite, setting in again:
+        slow = {entry.name for entry in request.entries(suite, setting, waiting=True) if entry.slow}
+        assert slow == set(SUITES[suite].quick_peers)
+    assert request.labels()[len(first)].endswith(" with transformers:sdpa:compile")
+    named = Request(["model"], peers=["triton"], quick=True)  # then nobody else is waited for
+    assert len(named.settings()) == len(set(named.settings()))
+
+
+def test_a_slow_peer_is_measured_with_its_whole_group(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.run.device", lambda: "cuda")
+    monkeypatch.setattr("bench.results.circumstances", lambda: {"gpu": "NVIDIA H200", "commit": "c", "torch": "t"})
+    measurement, path = Measurement(), tmp_path / "h200.jsonl"
+    request = Request(["latency"], quick=True)
+    outcome = run(request, Results.open(path), Plan(), measure_group=measurement)
+    groups = len(request.settings()) // 2
+    assert measurement.groups == 2 * measurement.groups[:groups]
+    slow = [number for number, one in enumerate(outcome.rows) if one.impl == "transformers:sdpa:reduce-overhead"]
+    assert len(slow) == groups and min(slow) > len(outcome.rows) // 2 - groups
+    assert run(request, Results.open(path), Plan(), measure_group=measurement).settled == 2 * groups
 
 
 def test_on_a_cpu_only_what_runs_there(monkeypatch):
