@@ -244,7 +244,7 @@ def resolve(name: str, device: torch.device) -> Backend:
     """
     if name == "auto":
         return TRITON if device.type == "cuda" and _lacks_triton() is None else SDPA
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; supported: {', '.join(BACKENDS)}, auto")
     missing = availability()[name]
     if missing is not None:

@@ -188,6 +188,8 @@ class SiglipForImageClassification(PreTrainedModel):
         image, or (B,) floating point for num_labels = 1; config.problem_type says which loss and is inferred and
         written there if it is None.
         """
+        if labels is not None and not isinstance(labels, Tensor):
+            raise unsupported("SiglipForImageClassification", "labels", f"is {type(labels).__name__}", "a tensor")
         asked = (
             interpolate_pos_encoding,
             self._default(output_attentions, "attentions"),

@@ -183,14 +183,14 @@ class PreTrainedModel(nn.Module):
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         for name in kwargs:
-            if not hasattr(config, name):
+            if name != "num_labels" and name not in vars(config):
                 raise TypeError(f"{cls.__name__}.from_pretrained got an unexpected argument {name!r}")
         if kwargs:
             config = type(config).from_dict(config.to_dict(), **kwargs)
         device = _as_device(device_map)
         with torch.device("meta"), _WithoutInitialisation():
             model = cls(config, backend="eager")
-        name = backend or DEFAULT_BACKEND
+        name = DEFAULT_BACKEND if backend is None else backend
         backends.resolve(name, device)  # before the weights are read
         load_into(
             model,

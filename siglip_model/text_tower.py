@@ -27,11 +27,31 @@ class TextEmbeddings(nn.Module):
                 f"SiglipTextModel: input_ids has {tokens} tokens a text; supported: at most max_position_embeddings "
                 f"= {len(positions)} (tokenize with truncation=True, max_length={len(positions)})"
             )
+        x = _looked_up(self.token_embedding, input_ids, "input_ids")
         if position_ids is None and is_plain(self.position_embedding, nn.Embedding):
-            return self.token_embedding(input_ids) + positions[:tokens]
+            return x + positions[:tokens]
         if position_ids is None:
             position_ids = torch.arange(tokens, device=input_ids.device)
-        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+        return x + _looked_up(self.position_embedding, position_ids, "position_ids")
+
+
+def _looked_up(embedding: nn.Module, ids: Tensor, name: str) -> Tensor:
+    try:
+        return embedding(ids)
+    except IndexError as error:  # from the CPU; a GPU stops with an assertion of its own, to look first would cost time
+        got = f"goes from {ids.min()} to {ids.max()}"
+        raise unsupported("SiglipTextModel", name, got, f"0 to {len(embedding.weight) - 1}") from error  # type: ignore[arg-type]
+
+
+def _check_ids(name: str, ids: Tensor | None) -> None:
+    """Raises ValueError for what an embedding does not take."""
+    if not isinstance(ids, Tensor):
+        got = "is None" if ids is None else f"is {type(ids).__name__}"
+    elif ids.dtype not in (torch.int64, torch.int32) or ids.dim() < 1 or ids.shape[-1] < 1:
+        got = f"has shape {tuple(ids.shape)} and dtype {ids.dtype}"
+    else:
+        return
+    raise unsupported("SiglipTextModel", name, got, "integers (int64, int32) of (batch, tokens), at least one token")
 
 
 class SiglipTextModel(UsesBackend, PreTrainedModel):
@@ -66,19 +86,19 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         attention_mask: (B, L), non-zero where a token may be attended to, or what the backend takes beyond that; or
         what the backend's `attention_mask` has made of it, so that a CUDA graph need not read it.
         position_ids: integers (B, L) or (1, L), 0 … L - 1 unless given.
-        Raises ValueError for ids that are missing, too long or not integers.
+        Raises ValueError for ids that are missing, too long, not integers or (on the CPU) out of range, and for masks
+        and positions of other shapes.
         """
-        if input_ids is None:
-            raise ValueError("SiglipTextModel: input_ids is None; supported: integers (batch, tokens)")
-        if input_ids.is_floating_point() or input_ids.dtype == torch.bool or input_ids.dim() < 1:
-            raise unsupported(
-                "SiglipTextModel",
-                "input_ids",
-                f"has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}",
-                "integers (batch, tokens)",
-            )
-        x = self.embeddings(input_ids.view(-1, input_ids.shape[-1]), position_ids)  # [B, L, width]
-        mask = self._mask(attention_mask, *x.shape[:2]) if isinstance(attention_mask, Tensor) else attention_mask or {}
+        _check_ids("input_ids", input_ids)
+        input_ids = input_ids.reshape(-1, input_ids.shape[-1])  # type: ignore[union-attr]
+        batch, tokens = input_ids.shape
+        if position_ids is not None:
+            _check_ids("position_ids", position_ids)
+            if position_ids.shape not in ((batch, tokens), (1, tokens), (tokens,)):
+                got = f"has shape {tuple(position_ids.shape)}"
+                raise unsupported("SiglipTextModel", "position_ids", got, f"{(batch, tokens)} or {(1, tokens)}")
+        x = self.embeddings(input_ids, position_ids)  # [B, L, width]
+        mask = self._mask(attention_mask, batch, tokens)
         x, hidden_states, attentions = self.encoder(
             x,
             mask,
@@ -89,12 +109,22 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         # The last position is the text's, padding or not: SigLIP is trained that way.
         return finish(BaseModelOutputWithPooling(x, self.head(x[:, -1]), hidden_states, attentions), self, return_dict)
 
-    def _mask(self, attention_mask: Tensor, batch: int, tokens: int) -> MaskArguments:
+    def _mask(self, attention_mask: Tensor | MaskArguments | None, batch: int, tokens: int) -> MaskArguments:
+        if attention_mask is None or isinstance(attention_mask, dict):
+            return attention_mask or {}
+        if not isinstance(attention_mask, Tensor):
+            got = f"is {type(attention_mask).__name__}"
+            raise unsupported("SiglipTextModel", "attention_mask", got, f"a tensor of shape {(batch, tokens)}")
         if attention_mask.dim() == 2:
             if attention_mask.shape not in ((batch, tokens), (1, tokens)):
                 got = f"has shape {tuple(attention_mask.shape)}"
                 raise unsupported("SiglipTextModel", "attention_mask", got, f"{(batch, tokens)}, that of input_ids")
             attention_mask = attention_mask.expand(batch, tokens)
+        elif attention_mask.dim() == 4:
+            scores = (batch, self.config.num_attention_heads, tokens, tokens)
+            if any(size not in (1, full) for size, full in zip(attention_mask.shape, scores, strict=True)):
+                got = f"has shape {tuple(attention_mask.shape)}"
+                raise unsupported("SiglipTextModel", "attention_mask", got, f"what broadcasts to {scores}")
         return self.ops.attention_mask(attention_mask)
 
     def capture(

@@ -125,8 +125,9 @@ class SiglipVisionModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """Everything before the pooling head; arguments as in `forward`."""
-        if pixel_values is None:
-            raise ValueError("SiglipVisionModel: pixel_values is None; supported: (batch, channels, height, width)")
+        if not isinstance(pixel_values, Tensor):
+            got = "is None" if pixel_values is None else f"is {type(pixel_values).__name__}"
+            raise unsupported("SiglipVisionModel", "pixel_values", got, "a tensor (batch, channels, height, width)")
         x = self.embeddings(pixel_values, interpolate_pos_encoding)  # [B, S, width]
         x, hidden_states, attentions = self.encoder(
             x, {}, self._default(output_hidden_states, "hidden_states"), self._default(output_attentions, "attentions")

@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from siglip_kernels import MissingBackendError
 from siglip_model import backends
 
 
-def tiny(**kwargs: str) -> siglip_model.SiglipModel:
+def tiny(**kwargs: Any) -> siglip_model.SiglipModel:
     torch.manual_seed(0)
     return siglip_model.SiglipModel(
         siglip_model.SiglipConfig(text_config=TINY_TEXT, vision_config=TINY_VISION), **kwargs
@@ -48,9 +51,26 @@ def test_alias() -> None:
         tiny(backend="sdpa", attn_implementation="eager")
 
 
-def test_unknown_backend_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="'flash'; supported: eager, sdpa, flash_attention_2, triton, auto"):
-        tiny(backend="flash")
+@pytest.mark.parametrize("name", ["flash", "", ["sdpa"], {"vision_config": "sdpa"}])
+def test_unknown_backend_lists_the_known(name: Any, tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    known = re.escape(f"backend is {name!r}; supported: eager, sdpa, flash_attention_2, triton, auto")
+    for ask in (model.set_backend, lambda name: tiny(backend=name), lambda name: load(tmp_path, backend=name)):
+        with pytest.raises(ValueError, match=known):
+            ask(name)
+
+
+def load(folder: Path, **kwargs: Any) -> siglip_model.SiglipModel:
+    return siglip_model.SiglipModel.from_pretrained(folder, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["output_attention", "to_dict", "trust_remote_code"])
+def test_unknown_arguments_of_loading(name: str, tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=f"from_pretrained got an unexpected argument '{name}'"):
+        load(tmp_path, **{name: True})
+    assert load(tmp_path, output_attentions=True, num_labels=3).config.num_labels == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without CUDA lacks")
@@ -139,7 +159,20 @@ def test_models_copy_and_pickle_with_their_backend() -> None:
         ({"input_ids": None}, "input_ids is None"),
         ({"input_ids": torch.zeros(2, 17, dtype=torch.long)}, "17 tokens a text; supported: at most .* 16"),
         ({"input_ids": torch.zeros(2, 16)}, "input_ids has shape .* torch.float32; supported: integers"),
+        ({"input_ids": torch.zeros(2, 16, dtype=torch.int8)}, "input_ids has shape .* torch.int8; supported: integers"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"input_ids has shape \(2, 0\) .* at least one token"),
+        ({"input_ids": [[1, 2]]}, "input_ids is list; supported: integers"),
+        ({"input_ids": torch.full((2, 16), 99)}, "input_ids goes from 99 to 99; supported: 0 to 98"),
+        ({"position_ids": torch.full((1, 16), -1)}, "position_ids goes from -1 to -1; supported: 0 to 15"),
+        ({"position_ids": torch.zeros(1, 16)}, "position_ids has shape .* torch.float32; supported: integers"),
+        (
+            {"position_ids": torch.zeros(3, 16, dtype=torch.long)},
+            r"position_ids has shape \(3, 16\); supported: \(2, 16",
+        ),
+        ({"attention_mask": [[1] * 16] * 2}, r"attention_mask is list; supported: a tensor of shape \(2, 16\)"),
+        ({"attention_mask": torch.ones(2, 1, 16, 15)}, r"attention_mask has .* 15\); supported: .*\(2, 2, 16, 16\)"),
         ({"pixel_values": None}, "pixel_values is None"),
+        ({"pixel_values": [torch.zeros(3, 48, 48)]}, "pixel_values is list; supported: a tensor"),
         ({"pixel_values": torch.zeros(2, 3, 64, 64)}, "64 × 64, 16 patches; supported: 9 patches"),
         ({"pixel_values": torch.zeros(2, 1, 48, 48)}, r"pixel_values has shape \(2, 1, 48, 48\)"),
         ({"pixel_values": torch.zeros(3, 48, 48)}, r"pixel_values has shape \(3, 48, 48\)"),
@@ -151,6 +184,12 @@ def test_models_copy_and_pickle_with_their_backend() -> None:
 def test_bad_input_is_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny()(**{**inputs(), **change})
+
+
+def test_labels_that_are_no_tensor() -> None:
+    config = siglip_model.SiglipConfig(text_config=TINY_TEXT, vision_config=TINY_VISION)
+    with pytest.raises(ValueError, match="labels is list; supported: a tensor"):
+        siglip_model.SiglipForImageClassification(config)(inputs()["pixel_values"], labels=[0, 1])
 
 
 def test_no_image_embedding_without_the_head() -> None:
