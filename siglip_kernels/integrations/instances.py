@@ -64,6 +64,8 @@ def _make(replacement: type[Accelerated], original: Any) -> Any:
 
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
+        if not isinstance(self, replacement):  # a hook that keeps a module's forward got this one before `restore`
+            return original.forward(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)
 
     made: Any = type(original)(
@@ -142,7 +144,10 @@ def is_bare(module: nn.Module) -> bool:
     state = module.__dict__
     if state["_forward_pre_hooks"] or state["_backward_pre_hooks"] or state["_backward_hooks"]:
         return False
-    if _hooks_on_all_modules._global_forward_hooks or _hooks_on_all_modules._global_forward_pre_hooks:
+    everywhere = _hooks_on_all_modules
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return False
+    if everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks:
         return False
     for hook in state["_forward_hooks"].values():
         if getattr(hook, "__module__", None) != _HOOKS_THAT_WATCH:

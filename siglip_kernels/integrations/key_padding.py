@@ -14,12 +14,14 @@ import siglip_kernels
 
 
 class KeyPadding(NamedTuple):
-    """mask: what was read. lengths: valid keys per sample, int32 (B,). order: int64 (B, K), valid keys first, or None
-    where they already are."""
+    """mask: what was read. lengths: valid keys per sample, int32 (B,), or (1,) where all samples have the same.
+    order: int64 (B or 1, K), valid keys first, or None where they already are. hides_all: whether a sample is known to
+    have no valid key; our attention gives it zeros, others an average of its padding."""
 
     mask: Tensor
     lengths: Tensor
     order: Tensor | None
+    hides_all: bool = False
 
     def valid_first(self, tokens: Tensor) -> Tensor:
         """tokens: (B, K, ...)."""
@@ -34,17 +36,17 @@ def attend(projected: tuple[Tensor, Tensor, Tensor], scale: float | None, paddin
     if padding is None:
         return siglip_kernels.attention(q, k, v, scale=scale)
     k, v = padding.valid_first(k), padding.valid_first(v)
-    return siglip_kernels.attention(q, k, v, scale=scale, lengths=padding.lengths)
+    return siglip_kernels.attention(q, k, v, scale=scale, lengths=padding.lengths.expand(len(q)))
 
 
-def read_key_padding(mask: Any) -> Any:
-    """A KeyPadding if `mask` is a tensor that says nothing but which keys are valid, else `mask` itself.
+def read_key_padding(mask: Any, keys: int) -> Any:
+    """A KeyPadding if `mask` is a tensor that says nothing but which of so many keys are valid, else `mask` itself.
 
-    mask: (B, K), not 0 where valid; or (B, 1, Q or 1, K), bool (True is valid) or added to the scores (0 or at most the
-    dtype's smallest number). While torch.compile traces or a CUDA graph is captured values cannot be read: then two
-    kinds are recognised that need no reading, (B, K) and bool (B, 1, 1, K).
+    mask: (B, K), not 0 where valid; or (B or 1, 1, Q or 1, K), bool (True is valid) or added to the scores (0 or at
+    most the dtype's smallest number). While torch.compile traces or a CUDA graph is captured values cannot be read:
+    then two kinds are recognised that need no reading, (B, K) and bool (B or 1, 1, 1, K).
     """
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or mask.dim() == 0 or mask.shape[-1] != keys:
         return mask
     if mask.dim() == 2:
         return from_valid_keys(mask != 0, mask)
@@ -66,9 +68,17 @@ def read_key_padding(mask: Any) -> Any:
 def from_valid_keys(valid: Tensor, mask: Tensor) -> KeyPadding:
     """valid: bool (B, K)."""
     lengths = valid.sum(-1, dtype=torch.int32)
-    if can_read_values(valid) and bool((valid[:, 1:] <= valid[:, :-1]).all()):
-        return KeyPadding(mask, lengths, None)
-    return KeyPadding(mask, lengths, torch.argsort((~valid).to(torch.uint8), dim=-1, stable=True))
+    at_front, hides_all = False, False
+    if can_read_values(valid):  # both at once: reading makes the host wait
+        facts = torch.stack([(valid[:, 1:] <= valid[:, :-1]).all(), (lengths == 0).any()])
+        at_front, hides_all = facts.tolist()
+    order = None if at_front else torch.argsort((~valid).to(torch.uint8), dim=-1, stable=True)
+    return KeyPadding(mask, lengths, order, hides_all)
+
+
+def is_served(padding: Any) -> bool:
+    """Whether what `read_key_padding` returned can be attended with as the libraries do."""
+    return padding is None or (isinstance(padding, KeyPadding) and not padding.hides_all)
 
 
 def can_read_values(tensor: Tensor) -> bool:

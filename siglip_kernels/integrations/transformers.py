@@ -152,7 +152,7 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal and attention_mask is None and query.shape[2] > 1:
         raise unsupported(NAME, "is_causal", f"is True in {kind}", _BIDIRECTIONAL)
-    padding = read_key_padding(getattr(attention_mask, _READ, attention_mask))
+    padding = read_key_padding(getattr(attention_mask, _READ, attention_mask), key.shape[2])
     if not (padding is None or isinstance(padding, KeyPadding)):
         got = f"of {kind} is no mask of padding ({_shown(attention_mask)})"
         raise unsupported(NAME, "attention_mask", got, "(batch, keys), the same for all queries; use 'sdpa' or 'eager'")

@@ -34,7 +34,7 @@ from siglip_kernels.integrations.instances import (
     runs,
     why_not_plain,
 )
-from siglip_kernels.integrations.key_padding import KeyPadding, as_given, attend, read_key_padding
+from siglip_kernels.integrations.key_padding import as_given, attend, is_served, read_key_padding
 
 
 class Attention(Accelerated):
@@ -43,6 +43,8 @@ class Attention(Accelerated):
     @staticmethod
     def describe(module):
         refusal = why_not_head_dim(module.head_dim)
+        if not _is_softmax_attention(module.config):
+            refusal.append(f"its attention is {module.config._attn_implementation!r}, which may compute another result")
         if refusal:
             return (), tuple(refusal)
         if not module.dropout:
@@ -55,7 +57,8 @@ class Attention(Accelerated):
         """Whether our attention can compute this call; it has no weights of attention to return."""
         return (
             runs(x)
-            and (padding is None or isinstance(padding, KeyPadding))
+            and is_served(padding)
+            and _is_softmax_attention(self.config)
             and not (self.training and self.dropout)
             and not (arguments.get("output_attentions") or getattr(self.config, "output_attentions", False))
         )
@@ -70,11 +73,22 @@ class Attention(Accelerated):
         )
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **arguments: Any):
-        padding = read_key_padding(attention_mask)
+        padding = read_key_padding(attention_mask, hidden_states.shape[1])
         if not self.attends(hidden_states, padding, arguments):
             return super().forward(hidden_states=hidden_states, attention_mask=as_given(attention_mask), **arguments)
         out = attend(self.project(hidden_states), self.scale, padding)
         return self.out_proj(out.flatten(2)), None
+
+
+_SOFTMAX_ATTENTIONS = {
+    *(None, "eager", "sdpa", "flex_attention", "siglip_triton"),
+    *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
+}
+
+
+def _is_softmax_attention(config: Any) -> bool:
+    """Whether what the config asks for computes what ours does; what somebody registered of their own may not."""
+    return config._attn_implementation in _SOFTMAX_ATTENTIONS
 
 
 class MLP(Accelerated):
@@ -141,7 +155,7 @@ class EncoderLayer(Accelerated):
 
     def _add_attention(self: Any, x: Tensor, mask: Any, arguments: dict[str, Any]) -> Tensor:
         norm, attention = self.layer_norm1, self.self_attn
-        padding = read_key_padding(mask)
+        padding = read_key_padding(mask, x.shape[1])
         if not (is_replaced(attention, Attention) and is_bare(attention) and attention.attends(x, padding, arguments)):
             return x + attention(hidden_states=norm(x), attention_mask=as_given(mask), **arguments)[0]
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
@@ -179,7 +193,7 @@ class Encoder(Accelerated):
 
     def forward(self: Any, inputs_embeds: Tensor, attention_mask: Any = None, *arguments: Any, **named: Any):
         if attention_mask is not None and runs(inputs_embeds) and all(_takes_key_padding(x) for x in self.layers):
-            attention_mask = read_key_padding(attention_mask)
+            attention_mask = read_key_padding(attention_mask, inputs_embeds.shape[1])
         return super().forward(inputs_embeds, attention_mask, *arguments, **named)
 
 
@@ -202,18 +216,18 @@ class PoolingHead(Accelerated):
         return ("attention_pool", *operations), tuple(remarks)
 
     def forward(self: Any, hidden_state: Tensor, attention_mask: Any = None) -> Tensor:
-        padding = read_key_padding(attention_mask)
+        padding = read_key_padding(attention_mask, hidden_state.shape[1])
         pool = self.attention
         if (
             not runs(hidden_state, self.probe)
-            or not (padding is None or isinstance(padding, KeyPadding))
+            or not is_served(padding)
             or not is_plain_attention(pool)
             or not runs(hidden_state, pool.in_proj_weight)
         ):
             return super().forward(hidden_state, *(() if attention_mask is None else (attention_mask,)))
         lengths = None
         if padding is not None:
-            hidden_state, lengths = padding.valid_first(hidden_state), padding.lengths
+            hidden_state, lengths = padding.valid_first(hidden_state), padding.lengths.expand(len(hidden_state))
         x = siglip_kernels.attention_pool(
             hidden_state,
             self.probe,
@@ -284,7 +298,13 @@ class _TakesArguments(Accelerated):
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         if cls.original is not None:
-            cls.argument_names = tuple(inspect.signature(cls.original.forward).parameters)[1:]
+            parameters = tuple(inspect.signature(cls.original.forward).parameters.values())[1:]
+            cls.argument_names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+    def by_name(self, arguments: tuple, named: dict[str, Any]) -> dict[str, Any] | None:
+        """All arguments by name, or None if there are too many or one is given twice."""
+        placed = dict(zip(self.argument_names, arguments, strict=False))
+        return {**named, **placed} if len(placed) == len(arguments) and not placed.keys() & named.keys() else None
 
 
 class MaskedTower(_TakesArguments):
@@ -296,14 +316,14 @@ class MaskedTower(_TakesArguments):
         return ("attention",), ()
 
     def forward(self: Any, *arguments: Any, **named: Any):
-        if torch.compiler.is_compiling() and self.config._attn_implementation == "sdpa":
-            named.update(zip(self.argument_names, arguments, strict=False))
-            arguments = ()
-            for name in ("attention_mask", "pixel_attention_mask"):
-                mask = named.get(name)
-                if isinstance(mask, Tensor) and mask.dim() == 2:
-                    named[name] = (mask != 0)[:, None, None]
-        return super().forward(*arguments, **named)
+        given = self.by_name(arguments, named)
+        if given is None or not torch.compiler.is_compiling() or self.config._attn_implementation != "sdpa":
+            return super().forward(*arguments, **named)
+        for name in ("attention_mask", "pixel_attention_mask"):
+            mask = given.get(name)
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                given[name] = (mask != 0)[:, None, None]
+        return super().forward(**given)
 
 
 class Model(_TakesArguments):
@@ -314,11 +334,11 @@ class Model(_TakesArguments):
         return ("sigmoid_loss",), ()
 
     def forward(self: Any, *arguments: Any, **named: Any):
-        named.update(zip(self.argument_names, arguments, strict=False))
-        if not named.get("return_loss"):
-            return super().forward(**named)
-        return_dict = named.pop("return_dict", None)
-        output = super().forward(**{**named, "return_loss": None, "return_dict": True})
+        given = self.by_name(arguments, named)
+        if given is None or not given.get("return_loss"):
+            return super().forward(*arguments, **named)
+        return_dict = given.pop("return_dict", None)
+        output = super().forward(**{**given, "return_loss": None, "return_dict": True})
         loss = self._loss(output)
         output = type(output)(loss=loss, **output)
         wants_dict = self.config.return_dict if return_dict is None else return_dict

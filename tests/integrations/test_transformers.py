@@ -9,6 +9,7 @@ import unittest.mock
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from budget import assert_bitwise, assert_close, assert_within_budget, check_acceleration, in_fp64, randomise, run
 from tiny_transformers import contrastive, inputs, naflex_inputs, pooled, siglip, siglip2, to, towers
 from torch import nn
@@ -104,14 +105,27 @@ def test_masks_of_padded_text(implementation):
         check(model, call)
 
 
-def test_masks_that_are_no_padding_are_left_to_transformers():
-    model = siglip().text_model
-    causal = torch.ones(8, 8).tril().bool().expand(3, 1, 8, 8)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_samples_that_are_nothing_but_padding(implementation):
+    """Eager attention and the head average their padding, sdpa gives zeros: as before, and the others beside them."""
+    model, arguments = siglip2(), naflex_inputs()
+    model.set_attn_implementation(implementation)
+    arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
+    for name in ("attention_mask", "pixel_attention_mask"):
+        arguments[name][1] = 0
+    check(model, contrastive(**arguments))
 
-    def call(model):
-        return dict(tokens=model(input_ids=inputs()["input_ids"], attention_mask=causal).last_hidden_state)
 
-    check(model, call)
+CAUSAL = torch.ones(8, 8).tril().bool()
+
+
+@pytest.mark.parametrize(
+    "mask", [CAUSAL.expand(3, 1, 8, 8), CAUSAL[3, None, None, None], CAUSAL[:3, 1, None, None, None]]
+)
+def test_masks_of_other_forms(mask):
+    """Causal; padding that all samples share; a choice of samples instead of keys."""
+    model, ids = siglip().text_model, inputs()["input_ids"]
+    check(model, lambda model: dict(tokens=model(input_ids=ids, attention_mask=mask).last_hidden_state))
 
 
 @pytest.mark.parametrize("side", [32, 48, 37])
@@ -178,6 +192,37 @@ def test_loss_needs_as_many_images_as_texts():
             model(**arguments, return_loss=True)
         assert model(**arguments).loss is None
         accelerate(model)
+
+
+def test_arguments_that_do_not_fit_are_the_errors_that_they_were():
+    model, arguments = siglip(), inputs()
+    ids, pixels = arguments["input_ids"], arguments["pixel_values"]
+    for _ in range(2):
+        with pytest.raises(TypeError, match="positional arguments but 8 were given"):
+            model(ids, pixels, None, None, True, None, None)
+        with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+            model(ids, **arguments)
+        accelerate(model)
+
+
+def test_attention_of_ones_own_is_called():
+    """What was registered under another name may compute anything."""
+
+    def sharpened(module, query, key, value, mask, scaling, **arguments):
+        out = nn.functional.scaled_dot_product_attention(query, key, value, scale=3 * scaling)
+        return out.transpose(1, 2), None
+
+    transformers.AttentionInterface.register("sharpened", sharpened)
+    model, call = siglip().vision_model, pooled(inputs()["pixel_values"])
+    model.set_attn_implementation("sharpened")
+    report = check(model, call)
+    assert [entry.reason for entry in report.left] == ["its attention is 'sharpened', which may compute another result"]
+    model.set_attn_implementation("sdpa")
+    accelerate(model)
+    model.set_attn_implementation("sharpened")
+    after = run(model, call)
+    restore(model)
+    assert_close(after, run(model, call))
 
 
 def test_weights_of_attention_come_from_transformers():
@@ -267,17 +312,34 @@ def test_hooks_see_what_they_saw():
         torch.testing.assert_close(after, before)
 
 
-def test_hooks_on_all_modules_see_what_they_saw():
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_all_modules_see_what_they_saw(kind):
     model, pixels, seen = siglip().vision_model, inputs()["pixel_values"], []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+    handle = register(lambda module, *_: seen.append(type(module).__name__))
     try:
-        model(pixels)
+        model(pixels).pooler_output.sum().backward()
         count = len(seen)
         accelerate(model)
-        model(pixels)
+        model(pixels).pooler_output.sum().backward()
     finally:
         handle.remove()
-    assert count > 10 and seen[count:] == seen[:count]
+    assert count > 10 and sorted(seen[count:]) == sorted(seen[:count])
+
+
+def test_restored_below_what_keeps_a_modules_forward():
+    """As accelerate's hooks do, which call the forward that they found and give it back."""
+    model, call = siglip().vision_model, pooled(inputs()["pixel_values"])
+    before = run(model, call)
+    accelerate(model)
+    layer = model.encoder.layers[0]
+    for module in (layer, layer.mlp, layer.layer_norm1, model.head):
+        add_hook_to_module(module, ModelHook())
+    assert_close(run(model, call), before)
+    restore(model)
+    assert_bitwise(run(model, call), before)
+    remove_hook_from_submodules(model)
+    assert_bitwise(run(model, call), before)
 
 
 def test_dropout_in_training_is_transformers():
