@@ -52,13 +52,23 @@ def in_repository() -> bool:
 def commit() -> tuple[str, bool | None]:
     """The commit of this code, and whether what is tracked differs from it (results and the README do not count).
 
-    Differences are told apart by a digest behind the commit: 5c8d394+9f86d0.
+    Differences are told apart by a digest behind the commit: 5c8d394+9f86d0. Where the code is without its repository,
+    SIGLIP_BENCH_COMMIT names the commit that it was copied from; else a digest of the code stands for it.
     """
     if not in_repository():
-        return f"siglip-triton {version('siglip-triton') or 'unknown'}", None
+        named = os.environ.get("SIGLIP_BENCH_COMMIT")
+        return (named, None) if named else (f"code {_digest_of_the_code()}", None)
     sha = _git("rev-parse", "--short", "HEAD") or "unknown"
     changes = _git("diff", "HEAD", "--", ".", ":!bench/results", ":!README.md")
     return (f"{sha}+{hashlib.sha256(changes.encode()).hexdigest()[:6]}", True) if changes else (sha, False)
+
+
+def _digest_of_the_code() -> str:
+    digest = hashlib.sha256()
+    for package in ("bench", "siglip_kernels", "siglip_model"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def hardware() -> str:

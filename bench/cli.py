@@ -196,7 +196,10 @@ def report(
         Path | None, typer.Option("--results", metavar="DIR", help="Where the page and the plots go.")
     ] = None,
     readme: Annotated[
-        Path | None, typer.Option("--readme", metavar="FILE", help="The file with the marks; the project's by default.")
+        Path | None,
+        typer.Option(
+            "--readme", metavar="FILE", help="The file with the marks; the project's by default, for its results."
+        ),
     ] = None,
     plots: Annotated[bool, typer.Option(help="Draw them.")] = True,
 ) -> None:
@@ -399,7 +402,8 @@ def _report(files: Sequence[Path] | None, where: Path | None, readme: Path | Non
     page = directory / "README.md"
     page.write_text(full_report(rows, chosen, drawn))
     print(f"Written: {', '.join(str(path) for path in (page, *drawn))}.")
-    target = readme or (ROOT / "README.md" if in_repository() else None)
+    usual = in_repository() and directory.resolve() == results_directory().resolve()
+    target = readme or (ROOT / "README.md" if usual else None)
     text = summary(rows, chosen, drawn, target.parent if target else Path.cwd())
     if target is None:
         print(text)

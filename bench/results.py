@@ -100,10 +100,11 @@ def slug(gpu: str) -> str:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """Every row of the files. ValueError names the file and line of one that is no row."""
+    """Every row of the files, but for half a line at a file's end. ValueError names the file and line of what is no
+    row."""
     rows = []
     for path in paths:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(_whole_lines(path).splitlines(), 1):
             if not line.strip():
                 continue
             try:
@@ -128,7 +129,9 @@ class Results:
     def open(cls, path: Path) -> Results:
         results = cls(path)
         if path.exists():
-            _drop_half_a_line(path)
+            whole = _whole_lines(path)
+            if whole != path.read_text():
+                path.write_text(whole)
             for row in read([path]):
                 results.rows[row.key] = row
         return results
@@ -151,8 +154,7 @@ def _code(row: Row) -> tuple[str, str, str | None]:
     return row.commit, row.torch, row.triton
 
 
-def _drop_half_a_line(path: Path) -> None:
-    """What a run that was killed while writing left behind."""
+def _whole_lines(path: Path) -> str:
+    """Without what a run that was killed while writing, or that writes at this moment, has left behind."""
     text = path.read_text()
-    if text and not text.endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1])
+    return text[: text.rfind("\n") + 1]

@@ -9,6 +9,7 @@ from bench_helpers import PROBE, row
 from typer.testing import CliRunner
 
 from bench.ahead_of_time import Row as Compiled
+from bench.circumstances import ROOT
 from bench.cli import app
 from bench.results import Results
 
@@ -114,6 +115,10 @@ def test_report(tmp_path):
     assert "![h200 attention tflops by shape](h200-attention-tflops-by-shape.png)" in readme.read_text()
     assert "`sdpa`" in (tmp_path / "README.md").read_text()
     assert bench("report", "absent.jsonl").exit_code == 2
+    before = (ROOT / "README.md").read_text()
+    elsewhere = bench("report", "--results", str(tmp_path), "--no-plots")
+    assert elsewhere.exit_code == 0 and "`triton` 1.00" in elsewhere.output
+    assert (ROOT / "README.md").read_text() == before  # it tells of the project's own results
     readme.write_text("no marks")
     failed = bench("report", "--results", str(tmp_path), "--readme", str(readme), "--no-plots")
     assert failed.exit_code == 2 and "bench: begin" in failed.stderr

@@ -6,7 +6,8 @@ import re
 import pytest
 from bench_helpers import row
 
-from bench.circumstances import circumstances
+from bench import circumstances as circumstances_module
+from bench.circumstances import circumstances, commit
 from bench.results import FIELDS, Results, Row, new_row, read, slug
 
 SCHEMA = [
@@ -33,6 +34,21 @@ def test_circumstances_of_this_machine():
     assert bool(facts["dirty"]) == ("+" in facts["commit"])
 
 
+def test_a_copy_of_the_code_without_its_repository(monkeypatch, tmp_path):
+    monkeypatch.setattr(circumstances_module, "in_repository", lambda: False)
+    monkeypatch.setattr(circumstances_module, "ROOT", tmp_path)
+    monkeypatch.delenv("SIGLIP_BENCH_COMMIT", raising=False)
+    (tmp_path / "bench").mkdir()
+    commits = []
+    for code in ("a = 1", "a = 2", "a = 1"):
+        (tmp_path / "bench" / "run.py").write_text(code)
+        commits.append(commit.__wrapped__())
+    assert commits[0] == commits[2] != commits[1]  # what another code measured is not settled
+    assert commits[0][0].startswith("code ") and commits[0][1] is None
+    monkeypatch.setenv("SIGLIP_BENCH_COMMIT", "5c8d394")
+    assert commit.__wrapped__() == ("5c8d394", None)
+
+
 def test_a_status_that_is_none():
     with pytest.raises(ValueError, match="ok, oom, unsupported, missing, error"):
         row("triton", status="fast")
@@ -49,6 +65,7 @@ def test_what_was_killed_while_writing_is_dropped(tmp_path):
     results.add(row("triton", 1.0))
     whole = results.path.read_text()
     results.path.write_text(whole + whole[: len(whole) // 2])
+    assert read([results.path]) == [row("triton", 1.0)]  # as the report does, which changes no results
     again = Results.open(results.path)
     assert len(again.rows) == 1
     assert results.path.read_text() == whole
@@ -58,6 +75,9 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"suite": "loss", "speed": 1}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: .*speed.*lacking"):
+        read([path])
+    path.write_text(json.dumps(vars(row("triton")))[:-9] + "\n" + json.dumps(vars(row("triton"))) + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1"):  # half a line, but not at the end
         read([path])
     path.write_text("not json\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1"):
