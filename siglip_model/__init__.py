@@ -3,16 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from siglip_model.auto import AutoModel, AutoProcessor
-from siglip_model.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
-from siglip_model.model import SiglipForImageClassification, SiglipModel
-from siglip_model.text_tower import SiglipTextModel
-from siglip_model.vision_tower import SiglipVisionModel
-
 if TYPE_CHECKING:
+    from siglip_model.auto import AutoModel, AutoProcessor
+    from siglip_model.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
     from siglip_model.image_processor import SiglipImageProcessor, SiglipImageProcessorFast
+    from siglip_model.model import SiglipForImageClassification, SiglipModel
     from siglip_model.processor import SiglipProcessor
+    from siglip_model.text_tower import SiglipTextModel
     from siglip_model.tokenizer import SiglipTokenizer
+    from siglip_model.vision_tower import SiglipVisionModel
     from siglip_model.zero_shot import pipeline
 
 __all__ = [
@@ -32,12 +31,22 @@ __all__ = [
     "pipeline",
 ]
 
-# Imported when first asked for: who only runs the model pays for no image or tokenizer library.
+# Imported when first asked for: who only runs the model pays for no image or tokenizer library, and the command
+# `siglip` answers before PyTorch is there.
 _LAZY = {
+    "AutoModel": "auto",
+    "AutoProcessor": "auto",
+    "SiglipConfig": "config",
+    "SiglipForImageClassification": "model",
     "SiglipImageProcessor": "image_processor",
     "SiglipImageProcessorFast": "image_processor",
+    "SiglipModel": "model",
     "SiglipProcessor": "processor",
+    "SiglipTextConfig": "config",
+    "SiglipTextModel": "text_tower",
     "SiglipTokenizer": "tokenizer",
+    "SiglipVisionConfig": "config",
+    "SiglipVisionModel": "vision_tower",
     "pipeline": "zero_shot",
 }
 

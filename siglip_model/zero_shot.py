@@ -285,7 +285,10 @@ def pipeline(
 def resolve_device(device: Any) -> torch.device:
     """A device from its name, its ordinal (-1: the CPU, as in transformers) or None: the first accelerator, if any."""
     if isinstance(device, (str, torch.device)) and device != "auto":
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device is {device!r}; supported: 'cpu', 'cuda', 'cuda:1', ...") from error
     if device is not None and device != "auto" and (not isinstance(device, int) or isinstance(device, bool)):
         raise ValueError(
             f"device is {device!r}; supported: a name such as 'cuda:1', a torch.device, an ordinal or None"

@@ -147,7 +147,7 @@ def test_one_unreadable_image_among_many(siglip, images):
         (["classify", "nowhere.png", "--labels", "a"], "no such file or folder: nowhere.png"),
         (["classify", "EMPTY", "--labels", "a"], "no images in"),
         (["classify", "IMAGE", "--labels", "a", "--model", "/no/such/model"], "/no/such/model"),
-        (["classify", "IMAGE", "--labels", "a", "--device", "gpu"], "gpu"),
+        (["classify", "IMAGE", "--labels", "a", "--device", "gpu"], "device is 'gpu'; supported: 'cpu', 'cuda'"),
         (["classify", "IMAGE", "--labels", "a", "--backend", "cuda"], "backend is 'cuda'; supported: eager, sdpa"),
         (["classify", "IMAGE", "--labels", "a", "--dtype", "int8"], "--dtype is 'int8'; supported: auto, float32"),
         (["embed", "IMAGE", "--out", "/no/such/x.safetensors"], "--out: the folder /no/such does not exist"),
@@ -317,6 +317,25 @@ def test_ctrl_c_leaves_what_is_done_usable(siglip, many, tmp_path, checkpoint):
     assert 6 <= rows < 40
     report = json.loads(siglip("embed", many, "--out", out, "--json").stdout)
     assert (report["skipped"], report["rows"]) == (rows, 40)
+
+
+STOPPED_START = """
+import signal, sys
+class Impatient:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Impatient())
+from siglip_model import cli
+sys.argv = ["siglip", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_ctrl_c_while_pytorch_is_imported(images):
+    command = [sys.executable, "-c", STOPPED_START, "classify", str(images / "0.png"), "--labels", "a"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "siglip: stopped\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
