@@ -29,8 +29,15 @@ def _note(setting: Setting, attention: str) -> str:
     return f"SDPA ran {chosen_backend(of_it, setting)}"
 
 
+def _require(attention: str) -> None:
+    """An ImportError here becomes a row that says what is missing."""
+    if attention == "flash_attention_2":
+        import flash_attn.flash_attn_interface  # noqa: F401
+
+
 def _ours(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
     def load(setting: Setting) -> Contender:
+        _require(backend)
         try:
             model = our_model(setting, backend)
         except MissingBackendError as error:
@@ -73,9 +80,14 @@ peer(_FORWARD, "triton:graph", package="triton", cuda=True, note="ours, as `mode
 peer(_FORWARD, "siglip_model:sdpa:graph", cuda=True, note="ours, without our kernels, captured")(_captured("sdpa"))
 for _backend in ("sdpa", "eager"):
     peer(_MODELS, f"siglip_model:{_backend}", note="ours, without our kernels")(_ours(_backend))
-peer(_MODELS, "siglip_model:flash_attention_2", package="flash-attn", cuda=True, dtypes=("fp16", "bf16"))(
-    _ours("flash_attention_2")
-)
+peer(
+    _MODELS,
+    "siglip_model:flash_attention_2",
+    package="flash-attn",
+    install="pip install flash-attn --no-build-isolation",
+    cuda=True,
+    dtypes=("fp16", "bf16"),
+)(_ours("flash_attention_2"))
 
 
 def transformers_model(setting: Setting, attention: str) -> nn.Module:
@@ -96,8 +108,7 @@ def transformers_model(setting: Setting, attention: str) -> nn.Module:
 
 def _transformers(attention: str, mode: str = "") -> Callable[[Setting], Contender]:
     def load(setting: Setting) -> Contender:
-        if attention == "flash_attention_2":
-            import flash_attn.flash_attn_interface  # noqa: F401  an ImportError here says what is missing
+        _require(attention)
         model = transformers_model(setting, attention)
         return as_contender(model, setting, compiled(model, mode) if mode else None, _note(setting, attention))
 

@@ -9,7 +9,7 @@ from bench_helpers import setting
 
 from bench.operations import OPERATIONS, Setting
 from bench.peers import Missing, Unsupported, everyone, names, peers_of
-from bench.shapes import LossShape
+from bench.shapes import LossShape, ModelShape
 
 OPTIONAL = (
     "transformers", "flash_attn", "fa3_fwd_interface", "fa3_fwd", "siglip_kernel", "open_clip", "inf_cl", "memeff",
@@ -86,7 +86,19 @@ def test_without_any_optional_package(nothing_optional):
             peers_of(operation)[name].prepare(
                 Setting(OPERATIONS[operation], setting().shape, torch.bfloat16, "cuda", "fwd")
             )
+    model = Setting(OPERATIONS["vision_tower"], ModelShape("tiny", "base-224", 1, 1), torch.bfloat16, "cuda", "fwd")
+    for name in ("transformers:flash_attention_2", "siglip_model:flash_attention_2"):
+        with pytest.raises(Missing, match="pip install flash-attn"):
+            peers_of("vision_tower")[name].prepare(model)
     assert callable(peers_of("sigmoid_loss")["eager"].prepare(setting("sigmoid_loss", shape)).call)
+
+
+def test_what_is_compiled_for_attention_may_go_back_twice(monkeypatch):
+    """As `bwd` is timed; PyTorch gives such a graph's buffers away unless it is told not to."""
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    shape = setting().shape
+    peers_of("attention")["flex"].prepare(Setting(OPERATIONS["attention"], shape, torch.bfloat16, "cuda", "bwd"))
+    assert not torch._functorch.config.donated_buffer
 
 
 def test_neighbours_are_marked():
