@@ -14,6 +14,7 @@ from siglip_kernels.device import Facts, facts
 from siglip_kernels.errors import unsupported
 
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_KEYS = 128  # of a step
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Tile:
     producer_registers: int
 
 
-def tile(head_dim: int, query_tokens: int) -> Tile:
-    """Not measured on a GPU. As few tiles of queries as two or three consumers allow. Three only where their
-    accumulators fit 160 registers a thread: beyond 64 columns they spill, and wgmma wait for each other.
+def tile(head_dim: int, query_tokens: int, last: int, has_lengths: bool) -> Tile:
+    """Not measured on a GPU. As few tiles of queries as two or three consumers allow. Three only where all fits 160
+    registers a thread: beyond 64 columns the accumulators spill, and wgmma wait for each other; and without lengths so
+    do the scores of a first step (last_keys) as wide as all the others.
 
     Counted by `python -m bench.inner_loop bench.attention_hopper_launches bench.attention_launches` with triton 3.7.1:
     clocks of a quarter of a multiprocessor for 16 × 128 scores, and what share of the tensor pipe's peak the busiest
@@ -48,9 +50,10 @@ def tile(head_dim: int, query_tokens: int) -> Tile:
     columns = sum(configuration.split_head_dim(head_dim))
     units = -(-query_tokens // ROWS.value)
     stages = 3 if columns <= 96 else 2
-    if columns <= 64 and -(-units // 3) * 3 <= -(-units // 2) * 2:
-        return Tile(3, 128, stages, 160, 32)
-    return Tile(2, 128, stages, 240, 24)
+    fits = columns <= 64 and (last < _KEYS or has_lengths)
+    if fits and -(-units // 3) * 3 <= -(-units // 2) * 2:
+        return Tile(3, _KEYS, stages, 160, 32)
+    return Tile(2, _KEYS, stages, 240, 24)
 
 
 def last_keys(key_tokens: int, keys: int, has_lengths: bool) -> tuple[int, int]:
@@ -115,8 +118,8 @@ def attention_forward_hopper(
         return out, log_sum_exp
     if key_tokens == 0:
         return out.zero_(), log_sum_exp.fill_(float("inf"))
-    chosen = tile(head_dim, query_tokens)
-    last, first_part = last_keys(key_tokens, chosen.keys, lengths is not None)
+    last, first_part = last_keys(key_tokens, _KEYS, lengths is not None)
+    chosen = tile(head_dim, query_tokens, last, lengths is not None)
     query_tiles = -(-query_tokens // (chosen.consumers * ROWS.value))
     tiles = configuration.grid(batch * heads * query_tiles)
     attention_forward_hopper_kernel[(min(tiles, gpu.multiprocessors),)](

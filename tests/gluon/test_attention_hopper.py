@@ -215,8 +215,8 @@ def test_columns_follow_the_keys():
 def test_rows_follow_the_queries():
     """As few tiles of 64 queries as two or three consumers allow."""
     for tokens, consumers in ((729, 3), (576, 3), (1024, 2), (256, 2), (196, 2), (577, 2)):
-        assert tile(64, tokens).consumers == consumers
-    assert tile(72, 729).consumers == 2
+        assert tile(64, tokens, 96, False).consumers == tile(64, tokens, 128, True).consumers == consumers
+    assert tile(72, 729, 96, False).consumers == tile(64, 767, 128, False).consumers == 2
 
 
 # A line of the kernel, and what breaks it. (Keys handed back too early are no fault: the producer's wait for the stage
