@@ -45,6 +45,20 @@ def score_gradients(weights, weights_grad, row_delta, EXACT: tl.constexpr):
     return weights * difference
 
 
+@triton.jit
+def products_by_key(
+    a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """a bᵀ, [keys, queries], bit for bit what the first kernel has made its sums of, or P and delta would be off.
+
+    A GPU adds a product's terms in the order of the columns; numpy's order depends on which factor is the first.
+    """
+    if INTERPRETED:
+        return tl.trans(inner_products(b_main, b_tail, a_main, a_tail, TAIL, PRECISION, INTERPRETED))
+    else:
+        return inner_products(a_main, a_tail, b_main, b_tail, TAIL, PRECISION, INTERPRETED)
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def attention_backward_queries_kernel(
     q,  # (B, Sq, H, D)
@@ -277,7 +291,7 @@ def attention_backward_keys_kernel(
         query_is_valid = queries < query_tokens - first_query
         q_main, q_tail = load_tile(q + first_query * q_step, q_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
         row_log_sum_exp = tl.load(log_sum_exp + first_query + queries, mask=query_is_valid, other=float("inf"))
-        scores = inner_products(k_main, k_tail, q_main, q_tail, TAIL, PRECISION, INTERPRETED)  # [BLOCK_K, BLOCK_Q]
+        scores = products_by_key(k_main, k_tail, q_main, q_tail, TAIL, PRECISION, INTERPRETED)  # [BLOCK_K, BLOCK_Q]
         weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[None, :])
         if EXACT:
             weights *= tl.load(delta + query_tokens + first_query + queries, mask=query_is_valid, other=0.0)[None, :]
@@ -295,7 +309,7 @@ def attention_backward_keys_kernel(
             INTERPRETED,
         )
         row_delta = tl.load(delta + first_query + queries, mask=query_is_valid, other=0.0)
-        weights_grad = inner_products(
+        weights_grad = products_by_key(
             v_main, v_tail, out_grad_main, out_grad_tail, TAIL, PRECISION, INTERPRETED
         )  # [BLOCK_K, BLOCK_Q]
         scores_grad = score_gradients(weights, weights_grad, row_delta[None, :], EXACT)
