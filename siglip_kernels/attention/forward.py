@@ -103,8 +103,9 @@ def attention_forward_kernel(
             scores = tl.where(key_is_valid[None, :], scores, float("inf") if NEGATIVE_SCALE else float("-inf"))
         extreme = tl.min(scores, 1) if NEGATIVE_SCALE else tl.max(scores, 1)
         new_max = tl.maximum(running_max, extreme * exponent_scale)
-        correction = tl.exp2(running_max - new_max)
-        weights = tl.exp2(scores * exponent_scale - new_max[:, None])
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # scores of -inf alone, from infinite inputs
+        correction = tl.exp2(running_max - shift)
+        weights = tl.exp2(scores * exponent_scale - shift[:, None])
         running_sum = running_sum * correction + tl.sum(weights, 1)
         running_max = new_max
         out_main *= correction[:, None]
@@ -114,9 +115,7 @@ def attention_forward_kernel(
             narrow(weights, v_main.dtype, INTERPRETED), v_main, v_tail, out_main, out_tail, TAIL, PRECISION, INTERPRETED
         )
 
-    no_key = running_sum == 0.0  # only then: the largest score alone adds 1
-    running_sum = tl.where(no_key, 1.0, running_sum)
-    normaliser = 1.0 / running_sum
+    normaliser = tl.where(limit > 0, 1.0 / running_sum, 0.0)
     row = heads * HEAD_DIM
     if WIDE:
         row = row.to(tl.int64)
@@ -133,14 +132,15 @@ def attention_forward_kernel(
         INTERPRETED,
     )
     if KEEP_LOG_SUM_EXP:
-        kept = tl.where(no_key, float("inf"), running_max + tl.log2(running_sum))
+        kept = tl.where(limit > 0, running_max + tl.log2(running_sum), float("inf"))
         tl.store(log_sum_exp + sequence.to(tl.int64) * query_tokens + first_query + queries, kept, mask=query_is_valid)
 
 
 def exponent_scale(scale: float) -> float:
-    """What turns q·k into a power of two. A scale of 0 makes all keys equal, as does one that underflows every score;
-    0 itself would make NaN of the scores that a mask has set to -inf."""
-    return scale * math.log2(math.e) or 1e-38
+    """What turns q·k into a power of two. A scale of 0 makes all keys equal, as does one that underflows every score,
+    fp32's smallest normal number; 0 itself would make NaN of the scores that a mask has set to -inf."""
+    exponent = scale * math.log2(math.e)
+    return exponent if abs(exponent) >= 2**-126 else math.copysign(2**-126, -1 if scale < 0 else 1)
 
 
 def attention_forward(
