@@ -13,7 +13,7 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def launches() -> Iterator[Launch]:
-    """Training on packed q, k and v: the published shapes, then the widest heads, fp16, padding and fp32."""
+    """Training on packed q, k and v: the published shapes, then wide heads, fp16, padding, smaller tiles and fp32."""
     for tokens, head_dim in ((729, 72), (1024, 64), (64, 72), (64, 64)):
         yield from _training(tokens, head_dim, torch.bfloat16)
     for tokens in (729, 64):
@@ -21,6 +21,8 @@ def launches() -> Iterator[Launch]:
         yield from _training(tokens, 88, torch.float16)
     yield from _training(729, 72, torch.bfloat16, padded=True)
     yield from _training(64, 72, torch.bfloat16, padded=True)
+    for tokens, head_dim in ((32, 64), (32, 128), (16, 72)):
+        yield from _training(tokens, head_dim, torch.bfloat16)
     for tokens in (729, 16):
         yield from _training(tokens, 72, torch.float32)
         yield from _training(tokens, 128, torch.float32)

@@ -109,7 +109,7 @@ def candidates(kernel: str, gpu: Facts | None = None) -> list[Tile]:
 
 
 def short_block(element_bytes: int) -> int:
-    """Rows of a tile of short sequences; longer ones go to the kernels that loop over tiles."""
+    """The most rows of a short sequence; longer ones go to the kernels that loop over tiles."""
     return 64 if element_bytes == 2 else 16
 
 
@@ -118,14 +118,19 @@ def is_short(q: Tensor, k: Tensor) -> bool:
     return max(q.shape[1], k.shape[1]) <= short_block(q.element_size())
 
 
-def short(kernel: str, facts: Facts, element_bytes: int, head_dim: int, tiles: int) -> tuple[int, int, int]:
-    """(programs, warps, stages) for short sequences: as many programs as are resident at once, each with many tiles."""
+def short(
+    kernel: str, facts: Facts, element_bytes: int, head_dim: int, block: int, sequences: int
+) -> tuple[int, int, int]:
+    """(programs, warps, stages) for short sequences, each a tile of `block` rows: as many programs as are resident at
+    once, each with many sequences."""
     columns = sum(split_head_dim(head_dim))
     most_for_4_warps = 80 if facts.capability[0] == 9 else 64  # more would spill, in backward on every other chip
     wide = columns > most_for_4_warps and (kernel == "short_backward" or facts.capability[0] >= 10)
-    warps = 8 if wide and element_bytes == 2 else 4
-    stages = 2 if element_bytes == 2 and (kernel == "short_forward" or facts.capability[0] >= 9) else 1
-    return min(tiles, 4 * facts.multiprocessors), warps, stages
+    share = short_block(element_bytes) // block  # the fewer rows, the fewer warps, and the more programs
+    room = kernel == "short_forward" or (facts.capability[0] >= 9 and share == 1)  # for the next one's loads
+    stages = 2 if element_bytes == 2 and room else 1
+    warps = max(1, (8 if wide and element_bytes == 2 else 4) // share)
+    return min(sequences, 4 * share * facts.multiprocessors), warps, stages
 
 
 def grid(programs: int) -> int:

@@ -1,9 +1,9 @@
 """Attention over short sequences (the text tower's 64 tokens): forward in one tile, backward in one kernel.
 
-A whole head of a sample fits in a tile, and of the shortest several do: rows are (slot, token), and the scores between
-different slots are masked. A program goes through many such tiles, so that the next one's loads run behind this one's
-products. The softmax of a row is there at once, so backward needs neither `out` nor a log-sum-exp: it computes P anew,
-has delta = rowsum(P ∘ dP), and writes all three gradients from one reading of q, k, v and dO.
+A whole sequence, one head of one sample, is a tile. A program goes through many of them, so that the next one's loads
+run behind this one's products. No two share a tile: zero times the NaN of one would be NaN in the other. The softmax of
+a row is there at once, so backward needs neither `out` nor a log-sum-exp: it computes P anew, has delta =
+rowsum(P ∘ dP), and writes all three gradients from one reading of q, k, v and dO.
 """
 
 import torch
@@ -21,43 +21,32 @@ from siglip_kernels.interpreted import narrow
 # See forward.py: what matters of these is told by UNIT.
 _INTEGERS = (
     [f"{tensor}_{axis}_stride" for tensor in ("q", "k", "v", "out_grad") for axis in ("batch", "token", "head")]
-    + ["sequences", "heads", "query_tokens", "key_tokens", "tiles"]
+    + ["sequences", "heads", "query_tokens", "key_tokens"]
 )  # fmt: skip
 
 
 @triton.jit
-def locate(tile, sequences, heads, tokens, BLOCK: tl.constexpr, PADDED: tl.constexpr):
-    """What the rows of a tile are: batch and head (int64), token, and whether there is such a row."""
-    rows = tl.arange(0, BLOCK)
-    sequence = tile * (BLOCK // PADDED) + rows // PADDED
-    token = rows % PADDED
-    return (
-        (sequence // heads).to(tl.int64),
-        (sequence % heads).to(tl.int64),
-        token,
-        (sequence < sequences) & (token < tokens),
-    )
+def locate(sequence, heads, key_tokens, lengths, HAS_LENGTHS: tl.constexpr):
+    """Batch and head of a sequence (int64), and how many keys it has."""
+    batch = (sequence // heads).to(tl.int64)
+    limit = key_tokens
+    if HAS_LENGTHS:
+        limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
+    return batch, (sequence % heads).to(tl.int64), limit
 
 
 @triton.jit
 def probabilities(
-    q_main, q_tail, k_main, k_tail, key_is_valid, exponent_scale,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr, TAIL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    q_main, q_tail, k_main, k_tail, key_is_valid, limit, exponent_scale,
+    TAIL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Softmax within each slot of a tile: (unnormalised weights, what to multiply their rows by)."""
+    """Softmax over the keys of a tile: (unnormalised weights, what to multiply their rows by)."""
     scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)
-    slots = tl.arange(0, BLOCK) // PADDED
-    takes_part = key_is_valid[None, :]
-    if PADDED < BLOCK:
-        takes_part = takes_part & (slots[:, None] == slots[None, :])
-    scores = tl.where(takes_part, scores, float("inf") if NEGATIVE_SCALE else float("-inf"))
+    scores = tl.where(key_is_valid[None, :], scores, float("inf") if NEGATIVE_SCALE else float("-inf"))
     extreme = tl.min(scores, 1) if NEGATIVE_SCALE else tl.max(scores, 1)
-    highest = extreme * exponent_scale
-    highest = tl.where(highest == float("-inf"), 0.0, highest)  # a row without a key
+    highest = tl.where(limit > 0, extreme * exponent_scale, 0.0)
     weights = tl.exp2(scores * exponent_scale - highest[:, None])
-    total = tl.sum(weights, 1)
-    return weights, 1.0 / tl.where(total == 0.0, 1.0, total)
+    return weights, tl.where(limit > 0, 1.0 / tl.sum(weights, 1), 0.0)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -80,25 +69,23 @@ def attention_short_forward_kernel(
     heads,
     query_tokens,
     key_tokens,
-    tiles,
     exponent_scale,  # scale · log2(e)
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
-    BLOCK: tl.constexpr,  # rows of a tile
-    PADDED: tl.constexpr,  # rows of a slot: a power of two, at least both lengths
+    BLOCK: tl.constexpr,  # rows of a tile: a power of two, at least 16 and both lengths
     UNIT: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    # A program owns every num_programs-th tile.
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        batch, head, token, query_is_valid = locate(tile, sequences, heads, query_tokens, BLOCK, PADDED)
-        key_is_valid = locate(tile, sequences, heads, key_tokens, BLOCK, PADDED)[3]
-        if HAS_LENGTHS:
-            key_is_valid &= token < tl.load(lengths + batch, mask=key_is_valid, other=0)
+    # A program owns every num_programs-th sequence.
+    token = tl.arange(0, BLOCK)
+    query_is_valid = token < query_tokens
+    for sequence in tl.range(tl.program_id(0), sequences, tl.num_programs(0)):
+        batch, head, limit = locate(sequence, heads, key_tokens, lengths, HAS_LENGTHS)
+        key_is_valid = token < limit
         q_offsets = (batch * q_batch_stride + token * q_token_stride.to(tl.int64) + head * q_head_stride) * UNIT
         k_offsets = (batch * k_batch_stride + token * k_token_stride.to(tl.int64) + head * k_head_stride) * UNIT
         v_offsets = (batch * v_batch_stride + token * v_token_stride.to(tl.int64) + head * v_head_stride) * UNIT
@@ -106,8 +93,8 @@ def attention_short_forward_kernel(
         k_main, k_tail = load_tile(k, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
         v_main, v_tail = load_tile(v, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
         weights, normaliser = probabilities(
-            q_main, q_tail, k_main, k_tail, key_is_valid, exponent_scale,
-            BLOCK, PADDED, TAIL, NEGATIVE_SCALE, PRECISION, INTERPRETED,
+            q_main, q_tail, k_main, k_tail, key_is_valid, limit, exponent_scale,
+            TAIL, NEGATIVE_SCALE, PRECISION, INTERPRETED,
         )  # fmt: skip
         out_main, out_tail = accumulate(
             narrow(weights, v_main.dtype, INTERPRETED),
@@ -151,14 +138,12 @@ def attention_short_backward_kernel(
     heads,
     query_tokens,
     key_tokens,
-    tiles,
     scale,
     exponent_scale,  # scale · log2(e)
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
-    BLOCK: tl.constexpr,  # rows of a tile
-    PADDED: tl.constexpr,  # rows of a slot: a power of two, at least both lengths
+    BLOCK: tl.constexpr,  # rows of a tile: a power of two, at least 16 and both lengths
     UNIT: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
@@ -167,13 +152,13 @@ def attention_short_backward_kernel(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    # A program owns every num_programs-th tile.
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        batch, head, token, query_is_valid = locate(tile, sequences, heads, query_tokens, BLOCK, PADDED)
-        key_is_there = locate(tile, sequences, heads, key_tokens, BLOCK, PADDED)[3]
-        key_is_valid = key_is_there
-        if HAS_LENGTHS:
-            key_is_valid &= token < tl.load(lengths + batch, mask=key_is_valid, other=0)
+    # A program owns every num_programs-th sequence.
+    token = tl.arange(0, BLOCK)
+    query_is_valid = token < query_tokens
+    key_is_there = token < key_tokens
+    for sequence in tl.range(tl.program_id(0), sequences, tl.num_programs(0)):
+        batch, head, limit = locate(sequence, heads, key_tokens, lengths, HAS_LENGTHS)
+        key_is_valid = token < limit
         q_offsets = (batch * q_batch_stride + token * q_token_stride.to(tl.int64) + head * q_head_stride) * UNIT
         k_offsets = (batch * k_batch_stride + token * k_token_stride.to(tl.int64) + head * k_head_stride) * UNIT
         v_offsets = (batch * v_batch_stride + token * v_token_stride.to(tl.int64) + head * v_head_stride) * UNIT
@@ -185,8 +170,8 @@ def attention_short_backward_kernel(
         v_main, v_tail = load_tile(v, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
         out_grad_main, out_grad_tail = load_tile(out_grad, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
         weights, normaliser = probabilities(
-            q_main, q_tail, k_main, k_tail, key_is_valid, exponent_scale,
-            BLOCK, PADDED, TAIL, NEGATIVE_SCALE, PRECISION, INTERPRETED,
+            q_main, q_tail, k_main, k_tail, key_is_valid, limit, exponent_scale,
+            TAIL, NEGATIVE_SCALE, PRECISION, INTERPRETED,
         )  # fmt: skip
         weights *= normaliser[:, None]
         zeros_main = tl.zeros([BLOCK, MAIN], tl.float32)
@@ -197,6 +182,9 @@ def attention_short_backward_kernel(
                 tl.trans(narrow(weights, out_grad_main.dtype, INTERPRETED)),
                 out_grad_main, out_grad_tail, zeros_main, zeros_tail, TAIL, PRECISION, INTERPRETED,
             )  # fmt: skip
+            # Padding weighs nothing, or NaN in the row of a query that has it: its gradients are zeros.
+            grad_main = tl.where(key_is_valid[:, None], grad_main, 0.0)
+            grad_tail = tl.where(key_is_valid[:, None], grad_tail, 0.0)
             store_tile(v_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL, INTERPRETED)
         weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED)
         delta = tl.sum(weights * weights_grad, 1)
@@ -213,8 +201,8 @@ def attention_short_backward_kernel(
             grad_main, grad_tail = accumulate(
                 tl.trans(scores_grad), q_main, q_tail, zeros_main, zeros_tail, TAIL, PRECISION, INTERPRETED
             )
-            grad_main *= scale
-            grad_tail *= scale
+            grad_main = tl.where(key_is_valid[:, None], grad_main * scale, 0.0)
+            grad_tail = tl.where(key_is_valid[:, None], grad_tail * scale, 0.0)
             store_tile(k_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL, INTERPRETED)
 
 
@@ -224,7 +212,7 @@ def attention_short_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | N
     if out.numel() == 0:
         return out
     strides = strides_of(q, k, v)
-    grid, tiles, same_in_both = _launch("short_forward", q, k, lengths, scale, strides.unit)
+    grid, same_in_both = _launch("short_forward", q, k, lengths, scale, strides.unit)
     attention_short_forward_kernel[grid](
         q,
         k,
@@ -236,7 +224,6 @@ def attention_short_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | N
         q.shape[2],
         q.shape[1],
         k.shape[1],
-        tiles,
         exponent_scale(scale),
         **same_in_both,
     )
@@ -259,7 +246,7 @@ def attention_short_backward(
     if q_grad.numel() + k_grad.numel() == 0:
         return q_grad, k_grad, v_grad
     strides = strides_of(q, k, v, out_grad)
-    grid, tiles, same_in_both = _launch("short_backward", q, k, lengths, scale, strides.unit)
+    grid, same_in_both = _launch("short_backward", q, k, lengths, scale, strides.unit)
     attention_short_backward_kernel[grid](
         q,
         k,
@@ -274,7 +261,6 @@ def attention_short_backward(
         q.shape[2],
         q.shape[1],
         k.shape[1],
-        tiles,
         scale,
         exponent_scale(scale),
         NEEDS_Q=needs_q,
@@ -286,23 +272,22 @@ def attention_short_backward(
 
 def _launch(
     kernel: str, q: Tensor, k: Tensor, lengths: Tensor | None, scale: float, unit: int
-) -> tuple[tuple[int], int, dict[str, object]]:
-    """Grid, number of tiles, and the constants that both kernels have."""
+) -> tuple[tuple[int], dict[str, object]]:
+    """Grid, and the constants that both kernels have."""
     batch, query_tokens, heads, head_dim = q.shape
     main, tail = configuration.split_head_dim(head_dim)
-    block = configuration.short_block(q.element_size())
+    block = max(16, triton.next_power_of_2(max(query_tokens, k.shape[1])))
     if kernel == "short_backward" and (main, tail) == (64, 32):
         main, tail = 128, 0  # the two blocks spill on Ampere, and memory is what takes the time
-    padded = triton.next_power_of_2(max(query_tokens, k.shape[1]))
-    configuration.grid(batch * heads + block)  # kernels number sequences in 32 bits
-    tiles = triton.cdiv(batch * heads, block // padded)
-    programs, warps, stages = configuration.short(kernel, facts(q.device), q.element_size(), head_dim, tiles)
+    programs, warps, stages = configuration.short(
+        kernel, facts(q.device), q.element_size(), head_dim, block, batch * heads
+    )
+    configuration.grid(batch * heads + programs)  # kernels number sequences in 32 bits
     constants: dict[str, object] = {
         "HEAD_DIM": head_dim,
         "MAIN": main,
         "TAIL": tail,
         "BLOCK": block,
-        "PADDED": padded,
         "UNIT": unit,
         "NEGATIVE_SCALE": scale < 0,
         "HAS_LENGTHS": lengths is not None,
@@ -312,4 +297,4 @@ def _launch(
         "num_stages": stages,
         "enable_fp_fusion": q.dtype != torch.float32,  # see backward.py
     }
-    return (configuration.grid(programs),), tiles, constants
+    return (programs,), constants

@@ -120,7 +120,7 @@ def test_as_many_keys_as_there_are(query_tokens, key_tokens, device):
     check_budget(random_inputs(1, query_tokens, key_tokens, 2, 72, torch.float16, device))
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.3, 1.0, 2])
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-300, -1e-300, -0.3, 1.0, 2])
 @pytest.mark.parametrize("tokens", [20, 70])
 def test_any_scale(tokens, scale, device):
     lengths = torch.tensor([tokens - 3], dtype=torch.int32, device=device)
@@ -293,10 +293,31 @@ def test_not_a_number_is_not_hidden(tokens, device):
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_stays_so_in_eager_s_places(which, value, dtype, device):
-    inputs = random_inputs(1, 70, 70, 2, 24, dtype, device)
-    inputs[which][0, 3, 1, 5] = value
-    for one, eager in zip(run(attention, inputs, dtype), run(reference.attention, inputs, dtype), strict=True):
-        assert torch.equal(one.isfinite(), eager.isfinite())
+    for tokens in (7, 70):
+        inputs = random_inputs(2, tokens, tokens, 2, 24, dtype, device)
+        inputs[which][0, 3, 1, 5] = value
+        for one, eager in zip(run(attention, inputs, dtype), run(reference.attention, inputs, dtype), strict=True):
+            assert torch.equal(one.isfinite(), eager.isfinite())
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+@pytest.mark.parametrize(("tokens", "masked"), [(7, 3), (7, 7), (150, 140), (150, 150)])
+def test_scores_of_minus_infinity_weigh_nothing_unless_all_are(tokens, masked, scale, device):
+    q, k, v, _ = random_inputs(1, tokens, tokens, 2, 24, torch.float16, device)
+    q[..., 0] = 1
+    k[:, :masked, :, 0] = float("-inf") * scale
+    out, eager = attention(q, k, v, scale=scale), reference.attention(q, k, v, scale=scale)
+    assert eager.isnan().all() == (masked == tokens)
+    torch.testing.assert_close(out, eager, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+@pytest.mark.parametrize("tokens", [7, 20, 70])
+def test_padding_has_no_gradient_whatever_the_queries_are(tokens, device):
+    inputs = random_inputs(1, tokens, tokens, 1, 24, torch.float16, device)
+    inputs[0][0, 1] = float("nan")
+    lengths = torch.tensor([5], dtype=torch.int32, device=device)
+    for gradient in run(attention, inputs, torch.float16, lengths=lengths)[2:]:
+        assert (gradient[:, 5:] == 0).all() and gradient[:, :5].isnan().all()
 
 
 @pytest.mark.parametrize("tokens", [20, 130])
