@@ -39,14 +39,14 @@ def attend(projected: tuple[Tensor, Tensor, Tensor], scale: float | None, paddin
     return siglip_kernels.attention(q, k, v, scale=scale, lengths=padding.lengths.expand(len(q)))
 
 
-def read_key_padding(mask: Any, keys: int) -> Any:
-    """A KeyPadding if `mask` is a tensor that says nothing but which of so many keys are valid, else `mask` itself.
+def read_key_padding(mask: Any, batch: int, keys: int) -> Any:
+    """A KeyPadding if `mask` is a tensor that says nothing but which of a sample's keys are valid, else `mask` itself.
 
-    mask: (B, K), not 0 where valid; or (B or 1, 1, Q or 1, K), bool (True is valid) or added to the scores (0 or at
-    most the dtype's smallest number). While torch.compile traces or a CUDA graph is captured values cannot be read:
-    then two kinds are recognised that need no reading, (B, K) and bool (B or 1, 1, 1, K).
+    mask: (B or 1, K), not 0 where valid; or (B or 1, 1, Q or 1, K), bool (True is valid) or added to the scores (0 or
+    at most the dtype's smallest number). While torch.compile traces or a CUDA graph is captured values cannot be read:
+    then two kinds are recognised that need no reading, (B or 1, K) and bool (B or 1, 1, 1, K).
     """
-    if not isinstance(mask, Tensor) or mask.dim() == 0 or mask.shape[-1] != keys:
+    if not isinstance(mask, Tensor) or mask.dim() == 0 or mask.shape[0] not in (1, batch) or mask.shape[-1] != keys:
         return mask
     if mask.dim() == 2:
         return from_valid_keys(mask != 0, mask)

@@ -52,6 +52,7 @@ def accelerate(model: nn.Module) -> Report:
     The results are those of before but for rounding, and what the kernels cannot compute (see
     `siglip_kernels.integrations.transformers.accelerate`) is computed by timm. timm's SigLIP has the exact GELU unless
     made with act_layer="gelu_tanh": PyTorch computes that activation, the layers beside it are ours.
+    torch.jit.script compiles no replacement: restore the model before it.
 
     Returns what was replaced and what was not, and why. `restore(model)` undoes it.
     Raises MissingBackendError, and changes nothing, for a timm that is not 1.0 or without Triton.
@@ -259,7 +260,7 @@ def _is_poolable(pool: Any) -> bool:
         and pool.pool == "token"
         and pool.pos_embed is None
         and all(is_plain(linear, nn.Linear) for linear in (pool.q, pool.kv, pool.proj))
-        and pool.q.in_features == pool.q.out_features == pool.kv.in_features
+        and pool.q.in_features == pool.q.out_features == pool.kv.in_features == pool.proj.out_features
         and all(type(norm) is nn.Identity and is_bare(norm) for norm in (pool.q_norm, pool.k_norm))
         and drops_nothing(pool.proj_drop)
     )

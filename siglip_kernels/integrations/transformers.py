@@ -121,6 +121,9 @@ _UNSUPPORTED = (
     "layer_head_mask",
     "cache",
     "block_table",
+    "block_indices",
+    "indices",
+    "sinks",
     "cu_seq_lens_q",
     "cu_seq_lens_k",
     "output_attentions",
@@ -147,12 +150,13 @@ def attention_forward(
     if dropout:
         raise unsupported(NAME, "dropout", f"is {dropout} in {kind}", "0: set the config's attention_dropout to 0")
     for name in _UNSUPPORTED:
-        if arguments.get(name) not in (None, False):
+        given = arguments.get(name)
+        if given is not None and given is not False:
             raise unsupported(NAME, name, f"is given by {kind}", "attention without it; use 'sdpa' or 'eager'")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal and attention_mask is None and query.shape[2] > 1:
         raise unsupported(NAME, "is_causal", f"is True in {kind}", _BIDIRECTIONAL)
-    padding = read_key_padding(getattr(attention_mask, _READ, attention_mask), key.shape[2])
+    padding = read_key_padding(getattr(attention_mask, _READ, attention_mask), key.shape[0], key.shape[2])
     if not (padding is None or isinstance(padding, KeyPadding)):
         got = f"of {kind} is no mask of padding ({_shown(attention_mask)})"
         raise unsupported(NAME, "attention_mask", got, "(batch, keys), the same for all queries; use 'sdpa' or 'eager'")
@@ -190,6 +194,8 @@ def padding_mask(
         raise unsupported(NAME, "mask_function", f"is {_name_of_mask(mask_function)}", _BIDIRECTIONAL)
     if attention_mask is None:
         return None
+    if attention_mask.dim() != 2:
+        raise unsupported(NAME, "attention_mask", f"has {attention_mask.dim()} dimensions", "2: (batch, keys)")
     valid = attention_mask != 0
     missing = kv_length + kv_offset - valid.shape[-1]
     if missing > 0:

@@ -73,7 +73,7 @@ class Attention(Accelerated):
         )
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **arguments: Any):
-        padding = read_key_padding(attention_mask, hidden_states.shape[1])
+        padding = read_key_padding(attention_mask, *hidden_states.shape[:2])
         if not self.attends(hidden_states, padding, arguments):
             return super().forward(hidden_states=hidden_states, attention_mask=as_given(attention_mask), **arguments)
         out = attend(self.project(hidden_states), self.scale, padding)
@@ -155,7 +155,7 @@ class EncoderLayer(Accelerated):
 
     def _add_attention(self: Any, x: Tensor, mask: Any, arguments: dict[str, Any]) -> Tensor:
         norm, attention = self.layer_norm1, self.self_attn
-        padding = read_key_padding(mask, x.shape[1])
+        padding = read_key_padding(mask, *x.shape[:2])
         if not (is_replaced(attention, Attention) and is_bare(attention) and attention.attends(x, padding, arguments)):
             return x + attention(hidden_states=norm(x), attention_mask=as_given(mask), **arguments)[0]
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
@@ -193,7 +193,7 @@ class Encoder(Accelerated):
 
     def forward(self: Any, inputs_embeds: Tensor, attention_mask: Any = None, *arguments: Any, **named: Any):
         if attention_mask is not None and runs(inputs_embeds) and all(_takes_key_padding(x) for x in self.layers):
-            attention_mask = read_key_padding(attention_mask, inputs_embeds.shape[1])
+            attention_mask = read_key_padding(attention_mask, *inputs_embeds.shape[:2])
         return super().forward(inputs_embeds, attention_mask, *arguments, **named)
 
 
@@ -216,7 +216,7 @@ class PoolingHead(Accelerated):
         return ("attention_pool", *operations), tuple(remarks)
 
     def forward(self: Any, hidden_state: Tensor, attention_mask: Any = None) -> Tensor:
-        padding = read_key_padding(attention_mask, hidden_state.shape[1])
+        padding = read_key_padding(attention_mask, *hidden_state.shape[:2])
         pool = self.attention
         if (
             not runs(hidden_state, self.probe)

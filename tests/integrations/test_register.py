@@ -135,21 +135,41 @@ def test_head_dims_without_a_kernel_are_refused():
 
 def test_other_masks_are_refused():
     model = siglip().text_model
+    refused(model, inputs()["input_ids"], attention_mask=torch.ones(3, 8, 8), match="attention_mask has 3 dimensions")
     causal = torch.ones(8, 8).tril().bool().expand(3, 1, 8, 8)
     biases = torch.randn(3, 1, 1, 8)
     for mask in (causal, biases):
         refused(model, inputs()["input_ids"], attention_mask=mask, match="is no mask of padding")
 
 
-@pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias", "cu_seq_lens_q", "output_attentions"])
-def test_what_else_changes_attention_is_refused(argument):
+@pytest.mark.parametrize("shape", [(2, 1, 1, 8), (4, 8), (3, 1, 8, 1), (3, 1, 1, 7)])
+def test_masks_that_do_not_fit_are_refused(shape):
+    from siglip_kernels.integrations.transformers import attention_forward
+
+    q = torch.zeros(3, 2, 8, 8)
+    module = siglip().vision_model.encoder.layers[0].self_attn
+    with pytest.raises(UnsupportedInputError, match="is no mask of padding"):
+        attention_forward(module, q, q, q, torch.ones(shape, dtype=torch.bool))
+
+
+def test_biases_of_positions_are_refused():
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    refused(transformers.T5EncoderModel(config).eval(), inputs()["input_ids"], match="position_bias is given by T5")
+
+
+UNSUPPORTED = ["softcap", "s_aux", "sinks", "indices", "position_bias", "cu_seq_lens_q", "output_attentions"]
+
+
+@pytest.mark.parametrize("value", [1, torch.ones(2)], ids=["number", "tensor"])
+@pytest.mark.parametrize("argument", UNSUPPORTED)
+def test_what_else_changes_attention_is_refused(argument, value):
     from siglip_kernels.integrations.transformers import attention_forward
 
     module = siglip().vision_model.encoder.layers[0].self_attn
     q = torch.zeros(1, 2, 4, 8)
     attention_forward(module, q, q, q, None, **{argument: None})
     with pytest.raises(UnsupportedInputError, match=f"{argument} is given by SiglipAttention"):
-        attention_forward(module, q, q, q, None, **{argument: torch.ones(()).item() or 1})
+        attention_forward(module, q, q, q, None, **{argument: value})
 
 
 def test_grouped_queries():

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from budget import assert_close, assert_within_budget, check_acceleration, in_fp64, run
+from timm.layers import AttentionPoolLatent
 from tiny_timm import tower
 from torch import nn
 
@@ -67,6 +68,18 @@ def test_the_exact_gelu_stays_exact():
 )
 def test_other_forms_of_its_blocks(arguments):
     check(tower(**arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments", [dict(out_features=8), dict(latent_len=2), dict(latent_dim=8), dict(q_proj=False)], ids=str
+)
+def test_other_forms_of_its_pool(arguments):
+    model = tower()
+    model.attn_pool = AttentionPoolLatent(16, num_heads=2, norm_layer=nn.LayerNorm, **arguments)
+    report = check(model)
+    assert [entry.reason for entry in report.left if entry.path == "attn_pool"] == [
+        "its layers are wrapped, hooked or of another form than SigLIP's"
+    ]
 
 
 def test_tower_without_pool():
