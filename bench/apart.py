@@ -33,9 +33,9 @@ from bench.run import Outcome, OutOfTime, Request, open_results, run
 
 Progress = Callable[[int, int, str], None]
 
-# Seconds after which something hangs: one operation's check, quick or thorough; a start; a contender of ours or a
-# peer, whose compilation may take long, until it is judged; the timing of a group.
-QUICK_CHECK, CHECK, START, OURS, PEER, TIMING = 120.0, 1800.0, 180.0, 150.0, 3600.0, 300.0
+# Seconds after which something hangs: the check of one shape; a start; a contender of ours or a peer, whose compilation
+# may take long, until it is judged; the timing of a group.
+CHECK, START, OURS, PEER, TIMING = 75.0, 180.0, 150.0, 3600.0, 300.0
 COMMAND = (sys.executable, "-m", "bench.apart")
 GRACE = 10.0  # what a process may take to end in order when time is up
 
@@ -91,15 +91,14 @@ def check_apart(
     """
     jobs = [(name, kernels) for name in operations for kernels in ("triton", "triton:hopper")]
     jobs = [(name, kernels) for name, kernels in jobs if kernels in peers_of(name)]
-    seconds = QUICK_CHECK if quick else CHECK
-    at_once = max(1, (os.cpu_count() or 1) // 2) if quick else 2  # thorough ones fill the memory
+    at_once = max(1, (os.cpu_count() or 1) - 1) if quick else 2  # thorough ones fill the memory
     running: list[_Process] = []
 
     def one(name: str, kernels: str) -> list[Checked]:
         task = {"task": "check", "operation": name, "kernels": kernels, "quick": quick, "dtypes": list(dtypes)}
         with _Process(task, **(HOPPER if kernels == "triton:hopper" else {})) as process:
             running.append(process)
-            return _checked(process, name, kernels, time.monotonic() + seconds, until)
+            return _checked(process, name, kernels, until)
 
     with ThreadPoolExecutor(at_once) as pool:
         futures = {pool.submit(one, *job): job for job in jobs}
@@ -115,25 +114,24 @@ def check_apart(
     return [checked for future in futures for checked in future.result()]
 
 
-def _checked(process: _Process, name: str, kernels: str, hangs_at: float, until: float | None) -> list[Checked]:
+def _checked(process: _Process, name: str, kernels: str, until: float | None) -> list[Checked]:
     checked: list[Checked] = []
-    shape, dtype = "", ""
-    ends_at = hangs_at if until is None else min(hangs_at, until)
+    shape, dtype, seconds = "", "", START
     while True:
         try:
-            told = process.next(ends_at - time.monotonic())
+            told = process.next(seconds if until is None else min(seconds, until - time.monotonic()))
             if told is None:
                 problem = process.ending()
                 break
-        except TimeoutError:
+        except TimeoutError as error:
             if until is not None and time.monotonic() >= until:
                 raise OutOfTime from None
-            problem = "did not end in time"
+            problem = str(error)
             break
         if "checked" in told:
             checked.append(Checked(**told["checked"]))
         elif "begun" in told:
-            shape, dtype = told["begun"]
+            (shape, dtype), seconds = told["begun"], CHECK
         else:
             return checked  # all of them, or up to one that broke the CUDA context
     red = Checked(name, {"name": shape}, dtype, ok=False, kernels=kernels, problem=DEADLY + problem)
