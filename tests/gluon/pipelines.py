@@ -3,7 +3,7 @@
 FAULT = "none" is right; any other value breaks one rule. `product_kernel` is a persistent product c = a bᵀ: a producer
 fills two stages by TMA, a consumer multiplies them by asynchronous wgmma and stores by TMA from a staging buffer. In
 `exchange_kernel` two partitions pass tiles by ordinary loads and stores, in `squares_kernel` two consumers share each
-stage, and `unfenced_kernel` has no partitions.
+stage, `unfenced_kernel` has no partitions, and `totals_kernel` adds to numbers in global memory.
 """
 
 import torch
@@ -305,4 +305,33 @@ def unfenced_kernel(x, out, FAULT: gl.constexpr):
 def unfenced(x: Tensor, fault: str = "none") -> Tensor:
     out = torch.full(x.shape, float("nan"))
     unfenced_kernel[(1,)](x, out, FAULT=fault, num_warps=4)
+    return out
+
+
+@gluon.jit
+def add_half(HALF: gl.constexpr, totals, written, FAULT: gl.constexpr):
+    """Adds to a total of its own; the second half also sums up both, once the first has written."""
+    row = totals if FAULT == "programs share a total" else totals + 3 * gl.program_id(0)
+    mine = row if FAULT == "partitions share a total" else row + HALF
+    gl.store(mine, gl.load(mine) + 10 * gl.program_id(0) + HALF + 1)
+    if HALF == 0:
+        mbarrier.arrive(written, count=1)
+    else:
+        mbarrier.wait(written, 0)
+        gl.store(row + 2, gl.load(row) + gl.load(row + 1))
+
+
+@gluon.jit
+def totals_kernel(
+    totals,  # (programs, 3) int32
+    FAULT: gl.constexpr,
+):
+    written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(written, count=1)
+    gl.warp_specialize([(add_half, (0, totals, written, FAULT)), (add_half, (1, totals, written, FAULT))], [4], [48])
+
+
+def totals(programs: int, fault: str = "none") -> Tensor:
+    out = torch.zeros(programs, 3, dtype=torch.int32)
+    totals_kernel[(programs,)](out, FAULT=fault, num_warps=4)
     return out

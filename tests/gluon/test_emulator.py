@@ -69,6 +69,7 @@ def test_types_are_tritons():
 
 @gluon.jit
 def loop_kernel(out, n):
+    out += gl.program_id(0) * (n + 2)
     for i in range(n):
         gl.store(out + i.to(gl.int64), i * 2)
     for i in gl.static_range(2):
@@ -76,9 +77,9 @@ def loop_kernel(out, n):
 
 
 def test_loops_over_tensors():
-    out = torch.zeros(6, dtype=torch.int32)
+    out = torch.zeros(3, 6, dtype=torch.int32)
     emulate(loop_kernel, (3, 1), out=out, n=4)
-    assert out.tolist() == [0, 2, 4, 6, 3, 13]
+    assert out.tolist() == [[0, 2, 4, 6, 3, 13]] * 3
 
 
 @gluon.jit
@@ -352,6 +353,7 @@ with compiling_for(GPUS["h200"], record):
     pipelines.exchange(2)
     pipelines.squares(a[:, :64])
     pipelines.unfenced(a[:64, :64])
+    pipelines.totals(3)
 assert "setmaxnreg" in compiled["product_kernel"] and "wgmma.mma_async" in compiled["product_kernel"]
 assert "mbarrier.try_wait" in compiled["exchange_kernel"] and "cp.async.bulk.tensor" in compiled["squares_kernel"]
 assert "wgmma.mma_async" in compiled["unfenced_kernel"]

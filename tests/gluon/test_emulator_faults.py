@@ -15,6 +15,7 @@ from hopper_emulator.faults import (
     NOT_FENCED,
     OUT_OF_BOUNDS,
     OVER_ARRIVAL,
+    RACE,
     UNDER_ARRIVAL,
     UNWRITTEN,
     WRONG_PHASE,
@@ -108,13 +109,13 @@ IN_UNFENCED = {
 }
 
 
-def check(fault, expected):
+def check(fault, expected, programs=1):
     kinds, partitions, barriers = expected
     assert fault.kind in kinds, fault
     assert fault.partition in partitions, fault
     assert re.fullmatch(barriers, fault.barrier), fault
     assert fault.step > 0 and f"step {fault.step}" in str(fault) and fault.partition in str(fault)
-    assert fault.barrier in str(fault) and fault.program == (0, 0, 0)
+    assert fault.barrier in str(fault) and fault.program[0] < programs
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -148,12 +149,34 @@ def test_a_fault_without_partitions_is_found(planted):
     check(caught.value, IN_UNFENCED[planted])
 
 
+IN_TOTALS = {
+    "partitions share a total": ({RACE}, {"add_half[0]", "add_half[1]"}, NO_BARRIER),
+    "programs share a total": ({RACE}, {"add_half[0]", "add_half[1]"}, NO_BARRIER),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_without_a_fault_the_totals_are_right(seed):
+    with emulating(seed):
+        totals = pipelines.totals(3)
+    assert totals.tolist() == [[1, 2, 3], [11, 12, 23], [21, 22, 43]]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("planted", IN_TOTALS)
+def test_a_race_in_global_memory_is_found(planted, seed):
+    """Whatever ran first: in the emulator one after another, sums that they share come out right."""
+    with pytest.raises(Fault, match="in no order between them") as caught, emulating(seed):
+        pipelines.totals(3, planted)
+    check(caught.value, IN_TOTALS[planted], programs=3)
+
+
 def test_every_kind_of_fault_is_shown():
-    planted = IN_PRODUCT | IN_EXCHANGE | IN_SQUARES | IN_UNFENCED
+    planted = IN_PRODUCT | IN_EXCHANGE | IN_SQUARES | IN_UNFENCED | IN_TOTALS
     shown = set().union(*(kinds for kinds, _, _ in planted.values()))
     assert shown == {
         DEADLOCK, WRONG_PHASE, OVER_ARRIVAL, UNDER_ARRIVAL, BYTE_COUNT, UNWRITTEN, NOT_AWAITED, IN_USE, IN_FLIGHT,
-        NOT_FENCED, OUT_OF_BOUNDS, ILLEGAL,
+        NOT_FENCED, OUT_OF_BOUNDS, ILLEGAL, RACE,
     }  # fmt: skip
 
 

@@ -23,8 +23,10 @@ def learn(clock: Clock, other: Clock) -> None:
 
 
 class Block:
-    def __init__(self, program: tuple[int, int, int], grid: tuple[int, int, int], seed: object, warps: int = 4):
-        self.program, self.grid = program, grid
+    def __init__(
+        self, program: tuple[int, int, int], grid: tuple[int, int, int], seed: object, warps: int, global_writes: Any
+    ):
+        self.program, self.grid, self.global_writes = program, grid, global_writes
         self.agents: list[Any] = []  # by number: partitions and barriers
         self.allocations: list[Any] = []
         self.barriers: list[Any] = []

@@ -98,6 +98,9 @@ def async_copy_global_to_shared(
     coordinates = _check(tensor_desc, coord, result)
     barrier.one.require_fence()
     result.check_write(block.partition, "lets TMA load into", asynchronously=True)
+    inside, _ = tensor_desc.window(coordinates)
+    if (latest := block.global_writes.of(tensor_desc.tensor)) is not None:
+        block.global_writes.check(latest[inside], "lets TMA load from")
     load = _Load(tensor_desc, coordinates, result, barrier.one)
     result.record_write(barrier.one.number, load.phase + 1)  # as if at once: nobody may look before the phase is over
     barrier.one.loads.append(load)
@@ -115,6 +118,9 @@ def async_copy_shared_to_global(tensor_desc: Descriptor, coord: Any, src: View) 
     use = src.begin_use(f"a TMA store of {me.name}")
 
     def read() -> None:
+        latest = block.global_writes.of_written(tensor_desc.tensor)[inside]
+        block.global_writes.check(latest, "lets TMA store to")
+        latest.fill_(block.global_writes.begin())
         tensor_desc.tensor[inside] = src.window[box]
         src.end_use(use, me)
 

@@ -12,6 +12,7 @@ IN_USE = "write to memory in use"
 IN_FLIGHT = "operations in flight at the end"
 NOT_FENCED = "missing fence"
 OUT_OF_BOUNDS = "out of bounds"
+RACE = "race in global memory"  # between programs, or partitions with no synchronisation between
 ILLEGAL = "illegal operation"  # what the hardware or the compiler would refuse
 ERROR = "error"  # an exception of the kernel's own code
 

@@ -21,13 +21,14 @@ Modelled
 - asynchronous warpgroup_mma, from registers or shared memory, that reads its operands at the wait which finishes it,
   and whose result is no tensor before (matrix.py);
 - Triton's types: promotion, integers that wrap and truncate, bf16 and fp16 rounded to nearest even (values.py);
-- pointers with masks and bounds; static and dynamic ranges; reductions; constexpr functions and aggregates.
+- pointers with masks and bounds; in global memory, what two programs, or two partitions with no synchronisation
+  between, both write, or the one reads after the other (global_memory.py);
+- static and dynamic ranges; reductions; constexpr functions and aggregates.
 
 Not modelled
 - the agreement of layouts, registers, shared memory's size: the compiler says (bench/ahead_of_time.py);
 - threads within a partition: the compiler puts a barrier among its warps around each mbarrier operation;
 - time, banks, caches; the order of additions inside a matrix product; approximations of exp2 and the like;
-- races in global memory between partitions;
 - a generic read that a later TMA load overwrites counts as ordered by barriers alone, without a proxy fence;
 - programs that talk to each other: they run one after another, in a random order; a TMA store is seen in global memory
   when its source has been read;
@@ -46,6 +47,7 @@ from hopper_emulator.binding import bind
 from hopper_emulator.block import Block, running
 from hopper_emulator.copies import Descriptor
 from hopper_emulator.faults import ERROR, IN_FLIGHT, Fault, UnsupportedByEmulator
+from hopper_emulator.global_memory import GlobalWrites
 from hopper_emulator.language import check_end
 from hopper_emulator.values import Pointer, unwrap, wrap
 from triton.experimental.gluon._runtime import GluonJITFunction
@@ -58,9 +60,10 @@ def emulate(kernel: Any, grid: tuple[int, ...], /, *, seed: int = 0, num_warps: 
     grid = (*grid, 1, 1)[:3]
     programs = list(itertools.product(*(range(n) for n in grid)))
     random.Random(seed).shuffle(programs)
+    writes = GlobalWrites()
     constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     for program in programs:
-        block = Block(program, grid, seed, num_warps)
+        block = Block(program, grid, seed, num_warps, writes)
         inside = {name: unwrap(x) if name in constants else _argument(x) for name, x in arguments.items()}
         with running(block):
             try:

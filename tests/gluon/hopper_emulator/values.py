@@ -306,6 +306,8 @@ class Pointer:
 
     def load(self, mask: Any, other: Any) -> Value:
         places, allowed = self._places(mask, "loads")
+        if (latest := current().global_writes.of(self.storage)) is not None:
+            current().global_writes.check(latest[places[allowed]], "loads")
         loaded = self.storage[torch.where(allowed, places, 0)]
         if mask is not None:
             filler = wrap(other).data if other is not None else torch.tensor(float("nan"))
@@ -315,4 +317,8 @@ class Pointer:
     def store(self, value: Any, mask: Any) -> None:
         places, allowed = self._places(mask, "stores to")
         stored = wrap(value).data.to(self.storage.dtype).broadcast_to(places.shape)
-        self.storage[places[allowed]] = stored[allowed]
+        writes, written = current().global_writes, places[allowed]
+        latest = writes.of_written(self.storage)
+        writes.check(latest[written], "stores to")
+        latest[written] = writes.begin()
+        self.storage[written] = stored[allowed]
