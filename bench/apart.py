@@ -33,9 +33,9 @@ from bench.run import Outcome, OutOfTime, Request, open_results, run
 
 Progress = Callable[[int, int, str], None]
 
-# Seconds after which something hangs: the check of one shape; a start; a contender of ours or a peer, whose compilation
-# may take long, until it is judged; the timing of a group.
-CHECK, START, OURS, PEER, TIMING = 75.0, 180.0, 150.0, 3600.0, 300.0
+# Seconds after which something hangs: the check of one shape; a start; a contender of ours until it is judged, in a
+# quick run and in any; whatever may last, such as a peer's compilation or the timing of a million pairs.
+CHECK, START, OURS_QUICK, OURS, LONG = 75.0, 180.0, 150.0, 600.0, 7200.0
 COMMAND = (sys.executable, "-m", "bench.apart")
 GRACE = 10.0  # what a process may take to end in order when time is up
 
@@ -236,12 +236,13 @@ def _run(task: dict[str, Any], tell: Callable[..., None]) -> None:
         suite, setting = settings[place]
         entry = peers_of(setting.operation.name).get(what.rpartition(": ")[2])
         if entry is None:
-            return tell(begun=[place, total, what], blank=None, kernels=None, seconds=TIMING)
+            return tell(begun=[place, total, what], blank=None, kernels=None, seconds=LONG)
+        soon = OURS_QUICK if request.quick else OURS
         tell(
             begun=[place, total, what],
             blank=dataclasses.asdict(blank_row(suite, setting, entry)),
             kernels=entry.kernels if entry.ours else None,
-            seconds=OURS if entry.ours and not entry.slow else PEER,
+            seconds=soon if entry.ours and not entry.slow else LONG,
         )
 
     class Told(Results):
