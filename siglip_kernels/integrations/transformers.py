@@ -49,7 +49,7 @@ def accelerate(model: nn.Module) -> Report:
     a language model beside the tower stays untouched. Parameters, `state_dict`, `save_pretrained`, hooks, gradient
     checkpointing, PEFT before or after, torch.compile and DDP work as before; the results are those of before but for
     rounding. What the kernels cannot compute (tensors that are not on a CUDA device, float64, dropout in training,
-    calls with output_attentions=True, attention masks that are no padding) is computed by transformers, call by call.
+    calls with output_attentions=True, masks that are no padding or hide a whole sample) is computed by transformers.
     So a model may be accelerated on the CPU and moved afterwards. Calling it again changes nothing but the report,
     which tells of the model as it is then. FSDP2 makes classes of its own: accelerate before `fully_shard`.
 
@@ -63,16 +63,16 @@ def accelerate(model: nn.Module) -> Report:
     def replacement(path: str, module: nn.Module) -> type[Accelerated] | str | None:
         kind = original_class(module)
         name = full_name(kind)
-        if name in REPLACEMENTS and (REPLACEMENTS[name] is not MaskedTower or hasattr(module, "encoder")):
-            return REPLACEMENTS[name]  # in transformers 4 these are wrappers, the towers are inside
+        if name in REPLACEMENTS:
+            wrapper = REPLACEMENTS[name] is MaskedTower and not hasattr(module, "encoder")  # in transformers 4
+            return None if wrapper else REPLACEMENTS[name]
         if name in LEFT:
             return LEFT[name]
-        if not any(path == tower or not tower or path.startswith(f"{tower}.") for tower in towers):
-            return None
-        if kind is nn.LayerNorm:
-            return LayerNorm
         known = [full_name(base) for base in kind.__mro__ if full_name(base) in REPLACEMENTS]
-        return f"{name} is a subclass of {known[0]} with code of its own" if known else None
+        if known:
+            return f"{name} is a subclass of {known[0]} with code of its own"
+        in_tower = any(path == tower or not tower or path.startswith(f"{tower}.") for tower in towers)
+        return LayerNorm if in_tower and kind is nn.LayerNorm else None
 
     return accelerate_modules(
         model, f"transformers {version}", replacement, "no module of a SigLIP or SigLIP 2 tower is in it"

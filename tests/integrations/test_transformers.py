@@ -384,6 +384,15 @@ def test_what_cannot_be_served_is_named_and_left():
     assert any("v_proj lacks a weight or bias" in remark for remark in remarks) and any("SiLU" in r for r in remarks)
 
 
+def test_a_model_of_ones_own_class_is_named():
+    class Own(transformers.SiglipModel):
+        pass
+
+    report = check(randomise(Own(transformers.SiglipConfig(**towers()))).eval(), contrastive(**inputs()))
+    assert [entry.path for entry in report.left] == [""]
+    assert "Own is a subclass of" in report.left[0].reason and "SiglipModel with code" in report.left[0].reason
+
+
 def test_head_dims_without_a_kernel_are_left():
     model = siglip(head_dim=20)
     report = check(model, contrastive(**inputs()))
