@@ -68,13 +68,17 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """The text tower's output; `pooler_output` (B, projection) is not normalised. Arguments: SiglipTextModel."""
-        return self.text_model(input_ids, attention_mask, position_ids, **kwargs)
+        return self.text_model(input_ids, attention_mask, position_ids, **self._tuples(kwargs))
 
     def get_image_features(
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """The vision tower's output; `pooler_output` (B, width) is not normalised. Arguments: SiglipVisionModel."""
-        return self.vision_model(pixel_values, interpolate_pos_encoding, **kwargs)
+        return self.vision_model(pixel_values, interpolate_pos_encoding, **self._tuples(kwargs))
+
+    def _tuples(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A tower's arguments, where whether it returns a tuple is asked of this model's configuration."""
+        return {"return_dict": self.config.return_dict, **kwargs}
 
     def forward(
         self,

@@ -198,6 +198,20 @@ def test_outputs_index_as_transformers_do() -> None:
         ours(**inputs)["loss"]
 
 
+def test_tuples_where_the_configuration_wants_them() -> None:
+    theirs = transformers_model(TINY_TEXT, TINY_VISION)
+    ours = our_model(theirs, "sdpa")
+    inputs = batch(theirs)
+    for model in (ours, theirs):
+        model.config.return_dict = False
+        assert isinstance(model(**inputs), tuple)
+        assert isinstance(model.get_text_features(inputs["input_ids"]), tuple)
+        assert isinstance(model.get_image_features(inputs["pixel_values"]), tuple)
+        assert not isinstance(model.get_image_features(inputs["pixel_values"], return_dict=True), tuple)
+    with torch.no_grad():
+        assert worst_difference(ours(**inputs), theirs(**inputs)) < TOLERANCE
+
+
 def test_attention_weights_come_from_the_reference_path_under_sdpa(caplog: pytest.LogCaptureFixture) -> None:
     theirs = transformers_model(TINY_TEXT, TINY_VISION)
     inputs = batch(theirs)
