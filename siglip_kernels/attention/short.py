@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip_kernels.attention import configuration
+from siglip_kernels.attention.backward import score_gradients
 from siglip_kernels.attention.forward import exponent_scale
 from siglip_kernels.attention.strides import strides_of
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
@@ -188,7 +189,8 @@ def attention_short_backward_kernel(
             store_tile(v_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL, INTERPRETED)
         weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED)
         delta = tl.sum(weights * weights_grad, 1)
-        scores_grad = narrow(weights * (weights_grad - delta[:, None]), k_main.dtype, INTERPRETED)
+        scores_grad = score_gradients(weights, weights_grad, delta[:, None], k_main.dtype == tl.float32)
+        scores_grad = narrow(scores_grad, k_main.dtype, INTERPRETED)
         if NEEDS_Q:
             grad_main, grad_tail = accumulate(
                 scores_grad, k_main, k_tail, zeros_main, zeros_tail, TAIL, PRECISION, INTERPRETED

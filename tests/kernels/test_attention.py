@@ -257,6 +257,15 @@ def test_equal_rows(tokens, dtype, device):
     check_budget([*same, v, out_grad], orders=3)
 
 
+@pytest.mark.parametrize("tokens", [7, 20])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_equal_values_of_short_sequences_leave_no_gradient_of_the_scores(tokens, dtype, device):
+    q, k, v, out_grad = random_inputs(1, tokens, tokens, 2, 64, dtype, device)
+    for keys in (k, k[:, :1].expand_as(k)):
+        _, dq, dk, _ = run(attention, [q, keys, v[:, :1].expand_as(v), out_grad], dtype)
+        assert (dq == 0).all() and (dk == 0).all()
+
+
 @pytest.mark.parametrize("tokens", [20, 70])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_huge_outlier(tokens, dtype, device):
