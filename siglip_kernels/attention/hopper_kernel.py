@@ -179,6 +179,12 @@ def largest_exponent(scores, exponent_scale, NEGATIVE_SCALE: gl.constexpr):
 
 
 @gluon.jit
+def finite(largest):
+    """What to subtract from a row's exponents: 0 where all are -inf, for want of keys or from infinite inputs."""
+    return gl.where(largest == float("-inf"), 0.0, largest)
+
+
+@gluon.jit
 def weigh(scores, exponent_scale, largest):
     """2^(score · exponent_scale - largest): a multiply-add and an exponential an element. And each row's sum."""
     largest = gl.convert_layout(largest, gl.SliceLayout(1, scores.type.layout))
@@ -190,7 +196,7 @@ def weigh(scores, exponent_scale, largest):
 def attend_to_last_keys(
     q_tiles, k_stages, v_stages, mine, stage, phase, k_full, k_empty, v_full, v_empty, my_turn, next_turn, turn_phase,
     exponent_scale, limit, first_key, LAST: gl.constexpr, FIRST_PART: gl.constexpr,
-    NEGATIVE_SCALE: gl.constexpr, MAY_BE_NONE: gl.constexpr,
+    NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
     """The first step: LAST columns of scores, in one part or two, of which those from first_key on count. The others,
     all in the first part, belong to whole tiles or, before the first token, to none.
@@ -221,12 +227,10 @@ def attend_to_last_keys(
     if SECOND_PART > 0:
         more = largest_exponent(more_scores, exponent_scale, NEGATIVE_SCALE)
         largest = gl.maximum(largest, gl.convert_layout(more, row_layout))
-    if MAY_BE_NONE:
-        largest = gl.where(largest == float("-inf"), 0.0, largest)
-    weights, row_sum = weigh(scores, exponent_scale, largest)
+    weights, row_sum = weigh(scores, exponent_scale, finite(largest))
     row_sum = gl.convert_layout(row_sum, row_layout)
     if SECOND_PART > 0:
-        more_weights, more_sum = weigh(more_scores, exponent_scale, largest)
+        more_weights, more_sum = weigh(more_scores, exponent_scale, finite(largest))
         row_sum += gl.convert_layout(more_sum, row_layout)
 
     mbarrier.wait(v_full.index(stage), phase)
@@ -277,7 +281,6 @@ def attend(
             running_max, running_sum, out = attend_to_last_keys(
                 q_tiles, k_stages, v_stages, mine, stage, phase, k_full, k_empty, v_full, v_empty, my_turn,
                 next_turn, turn_phase, exponent_scale, limit, whole * KEYS, LAST, FIRST_PART, NEGATIVE_SCALE,
-                lengths is not None,
             )  # fmt: skip
             turn_phase ^= 1
             stage, phase = following(stage, phase, STAGES)
@@ -294,9 +297,9 @@ def attend(
             scores = warpgroup_mma_wait(0, deps=(scores,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             new_max = gl.maximum(running_max, largest_exponent(scores, exponent_scale, NEGATIVE_SCALE))
-            correction = gl.exp2(running_max - new_max)
+            correction = gl.exp2(running_max - finite(new_max))
             running_max = new_max
-            weights, row_sum = weigh(scores, exponent_scale, running_max)
+            weights, row_sum = weigh(scores, exponent_scale, finite(running_max))
             running_sum = running_sum * correction + row_sum
             out = scaled(out, correction)
             operand = gl.convert_layout(weights.to(element), operand_layout(MAIN))
@@ -312,9 +315,9 @@ def attend(
                 scores = warpgroup_mma_wait(PARTS, deps=(scores,))
                 mbarrier.arrive(k_empty.index(next_stage), count=1)
                 new_max = gl.maximum(running_max, largest_exponent(scores, exponent_scale, NEGATIVE_SCALE))
-                correction = gl.exp2(running_max - new_max)
+                correction = gl.exp2(running_max - finite(new_max))
                 running_max = new_max
-                weights, row_sum = weigh(scores, exponent_scale, running_max)
+                weights, row_sum = weigh(scores, exponent_scale, finite(running_max))
                 running_sum = running_sum * correction + row_sum
                 # Known to be true, and a branch: without one the assembler moves the wait before the exponentials.
                 mbarrier.wait(v_full.index(stage), phase)

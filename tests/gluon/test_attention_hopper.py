@@ -161,6 +161,15 @@ def test_extreme_logits(size):
     assert (out.double() - truth).norm() <= 2**-7 * truth.norm()
 
 
+@pytest.mark.parametrize("keys", [slice(128, 150), slice(0, 128)])
+def test_keys_that_are_infinitely_far_weigh_nothing(keys):
+    """A step whose scores are all -inf, the first or a later one."""
+    q, k, v = random_inputs(1, 70, 150, 1, 64)
+    q, k = q.abs(), k.clone()
+    k[0, keys, 0, 0] = float("-inf")
+    check(q, k, v)
+
+
 def test_equal_rows_and_an_outlier():
     q, k, v = random_inputs(1, 70, 150, 1, 72, torch.float16)
     k[:] = k[:, :1]
