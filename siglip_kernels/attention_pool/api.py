@@ -7,6 +7,7 @@ The one pass over the tokens is registered, as `siglip_kernels::attention_pool` 
 import torch
 from torch import Tensor
 
+from siglip_kernels.arguments import autocast_dtype, cast, check_tensor, refuse_second_derivatives, refuse_tangents
 from siglip_kernels.attention_pool.folded import pool_by
 from siglip_kernels.attention_pool.launch import attention_pool_backward, attention_pool_forward, fits
 from siglip_kernels.attention_pool.products import pool_backward, pool_forward
@@ -19,8 +20,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def _validate(x: Tensor, parameters: dict[str, Tensor], num_heads: int, lengths: Tensor | None) -> None:
     """Everything that a call can get wrong, except that the machine cannot run it. Traceable: it reads no values."""
     for name, tensor in {"x": x, **parameters}.items():
-        if not isinstance(tensor, Tensor):
-            raise unsupported("attention_pool", name, f"is {type(tensor).__name__}", "a tensor")
+        check_tensor("attention_pool", name, tensor)
         if tensor.dtype not in _DTYPES:
             raise unsupported("attention_pool", name, f"has dtype {tensor.dtype}", "float32, float16, bfloat16")
         if tensor.dtype != x.dtype:
@@ -48,8 +48,7 @@ def _validate(x: Tensor, parameters: dict[str, Tensor], num_heads: int, lengths:
         raise unsupported("attention_pool", "num_heads", f"is {num_heads} while x has width {width}", "divisors of it")
     if lengths is None:
         return
-    if not isinstance(lengths, Tensor):
-        raise unsupported("attention_pool", "lengths", f"is {type(lengths).__name__}", "a tensor")
+    check_tensor("attention_pool", "lengths", lengths)
     if lengths.dtype != torch.int32:
         raise unsupported("attention_pool", "lengths", f"has dtype {lengths.dtype}", "int32")
     if lengths.dim() != 1 or lengths.shape[0] != x.shape[0]:
@@ -135,17 +134,8 @@ def _differentiate(ctx, pooled_grad, *_):
     return x_grad if needs_x else None, folded_grad if needs_folded else None, None, None
 
 
-def _refuse(ctx, *gradients):
-    raise unsupported(
-        "attention_pool",
-        "create_graph",
-        "asks for second derivatives",
-        "first derivatives; for more, use the backend 'eager'",
-    )
-
-
 _pool.register_autograd(_differentiate, setup_context=_keep)
-_pool_backward.register_autograd(_refuse)
+_pool_backward.register_autograd(refuse_second_derivatives("attention_pool"))
 
 
 def _pooling(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
@@ -175,7 +165,8 @@ def attention_pool(
     same few products are PyTorch's; fp32 then honours torch.backends.cuda.matmul.allow_tf32. Neither keys nor values
     nor anything else as large as x is kept for backward. Sums are in fp32. Under autocast all but lengths is cast, as
     torch.nn.functional.linear casts. Gradients are deterministic (that of the keys' bias is 0:
-    it does not change a softmax); second derivatives with respect to x are refused.
+    it does not change a softmax); second derivatives with respect to x, and forward-mode
+    derivatives, are refused.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
     are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
@@ -187,14 +178,8 @@ def attention_pool(
         "out_proj_weight": out_proj_weight,
         "out_proj_bias": out_proj_bias,
     }
-    if isinstance(x, Tensor) and x.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = _autocast(x, dtype)
-        parameters = {name: _autocast(tensor, dtype) for name, tensor in parameters.items()}
+    dtype = autocast_dtype(x)
+    x, parameters = cast(x, dtype), {name: cast(tensor, dtype) for name, tensor in parameters.items()}
     _validate(x, parameters, num_heads, lengths)
+    refuse_tangents("attention_pool", x=x, **parameters)
     return pool_by(_pooling, x, **parameters, num_heads=num_heads, lengths=lengths)
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if castable else tensor

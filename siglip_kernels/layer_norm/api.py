@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from siglip_kernels.arguments import as_rows, check_tensor, refuse_second_derivatives, refuse_tangents
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 from siglip_kernels.layer_norm.launch import layer_norm_backward, layer_norm_forward
@@ -22,8 +23,8 @@ def _validate(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if name != "x" and tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise unsupported("layer_norm", name, f"is {type(tensor).__name__}", "a tensor")
+        check_tensor("layer_norm", name, tensor)
+        assert tensor is not None
         if tensor.dtype not in _DTYPES:
             raise unsupported("layer_norm", name, f"has dtype {tensor.dtype}", "float32, float16, bfloat16")
         if tensor.device != x.device:
@@ -52,12 +53,6 @@ def _validate(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float)
         raise unsupported("layer_norm", "eps", f"is {eps}", "finite numbers from 0 on")
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(rows, width) with unit stride along a row; a copy only where that cannot be a view."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
@@ -69,7 +64,7 @@ def _layer_norm(
     """y, and for backward each row's mean and reciprocal standard deviation, (rows,) fp32."""
     require_kernels("layer_norm", "x", x)
     with torch.cuda.device_of(x):
-        y, mean, rstd = layer_norm_forward(_rows(x), _contiguous(weight), _contiguous(bias), eps, out_dtype)
+        y, mean, rstd = layer_norm_forward(as_rows(x), _contiguous(weight), _contiguous(bias), eps, out_dtype)
     return y.view(x.shape), mean, rstd
 
 
@@ -89,8 +84,8 @@ def _layer_norm_backward(
     require_kernels("layer_norm", "x", x)
     with torch.cuda.device_of(x):
         x_grad, weight_grad, bias_grad = layer_norm_backward(
-            _rows(y_grad),
-            _rows(x),
+            as_rows(y_grad),
+            as_rows(x),
             _contiguous(weight),
             mean,
             rstd,
@@ -135,17 +130,8 @@ def _differentiate(ctx, y_grad, *_):
     return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None, None
 
 
-def _refuse(ctx, *gradients):
-    raise unsupported(
-        "layer_norm",
-        "create_graph",
-        "asks for second derivatives",
-        "first derivatives; for more, use the backend 'eager'",
-    )
-
-
 _layer_norm.register_autograd(_differentiate, setup_context=_keep)
-_layer_norm_backward.register_autograd(_refuse)
+_layer_norm_backward.register_autograd(refuse_second_derivatives("layer_norm"))
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6) -> Tensor:
@@ -155,7 +141,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     be None. Returns x's shape, contiguous, in x's dtype; on CUDA under autocast in fp32, as
     torch.nn.functional.layer_norm does. Statistics and sums are in fp32, and survive a mean far beyond the deviation.
     Rows may lie apart by any one stride; x is copied only where its rows have no common stride, or no unit stride
-    along them. Gradients are deterministic; second derivatives are refused.
+    along them. Gradients are deterministic; second and forward-mode derivatives are refused.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
     are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
@@ -165,4 +151,5 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         out_dtype = torch.float32  # the kernel reads what it gets and writes fp32: no copies in fp32
         weight, bias = (p.float() if isinstance(p, Tensor) and p.is_floating_point() else p for p in (weight, bias))
     _validate(x, weight, bias, eps)
+    refuse_tangents("layer_norm", x=x, weight=weight, bias=bias)
     return _layer_norm(x, weight, bias, eps, out_dtype or x.dtype)[0]

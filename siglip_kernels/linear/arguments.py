@@ -2,43 +2,15 @@
 
 import math
 import os
-from collections.abc import Callable
-from typing import overload
 
 import torch
 from torch import Tensor
 
+from siglip_kernels.arguments import check_tensor
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype of products where the tensor is, or None where autocast is off."""
-    if not isinstance(tensor, Tensor) or tensor.device.type not in ("cuda", "cpu"):
-        return None
-    if torch.is_autocast_enabled(tensor.device.type):
-        return torch.get_autocast_dtype(tensor.device.type)
-    return None
-
-
-@overload
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor: ...
-@overload
-def cast(tensor: None, dtype: torch.dtype | None) -> None: ...
-def cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """As autocast casts the inputs of torch.nn.functional.linear: floating point, fp64 excepted. None: not at all."""
-    if dtype is None or not isinstance(tensor, Tensor):
-        return tensor
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
-
-
-def check_tensor(operation: str, argument: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise unsupported(operation, argument, f"is {type(value).__name__}", "a tensor")
 
 
 def check_input(operation: str, argument: str, x: Tensor, dimensions: int | None = None) -> None:
@@ -114,12 +86,6 @@ def check_residual(operation: str, residual: Tensor | None, shape: tuple[int, ..
         raise unsupported(operation, "residual", got, "the result's shape")
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """(..., width) as (rows, width), with unit stride along a row; a copy only where that cannot be a view."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 def wants_gradients(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for the gradient of any of these."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -132,17 +98,3 @@ def require_device(operation: str, argument: str, tensor: Tensor) -> None:
     if torch.compiler.is_compiling() and tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return  # Triton itself, which knows, cannot be asked by traced code
     require_kernels(operation, argument, tensor)
-
-
-def refuse_second_derivatives(operation: str) -> Callable[..., None]:
-    """The derivative of a backward operator: an error."""
-
-    def refuse(ctx, *gradients):
-        raise unsupported(
-            operation,
-            "create_graph",
-            "asks for second derivatives",
-            "first derivatives; for more, use the backend 'eager'",
-        )
-
-    return refuse

@@ -3,18 +3,10 @@
 import torch
 from torch import Tensor
 
+from siglip_kernels.arguments import as_rows, autocast_dtype, cast, refuse_second_derivatives, refuse_tangents
 from siglip_kernels.device import require_kernels
 from siglip_kernels.linear import plain
-from siglip_kernels.linear.arguments import (
-    as_rows,
-    autocast_dtype,
-    cast,
-    check_input,
-    check_parameter,
-    check_residual,
-    refuse_second_derivatives,
-    require_device,
-)
+from siglip_kernels.linear.arguments import check_input, check_parameter, check_residual, require_device
 
 
 @torch.library.custom_op("siglip_kernels::linear", mutates_args=())
@@ -95,7 +87,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     fp32 products are IEEE unless torch.backends.cuda.matmul allows TF32; sums are in fp32, rounded once. Rows of unit
     stride that start at multiples of 16 bytes, and weights that are transposed views, are read where they lie; anything
     else may be copied. Under autocast x, weight and bias are cast as torch.nn.functional.linear casts them. Gradients
-    are deterministic; with a residual, second derivatives are refused.
+    are deterministic; with a residual, second and forward-mode derivatives are refused.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
     are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
@@ -108,6 +100,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     shape = (*x.shape[:-1], weight.shape[0])
     check_residual("linear", residual, shape, x)
     if residual is not None:
+        refuse_tangents("linear", x=x, weight=weight, bias=bias, residual=residual)
         return _linear(x, weight, bias, residual)
     require_device("linear", "x", x)
     return plain.product(x, weight, bias)

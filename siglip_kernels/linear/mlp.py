@@ -14,20 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siglip_kernels.arguments import as_rows, autocast_dtype, cast, refuse_second_derivatives, refuse_tangents
 from siglip_kernels.device import require_kernels
 from siglip_kernels.layer_norm.launch import layer_norm_backward, layer_norm_forward
 from siglip_kernels.linear import plain
-from siglip_kernels.linear.arguments import (
-    as_rows,
-    autocast_dtype,
-    cast,
-    check_input,
-    check_norm,
-    check_parameter,
-    check_residual,
-    refuse_second_derivatives,
-    wants_gradients,
-)
+from siglip_kernels.linear.arguments import check_input, check_norm, check_parameter, check_residual, wants_gradients
 
 
 def _forward(
@@ -216,6 +207,8 @@ def mlp(
     check_input("mlp", "x", x)
     _check_weights("mlp", x, x.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias, None)
     check_residual("mlp", residual, (*x.shape[:-1], fc2_weight.shape[0]), x)
+    weights = dict(fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
+    refuse_tangents("mlp", x=x, **weights, residual=residual)
     keep = wants_gradients(x, fc1_weight, fc1_bias, fc2_weight)
     return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep)[0]
 
@@ -381,5 +374,7 @@ def pre_norm_mlp(
     fc1_bias, fc2_bias = cast(fc1_bias, dtype), cast(fc2_bias, dtype)
     norm_weight, norm_bias = check_norm("pre_norm_mlp", x, norm_weight, norm_bias, eps, autocast=dtype is not None)
     _check_weights("pre_norm_mlp", x, dtype or x.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias, x.shape[-1])
+    weights = dict(fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
+    refuse_tangents("pre_norm_mlp", x=x, norm_weight=norm_weight, norm_bias=norm_bias, **weights)
     keep = wants_gradients(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
     return _pre_norm_mlp(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, keep)[0]

@@ -9,21 +9,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from siglip_kernels.arguments import (
+    as_rows,
+    autocast_dtype,
+    cast,
+    check_tensor,
+    refuse_second_derivatives,
+    refuse_tangents,
+)
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 from siglip_kernels.layer_norm.launch import layer_norm_backward, layer_norm_forward
 from siglip_kernels.linear import plain
-from siglip_kernels.linear.arguments import (
-    as_rows,
-    autocast_dtype,
-    cast,
-    check_input,
-    check_norm,
-    check_parameter,
-    check_tensor,
-    refuse_second_derivatives,
-    wants_gradients,
-)
+from siglip_kernels.linear.arguments import check_input, check_norm, check_parameter, wants_gradients
 
 
 @torch.library.custom_op("siglip_kernels::pre_norm_qkv", mutates_args=())
@@ -208,9 +206,14 @@ def pre_norm_qkv(
     for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
         check_parameter("pre_norm_qkv", f"{name}_weight", weight, (out, x.shape[-1]), x, dtype or x.dtype)
         check_parameter("pre_norm_qkv", f"{name}_bias", bias, (out,), x, dtype or x.dtype, optional=True)
-    if not isinstance(num_heads, int) or num_heads < 1 or q_weight.shape[0] % num_heads != 0:
-        got = f"is {num_heads} while the weights have {q_weight.shape[0]} rows"
+    is_integer = isinstance(num_heads, int) and not isinstance(num_heads, bool)
+    if not is_integer or num_heads < 1 or q_weight.shape[0] % num_heads != 0:
+        got = f"is {num_heads!r} while the weights have {q_weight.shape[0]} rows"
         raise unsupported("pre_norm_qkv", "num_heads", got, "positive divisors of the rows")
+    projections = dict(
+        q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias, v_weight=v_weight, v_bias=v_bias
+    )
+    refuse_tangents("pre_norm_qkv", x=x, norm_weight=norm_weight, norm_bias=norm_bias, **projections)
     keep = wants_gradients(x, norm_weight, norm_bias, q_weight, k_weight, v_weight)
     packed = _pre_norm_qkv(
         x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, keep

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siglip_kernels.arguments import autocast_dtype, cast, check_tensor, refuse_tangents
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 
@@ -23,8 +24,8 @@ def _validate(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, positio
     for name, tensor in named.items():
         if name == "bias" and tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise unsupported("patch_embed", name, f"is {type(tensor).__name__}", "a tensor")
+        check_tensor("patch_embed", name, tensor)
+        assert tensor is not None
         if tensor.dtype not in _DTYPES:
             raise unsupported("patch_embed", name, f"has dtype {tensor.dtype}", "float32, float16, bfloat16")
         if name != "position" and tensor.dtype != pixel_values.dtype:
@@ -149,23 +150,17 @@ def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, posit
 
     Images are read where they lie if their last stride is 1, whatever the others; else, as with channels_last, they are
     copied. Sums are in fp32; fp32 products honour torch.backends.cuda.matmul.allow_tf32. Under autocast all but
-    position is cast, as torch.nn.functional.conv2d casts. Gradients are deterministic.
+    position is cast, as torch.nn.functional.conv2d casts. Gradients are deterministic; forward-mode
+    derivatives are refused.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
     are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
-    device = pixel_values.device.type if isinstance(pixel_values, Tensor) else ""
-    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        pixel_values, weight = _autocast(pixel_values, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+    dtype = autocast_dtype(pixel_values)
+    pixel_values, weight, bias = cast(pixel_values, dtype), cast(weight, dtype), cast(bias, dtype)
     tokens = _validate(pixel_values, weight, bias, position)
+    refuse_tangents("patch_embed", pixel_values=pixel_values, weight=weight, bias=bias, position=position)
     out_dtype = torch.promote_types(pixel_values.dtype, position.dtype)
     if torch.broadcast_shapes(tokens, position.shape) != tokens:  # one token for several positions, as in the reference
         return _patch_embed(pixel_values, weight, bias, None, pixel_values.dtype) + position
     return _patch_embed(pixel_values, weight, bias, position, out_dtype)
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if castable else tensor

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels import reference
+from siglip_kernels.arguments import check_tensor, refuse_tangents
 from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.ops import forward_op
 
@@ -33,7 +34,7 @@ def sigmoid_loss(
     """
     embeds = _validated("sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
     check_kernel_input("sigmoid_loss", embeds[0])
-    return _apply(*embeds, "triton", 0)
+    return _apply("sigmoid_loss", *embeds, "triton", 0)
 
 
 def chunked_sigmoid_loss(
@@ -50,15 +51,15 @@ def chunked_sigmoid_loss(
     """
     embeds = _validated("chunked_sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
     check_chunk_size("chunked_sigmoid_loss", chunk_size)
-    return _apply(*embeds, "chunked", chunk_size)
+    return _apply("chunked_sigmoid_loss", *embeds, "chunked", chunk_size)
 
 
 def plain_sigmoid_loss(
     image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
 ) -> Tensor:
     """The loss of backends without kernels: its definition below CHUNKED_FROM pairs, chunked from there on."""
+    _validated("plain_sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
     if len(image_embeds) < CHUNKED_FROM:
-        _validated("plain_sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
         return reference.sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
     return chunked_sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
 
@@ -85,8 +86,7 @@ def check_kernel_input(operation: str, embeds: Tensor) -> None:
 def check_embeds(operation: str, image_embeds: Tensor, text_embeds: Tensor, *, same_length: bool = True) -> None:
     """Raises unless both are (N, D) tensors of one floating-point dtype on one device, with N, D >= 1."""
     for argument, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
-        if not isinstance(embeds, Tensor):
-            raise unsupported(operation, argument, f"is {type(embeds).__name__}", "a tensor of shape (N, D)")
+        check_tensor(operation, argument, embeds)
         if embeds.dim() != 2:
             raise unsupported(operation, argument, f"has shape {tuple(embeds.shape)}", "(N, D)")
         if not embeds.is_floating_point():
@@ -107,12 +107,15 @@ def as_scalar(operation: str, argument: str, value: Tensor | float, embeds: Tens
     """A 0-dimensional tensor of at least fp32 on the embeddings' device; gradients flow through it to `value`."""
     dtype = torch.promote_types(embeds.dtype, torch.float32)
     if isinstance(value, Tensor):
+        check_tensor(operation, argument, value)
         if value.dim() != 0:
             raise unsupported(
                 operation, argument, f"has shape {tuple(value.shape)}", "a number or a 0-dimensional tensor"
             )
         if not value.is_floating_point():
             raise unsupported(operation, argument, f"has dtype {value.dtype}", "a number or a floating-point tensor")
+        if value.device.type == "meta" != embeds.device.type:
+            raise unsupported(operation, argument, "is on meta, and has no value", "a number or a tensor with one")
         return value.to(embeds.device, dtype)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise unsupported(operation, argument, f"is {type(value).__name__}", "a number or a 0-dimensional tensor")
@@ -144,8 +147,16 @@ def _validated(
 
 
 def _apply(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, engine: str, chunk_size: int
+    operation: str,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    engine: str,
+    chunk_size: int,
 ) -> Tensor:
+    scalars = dict(logit_scale=logit_scale, logit_bias=logit_bias)
+    refuse_tangents(operation, image_embeds=image_embeds, text_embeds=text_embeds, **scalars)
     gradients = torch.is_grad_enabled()
     return forward_op(
         image_embeds,

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from siglip_kernels.arguments import refuse_tangents
 from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.api import (
     as_scalar,
@@ -128,7 +129,9 @@ class SigLipLoss(nn.Module):
                 check_kernel_input("SigLipLoss", x)
                 make_engine(engine, x)  # raises where the kernels cannot run
             scale = as_scalar("SigLipLoss", "logit_scale", logit_scale, x)
-            arguments = x, y, scale, as_scalar("SigLipLoss", "logit_bias", logit_bias, x)
+            bias = as_scalar("SigLipLoss", "logit_bias", logit_bias, x)
+            refuse_tangents("SigLipLoss", image_features=x, text_features=y, logit_scale=scale, logit_bias=bias)
+            arguments = x, y, scale, bias
         except Exception as error:  # told to the other ranks first: they would wait for this one
             problem = error
         sizes = _agree(group, self.rank, arguments, problem)

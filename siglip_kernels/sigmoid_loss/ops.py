@@ -5,12 +5,11 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from siglip_kernels.arguments import refuse_second_derivatives
 from siglip_kernels.device import hopper_kernels_enabled, interpreting
 from siglip_kernels.errors import MissingBackendError
 from siglip_kernels.sigmoid_loss.blocks import Engine, loss_and_gradients
 from siglip_kernels.sigmoid_loss.chunked import PlainEngine
-
-NO_DOUBLE_BACKWARD = "sigmoid_loss: its gradient has no gradient (double backward); supported: siglip_kernels.reference"
 
 
 def kernels_available(device: torch.device) -> bool:
@@ -166,9 +165,5 @@ def _backward(ctx, upstream, *_):
     return tuple(g if need else None for g, need in zip(gradients, needed, strict=True)) + nothing[4:]
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError(NO_DOUBLE_BACKWARD)
-
-
 forward_op.register_autograd(_backward, setup_context=_save)
-backward_op.register_autograd(_no_double_backward)
+backward_op.register_autograd(refuse_second_derivatives("sigmoid_loss"))
