@@ -4,11 +4,16 @@ Two operators are registered, `siglip_kernels::attention` and `siglip_kernels::a
 an implementation that launches kernels, shapes for tracing, and a derivative. Triton is imported by the first launch.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
+from siglip_kernels.arguments import (
+    autocast_dtype,
+    cast,
+    check_tensor,
+    refuse_second_derivatives,
+    refuse_tangents,
+)
 from siglip_kernels.attention.configuration import is_short
 from siglip_kernels.device import hopper_kernels_enabled, require_kernels
 from siglip_kernels.errors import unsupported
@@ -16,19 +21,13 @@ from siglip_kernels.errors import unsupported
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_HEAD_DIM = 128
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
-
-
-def _require_tensors(**arguments: object) -> None:
-    for name, argument in arguments.items():
-        if not isinstance(argument, Tensor):
-            raise unsupported("attention", name, f"is a {type(argument).__name__}", "tensors")
+_LARGEST_SCALE = 2.0**127  # times log2(e), it is still finite in fp32
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None) -> None:
     """Everything that a call can get wrong, except that the machine cannot run it. Traceable: it reads no values."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.layout != torch.strided:
-            raise unsupported("attention", name, f"has layout {tensor.layout}", "torch.strided")
+        check_tensor("attention", name, tensor)
         if tensor.dim() != 4:
             raise unsupported("attention", name, f"has {tensor.dim()} dimensions", "4: (B, S, H, D)")
         if tensor.dtype not in _DTYPES:
@@ -47,11 +46,12 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: fl
     if q.shape[3] % 8 != 0 or not 8 <= q.shape[3] <= _LARGEST_HEAD_DIM:
         raise unsupported("attention", "q", f"has head dim {q.shape[3]}", f"multiples of 8 up to {_LARGEST_HEAD_DIM}")
     if scale is not None and not isinstance(scale, _NUMBERS):
-        raise unsupported("attention", "scale", f"is a {type(scale).__name__}", "finite numbers")
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise unsupported("attention", "scale", f"is {scale}", "finite numbers")
+        raise unsupported("attention", "scale", f"is a {type(scale).__name__}", "numbers, int or float")
+    if scale is not None and not -_LARGEST_SCALE < scale < _LARGEST_SCALE:
+        raise unsupported("attention", "scale", f"is {scale}", "finite numbers, smaller than 2^127")
     if lengths is None:
         return
+    check_tensor("attention", "lengths", lengths)
     if lengths.dtype != torch.int32:
         raise unsupported("attention", "lengths", f"has dtype {lengths.dtype}", "int32")
     if lengths.dim() != 1 or lengths.shape[0] != q.shape[0]:
@@ -156,21 +156,8 @@ def _differentiate(ctx, out_grad, _):
     return q_grad if needs_q else None, k_grad if needs_k else None, v_grad if needs_v else None, None, None, None
 
 
-def _refuse(ctx, *gradients):
-    raise unsupported(
-        "attention",
-        "create_graph",
-        "asks for second derivatives",
-        "first derivatives; for more, use the backend 'eager'",
-    )
-
-
 _attention.register_autograd(_differentiate, setup_context=_keep)
-_attention_backward.register_autograd(_refuse)
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+_attention_backward.register_autograd(refuse_second_derivatives("attention"))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, lengths: Tensor | None = None) -> Tensor:
@@ -182,17 +169,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, le
     scale: D**-0.5 unless given. lengths: int32 (B,), how many of a sample's keys are valid (taken into 0..Sk); the
     others are never read, and a sample with 0 gives zeros. So does Sk = 0.
     Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
-    Gradients are deterministic; second derivatives are refused.
+    Gradients are deterministic; second and forward-mode derivatives are refused.
 
     Raises UnsupportedInputError (a ValueError) for other types, shapes and dtypes, and MissingBackendError for tensors
     that are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
-    _require_tensors(q=q, k=k, v=v)
-    if lengths is not None:
-        _require_tensors(lengths=lengths)
-    if q.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = _autocast(q, dtype), _autocast(k, dtype), _autocast(v, dtype)
+    dtype = autocast_dtype(q)
+    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     _validate(q, k, v, lengths, scale)
+    refuse_tangents("attention", q=q, k=k, v=v)
     keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return _attention(q, k, v, lengths, scale, keep)[0]

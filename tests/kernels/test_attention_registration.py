@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
+from torch.autograd import forward_ad
 
 from siglip_kernels import UnsupportedInputError, attention
 from siglip_kernels.device import precision
@@ -74,6 +76,17 @@ def test_second_derivatives_are_refused(tokens, device):
     (gradient,) = torch.autograd.grad((attention(q, k, v) ** 2).sum(), q, create_graph=True)
     with pytest.raises(UnsupportedInputError, match=r"second derivatives.*eager"):
         gradient.sum().backward()
+
+
+def test_forward_mode_is_refused(device):
+    q, k, v = tensors(5, device, torch.float32, grad=False)
+    message = "^attention: {} has a tangent .forward-mode differentiation.; supported: reverse mode"
+    with pytest.raises(UnsupportedInputError, match=message.format("q")):
+        torch.func.jvp(lambda q: attention(q, k, v), (q,), (q,))
+    with forward_ad.dual_level(), pytest.raises(UnsupportedInputError, match=message.format("v")):
+        attention(q, k, forward_ad.make_dual(v, v))
+    (out, _), (tangent, _) = torch.func.jvp(lambda x: (attention(q, k, v), x), (v,), (v,))
+    assert torch.equal(out, attention(q, k, v)) and (tangent == 0).all()
 
 
 def test_a_forward_that_kept_nothing_has_no_backward(device):
@@ -150,9 +163,11 @@ BAD = {
         "lengths is on meta while q is on cpu; supported: one device",
     ),
     "scale": ({"scale": float("nan")}, "scale is nan; supported: finite numbers"),
-    "scale as a tensor": ({"scale": torch.tensor(0.5)}, "scale is a Tensor; supported: finite numbers"),
-    "no tensor": ({"k": None}, "k is a NoneType; supported: tensors"),
-    "lengths as a list": ({"lengths": [5, 5]}, "lengths is a list; supported: tensors"),
+    "scale beyond fp32": ({"scale": -1e39}, r"scale is -1e\+39; supported: finite numbers, smaller than 2\^127"),
+    "scale beyond fp64": ({"scale": 10**400}, "scale is 10000"),
+    "scale as a tensor": ({"scale": torch.tensor(0.5)}, "scale is a Tensor; supported: numbers"),
+    "no tensor": ({"k": None}, "k is NoneType; supported: a tensor"),
+    "lengths as a list": ({"lengths": [5, 5]}, "lengths is list; supported: a tensor"),
     "sparse": ({"v": torch.zeros(2, 5, 2, 24, dtype=HALF).to_sparse()}, "v has layout torch.sparse_coo"),
 }
 
