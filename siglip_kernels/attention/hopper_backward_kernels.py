@@ -40,7 +40,7 @@ CONSUMERS = gl.constexpr(2)
 def score_gradients(weights, weights_grad, delta):
     """P ∘ (dP − delta), a difference that may be the rounding of two fp32 sums counting as zero: see backward.py."""
     difference = weights_grad - delta
-    return weights * gl.where(gl.abs(difference) > gl.abs(delta) * 2**-16, difference, 0.0)
+    return weights * gl.where(gl.abs(difference) < gl.abs(delta) * 2**-16, 0.0, difference)  # NaN stays NaN
 
 
 @gluon.jit

@@ -104,6 +104,15 @@ def test_keys_beyond_the_length_are_nothing(head_dim):
     assert not found[0][0].any() and not found[1][hidden].any() and not found[2][hidden].any()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_eager_s_places(value):
+    q, k, v = random_inputs(1, 66, 70, 1, 64)
+    v[0, 3, 0, 5] = value
+    out_grad = gradient_of(q)
+    for one, eager in zip(run(q, k, v, out_grad), of_reference(q, k, v, out_grad, q.dtype), strict=True):
+        assert torch.equal(one.isfinite(), eager.isfinite())
+
+
 def test_packed_expanded_and_misaligned_tensors():
     q, k, v = torch.randn(2, 100, 3, 2, 72, generator=torch.Generator().manual_seed(1)).bfloat16().unbind(2)
     want = run(q.contiguous(), k.contiguous(), v.contiguous(), gradient_of(q))
