@@ -117,8 +117,8 @@ def test_one_that_cannot_be_interrupted_is_stopped_when_time_is_up(scripted, mon
     monkeypatch.setattr(apart, "GRACE", 0.5)
     scripted(begun() + "\ntime.sleep(60)")
     start = time.monotonic()
-    outcome, _ = run_apart(REQUEST, None, Plan(), start + 1, lambda *_: None)
-    assert time.monotonic() - start < 20
+    outcome, _ = run_apart(REQUEST, None, Plan(), start + 5, lambda *_: None)
+    assert time.monotonic() - start < 30
     assert outcome.rows == [] and len(outcome.left_out) == 2  # both directions; nobody is to blame
 
 
@@ -132,10 +132,10 @@ def test_what_cannot_begin_is_an_error(scripted):
 
 
 @pytest.mark.parametrize(
-    ("fate", "problem"), [("time.sleep(60)", "did not end within 2 s"), ("os.abort()", "ended by SIGABRT")]
+    ("fate", "problem"), [("time.sleep(60)", "did not end within 5 s"), ("os.abort()", "ended by SIGABRT")]
 )
 def test_a_check_that_hangs_or_crashes_is_red(scripted, monkeypatch, fate, problem):
-    monkeypatch.setattr(apart, "CHECK", 2.0 if "sleep" in fate else 60.0)
+    monkeypatch.setattr(apart, "CHECK", 5.0 if "sleep" in fate else 60.0)
     scripted(
         f"""
         tell(begun=["s64", "bf16"])
