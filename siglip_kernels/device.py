@@ -93,7 +93,8 @@ def precision(dtype: torch.dtype) -> str:
 
 def hopper_kernels_enabled() -> bool:
     """Whether SIGLIP_KERNELS_HOPPER=1 asks for the kernels that are written for Hopper alone. They have not met a GPU
-    yet: without it the portable kernels run everywhere. With it, a call that no Hopper kernel takes is an error."""
+    yet: without it the portable kernels run everywhere. With it, a call that they do not take is an error, but for what
+    they are not made for: attention over short sequences, normalisation, and products with nothing to fuse."""
     value = os.environ.get("SIGLIP_KERNELS_HOPPER", "")
     if value not in ("", "0", "1"):
         raise MissingBackendError(f"SIGLIP_KERNELS_HOPPER is {value!r}; supported: 1 (Hopper's kernels), 0 or unset")

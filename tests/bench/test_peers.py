@@ -9,7 +9,7 @@ from bench_helpers import setting
 
 from bench.operations import OPERATIONS, Setting
 from bench.peers import Missing, Unsupported, everyone, names, peers_of
-from bench.shapes import LossShape, ModelShape
+from bench.shapes import AttentionShape, LossShape, ModelShape
 
 OPTIONAL = (
     "transformers", "flash_attn", "fa3_fwd_interface", "fa3_fwd", "siglip_kernel", "open_clip", "inf_cl", "memeff",
@@ -99,6 +99,16 @@ def test_what_is_compiled_for_attention_may_go_back_twice(monkeypatch):
     shape = setting().shape
     peers_of("attention")["flex"].prepare(Setting(OPERATIONS["attention"], shape, torch.bfloat16, "cuda", "bwd"))
     assert not torch._functorch.config.donated_buffer
+
+
+def test_short_sequences_have_no_kernel_for_hopper_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    entry = peers_of("attention")["triton:hopper"]
+    short, longer = (AttentionShape(f"s{tokens}", 1, tokens, 1, 64) for tokens in (64, 65))
+    with pytest.raises(Unsupported, match="the same kernel on every GPU"):
+        entry.prepare(Setting(OPERATIONS["attention"], short, torch.bfloat16, "cuda", "fwd"))
+    contender = entry.prepare(Setting(OPERATIONS["attention"], longer, torch.bfloat16, "cuda", "fwd"))
+    assert contender.environment == {"SIGLIP_KERNELS_HOPPER": "1"}
 
 
 def test_neighbours_are_marked():
