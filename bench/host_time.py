@@ -37,7 +37,7 @@ def operations(gradients: bool) -> dict[str, Callable[[], Any]]:
     qkv = tensor(1, TOKENS, 3, HEADS, WIDTH // HEADS).unbind(2)
     projections = [tensor(*shape) for _ in "qkv" for shape in ((WIDTH, WIDTH), (WIDTH,))]
     mlp = [tensor(*shape) for shape in ((HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,))]
-    call = functools.partial
+    call: Callable[..., Any] = functools.partial  # a type checker would count starred arguments
     return {
         "pre_norm_qkv": call(siglip_kernels.pre_norm_qkv, x, *norm, *projections, HEADS),
         "attention": call(siglip_kernels.attention, *qkv),
