@@ -93,12 +93,12 @@ def test_without_any_optional_package(nothing_optional):
     assert callable(peers_of("sigmoid_loss")["eager"].prepare(setting("sigmoid_loss", shape)).call)
 
 
-def test_what_is_compiled_for_attention_may_go_back_twice(monkeypatch):
+def test_what_is_compiled_for_attention_may_go_back_twice():
     """As `bwd` is timed; PyTorch gives such a graph's buffers away unless it is told not to."""
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     shape = setting().shape
-    peers_of("attention")["flex"].prepare(Setting(OPERATIONS["attention"], shape, torch.bfloat16, "cuda", "bwd"))
-    assert not torch._functorch.config.donated_buffer
+    with torch._functorch.config.patch(donated_buffer=True):
+        peers_of("attention")["flex"].prepare(Setting(OPERATIONS["attention"], shape, torch.bfloat16, "cuda", "bwd"))
+        assert not torch._functorch.config.donated_buffer
 
 
 def test_short_sequences_have_no_kernel_for_hopper_alone(monkeypatch):
