@@ -98,6 +98,14 @@ def _pieces(x, PIECES: tl.constexpr):
 
 
 @triton.jit
+def _where_it_is_needed(x, like):
+    """x, held by the same threads as `like`. Left to itself the compiler has what depends on x computed twice, where x
+    is loaded and where `like` is. That nothing of like's bits is added here is found out after it has settled that."""
+    nothing = like.to(tl.uint32, bitcast=True) >> 16 >> 16
+    return (x.to(tl.uint32, bitcast=True) | nothing).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _choose(part, first, second, third, PARTS: tl.constexpr):
     """The argument of this part."""
     chosen = first
@@ -202,7 +210,7 @@ def gemm_kernel(
                 kept = _load(
                     pre_activation, row, column, rows, pre_activation_stride, BLOCK_M, PIECE, EDGE, UNIT, DESCRIPTORS
                 )
-                again, derivative = gelu_and_derivative(kept.to(tl.float32))
+                again, derivative = gelu_and_derivative(_where_it_is_needed(kept.to(tl.float32), value))
                 if activation is not None:
                     _store(activation, again, row, column, rows, BLOCK_M, PIECE, EDGE, COLUMNS, DESCRIPTORS)
                 value *= derivative
@@ -279,7 +287,7 @@ def gemm(
         for matrix, copied in zip((a, *weights, residual, pre_activation), chosen.copied, strict=True)
     ]
     biases = _biases_to_read(biases, columns, a)
-    outs = [out] if parts == 1 else list(out.split(columns, 1))
+    outs = [out] if parts == 1 else list(out.view(rows, parts, columns).unbind(1))
     if hopper_kernels_enabled():
         from siglip_kernels.linear import hopper
 

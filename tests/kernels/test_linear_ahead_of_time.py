@@ -68,3 +68,19 @@ def test_few_compilations_for_every_batch_size(run_python, gpu):
     done = run_python(_EVERY_SIZE.format(gpu=gpu, rows="1, 2, 16, 17"))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 1
+
+
+_EXPONENTIALS = """
+from bench.linear_launches import launches
+from bench.tile_cost import costs_of
+chosen = [launch for launch in launches() if launch.name.startswith("bf16 so400m 46656 gelu backward")]
+print(len(chosen), *(round(cost.clocks["mufu"]) for cost in costs_of(chosen)))
+"""
+
+
+def test_gelu_is_computed_once_where_it_is_also_stored(run_python):
+    """Left to itself the compiler does so twice, in the layout of the load and in that of the product."""
+    done = run_python(_EXPONENTIALS)
+    assert done.returncode == 0, done.stderr
+    kernels, stored, not_stored = map(int, done.stdout.split())
+    assert kernels == 2 and stored == not_stored
