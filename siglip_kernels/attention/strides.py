@@ -1,7 +1,9 @@
 """How a launch tells a kernel where the rows of its tensors are."""
 
+import functools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _LARGEST_TILE = 256  # tokens
@@ -23,10 +25,15 @@ class Strides:
 
 def strides_of(*tensors: Tensor) -> Strides:
     """tensors: (B, S, H, D), read by rows of unit stride. The stride of an axis of one element does not matter: 0."""
+    return _strides(tuple([(tensor.shape, tensor.stride()) for tensor in tensors]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides(layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...]) -> Strides:
     values = [
         0 if size == 1 else stride
-        for tensor in tensors
-        for size, stride in zip(tensor.shape[:3], tensor.stride(), strict=False)
+        for shape, strides in layouts
+        for size, stride in zip(shape[:3], strides, strict=False)
     ]
     wide = any(_LARGEST_TILE * stride >= 2**31 for stride in values[1::3])
     if any(stride % 8 for stride in values):

@@ -46,8 +46,9 @@ def check_parameter(
     if parameter.device != like.device:
         got = f"is on {parameter.device} while the input is on {like.device}"
         raise unsupported(operation, argument, got, "one device")
-    fits = parameter.dim() == len(shape) and all(
-        wanted is None or extent == wanted for extent, wanted in zip(parameter.shape, shape, strict=True)
+    fits = parameter.shape == shape or (  # the first of these is the faster
+        parameter.dim() == len(shape)
+        and all(wanted is None or extent == wanted for extent, wanted in zip(parameter.shape, shape, strict=True))
     )
     if not fits:
         expected = ", ".join("any" if extent is None else str(extent) for extent in shape)
