@@ -218,6 +218,7 @@ def test_data_parallel_gradients_are_those_of_the_whole_batch(ranks):
 
 
 def _dies(rank: int, sizes: tuple[int, ...]) -> str:
+    dist.barrier()  # both have connected
     if rank == 1:
         os._exit(0)
     try:
