@@ -8,13 +8,12 @@ Both kernels compute P anew from the log-sum-exp. The first writes delta, which 
 
 dS is a difference, and where one key takes all the weight, or values are much alike, it should vanish. In half
 precision delta is taken from the rounded O, as in FlashAttention, and a difference that may be nothing but the rounding
-of fp32 sums counts as zero. The rounding of O shows where dS nearly vanishes and k is huge: dQ of a query that gives
-one key nearly all of its weight is off by scale · dO·(rounding of O) · that key. With an outlier of 3e4 among the keys
-that exceeds twice eager's error in about one draw of twenty; to mend it would take two more products, as in fp32. In
-fp32 a first pass over the keys makes delta exact: the rows of dS sum to zero, so what they sum to is the error of
-delta. That pass also gives rowsum(P), by which P is divided: among scores of 1e4 the log-sum-exp has three decimals.
-And products and sums are rounded apart, as eager rounds them. So fp32 takes nine products of tiles where half precision
-takes seven.
+of fp32 sums counts as zero. Where one key of a row has more than half of the weight, which forward marks, dS is so much
+smaller than what it is the difference of that the rounding of O would show: tiles with such a row, and fp32 always, go
+over the keys once more beforehand, to make delta exact: the rows of dS sum to zero, so what they sum to is the error of
+delta. In fp32 that pass also gives rowsum(P), by which P is divided: among scores of 1e4 the log-sum-exp has three
+decimals. And products and sums are rounded apart, as eager rounds them. So fp32 takes nine products of tiles where half
+precision takes seven.
 """
 
 import torch
@@ -23,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip_kernels.attention import configuration
-from siglip_kernels.attention.forward import exponent_scale
+from siglip_kernels.attention.forward import exponent_scale, is_marked
 from siglip_kernels.attention.strides import strides_of
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
 from siglip_kernels.device import facts, interpreting, precision
@@ -60,6 +59,30 @@ def products_by_key(
         return tl.trans(inner_products(b_main, b_tail, a_main, a_tail, TAIL, PRECISION, INTERPRETED))
     else:
         return inner_products(a_main, a_tail, b_main, b_tail, TAIL, PRECISION, INTERPRETED)
+
+
+@triton.jit
+def sums_of_rows(
+    q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, k_step, v_step, limit,
+    row_log_sum_exp, row_delta, exponent_scale,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A pass over the keys: rowsum(dS), delta's error because it ought to be 0, and rowsum(P), which ought to be 1."""
+    excess = tl.zeros([BLOCK_Q], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    keys = tl.arange(0, BLOCK_K)
+    for first_key in tl.range(0, limit, BLOCK_K, num_stages=STAGES):
+        key_is_valid = keys < limit - first_key
+        k_main, k_tail = load_tile(k + first_key * k_step, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+        scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)
+        weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
+        weights = tl.where(key_is_valid[None, :], weights, 0.0)
+        v_main, v_tail = load_tile(v + first_key * v_step, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+        weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED)
+        excess += tl.sum(weights * (weights_grad - row_delta[:, None]), 1)
+        total += tl.sum(weights, 1)
+    return excess, total
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -100,7 +123,8 @@ def attention_backward_queries_kernel(
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     HAS_LENGTHS: tl.constexpr,
     ONLY_DELTA: tl.constexpr,  # nobody asks for the queries' gradient
-    EXACT: tl.constexpr,  # delta by a pass of its own
+    EXACT: tl.constexpr,  # delta by a pass of its own, and P divided by its sum
+    PASS_STAGES: tl.constexpr,  # how deep that pass's loads are pipelined
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -148,21 +172,17 @@ def attention_backward_queries_kernel(
     if TAIL > 0:
         row_delta += tl.sum(out_tail.to(tl.float32) * out_grad_tail.to(tl.float32), 1)
 
+    passes = 1  # to make delta exact
+    if not EXACT:
+        passes = tl.max(is_marked(row_log_sum_exp), 0)
+    excess, total = sums_of_rows(
+        q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, k_step, v_step, limit * passes,
+        row_log_sum_exp, row_delta, exponent_scale,
+        BLOCK_Q, BLOCK_K, HEAD_DIM, MAIN, TAIL, PASS_STAGES, PRECISION, INTERPRETED,
+    )  # fmt: skip
+    normaliser = 1.0 / tl.where(total == 0.0, 1.0, total)
+    row_delta += excess * normaliser
     if EXACT:
-        excess = tl.zeros([BLOCK_Q], tl.float32)  # rowsum(dS), which ought to be 0
-        total = tl.zeros([BLOCK_Q], tl.float32)  # rowsum(P), which ought to be 1
-        for first_key in tl.range(0, limit, BLOCK_K):
-            key_is_valid = keys < limit - first_key
-            k_main, k_tail = load_tile(k + first_key * k_step, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-            scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)
-            weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
-            weights = tl.where(key_is_valid[None, :], weights, 0.0)
-            v_main, v_tail = load_tile(v + first_key * v_step, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-            weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED)
-            excess += tl.sum(score_gradients(weights, weights_grad, row_delta[:, None], EXACT), 1)
-            total += tl.sum(weights, 1)
-        normaliser = 1.0 / tl.where(total == 0.0, 1.0, total)
-        row_delta += excess * normaliser
         tl.store(delta + exact_statistics + query_tokens, normaliser, mask=query_is_valid)
     tl.store(delta + exact_statistics, row_delta, mask=query_is_valid)
 
@@ -413,6 +433,7 @@ def attention_backward(
             BLOCK_K=tile.keys,
             WIDE=strides.wide or heads * head_dim * tile.queries >= 2**31,
             ONLY_DELTA=not needs_q,
+            PASS_STAGES=tile.stages if facts(q.device).capability[0] == 9 else 1,  # it would spill elsewhere
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,

@@ -26,13 +26,28 @@ _INTEGERS = (
 )  # fmt: skip
 
 
+@triton.jit
+def mark(log_sum_exp, rows):
+    """Tells backward by the last bit of a row's log-sum-exp whether it is one of `rows`."""
+    bits = log_sum_exp.to(tl.int32, bitcast=True)
+    return ((bits & -2) | rows.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_marked(log_sum_exp):
+    """1 for rows that `mark` marked, else 0."""
+    return log_sum_exp.to(tl.int32, bitcast=True) & 1
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def attention_forward_kernel(
     q,  # (B, Sq, H, D)
     k,  # (B, Sk, H, D)
     v,  # (B, Sk, H, D)
     out,  # (B, Sq, H, D), contiguous
-    log_sum_exp,  # (B, H, Sq) fp32: log2 of the sum of 2^(score · exponent_scale), +inf where there is no key
+    # (B, H, Sq) fp32: log2 of the sum of 2^(score · exponent_scale), +inf where there is no key. In half precision the
+    # last bit is a mark: one key has more than half of the weight.
+    log_sum_exp,
     lengths,  # (B,) int32
     q_batch_stride,  # strides in UNIT elements
     q_token_stride,
@@ -133,6 +148,8 @@ def attention_forward_kernel(
     )
     if KEEP_LOG_SUM_EXP:
         kept = tl.where(limit > 0, running_max + tl.log2(running_sum), float("inf"))
+        if out.dtype.element_ty != tl.float32:
+            kept = mark(kept, (running_sum > 0.5) & (running_sum < 2.0))  # the largest weight is 1 / running_sum
         tl.store(log_sum_exp + sequence.to(tl.int64) * query_tokens + first_query + queries, kept, mask=query_is_valid)
 
 
