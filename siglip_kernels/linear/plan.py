@@ -100,7 +100,7 @@ def plan(
         not a.is_readable,
         *((not weight.is_readable or (steps_differ and weight != weight.contiguous())) for weight in weights),
         residual is not None and not residual.is_readable,
-        pre_activation is not None and not pre_activation.is_readable,
+        gelu == "backward" and pre_activation is not None and not pre_activation.is_readable,  # else it is written
     ]
     read = [
         matrix.contiguous() if matrix is not None and copy else matrix
