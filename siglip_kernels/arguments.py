@@ -81,3 +81,8 @@ def as_rows(x: Tensor) -> Tensor:
     """(..., width) as (rows, width), with unit stride along a row; a copy only where that cannot be a view."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """Kernels read rows of unit stride. Anything else, such as the expanded gradient of a sum, is copied."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -13,6 +13,7 @@ from siglip_kernels.arguments import (
     check_tensor,
     refuse_second_derivatives,
     refuse_tangents,
+    unit_stride,
 )
 from siglip_kernels.attention.configuration import is_short
 from siglip_kernels.device import hopper_kernels_enabled, require_kernels
@@ -65,11 +66,6 @@ def _scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else scale
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
-    """The kernels read rows of unit stride. Anything else, such as the expanded gradient of a sum, is copied."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 @torch.library.custom_op("siglip_kernels::attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None, keep_for_backward: bool
@@ -80,7 +76,7 @@ def _attention(
     from siglip_kernels.attention.short import attention_short_forward
 
     scale = _scale(scale, q.shape[3])
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     lengths = None if lengths is None else lengths.contiguous()
     with torch.cuda.device_of(q):
         if is_short(q, k):
@@ -111,7 +107,7 @@ def _attention_backward(
     from siglip_kernels.attention.short import attention_short_backward
 
     scale = _scale(scale, q.shape[3])
-    q, k, v, out_grad = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(out_grad)
+    q, k, v, out_grad = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(out_grad)
     lengths = None if lengths is None else lengths.contiguous()
     with torch.cuda.device_of(q):
         if is_short(q, k):

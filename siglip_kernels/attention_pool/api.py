@@ -7,7 +7,14 @@ The one pass over the tokens is registered, as `siglip_kernels::attention_pool` 
 import torch
 from torch import Tensor
 
-from siglip_kernels.arguments import autocast_dtype, cast, check_tensor, refuse_second_derivatives, refuse_tangents
+from siglip_kernels.arguments import (
+    autocast_dtype,
+    cast,
+    check_tensor,
+    refuse_second_derivatives,
+    refuse_tangents,
+    unit_stride,
+)
 from siglip_kernels.attention_pool.folded import pool_by
 from siglip_kernels.attention_pool.launch import attention_pool_backward, attention_pool_forward, fits
 from siglip_kernels.attention_pool.products import pool_backward, pool_forward
@@ -58,10 +65,6 @@ def _validate(x: Tensor, parameters: dict[str, Tensor], num_heads: int, lengths:
         raise unsupported("attention_pool", "lengths", f"is on {lengths.device} while x is on {x.device}", "one device")
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 @torch.library.custom_op("siglip_kernels::attention_pool", mutates_args=())
 def _pool(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`folded.plain_pooling`; and for backward each head's highest score and sum of powers, in base 2, (B, H) fp32."""
@@ -70,7 +73,7 @@ def _pool(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tu
         if x.shape[1] > 0 and not fits(x, folded.shape[0]):
             return pool_forward(x, folded, scale, lengths)
         lengths = None if lengths is None else lengths.contiguous()
-        return attention_pool_forward(_unit_stride(x), folded.contiguous(), scale, lengths)
+        return attention_pool_forward(unit_stride(x), folded.contiguous(), scale, lengths)
 
 
 @torch.library.custom_op("siglip_kernels::attention_pool_backward", mutates_args=())
@@ -93,8 +96,8 @@ def _pool_backward(
             x_grad, folded_grad = pool_backward(pooled_grad, x, folded, pooled, highest, total, scale, lengths)
             return x_grad if needs_x else x.new_empty(0), folded_grad if needs_folded else x.new_empty(0)
         return attention_pool_backward(
-            _unit_stride(pooled_grad),
-            _unit_stride(x),
+            unit_stride(pooled_grad),
+            unit_stride(x),
             folded.contiguous(),
             pooled,
             highest,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels.arguments import autocast_dtype, cast, check_tensor, refuse_tangents
+from siglip_kernels.arguments import autocast_dtype, cast, check_tensor, refuse_tangents, unit_stride
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 
@@ -57,14 +57,10 @@ def _validate(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, positio
     return tokens
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _spread(position: Tensor, tokens: tuple[int, int, int]) -> Tensor:
     """position as (B, S, width) with unit last stride, expanded over what it does not depend on."""
     row = position.expand(*position.shape[:-1], tokens[2]) if position.dim() else position.expand(tokens[2])
-    return _unit_stride(row).expand(tokens)
+    return unit_stride(row).expand(tokens)
 
 
 @torch.library.custom_op("siglip_kernels::patch_embed", mutates_args=())
@@ -77,7 +73,7 @@ def _patch_embed(
     tokens = _tokens(pixel_values, weight)
     with torch.cuda.device_of(pixel_values):
         return patch_embed_forward(
-            _unit_stride(pixel_values),
+            unit_stride(pixel_values),
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
             None if position is None else _spread(position, tokens),
