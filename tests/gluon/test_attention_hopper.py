@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hopper_emulator.faults import Fault
 from hopper_emulator.launch import emulating
+from planting import with_fault
 
 from bench.ahead_of_time import GPUS
 from siglip_kernels import MissingBackendError, UnsupportedInputError, attention, reference
@@ -255,14 +254,7 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch):
     """Each of these compiles; each is found under every seed."""
-    line, replacement = BROKEN[broken]
-    source = Path(hopper_kernel.__file__).read_text()
-    assert source.count(line) == 1
-    copy = tmp_path / "broken_kernel.py"
-    copy.write_text(source.replace(line, replacement))
-    specification = importlib.util.spec_from_file_location("broken_kernel", copy)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = with_fault(hopper_kernel, *BROKEN[broken], tmp_path)
     monkeypatch.setattr(hopper, "attention_forward_hopper_kernel", module.attention_forward_hopper_kernel)
     q, k, v = random_inputs(1, 70, 690, 5, 72)
     for seed in range(2):

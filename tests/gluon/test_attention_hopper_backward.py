@@ -1,11 +1,9 @@
 """Attention's backward kernels for Hopper, emulated: gradients, ragged shapes, lengths, strides, and their barriers."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from hopper_emulator.faults import Fault
+from planting import with_fault
 from test_attention_hopper import interpreted, on_hopper, random_inputs
 
 from siglip_kernels import attention, reference
@@ -195,14 +193,7 @@ def plant(tmp_path, monkeypatch):
     """Plants a fault of BROKEN in the kernels that are launched."""
 
     def replace(broken: str) -> None:
-        line, replacement = BROKEN[broken]
-        source = Path(hopper_backward_kernels.__file__).read_text()
-        assert source.count(line) == 1
-        copy = tmp_path / "broken_kernels.py"
-        copy.write_text(source.replace(line, replacement))
-        specification = importlib.util.spec_from_file_location("broken_kernels", copy)
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
+        module = with_fault(hopper_backward_kernels, *BROKEN[broken], tmp_path)
         for name in ("attention_backward_queries_hopper_kernel", "attention_backward_keys_hopper_kernel"):
             monkeypatch.setattr(hopper_backward, name, getattr(module, name))
 

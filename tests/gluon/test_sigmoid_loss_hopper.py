@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hopper_emulator.faults import Fault
 from hopper_emulator.launch import emulating
+from planting import with_fault
 from torch import Tensor
 
 from bench.ahead_of_time import GPUS
@@ -211,13 +210,7 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch, small_blocks):
     """Each of these compiles; each is found by a fault or by its numbers, under every seed."""
-    line, replacement = BROKEN[broken]
-    text = Path(hopper_kernels.__file__).read_text()
-    assert text.count(line) == 1
-    (tmp_path / "broken_kernels.py").write_text(text.replace(line, replacement))
-    specification = importlib.util.spec_from_file_location("broken_kernels", tmp_path / "broken_kernels.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = with_fault(hopper_kernels, *BROKEN[broken], tmp_path)
     monkeypatch.setattr(hopper, "residual_kernel", module.residual_kernel)
     for seed in range(2):
         with pytest.raises((Fault, AssertionError)):
