@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.ahead_of_time import GPUS, Launch
-from siglip_kernels.attention.configuration import Tile
+from siglip_kernels.attention.config import Tile
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -42,7 +42,7 @@ def _tuned() -> Iterator[Launch]:
 
 def _candidates() -> Iterator[Launch]:
     """One kernel and one tile each. A tile that is no candidate for a GPU is not compiled for it."""
-    from siglip_kernels.attention.configuration import candidates
+    from siglip_kernels.attention.config import candidates
 
     for kernel in ("forward", "backward_queries", "backward_keys"):
         for tile in dict.fromkeys(tile for gpu in GPUS.values() for tile in candidates(kernel, gpu)):
@@ -52,23 +52,23 @@ def _candidates() -> Iterator[Launch]:
 
 
 def _candidate(kernel: str, tile: Tile, head_dim: int) -> Callable[[], None]:
-    from siglip_kernels.attention import configuration
+    from siglip_kernels.attention import config
 
-    heuristic = configuration.tile
+    heuristic = config.tile
     if kernel == "forward":
         call = _forward(729, head_dim, torch.bfloat16, padded=False)
     else:
         call = _backward(729, head_dim, torch.bfloat16, padded=False, needs=kernel.removeprefix("backward_"))
 
     def launch() -> None:
-        if tile not in configuration.candidates(kernel):
+        if tile not in config.candidates(kernel):
             return
         chosen = lambda asked, *shape: tile if asked == kernel else heuristic(asked, *shape)  # noqa: E731
-        configuration.tile = chosen  # type: ignore[assignment]
+        config.tile = chosen  # type: ignore[assignment]
         try:
             call()
         finally:
-            configuration.tile = heuristic
+            config.tile = heuristic
 
     return launch
 
@@ -99,7 +99,7 @@ def _tensors(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> tu
 
 
 def _forward(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Callable[[], object]:
-    from siglip_kernels.attention.configuration import is_short
+    from siglip_kernels.attention.config import is_short
     from siglip_kernels.attention.forward import attention_forward
     from siglip_kernels.attention.short import attention_short_forward
 
@@ -113,7 +113,7 @@ def _backward(
     tokens: int, head_dim: int, dtype: torch.dtype, padded: bool, needs: str = "queries and keys"
 ) -> Callable[[], object]:
     from siglip_kernels.attention.backward import attention_backward
-    from siglip_kernels.attention.configuration import is_short
+    from siglip_kernels.attention.config import is_short
     from siglip_kernels.attention.short import attention_short_backward
 
     (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)

@@ -26,7 +26,7 @@ def _layer(width: int, hidden: int, tokens: int, dtype: torch.dtype) -> Iterator
 
     def launch(epilogue: str, *arguments, **options) -> Launch:
         def call() -> None:
-            from siglip_kernels.linear.gemm import gemm
+            from siglip_kernels.gemm.kernels import gemm
 
             with mock.patch.dict(os.environ, SIGLIP_KERNELS_HOPPER="1"):
                 gemm(*arguments, **options)

@@ -31,7 +31,7 @@ def _layer(
     only: tuple[str, ...] | None = None,
 ) -> Iterator[Launch]:
     """The products of one encoder layer that are not cuBLAS's, forward and backward: all, or `only` some."""
-    from siglip_kernels.linear.gemm import gemm
+    from siglip_kernels.gemm.kernels import gemm
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -3,7 +3,7 @@
 An operation is tunable when its package has two modules:
 
 - `tuned`, with `TUNED: {GPU's name: {shape class: fields of a configuration}}` and nothing else but its docstring;
-- `configuration` (or what `chooser` names), which looks a shape class up there before it falls back on a heuristic.
+- `config`, which looks a shape class up there before it falls back on a heuristic.
 
 Which shape classes a call asks for is seen by recording the look-ups; a candidate is tried by putting it in the table.
 An entry in TUNABLE says how the candidates of a shape class are listed.
@@ -40,14 +40,13 @@ class Tunable:
 
     package: str
     suites: tuple[str, ...]
-    candidates: Callable[[Any, Key, Facts], Sequence[Any]]  # (configuration module, shape class, GPU)
-    chooser: str = "configuration"
+    candidates: Callable[[Any, Key, Facts], Sequence[Any]]  # (config module, shape class, GPU)
 
     def table(self) -> dict[str, dict[Key, Fields]]:
         return importlib.import_module(f"{self.package}.tuned").TUNED
 
-    def configuration(self) -> Any:
-        return importlib.import_module(f"{self.package}.{self.chooser}")
+    def config(self) -> Any:
+        return importlib.import_module(f"{self.package}.config")
 
     def path(self) -> Path:
         file = importlib.import_module(f"{self.package}.tuned").__file__
@@ -56,7 +55,7 @@ class Tunable:
 
     def forget(self) -> None:
         """The next call looks the table up again."""
-        for value in vars(self.configuration()).values():
+        for value in vars(self.config()).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
 
@@ -104,22 +103,22 @@ class _Recorder(dict):
         return super().get(key, default)
 
 
-def _attention_candidates(configuration: Any, key: Key, gpu: Facts) -> Sequence[Any]:
-    return configuration.candidates(key[0], gpu) if key[1] == 2 else []  # bytes of an element
+def _attention_candidates(config: Any, key: Key, gpu: Facts) -> Sequence[Any]:
+    return config.candidates(key[0], gpu) if key[1] == 2 else []  # bytes of an element
 
 
-def _linear_candidates(configuration: Any, key: Key, gpu: Facts) -> Sequence[Any]:
-    return configuration.candidates(configuration.Shape(*key), gpu)
+def _linear_candidates(config: Any, key: Key, gpu: Facts) -> Sequence[Any]:
+    return config.candidates(config.Shape(*key), gpu)
 
 
-def _loss_candidates(configuration: Any, key: Key, gpu: Facts) -> Sequence[Any]:
-    return configuration.candidates(key[1], gpu)
+def _loss_candidates(config: Any, key: Key, gpu: Facts) -> Sequence[Any]:
+    return config.candidates(key[1], gpu)
 
 
 TUNABLE = {
     "attention": Tunable("siglip_kernels.attention", ("attention",), _attention_candidates),
-    "linear": Tunable("siglip_kernels.linear", ("linear", "mlp"), _linear_candidates),
-    "sigmoid_loss": Tunable("siglip_kernels.sigmoid_loss", ("loss",), _loss_candidates, "config"),
+    "linear": Tunable("siglip_kernels.gemm", ("linear", "mlp"), _linear_candidates),
+    "sigmoid_loss": Tunable("siglip_kernels.sigmoid_loss", ("loss",), _loss_candidates),
 }
 
 
@@ -169,7 +168,7 @@ def tune(
             settled.add(key)
             progress(f"{setting.operation.name} {setting.shape.name} {setting.direction} {key}")
             steps: dict[Fields | None, Callable[[], object]] = {None: _trying(tunable, gpu.name, winners, step)}
-            candidates = [dataclasses.astuple(tile) for tile in tunable.candidates(tunable.configuration(), key, gpu)]
+            candidates = [dataclasses.astuple(tile) for tile in tunable.candidates(tunable.config(), key, gpu)]
             for fields in candidates:
                 entries = {**winners, key: fields}
                 try:

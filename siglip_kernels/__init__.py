@@ -5,8 +5,10 @@ from siglip_kernels.attention import attention
 from siglip_kernels.attention_pool import attention_pool
 from siglip_kernels.errors import MissingBackendError, UnsupportedInputError
 from siglip_kernels.layer_norm import layer_norm
-from siglip_kernels.linear import linear, mlp, pre_norm_mlp, pre_norm_qkv
+from siglip_kernels.linear import linear
+from siglip_kernels.mlp import mlp, pre_norm_mlp
 from siglip_kernels.patch_embed import patch_embed
+from siglip_kernels.qkv import pre_norm_qkv
 from siglip_kernels.sigmoid_loss import SigLipLoss, chunked_sigmoid_loss, plain_sigmoid_loss, sigmoid_loss
 
 __all__ = [

@@ -24,7 +24,7 @@ import torch
 
 from bench.operations import Contender, Setting, ours
 from bench.shapes import AttentionShape
-from siglip_kernels.attention.configuration import short_block
+from siglip_kernels.attention.config import short_block
 
 MODULES = ("attention", "dense", "loss", "models")
 

@@ -15,7 +15,7 @@ from siglip_kernels.arguments import (
     refuse_tangents,
     unit_stride,
 )
-from siglip_kernels.attention.configuration import is_short
+from siglip_kernels.attention.config import is_short
 from siglip_kernels.device import hopper_kernels_enabled, require_kernels
 from siglip_kernels.errors import unsupported
 

@@ -21,12 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip_kernels.attention import configuration
+from siglip_kernels.attention import config
 from siglip_kernels.attention.forward import exponent_scale, is_marked
-from siglip_kernels.attention.strides import strides_of
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
 from siglip_kernels.device import facts, interpreting, precision
-from siglip_kernels.interpreted import narrow
+from siglip_kernels.interpreter import narrow
+from siglip_kernels.strides import strides_of
 
 # See forward.py: what matters of these is told by UNIT.
 _INTEGERS = (
@@ -396,7 +396,7 @@ def attention_backward(
         return q_grad, k_grad, v_grad
     exact = q.dtype == torch.float32
     delta = torch.empty((batch, heads, 2 if exact else 1, query_tokens), dtype=torch.float32, device=q.device)
-    main, tail = configuration.split_head_dim(head_dim)
+    main, tail = config.split_head_dim(head_dim)
     strides = strides_of(q, k, v, out_grad)
     sizes = (q.element_size(), head_dim, query_tokens, key_tokens)
     same_in_both = {
@@ -410,9 +410,9 @@ def attention_backward(
         "INTERPRETED": interpreting(),
     }
     if query_tokens > 0:
-        tile = configuration.tile("backward_queries", facts(q.device), *sizes)
+        tile = config.tile("backward_queries", facts(q.device), *sizes)
         query_tiles = triton.cdiv(query_tokens, tile.queries)
-        attention_backward_queries_kernel[(configuration.grid(batch * heads * query_tiles),)](
+        attention_backward_queries_kernel[(config.grid(batch * heads * query_tiles),)](
             q,
             k,
             v,
@@ -441,9 +441,9 @@ def attention_backward(
             **same_in_both,
         )
     if needs_k_or_v and key_tokens > 0:
-        tile = configuration.tile("backward_keys", facts(q.device), *sizes)
+        tile = config.tile("backward_keys", facts(q.device), *sizes)
         key_tiles = triton.cdiv(key_tokens, tile.keys)
-        attention_backward_keys_kernel[(configuration.grid(batch * heads * key_tiles),)](
+        attention_backward_keys_kernel[(config.grid(batch * heads * key_tiles),)](
             q,
             k,
             v,

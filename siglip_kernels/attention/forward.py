@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip_kernels.attention import configuration
-from siglip_kernels.attention.strides import strides_of
+from siglip_kernels.attention import config
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
 from siglip_kernels.device import facts, interpreting, precision
-from siglip_kernels.interpreted import narrow
+from siglip_kernels.interpreter import narrow
+from siglip_kernels.strides import strides_of
 
 # The integers change from call to call: to specialise on them (are they 1, do they divide by 16) would only compile
 # anew. What of the strides matters, whether they divide by 8, is told by UNIT.
@@ -172,11 +172,11 @@ def attention_forward(
     )
     if out.numel() == 0:
         return out, log_sum_exp
-    tile = configuration.tile("forward", facts(q.device), q.element_size(), head_dim, query_tokens, key_tokens)
-    main, tail = configuration.split_head_dim(head_dim)
+    tile = config.tile("forward", facts(q.device), q.element_size(), head_dim, query_tokens, key_tokens)
+    main, tail = config.split_head_dim(head_dim)
     strides = strides_of(q, k, v)
     query_tiles = triton.cdiv(query_tokens, tile.queries)
-    attention_forward_kernel[(configuration.grid(batch * heads * query_tiles),)](
+    attention_forward_kernel[(config.grid(batch * heads * query_tiles),)](
         q,
         k,
         v,

@@ -7,9 +7,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from siglip_kernels.attention import configuration
+from siglip_kernels.attention import config
 from siglip_kernels.attention.forward import exponent_scale
-from siglip_kernels.attention.hopper_kernel import ROWS, attention_forward_hopper_kernel
+from siglip_kernels.attention.hopper_forward import ROWS, attention_forward_hopper_kernel
 from siglip_kernels.device import Facts, facts
 from siglip_kernels.errors import unsupported
 
@@ -47,7 +47,7 @@ def tile(head_dim: int, query_tokens: int, last: int, has_lengths: bool) -> Tile
     So all exponentials stay on the special-function units: at 64, where those are the bound, an eighth of them as a
     polynomial would win at most 3 %, for half of the clocks in which nothing is issued.
     """
-    columns = sum(configuration.split_head_dim(head_dim))
+    columns = sum(config.split_head_dim(head_dim))
     units = -(-query_tokens // ROWS.value)
     stages = 3 if columns <= 96 else 2
     fits = columns <= 64 and (last < _KEYS or has_lengths)
@@ -65,7 +65,7 @@ def last_keys(key_tokens: int, keys: int, has_lengths: bool) -> tuple[int, int]:
     if has_lengths:
         return keys, keys
     left = key_tokens % keys
-    wide, narrow = configuration.split_head_dim(left) if left else (0, 0)
+    wide, narrow = config.split_head_dim(left) if left else (0, 0)
     return wide + narrow, narrow or wide
 
 
@@ -85,7 +85,7 @@ def boxes(tokens: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
     the second None where there is one."""
     descriptors: list[TensorDescriptor | None] = []
     for tensor in tensors:
-        for columns in configuration.split_head_dim(tensor.shape[3]):
+        for columns in config.split_head_dim(tensor.shape[3]):
             box = [1, tokens, 1, columns]
             layout = gl.NVMMASharedLayout.get_default_for(box, _ELEMENTS[tensor.dtype])
             descriptors.append(TensorDescriptor.from_tensor(tensor, box, layout) if columns else None)
@@ -121,7 +121,7 @@ def attention_forward_hopper(
     last, first_part = last_keys(key_tokens, _KEYS, lengths is not None)
     chosen = tile(head_dim, query_tokens, last, lengths is not None)
     query_tiles = -(-query_tokens // (chosen.consumers * ROWS.value))
-    tiles = configuration.grid(batch * heads * query_tiles)
+    tiles = config.grid(batch * heads * query_tiles)
     attention_forward_hopper_kernel[(min(tiles, gpu.multiprocessors),)](
         *boxes(ROWS.value, readable_by_tma(q)),
         *boxes(chosen.keys, readable_by_tma(k), readable_by_tma(v)),

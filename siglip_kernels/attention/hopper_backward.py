@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from siglip_kernels.attention import configuration
+from siglip_kernels.attention import config
 from siglip_kernels.attention.forward import exponent_scale
 from siglip_kernels.attention.hopper import boxes, readable_by_tma, require_hopper
 from siglip_kernels.attention.hopper_backward_kernels import (
@@ -13,7 +13,7 @@ from siglip_kernels.attention.hopper_backward_kernels import (
     attention_backward_keys_hopper_kernel,
     attention_backward_queries_hopper_kernel,
 )
-from siglip_kernels.attention.hopper_kernel import ROWS
+from siglip_kernels.attention.hopper_forward import ROWS
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def tile(kernel: str, head_dim: int) -> Tile:
     No pipe but the tensor pipe is the bound, here or there; what the portable kernels lack is exponentials beneath
     their products, loads that take no registers and no instructions of the same warps, and a program that goes on.
     """
-    columns = sum(configuration.split_head_dim(head_dim))
+    columns = sum(config.split_head_dim(head_dim))
     slots = 2 if columns <= 96 else 1
     if kernel == "queries":
         return Tile(128 if columns <= 80 else 64, 2, slots)
@@ -83,7 +83,7 @@ def attention_backward_hopper(
 
     chosen = tile("queries", head_dim)
     query_tiles = -(-query_tokens // rows)
-    tiles = configuration.grid(batch * heads * query_tiles)
+    tiles = config.grid(batch * heads * query_tiles)
     attention_backward_queries_hopper_kernel[(min(tiles, gpu.multiprocessors),)](
         *boxes(ROWS.value, q, out_grad, out),
         *boxes(chosen.columns, k, v),
@@ -103,7 +103,7 @@ def attention_backward_hopper(
     if needs_k_or_v:
         chosen = tile("keys", head_dim)
         key_tiles = -(-key_tokens // rows)
-        tiles = configuration.grid(batch * heads * key_tiles)
+        tiles = config.grid(batch * heads * key_tiles)
         attention_backward_keys_hopper_kernel[(min(tiles, gpu.multiprocessors),)](
             *boxes(ROWS.value, k, v),
             *boxes(chosen.columns, q, out_grad),

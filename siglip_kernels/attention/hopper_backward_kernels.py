@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from siglip_kernels.attention.hopper_kernel import (
+from siglip_kernels.attention.hopper_forward import (
     ROWS,
     allocate,
     following,

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip_kernels.attention import configuration
+from siglip_kernels.attention import config
 from siglip_kernels.attention.backward import score_gradients
 from siglip_kernels.attention.forward import exponent_scale
-from siglip_kernels.attention.strides import strides_of
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
 from siglip_kernels.device import facts, interpreting, precision
-from siglip_kernels.interpreted import narrow
+from siglip_kernels.interpreter import narrow
+from siglip_kernels.strides import strides_of
 
 # See forward.py: what matters of these is told by UNIT.
 _INTEGERS = (
@@ -277,14 +277,12 @@ def _launch(
 ) -> tuple[tuple[int], dict[str, object]]:
     """Grid, and the constants that both kernels have."""
     batch, query_tokens, heads, head_dim = q.shape
-    main, tail = configuration.split_head_dim(head_dim)
+    main, tail = config.split_head_dim(head_dim)
     block = max(16, triton.next_power_of_2(max(query_tokens, k.shape[1])))
     if kernel == "short_backward" and (main, tail) == (64, 32):
         main, tail = 128, 0  # the two blocks spill on Ampere, and memory is what takes the time
-    programs, warps, stages = configuration.short(
-        kernel, facts(q.device), q.element_size(), head_dim, block, batch * heads
-    )
-    configuration.grid(batch * heads + programs)  # kernels number sequences in 32 bits
+    programs, warps, stages = config.short(kernel, facts(q.device), q.element_size(), head_dim, block, batch * heads)
+    config.grid(batch * heads + programs)  # kernels number sequences in 32 bits
     constants: dict[str, object] = {
         "HEAD_DIM": head_dim,
         "MAIN": main,

@@ -8,7 +8,7 @@ stands for the other is never used.
 import triton
 import triton.language as tl
 
-from siglip_kernels.interpreted import dot, narrow
+from siglip_kernels.interpreter import dot, narrow
 
 
 @triton.jit

@@ -15,9 +15,9 @@ from siglip_kernels.arguments import (
     refuse_tangents,
     unit_stride,
 )
+from siglip_kernels.attention_pool.fallback import pool_backward, pool_forward
 from siglip_kernels.attention_pool.folded import pool_by
 from siglip_kernels.attention_pool.launch import attention_pool_backward, attention_pool_forward, fits
-from siglip_kernels.attention_pool.products import pool_backward, pool_forward
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 

@@ -21,7 +21,7 @@ multiply: so dfₕ counts tokens by how far they are from their average.
 import triton
 import triton.language as tl
 
-from siglip_kernels.interpreted import dot, narrow
+from siglip_kernels.interpreter import dot, narrow
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import siglip_kernels
-from siglip_kernels.integrations.instances import (
+from siglip_kernels.integrations.patching import (
     Accelerated,
     has_plain_parameters,
     is_bare,

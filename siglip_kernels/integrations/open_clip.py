@@ -36,7 +36,7 @@ from siglip_kernels.integrations.blocks import (
     why_not_fusable_norm,
     why_not_head_dim,
 )
-from siglip_kernels.integrations.instances import (
+from siglip_kernels.integrations.patching import (
     Accelerated,
     accelerate_modules,
     full_name,

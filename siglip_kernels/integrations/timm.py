@@ -28,7 +28,7 @@ from siglip_kernels.integrations.blocks import (
     why_not_plain,
     why_not_tanh_gelu,
 )
-from siglip_kernels.integrations.instances import (
+from siglip_kernels.integrations.patching import (
     Accelerated,
     accelerate_modules,
     full_name,

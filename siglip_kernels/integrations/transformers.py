@@ -18,20 +18,20 @@ from torch import Tensor, nn
 
 from siglip_kernels.errors import MissingBackendError, unsupported
 from siglip_kernels.integrations.blocks import LayerNorm
-from siglip_kernels.integrations.instances import (
-    Accelerated,
-    accelerate_modules,
-    full_name,
-    original_class,
-    require_version,
-    restore,
-)
 from siglip_kernels.integrations.key_padding import (
     KeyPadding,
     attend,
     can_read_values,
     from_valid_keys,
     read_key_padding,
+)
+from siglip_kernels.integrations.patching import (
+    Accelerated,
+    accelerate_modules,
+    full_name,
+    original_class,
+    require_version,
+    restore,
 )
 from siglip_kernels.integrations.report import Report
 from siglip_kernels.integrations.transformers_modules import LEFT, REPLACEMENTS, TOWERS, MaskedTower

@@ -25,7 +25,8 @@ from siglip_kernels.integrations.blocks import (
     why_not_patches,
     why_not_tanh_gelu,
 )
-from siglip_kernels.integrations.instances import (
+from siglip_kernels.integrations.key_padding import as_given, attend, is_served, read_key_padding
+from siglip_kernels.integrations.patching import (
     Accelerated,
     full_name,
     is_bare,
@@ -34,7 +35,6 @@ from siglip_kernels.integrations.instances import (
     runs,
     why_not_plain,
 )
-from siglip_kernels.integrations.key_padding import as_given, attend, is_served, read_key_padding
 
 
 class Attention(Accelerated):

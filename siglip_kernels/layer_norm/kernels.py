@@ -14,7 +14,7 @@ Backward does the same with the stored mean. With x̂ = (x - μ)·rstd and g = �
 import triton
 import triton.language as tl
 
-from siglip_kernels.interpreted import narrow
+from siglip_kernels.interpreter import narrow
 
 
 @triton.jit

@@ -1,7 +1,5 @@
-"""Projections and the MLP: linear.py, mlp.py and qkv.py; their product in gemm.py (hopper.py), cuBLAS in plain.py."""
+"""A projection: y = x Wᵀ + b + residual."""
 
-from siglip_kernels.linear.linear import linear
-from siglip_kernels.linear.mlp import mlp, pre_norm_mlp
-from siglip_kernels.linear.qkv import pre_norm_qkv
+from siglip_kernels.linear.api import linear
 
-__all__ = ["linear", "mlp", "pre_norm_mlp", "pre_norm_qkv"]
+__all__ = ["linear"]

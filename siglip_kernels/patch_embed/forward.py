@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip_kernels.device import Facts, facts, interpreting, precision
-from siglip_kernels.interpreted import dot, narrow
+from siglip_kernels.interpreter import dot, narrow
 
 _INTEGERS = [
     "batch_stride", "channel_stride", "row_stride", "position_batch_stride", "position_token_stride", "patches",

@@ -1,6 +1,6 @@
 """The two matrix kernels of the sigmoid loss for Hopper (sm_90), in Gluon; see `kernels.py` for the mathematics.
 
-Both are persistent products with the main loop of `siglip_kernels.linear.hopper_pipeline`: `residual_kernel` makes G
+Both are persistent products with the main loop of `siglip_kernels.gemm.hopper_pipeline`: `residual_kernel` makes G
 and the sums out of logits that never leave the accumulator, `product_kernel` G y and Gᵀ x.
 """
 
@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from siglip_kernels.linear.hopper_pipeline import (
+from siglip_kernels.gemm.hopper_pipeline import (
     CONSUMERS,
     THREAD_LAYOUT,
     THREADS,

@@ -9,7 +9,7 @@ from siglip_kernels.arguments import refuse_second_derivatives
 from siglip_kernels.device import hopper_kernels_enabled, interpreting
 from siglip_kernels.errors import MissingBackendError
 from siglip_kernels.sigmoid_loss.blocks import Engine, loss_and_gradients
-from siglip_kernels.sigmoid_loss.chunked import PlainEngine
+from siglip_kernels.sigmoid_loss.torch_engine import PlainEngine
 
 
 def kernels_available(device: torch.device) -> bool:
@@ -30,10 +30,10 @@ def make_engine(name: str, embeds: Tensor, chunk_size: int = 0) -> Engine:
             )
         # Imported here alone: importing needs no Triton.
         if hopper_kernels_enabled():
-            from siglip_kernels.sigmoid_loss.hopper import HopperEngine
+            from siglip_kernels.sigmoid_loss.hopper_engine import HopperEngine
 
             return HopperEngine(embeds, chunk_size)
-        from siglip_kernels.sigmoid_loss.launch import TritonEngine, config_for
+        from siglip_kernels.sigmoid_loss.triton_engine import TritonEngine, config_for
 
         return TritonEngine(embeds.dtype, config_for(embeds), chunk_size)
     return PlainEngine(embeds.dtype, embeds.device, chunk_size)

@@ -16,11 +16,12 @@ from bench.cli import app
 from bench.shapes import AttentionShape
 from bench.timing import Timing
 from bench.tune import TUNABLE, time_candidates, tune, write_table
-from siglip_kernels.attention import configuration, tuned
-from siglip_kernels.attention.configuration import Tile
+from siglip_kernels.attention import config as attention_config
+from siglip_kernels.attention import tuned
+from siglip_kernels.attention.config import Tile
 from siglip_kernels.device import INTERPRETER, pretend
-from siglip_kernels.linear.gemm import gemm
-from siglip_kernels.sigmoid_loss import config
+from siglip_kernels.gemm.kernels import gemm
+from siglip_kernels.sigmoid_loss import config as loss_config
 
 FAST, SLOW = Tile(32, 64, 4, 1), Tile(64, 64, 4, 1)
 GPU = INTERPRETER.name
@@ -44,7 +45,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tunes in the
 
 @pytest.fixture
 def two_candidates(monkeypatch):
-    monkeypatch.setattr(configuration, "candidates", lambda kernel, gpu: [SLOW, FAST])
+    monkeypatch.setattr(attention_config, "candidates", lambda kernel, gpu: [SLOW, FAST])
 
 
 @interpreted
@@ -73,10 +74,10 @@ def test_where_the_heuristic_is_fastest_there_is_nothing_to_write(two_candidates
 @interpreted
 def test_a_candidate_that_is_wrong_or_does_not_run_is_no_candidate(monkeypatch):
     unfit = Tile(33, 64, 4, 1)  # no power of two
-    monkeypatch.setattr(configuration, "candidates", lambda kernel, gpu: [unfit, SLOW])
+    monkeypatch.setattr(attention_config, "candidates", lambda kernel, gpu: [unfit, SLOW])
     (choice,) = tune("attention", [attention(65)], timer)
     assert choice.fields == dataclasses.astuple(SLOW) and choice.tried == 1
-    monkeypatch.setattr(configuration, "candidates", lambda kernel, gpu: [unfit])
+    monkeypatch.setattr(attention_config, "candidates", lambda kernel, gpu: [unfit])
     assert list(tune("attention", [attention(65)], timer)) == []
 
 
@@ -84,8 +85,8 @@ def test_trying_reaches_the_operation():
     key = ("forward", 4, 16, 128, 128)
     tunable = TUNABLE["attention"]
     with tunable.trying(GPU, {key: dataclasses.astuple(FAST)}):
-        assert configuration.tile("forward", INTERPRETER, 4, 16, 128, 128) == FAST
-    assert configuration.tile("forward", INTERPRETER, 4, 16, 128, 128) != FAST
+        assert attention_config.tile("forward", INTERPRETER, 4, 16, 128, 128) == FAST
+    assert attention_config.tile("forward", INTERPRETER, 4, 16, 128, 128) != FAST
 
 
 def test_the_real_timer_times_every_candidate():
@@ -114,18 +115,18 @@ def test_the_table_is_written_in_a_directory_of_ones_own(tmp_path):
 def test_every_tunable_follows_the_protocol():
     for tunable in TUNABLE.values():
         assert isinstance(tunable.table(), dict) and tunable.path().name == "tuned.py"
-        assert callable(tunable.configuration().candidates)
+        assert callable(tunable.config().candidates)
 
 
 def test_the_losss_table_is_read():
     gpu = GPUS["h200"]
-    plain = config.choose(torch.bfloat16, 768, gpu, "ieee")
-    entries = {("product", 2, 768): dataclasses.astuple(config.candidates(2, gpu)[-1])}
+    plain = loss_config.choose(torch.bfloat16, 768, gpu, "ieee")
+    entries = {("product", 2, 768): dataclasses.astuple(loss_config.candidates(2, gpu)[-1])}
     with TUNABLE["sigmoid_loss"].trying(gpu.name, entries):
-        tuned_config = config.choose(torch.bfloat16, 768, gpu, "ieee")
-    assert tuned_config.product == config.candidates(2, gpu)[-1] != plain.product
+        tuned_config = loss_config.choose(torch.bfloat16, 768, gpu, "ieee")
+    assert tuned_config.product == loss_config.candidates(2, gpu)[-1] != plain.product
     assert tuned_config.residual == plain.residual
-    assert config.choose(torch.bfloat16, 768, gpu, "ieee") == plain
+    assert loss_config.choose(torch.bfloat16, 768, gpu, "ieee") == plain
 
 
 def test_linears_candidates_of_a_key():
@@ -138,11 +139,11 @@ def test_linears_candidates_of_a_key():
             gemm(x, [weight], [None])
 
     (key,) = linear.asked_for(gpu.name, launch)
-    configuration = linear.configuration()
-    candidates = linear.candidates(configuration, key, gpu)
+    config = linear.config()
+    candidates = linear.candidates(config, key, gpu)
     assert len(candidates) > 1
     with linear.trying(gpu.name, {key: dataclasses.astuple(candidates[-1])}):
-        assert configuration.tile(configuration.Shape(*key), gpu) == candidates[-1]
+        assert config.tile(config.Shape(*key), gpu) == candidates[-1]
 
 
 @interpreted

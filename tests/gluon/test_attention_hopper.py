@@ -12,7 +12,7 @@ from planting import with_fault
 
 from bench.ahead_of_time import GPUS
 from siglip_kernels import MissingBackendError, UnsupportedInputError, attention, reference
-from siglip_kernels.attention import hopper, hopper_kernel
+from siglip_kernels.attention import hopper, hopper_forward
 from siglip_kernels.attention.hopper import attention_forward_hopper, last_keys, tile
 from siglip_kernels.device import pretend
 
@@ -254,7 +254,7 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch):
     """Each of these compiles; each is found under every seed."""
-    module = with_fault(hopper_kernel, *BROKEN[broken], tmp_path)
+    module = with_fault(hopper_forward, *BROKEN[broken], tmp_path)
     monkeypatch.setattr(hopper, "attention_forward_hopper_kernel", module.attention_forward_hopper_kernel)
     q, k, v = random_inputs(1, 70, 690, 5, 72)
     for seed in range(2):

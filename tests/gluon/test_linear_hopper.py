@@ -16,8 +16,8 @@ from torch import Tensor
 from bench.ahead_of_time import GPUS
 from siglip_kernels import MissingBackendError, UnsupportedInputError, linear, mlp, pre_norm_qkv
 from siglip_kernels.device import pretend
-from siglip_kernels.linear import hopper, hopper_pipeline
-from siglip_kernels.linear.gemm import gemm
+from siglip_kernels.gemm import hopper, hopper_pipeline
+from siglip_kernels.gemm.kernels import gemm
 
 # Few multiprocessors, so that each program has several tiles.
 HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
@@ -279,7 +279,7 @@ def broken_kernel(path: Path, line: str, replacement: str, in_pipeline: bool):
         if in_pipeline == (name == "broken_pipeline"):
             assert text.count(line) == 1, text.count(line)
             text = text.replace(line, replacement)
-        text = text.replace("siglip_kernels.linear.hopper_pipeline import", "broken_pipeline import")
+        text = text.replace("siglip_kernels.gemm.hopper_pipeline import", "broken_pipeline import")
         (path / f"{name}.py").write_text(text)
         specification = importlib.util.spec_from_file_location(name, path / f"{name}.py")
         sys.modules[name] = modules[name] = importlib.util.module_from_spec(specification)

@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.ahead_of_time import GPUS
 from siglip_kernels import UnsupportedInputError, reference, sigmoid_loss
 from siglip_kernels.device import pretend
-from siglip_kernels.sigmoid_loss import blocks, hopper, hopper_kernels, ops
+from siglip_kernels.sigmoid_loss import blocks, hopper_engine, hopper_kernels, ops
 
 # Few multiprocessors, so that each program has several tiles.
 HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
@@ -40,12 +40,12 @@ def small_blocks(monkeypatch):
     """Makes blocks of G that small, so that few pairs are several."""
 
     def shrink(size: int) -> None:
-        class SmallBlocks(hopper.HopperEngine):
+        class SmallBlocks(hopper_engine.HopperEngine):
             def __init__(self, embeds: Tensor, chunk_size: int = 0) -> None:
                 super().__init__(embeds, chunk_size)
                 self.rows = self.columns = size
 
-        monkeypatch.setattr(hopper, "HopperEngine", SmallBlocks)
+        monkeypatch.setattr(hopper_engine, "HopperEngine", SmallBlocks)
 
     return shrink
 
@@ -211,7 +211,7 @@ BROKEN = {
 def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch, small_blocks):
     """Each of these compiles; each is found by a fault or by its numbers, under every seed."""
     module = with_fault(hopper_kernels, *BROKEN[broken], tmp_path)
-    monkeypatch.setattr(hopper, "residual_kernel", module.residual_kernel)
+    monkeypatch.setattr(hopper_engine, "residual_kernel", module.residual_kernel)
     for seed in range(2):
         with pytest.raises((Fault, AssertionError)):
             for size in (256, 512):  # whose last tiles are whole, and cut

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import siglip_model
-from siglip_kernels.integrations.instances import Accelerated
+from siglip_kernels.integrations.patching import Accelerated
 from siglip_kernels.integrations.transformers import accelerate, restore
 
 DEMO = Path(siglip_model.__file__).parent / "demo"

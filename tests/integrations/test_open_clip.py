@@ -12,8 +12,8 @@ from budget import assert_close, assert_within_budget, check_acceleration, in_fp
 import siglip_kernels
 from siglip_kernels import MissingBackendError
 from siglip_kernels.integrations import open_clip as siglip_open_clip
-from siglip_kernels.integrations.instances import Accelerated
 from siglip_kernels.integrations.open_clip import accelerate, register_loss, restore, restore_loss
+from siglip_kernels.integrations.patching import Accelerated
 
 TOWER = dict(
     image_size=28, timm_model_name="vit_tiny_siglip", timm_model_pretrained=False, timm_pool="map", timm_proj="none"

@@ -16,7 +16,7 @@ from torch import nn
 
 import siglip_kernels
 from siglip_kernels import MissingBackendError, UnsupportedInputError
-from siglip_kernels.integrations.instances import Accelerated
+from siglip_kernels.integrations.patching import Accelerated
 from siglip_kernels.integrations.transformers import accelerate, restore
 
 

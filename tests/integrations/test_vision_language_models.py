@@ -6,7 +6,7 @@ import transformers
 from budget import assert_close, randomise, run
 from tiny_transformers import to
 
-from siglip_kernels.integrations.instances import Accelerated
+from siglip_kernels.integrations.patching import Accelerated
 from siglip_kernels.integrations.transformers import accelerate, restore
 
 IMAGE = 30  # the token that stands for a patch

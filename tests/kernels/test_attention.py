@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from siglip_kernels import UnsupportedInputError, attention, reference
-from siglip_kernels.attention.configuration import grid, split_head_dim
+from siglip_kernels.attention.config import grid, split_head_dim
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

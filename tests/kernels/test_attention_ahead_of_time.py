@@ -37,8 +37,8 @@ _TOO_LARGE = """
 import torch
 from bench.ahead_of_time import Launch, compile_launches
 from bench.attention_launches import _forward
-from siglip_kernels.attention import configuration
-configuration.tile = lambda *shape: configuration.Tile(128, 128, 4, {stages}, {registers})
+from siglip_kernels.attention import config
+config.tile = lambda *shape: config.Tile(128, 128, 4, {stages}, {registers})
 (row,) = compile_launches(iter([Launch("too large", _forward(729, 72, torch.bfloat16, False))]), "{gpu}")
 print(row.problems())
 """

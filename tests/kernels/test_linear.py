@@ -113,7 +113,7 @@ def test_tiles_of_gpus(gpu, dtype, device):
 
 def test_every_shape_has_a_tile_on_every_gpu():
     """Down to a GPU with a copy engine and as little shared memory as consumers get."""
-    from siglip_kernels.linear.configuration import Shape, candidates, programs, tile
+    from siglip_kernels.gemm.config import Shape, candidates, programs, tile
 
     small = dataclasses.replace(GPUS["b200"], name="small", capability=(12, 0), shared_memory=101_376)
     for gpu in (*GPUS.values(), small):
@@ -211,8 +211,8 @@ def test_rows_far_apart(rows, stride, device):
 @pytest.mark.parametrize("descriptors", [True, False])
 def test_every_tile_is_computed_once_in_whatever_order(descriptors, device):
     """More row tiles than one group has, a last group that is smaller, and programs with several tiles each."""
-    from siglip_kernels.linear.configuration import GROUP, Tile
-    from siglip_kernels.linear.gemm import gemm
+    from siglip_kernels.gemm.config import GROUP, Tile
+    from siglip_kernels.gemm.kernels import gemm
 
     tile = Tile(16, 32, 16, 4, 2, pieces=2, residents=3, descriptors=descriptors)
     rows = 16 * (GROUP + 3) - 5
@@ -227,7 +227,7 @@ def test_every_tile_is_computed_once_in_whatever_order(descriptors, device):
 
 def test_a_case_is_planned_once(device):
     """The same sizes and strides find their plan again; what lies elsewhere gets another, and the same result."""
-    from siglip_kernels.linear.plan import plan
+    from siglip_kernels.gemm.plan import plan
 
     inputs, _ = linear_inputs(20, 40, 24, torch.float16, device)
     plan.cache_clear()
@@ -357,7 +357,7 @@ def test_qkv(shape, heads, dtype, device):
 
 @pytest.mark.parametrize("gpu", ["a100", "h200"])
 def test_three_weights_with_tiles_of_gpus(gpu, device):
-    from siglip_kernels.linear.gemm import gemm
+    from siglip_kernels.gemm.kernels import gemm
 
     if device == "cuda":
         pytest.skip("the tiles of another GPU need not fit this one")

@@ -45,7 +45,7 @@ def test_tiles_come_and_go_by_the_copy_engine_or_sixteen_bytes_at_a_time(rows):
 _EVERY_SIZE = """
 import torch
 from bench.ahead_of_time import GPUS, compiling_for
-from siglip_kernels.linear.gemm import gemm
+from siglip_kernels.gemm.kernels import gemm
 compiled = set()
 def record(name, kernel):
     assert not isinstance(kernel, Exception), kernel

@@ -101,8 +101,8 @@ def test_tiles_of_gpus(gpu, dtype, device):
 @pytest.mark.parametrize("descriptors", [True, False])
 def test_every_tile_has_its_gelu_and_its_column_sums(descriptors, device):
     """More row tiles than one group has, each with sums of its own; columns that end within a piece."""
-    from siglip_kernels.linear.configuration import GROUP, Tile
-    from siglip_kernels.linear.gemm import gemm
+    from siglip_kernels.gemm.config import GROUP, Tile
+    from siglip_kernels.gemm.kernels import gemm
 
     tile = Tile(16, 32, 16, 4, 2, pieces=4, descriptors=descriptors)
     rows = 16 * (GROUP + 3) - 5
@@ -222,7 +222,7 @@ def test_gelu_and_its_derivative_everywhere(dtype, device):
 
 def test_infinite_pre_activations(device):
     """fp16 cannot hold ±1e5: kept as ±inf, whose gelu is inf or 0 and whose slope is 1 or 0, and never NaN."""
-    from siglip_kernels.linear.gemm import gemm
+    from siglip_kernels.gemm.kernels import gemm
 
     x = torch.ones(1, 8, dtype=torch.float16, device=device)
     weight = torch.eye(8, dtype=torch.float16, device=device)
@@ -336,16 +336,16 @@ def test_input_and_pre_activation_are_all_that_is_kept(pre_norm, device):
 
 
 def test_inference_writes_no_pre_activation(device, monkeypatch):
-    from siglip_kernels.linear import gemm
+    from siglip_kernels.gemm import kernels
 
     asked = []
-    original = gemm.gemm
+    original = kernels.gemm
 
     def spy(*arguments, **options):
         asked.append(options.get("keep_pre_activation"))
         return original(*arguments, **options)
 
-    monkeypatch.setattr(gemm, "gemm", spy)
+    monkeypatch.setattr(kernels, "gemm", spy)
     inputs, _ = mlp_inputs(9, 24, 40, torch.bfloat16, device)
     mlp(**inputs)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from siglip_kernels import (
     reference,
     sigmoid_loss,
 )
-from siglip_kernels.sigmoid_loss import blocks, chunked, config, launch, ops
+from siglip_kernels.sigmoid_loss import blocks, config, ops, torch_engine, triton_engine
 
 LOSSES = {"triton": sigmoid_loss, "chunked": chunked_sigmoid_loss}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.fixture(params=LOSSES)
 def loss_function(request, monkeypatch):
     # Blocks so small that every size below is several of them.
-    monkeypatch.setattr(chunked, "_CPU_BLOCK", (48, 40))
+    monkeypatch.setattr(torch_engine, "_CPU_BLOCK", (48, 40))
     return LOSSES[request.param]
 
 
@@ -142,7 +142,7 @@ def test_fp16_gradients_at_the_scale_of_65536_pairs(engine, device):
 def test_both_ways_of_loading_tiles(descriptors, dtype, device, monkeypatch):
     small = config.Tile(32, 64, 16, num_warps=4, num_stages=1)
     chosen = config.Config(small, config.Tile(64, 32, 16, 4, 1), 256, descriptors, "ieee")
-    monkeypatch.setattr(launch, "choose", lambda *_: chosen)
+    monkeypatch.setattr(triton_engine, "choose", lambda *_: chosen)
     check_budget(sigmoid_loss, *embeddings(270, 24, device), 10.0, -5.0, dtype)
 
 

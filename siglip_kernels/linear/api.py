@@ -5,7 +5,7 @@ from torch import Tensor
 
 from siglip_kernels.arguments import as_rows, autocast_dtype, cast, refuse_second_derivatives, refuse_tangents
 from siglip_kernels.device import require_kernels
-from siglip_kernels.linear import plain
+from siglip_kernels.gemm import cublas
 from siglip_kernels.linear.arguments import check_input, check_parameter, check_residual, require_device
 
 
@@ -13,7 +13,7 @@ from siglip_kernels.linear.arguments import check_input, check_parameter, check_
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """x: (..., in); weight: (out, in); bias: (out,); residual: (..., out). In what x and residual promote to."""
     require_kernels("linear", "x", x)
-    from siglip_kernels.linear.gemm import gemm
+    from siglip_kernels.gemm.kernels import gemm
 
     with torch.cuda.device_of(x):
         return gemm(as_rows(x), [weight], [bias], residual=as_rows(residual))[0].view(residual.shape)
@@ -34,11 +34,11 @@ def _linear_backward(
     x_grad, weight_grad, bias_grad = (rows.new_empty(0) for _ in range(3))
     with torch.autocast(out_grad.device.type, enabled=False):
         if weight is not None:
-            x_grad = plain.input_gradient(rows, weight).view(*out_grad.shape[:-1], weight.shape[1])
+            x_grad = cublas.input_gradient(rows, weight).view(*out_grad.shape[:-1], weight.shape[1])
         if x is not None:
-            weight_grad = plain.weight_gradient(rows, as_rows(x))
+            weight_grad = cublas.weight_gradient(rows, as_rows(x))
         if needs_bias:
-            bias_grad = plain.bias_gradient(rows)
+            bias_grad = cublas.bias_gradient(rows)
     return x_grad, weight_grad, bias_grad
 
 
@@ -103,4 +103,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         refuse_tangents("linear", x=x, weight=weight, bias=bias, residual=residual)
         return _linear(x, weight, bias, residual)
     require_device("linear", "x", x)
-    return plain.product(x, weight, bias)
+    return cublas.product(x, weight, bias)

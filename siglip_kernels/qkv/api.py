@@ -19,8 +19,8 @@ from siglip_kernels.arguments import (
 )
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
+from siglip_kernels.gemm import cublas
 from siglip_kernels.layer_norm.launch import layer_norm_backward, layer_norm_forward
-from siglip_kernels.linear import plain
 from siglip_kernels.linear.arguments import check_input, check_norm, check_parameter, wants_gradients
 
 
@@ -41,7 +41,7 @@ def _pre_norm_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The packed result (B, S, 3, H, D), and to keep the means and reciprocal deviations, or empty tensors."""
     require_kernels("pre_norm_qkv", "x", x)
-    from siglip_kernels.linear.gemm import gemm
+    from siglip_kernels.gemm.kernels import gemm
 
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         normed, mean, rstd = layer_norm_forward(
@@ -91,7 +91,7 @@ def _pre_norm_qkv_backward(
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         if any(needs_normed):
             x_grad, norm_weight_grad, norm_bias_grad = layer_norm_backward(
-                plain.input_gradient(parts.flatten(1), torch.cat(list(weights))),
+                cublas.input_gradient(parts.flatten(1), torch.cat(list(weights))),
                 rows,
                 norm_weight,
                 mean,
@@ -103,8 +103,8 @@ def _pre_norm_qkv_backward(
         weight_grads = parts.new_empty(0, rows.shape[1])
         if any(needs_weights):
             normed = layer_norm_forward(rows, norm_weight, norm_bias.contiguous(), eps, parts.dtype)[0]
-            weight_grads = plain.weight_gradient(_some_parts(parts, needs_weights), normed)
-        bias_grads = plain.bias_gradient(_some_parts(parts, needs_biases))
+            weight_grads = cublas.weight_gradient(_some_parts(parts, needs_weights), normed)
+        bias_grads = cublas.bias_gradient(_some_parts(parts, needs_biases))
     return (
         x_grad.view(x.shape) if needs_normed[0] else x_grad,
         norm_weight_grad,

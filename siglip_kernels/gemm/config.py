@@ -8,7 +8,7 @@ import functools
 from dataclasses import dataclass
 
 from siglip_kernels.device import Facts
-from siglip_kernels.linear.tuned import TUNED
+from siglip_kernels.gemm.tuned import TUNED
 
 LARGEST_BLOCK = 256  # rows or columns of a tile of any matrix
 GROUP = 8  # row tiles whose results are computed together, so that their operands stay in the L2

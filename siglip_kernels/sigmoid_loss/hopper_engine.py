@@ -6,10 +6,10 @@ from torch import Tensor
 
 from siglip_kernels.device import facts
 from siglip_kernels.errors import unsupported
-from siglip_kernels.linear.hopper import GROUP, TALL, WIDE, Tile, descriptor
-from siglip_kernels.linear.hopper_pipeline import BLOCK_K, CONSUMERS, THREADS
+from siglip_kernels.gemm.hopper import GROUP, TALL, WIDE, Tile, descriptor
+from siglip_kernels.gemm.hopper_pipeline import BLOCK_K, CONSUMERS, THREADS
 from siglip_kernels.sigmoid_loss.hopper_kernels import BUFFERS, PIECE, product_kernel, residual_kernel
-from siglip_kernels.sigmoid_loss.launch import TritonEngine, config_for
+from siglip_kernels.sigmoid_loss.triton_engine import TritonEngine, config_for
 
 
 class HopperEngine(TritonEngine):

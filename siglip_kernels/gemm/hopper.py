@@ -19,7 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip_kernels.device import Facts, facts
 from siglip_kernels.errors import unsupported
-from siglip_kernels.linear.hopper_pipeline import (
+from siglip_kernels.gemm.hopper_pipeline import (
     BLOCK_K,
     CONSUMERS,
     PIECE,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from siglip_kernels.arguments import as_rows, autocast_dtype, cast, refuse_second_derivatives, refuse_tangents
 from siglip_kernels.device import require_kernels
+from siglip_kernels.gemm import cublas
 from siglip_kernels.layer_norm.launch import layer_norm_backward, layer_norm_forward
-from siglip_kernels.linear import plain
 from siglip_kernels.linear.arguments import check_input, check_norm, check_parameter, check_residual, wants_gradients
 
 
@@ -31,11 +31,11 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """x: (rows, width). The result (rows, out), and to keep the pre-activation (rows, hidden), or an empty tensor."""
-    from siglip_kernels.linear.gemm import gemm
+    from siglip_kernels.gemm.kernels import gemm
 
     activation, pre_activation, _, _ = gemm(x, [fc1_weight], [fc1_bias], gelu="forward", keep_pre_activation=keep)
     if residual is None:
-        out = plain.product(activation, fc2_weight, fc2_bias)
+        out = cublas.product(activation, fc2_weight, fc2_bias)
     else:
         out = gemm(activation, [fc2_weight], [fc2_bias], residual=residual)[0]
     return out, x.new_empty(0) if pre_activation is None else pre_activation
@@ -58,7 +58,7 @@ def _gradients(
     gradients = [out_grad.new_empty(0) for _ in range(5)]
     hidden_grad = activation = None
     if fc2_weight is not None and (needs_x or needs_fc1_weight or needs_fc1_bias):
-        from siglip_kernels.linear.gemm import gemm
+        from siglip_kernels.gemm.kernels import gemm
 
         hidden_grad, _, activation, column_sums = gemm(
             out_grad,
@@ -74,14 +74,14 @@ def _gradients(
     elif needs_fc2_weight:
         activation = F.gelu(pre_activation, approximate="tanh")
     if activation is not None:
-        gradients[3] = plain.weight_gradient(out_grad, activation)
+        gradients[3] = cublas.weight_gradient(out_grad, activation)
         del activation  # as large as the pre-activation: gone before the next tensors come
     if needs_fc2_bias:
-        gradients[4] = plain.bias_gradient(out_grad)
+        gradients[4] = cublas.bias_gradient(out_grad)
     if hidden_grad is not None and needs_fc1_weight:
-        gradients[1] = plain.weight_gradient(hidden_grad, x())
+        gradients[1] = cublas.weight_gradient(hidden_grad, x())
     if hidden_grad is not None and needs_x and fc1_weight is not None:
-        gradients[0] = plain.input_gradient(hidden_grad, fc1_weight)
+        gradients[0] = cublas.input_gradient(hidden_grad, fc1_weight)
     return gradients
 
 

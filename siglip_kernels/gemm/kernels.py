@@ -16,10 +16,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from siglip_kernels.device import facts, hopper_kernels_enabled, interpreting, precision
 from siglip_kernels.errors import unsupported
-from siglip_kernels.interpreted import dot, narrow
-from siglip_kernels.linear import configuration
-from siglip_kernels.linear.gelu import gelu, gelu_and_derivative
-from siglip_kernels.linear.plan import layout, plan
+from siglip_kernels.gemm import config
+from siglip_kernels.gemm.gelu import gelu, gelu_and_derivative
+from siglip_kernels.gemm.plan import layout, plan
+from siglip_kernels.interpreter import dot, narrow
 
 INTERPRETED = tl.constexpr(interpreting())
 
@@ -241,7 +241,7 @@ def gemm(
     pre_activation: Tensor | None = None,
     keep_activation: bool = False,
     keep_column_sums: bool = False,
-    tile: configuration.Tile | None = None,
+    tile: config.Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launches the kernel: out, and what else was asked for: the pre-activation, the activation, the column sums.
 
@@ -289,7 +289,7 @@ def gemm(
     biases = _biases_to_read(biases, columns, a)
     outs = [out] if parts == 1 else list(out.view(rows, parts, columns).unbind(1))
     if hopper_kernels_enabled():
-        from siglip_kernels.linear import hopper
+        from siglip_kernels.gemm import hopper
 
         a, *weights, residual, kept = inputs
         sums = hopper.launch(

@@ -10,7 +10,7 @@ matrix units on to the next consumer, and makes its exponentials while those wor
 - The first step of a tile takes the last keys, and just as many columns as they need, a multiple of 16. Its box ends
   with the last valid key rather than beginning with a full tile's, so that no invalid key is ever read; all later steps
   are whole and have no mask.
-- Head dim 72 is 64 + 16 columns (configuration.split_head_dim): TMA fills what the head lacks with zeros, and clips it.
+- Head dim 72 is 64 + 16 columns (config.split_head_dim): TMA fills what the head lacks with zeros, and clips it.
 - A score costs one multiply-add with the scale and the maximum folded in, then one exponential of base 2.
 """
 

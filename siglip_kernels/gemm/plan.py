@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.device import Facts
-from siglip_kernels.linear import configuration
-from siglip_kernels.linear.configuration import Tile
+from siglip_kernels.gemm import config
+from siglip_kernels.gemm.config import Tile
 
 
 class Layout(NamedTuple):
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
         """The kernel reads rows of unit stride that do not overlap, at most so far apart that offsets within a tile
         have 32 bits. Anything else is copied, and what a copy would align."""
         unit_stride = self.column_stride == 1 or self.columns == 1
-        apart = self.columns <= self.step < 2**31 // configuration.LARGEST_BLOCK
+        apart = self.columns <= self.step < 2**31 // config.LARGEST_BLOCK
         aligned = self.is_aligned or self.columns * self.dtype.itemsize % 16 != 0
         return unit_stride and apart and aligned
 
@@ -111,10 +111,10 @@ def plan(
     activation = Layout(rows, columns, columns, 1, a.dtype, 0) if keep_activation else None
     matrices = [*read, activation, *[out] * parts]
     there = [matrix for matrix in matrices if matrix is not None]
-    unit = configuration.stride_unit([matrix.step for matrix in there])
+    unit = config.stride_unit([matrix.step for matrix in there])
     aligned = all(matrix.is_aligned for matrix in there)
     if tile is None:
-        shape = configuration.Shape(
+        shape = config.Shape(
             rows=rows,
             columns=columns,
             depth=depth,
@@ -125,7 +125,7 @@ def plan(
             tf32=precision == "tf32",
             aligned=aligned,
         )
-        tile = configuration.tile(shape, facts)
+        tile = config.tile(shape, facts)
     descriptors = tile.descriptors and aligned
     epilogue_block = [tile.rows, tile.columns // tile.pieces]
     blocks = [
@@ -144,7 +144,7 @@ def plan(
         sources=sources,
         steps=tuple(0 if matrix is None else matrix.step // unit for matrix in (read[0], *read[parts:])),
         row_tiles=row_tiles,
-        programs=configuration.programs(tile, row_tiles * -(-columns // tile.columns) * parts, facts),
+        programs=config.programs(tile, row_tiles * -(-columns // tile.columns) * parts, facts),
         constants={
             "COLUMNS": columns,
             "DEPTH": depth,
@@ -155,7 +155,7 @@ def plan(
             "BLOCK_N": tile.columns,
             "BLOCK_K": tile.depth,
             "PIECES": tile.pieces,
-            "GROUP": configuration.GROUP,
+            "GROUP": config.GROUP,
             "UNIT": unit,
             "DESCRIPTORS": descriptors,
             "FLATTEN": descriptors,

@@ -1,0 +1,1 @@
+"""The GEMM with fused epilogues that linear, mlp, qkv and the sigmoid loss share."""
