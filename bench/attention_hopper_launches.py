@@ -47,7 +47,7 @@ def _forward(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Ca
 
 def _backward(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Callable[[], object]:
     def launch() -> object:
-        from siglip_kernels.attention.hopper_backward import attention_backward_hopper
+        from siglip_kernels.attention.hopper import attention_backward_hopper
 
         (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
         out = torch.empty(q.shape, device="meta", dtype=dtype)

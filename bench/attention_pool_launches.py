@@ -22,7 +22,7 @@ def _training(
     name = f"{_NAMES[dtype]} {batch} x {tokens} x {width}{' lengths' if padded else ''}"
 
     def run(backward: bool) -> None:
-        from siglip_kernels.attention_pool.launch import attention_pool_backward, attention_pool_forward
+        from siglip_kernels.attention_pool.kernels import attention_pool_backward, attention_pool_forward
 
         x = torch.empty(batch, tokens, width, dtype=dtype, device="meta")
         folded = torch.empty(heads, width, dtype=dtype, device="meta")

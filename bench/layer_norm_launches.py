@@ -33,7 +33,7 @@ def _launch(
 
 
 def _run(rows: int, width: int, dtype: torch.dtype, parameter_dtype: torch.dtype, residual: bool) -> None:
-    from siglip_kernels.layer_norm import layer_norm_backward, layer_norm_forward
+    from siglip_kernels.layer_norm.kernels import layer_norm_backward, layer_norm_forward
 
     x = torch.empty(rows, width, dtype=dtype, device="meta")
     parameter = torch.empty(width, dtype=parameter_dtype, device="meta")

@@ -18,7 +18,7 @@ def launches() -> Iterator[Launch]:
 
 def _run(dtype: torch.dtype, pairs: int, width: int, gradients: bool = True) -> None:
     from siglip_kernels.sigmoid_loss.blocks import loss_and_gradients
-    from siglip_kernels.sigmoid_loss.ops import make_engine
+    from siglip_kernels.sigmoid_loss.engines import make_engine
 
     x = torch.empty(pairs, width, dtype=dtype, device="meta")
     scalar = torch.empty((), device="meta")

@@ -115,7 +115,7 @@ def _attention_backward(
         if log_sum_exp.shape != (q.shape[0], q.shape[2], q.shape[1]):
             raise unsupported("attention", "keep_for_backward", "was False", "True where gradients are asked for")
         if hopper_kernels_enabled():
-            from siglip_kernels.attention.hopper_backward import attention_backward_hopper
+            from siglip_kernels.attention.hopper import attention_backward_hopper
 
             return attention_backward_hopper(out_grad, q, k, v, out, log_sum_exp, lengths, scale, needs_q, needs_k_or_v)
         return attention_backward(out_grad, q, k, v, out, log_sum_exp, lengths, scale, needs_q, needs_k_or_v)

@@ -15,9 +15,9 @@ from siglip_kernels.arguments import (
     refuse_tangents,
     unit_stride,
 )
+from siglip_kernels.attention_pool.config import fits
 from siglip_kernels.attention_pool.fallback import pool_backward, pool_forward
 from siglip_kernels.attention_pool.folded import pool_by
-from siglip_kernels.attention_pool.launch import attention_pool_backward, attention_pool_forward, fits
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 
@@ -69,6 +69,8 @@ def _validate(x: Tensor, parameters: dict[str, Tensor], num_heads: int, lengths:
 def _pool(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`folded.plain_pooling`; and for backward each head's highest score and sum of powers, in base 2, (B, H) fp32."""
     require_kernels("attention_pool", "x", x)
+    from siglip_kernels.attention_pool.kernels import attention_pool_forward
+
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         if x.shape[1] > 0 and not fits(x, folded.shape[0]):
             return pool_forward(x, folded, scale, lengths)
@@ -91,6 +93,8 @@ def _pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and folded; one that is not needed is an empty tensor."""
     require_kernels("attention_pool", "x", x)
+    from siglip_kernels.attention_pool.kernels import attention_pool_backward
+
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         if x.shape[1] > 0 and not fits(x, folded.shape[0]):
             x_grad, folded_grad = pool_backward(pooled_grad, x, folded, pooled, highest, total, scale, lengths)

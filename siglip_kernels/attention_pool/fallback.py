@@ -1,5 +1,5 @@
 """Pooling by PyTorch's products, where the kernels do not fit: fp32, whose IEEE products get no tensor core and whose
-tiles would take twice the registers, and more heads or columns than `launch.LARGEST`.
+tiles would take twice the registers, and more heads or columns than `config.LARGEST`.
 """
 
 import math

@@ -13,14 +13,20 @@ by a large fₕ. And all dscoreₛₕ of a sample add up to 0 but for rounding, 
 multiply: so dfₕ counts tokens by how far they are from their average.
 """
 
+import math
+
+import torch
+
 # Tuples that grow by an element a chunk, as the loops over chunks are unrolled, are beyond the type checker, and
 # beyond Triton in the form that the linter prefers.
 # mypy: disable-error-code="misc, assignment"
 # ruff: noqa: RUF005
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from siglip_kernels.attention_pool.config import Tile, choose_tile, chunk_columns, padded_heads, split_tokens
+from siglip_kernels.device import facts, interpreting
 from siglip_kernels.interpreter import dot, narrow
 
 
@@ -274,3 +280,128 @@ def attention_pool_backward_kernel(
         rows = (tl.program_id(0).to(tl.int64) * heads + head) * WIDTH
         for chunk in tl.static_range(CHUNKS):
             store_chunk(partials, rows, head_is_valid, sums[chunk], chunk * CHUNK, WIDTH, CHUNK, INTERPRETED)
+
+
+def _strides(*strides: int) -> tuple[list[int], int]:
+    """In units of `unit` elements: 8 where that divides them all, so that the compiler knows of the alignment."""
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    return [stride // unit for stride in strides], unit
+
+
+def _constants(tile: Tile, width: int, heads: int) -> dict[str, object]:
+    return {
+        "WIDTH": width,
+        "CHUNK": tile.chunk,
+        "CHUNKS": -(-width // tile.chunk),
+        "HEADS": padded_heads(heads),
+        "TOKENS": tile.tokens,
+        "STAGES": tile.stages,
+        "INTERPRETED": interpreting(),
+        "num_warps": tile.warps,
+        "maxnreg": tile.registers,
+    }
+
+
+def attention_pool_forward(
+    x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pooled (B, H, width), and highest and total (B, H). x: (B, S, width) of unit last stride; folded: (H, width)."""
+    batch, tokens, width = x.shape
+    heads = folded.shape[0]
+    pooled = torch.empty((batch, heads, width), dtype=x.dtype, device=x.device)
+    highest, total = (torch.empty((batch, heads), dtype=torch.float32, device=x.device) for _ in range(2))
+    if batch == 0 or tokens == 0:
+        return pooled.zero_(), highest.zero_(), total.zero_()
+    gpu = facts(x.device)
+    tile = choose_tile("forward", gpu, heads, width)
+    splits, span = split_tokens(batch, tokens, tile.tokens, 2 * gpu.multiprocessors)
+    results = parts = [pooled, highest, total]
+    if splits > 1:
+        parts = [torch.empty((splits, *one.shape), dtype=torch.float32, device=x.device) for one in results]
+    strides, unit = _strides(x.stride(0), x.stride(1))
+    attention_pool_forward_kernel[(batch * splits,)](
+        x,
+        folded,
+        lengths,
+        *parts,
+        *strides,
+        batch,
+        tokens,
+        heads,
+        splits,
+        span,
+        scale * math.log2(math.e),
+        UNIT=unit,
+        **_constants(tile, width, heads),
+    )
+    if splits > 1:
+        chunk = chunk_columns(width)
+        attention_pool_combine_kernel[(batch * heads, -(-width // chunk))](
+            *parts,
+            *results,
+            batch * heads,
+            splits,
+            WIDTH=width,
+            CHUNK=chunk,
+            SPLITS=1 << (splits - 1).bit_length(),
+            BLOCK=16,
+            INTERPRETED=interpreting(),
+            num_warps=4,
+        )
+    return pooled, highest, total
+
+
+def attention_pool_backward(
+    pooled_grad: Tensor,
+    x: Tensor,
+    folded: Tensor,
+    pooled: Tensor,
+    highest: Tensor,
+    total: Tensor,
+    scale: float,
+    lengths: Tensor | None,
+    needs_x: bool,
+    needs_folded: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and folded; one that is not needed is an empty tensor. x, pooled_grad: unit last stride."""
+    batch, tokens, width = x.shape
+    heads = folded.shape[0]
+    x_grad = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
+    if batch == 0 or tokens == 0:
+        return x_grad, torch.zeros(folded.shape if needs_folded else 0, dtype=x.dtype, device=x.device)
+    gpu = facts(x.device)
+    tile = choose_tile("backward", gpu, heads, width)
+    splits, span = split_tokens(batch, tokens, tile.tokens, gpu.multiprocessors)
+    programs = min(batch * splits, gpu.multiprocessors)
+    partials = torch.empty((programs, heads, width), dtype=torch.float32, device=x.device) if needs_folded else None
+    strides, unit = _strides(x.stride(0), x.stride(1), pooled_grad.stride(0), pooled_grad.stride(1))
+    delta, surplus = (torch.empty((batch, splits, heads), dtype=torch.float32, device=x.device) for _ in range(2))
+    for first_pass in (True, False):
+        attention_pool_backward_kernel[(batch * splits if first_pass else programs,)](
+            pooled_grad,
+            x,
+            folded,
+            pooled,
+            highest,
+            total,
+            lengths,
+            delta if first_pass else delta.sum(1),
+            x_grad if needs_x and not first_pass else None,
+            None if first_pass else partials,
+            surplus,
+            *strides,
+            tokens,
+            heads,
+            splits,
+            span,
+            batch * splits,
+            scale,
+            scale * math.log2(math.e),
+            UNIT=unit,
+            FIRST_PASS=first_pass,
+            **{**_constants(tile, width, heads), "maxnreg": 128 if first_pass else tile.registers},
+        )
+    if partials is None:
+        return x_grad, torch.empty(0, dtype=x.dtype, device=x.device)
+    centred = torch.einsum("bh,bhw->hw", surplus.sum(1).to(x.dtype), pooled)
+    return x_grad, (partials.sum(0) - centred).to(x.dtype)

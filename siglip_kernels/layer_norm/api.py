@@ -12,7 +12,6 @@ from torch import Tensor
 from siglip_kernels.arguments import as_rows, check_tensor, refuse_second_derivatives, refuse_tangents
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
-from siglip_kernels.layer_norm.launch import layer_norm_backward, layer_norm_forward
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 2**25
@@ -63,6 +62,8 @@ def _layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and for backward each row's mean and reciprocal standard deviation, (rows,) fp32."""
     require_kernels("layer_norm", "x", x)
+    from siglip_kernels.layer_norm.kernels import layer_norm_forward
+
     with torch.cuda.device_of(x):
         y, mean, rstd = layer_norm_forward(as_rows(x), _contiguous(weight), _contiguous(bias), eps, out_dtype)
     return y.view(x.shape), mean, rstd
@@ -82,6 +83,8 @@ def _layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias; one that is not needed is an empty tensor."""
     require_kernels("layer_norm", "x", x)
+    from siglip_kernels.layer_norm.kernels import layer_norm_backward
+
     with torch.cuda.device_of(x):
         x_grad, weight_grad, bias_grad = layer_norm_backward(
             as_rows(y_grad),

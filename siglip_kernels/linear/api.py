@@ -3,10 +3,19 @@
 import torch
 from torch import Tensor
 
-from siglip_kernels.arguments import as_rows, autocast_dtype, cast, refuse_second_derivatives, refuse_tangents
+from siglip_kernels.arguments import (
+    as_rows,
+    autocast_dtype,
+    cast,
+    check_input,
+    check_parameter,
+    check_residual,
+    refuse_second_derivatives,
+    refuse_tangents,
+    require_device,
+)
 from siglip_kernels.device import require_kernels
 from siglip_kernels.gemm import cublas
-from siglip_kernels.linear.arguments import check_input, check_parameter, check_residual, require_device
 
 
 @torch.library.custom_op("siglip_kernels::linear", mutates_args=())

@@ -14,11 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels.arguments import as_rows, autocast_dtype, cast, refuse_second_derivatives, refuse_tangents
+from siglip_kernels.arguments import (
+    as_rows,
+    autocast_dtype,
+    cast,
+    check_input,
+    check_norm,
+    check_parameter,
+    check_residual,
+    refuse_second_derivatives,
+    refuse_tangents,
+    wants_gradients,
+)
 from siglip_kernels.device import require_kernels
 from siglip_kernels.gemm import cublas
-from siglip_kernels.layer_norm.launch import layer_norm_backward, layer_norm_forward
-from siglip_kernels.linear.arguments import check_input, check_norm, check_parameter, check_residual, wants_gradients
 
 
 def _forward(
@@ -227,6 +236,8 @@ def _pre_norm_mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result, and to keep the means, the reciprocal deviations and the pre-activation, or empty tensors."""
     require_kernels("pre_norm_mlp", "x", x)
+    from siglip_kernels.layer_norm.kernels import layer_norm_forward
+
     rows = as_rows(x)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         normed, mean, rstd = layer_norm_forward(
@@ -265,6 +276,8 @@ def _pre_norm_mlp_backward(
     One that is not needed is an empty tensor; x's contains the residual's.
     """
     require_kernels("pre_norm_mlp", "x", x)
+    from siglip_kernels.layer_norm.kernels import layer_norm_backward, layer_norm_forward
+
     rows, out_rows = as_rows(x), as_rows(out_grad)
     norm_weight = norm_weight.contiguous()
 

@@ -4,16 +4,14 @@ A patch's pixels lie at (where the patch begins) + (where channel, row and colum
 patches is addressed by a column vector plus a row vector, and no patch is ever copied.
 """
 
-import functools
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip_kernels.device import Facts, facts, interpreting, precision
+from siglip_kernels.device import facts, interpreting, precision
 from siglip_kernels.interpreter import dot, narrow
+from siglip_kernels.patch_embed.config import choose_tile
 
 _INTEGERS = [
     "batch_stride", "channel_stride", "row_stride", "position_batch_stride", "position_token_stride", "patches",
@@ -88,28 +86,6 @@ def patch_embed_kernel(
         products += added.to(tl.float32)
     element: tl.constexpr = out.dtype.element_ty
     tl.store(out + ((patch * WIDTH)[:, None] + columns[None, :]), narrow(products, element, INTERPRETED), mask=mask)
-
-
-@dataclass(frozen=True)
-class Tile:
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-@functools.cache
-def choose_tile(gpu: Facts, element_bytes: int, tf32: bool, patches: int, width: int) -> Tile:
-    """Not measured. The largest tile that does not spill, unless a smaller one gives more multiprocessors work."""
-    if gpu.capability == (0, 0):
-        return Tile(64, 64, 64, 4, 1)
-    if element_bytes == 4:
-        return Tile(64, 64, 32, 8, 3) if tf32 else Tile(32, 32, 32, 8, 2)
-    tiles = -(-patches // 128) * -(-width // 128)
-    if tiles < gpu.multiprocessors:
-        return Tile(64, 64, 64, 4, 3)
-    return Tile(128, 128, 64 if gpu.capability[0] >= 9 else 32, 8, 3)
 
 
 def _unit(*strides: int) -> int:

@@ -13,15 +13,17 @@ from siglip_kernels.arguments import (
     as_rows,
     autocast_dtype,
     cast,
+    check_input,
+    check_norm,
+    check_parameter,
     check_tensor,
     refuse_second_derivatives,
     refuse_tangents,
+    wants_gradients,
 )
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 from siglip_kernels.gemm import cublas
-from siglip_kernels.layer_norm.launch import layer_norm_backward, layer_norm_forward
-from siglip_kernels.linear.arguments import check_input, check_norm, check_parameter, wants_gradients
 
 
 @torch.library.custom_op("siglip_kernels::pre_norm_qkv", mutates_args=())
@@ -42,6 +44,7 @@ def _pre_norm_qkv(
     """The packed result (B, S, 3, H, D), and to keep the means and reciprocal deviations, or empty tensors."""
     require_kernels("pre_norm_qkv", "x", x)
     from siglip_kernels.gemm.kernels import gemm
+    from siglip_kernels.layer_norm.kernels import layer_norm_forward
 
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         normed, mean, rstd = layer_norm_forward(
@@ -84,6 +87,8 @@ def _pre_norm_qkv_backward(
     weights: the three, where x's gradient or the norm's is needed, else none.
     """
     require_kernels("pre_norm_qkv", "x", x)
+    from siglip_kernels.layer_norm.kernels import layer_norm_backward, layer_norm_forward
+
     rows = as_rows(x)
     norm_weight = norm_weight.contiguous()
     parts = packed_grad.flatten(3).flatten(0, 1)  # [rows, 3, H · D]

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from siglip_kernels import reference
-from siglip_kernels.arguments import check_tensor, refuse_tangents
+from siglip_kernels.arguments import check_tensor, refuse_second_derivatives, refuse_tangents
 from siglip_kernels.errors import unsupported
-from siglip_kernels.sigmoid_loss.ops import forward_op
+from siglip_kernels.sigmoid_loss.blocks import loss_and_gradients
+from siglip_kernels.sigmoid_loss.engines import make_engine, saved_dtype
 
 # From this many pairs on the plain loss is chunked: below, all logits are smaller than the embeddings of usual models'
 # batches, and the definition itself, which can be differentiated twice, is as fast.
@@ -14,6 +15,131 @@ CHUNKED_FROM = 1024
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_WIDTH = 2048
+
+
+@torch.library.custom_op("siglip_kernels::sigmoid_loss", mutates_args=())
+def forward_op(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    engine: str,
+    chunk_size: int,
+    image_gradient: bool,
+    text_gradient: bool,
+    scalar_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, and the gradients that were asked for (see `blocks.loss_and_gradients`)."""
+    with torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
+        return loss_and_gradients(
+            make_engine(engine, image_embeds, chunk_size),
+            aligned(image_embeds),
+            aligned(text_embeds),
+            logit_scale,
+            logit_bias,
+            image_gradient,
+            text_gradient,
+            scalar_gradients,
+        )
+
+
+def aligned(embeds: Tensor) -> Tensor:
+    """Rows one after the other from a 16-byte boundary, as the GPU's copy engine reads them; a copy if they are not."""
+    embeds = embeds.contiguous()
+    return embeds if embeds.data_ptr() % 16 == 0 else embeds.clone()
+
+
+@forward_op.register_fake
+def _(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    engine: str,
+    chunk_size: int,
+    image_gradient: bool,
+    text_gradient: bool,
+    scalar_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = saved_dtype(engine, image_embeds.dtype)
+    return (
+        image_embeds.new_empty((), dtype=logit_scale.dtype),
+        image_embeds.new_empty(image_embeds.shape if image_gradient else (0,), dtype=dtype),
+        image_embeds.new_empty(text_embeds.shape if text_gradient else (0,), dtype=dtype),
+        image_embeds.new_empty((2,) if scalar_gradients else (0,), dtype=logit_scale.dtype),
+    )
+
+
+@torch.library.custom_op("siglip_kernels::sigmoid_loss_backward", mutates_args=())
+def backward_op(
+    upstream: Tensor,
+    image_gradient: Tensor,
+    text_gradient: Tensor,
+    scalar_gradients: Tensor,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The saved gradients times dL, in the embeddings' dtype. The inputs lead a double backward to its error."""
+    with torch.no_grad():
+        scaler = make_engine(engine, image_embeds)
+        results = [
+            # The multiplication is in fp32 even where both sides of it are bf16.
+            scaler.scale(saved, upstream, 1.0, torch.empty_like(saved, dtype=image_embeds.dtype))
+            if saved.numel()
+            else torch.empty_like(saved, dtype=image_embeds.dtype)
+            for saved in (image_gradient, text_gradient)
+        ]
+        return results[0], results[1], scalar_gradients * upstream
+
+
+@backward_op.register_fake
+def _(
+    upstream: Tensor,
+    image_gradient: Tensor,
+    text_gradient: Tensor,
+    scalar_gradients: Tensor,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(image_gradient, dtype=image_embeds.dtype),
+        torch.empty_like(text_gradient, dtype=image_embeds.dtype),
+        torch.empty_like(scalar_gradients),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    image_embeds, text_embeds, logit_scale, logit_bias, engine, _, *wanted = inputs
+    _, *gradients = output
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*gradients, image_embeds, text_embeds, logit_scale, logit_bias)
+    ctx.engine, ctx.wanted = engine, wanted
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, upstream, *_):
+    nothing = (None,) * 9
+    if upstream is None:
+        return nothing
+    needed = ctx.needs_input_grad[:4]
+    for need, made in zip(needed, (*ctx.wanted[:2], ctx.wanted[2], ctx.wanted[2]), strict=True):
+        if need and not made:
+            raise RuntimeError(
+                "siglip_kernels::sigmoid_loss: a gradient is needed that its forward pass was not asked for"
+            )
+    dx, dy, scalars = backward_op(upstream, *ctx.saved_tensors, ctx.engine)
+    gradients = (dx, dy, scalars[0] if needed[2] else None, scalars[1] if needed[3] else None)
+    return tuple(g if need else None for g, need in zip(gradients, needed, strict=True)) + nothing[4:]
+
+
+forward_op.register_autograd(_backward, setup_context=_save)
+backward_op.register_autograd(refuse_second_derivatives("sigmoid_loss"))
 
 
 def sigmoid_loss(

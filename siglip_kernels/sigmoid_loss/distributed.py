@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from siglip_kernels.sigmoid_loss.api import aligned, backward_op
 from siglip_kernels.sigmoid_loss.blocks import NO_POSITIVES, Engine, GradientSum, accumulate, finish_totals, workspace
-from siglip_kernels.sigmoid_loss.ops import aligned, backward_op, make_engine
+from siglip_kernels.sigmoid_loss.engines import make_engine
 
 
 @dataclass(frozen=True)

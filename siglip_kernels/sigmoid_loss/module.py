@@ -18,7 +18,7 @@ from siglip_kernels.sigmoid_loss.api import (
     sigmoid_loss,
 )
 from siglip_kernels.sigmoid_loss.distributed import GlobalLoss, Peers, Wanted, all_gather, gather, ring
-from siglip_kernels.sigmoid_loss.ops import kernels_available, make_engine
+from siglip_kernels.sigmoid_loss.engines import kernels_available, make_engine
 
 _ROUTES = {"ring": ring, "bidir": ring, "shift": ring, "reduce": ring, "gather": gather}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -13,7 +13,7 @@ from planting import with_fault
 from bench.ahead_of_time import GPUS
 from siglip_kernels import MissingBackendError, UnsupportedInputError, attention, reference
 from siglip_kernels.attention import hopper, hopper_forward
-from siglip_kernels.attention.hopper import attention_forward_hopper, last_keys, tile
+from siglip_kernels.attention.hopper import attention_forward_hopper, forward_tile, last_keys
 from siglip_kernels.device import pretend
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the portable kernels on CPU tensors: interpreter")
@@ -223,8 +223,10 @@ def test_columns_follow_the_keys():
 def test_rows_follow_the_queries():
     """As few tiles of 64 queries as two or three consumers allow."""
     for tokens, consumers in ((729, 3), (576, 3), (1024, 2), (256, 2), (196, 2), (577, 2)):
-        assert tile(64, tokens, 96, False).consumers == tile(64, tokens, 128, True).consumers == consumers
-    assert tile(72, 729, 96, False).consumers == tile(64, 767, 128, False).consumers == 2
+        assert (
+            forward_tile(64, tokens, 96, False).consumers == forward_tile(64, tokens, 128, True).consumers == consumers
+        )
+    assert forward_tile(72, 729, 96, False).consumers == forward_tile(64, 767, 128, False).consumers == 2
 
 
 # A line of the kernel, and what breaks it. (Keys handed back too early are no fault: the producer's wait for the stage

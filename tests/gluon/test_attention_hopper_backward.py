@@ -7,9 +7,8 @@ from planting import with_fault
 from test_attention_hopper import interpreted, on_hopper, random_inputs
 
 from siglip_kernels import attention, reference
-from siglip_kernels.attention import hopper_backward, hopper_backward_kernels
-from siglip_kernels.attention.hopper import attention_forward_hopper
-from siglip_kernels.attention.hopper_backward import attention_backward_hopper
+from siglip_kernels.attention import hopper, hopper_backward_kernels
+from siglip_kernels.attention.hopper import attention_backward_hopper, attention_forward_hopper
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +194,7 @@ def plant(tmp_path, monkeypatch):
     def replace(broken: str) -> None:
         module = with_fault(hopper_backward_kernels, *BROKEN[broken], tmp_path)
         for name in ("attention_backward_queries_hopper_kernel", "attention_backward_keys_hopper_kernel"):
-            monkeypatch.setattr(hopper_backward, name, getattr(module, name))
+            monkeypatch.setattr(hopper, name, getattr(module, name))
 
     return replace
 

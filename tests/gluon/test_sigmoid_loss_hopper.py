@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.ahead_of_time import GPUS
 from siglip_kernels import UnsupportedInputError, reference, sigmoid_loss
 from siglip_kernels.device import pretend
-from siglip_kernels.sigmoid_loss import blocks, hopper_engine, hopper_kernels, ops
+from siglip_kernels.sigmoid_loss import api, blocks, hopper_engine, hopper_kernels
 
 # Few multiprocessors, so that each program has several tiles.
 HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
@@ -168,7 +168,7 @@ def test_negatives_of_another_rank():
     x, y = embeddings(300, 24, torch.bfloat16)
     x = x[:90]
     with on_hopper():
-        engine = ops.make_engine("triton", x)
+        engine = api.make_engine("triton", x)
         totals = engine.totals(x.device)
         residual = blocks.workspace(engine, 90, 300, x.device)
         engine.residual(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from siglip_kernels import UnsupportedInputError, attention_pool, reference
 from siglip_kernels.attention_pool import folded_attention_pool
-from siglip_kernels.attention_pool.launch import attention_pool_forward, fits
+from siglip_kernels.attention_pool.config import fits
+from siglip_kernels.attention_pool.kernels import attention_pool_forward
 from siglip_kernels.device import Facts, pretend
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "seed")

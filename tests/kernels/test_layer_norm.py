@@ -10,8 +10,8 @@ from error_budget import check_budget, run
 from torch import Tensor
 
 from siglip_kernels import UnsupportedInputError, layer_norm, reference
-from siglip_kernels.layer_norm import layer_norm_backward, layer_norm_forward
-from siglip_kernels.layer_norm.launch import WIDEST_IN_REGISTERS, backward_tile, forward_tile
+from siglip_kernels.layer_norm.config import WIDEST_IN_REGISTERS, backward_tile, forward_tile
+from siglip_kernels.layer_norm.kernels import layer_norm_backward, layer_norm_forward
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "seed")
 

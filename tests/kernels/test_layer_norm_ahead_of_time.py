@@ -34,7 +34,7 @@ def test_rows_are_read_and_written_sixteen_bytes_at_a_time(rows):
 _EVERY_SIZE = """
 import torch
 from bench.ahead_of_time import GPUS, compiling_for
-from siglip_kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from siglip_kernels.layer_norm.kernels import layer_norm_backward, layer_norm_forward
 compiled = set()
 def record(name, kernel):
     assert not isinstance(kernel, Exception), kernel

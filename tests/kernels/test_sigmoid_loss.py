@@ -15,7 +15,7 @@ from siglip_kernels import (
     reference,
     sigmoid_loss,
 )
-from siglip_kernels.sigmoid_loss import blocks, config, ops, torch_engine, triton_engine
+from siglip_kernels.sigmoid_loss import api, blocks, config, torch_engine, triton_engine
 
 LOSSES = {"triton": sigmoid_loss, "chunked": chunked_sigmoid_loss}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -120,7 +120,7 @@ def test_fp16_gradients_at_the_scale_of_65536_pairs(engine, device):
     pairs, share = 65_536, 96
     x, y = (v.half() for v in embeddings(share, 64, device))
     scale, bias = torch.tensor(10.0, device=device), torch.tensor(-10.0, device=device)
-    made = ops.make_engine(engine, x)
+    made = api.make_engine(engine, x)
     totals, factor = made.totals(x.device), 1 / (pairs * made.residual_scale)
     image = blocks.GradientSum(torch.zeros(x.shape, dtype=made.sum_dtype, device=device))
     text = blocks.GradientSum(torch.zeros(y.shape, dtype=made.sum_dtype, device=device))
@@ -247,8 +247,8 @@ def test_torch_compile_and_opcheck(loss_function, device):
     engine = next(name for name, function in LOSSES.items() if function is loss_function)
     x, y = (v.requires_grad_() for v in embeddings(12, 8, device))
     t, b = (torch.tensor(v, device=device, requires_grad=True) for v in (3.0, -1.0))
-    torch.library.opcheck(ops.forward_op, (x, y, t, b, engine, 0, True, True, True))
-    torch.library.opcheck(ops.forward_op, (x.detach(), y, t.detach(), b.detach(), engine, 0, False, True, False))
+    torch.library.opcheck(api.forward_op, (x, y, t, b, engine, 0, True, True, True))
+    torch.library.opcheck(api.forward_op, (x.detach(), y, t.detach(), b.detach(), engine, 0, False, True, False))
     compiled = torch.compile(
         lambda x, y, t, b: loss_function(x, y, t.exp(), b) * 2, fullgraph=True, backend="aot_eager"
     )
@@ -291,7 +291,7 @@ def test_what_only_the_kernels_refuse(device):
 
 
 def test_cpu_tensors_without_the_interpreter_are_told_what_to_use(monkeypatch):
-    monkeypatch.setattr(ops, "interpreting", lambda: False)
+    monkeypatch.setattr(engines, "interpreting", lambda: False)
     x = torch.ones(2, 8)
     with pytest.raises(MissingBackendError, match="chunked_sigmoid_loss"):
         sigmoid_loss(x, x, 1.0, 0.0)

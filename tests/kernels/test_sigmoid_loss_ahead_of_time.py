@@ -32,7 +32,7 @@ _EVERY_SIZE = """
 import torch
 from bench.ahead_of_time import GPUS, compiling_for
 from siglip_kernels.sigmoid_loss.blocks import loss_and_gradients
-from siglip_kernels.sigmoid_loss.ops import make_engine
+from siglip_kernels.sigmoid_loss.api import make_engine
 compiled = []
 def record(name, kernel):
     assert not isinstance(kernel, Exception), kernel

@@ -1,0 +1,56 @@
+"""Tiles of layer normalisation."""
+
+import functools
+from dataclasses import dataclass
+
+WIDEST_IN_REGISTERS = 8192  # columns; a wider row is read twice
+
+
+WIDE_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`rows` rows in one or two blocks of columns; tail may be 0."""
+
+    rows: int
+    main: int
+    tail: int
+    warps: int
+
+
+@functools.cache
+def forward_tile(width: int, rows: int, element_bytes: int, multiprocessors: int) -> Tile:
+    """Not measured. As many rows as 72 elements a thread hold, unless that leaves multiprocessors without work."""
+    if width > WIDEST_IN_REGISTERS:
+        return Tile(4, WIDE_BLOCK, 0, 4)
+    for tile_rows in (64, 32, 16, 8, 4, 2, 1):
+        main, tail = _split(width)
+        if tile_rows * tail * element_bytes < 128 * 16:  # a thread would not read 16 bytes of it at a time
+            main, tail = _power_of_two(width), 0
+        if tile_rows * (main + tail) <= 72 * 128 and -(-rows // tile_rows) >= 2 * multiprocessors:
+            break
+    return Tile(tile_rows, main, tail, 4)
+
+
+@functools.cache
+def backward_tile(width: int, rows: int, multiprocessors: int) -> Tile:
+    """Not measured. 32 elements a thread, of x and of dy: with a second block of columns it would spill."""
+    if width > WIDEST_IN_REGISTERS:
+        return Tile(1, WIDE_BLOCK, 0, 4)
+    block = _power_of_two(width)
+    for tile_rows in (16, 8, 4, 2, 1):
+        if tile_rows * block <= 32 * 128 and -(-rows // tile_rows) >= 3 * multiprocessors:
+            break
+    return Tile(tile_rows, block, 0, 4 if tile_rows * block <= 32 * 128 else 8)
+
+
+def _power_of_two(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _split(width: int) -> tuple[int, int]:
+    """The width as a power of two and a narrower one, which may be 0: 1152 -> (1024, 128)."""
+    main = _power_of_two(width) // 2
+    tail = _power_of_two(width - main)
+    return (main, tail) if main >= 16 and tail < main else (_power_of_two(width), 0)

@@ -1,0 +1,43 @@
+"""Which engine computes a loss: Triton's kernels, Hopper's, or plain PyTorch."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from siglip_kernels.device import hopper_kernels_enabled, interpreting
+from siglip_kernels.errors import MissingBackendError
+from siglip_kernels.sigmoid_loss.blocks import Engine
+from siglip_kernels.sigmoid_loss.torch_engine import PlainEngine
+
+
+def kernels_available(device: torch.device) -> bool:
+    """Whether Triton can run on tensors of this device."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return interpreting()
+
+
+def make_engine(name: str, embeds: Tensor, chunk_size: int = 0) -> Engine:
+    """The engine of this name for embeddings of this dtype, width and device."""
+    if name == "triton":
+        # Asked here, not with the rest of the validation, because torch.compile cannot trace the question.
+        if embeds.device.type != "meta" and not kernels_available(embeds.device):
+            raise MissingBackendError(
+                f"sigmoid_loss: its kernels need Triton and CUDA tensors, these are on {embeds.device}; "
+                "use siglip_kernels.chunked_sigmoid_loss, or a model's backend 'sdpa' or 'eager'"
+            )
+        # Imported here alone: importing needs no Triton.
+        if hopper_kernels_enabled():
+            from siglip_kernels.sigmoid_loss.hopper_engine import HopperEngine
+
+            return HopperEngine(embeds, chunk_size)
+        from siglip_kernels.sigmoid_loss.triton_engine import TritonEngine, config_for
+
+        return TritonEngine(embeds.dtype, config_for(embeds), chunk_size)
+    return PlainEngine(embeds.dtype, embeds.device, chunk_size)
+
+
+def saved_dtype(engine: str, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype the forward pass hands gradients to the backward pass."""
+    return dtype if engine == "triton" and dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
