@@ -9,7 +9,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip_kernels.attention import config
 from siglip_kernels.attention.forward import exponent_scale
-from siglip_kernels.attention.hopper_backward_kernels import (
+from siglip_kernels.attention.hopper_backward import (
     CONSUMERS,
     attention_backward_keys_hopper_kernel,
     attention_backward_queries_hopper_kernel,

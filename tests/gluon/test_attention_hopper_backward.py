@@ -7,7 +7,7 @@ from planting import with_fault
 from test_attention_hopper import interpreted, on_hopper, random_inputs
 
 from siglip_kernels import attention, reference
-from siglip_kernels.attention import hopper, hopper_backward_kernels
+from siglip_kernels.attention import hopper, hopper_backward
 from siglip_kernels.attention.hopper import attention_backward_hopper, attention_forward_hopper
 
 
@@ -192,7 +192,7 @@ def plant(tmp_path, monkeypatch):
     """Plants a fault of BROKEN in the kernels that are launched."""
 
     def replace(broken: str) -> None:
-        module = with_fault(hopper_backward_kernels, *BROKEN[broken], tmp_path)
+        module = with_fault(hopper_backward, *BROKEN[broken], tmp_path)
         for name in ("attention_backward_queries_hopper_kernel", "attention_backward_keys_hopper_kernel"):
             monkeypatch.setattr(hopper, name, getattr(module, name))
 
