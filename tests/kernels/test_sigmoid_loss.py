@@ -15,7 +15,7 @@ from siglip_kernels import (
     reference,
     sigmoid_loss,
 )
-from siglip_kernels.sigmoid_loss import api, blocks, config, torch_engine, triton_engine
+from siglip_kernels.sigmoid_loss import api, blocks, config, engines, torch_engine, triton_engine
 
 LOSSES = {"triton": sigmoid_loss, "chunked": chunked_sigmoid_loss}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
