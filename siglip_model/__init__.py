@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from siglip_model.auto import AutoModel, AutoProcessor
     from siglip_model.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
-    from siglip_model.image_processor import SiglipImageProcessor, SiglipImageProcessorFast
+    from siglip_model.images.pillow import SiglipImageProcessor, SiglipImageProcessorFast
     from siglip_model.model import SiglipForImageClassification, SiglipModel
     from siglip_model.processor import SiglipProcessor
+    from siglip_model.text.siglip import SiglipTokenizer
     from siglip_model.text_tower import SiglipTextModel
-    from siglip_model.tokenizer import SiglipTokenizer
     from siglip_model.vision_tower import SiglipVisionModel
     from siglip_model.zero_shot import pipeline
 
@@ -38,13 +38,13 @@ _LAZY = {
     "AutoProcessor": "auto",
     "SiglipConfig": "config",
     "SiglipForImageClassification": "model",
-    "SiglipImageProcessor": "image_processor",
-    "SiglipImageProcessorFast": "image_processor",
+    "SiglipImageProcessor": "images.pillow",
+    "SiglipImageProcessorFast": "images.fast",
     "SiglipModel": "model",
     "SiglipProcessor": "processor",
     "SiglipTextConfig": "config",
     "SiglipTextModel": "text_tower",
-    "SiglipTokenizer": "tokenizer",
+    "SiglipTokenizer": "text.siglip",
     "SiglipVisionConfig": "config",
     "SiglipVisionModel": "vision_tower",
     "pipeline": "zero_shot",

@@ -24,7 +24,7 @@ class AutoModel:
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
         """Arguments as `SiglipModel.from_pretrained`. Raises ValueError for a model_type that is not SigLIP's."""
-        from siglip_model.checkpoint import load_config_dict
+        from siglip_model.checkpoints.loading import load_config_dict
 
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         model_type = load_config_dict(pretrained_model_name_or_path, **hub).get("model_type")

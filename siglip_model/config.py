@@ -126,14 +126,14 @@ class PretrainedConfig:
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, **kwargs: Any) -> Self:
         """Read config.json of a directory or a hub repository; other keyword arguments override its fields."""
-        from siglip_model.checkpoint import load_config_dict
+        from siglip_model.checkpoints.loading import load_config_dict
 
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         return cls.from_dict(load_config_dict(path_or_id, **hub), **kwargs)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json."""
-        from siglip_model.checkpoint import atomic_write
+        from siglip_model.checkpoints.loading import atomic_write
 
         Path(directory).mkdir(parents=True, exist_ok=True)
         atomic_write(Path(directory) / "config.json", (self.to_json_string() + "\n").encode())

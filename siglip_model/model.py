@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from siglip_kernels import SigLipLoss
 from siglip_kernels.errors import unsupported
+from siglip_model.capture import CapturedSiglip, CapturedVision
 from siglip_model.config import SiglipConfig
-from siglip_model.cuda_graphs import CapturedSiglip, CapturedVision
 from siglip_model.layers import UsesBackend, is_plain
 from siglip_model.outputs import BaseModelOutputWithPooling, ImageClassifierOutput, SiglipOutput
 from siglip_model.pretrained import PreTrainedModel, finish

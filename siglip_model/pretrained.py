@@ -172,7 +172,7 @@ class PreTrainedModel(nn.Module):
         revision, cache_dir, local_files_only, token: as in huggingface_hub. Others override the configuration's fields.
         Raises OSError naming file, tensor and shapes for anything missing, foreign or damaged.
         """
-        from siglip_model.checkpoint import load_into
+        from siglip_model.checkpoints.loading import load_into
 
         backend = _one_of("backend", backend, "attn_implementation", attn_implementation, None)
         dtype = _one_of("dtype", _as_dtype(dtype), "torch_dtype", _as_dtype(torch_dtype), None)
@@ -213,7 +213,7 @@ class PreTrainedModel(nn.Module):
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: str = "50GB", **kwargs: Any) -> None:
         """Write config.json and model.safetensors (or shards) as transformers does; killed half-way, the old stay."""
-        from siglip_model.checkpoint import save_checkpoint
+        from siglip_model.checkpoints.loading import save_checkpoint
 
         if kwargs.pop("safe_serialization", True) is False:
             raise ValueError("save_pretrained: safe_serialization is False; supported: True (safetensors only)")

@@ -7,10 +7,10 @@ import os
 from typing import Any
 
 from siglip_model.batch import BatchFeature
-from siglip_model.component_files import split_hub_arguments, to_json, write_file
-from siglip_model.image_processor import ImageProcessor, load_image_processor
-from siglip_model.tokenizer import load_tokenizer
-from siglip_model.tokenizer_base import Tokenizer
+from siglip_model.checkpoints.files import split_hub_arguments, to_json, write_file
+from siglip_model.images.pillow import ImageProcessor, load_image_processor
+from siglip_model.text.siglip import load_tokenizer
+from siglip_model.text.tokenizer import Tokenizer
 
 __all__ = ["SiglipProcessor"]
 

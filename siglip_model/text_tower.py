@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from siglip_kernels.errors import unsupported
+from siglip_model.capture import CapturedText
 from siglip_model.config import SiglipTextConfig
-from siglip_model.cuda_graphs import CapturedText
 from siglip_model.encoder import Encoder, MaskArguments
 from siglip_model.layers import LayerNorm, Linear, UsesBackend, is_plain, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling

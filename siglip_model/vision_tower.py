@@ -9,8 +9,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
 from siglip_kernels.errors import unsupported
+from siglip_model.capture import CapturedVision
 from siglip_model.config import SiglipVisionConfig
-from siglip_model.cuda_graphs import CapturedVision
 from siglip_model.encoder import Encoder
 from siglip_model.layers import MLP, LayerNorm, UsesBackend, add_pre_norm_mlp, is_plain, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling

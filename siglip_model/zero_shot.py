@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from siglip_model.image_files import load_image, read_ahead
+from siglip_model.images.files import load_image, read_ahead
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
@@ -327,11 +327,11 @@ def _components(
                 " or processor="
             )
     if isinstance(tokenizer, (str, os.PathLike)):
-        from siglip_model.tokenizer import load_tokenizer
+        from siglip_model.text.siglip import load_tokenizer
 
         tokenizer = load_tokenizer(tokenizer, **hub)
     if isinstance(image_processor, (str, os.PathLike)):
-        from siglip_model.image_processor import load_image_processor
+        from siglip_model.images.pillow import load_image_processor
 
         image_processor = load_image_processor(image_processor, **hub)
     return tokenizer, image_processor

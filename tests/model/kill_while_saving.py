@@ -18,7 +18,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from siglip_model.checkpoint import load_config_dict, load_state_dict, save_checkpoint
+from siglip_model.checkpoints.loading import load_config_dict, load_state_dict, save_checkpoint
 
 
 def tensors(count, value):

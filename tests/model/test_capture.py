@@ -13,7 +13,7 @@ from oracle import TINY_TEXT, TINY_VISION, leaves, randomised, worst_difference
 
 import siglip_model
 from siglip_kernels import MissingBackendError
-from siglip_model.cuda_graphs import CapturedSiglip, CapturedText, CapturedVision, CudaGraphRecorder
+from siglip_model.capture import CapturedSiglip, CapturedText, CapturedVision, CudaGraphRecorder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import siglip_model
-from siglip_model.checkpoint import CheckpointError, load_config_dict, load_into, load_state_dict
+from siglip_model.checkpoints.loading import CheckpointError, load_config_dict, load_into, load_state_dict
 
 HIDDEN = 32
 TENSOR = "vision_model.encoder.layers.1.mlp.fc1.weight"
@@ -493,7 +493,7 @@ def test_foreign_model_type(checkpoint, model_type):
 _MEASURE = """
 import re, sys
 import safetensors, torch
-from siglip_model.checkpoint import load_into
+from siglip_model.checkpoints.loading import load_into
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 torch.ones(4096).to(torch.bfloat16).aminmax()

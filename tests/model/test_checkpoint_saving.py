@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from siglip_model.checkpoint import CheckpointError, load_config_dict, load_state_dict, save_checkpoint
+from siglip_model.checkpoints.loading import CheckpointError, load_config_dict, load_state_dict, save_checkpoint
 
 CONFIG = {"model_type": "siglip", "b": [1, 2], "a": {"x": None}}
 WHOLE = 10**9

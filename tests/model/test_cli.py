@@ -14,10 +14,12 @@ from PIL import Image
 from tiny_checkpoint import random_image, shared_tiny_checkpoint
 from typer.testing import CliRunner
 
-from siglip_model import cli, embed, terminal
+from siglip_model.cli import main as cli
+from siglip_model.cli import terminal
+from siglip_model.cli.plot import ROWS_AT_MOST, PlotRow, format_score, plot_predictions
 from siglip_model.demo import CHECKPOINT
 from siglip_model.embed import load_embeddings
-from siglip_model.plot import ROWS_AT_MOST, PlotRow, format_score, plot_predictions
+from siglip_model.embed import run as embed_run
 
 LABELS = ["2 cats", "a plane", "a remote"]
 
@@ -288,13 +290,15 @@ def many(tmp_path):
 
 STOPPED_RUN = """
 import sys, time
-from siglip_model import cli, embed, terminal
-note = embed._Run._note
+from siglip_model.cli import main as cli
+from siglip_model.cli import terminal
+from siglip_model.embed import run as embed_run
+note = embed_run._Run._note
 def note_and_say(self, *arguments, **options):
     note(self, *arguments, **options)
     print("noted", flush=True)
     time.sleep(0.05)
-embed._Run._note = note_and_say
+embed_run._Run._note = note_and_say
 sys.argv = ["siglip", *sys.argv[1:]]
 cli.main()
 """
@@ -326,7 +330,7 @@ class Impatient:
         if name == "torch":
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Impatient())
-from siglip_model import cli
+from siglip_model.cli import main as cli
 sys.argv = ["siglip", *sys.argv[1:]]
 cli.main()
 """
@@ -341,14 +345,14 @@ def test_ctrl_c_while_pytorch_is_imported(images):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_an_embedding_with_130_and_what_is_done(siglip, many, tmp_path, number, monkeypatch):
     out = tmp_path / "out.safetensors"
-    note, handler = embed._Run._note, signal.getsignal(signal.SIGTERM)
+    note, handler = embed_run._Run._note, signal.getsignal(signal.SIGTERM)
 
     def note_and_stop(run, *arguments, **options):
         note(run, *arguments, **options)
         if run.embedded == 6:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(embed._Run, "_note", note_and_stop)
+    monkeypatch.setattr(embed_run._Run, "_note", note_and_stop)
     result = siglip("embed", many, "--out", out, "--batch-size", 2, "--json")
     report = json.loads(result.stdout)
     assert result.exit_code == 130 and one_line(result.stderr) and "stopped after 6 of 40" in result.stderr

@@ -10,10 +10,10 @@ from PIL import Image
 
 from siglip_model import SiglipModel, SiglipProcessor, SiglipTokenizer
 from siglip_model.demo import CHECKPOINT, PICTURES
-from siglip_model.demo.augmentation import augment
-from siglip_model.demo.build import EmojiBatches
-from siglip_model.demo.bundle import NAMES
-from siglip_model.demo.emoji import (
+from siglip_model.demo.recipe.augmentation import augment
+from siglip_model.demo.recipe.build import EmojiBatches
+from siglip_model.demo.recipe.bundle import NAMES
+from siglip_model.demo.recipe.emoji import (
     DESIGNS,
     TEST_DESIGN,
     TRAINING_DESIGNS,
@@ -25,8 +25,8 @@ from siglip_model.demo.emoji import (
     on_white,
     read_design,
 )
-from siglip_model.demo.evaluate import TEMPLATE, all_logits, score_logits
-from siglip_model.demo.vocabulary import write_tokenizer
+from siglip_model.demo.recipe.evaluate import TEMPLATE, all_logits, score_logits
+from siglip_model.demo.recipe.vocabulary import write_tokenizer
 
 
 def write_package(folder: Path, design, icons, *, aliases=None, characters=None, hidden=()) -> None:
@@ -120,7 +120,7 @@ def test_batches_pair_each_name_with_its_pictures_of_different_designs(monkeypat
         shade = torch.stack([ids, ids, torch.full_like(ids, column), torch.full_like(ids, 255)], 1).to(torch.uint8)
         pictures[design.name], name_of[design.name] = shade[:, :, None, None].expand(-1, 4, 4, 4), ids
     prompts = torch.arange(count)[None, :, None].repeat(6, 1, 3)
-    monkeypatch.setattr("siglip_model.demo.build.augment", lambda images, size, generator: images[:, :3].float())
+    monkeypatch.setattr("siglip_model.demo.recipe.build.augment", lambda images, size, generator: images[:, :3].float())
     batches = EmojiBatches(Emoji([str(i) for i in range(count)], pictures, name_of), prompts, 8, 3)
     batch = batches(0, torch.Generator().manual_seed(0))
     names = batch.input_ids[:, 0]

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import random_image, save_tiny_checkpoint, shared_tiny_checkpoint
 
-from siglip_model.embed import EmbeddingFileError, EmbeddingInterrupted, embed_images, load_embeddings, model_digest
-from siglip_model.image_processor import SiglipImageProcessor
+from siglip_model.embed.run import EmbeddingFileError, EmbeddingInterrupted, embed_images, load_embeddings, model_digest
+from siglip_model.images.pillow import SiglipImageProcessor
 from siglip_model.model import SiglipModel
 
 
@@ -351,8 +351,8 @@ def test_memory_does_not_grow_with_the_number_of_images(embed, folder, tmp_path)
 
 KILLED_RUN = """
 import os, signal, sys
-from siglip_model import embed
-from siglip_model.image_processor import SiglipImageProcessor
+from siglip_model.embed import run as embed
+from siglip_model.images.pillow import SiglipImageProcessor
 from siglip_model.model import SiglipModel
 embed.COMMIT_SECONDS = 0.0
 checkpoint, folder, out, stop = sys.argv[1:]

@@ -7,9 +7,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from siglip_model import hub
-from siglip_model.atomic import atomic_write
-from siglip_model.hub import resolve_file
+from siglip_model.checkpoints import hub
+from siglip_model.checkpoints.atomic import atomic_write
+from siglip_model.checkpoints.hub import resolve_file
 
 
 @pytest.fixture(autouse=True)

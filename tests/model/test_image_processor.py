@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from siglip_model.batch import BatchFeature
-from siglip_model.image_processor import (
+from siglip_model.images.pillow import (
     ImageProcessor,
     SiglipImageProcessor,
     SiglipImageProcessorFast,
@@ -362,7 +362,7 @@ class TestFast:
 
     def test_both_passes_are_rounded_wherever_it_runs(self) -> None:
         """Off the CPU, torch resizes no 8-bit tensor; the two rounded passes that stand in for it are compared here."""
-        from siglip_model.fast_image_processor import _interpolate
+        from siglip_model.images.fast import _interpolate
 
         batch = torch.from_numpy(np.where(noise(1, 3, 40, 50) < 128, 0, 255).astype(np.uint8))
         horizontal = _interpolate(batch.float(), (40, 90), "bicubic").clamp(0, 255).round().to(torch.uint8)

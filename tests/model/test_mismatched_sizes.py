@@ -8,7 +8,7 @@ import transformers
 from oracle import TINY_TEXT, TINY_VISION
 
 import siglip_model
-from siglip_model.checkpoint import load_state_dict
+from siglip_model.checkpoints.loading import load_state_dict
 
 SMALL = {"num_hidden_layers": 1}
 MODELS = {

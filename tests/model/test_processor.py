@@ -14,9 +14,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from siglip_model import AutoProcessor
 from siglip_model.batch import BatchFeature
-from siglip_model.image_processor import SiglipImageProcessor, SiglipImageProcessorFast
+from siglip_model.images.pillow import SiglipImageProcessor, SiglipImageProcessorFast
 from siglip_model.processor import SiglipProcessor
-from siglip_model.tokenizer import SiglipTokenizer
+from siglip_model.text.siglip import SiglipTokenizer
 
 TEXTS = ["This is a photo of 2 cats.", "a plane", ""]
 

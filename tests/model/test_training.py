@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from siglip_model import SiglipConfig, SiglipModel
-from siglip_model.training import (
+from siglip_model.training.loop import (
     Batch,
     TrainingConfig,
     WeightAverage,

@@ -15,7 +15,7 @@ import transformers
 from PIL import Image
 from tiny_checkpoint import random_image, save_tiny_checkpoint, shared_tiny_checkpoint
 
-from siglip_model.image_files import UnreadableImageError, list_images, load_image, read_ahead
+from siglip_model.images.files import UnreadableImageError, list_images, load_image, read_ahead
 from siglip_model.model import SiglipModel
 from siglip_model.processor import SiglipProcessor
 from siglip_model.zero_shot import LABELS_AT_ONCE, TASK, pipeline, rank, resolve_device

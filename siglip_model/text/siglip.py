@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from siglip_model.component_files import find_file, find_json, split_hub_arguments, to_json, write_file
-from siglip_model.errors import CheckpointError
-from siglip_model.tokenizer_base import Tokenizer
-from siglip_model.tokenizer_settings import NAMED_TOKENS, AddedToken, call_defaults, constructor_arguments
+from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments, to_json, write_file
+from siglip_model.text.tokenizer import Tokenizer
+from siglip_model.text.tokenizer_config import NAMED_TOKENS, AddedToken, call_defaults, constructor_arguments
 
 __all__ = ["SiglipTokenizer", "load_tokenizer"]
 
@@ -407,7 +407,7 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], **arguments: Any) -> Toke
     tokenizer_config.json's tokenizer_class decides; without one, spiece.model or tokenizer.json does.
     Raises CheckpointError for a class that is not supported, and if there are no tokenizer files.
     """
-    from siglip_model.gemma_tokenizer import TOKENIZER_FILE, class_for
+    from siglip_model.text.gemma import TOKENIZER_FILE, class_for
 
     hub, _ = split_hub_arguments(arguments)
     config = find_json(path_or_id, Tokenizer.config_name, hub) or {}

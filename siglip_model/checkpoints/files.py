@@ -18,14 +18,14 @@ def split_hub_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict
 
 def find_file(path_or_id: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path | None:
     """The path of one file, None if the directory or repository has none. Raises OSError as `resolve_file`."""
-    from siglip_model.checkpoint import resolve_file
+    from siglip_model.checkpoints.loading import resolve_file
 
     return resolve_file(path_or_id, name, **hub)
 
 
 def find_json(path_or_id: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> dict[str, Any] | None:
     """The JSON object in one file, None if there is none. Raises CheckpointError, naming the file, if it is damaged."""
-    from siglip_model.weight_files import read_json_object
+    from siglip_model.checkpoints.weights import read_json_object
 
     path = find_file(path_or_id, name, hub)
     return None if path is None else read_json_object(path)
@@ -41,7 +41,7 @@ def write_file(directory: str | os.PathLike[str], name: str, data: bytes) -> str
 
     Raises NotADirectoryError if `directory` is a file.
     """
-    from siglip_model.checkpoint import atomic_write
+    from siglip_model.checkpoints.loading import atomic_write
 
     if os.path.isfile(directory):
         raise NotADirectoryError(f"{os.fspath(directory)} is a file; give a directory to save to")

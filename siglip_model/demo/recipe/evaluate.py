@@ -1,6 +1,6 @@
 """Measure a checkpoint on a design that it never saw.
 
-python -m siglip_model.demo.evaluate [CHECKPOINT] --emoji FOLDER
+python -m siglip_model.demo.recipe.evaluate [CHECKPOINT] --emoji FOLDER
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from siglip_model.demo import CHECKPOINT
-from siglip_model.demo.emoji import (
+from siglip_model.demo.recipe.emoji import (
     DESIGNS,
     TEST_DESIGN,
     choose_names,
@@ -24,7 +24,7 @@ from siglip_model.demo.emoji import (
     read_design,
     spoken,
 )
-from siglip_model.training import pooled
+from siglip_model.training.loop import pooled
 
 TEMPLATE = "This is a photo of {}."
 PIXELS = 128  # drawn at this size on white, then resized by the checkpoint's own image processor

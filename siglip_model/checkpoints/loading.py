@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from siglip_kernels.errors import MissingBackendError, unsupported
-from siglip_model.atomic import atomic_write
-from siglip_model.checkpoint_directory import CONFIG_NAME
-from siglip_model.checkpoint_saving import save_checkpoint
-from siglip_model.errors import CheckpointError
-from siglip_model.hub import resolve_file
-from siglip_model.weight_files import (
+from siglip_model.checkpoints.atomic import atomic_write
+from siglip_model.checkpoints.commit import CONFIG_NAME
+from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.hub import resolve_file
+from siglip_model.checkpoints.saving import save_checkpoint
+from siglip_model.checkpoints.weights import (
     WEIGHT_DTYPES,
     StoredWeights,
     find_weights,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from siglip_model.image_files import UnreadableImageError, load_image
+from siglip_model.images.files import UnreadableImageError, load_image
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,4 +1,4 @@
-"""Draw the pictures that ship with the package: python -m siglip_model.demo.bundle --emoji FOLDER
+"""Draw the pictures that ship with the package: python -m siglip_model.demo.recipe.bundle --emoji FOLDER
 
 They were picked by name, for variety, before any checkpoint was measured.
 """
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from siglip_model.demo import PICTURES
-from siglip_model.demo.emoji import TEST_DESIGN, download, draw, on_white, read_design
+from siglip_model.demo.recipe.emoji import TEST_DESIGN, download, draw, on_white, read_design
 
 NAMES = ("alarm-clock", "bicycle", "cat-face", "guitar", "hamburger", "octopus", "rocket", "sunflower")
 PIXELS = 256

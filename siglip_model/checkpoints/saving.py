@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from siglip_kernels.errors import unsupported
-from siglip_model.checkpoint_directory import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, replacing_checkpoint, shard_name
-from siglip_model.errors import CheckpointError
+from siglip_model.checkpoints.commit import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, replacing_checkpoint, shard_name
+from siglip_model.checkpoints.errors import CheckpointError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from siglip_model.component_files import find_file, find_json, split_hub_arguments, to_json, write_file
-from siglip_model.errors import CheckpointError
-from siglip_model.tokenizer_base import Tokenizer
-from siglip_model.tokenizer_settings import NAMED_TOKENS, AddedToken, call_defaults, constructor_arguments
+from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments, to_json, write_file
+from siglip_model.text.tokenizer import Tokenizer
+from siglip_model.text.tokenizer_config import NAMED_TOKENS, AddedToken, call_defaults, constructor_arguments
 
 if TYPE_CHECKING:
     import tokenizers
@@ -314,7 +314,7 @@ def class_for(name: str) -> type[TokenizersTokenizer] | None:
 
 
 def _read_document(path: str) -> dict[str, Any]:
-    from siglip_model.weight_files import read_json_object
+    from siglip_model.checkpoints.weights import read_json_object
 
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: there is no such file")

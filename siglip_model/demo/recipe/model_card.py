@@ -3,10 +3,16 @@
 import textwrap
 from pathlib import Path
 
-from siglip_model.demo.emoji import MINIMUM_TRAINING_DESIGNS, TEST_DESIGN, TRAINING_DESIGNS, VALIDATION_DESIGN, Emoji
-from siglip_model.demo.evaluate import CANDIDATES, PIXELS, TEMPLATE, TRIALS, Score
-from siglip_model.demo.vocabulary import PROMPTS
-from siglip_model.training import TrainingConfig
+from siglip_model.demo.recipe.emoji import (
+    MINIMUM_TRAINING_DESIGNS,
+    TEST_DESIGN,
+    TRAINING_DESIGNS,
+    VALIDATION_DESIGN,
+    Emoji,
+)
+from siglip_model.demo.recipe.evaluate import CANDIDATES, PIXELS, TEMPLATE, TRIALS, Score
+from siglip_model.demo.recipe.vocabulary import PROMPTS
+from siglip_model.training.loop import TrainingConfig
 
 _CARD = """---
 license: apache-2.0
@@ -37,7 +43,7 @@ was chosen by pictures of this design; the model's size and the recipe follow an
 it too. The list of names comes from it (names only): its icons without skin tones and flags of countries and regions,
 as far as at least {minimum} of the training designs draw them.
 
-    python -m siglip_model.demo.evaluate CHECKPOINT --emoji FOLDER
+    python -m siglip_model.demo.recipe.evaluate CHECKPOINT --emoji FOLDER
 
 ## Training
 
@@ -48,7 +54,7 @@ different designs where there are so many (the loss is the mean over the {views}
 Prompts: {prompts}. Augmentation: rotation, scale, aspect, shear, shift, a smooth warp, background, hue, saturation,
 brightness, blur; no mirroring. {validation} is not trained on: the run's validation log is about it.
 
-    python -m siglip_model.demo.build --emoji FOLDER --out FOLDER \\
+    python -m siglip_model.demo.recipe.build --emoji FOLDER --out FOLDER \\
         --steps {steps} --names-per-batch {texts} --views {views} --learning-rate {rate:g} --seed {seed}
 
 The command fetches the pinned packages itself (npm). An interrupted run goes on where it was. With another processor,

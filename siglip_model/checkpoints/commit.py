@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from siglip_model.atomic import ordinary_mode, sync_directory, sync_file
+from siglip_model.checkpoints.atomic import ordinary_mode, sync_directory, sync_file
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from siglip_model.checkpoint_directory import current_file
+from siglip_model.checkpoints.commit import current_file
 
 # One or two parts ("gpt2", "google/siglip-base-patch16-224") of letters, digits, "_", "-" and ".", as the hub allows.
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from siglip_model.component_files import split_hub_arguments
-from siglip_model.fast_image_processor import SiglipImageProcessorFast
-from siglip_model.image_inputs import channels_last, check_alpha_range, pil_to_array
-from siglip_model.image_options import ImageOptions, output_size, per_channel
-from siglip_model.image_processor_base import ImageProcessor, read_settings
+from siglip_model.checkpoints.files import split_hub_arguments
+from siglip_model.images.fast import SiglipImageProcessorFast
+from siglip_model.images.inputs import channels_last, check_alpha_range, pil_to_array
+from siglip_model.images.options import ImageOptions, output_size, per_channel
+from siglip_model.images.processor import ImageProcessor, read_settings
 
 __all__ = ["ImageProcessor", "SiglipImageProcessor", "SiglipImageProcessorFast", "load_image_processor"]
 

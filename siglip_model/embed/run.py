@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from siglip_model.embedding_store import (
+from siglip_model.embed.journal import (
     TENSOR_DTYPES,
     EmbeddingFileError,
     EmbeddingJournal,
     Embeddings,
     load_embeddings,
 )
-from siglip_model.image_files import is_url, list_images, load_image, read_ahead
+from siglip_model.images.files import is_url, list_images, load_image, read_ahead
 from siglip_model.zero_shot import pooled
 
 if TYPE_CHECKING:

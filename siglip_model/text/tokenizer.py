@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from siglip_model.batch import BatchFeature, check_tensor_kind, tokens_to_tensor
-from siglip_model.token_lengths import SIDES, Lengths, one_of
-from siglip_model.tokenizer_settings import NAMED_TOKENS, AddedToken
+from siglip_model.text.padding import SIDES, Lengths, one_of
+from siglip_model.text.tokenizer_config import NAMED_TOKENS, AddedToken
 
 
 def _named_token(name: str) -> property:

@@ -1,4 +1,4 @@
-"""Rebuild the small checkpoint: python -m siglip_model.demo.build --emoji FOLDER --out FOLDER
+"""Rebuild the small checkpoint: python -m siglip_model.demo.recipe.build --emoji FOLDER --out FOLDER
 
 Fetches and draws the emoji, makes the tokenizer, trains, measures on the unseen design and writes the model card.
 An interrupted run, started again with the same arguments, goes on.
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from siglip_model.demo.augmentation import augment
-from siglip_model.demo.emoji import TEST_DESIGN, TRAINING_DESIGNS, VALIDATION_DESIGN, Emoji, download, load_emoji
-from siglip_model.demo.evaluate import evaluate, score_logits
-from siglip_model.demo.model_card import write_card
-from siglip_model.demo.vocabulary import LENGTH, PROMPTS, write_image_processor, write_tokenizer
-from siglip_model.training import AfterSave, Batch, TrainingConfig, WeightAverage, initialise_logits, pooled, train
+from siglip_model.demo.recipe.augmentation import augment
+from siglip_model.demo.recipe.emoji import TEST_DESIGN, TRAINING_DESIGNS, VALIDATION_DESIGN, Emoji, download, load_emoji
+from siglip_model.demo.recipe.evaluate import evaluate, score_logits
+from siglip_model.demo.recipe.model_card import write_card
+from siglip_model.demo.recipe.vocabulary import LENGTH, PROMPTS, write_image_processor, write_tokenizer
+from siglip_model.training.loop import AfterSave, Batch, TrainingConfig, WeightAverage, initialise_logits, pooled, train
 
 if TYPE_CHECKING:
     from siglip_model import SiglipModel

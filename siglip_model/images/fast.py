@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from siglip_model.image_inputs import channels_last, check_alpha_range, pil_to_array
-from siglip_model.image_options import BICUBIC, BILINEAR, NEAREST, ImageOptions, output_size, per_channel
-from siglip_model.image_processor_base import ImageProcessor
+from siglip_model.images.inputs import channels_last, check_alpha_range, pil_to_array
+from siglip_model.images.options import BICUBIC, BILINEAR, NEAREST, ImageOptions, output_size, per_channel
+from siglip_model.images.processor import ImageProcessor
 
 
 class SiglipImageProcessorFast(ImageProcessor):

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from siglip_model.checkpoint_directory import INDEX_NAME, WEIGHTS_NAME
-from siglip_model.errors import CheckpointError
-from siglip_model.hub import is_local, resolve_file
+from siglip_model.checkpoints.commit import INDEX_NAME, WEIGHTS_NAME
+from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.hub import is_local, resolve_file
 
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json")

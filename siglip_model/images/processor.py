@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from siglip_model.batch import BatchFeature, check_tensor_kind
-from siglip_model.component_files import find_json, split_hub_arguments, to_json, write_file
-from siglip_model.errors import CheckpointError
-from siglip_model.image_inputs import LAYOUTS, flatten_images
-from siglip_model.image_options import BICUBIC, ImageOptions, is_number, to_resample, to_size
+from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.files import find_json, split_hub_arguments, to_json, write_file
+from siglip_model.images.inputs import LAYOUTS, flatten_images
+from siglip_model.images.options import BICUBIC, ImageOptions, is_number, to_resample, to_size
 
 
 class ImageProcessor:

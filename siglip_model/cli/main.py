@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from siglip_model import terminal
+from siglip_model.cli import terminal
 from siglip_model.demo import CHECKPOINT, PICTURES
-from siglip_model.image_files import IMAGE_SUFFIXES, is_url, list_images, load_image, read_ahead
+from siglip_model.images.files import IMAGE_SUFFIXES, is_url, list_images, load_image, read_ahead
 
 if TYPE_CHECKING:
     from siglip_model.zero_shot import ZeroShotImageClassificationPipeline
@@ -137,7 +137,7 @@ def classify(
 ) -> None:
     """Score each image against the labels. A score is the probability of its label alone: they need not add to 1."""
     with _errors_in_one_line():
-        from siglip_model import plot as plotting
+        from siglip_model.cli import plot as plotting
 
         chosen = split_labels(labels)
         if not chosen:
@@ -198,7 +198,7 @@ class _ClassifyRun:
     def over(
         self, paths: Iterable[str], batch_size: int, progress: terminal.ProgressReport, keep_thumbnails: int
     ) -> None:
-        from siglip_model.plot import thumbnail
+        from siglip_model.cli.plot import thumbnail
 
         def prepare(item: tuple[int, str]) -> tuple[Any, Any]:
             image = load_image(item[1])
@@ -265,12 +265,12 @@ def embed(
     """Embed images into one file: `embeddings` (n, width), and each row's file name.
 
     Started again it goes on where it stopped: images that are done are skipped, failed and changed ones tried again.
-    Rows are float32, or the --dtype. In Python: siglip_model.embed.load_embeddings(FILE).
+    Rows are float32, or the --dtype. In Python: siglip_model.embed.run.load_embeddings(FILE).
     """
     with _errors_in_one_line():
         import torch
 
-        from siglip_model.embed import EmbeddingInterrupted, embed_images, out_problem
+        from siglip_model.embed.run import EmbeddingInterrupted, embed_images, out_problem
 
         if problem := out_problem(out):
             raise ValueError(f"--out: {problem}")
@@ -334,8 +334,8 @@ def demo(
 ) -> None:
     """Name the pictures that come with this package, and see whether the names are right."""
     with _errors_in_one_line():
-        from siglip_model import plot as plotting
-        from siglip_model.demonstration import classify_demo_pictures, score_on_card
+        from siglip_model.cli import plot as plotting
+        from siglip_model.demo.classify import classify_demo_pictures, score_on_card
 
         if plot is not None and (problem := plotting.plot_problem(plot)):
             raise ValueError(f"--plot {problem}")
@@ -366,7 +366,7 @@ def demo(
 def info(as_json: JsonOption = False) -> None:
     """Versions, devices, and which backends this machine supports, or why not."""
     with _errors_in_one_line():
-        from siglip_model.machine import describe_machine
+        from siglip_model.cli.info import describe_machine
 
         facts = describe_machine()
         if as_json:
@@ -446,7 +446,3 @@ def main() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error that ends them is shown
     warnings.showwarning = lambda message, *details, **more: terminal.say(f"warning: {' '.join(str(message).split())}")
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from siglip_model.atomic import sync_directory, sync_file
+from siglip_model.checkpoints.atomic import sync_directory, sync_file
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel

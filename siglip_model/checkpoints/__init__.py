@@ -1,0 +1,1 @@
+"""Checkpoint files: finding, reading, checking, writing and replacing them atomically."""

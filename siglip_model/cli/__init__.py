@@ -1,0 +1,1 @@
+"""The command `siglip`: classify, embed, demo and info."""

@@ -1,0 +1,5 @@
+"""`python -m siglip_model.cli` is the command `siglip`."""
+
+from siglip_model.cli.main import main
+
+main()

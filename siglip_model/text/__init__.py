@@ -1,0 +1,1 @@
+"""Texts to token ids: SigLIP's SentencePiece tokenizer and SigLIP 2's Gemma tokenizer."""
