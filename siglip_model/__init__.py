@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from siglip_model.auto import AutoModel, AutoProcessor
+    from siglip_model.classifier import SiglipForImageClassification
     from siglip_model.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
-    from siglip_model.images.pillow import SiglipImageProcessor, SiglipImageProcessorFast
-    from siglip_model.model import SiglipForImageClassification, SiglipModel
+    from siglip_model.images.fast import SiglipImageProcessorFast
+    from siglip_model.images.pillow import SiglipImageProcessor
+    from siglip_model.model import SiglipModel
     from siglip_model.processor import SiglipProcessor
     from siglip_model.text.siglip import SiglipTokenizer
     from siglip_model.text_tower import SiglipTextModel
@@ -37,7 +39,7 @@ _LAZY = {
     "AutoModel": "auto",
     "AutoProcessor": "auto",
     "SiglipConfig": "config",
-    "SiglipForImageClassification": "model",
+    "SiglipForImageClassification": "classifier",
     "SiglipImageProcessor": "images.pillow",
     "SiglipImageProcessorFast": "images.fast",
     "SiglipModel": "model",

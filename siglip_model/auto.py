@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from siglip_model.config import HUB_ARGUMENTS, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from siglip_model.checkpoints.hub import HUB_ARGUMENTS
+from siglip_model.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from siglip_model.model import SiglipModel
 from siglip_model.pretrained import PreTrainedModel
 from siglip_model.text_tower import SiglipTextModel
@@ -24,7 +25,7 @@ class AutoModel:
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
         """Arguments as `SiglipModel.from_pretrained`. Raises ValueError for a model_type that is not SigLIP's."""
-        from siglip_model.checkpoints.loading import load_config_dict
+        from siglip_model.checkpoints.files import load_config_dict
 
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         model_type = load_config_dict(pretrained_model_name_or_path, **hub).get("model_type")

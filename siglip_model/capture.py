@@ -18,9 +18,7 @@ from siglip_kernels.errors import unsupported
 from siglip_model.outputs import BaseModelOutputWithPooling, SiglipOutput
 
 if TYPE_CHECKING:
-    from siglip_model.model import SiglipModel
     from siglip_model.pretrained import PreTrainedModel
-    from siglip_model.text_tower import SiglipTextModel
 
 _WARM_UPS = 3  # compile, choose algorithms and allocate workspaces: nothing of that may happen in a capture
 
@@ -179,7 +177,7 @@ class CapturedText:
 
     def __init__(
         self,
-        model: SiglipTextModel,
+        model: PreTrainedModel,
         batch_size: int,
         text_length: int | None,
         attention_mask: bool,
@@ -192,7 +190,7 @@ class CapturedText:
             raise unsupported("capture", "attention_mask", got, "True with triton, sdpa and eager")
         ids = _buffer(model, (batch_size, length), torch.int64)
         # A backend may read a mask's values, which no graph can: what it makes of the mask is the graph's input.
-        self._convert_mask = model.ops.attention_mask
+        self._convert_mask: Callable[[Tensor], dict[str, Tensor]] = model.ops.attention_mask  # type: ignore
         self._no_padding = self._convert_mask(ids + 1) if attention_mask else {}
 
         def encode(input_ids: Tensor, **mask: Tensor) -> Any:
@@ -228,21 +226,25 @@ class CapturedSiglip:
 
     def __init__(
         self,
-        model: SiglipModel,
+        model: PreTrainedModel,
         batch_size: int,
         text_batch_size: int | None,
         image_size: int | tuple[int, int] | None,
         text_length: int | None,
         attention_mask: bool,
         record: Recorder | None = None,
+        *,
+        compare: Callable[[Any, Any], SiglipOutput],  # the model's, from the towers' outputs
     ):
+        vision_model: PreTrainedModel = model.vision_model  # type: ignore[assignment]
+        text_model: PreTrainedModel = model.text_model  # type: ignore[assignment]
         texts = batch_size if text_batch_size is None else text_batch_size
         record = record or _recorder(model, batch_size=batch_size, text_batch_size=texts)
-        self._vision = CapturedVision(model.vision_model, batch_size, image_size, record)
-        self._text = CapturedText(model.text_model, texts, text_length, attention_mask, record)
+        self._vision = CapturedVision(vision_model, batch_size, image_size, record)
+        self._text = CapturedText(text_model, texts, text_length, attention_mask, record)
         self._weights = _Weights([model])  # its own: the towers see to theirs
         vision, text = self._vision.recording.results, self._text.recording.results
-        self._comparison = _Recording(lambda: model.compare(vision, text), {}, record)
+        self._comparison = _Recording(lambda: compare(vision, text), {}, record)
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:

@@ -10,6 +10,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from siglip_model.checkpoints.atomic import atomic_write
+from siglip_model.checkpoints.files import load_config_dict
+from siglip_model.checkpoints.hub import HUB_ARGUMENTS
+
 
 class PretrainedConfig:
     """Typed fields (the class annotations) plus whatever else a config.json carries, which is kept and written back.
@@ -126,15 +130,11 @@ class PretrainedConfig:
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, **kwargs: Any) -> Self:
         """Read config.json of a directory or a hub repository; other keyword arguments override its fields."""
-        from siglip_model.checkpoints.loading import load_config_dict
-
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         return cls.from_dict(load_config_dict(path_or_id, **hub), **kwargs)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json."""
-        from siglip_model.checkpoints.loading import atomic_write
-
         Path(directory).mkdir(parents=True, exist_ok=True)
         atomic_write(Path(directory) / "config.json", (self.to_json_string() + "\n").encode())
 
@@ -151,7 +151,6 @@ class PretrainedConfig:
 
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-HUB_ARGUMENTS = ("revision", "cache_dir", "local_files_only", "token")
 
 
 def _plain(value: Any) -> Any:

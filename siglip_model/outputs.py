@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -97,3 +98,14 @@ class ImageClassifierOutput(ModelOutput):
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+def pooled(output: BaseModelOutputWithPooling) -> torch.Tensor:
+    """The embeddings (n, width) in a tower's output. Raises ValueError for a vision tower without its pooling head."""
+    if output.pooler_output is None:
+        raise ValueError("the model has no pooling head (vision_use_head is false), so its images have no embedding")
+    return output.pooler_output
+
+
+def _unit(embeds: torch.Tensor) -> torch.Tensor:
+    return embeds / embeds.norm(p=2, dim=-1, keepdim=True)

@@ -12,7 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 from siglip_kernels.errors import unsupported
 from siglip_model import backends
-from siglip_model.config import HUB_ARGUMENTS, PretrainedConfig
+from siglip_model.checkpoints.hub import HUB_ARGUMENTS
+from siglip_model.config import PretrainedConfig
+from siglip_model.devices import _as_device
 from siglip_model.encoder import Encoder
 from siglip_model.layers import UsesBackend
 from siglip_model.outputs import ModelOutput
@@ -213,7 +215,7 @@ class PreTrainedModel(nn.Module):
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: str = "50GB", **kwargs: Any) -> None:
         """Write config.json and model.safetensors (or shards) as transformers does; killed half-way, the old stay."""
-        from siglip_model.checkpoints.loading import save_checkpoint
+        from siglip_model.checkpoints.saving import save_checkpoint
 
         if kwargs.pop("safe_serialization", True) is False:
             raise ValueError("save_pretrained: safe_serialization is False; supported: True (safetensors only)")
@@ -275,18 +277,3 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     if isinstance(found, torch.dtype) and found.is_floating_point:
         return found
     raise ValueError(f"dtype is {dtype!r}; supported: a floating-point torch.dtype, its name, or 'auto'")
-
-
-def _as_device(device_map: torch.device | str | int | dict[str, Any] | None) -> torch.device:
-    if isinstance(device_map, dict):
-        if len(set(map(str, device_map.values()))) != 1:
-            raise ValueError(f"device_map is {device_map!r}; supported: one device for the whole model")
-        return _as_device(next(iter(device_map.values())))
-    if device_map is None:
-        return torch.get_default_device()
-    if device_map == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device_map)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device_map is {device_map!r}; supported: one device, as 'cuda:0', or 'auto'") from error

@@ -8,8 +8,9 @@ from typing import Any
 
 from siglip_model.batch import BatchFeature
 from siglip_model.checkpoints.files import split_hub_arguments, to_json, write_file
-from siglip_model.images.pillow import ImageProcessor, load_image_processor
-from siglip_model.text.siglip import load_tokenizer
+from siglip_model.images.auto import load_image_processor
+from siglip_model.images.processor import ImageProcessor
+from siglip_model.text.auto import load_tokenizer
 from siglip_model.text.tokenizer import Tokenizer
 
 __all__ = ["SiglipProcessor"]

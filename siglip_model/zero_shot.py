@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from siglip_model.images.files import load_image, read_ahead
+from siglip_model.devices import resolve_device
+from siglip_model.images.batches import _batches, _value_or_raise, read_ahead
+from siglip_model.images.files import load_image
+from siglip_model.outputs import _unit, pooled
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
-    from siglip_model.outputs import BaseModelOutputWithPooling
 
 TASK = "zero-shot-image-classification"
 TEMPLATE = "This is a photo of {}."
@@ -167,13 +169,6 @@ class ZeroShotImageClassificationPipeline:
         return torch.sigmoid(logits_per_text.t().float())
 
 
-def pooled(output: BaseModelOutputWithPooling) -> torch.Tensor:
-    """The embeddings (n, width) in a tower's output. Raises ValueError for a vision tower without its pooling head."""
-    if output.pooler_output is None:
-        raise ValueError("the model has no pooling head (vision_use_head is false), so its images have no embedding")
-    return output.pooler_output
-
-
 def rank(scores: Sequence[float], labels: Sequence[Any]) -> list[Prediction]:
     """The labels with their scores, best first, equal scores in the labels' order."""
     pairs = sorted(zip(scores, labels, strict=True), key=lambda pair: -pair[0])
@@ -282,28 +277,6 @@ def pipeline(
     )
 
 
-def resolve_device(device: Any) -> torch.device:
-    """A device from its name, its ordinal (-1: the CPU, as in transformers) or None: the first accelerator, if any."""
-    if isinstance(device, (str, torch.device)) and device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"device is {device!r}; supported: 'cpu', 'cuda', 'cuda:1', ...") from error
-    if device is not None and device != "auto" and (not isinstance(device, int) or isinstance(device, bool)):
-        raise ValueError(
-            f"device is {device!r}; supported: a name such as 'cuda:1', a torch.device, an ordinal or None"
-        )
-    if isinstance(device, int) and device < 0:
-        return torch.device("cpu")
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            return torch.device(accelerator.type, device if isinstance(device, int) else 0)
-    if isinstance(device, int):
-        warnings.warn(f"device {device}: this machine has no accelerator, so the CPU is used", stacklevel=3)
-    return torch.device("cpu")
-
-
 def _components(
     model: Any, tokenizer: Any, image_processor: Any, processor: Any, hub: dict[str, Any]
 ) -> tuple[Any, Any]:
@@ -327,11 +300,11 @@ def _components(
                 " or processor="
             )
     if isinstance(tokenizer, (str, os.PathLike)):
-        from siglip_model.text.siglip import load_tokenizer
+        from siglip_model.text.auto import load_tokenizer
 
         tokenizer = load_tokenizer(tokenizer, **hub)
     if isinstance(image_processor, (str, os.PathLike)):
-        from siglip_model.images.pillow import load_image_processor
+        from siglip_model.images.auto import load_image_processor
 
         image_processor = load_image_processor(image_processor, **hub)
     return tokenizer, image_processor
@@ -371,10 +344,6 @@ def fill_template(labels: Sequence[Any], template: str) -> list[str]:
     return sentences
 
 
-def _unit(embeds: torch.Tensor) -> torch.Tensor:
-    return embeds / embeds.norm(p=2, dim=-1, keepdim=True)
-
-
 def _count(name: str, value: Any, at_least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} is {value!r}; supported: a whole number from {at_least}")
@@ -398,21 +367,3 @@ def _items_of(source: Any) -> Iterable[Any]:
     if isinstance(source, torch.utils.data.Dataset) and not isinstance(source, torch.utils.data.IterableDataset):
         return (source[index] for index in range(len(source)))  # type: ignore[arg-type]
     return source
-
-
-def _batches(items: Iterable[torch.Tensor], size: int) -> Iterator[list[torch.Tensor]]:
-    batch: list[torch.Tensor] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _value_or_raise(value: torch.Tensor | None, error: Exception | None) -> torch.Tensor:
-    if error is not None:
-        raise error
-    assert value is not None  # read_ahead gives one or the other
-    return value

@@ -154,3 +154,6 @@ def _is_network_error(error: Exception) -> bool:
     """Connection, proxy and time-out errors, whichever HTTP library the installed huggingface_hub uses."""
     network_errors = {"ConnectionError", "ProxyError", "ConnectError", "TransportError", "Timeout", "TimeoutException"}
     return any(base.__name__ in network_errors for base in type(error).__mro__)
+
+
+HUB_ARGUMENTS = ("revision", "cache_dir", "local_files_only", "token")

@@ -3,64 +3,19 @@
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 
 from siglip_kernels.errors import MissingBackendError, unsupported
-from siglip_model.checkpoints.atomic import atomic_write
 from siglip_model.checkpoints.commit import CONFIG_NAME
 from siglip_model.checkpoints.errors import CheckpointError
-from siglip_model.checkpoints.hub import resolve_file
-from siglip_model.checkpoints.saving import save_checkpoint
-from siglip_model.checkpoints.weights import (
-    WEIGHT_DTYPES,
-    StoredWeights,
-    find_weights,
-    listed,
-    read_json_object,
-    read_tensors,
-)
-
-__all__ = [
-    "CheckpointError",
-    "atomic_write",
-    "load_config_dict",
-    "load_into",
-    "load_state_dict",
-    "resolve_file",
-    "save_checkpoint",
-]
+from siglip_model.checkpoints.files import listed
+from siglip_model.checkpoints.weights import WEIGHT_DTYPES, StoredWeights, find_weights, read_tensors
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPES = ("siglip", "siglip_text_model", "siglip_vision_model")
 # What the checkpoints of a whole model and of a classifier have at their root.
 _ROOTS = ("text_model.", "vision_model.", "classifier.", "logit_scale", "logit_bias")
-
-
-def load_config_dict(
-    path_or_id: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-) -> dict[str, Any]:
-    """The content of config.json of a directory or a hub repository (see `resolve_file`).
-
-    Raises:
-        CheckpointError: there is no config.json, it is not a JSON object, or it describes another kind of model.
-    """
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-    path = resolve_file(path_or_id, CONFIG_NAME, **hub)  # type: ignore[arg-type]
-    if path is None:
-        raise CheckpointError(f"{path_or_id} has no {CONFIG_NAME}")
-    content = read_json_object(path)
-    model_type = content.get("model_type", MODEL_TYPES[0])
-    if model_type not in MODEL_TYPES:
-        raise CheckpointError(f"{path}: model_type is {model_type!r}; supported: {', '.join(MODEL_TYPES)}")
-    return content
 
 
 def load_state_dict(

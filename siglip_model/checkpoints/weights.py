@@ -3,11 +3,10 @@
 Pickles (``pytorch_model.bin``) are never opened, since opening one can run any code that is in it.
 """
 
-import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from siglip_model.checkpoints.commit import INDEX_NAME, WEIGHTS_NAME
 from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.files import listed, read_json_object
 from siglip_model.checkpoints.hub import is_local, resolve_file
 
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -109,23 +109,6 @@ def read_tensors(
         if _identity(path) != identity:
             raise CheckpointError(f"{path} was replaced while it was read; load it again")
     return tensors
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; CheckpointError naming the file if it holds anything else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content
-
-
-def listed(items: Iterable[str], most: int = 5) -> str:
-    """The first few, and how many more."""
-    items = list(items)
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from importlib import metadata
 
-import torch
+from siglip_model.cli import terminal
+from siglip_model.cli.options import JsonOption, errors_in_one_line
 
 LIBRARIES = ("torch", "triton", "flash-attn", "transformers", "sentencepiece", "tokenizers", "safetensors", "pillow")
 
 
 def describe_machine() -> dict[str, dict[str, str | None]]:
     """Three groups of name -> text. versions: None where not installed; backends: None where usable, else why not."""
+    import torch
+
     from siglip_model import backends
 
     versions: dict[str, str | None] = {"siglip-triton": _version("siglip-triton"), "python": platform.python_version()}
@@ -30,6 +34,8 @@ def _version(distribution: str) -> str | None:
 
 
 def _devices() -> dict[str, str | None]:
+    import torch
+
     processor = platform.processor() or platform.machine()
     devices: dict[str, str | None] = {
         "cpu": f"{processor}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
@@ -42,3 +48,15 @@ def _devices() -> dict[str, str | None]:
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU"
     return devices
+
+
+def info(as_json: JsonOption = False) -> None:
+    """Versions, devices, and which backends this machine supports, or why not."""
+    with errors_in_one_line():
+        from siglip_model.cli.info import describe_machine
+
+        facts = describe_machine()
+        if as_json:
+            print(json.dumps(facts, indent=2))
+            return
+        terminal.print_machine(facts)

@@ -1,6 +1,6 @@
 """Bulk embedding: any number of images into one safetensors file, resumable and in constant memory."""
 
-from siglip_model.embed.journal import EmbeddingFileError, Embeddings, load_embeddings
+from siglip_model.embed.file import EmbeddingFileError, Embeddings, load_embeddings
 from siglip_model.embed.run import EmbeddingInterrupted, EmbedSummary, embed_images
 
 __all__ = [

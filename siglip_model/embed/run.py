@@ -15,15 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from siglip_model.embed.journal import (
-    TENSOR_DTYPES,
-    EmbeddingFileError,
-    EmbeddingJournal,
-    Embeddings,
-    load_embeddings,
-)
-from siglip_model.images.files import is_url, list_images, load_image, read_ahead
-from siglip_model.zero_shot import pooled
+from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError, Embeddings, load_embeddings
+from siglip_model.embed.journal import EmbeddingJournal
+from siglip_model.images.batches import read_ahead
+from siglip_model.images.files import is_url, list_images, load_image
+from siglip_model.outputs import pooled
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel

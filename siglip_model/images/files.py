@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,9 +16,6 @@ IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm",
     ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k",
 )  # fmt: skip
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class UnreadableImageError(OSError, ValueError):
@@ -131,37 +127,3 @@ def _walk(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
             yield from _walk(path, (*ancestors, identity))
         elif is_image_name(name):
             yield path
-
-
-def read_ahead(
-    items: Iterable[Item], function: Callable[[Item], Result], *, workers: int, window: int
-) -> Generator[tuple[Item, Result | None, Exception | None], None, None]:
-    """`(item, function(item), None)` for each item in its order, or `(item, None, error)` where it raised.
-
-    With `workers` threads, up to `window` items are under way while the caller is busy; with 0 each is computed when
-    asked for. Items are drawn in the caller's thread.
-    """
-    if workers == 0:
-        for item in items:
-            yield _attempt(item, function)
-        return
-    from concurrent.futures import Future, ThreadPoolExecutor
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="read_ahead")
-    pending: deque[Future[tuple[Item, Result | None, Exception | None]]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(_attempt, item, function))
-            if len(pending) > window:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _attempt(item: Item, function: Callable[[Item], Result]) -> tuple[Item, Result | None, Exception | None]:
-    try:
-        return item, function(item), None
-    except Exception as error:
-        return item, None, error

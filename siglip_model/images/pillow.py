@@ -6,19 +6,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import torch
 
-from siglip_model.checkpoints.files import split_hub_arguments
-from siglip_model.images.fast import SiglipImageProcessorFast
 from siglip_model.images.inputs import channels_last, check_alpha_range, pil_to_array
 from siglip_model.images.options import ImageOptions, output_size, per_channel
-from siglip_model.images.processor import ImageProcessor, read_settings
-
-__all__ = ["ImageProcessor", "SiglipImageProcessor", "SiglipImageProcessorFast", "load_image_processor"]
+from siglip_model.images.processor import ImageProcessor
 
 
 class SiglipImageProcessor(ImageProcessor):
@@ -41,21 +36,6 @@ class SiglipImageProcessor(ImageProcessor):
             height, width = output_size(array.shape[1:], options.size)
             array = _resize_with_pillow(array, (width, height), options.resample)
         return _scale_by_table(array, options) if array.dtype == np.uint8 else _scale(array, options)
-
-
-def load_image_processor(
-    path_or_id: str | os.PathLike[str], *, use_fast: bool | None = None, **arguments: Any
-) -> ImageProcessor:
-    """The image processor that a directory or hub repository names; `use_fast` decides over the file.
-
-    Otherwise as `from_pretrained`.
-    """
-    hub, given = split_hub_arguments(arguments)
-    settings = read_settings(path_or_id, hub)
-    if use_fast is None:
-        use_fast = settings.get("image_processor_type") == SiglipImageProcessorFast.__name__
-    cls = SiglipImageProcessorFast if use_fast else SiglipImageProcessor
-    return cls._from_settings(settings, given)
 
 
 def _to_channels_first(image: Any, options: ImageOptions) -> np.ndarray:

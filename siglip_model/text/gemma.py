@@ -314,7 +314,7 @@ def class_for(name: str) -> type[TokenizersTokenizer] | None:
 
 
 def _read_document(path: str) -> dict[str, Any]:
-    from siglip_model.checkpoints.weights import read_json_object
+    from siglip_model.checkpoints.files import read_json_object
 
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: there is no such file")

@@ -18,7 +18,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from siglip_model.checkpoints.loading import load_config_dict, load_state_dict, save_checkpoint
+from siglip_model.checkpoints.files import load_config_dict
+from siglip_model.checkpoints.loading import load_state_dict
+from siglip_model.checkpoints.saving import save_checkpoint
 
 
 def tensors(count, value):

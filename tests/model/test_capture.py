@@ -55,7 +55,9 @@ def capture(model: Any, **kwargs: Any) -> Any:
     record = RerunRecorder()
     if isinstance(model, siglip_model.SiglipModel):
         defaults = {"batch_size": 1, "text_batch_size": None, "image_size": None, "text_length": None}
-        return CapturedSiglip(model, **{**defaults, "attention_mask": False, **kwargs}, record=record)
+        return CapturedSiglip(
+            model, **{**defaults, "attention_mask": False, **kwargs}, record=record, compare=model.compare
+        )
     if isinstance(model, siglip_model.SiglipTextModel):
         defaults = {"batch_size": 1, "text_length": None, "attention_mask": False}
         return CapturedText(model, **{**defaults, **kwargs}, record=record)

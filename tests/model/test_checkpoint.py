@@ -15,7 +15,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import siglip_model
-from siglip_model.checkpoints.loading import CheckpointError, load_config_dict, load_into, load_state_dict
+from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.files import load_config_dict
+from siglip_model.checkpoints.loading import load_into, load_state_dict
 
 HIDDEN = 32
 TENSOR = "vision_model.encoder.layers.1.mlp.fc1.weight"

@@ -11,7 +11,10 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from siglip_model.checkpoints.loading import CheckpointError, load_config_dict, load_state_dict, save_checkpoint
+from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.files import load_config_dict
+from siglip_model.checkpoints.loading import load_state_dict
+from siglip_model.checkpoints.saving import save_checkpoint
 
 CONFIG = {"model_type": "siglip", "b": [1, 2], "a": {"x": None}}
 WHOLE = 10**9

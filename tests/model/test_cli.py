@@ -14,8 +14,8 @@ from PIL import Image
 from tiny_checkpoint import random_image, shared_tiny_checkpoint
 from typer.testing import CliRunner
 
-from siglip_model.cli import main as cli
-from siglip_model.cli import terminal
+from siglip_model.cli import classify, main, terminal
+from siglip_model.cli import demo as demo_command
 from siglip_model.cli.plot import ROWS_AT_MOST, PlotRow, format_score, plot_predictions
 from siglip_model.demo import CHECKPOINT
 from siglip_model.embed import load_embeddings
@@ -37,7 +37,7 @@ def siglip(checkpoint):
         words = [str(argument) for argument in arguments]
         if words[0] in ("classify", "embed") and "--model" not in words:
             words[1:1] = ["--model", str(checkpoint), *([] if "--device" in words else ["--device", "cpu"])]
-        return CliRunner().invoke(cli.app, words, prog_name="siglip")
+        return CliRunner().invoke(main.app, words, prog_name="siglip")
 
     return run
 
@@ -105,7 +105,7 @@ def test_ways_to_write_labels(siglip, images, words):
 
 
 def test_commas_within_labels_and_template():
-    assert cli.split_labels(["red\\, round, a dog", "a cat", " ", "a dog"]) == ["red, round", "a dog", "a cat"]
+    assert classify.split_labels(["red\\, round, a dog", "a cat", " ", "a dog"]) == ["red, round", "a dog", "a cat"]
 
 
 def test_the_template_reaches_the_model(siglip, images):
@@ -361,14 +361,14 @@ def test_signals_end_an_embedding_with_130_and_what_is_done(siglip, many, tmp_pa
 
 
 def test_ctrl_c_while_classifying_prints_what_is_done(siglip, many, monkeypatch):
-    score = cli._ClassifyRun._score
+    score = classify._ClassifyRun._score
 
     def score_and_stop(run, *arguments):
         score(run, *arguments)
         if len(run.results) >= 4:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli._ClassifyRun, "_score", score_and_stop)
+    monkeypatch.setattr(classify._ClassifyRun, "_score", score_and_stop)
     result = siglip("classify", many, "--labels", "a", "--batch-size", 2, "--json")
     assert result.exit_code == 130 and "stopped after 4 of 40 images" in result.stderr
     names = [os.path.basename(entry["image"]) for entry in json.loads(result.stdout)]
@@ -409,7 +409,7 @@ def own_demo(monkeypatch, tmp_path, checkpoint):
     pictures.mkdir()
     for name, seed in (("red-apple", 0), ("two-cats", 1), ("a-plane", 1)):
         random_image(seed).save(pictures / f"{name}.png")
-    monkeypatch.setattr(cli, "PICTURES", pictures)
+    monkeypatch.setattr(demo_command, "PICTURES", pictures)
     return ["demo", "--model", str(checkpoint), "--device", "cpu"]
 
 
@@ -431,7 +431,7 @@ def test_demo_marks_right_and_wrong_and_names_the_way_on(siglip, own_demo, tmp_p
 
 
 def test_demo_without_pictures(siglip, own_demo, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "PICTURES", tmp_path / "none")
+    monkeypatch.setattr(demo_command, "PICTURES", tmp_path / "none")
     result = siglip(*own_demo)
     assert result.exit_code == 2 and one_line(result.stderr) and "no pictures in" in result.stderr
 

@@ -16,12 +16,10 @@ from PIL import Image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from siglip_model.batch import BatchFeature
-from siglip_model.images.pillow import (
-    ImageProcessor,
-    SiglipImageProcessor,
-    SiglipImageProcessorFast,
-    load_image_processor,
-)
+from siglip_model.images.auto import load_image_processor
+from siglip_model.images.fast import SiglipImageProcessorFast
+from siglip_model.images.pillow import SiglipImageProcessor
+from siglip_model.images.processor import ImageProcessor
 
 SIZE = {"height": 24, "width": 20}
 NEW_ENOUGH = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)

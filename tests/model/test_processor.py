@@ -14,7 +14,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from siglip_model import AutoProcessor
 from siglip_model.batch import BatchFeature
-from siglip_model.images.pillow import SiglipImageProcessor, SiglipImageProcessorFast
+from siglip_model.images.fast import SiglipImageProcessorFast
+from siglip_model.images.pillow import SiglipImageProcessor
 from siglip_model.processor import SiglipProcessor
 from siglip_model.text.siglip import SiglipTokenizer
 

@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from siglip_model.batch import BatchFeature
+from siglip_model.text.auto import load_tokenizer
 from siglip_model.text.gemma import GemmaTokenizer, Siglip2Tokenizer
-from siglip_model.text.siglip import SiglipTokenizer, load_tokenizer
+from siglip_model.text.siglip import SiglipTokenizer
 
 WORDS = [
     "a", "an", "the", "photo", "of", "cat", "dog", "plane", "straße", "ὀδός", "Σίσυφος", "猫", "犬", "写真", "كتاب",

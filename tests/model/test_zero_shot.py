@@ -15,10 +15,12 @@ import transformers
 from PIL import Image
 from tiny_checkpoint import random_image, save_tiny_checkpoint, shared_tiny_checkpoint
 
-from siglip_model.images.files import UnreadableImageError, list_images, load_image, read_ahead
+from siglip_model.devices import resolve_device
+from siglip_model.images.batches import read_ahead
+from siglip_model.images.files import UnreadableImageError, list_images, load_image
 from siglip_model.model import SiglipModel
 from siglip_model.processor import SiglipProcessor
-from siglip_model.zero_shot import LABELS_AT_ONCE, TASK, pipeline, rank, resolve_device
+from siglip_model.zero_shot import LABELS_AT_ONCE, TASK, pipeline, rank
 
 LABELS = ["2 cats", "a plane", "a remote", "2 cats"]
 

@@ -1,0 +1,94 @@
+"""The vision tower with a linear classifier on the mean of its tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siglip_kernels.errors import unsupported
+from siglip_model.capture import CapturedVision
+from siglip_model.config import SiglipConfig
+from siglip_model.layers import is_plain
+from siglip_model.outputs import ImageClassifierOutput
+from siglip_model.pretrained import PreTrainedModel, finish
+from siglip_model.vision_tower import SiglipVisionModel
+
+
+class SiglipForImageClassification(PreTrainedModel):
+    """The vision tower with a linear classifier on the mean of its tokens (the pooling head takes no part)."""
+
+    config_class = SiglipConfig
+    main_input_name = "pixel_values"
+    new_parameters = ("classifier.",)
+
+    def __init__(self, config: SiglipConfig, **kwargs: str):
+        super().__init__(config, **kwargs)
+        if config.num_labels < 1:
+            raise unsupported("SiglipForImageClassification", "num_labels", f"is {config.num_labels}", "at least 1")
+        self.vision_model = SiglipVisionModel(config.vision_config, **kwargs)  # type: ignore[arg-type]
+        self.classifier = nn.Linear(config.vision_config.hidden_size, config.num_labels)  # type: ignore[union-attr]
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.embeddings.patch_embedding
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple:
+        """Classify images.
+
+        pixel_values: (B, C, H, W). labels: (B,) class indices, (B, num_labels) floating point for several classes an
+        image, or (B,) floating point for num_labels = 1; config.problem_type says which loss and is inferred and
+        written there if it is None.
+        """
+        if labels is not None and not isinstance(labels, Tensor):
+            raise unsupported("SiglipForImageClassification", "labels", f"is {type(labels).__name__}", "a tensor")
+        asked = (
+            interpolate_pos_encoding,
+            self._default(output_attentions, "attentions"),
+            self._default(output_hidden_states, "hidden_states"),
+        )
+        if is_plain(self.vision_model, SiglipVisionModel):
+            vision = self.vision_model.encode(pixel_values, *asked)
+        else:
+            vision = self.vision_model(pixel_values, *asked, return_dict=True)
+        tokens: Any = vision.last_hidden_state  # [B, S, width]
+        logits = self.classifier(tokens.mean(dim=1))
+        loss = None if labels is None else self._loss(logits, labels.to(logits.device))
+        return finish(ImageClassifierOutput(loss, logits, vision.hidden_states, vision.attentions), self, return_dict)
+
+    def capture(self, batch_size: int = 1, *, image_size: int | tuple[int, int] | None = None) -> CapturedVision:
+        """Record the forward pass into a CUDA graph; returns what is called with pixel_values. See SiglipModel."""
+        return CapturedVision(self, batch_size, image_size)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        config = self.config
+        if config.problem_type is None:
+            if config.num_labels == 1:
+                config.problem_type = "regression"
+            elif labels.dtype in (torch.int64, torch.int32):
+                config.problem_type = "single_label_classification"
+            else:
+                config.problem_type = "multi_label_classification"
+        if config.problem_type == "regression":
+            return (
+                F.mse_loss(logits.squeeze(), labels.squeeze()) if config.num_labels == 1 else F.mse_loss(logits, labels)
+            )
+        if config.problem_type == "single_label_classification":
+            return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1).long())
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        std = self.config.vision_config.hidden_size**-0.5 * self.config.initializer_factor
+        nn.init.normal_(self.classifier.weight, std=std)
+        nn.init.zeros_(self.classifier.bias)

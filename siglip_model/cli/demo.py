@@ -1,0 +1,68 @@
+"""`siglip demo`: zero-shot classification of the bundled images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from siglip_model.cli import terminal
+from siglip_model.cli.options import (
+    GOOGLE_EXAMPLE,
+    TEMPLATE,
+    BackendOption,
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    TemplateOption,
+    errors_in_one_line,
+    load_classifier,
+)
+from siglip_model.demo import CHECKPOINT, PICTURES
+from siglip_model.images.files import load_image
+
+
+def demo(
+    template: TemplateOption = TEMPLATE,
+    model: ModelOption = str(CHECKPOINT),
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+    batch_size: BatchSizeOption = 16,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Write a picture of the images beside their bars.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Name the pictures that come with this package, and see whether the names are right."""
+    with errors_in_one_line():
+        from siglip_model.cli import plot as plotting
+        from siglip_model.demo.classify import classify_demo_pictures, score_on_card
+
+        if plot is not None and (problem := plotting.plot_problem(plot)):
+            raise ValueError(f"--plot {problem}")
+        classifier = load_classifier(model, backend, dtype, device)
+        results = classify_demo_pictures(classifier, PICTURES, template, batch_size)
+        right = sum(result["right"] for result in results)
+        if plot is not None:
+            rows = [
+                plotting.PlotRow(load_image(entry["image"]), entry["name"], entry["predictions"][:3])
+                for entry in results
+            ]
+            plotting.plot_predictions(rows, plot)
+            terminal.say(f"wrote {plot}")
+        if as_json:
+            print(json.dumps({"right": right, "of": len(results), "pictures": results}, indent=2))
+            return
+        terminal.print_demo(results, right)
+        if model == str(CHECKPOINT):
+            score = score_on_card(CHECKPOINT)
+            measured = (
+                f" On all pictures of that design it picks the right one of ten names in {score}." if score else ""
+            )
+            print(f"The pictures are of a design that this small model never saw in training.{measured}")
+        print(f"With a checkpoint of Google's instead: {GOOGLE_EXAMPLE}")

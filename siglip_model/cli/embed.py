@@ -1,0 +1,112 @@
+"""`siglip embed`: a folder of images into one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from siglip_model.cli import terminal
+from siglip_model.cli.options import (
+    BackendOption,
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    count_images,
+    errors_in_one_line,
+    exit_with,
+    load_classifier,
+    workers,
+)
+from siglip_model.demo import CHECKPOINT
+
+
+def embed(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES_OR_FOLDER", help="Files, folders (searched through) or URLs.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the embeddings go.", show_default=False)],
+    normalize: Annotated[bool, typer.Option(help="Rows of unit length, or the pooled output as it is.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, even if the file is there.")] = False,
+    model: ModelOption = str(CHECKPOINT),
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+    batch_size: BatchSizeOption = 16,
+    as_json: JsonOption = False,
+) -> None:
+    """Embed images into one file: `embeddings` (n, width), and each row's file name.
+
+    Started again it goes on where it stopped: images that are done are skipped, failed and changed ones tried again.
+    Rows are float32, or the --dtype. In Python: siglip_model.embed.run.load_embeddings(FILE).
+    """
+    with errors_in_one_line():
+        import torch
+
+        from siglip_model.embed.run import EmbeddingInterrupted, embed_images, out_problem
+
+        if problem := out_problem(out):
+            raise ValueError(f"--out: {problem}")
+        total = count_images(inputs)
+        classifier = load_classifier(model, backend, dtype, device)
+        failures: list[dict[str, str]] = []
+        stopped = False
+        with terminal.progress(total, "embed", hidden=as_json) as progress, _termination_as_ctrl_c():
+
+            def on_image(path: str, outcome: str, error: str) -> None:
+                if outcome == "failed":
+                    progress.say(f"failed: {error}")
+                    if as_json:
+                        failures.append({"image": path, "error": error})
+                progress.advance(counts=outcome != "skipped")
+
+            try:
+                summary = embed_images(
+                    classifier.model,
+                    classifier.image_processor,
+                    inputs,
+                    out,
+                    normalize=normalize,
+                    dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype),
+                    batch_size=batch_size,
+                    num_workers=workers(),
+                    overwrite=overwrite,
+                    model_name=model,
+                    on_image=on_image,
+                )
+            except EmbeddingInterrupted as interruption:
+                summary, stopped = interruption.summary, True
+        if as_json:
+            report = {name: getattr(summary, name) for name in summary.__dataclass_fields__}
+            report["images_per_second"] = round(summary.images_per_second, 2)
+            print(json.dumps({**report, "failures": failures}, indent=2))
+        elif summary.rows == 0:
+            print(f"no image was embedded; {out} was not written")
+        else:
+            print(
+                f"{out}: {summary.rows} row{'s' * (summary.rows != 1)} of {summary.width};"
+                f" {summary.embedded} embedded now ({summary.images_per_second:.1f} images/s),"
+                f" {summary.skipped} done before, {summary.failed} failed"
+            )
+        done = summary.embedded + summary.failed + summary.skipped
+        exit_with(stopped, summary.failed, done, total, "; the same command goes on from here" * stopped)
+
+
+@contextmanager
+def _termination_as_ctrl_c() -> Iterator[None]:
+    """A batch system that ends the job (SIGTERM) leaves what is done as usable as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

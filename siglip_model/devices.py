@@ -1,0 +1,45 @@
+"""Devices from the names, ordinals and maps that transformers' interfaces take."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+
+def resolve_device(device: Any) -> torch.device:
+    """A device from its name, its ordinal (-1: the CPU, as in transformers) or None: the first accelerator, if any."""
+    if isinstance(device, (str, torch.device)) and device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device is {device!r}; supported: 'cpu', 'cuda', 'cuda:1', ...") from error
+    if device is not None and device != "auto" and (not isinstance(device, int) or isinstance(device, bool)):
+        raise ValueError(
+            f"device is {device!r}; supported: a name such as 'cuda:1', a torch.device, an ordinal or None"
+        )
+    if isinstance(device, int) and device < 0:
+        return torch.device("cpu")
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return torch.device(accelerator.type, device if isinstance(device, int) else 0)
+    if isinstance(device, int):
+        warnings.warn(f"device {device}: this machine has no accelerator, so the CPU is used", stacklevel=3)
+    return torch.device("cpu")
+
+
+def _as_device(device_map: torch.device | str | int | dict[str, Any] | None) -> torch.device:
+    if isinstance(device_map, dict):
+        if len(set(map(str, device_map.values()))) != 1:
+            raise ValueError(f"device_map is {device_map!r}; supported: one device for the whole model")
+        return _as_device(next(iter(device_map.values())))
+    if device_map is None:
+        return torch.get_default_device()
+    if device_map == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device_map is {device_map!r}; supported: one device, as 'cuda:0', or 'auto'") from error

@@ -1,0 +1,37 @@
+"""The tokenizer that a checkpoint's files ask for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments
+from siglip_model.text.siglip import SiglipTokenizer
+from siglip_model.text.tokenizer import Tokenizer
+
+
+def load_tokenizer(path_or_id: str | os.PathLike[str], **arguments: Any) -> Tokenizer:
+    """The tokenizer that a directory or hub repository asks for: SigLIP's, or Gemma's for SigLIP 2.
+
+    tokenizer_config.json's tokenizer_class decides; without one, spiece.model or tokenizer.json does.
+    Raises CheckpointError for a class that is not supported, and if there are no tokenizer files.
+    """
+    from siglip_model.text.gemma import TOKENIZER_FILE, class_for
+
+    hub, _ = split_hub_arguments(arguments)
+    config = find_json(path_or_id, Tokenizer.config_name, hub) or {}
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    if name == "SiglipTokenizer" or (not name and find_file(path_or_id, SiglipTokenizer.vocab_file_name, hub)):
+        return SiglipTokenizer.from_pretrained(path_or_id, **arguments)
+    if not name and not find_file(path_or_id, TOKENIZER_FILE, hub):
+        raise CheckpointError(
+            f"{path_or_id} has no tokenizer: neither {SiglipTokenizer.vocab_file_name} nor {TOKENIZER_FILE}"
+        )
+    tokenizer_class = class_for(name)
+    if tokenizer_class is None:
+        raise CheckpointError(
+            f"{path_or_id}: tokenizer_class is {config['tokenizer_class']!r}; supported: SiglipTokenizer, "
+            "GemmaTokenizer, Siglip2Tokenizer, PreTrainedTokenizerFast, TokenizersBackend"
+        )
+    return tokenizer_class.from_pretrained(path_or_id, **arguments)
