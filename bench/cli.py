@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from bench.run import Request
+    from bench.measure.run import Request
 
 RED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
@@ -91,9 +91,9 @@ def check(
     """Compare every kernel of ours with fp64, on this GPU or in Triton's interpreter."""
     with _errors_in_one_line():
         from bench import terminal
-        from bench.apart import check_apart
-        from bench.check import check_all, kernel_operations, kernels_can_run
-        from bench.circumstances import device
+        from bench.environment import device
+        from bench.measure.check import check_all, kernel_operations, kernels_can_run
+        from bench.measure.isolated import check_apart
 
         reason = kernels_can_run()
         if reason is not None:
@@ -124,18 +124,19 @@ def compile_kernels(
     """Compile every kernel for GPUs that need not be there: registers, spills, matrix instructions, accesses."""
     with _errors_in_one_line():
         from bench import terminal
-        from bench.ahead_of_time import GPUS
-        from bench.compilation import compile_operations, launch_modules, use_the_compiler, write_table
-        from bench.results import results_directory
+        from bench.compiled.ahead_of_time import GPUS
+        from bench.compiled.launches import operation_names
+        from bench.compiled.table import compile_operations, use_the_compiler, write_table
+        from bench.report.rows import results_directory
 
-        modules = launch_modules()
-        chosen = _known("operation", _split(operations), modules) or list(modules)
+        every = operation_names()
+        chosen = _known("operation", _split(operations), every) or every
         gpus = _known("--gpu", _split(gpu), GPUS) or ["a100", "h200", "b200"]
         use_the_compiler()
         with terminal.progress_bar() as progress:
-            rows = list(compile_operations({name: modules[name] for name in chosen}, gpus, progress))
+            rows = list(compile_operations(chosen, gpus, progress))
         terminal.print_compiled(rows)
-        if set(chosen) == set(modules):
+        if set(chosen) == set(every):
             print(f"Written to {write_table(rows, results or results_directory())}.")
         wrong = [row for _, row in rows if row.problems()]
         print(f"{len(rows) - len(wrong)} of {len(rows)} kernels compile without a spill.")
@@ -160,9 +161,9 @@ def tune(
     until = _deadline(minutes)
     with _errors_in_one_line():
         from bench import terminal
-        from bench.circumstances import device, hardware
-        from bench.operations import DTYPES
-        from bench.run import OutOfTime, deadline
+        from bench.cases.operations import DTYPES
+        from bench.environment import device, hardware
+        from bench.measure.run import OutOfTime, deadline
         from bench.tune import TUNABLE, settings_of, time_candidates, tune, write_table
 
         chosen = _known("operation", _split(operations), TUNABLE) or list(TUNABLE)
@@ -219,7 +220,7 @@ def gpu(
     """Check, run and report on this GPU in one go. Started again, it goes on where it stopped."""
     until = _deadline(minutes if minutes is not None else 9.0 if quick else None)
     with _errors_in_one_line():
-        from bench.circumstances import device
+        from bench.environment import device
 
         if device() != "cuda":
             raise RuntimeError("this machine has no CUDA device; `python -m bench run` measures what a CPU can show")
@@ -237,8 +238,8 @@ def peers(
 ) -> None:
     """List the contenders, which are installed, and how to get the others."""
     with _errors_in_one_line():
+        from bench.cases.suites import SUITES
         from bench.peers import peers_of
-        from bench.suites import SUITES
 
         names = list(dict.fromkeys(case.operation for suite in _suites(suites) for case in SUITES[suite].cases))
         for operation in names:
@@ -260,11 +261,11 @@ def _request(
     again: bool,
 ) -> Request:
     """What is asked for, every name of it known. ValueError lists what there is."""
-    from bench.operations import OPERATIONS
+    from bench.cases.operations import OPERATIONS
+    from bench.cases.shapes import DIRECTIONS
+    from bench.cases.suites import SUITES
+    from bench.measure.run import Request
     from bench.peers import peers_of
-    from bench.run import Request
-    from bench.shapes import DIRECTIONS
-    from bench.suites import SUITES
 
     names = _suites(suites)
     operations = list(dict.fromkeys(case.operation for name in names for case in SUITES[name].cases))
@@ -279,14 +280,14 @@ def _request(
 
 
 def _suites(suites: Sequence[str] | None) -> list[str]:
-    from bench.suites import SUITES
+    from bench.cases.suites import SUITES
 
     asked = _known("suite", _split(suites), [*SUITES, "all"])
     return list(SUITES) if not asked or "all" in asked else asked
 
 
 def _dtypes(names: Sequence[str] | None) -> list[str]:
-    from bench.operations import DTYPES
+    from bench.cases.operations import DTYPES
 
     return _known("--dtype", _split(names), DTYPES)
 
@@ -315,7 +316,7 @@ def _known(what: str, asked: Sequence[str], supported: Iterable[str]) -> list[st
 def _check_shape(pattern: str, names: Sequence[str], classes: Sequence[type]) -> None:
     import fnmatch
 
-    from bench.shapes import parse
+    from bench.cases.shapes import parse
 
     if "=" in pattern:
         errors = []
@@ -333,10 +334,10 @@ def _check_shape(pattern: str, names: Sequence[str], classes: Sequence[type]) ->
 def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[tuple[str, str], str]:
     """Kernels of ours that are wrong, which are not to be timed. On a CPU nothing of ours is."""
     from bench import terminal
-    from bench.apart import check_apart
-    from bench.check import kernel_operations, red
-    from bench.circumstances import device
-    from bench.run import OutOfTime
+    from bench.environment import device
+    from bench.measure.check import kernel_operations, red
+    from bench.measure.isolated import check_apart
+    from bench.measure.run import OutOfTime
 
     if device() != "cuda":
         terminal.say(
@@ -358,10 +359,10 @@ def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[tup
 
 def _run(request: Request, where: Path | None, red: dict[tuple[str, str], str], until: float | None) -> None:
     from bench import terminal
-    from bench.apart import run_apart
-    from bench.circumstances import device
-    from bench.report import groups
-    from bench.run import open_results, plan_for, run
+    from bench.environment import device
+    from bench.measure.isolated import run_apart
+    from bench.measure.run import open_results, plan_for, run
+    from bench.report.tables import groups
 
     for suite in request.without_settings():
         terminal.say(
@@ -386,10 +387,10 @@ def _run(request: Request, where: Path | None, red: dict[tuple[str, str], str], 
 
 
 def _report(files: Sequence[Path] | None, where: Path | None, readme: Path | None, plots: bool) -> None:
-    from bench.circumstances import ROOT, in_repository
-    from bench.plots import draw_all
-    from bench.report import full_report, insert, summary
-    from bench.results import read, results_directory
+    from bench.environment import ROOT, in_repository
+    from bench.report.plots import draw_all
+    from bench.report.rows import read, results_directory
+    from bench.report.tables import full_report, insert, summary
 
     directory = (where.parent if where is not None and where.suffix == ".jsonl" else where) or results_directory()
     chosen = list(files or sorted(path for path in directory.glob("*.jsonl") if not path.name.startswith("compile-")))
@@ -413,7 +414,7 @@ def _report(files: Sequence[Path] | None, where: Path | None, readme: Path | Non
 
 
 def _place() -> str:
-    from bench.circumstances import device, hardware
+    from bench.environment import device, hardware
 
     return hardware() if device() == "cuda" else "Triton's interpreter"
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import siglip_kernels
-from bench.ahead_of_time import GPUS, compiling_for
+from bench.compiled.ahead_of_time import GPUS, compiling_for
 
 TOKENS, WIDTH, HIDDEN, HEADS = 128, 64, 128, 1
 ROUNDS, CALLS = 15, 40

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from bench.ahead_of_time import Row as Compiled
-from bench.check import Checked
-from bench.report import Group, milliseconds, share, size
+from bench.compiled.ahead_of_time import Row as Compiled
+from bench.measure.check import Checked
+from bench.report.tables import Group, milliseconds, share, size
 
 Progress = Callable[[int, int, str], None]
 
@@ -64,7 +64,7 @@ def print_groups(found: Sequence[Group]) -> None:
     """A table for each group: fastest first and in bold, then what failed and why."""
     from rich.text import Text
 
-    from bench.report import title
+    from bench.report.tables import title
 
     for group in found:
         noise = "" if group.noise is None else f"; noise {group.noise:.2f}x"
@@ -114,7 +114,7 @@ def print_checks(checked: Sequence[Checked]) -> None:
 def print_compiled(rows: Sequence[tuple[str, Compiled]]) -> None:
     from rich.text import Text
 
-    from bench.compilation import architecture
+    from bench.compiled.table import architecture
 
     table = _table(
         "Compiled ahead of time",

@@ -13,13 +13,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench.accuracy import Judge
-from bench.circumstances import device
-from bench.measure import free, step_of
-from bench.operations import DTYPES, OPERATIONS, Setting
-from bench.peers import Missing, Peer, Unsupported, peers_of
-from bench.run import Request, label
-from bench.shapes import (
+from bench.cases.operations import DTYPES, OPERATIONS, Setting
+from bench.cases.shapes import (
     AttentionShape,
     LinearShape,
     LossShape,
@@ -30,7 +25,12 @@ from bench.shapes import (
     PoolShape,
     TrainShape,
 )
-from bench.suites import SUITES
+from bench.cases.suites import SUITES
+from bench.environment import device
+from bench.measure.accuracy import Judge
+from bench.measure.measure import free, step_of
+from bench.measure.run import Request, label
+from bench.peers import Missing, Peer, Unsupported, peers_of
 
 ON_A_CPU = {
     "attention": ("attention", AttentionShape("base-224-b1", 1, 196, 12, 64)),

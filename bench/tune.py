@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from bench.accuracy import Judge
-from bench.measure import free, step_of
-from bench.operations import OPERATIONS, Contender, Setting, ours
+from bench.cases.operations import OPERATIONS, Contender, Setting, ours
+from bench.cases.suites import SUITES
+from bench.measure.accuracy import Judge
+from bench.measure.measure import free, step_of
+from bench.measure.timing import Steps, Timing, clock, copies, interleaved
 from bench.peers import peers_of
-from bench.suites import SUITES
-from bench.timing import Steps, Timing, clock, copies, interleaved
 from siglip_kernels.device import Facts, facts
 
 Key = tuple[Any, ...]

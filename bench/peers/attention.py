@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.operations import Contender, Setting
+from bench.cases.operations import Contender, Setting
+from bench.cases.shapes import AttentionShape
 from bench.peers.compiled import compiled
 from bench.peers.registry import Unsupported, peer
-from bench.shapes import AttentionShape
 from siglip_kernels import reference
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.operations import Setting
+from bench.cases.operations import Setting
 from bench.peers.compiled import compiled
 from bench.peers.registry import peer
 from siglip_kernels import reference

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import siglip_kernels
-from bench.operations import Setting
+from bench.cases.operations import Setting
 from bench.peers.compiled import compiled
 from bench.peers.registry import Missing, Unsupported, peer
 from siglip_kernels import reference

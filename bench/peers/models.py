@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from bench.operations import Contender, Setting, as_contender, model_config, model_weights, our_model
+from bench.cases.operations import Contender, Setting, as_contender, model_config, model_weights, our_model
+from bench.cases.shapes import AttentionShape, ModelShape
 from bench.peers.attention import chosen_backend
 from bench.peers.compiled import MODES, compiled
 from bench.peers.registry import HOPPER, Unsupported, peer, require_hopper
-from bench.shapes import AttentionShape, ModelShape
 from siglip_kernels import MissingBackendError
 
 _MODELS = ("vision_tower", "siglip", "training_step")

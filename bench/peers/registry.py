@@ -8,7 +8,7 @@
 
 The function is called when its peer is about to be measured, not before, so a package that is not installed costs
 nothing; its ImportError becomes a row that says how to install it. It returns a function with the definition's
-parameters (`bench.operations`), or a Contender.
+parameters (`bench.cases.operations`), or a Contender.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from bench.operations import Contender, Setting, ours
-from bench.shapes import AttentionShape
+from bench.cases.operations import Contender, Setting, ours
+from bench.cases.shapes import AttentionShape
 from siglip_kernels.attention.config import short_block
 
 MODULES = ("attention", "dense", "loss", "models")

@@ -56,7 +56,7 @@ def tile(kernel: str, facts: Facts, element_bytes: int, head_dim: int, query_tok
 
 def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> Tile:
     """Not measured. The largest tiles without a spill, then two or three programs a multiprocessor, which hide each
-    other's exponentials behind matrix work; `python -m bench.ahead_of_time bench.attention_launches` shows both.
+    other's exponentials behind matrix work; `python -m bench.compiled.ahead_of_time attention` shows both.
     """
     if facts.capability == (0, 0):
         return Tile(128, 128, 4, 1)  # the interpreter takes its time by the operation

@@ -38,7 +38,7 @@ def forward_tile(head_dim: int, query_tokens: int, last: int, has_lengths: bool)
     registers a thread: beyond 64 columns the accumulators spill, and wgmma wait for each other; and without lengths so
     do the scores of a first step (last_keys) as wide as all the others.
 
-    Counted by `python -m bench.inner_loop bench.attention_hopper_launches bench.attention_launches` with triton 3.7.1:
+    Counted by `python -m bench.compiled.sass attention_hopper attention` with triton 3.7.1:
     clocks of a quarter of a multiprocessor for 16 × 128 scores, and what share of the tensor pipe's peak the busiest
     pipe allows, here and in the portable kernel, whose loop issues no exponential beneath its products.
 

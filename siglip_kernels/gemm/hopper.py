@@ -62,13 +62,13 @@ def tile_for(rows: int, columns: int, depth: int, parts: int, gelu: str, out_dty
     so400m, 64 images of 729 tokens: N = 4304 is 17 tiles of 256 or 34 of 128 (either way 1.1 % more than asked for),
     and 48 waves; N = 1152 is nine tiles of 128 but four and a half of 256, 13 waves of TALL tiles, 14 of WIDE ones.
 
-    Counted by `python -m bench.inner_loop` and `python -m bench.tile_cost`, each with `bench.linear_hopper_launches
-    bench.linear_launches`, triton 3.7.1: clocks of one warp on its quarter of a multiprocessor, where a consumer has
-    one. A block of depth is 512 clocks of the tensor pipe for each consumer, 320 (WIDE) or 384 (TALL) of shared memory
-    for its operands and at most 67 of any other pipe: bound by the tensor pipe, as the portable loop is between its
-    epilogues. (TMA writes both consumers' blocks in another 384. Should they have to share the 128 bytes a clock, WIDE
-    would be just at that bound and TALL 12 % beyond it: the first thing to measure.) Epilogues, here and in the
-    portable kernel, where both of a quarter's warps have theirs while the tensor cores stand still:
+    Counted by `python -m bench.compiled.sass` and `python -m bench.compiled.tile_cost`, each with `linear_hopper
+    linear`, triton 3.7.1: clocks of one warp on its quarter of a multiprocessor, where a consumer has one. A block of
+    depth is 512 clocks of the tensor pipe for each consumer, 320 (WIDE) or 384 (TALL) of shared memory for its operands
+    and at most 67 of any other pipe: bound by the tensor pipe, as the portable loop is between its epilogues. (TMA
+    writes both consumers' blocks in another 384. Should they have to share the 128 bytes a clock, WIDE would be just at
+    that bound and TALL 12 % beyond it: the first thing to measure.) Epilogues, here and in the portable kernel, where
+    both of a quarter's warps have theirs while the tensor cores stand still:
 
     | epilogue          | exponentials | issue | portable: exponentials | issue |
     |-------------------|--------------|-------|------------------------|-------|

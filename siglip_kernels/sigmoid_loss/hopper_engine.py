@@ -15,13 +15,13 @@ from siglip_kernels.sigmoid_loss.triton_engine import TritonEngine, config_for
 class HopperEngine(TritonEngine):
     """See `blocks.Engine`. Blocks and dtypes are those of the portable kernels.
 
-    Counted by `python -m bench.tile_cost bench.sigmoid_loss_hopper_launches bench.sigmoid_loss_launches`, triton 3.7.1,
-    clocks of one warp on its quarter of a multiprocessor: the epilogue that makes G and the sums takes 2064 of the
-    special-function units and 2421 of issue, the portable kernel's 3072 and 4432. A tile at D = 768 is 12 blocks or
-    12,288 clocks of the tensor pipe (bench.inner_loop: no other is as busy there). The portable kernel's two warps have
-    their epilogues on top: 58 % of the peak at best. Here one consumer's epilogue is under the other's products, of
-    which four stages hold 2048 clocks; at most 2 × 373 are left, 94 %. The two products have 88 blocks or more to one
-    epilogue of 679. Nothing of this has been measured on a GPU.
+    Counted by `python -m bench.compiled.tile_cost sigmoid_loss_hopper sigmoid_loss`, triton 3.7.1, clocks of one warp
+    on its quarter of a multiprocessor: the epilogue that makes G and the sums takes 2064 of the special-function units
+    and 2421 of issue, the portable kernel's 3072 and 4432. A tile at D = 768 is 12 blocks or 12,288 clocks of the
+    tensor pipe (bench.compiled.sass: no other is as busy there). The portable kernel's two warps have their epilogues
+    on top: 58 % of the peak at best. Here one consumer's epilogue is under the other's products, of which four stages
+    hold 2048 clocks; at most 2 × 373 are left, 94 %. The two products have 88 blocks or more to one epilogue of 679.
+    Nothing of this has been measured on a GPU.
     """
 
     def __init__(self, embeds: Tensor, chunk_size: int = 0) -> None:

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from bench.floors import Floors
-from bench.operations import OPERATIONS, Setting
+from bench.cases.operations import OPERATIONS, Setting
+from bench.cases.shapes import AttentionShape, Shape
+from bench.measure.roofline import Floors
 from bench.peers import Peer
-from bench.results import Row
-from bench.shapes import AttentionShape, Shape
+from bench.report.rows import Row
 from siglip_kernels import reference
 
 FLOORS = Floors(flops=1e12, bytes=1e11)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from bench_helpers import SHAPE
 
-from bench.accuracy import Judge
-from bench.operations import OPERATIONS, Setting
+from bench.cases.operations import OPERATIONS, Setting
+from bench.cases.shapes import LinearShape, LossShape, MLPShape, NormShape
+from bench.measure.accuracy import Judge
 from bench.peers import peers_of
 from bench.peers.loss import softmax_loss
-from bench.shapes import LinearShape, LossShape, MLPShape, NormShape
 from siglip_kernels import reference
 
 

@@ -9,12 +9,12 @@ from dataclasses import asdict
 import pytest
 from bench_helpers import row
 
-from bench import apart
-from bench.apart import check_apart, run_apart
-from bench.check import red
-from bench.measure import Plan
-from bench.results import read
-from bench.run import OutOfTime, Request
+from bench.measure import isolated
+from bench.measure.check import red
+from bench.measure.isolated import check_apart, run_apart
+from bench.measure.measure import Plan
+from bench.measure.run import OutOfTime, Request
+from bench.report.rows import read
 
 REQUEST = Request(["loss"], ["pairs=8,width=8"], ["eager", "chunked"])
 
@@ -32,7 +32,7 @@ def scripted(tmp_path, monkeypatch):
             f"path, blank = {str(path)!r}, json.loads({json.dumps(asdict(row('triton:hopper')))!r})\n"
             "def tell(**what): print(json.dumps(what), flush=True)\n" + textwrap.dedent(lines)
         )
-        monkeypatch.setattr(apart, "COMMAND", (sys.executable, str(script)))
+        monkeypatch.setattr(isolated, "COMMAND", (sys.executable, str(script)))
         return path
 
     return write
@@ -114,7 +114,7 @@ def test_a_group_that_crashes_while_it_is_timed_is_left_out(scripted):
 
 
 def test_one_that_cannot_be_interrupted_is_stopped_when_time_is_up(scripted, monkeypatch):
-    monkeypatch.setattr(apart, "GRACE", 0.5)
+    monkeypatch.setattr(isolated, "GRACE", 0.5)
     scripted(begun() + "\ntime.sleep(60)")
     start = time.monotonic()
     outcome, _ = run_apart(REQUEST, None, Plan(), start + 5, lambda *_: None)
@@ -135,7 +135,7 @@ def test_what_cannot_begin_is_an_error(scripted):
     ("fate", "problem"), [("time.sleep(60)", "did not end within 5 s"), ("os.abort()", "ended by SIGABRT")]
 )
 def test_a_check_that_hangs_or_crashes_is_red(scripted, monkeypatch, fate, problem):
-    monkeypatch.setattr(apart, "CHECK", 5.0 if "sleep" in fate else 60.0)
+    monkeypatch.setattr(isolated, "CHECK", 5.0 if "sleep" in fate else 60.0)
     scripted(
         f"""
         tell(begun=["s64", "bf16"])

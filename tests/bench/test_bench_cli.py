@@ -8,10 +8,10 @@ import torch
 from bench_helpers import PROBE, row
 from typer.testing import CliRunner
 
-from bench.ahead_of_time import Row as Compiled
-from bench.circumstances import ROOT
 from bench.cli import app
-from bench.results import Results
+from bench.compiled.ahead_of_time import Row as Compiled
+from bench.environment import ROOT
+from bench.report.rows import Results
 
 
 def bench(*arguments):
@@ -50,7 +50,7 @@ def test_without_a_gpu(monkeypatch, tmp_path):
     checked = bench("check")
     assert checked.exit_code == 2 and "need a CUDA device" in checked.stderr and "TRITON_INTERPRET=1" in checked.stderr
     assert bench("gpu", "--quick").exit_code == 2 and bench("tune").exit_code == 2
-    monkeypatch.setattr("bench.run.FloorProbe", lambda *arguments: PROBE)
+    monkeypatch.setattr("bench.measure.run.FloorProbe", lambda *arguments: PROBE)
     request = ("run", "loss", "--shapes", "pairs=8,width=8", "--direction", "fwd", "--peers", "eager,chunked")
     done = bench(*request, "--quick", "--results", str(tmp_path))
     assert done.exit_code == 0, done.output
@@ -80,9 +80,9 @@ def compiled(stack_bytes=0, **values):
     ],
 )
 def test_compile_fails_on_a_spill(monkeypatch, tmp_path, rows, exit_code, said):
-    monkeypatch.setattr("bench.compilation.use_the_compiler", lambda: None)
+    monkeypatch.setattr("bench.compiled.table.use_the_compiler", lambda: None)
     monkeypatch.setattr(
-        "bench.compilation.compile_operations", lambda modules, gpus, progress: [("attention", row) for row in rows]
+        "bench.compiled.table.compile_operations", lambda modules, gpus, progress: [("attention", row) for row in rows]
     )
     result = bench("compile", "--results", str(tmp_path))
     assert result.exit_code == exit_code, result.output
@@ -94,11 +94,10 @@ def test_compile_fails_on_a_spill(monkeypatch, tmp_path, rows, exit_code, said):
 
 
 def test_every_module_of_launches_is_found():
-    from bench.compilation import launch_modules
+    from bench.compiled.launches import operation_names
 
-    modules = launch_modules()
-    assert modules["attention"] == "bench.attention_launches"
-    assert {"attention", "sigmoid_loss", "linear", "layer_norm"} <= set(modules)
+    hopper = {"attention_hopper", "sigmoid_loss_hopper", "linear_hopper"}
+    assert {"attention", "sigmoid_loss", "linear", "layer_norm", *hopper} <= set(operation_names())
 
 
 def test_report(tmp_path):
@@ -126,7 +125,7 @@ def test_report(tmp_path):
 
 def test_gpu_checks_runs_and_reports_within_nine_minutes(monkeypatch):
     done = []
-    monkeypatch.setattr("bench.circumstances.device", lambda: "cuda")
+    monkeypatch.setattr("bench.environment.device", lambda: "cuda")
     monkeypatch.setattr("bench.cli._deadline", lambda minutes: minutes)
     monkeypatch.setattr(
         "bench.cli._check_before_timing",
@@ -140,24 +139,22 @@ def test_gpu_checks_runs_and_reports_within_nine_minutes(monkeypatch):
 
 
 def test_kernels_for_hopper_are_compiled_for_hopper_alone(monkeypatch):
-    from bench import compilation
-    from bench.ahead_of_time import Launch
+    from bench.compiled import table
+    from bench.compiled.ahead_of_time import Launch
 
-    monkeypatch.setattr(compilation.importlib, "import_module", lambda name: Launches)
-    monkeypatch.setattr(compilation, "compile_launches", lambda launches, gpu: [row_of(next(launches), gpu)] * 2)
+    monkeypatch.setattr(table, "launches_of", lambda operation: launches())
+    monkeypatch.setattr(table, "compile_launches", lambda launches, gpu: [row_of(next(launches), gpu)] * 2)
 
-    class Launches:
-        @staticmethod
-        def launches():
-            yield Launch("bf16", lambda: None)
-            yield Launch("broken", lambda: None)
+    def launches():
+        yield Launch("bf16", lambda: None)
+        yield Launch("broken", lambda: None)
 
     def row_of(launch, gpu):
         if launch.name == "broken":
             raise ValueError("no such shape")
         return Compiled(launch.name, "kernel", gpu)
 
-    rows = list(compilation.compile_operations({"mlp": "a", "mlp_hopper": "b"}, ["a100", "h200"]))
+    rows = list(table.compile_operations(["mlp", "mlp_hopper"], ["a100", "h200"]))
     assert [(operation, row.launch, row.gpu) for operation, row in rows] == [
         ("mlp", "bf16", "a100"),
         ("mlp", "bf16", "h200"),

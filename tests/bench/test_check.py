@@ -6,10 +6,10 @@ import pytest
 import torch
 from bench_helpers import SHAPE, setting
 
-from bench.check import _TINY, Checked, check, check_all, kernel_operations, kernels_can_run, red, settings
-from bench.measure import DeadDevice
-from bench.operations import OPERATIONS, ours
-from bench.suites import SUITES
+from bench.cases.operations import OPERATIONS, ours
+from bench.cases.suites import SUITES
+from bench.measure.check import _TINY, Checked, check, check_all, kernel_operations, kernels_can_run, red, settings
+from bench.measure.measure import DeadDevice
 from siglip_kernels import reference
 
 
@@ -87,7 +87,7 @@ def test_what_takes_the_process_down_is_not_met_again_in_a_model():
 
 
 def test_a_kernel_that_breaks_the_device_ends_the_check(monkeypatch):
-    monkeypatch.setattr("bench.check.device_is_dead", lambda: True)
+    monkeypatch.setattr("bench.measure.check.device_is_dead", lambda: True)
     checks = check_all(["layer_norm"], quick=True)
     checked = next(checks)
     assert not checked.ok and checked.problem.startswith("took the process down: ")

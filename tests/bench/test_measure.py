@@ -4,12 +4,12 @@ import pytest
 import torch
 from bench_helpers import FLOORS, PROBE, SHAPE, contender, setting
 
-from bench.floors import FloorProbe
-from bench.measure import Plan, measure
-from bench.operations import OPERATIONS
+from bench.cases.operations import OPERATIONS
+from bench.cases.shapes import LinearShape, LossShape, MLPShape, NormShape, PatchShape, PoolShape, QKVShape
+from bench.measure.measure import Plan, measure
+from bench.measure.roofline import FloorProbe
+from bench.measure.timing import Timing
 from bench.peers import Missing, Unsupported, peers_of
-from bench.shapes import LinearShape, LossShape, MLPShape, NormShape, PatchShape, PoolShape, QKVShape
-from bench.timing import Timing
 from siglip_kernels import reference
 
 PLAN = Plan(seconds=0.0, least_rounds=2)
@@ -17,7 +17,7 @@ PLAN = Plan(seconds=0.0, least_rounds=2)
 
 @pytest.fixture(autouse=True)
 def no_process_for_memory(monkeypatch):
-    monkeypatch.setattr("bench.measure.peaks_in_a_process", lambda setting, names: dict.fromkeys(names, 1000))
+    monkeypatch.setattr("bench.measure.measure.peaks_in_a_process", lambda setting, names: dict.fromkeys(names, 1000))
 
 
 def rows_of(entries, plan=PLAN, **values):

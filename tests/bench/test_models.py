@@ -4,17 +4,17 @@ import pytest
 import torch
 from bench_helpers import PROBE
 
-from bench.measure import Plan, measure
-from bench.operations import OPERATIONS, Setting, model_weights
+from bench.cases.operations import OPERATIONS, Setting, model_weights
+from bench.cases.shapes import MODELS, Model, ModelShape, Tower, TrainShape
+from bench.measure.measure import Plan, measure
 from bench.peers import peers_of
-from bench.shapes import MODELS, Model, ModelShape, Tower, TrainShape
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     vision, text = Tower(32, 48, 2, 2, 4, 16, 32), Tower(32, 48, 2, 2, 64)
     monkeypatch.setitem(MODELS, "tiny", Model("tiny", vision, text))
-    monkeypatch.setattr("bench.measure.peaks_in_a_process", lambda setting, names: {})
+    monkeypatch.setattr("bench.measure.measure.peaks_in_a_process", lambda setting, names: {})
 
 
 @pytest.mark.parametrize(

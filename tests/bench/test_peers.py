@@ -7,9 +7,9 @@ import pytest
 import torch
 from bench_helpers import setting
 
-from bench.operations import OPERATIONS, Setting
+from bench.cases.operations import OPERATIONS, Setting
+from bench.cases.shapes import AttentionShape, LossShape, ModelShape
 from bench.peers import Missing, Unsupported, everyone, names, peers_of
-from bench.shapes import AttentionShape, LossShape, ModelShape
 
 OPTIONAL = (
     "transformers", "flash_attn", "fa3_fwd_interface", "fa3_fwd", "siglip_kernel", "open_clip", "inf_cl", "memeff",

@@ -3,10 +3,10 @@
 import pytest
 from bench_helpers import row
 
-from bench.circumstances import ROOT
-from bench.plots import draw_all
-from bench.report import BEGIN, END, full_report, groups, insert, summary
-from bench.results import Results, read, results_directory
+from bench.environment import ROOT
+from bench.report.plots import draw_all
+from bench.report.rows import Results, read, results_directory
+from bench.report.tables import BEGIN, END, full_report, groups, insert, summary
 
 FAILED = [
     row("sdpa:cudnn", status="oom", reason="CUDA out of memory"),

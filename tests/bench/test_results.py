@@ -6,9 +6,9 @@ import re
 import pytest
 from bench_helpers import row
 
-from bench import circumstances as circumstances_module
-from bench.circumstances import circumstances, commit
-from bench.results import FIELDS, Results, Row, new_row, read, slug
+from bench import environment as circumstances_module
+from bench.environment import circumstances, commit
+from bench.report.rows import FIELDS, Results, Row, new_row, read, slug
 
 SCHEMA = [
     "suite", "op", "direction", "shape", "dtype", "impl", "status", "reason", "ms_median", "ms_p20", "ms_p80",

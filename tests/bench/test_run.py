@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 from bench_helpers import PROBE
 
-from bench import run as runs
-from bench.measure import DeadDevice, Plan, blank_row
+from bench.cases.suites import SUITES, by_importance
+from bench.measure import run as runs
+from bench.measure.measure import DeadDevice, Plan, blank_row
+from bench.measure.run import Request, deadline, run
 from bench.peers import Peer, everyone, peers_of
-from bench.results import Results, read
-from bench.run import Request, deadline, run
-from bench.suites import SUITES, by_importance
+from bench.report.rows import Results, read
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_what_is_settled_is_skipped(tmp_path):
 def test_another_commit_is_measured_again(tmp_path, monkeypatch):
     path = tmp_path / "cpu.jsonl"
     run(REQUEST, Results.open(path), Plan(), measure_group=Measurement())
-    monkeypatch.setattr("bench.results.circumstances", lambda: {"gpu": "cpu (x)", "commit": "other", "torch": "t"})
+    monkeypatch.setattr("bench.report.rows.circumstances", lambda: {"gpu": "cpu (x)", "commit": "other", "torch": "t"})
     again = Measurement()
     run(REQUEST, Results.open(path), Plan(), measure_group=again)
     assert len(again.groups) == 4
@@ -80,7 +80,7 @@ def test_a_peer_that_was_installed_since_is_measured_with_its_group(tmp_path, mo
 
 def test_a_contender_that_broke_the_cuda_context_is_left_alone_when_started_again(tmp_path, monkeypatch):
     request = Request(["attention"], ["batch=1,tokens=5,heads=1,head_dim=8"], ["eager", "sdpa"], directions=["fwd"])
-    monkeypatch.setattr("bench.measure.device_is_dead", lambda: True)
+    monkeypatch.setattr("bench.measure.measure.device_is_dead", lambda: True)
     deadly = replace(everyone()["attention", "eager"], load=lambda setting: 1 / 0)
     monkeypatch.setattr(runs, "peers_of", lambda operation: {**peers_of(operation), "eager": deadly})
     path = tmp_path / "cpu.jsonl"
@@ -141,7 +141,7 @@ def test_the_first_of_every_suite_comes_first():
 
 
 def test_a_quick_run_on_a_gpu_has_every_suite_and_slow_peers_at_its_end(monkeypatch):
-    monkeypatch.setattr("bench.run.device", lambda: "cuda")
+    monkeypatch.setattr("bench.measure.run.device", lambda: "cuda")
     request = Request(list(SUITES), quick=True)
     settings = request.settings()
     assert {suite for suite, _ in settings} == set(SUITES)
@@ -160,8 +160,8 @@ def test_a_quick_run_on_a_gpu_has_every_suite_and_slow_peers_at_its_end(monkeypa
 
 
 def test_a_slow_peer_is_measured_with_its_whole_group(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.run.device", lambda: "cuda")
-    monkeypatch.setattr("bench.results.circumstances", lambda: {"gpu": "NVIDIA H200", "commit": "c", "torch": "t"})
+    monkeypatch.setattr("bench.measure.run.device", lambda: "cuda")
+    monkeypatch.setattr("bench.report.rows.circumstances", lambda: {"gpu": "NVIDIA H200", "commit": "c", "torch": "t"})
     measurement, path = Measurement(), tmp_path / "h200.jsonl"
     request = Request(["latency"], quick=True)
     outcome = run(request, Results.open(path), Plan(), measure_group=measurement)
@@ -178,7 +178,7 @@ def test_on_a_cpu_only_what_runs_there(monkeypatch):
         (name, setting) for name in request.suites for setting in SUITES[name].settings("cpu", ["fp32"], quick=True)
     ]
     assert {name for name, _ in settings} == {"model", "loss", "attention"}
-    monkeypatch.setattr("bench.run.device", lambda: "cpu")
+    monkeypatch.setattr("bench.measure.run.device", lambda: "cpu")
     assert request.without_settings() == ["mlp"]
     assert Request(["model"], directions=["bwd"]).without_settings() == ["model"]
     for name, setting in settings:

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from bench.operations import OPERATIONS
-from bench.shapes import (
+from bench.cases.operations import OPERATIONS
+from bench.cases.shapes import (
     MODELS,
     AttentionShape,
     LinearShape,
@@ -19,7 +19,7 @@ from bench.shapes import (
     TrainShape,
     parse,
 )
-from bench.suites import SUITES
+from bench.cases.suites import SUITES
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Counting what a tile costs beyond its main loop, from machine code."""
 
-from bench.inner_loop import measure
-from bench.tile_cost import epilogues
+from bench.compiled.sass import measure
+from bench.compiled.tile_cost import epilogues
 
 PERSISTENT = """
 .L_x_0:

@@ -6,8 +6,9 @@ import types
 import pytest
 import torch
 
-from bench import circumstances, timing
-from bench.timing import CudaClock, Steps, Timing, copies, cpu_clock, interleaved
+from bench import environment
+from bench.measure import timing
+from bench.measure.timing import CudaClock, Steps, Timing, copies, cpu_clock, interleaved
 
 
 class FakeGpu:
@@ -116,23 +117,23 @@ def test_a_throttled_or_busy_gpu_is_noted(monkeypatch, active, processes, note):
         nvmlDeviceGetCurrentClocksEventReasons=lambda handle: active,
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [None] * processes,
     )
-    monkeypatch.setattr(circumstances, "device", lambda: "cuda")
-    monkeypatch.setattr(circumstances, "_nvml", lambda: library)
-    monkeypatch.setattr(circumstances, "_handle", lambda library: None)
-    watch = circumstances.Watch()
+    monkeypatch.setattr(environment, "device", lambda: "cuda")
+    monkeypatch.setattr(environment, "_nvml", lambda: library)
+    monkeypatch.setattr(environment, "_handle", lambda library: None)
+    watch = environment.Watch()
     watch.look()
     watch.look()
     assert watch.note() == note
 
 
 def test_a_busy_cpu_is_noted(monkeypatch):
-    monkeypatch.setattr(circumstances, "device", lambda: "cpu")
-    monkeypatch.setattr(circumstances.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(circumstances.os, "getloadavg", lambda: (7.4, 0, 0))
-    watch = circumstances.Watch()
+    monkeypatch.setattr(environment, "device", lambda: "cpu")
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (7.4, 0, 0))
+    watch = environment.Watch()
     watch.look()
     assert watch.note() == "busy: load 7 on 2 cores"
-    monkeypatch.setattr(circumstances.os, "getloadavg", lambda: (1.0, 0, 0))
-    calm = circumstances.Watch()
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (1.0, 0, 0))
+    calm = environment.Watch()
     calm.look()
     assert calm.note() == ""

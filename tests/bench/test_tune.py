@@ -11,10 +11,10 @@ import torch
 from bench_helpers import setting
 from typer.testing import CliRunner
 
-from bench.ahead_of_time import GPUS
+from bench.cases.shapes import AttentionShape
 from bench.cli import app
-from bench.shapes import AttentionShape
-from bench.timing import Timing
+from bench.compiled.ahead_of_time import GPUS
+from bench.measure.timing import Timing
 from bench.tune import TUNABLE, time_candidates, tune, write_table
 from siglip_kernels.attention import config as attention_config
 from siglip_kernels.attention import tuned
@@ -148,8 +148,8 @@ def test_linears_candidates_of_a_key():
 
 @interpreted
 def test_the_command_writes_each_winner_at_once(two_candidates, monkeypatch, tmp_path):
-    monkeypatch.setattr("bench.circumstances.device", lambda: "cuda")
-    monkeypatch.setattr("bench.circumstances.hardware", lambda: "NVIDIA H200")
+    monkeypatch.setattr("bench.environment.device", lambda: "cuda")
+    monkeypatch.setattr("bench.environment.hardware", lambda: "NVIDIA H200")
     monkeypatch.setattr("bench.tune.settings_of", lambda *arguments: [attention(65), attention(130)])
     monkeypatch.setattr("bench.tune.time_candidates", timer)
     result = CliRunner().invoke(app, ["tune", "attention", "--out", str(tmp_path)])

@@ -10,7 +10,7 @@ from hopper_emulator.faults import Fault
 from hopper_emulator.launch import emulating
 from planting import with_fault
 
-from bench.ahead_of_time import GPUS
+from bench.compiled.ahead_of_time import GPUS
 from siglip_kernels import MissingBackendError, UnsupportedInputError, attention, reference
 from siglip_kernels.attention import hopper, hopper_forward
 from siglip_kernels.attention.hopper import attention_forward_hopper, forward_tile, last_keys

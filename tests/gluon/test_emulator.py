@@ -342,7 +342,7 @@ def test_a_launch_is_emulated_as_it_is_written():
 
 _COMPILE = """
 import pipelines, torch
-from bench.ahead_of_time import GPUS, compiling_for
+from bench.compiled.ahead_of_time import GPUS, compiling_for
 compiled = {}
 def record(name, kernel):
     assert not isinstance(kernel, Exception), kernel

@@ -13,7 +13,7 @@ from hopper_emulator.faults import Fault
 from hopper_emulator.launch import emulating
 from torch import Tensor
 
-from bench.ahead_of_time import GPUS
+from bench.compiled.ahead_of_time import GPUS
 from siglip_kernels import MissingBackendError, UnsupportedInputError, linear, mlp, pre_norm_qkv
 from siglip_kernels.device import pretend
 from siglip_kernels.gemm import hopper, hopper_pipeline

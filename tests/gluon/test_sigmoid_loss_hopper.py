@@ -11,7 +11,7 @@ from hopper_emulator.launch import emulating
 from planting import with_fault
 from torch import Tensor
 
-from bench.ahead_of_time import GPUS
+from bench.compiled.ahead_of_time import GPUS
 from siglip_kernels import UnsupportedInputError, reference, sigmoid_loss
 from siglip_kernels.device import pretend
 from siglip_kernels.sigmoid_loss import api, blocks, hopper_engine, hopper_kernels

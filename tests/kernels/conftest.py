@@ -4,7 +4,7 @@ Without a GPU the whole test process runs Triton's interpreter, on CPU tensors: 
 TRITON_INTERPRET=1 before anything imports Triton, whichever tests are collected and in whatever order. With a GPU the
 same tests run the compiled kernels on it. What needs a process of the other kind starts one:
 
-- `bench.ahead_of_time.rows_in_a_subprocess(module, *gpus)`: compilation for GPUs that are not there;
+- `bench.compiled.ahead_of_time.rows_in_a_subprocess(module, *gpus)`: compilation for GPUs that are not there;
 - the fixture `run_python(code, **environment)`: anything else, such as an import with Triton blocked.
 
 The fixture `device` says where the tensors of a kernel's test live; `poisoned_empty` fills fresh memory with NaN.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.ahead_of_time import Row, rows_in_a_subprocess
+from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
 
 KERNELS = {
     "attention_forward_kernel",
@@ -16,7 +16,7 @@ KERNELS = {
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
     """What calls get: bf16, fp16, fp32 and TF32 on one GPU, 16 bits on the others. The command compiles everything."""
-    module = "bench.attention_launches"
+    module = "attention"
     return rows_in_a_subprocess(module, "h200", only="S=") + rows_in_a_subprocess(module, "a100", "b200", only="16 S=")
 
 
@@ -28,15 +28,15 @@ def test_every_configuration_compiles_without_a_spill(rows):
 
 
 def test_what_tuning_may_choose_does_not_spill():
-    rows = rows_in_a_subprocess("bench.attention_launches", "h200", only="candidate D=72")
+    rows = rows_in_a_subprocess("attention", "h200", only="candidate D=72")
     assert {row.kernel for row in rows} == {kernel for kernel in KERNELS if "short" not in kernel}
     assert not [str(row) for row in rows if row.problems()]
 
 
 _TOO_LARGE = """
 import torch
-from bench.ahead_of_time import Launch, compile_launches
-from bench.attention_launches import _forward
+from bench.compiled.ahead_of_time import Launch, compile_launches
+from bench.compiled.launches.attention import _forward
 from siglip_kernels.attention import config
 config.tile = lambda *shape: config.Tile(128, 128, 4, {stages}, {registers})
 (row,) = compile_launches(iter([Launch("too large", _forward(729, 72, torch.bfloat16, False))]), "{gpu}")
@@ -106,7 +106,7 @@ def test_accesses_are_as_wide_as_the_alignment_allows(rows):
 
 _VARIANTS = """
 import torch
-from bench.ahead_of_time import GPUS, compiling_for
+from bench.compiled.ahead_of_time import GPUS, compiling_for
 from siglip_kernels.attention.forward import attention_forward
 compiled = set()
 def record(name, kernel):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.ahead_of_time import Row, rows_in_a_subprocess
-from bench.inner_loop import Loop, inner_loops, measure
+from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
+from bench.compiled.sass import Loop, inner_loops, measure
 
 ROOT = Path(__file__).parent.parent.parent
 COLUMNS = {64: (64,), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128,)}
@@ -26,13 +26,13 @@ QUERIES, KEYS = "attention_backward_queries_hopper_kernel", "attention_backward_
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return rows_in_a_subprocess("bench.attention_hopper_launches", "h200")
+    return rows_in_a_subprocess("attention_hopper", "h200")
 
 
 @pytest.fixture(scope="module")
 def loops() -> list[Loop]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.inner_loop", "bench.attention_hopper_launches", "--json"]
+    command = [sys.executable, "-m", "bench.compiled.sass", "attention_hopper", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return [Loop(**loop) for loop in json.loads(done.stdout)]

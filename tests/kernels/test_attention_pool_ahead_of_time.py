@@ -2,12 +2,12 @@
 
 import pytest
 
-from bench.ahead_of_time import Row, rows_in_a_subprocess
+from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return rows_in_a_subprocess("bench.attention_pool_launches", "a100", "h200", "b200")
+    return rows_in_a_subprocess("attention_pool", "a100", "h200", "b200")
 
 
 def test_nothing_spills_or_fails(rows):

@@ -2,12 +2,12 @@
 
 import pytest
 
-from bench.ahead_of_time import Row, rows_in_a_subprocess
+from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return rows_in_a_subprocess("bench.layer_norm_launches", "a100", "h200", "b200")
+    return rows_in_a_subprocess("layer_norm", "a100", "h200", "b200")
 
 
 def test_nothing_spills_or_fails(rows):
@@ -33,7 +33,7 @@ def test_rows_are_read_and_written_sixteen_bytes_at_a_time(rows):
 
 _EVERY_SIZE = """
 import torch
-from bench.ahead_of_time import GPUS, compiling_for
+from bench.compiled.ahead_of_time import GPUS, compiling_for
 from siglip_kernels.layer_norm.kernels import layer_norm_backward, layer_norm_forward
 compiled = set()
 def record(name, kernel):

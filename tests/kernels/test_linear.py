@@ -10,7 +10,7 @@ import torch
 from error_budget import check_budget, run
 from torch import Tensor
 
-from bench.ahead_of_time import GPUS
+from bench.compiled.ahead_of_time import GPUS
 from siglip_kernels import linear, pre_norm_qkv, reference
 from siglip_kernels.device import precision, pretend
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-from bench.ahead_of_time import Row, rows_in_a_subprocess
+from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
 
 GPUS = ("a100", "h200", "b200")
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return rows_in_a_subprocess("bench.linear_launches", *GPUS)
+    return rows_in_a_subprocess("linear", *GPUS)
 
 
 def test_nothing_spills_or_fails(rows):
@@ -44,7 +44,7 @@ def test_tiles_come_and_go_by_the_copy_engine_or_sixteen_bytes_at_a_time(rows):
 
 _EVERY_SIZE = """
 import torch
-from bench.ahead_of_time import GPUS, compiling_for
+from bench.compiled.ahead_of_time import GPUS, compiling_for
 from siglip_kernels.gemm.kernels import gemm
 compiled = set()
 def record(name, kernel):
@@ -71,8 +71,8 @@ def test_few_compilations_for_every_batch_size(run_python, gpu):
 
 
 _EXPONENTIALS = """
-from bench.linear_launches import launches
-from bench.tile_cost import costs_of
+from bench.compiled.launches.linear import launches
+from bench.compiled.tile_cost import costs_of
 chosen = [launch for launch in launches() if launch.name.startswith("bf16 so400m 46656 gelu backward")]
 print(len(chosen), *(round(cost.clocks["mufu"]) for cost in costs_of(chosen)))
 """

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from bench.ahead_of_time import Row, rows_in_a_subprocess
-from bench.inner_loop import Loop
+from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
+from bench.compiled.sass import Loop
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return rows_in_a_subprocess("bench.linear_hopper_launches", "h200")
+    return rows_in_a_subprocess("linear_hopper", "h200")
 
 
 @pytest.fixture(scope="module")
 def loops() -> list[Loop]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.inner_loop", "bench.linear_hopper_launches", "--json"]
+    command = [sys.executable, "-m", "bench.compiled.sass", "linear_hopper", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return [Loop(**loop) for loop in json.loads(done.stdout)]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from error_budget import check_budget, run
 from torch import Tensor
 
-from bench.ahead_of_time import GPUS
+from bench.compiled.ahead_of_time import GPUS
 from siglip_kernels import mlp, pre_norm_mlp, reference
 from siglip_kernels.device import pretend
 

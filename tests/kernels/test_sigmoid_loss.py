@@ -341,7 +341,7 @@ def test_training_saves_no_logits(loss_function, device):
 
 _PEAK = """
 import torch
-from bench.timing import peak_resident_bytes
+from bench.measure.timing import peak_resident_bytes
 from siglip_kernels import chunked_sigmoid_loss, reference
 def train(pairs):
     x = torch.nn.functional.normalize(torch.randn(pairs, 32), dim=-1).requires_grad_()

@@ -2,12 +2,12 @@
 
 import pytest
 
-from bench.ahead_of_time import Row, rows_in_a_subprocess
+from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return rows_in_a_subprocess("bench.sigmoid_loss_launches", "a100", "h200", "b200")
+    return rows_in_a_subprocess("sigmoid_loss", "a100", "h200", "b200")
 
 
 def test_nothing_spills_or_fails(rows):
@@ -30,7 +30,7 @@ def test_tiles_arrive_by_the_copy_engine_or_sixteen_bytes_at_a_time(rows):
 
 _EVERY_SIZE = """
 import torch
-from bench.ahead_of_time import GPUS, compiling_for
+from bench.compiled.ahead_of_time import GPUS, compiling_for
 from siglip_kernels.sigmoid_loss.blocks import loss_and_gradients
 from siglip_kernels.sigmoid_loss.api import make_engine
 compiled = []

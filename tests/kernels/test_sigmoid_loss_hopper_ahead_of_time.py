@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.ahead_of_time import Row, rows_in_a_subprocess
-from bench.inner_loop import Loop
+from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
+from bench.compiled.sass import Loop
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    rows = rows_in_a_subprocess("bench.sigmoid_loss_hopper_launches", "h200")
+    rows = rows_in_a_subprocess("sigmoid_loss_hopper", "h200")
     return [row for row in rows if row.kernel != "scale_kernel"]
 
 
@@ -47,8 +47,8 @@ def test_only_sums_are_loaded_and_stored_without_tma(rows):
 def test_the_epilogue_nearly_hides_under_the_other_consumers_products():
     """A pair costs one exponential and one reciprocal, and less than twenty instructions."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    module = ["bench.sigmoid_loss_hopper_launches", "--only", "bf16 D=768 train", "--json"]
-    command = [sys.executable, "-m", "bench.tile_cost", *module]
+    module = ["sigmoid_loss_hopper", "--only", "bf16 D=768 train", "--json"]
+    command = [sys.executable, "-m", "bench.compiled.tile_cost", *module]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     costs = [Loop(**cost) for cost in json.loads(done.stdout)]

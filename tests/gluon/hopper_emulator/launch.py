@@ -26,7 +26,7 @@ Modelled
 - static and dynamic ranges; reductions; constexpr functions and aggregates.
 
 Not modelled
-- the agreement of layouts, registers, shared memory's size: the compiler says (bench/ahead_of_time.py);
+- the agreement of layouts, registers, shared memory's size: the compiler says (bench/compiled/ahead_of_time.py);
 - threads within a partition: the compiler puts a barrier among its warps around each mbarrier operation;
 - time, banks, caches; the order of additions inside a matrix product; approximations of exp2 and the like;
 - a generic read that a later TMA load overwrites counts as ordered by barriers alone, without a proxy fence;

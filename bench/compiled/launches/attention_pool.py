@@ -1,10 +1,10 @@
-"""What pooling by attention launches, for `bench.ahead_of_time`: models' widths, a batch and one image."""
+"""What pooling by attention launches: models' widths, a batch and one image."""
 
 from collections.abc import Iterator
 
 import torch
 
-from bench.ahead_of_time import Launch
+from bench.compiled.ahead_of_time import Launch
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 

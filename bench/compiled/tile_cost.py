@@ -1,8 +1,8 @@
 """Counts what a tile of a matrix product costs each pipe beyond its main loop: the epilogue, up to the next main loop.
 
-    python -m bench.tile_cost bench.linear_hopper_launches bench.linear_launches --only "46656 gelu" [--json]
+    python -m bench.compiled.tile_cost linear_hopper linear --only "46656 gelu" [--json]
 
-`bench.inner_loop` counts the main loop, a block of depth; this counts the rest of a tile, by the same clocks of one
+`bench.compiled.sass` counts the main loop, a block of depth; this counts the rest of a tile, by the same clocks of one
 warp on its quarter of a multiprocessor: its epilogue, and how the next tile starts, with the wgmma of its first block
 where that stands before the loop. Of several ways through it, such as the one for tiles at an edge, it takes the one
 with the fewest instructions of those that store and compute as much as any. Where the compiler has made one loop of
@@ -11,15 +11,15 @@ tiles and blocks, it is what a tile's last block costs beyond the others.
 
 import argparse
 import dataclasses
-import importlib
 import json
 import re
 import sys
 from collections.abc import Iterable
 from typing import Any
 
-from bench.ahead_of_time import GPUS, Launch, compiling_for, sass
-from bench.inner_loop import Loop, measure
+from bench.compiled.ahead_of_time import GPUS, Launch, compiling_for, sass
+from bench.compiled.launches import launches_of, operation_names
+from bench.compiled.sass import Loop, measure
 
 _WORK = ("MUFU", "UTMASTG", "STS", "STG", "RED")
 
@@ -138,14 +138,13 @@ def costs_of(launches: Iterable[Launch]) -> list[Loop]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Count the instructions of epilogues by pipe, for an H200.")
-    parser.add_argument("modules", nargs="+", metavar="MODULE", help="has launches(), such as bench.linear_launches")
+    parser.add_argument("operations", nargs="+", metavar="OPERATION", choices=operation_names())
     parser.add_argument("--only", default="", help="only launches whose name contains this")
     parser.add_argument("--json", action="store_true", help="print a list rather than a table")
     arguments = parser.parse_args()
     costs: list[Loop] = []
-    for module in arguments.modules:
-        chosen = (launch for launch in importlib.import_module(module).launches() if arguments.only in launch.name)
-        costs += costs_of(chosen)
+    for operation in arguments.operations:
+        costs += costs_of(launches_of(operation, arguments.only))
     if arguments.json:
         print(json.dumps([dataclasses.asdict(cost) for cost in costs]))
         return 0

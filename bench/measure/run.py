@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from bench.circumstances import device
-from bench.floors import FloorProbe
-from bench.measure import DEADLY, Plan, blank_row, free, measure
-from bench.operations import Setting
+from bench.cases.operations import Setting
+from bench.cases.suites import SUITES, by_importance, dtype_name, dtypes_of
+from bench.environment import device
+from bench.measure.measure import DEADLY, Plan, blank_row, free, measure
+from bench.measure.roofline import FloorProbe
+from bench.measure.timing import LEAST_ROUNDS
 from bench.peers import Peer, peers_of
-from bench.results import Results, Row
-from bench.suites import SUITES, by_importance, dtype_name, dtypes_of
-from bench.timing import LEAST_ROUNDS
+from bench.report.rows import Results, Row
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _under(progress: Callable[[int, int, str], None], place: int, total: int, na
 def open_results(where: Path | None) -> Results:
     """The file of this machine and day, or the one that is named. OSError, before anything is measured, where it
     cannot be written."""
-    from bench.results import results_file
+    from bench.report.rows import results_file
 
     results = Results.open(results_file(where))
     results.path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import siglip_kernels
-from bench import shapes
-from bench.shapes import MODELS, Shape
+from bench.cases import shapes
+from bench.cases.shapes import MODELS, Shape
 from siglip_kernels import reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.circumstances import ROOT, circumstances, in_repository, is_gpu
+from bench.environment import ROOT, circumstances, in_repository, is_gpu
 
 STATUSES = ("ok", "oom", "unsupported", "missing", "error")
 AGAIN = "#2"  # the name of a contender that is timed twice in one group, for the noise

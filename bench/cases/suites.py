@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.operations import DTYPES, OPERATIONS, Operation, Setting
-from bench.shapes import (
+from bench.cases.operations import DTYPES, OPERATIONS, Operation, Setting
+from bench.cases.shapes import (
     DIRECTIONS,
     MODELS,
     AttentionShape,

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.accuracy import Judge, NoTruth, as_list, differentiable, forward, upstream
-from bench.circumstances import Watch, environment
-from bench.floors import FloorProbe, Floors
-from bench.operations import Contender, Inputs, Setting
+from bench.cases.operations import Contender, Inputs, Setting
+from bench.cases.suites import SUITES, dtype_name
+from bench.environment import Watch, environment
+from bench.measure.accuracy import Judge, NoTruth, as_list, differentiable, forward, upstream
+from bench.measure.roofline import FloorProbe, Floors
+from bench.measure.timing import LEAST_ROUNDS, Clock, Steps, Timing, clock, copies, cuda_peak, interleaved
 from bench.peers import Missing, Peer, Unsupported
-from bench.results import AGAIN, Row, new_row
-from bench.suites import SUITES, dtype_name
-from bench.timing import LEAST_ROUNDS, Clock, Steps, Timing, clock, copies, cuda_peak, interleaved
+from bench.report.rows import AGAIN, Row, new_row
 
 
 @dataclass(frozen=True)
@@ -303,6 +303,6 @@ def peaks_in_a_process(setting: Setting, names: Sequence[str]) -> dict[str, int]
         "peers": list(names),
     }
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, "-m", "bench.peak_memory", json.dumps(what)]
+    command = [sys.executable, "-m", "bench.measure.peak_memory", json.dumps(what)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(**allocator))
     return {name: peak for line in done.stdout.splitlines() for name, peak in json.loads(line).items()}

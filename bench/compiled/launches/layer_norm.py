@@ -1,10 +1,10 @@
-"""What layer normalisation launches, for `bench.ahead_of_time`: models' widths and others, many rows and few."""
+"""What layer normalisation launches: models' widths and others, many rows and few."""
 
 from collections.abc import Iterator
 
 import torch
 
-from bench.ahead_of_time import Launch
+from bench.compiled.ahead_of_time import Launch
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from bench import shapes
-from bench.accuracy import OURS, Found, Judge, allowed_distance, distance, forward, gradients
-from bench.circumstances import device
-from bench.measure import DEADLY, DeadDevice, device_is_dead, free
-from bench.operations import DTYPES, OPERATIONS, Contender, Setting, ours
+from bench.cases import shapes
+from bench.cases.operations import DTYPES, OPERATIONS, Contender, Setting, ours
+from bench.cases.shapes import Shape
+from bench.cases.suites import SUITES, dtype_name
+from bench.environment import device
+from bench.measure.accuracy import OURS, Found, Judge, allowed_distance, distance, forward, gradients
+from bench.measure.measure import DEADLY, DeadDevice, device_is_dead, free
 from bench.peers import peers_of
-from bench.shapes import Shape
-from bench.suites import SUITES, dtype_name
 
 # Beside ours in the table: what else could be run instead.
 BESIDE = {"attention": "sdpa"}

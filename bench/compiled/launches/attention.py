@@ -1,11 +1,11 @@
-"""What attention launches, for `bench.ahead_of_time`: every configuration that a call may get or tuning may try."""
+"""What attention launches: every configuration that a call may get or tuning may try."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from bench.ahead_of_time import GPUS, Launch
+from bench.compiled.ahead_of_time import GPUS, Launch
 from siglip_kernels.attention.config import Tile
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -123,3 +123,45 @@ def _backward(
         return lambda: attention_short_backward(out, q, k, v, lengths, scale, needs_q, needs_k_or_v)
     statistics = torch.empty(q.shape[0], q.shape[2], tokens, device="meta")
     return lambda: attention_backward(out, q, k, v, out, statistics, lengths, scale, needs_q, needs_k_or_v)
+
+
+def hopper_launches() -> Iterator[Launch]:
+    """Each head dim once; two and three consumers; with and without a narrower last step, lengths and statistics."""
+    for tokens, head_dim, dtype, padded in (
+        (729, 72, torch.bfloat16, False),
+        (729, 72, torch.bfloat16, True),
+        (1024, 64, torch.bfloat16, False),
+        (729, 64, torch.bfloat16, False),
+        (729, 64, torch.bfloat16, True),
+        (767, 64, torch.bfloat16, False),
+        (577, 80, torch.float16, False),
+        (577, 96, torch.bfloat16, False),
+        (1024, 128, torch.bfloat16, False),
+        (729, 128, torch.float16, True),
+    ):
+        name = f"{_NAMES[dtype]} S={tokens} D={head_dim}{' lengths' if padded else ''}"
+        yield Launch(f"{name} forward", _forward_on_hopper(tokens, head_dim, dtype, padded))
+        if (tokens, head_dim) not in ((729, 64), (767, 64)):  # the backward has two consumers always
+            yield Launch(f"{name} backward", _backward_on_hopper(tokens, head_dim, dtype, padded))
+
+
+def _forward_on_hopper(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Callable[[], object]:
+    def launch() -> object:
+        from siglip_kernels.attention.hopper import attention_forward_hopper
+
+        (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
+        return attention_forward_hopper(q, k, v, lengths, head_dim**-0.5, True)
+
+    return launch
+
+
+def _backward_on_hopper(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Callable[[], object]:
+    def launch() -> object:
+        from siglip_kernels.attention.hopper import attention_backward_hopper
+
+        (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
+        out = torch.empty(q.shape, device="meta", dtype=dtype)
+        statistics = torch.empty(q.shape[0], q.shape[2], tokens, device="meta")
+        return attention_backward_hopper(out, q, k, v, out, statistics, lengths, head_dim**-0.5, True, True)
+
+    return launch

@@ -1,10 +1,10 @@
-"""What patch embedding launches, for `bench.ahead_of_time`: the patches of SigLIP's models, a batch and one image."""
+"""What patch embedding launches: the patches of SigLIP's models, a batch and one image."""
 
 from collections.abc import Iterator
 
 import torch
 
-from bench.ahead_of_time import Launch
+from bench.compiled.ahead_of_time import Launch
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 

@@ -1,8 +1,8 @@
 """Compiles kernels for GPUs that are not there, and reads what came out: registers, spills, matrix instructions.
 
-    python -m bench.ahead_of_time bench.attention_launches --gpu a100 h200 b200 [--json]
+    python -m bench.compiled.ahead_of_time attention --gpu a100 h200 b200 [--json]
 
-A module of launches has a function `launches()` that yields `Launch(name, call)`. A call runs a launcher of ours on
+`bench.compiled.launches` yields `Launch(name, call)` for each operation. A call runs a launcher of ours on
 tensors of the `meta` device; every kernel that it would start is compiled exactly as the just-in-time compiler would
 have specialised it for those arguments (types, alignment of pointers and strides, constants), and none is run.
 
@@ -13,7 +13,6 @@ the compiler: tests that run in the interpreter start this module as a process o
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -195,14 +194,15 @@ def global_accesses(ptx: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def rows_in_a_subprocess(module: str, *gpus: str, only: str = "") -> list[Row]:
-    """`compile_launches` for the launches of a module, in a process where Triton's compiler is not interpreted away.
+def rows_in_a_subprocess(operation: str, *gpus: str, only: str = "") -> list[Row]:
+    """`compile_launches` of an operation's launches, in a process where Triton's compiler is not interpreted away.
 
     only: launches whose name contains this.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.ahead_of_time", module, "--json", "--only", only, "--gpu", *gpus]
-    root = Path(__file__).parent.parent
+    options = ["--json", "--only", only, "--gpu", *gpus]
+    command = [sys.executable, "-m", "bench.compiled.ahead_of_time", operation, *options]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     if not done.stdout:
         raise RuntimeError(f"{' '.join(command)} printed nothing:\n{done.stderr}")
@@ -210,17 +210,18 @@ def rows_in_a_subprocess(module: str, *gpus: str, only: str = "") -> list[Row]:
 
 
 def main() -> int:
+    from bench.compiled.launches import launches_of, operation_names  # which import Launch from here
+
     parser = argparse.ArgumentParser(description="Compile kernels without a GPU; exit code 1 if one spills or fails.")
-    parser.add_argument("modules", nargs="+", metavar="MODULE", help="has launches(), such as bench.attention_launches")
+    parser.add_argument("operations", nargs="+", metavar="OPERATION", choices=operation_names())
     parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["a100", "h200", "b200"])
     parser.add_argument("--only", default="", help="only launches whose name contains this")
     parser.add_argument("--json", action="store_true", help="print a list of rows rather than a table")
     arguments = parser.parse_args()
     rows: list[Row] = []
-    for module in arguments.modules:
+    for operation in arguments.operations:
         for gpu in arguments.gpu:
-            chosen = (launch for launch in importlib.import_module(module).launches() if arguments.only in launch.name)
-            for row in compile_launches(chosen, gpu):
+            for row in compile_launches(launches_of(operation, arguments.only), gpu):
                 rows.append(row)
                 if not arguments.json:
                     print(row, flush=True)

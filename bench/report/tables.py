@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.results import AGAIN, Row
+from bench.report.rows import AGAIN, Row
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NOT_MEASURED = "not measured yet"
@@ -209,7 +209,7 @@ def _machine(gpu: str, found: Sequence[Group], files: Sequence[Path], root: Path
 
 
 def _holds(path: Path, row: Row) -> bool:
-    from bench.results import slug
+    from bench.report.rows import slug
 
     return path.name.startswith(slug(row.gpu))
 

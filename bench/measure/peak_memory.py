@@ -1,13 +1,13 @@
-"""Prints how far this process's memory rises in a call of each contender; `bench.measure` starts it."""
+"""Prints how far this process's memory rises in a call of each contender; `bench.measure.measure` starts it."""
 
 import json
 import sys
 from dataclasses import replace
 
-from bench.measure import free, step_of
-from bench.operations import DTYPES, OPERATIONS, Setting
+from bench.cases.operations import DTYPES, OPERATIONS, Setting
+from bench.measure.measure import free, step_of
+from bench.measure.timing import forget_peak, peak_resident_bytes
 from bench.peers import peers_of
-from bench.timing import forget_peak, peak_resident_bytes
 
 
 def peak(setting: Setting, name: str) -> int:

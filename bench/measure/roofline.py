@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.shapes import Shape
-from bench.timing import Steps, Timing
+from bench.cases.shapes import Shape
+from bench.measure.timing import Steps, Timing
 
 GEMM_SIZE = {"cuda": 8192, "cpu": 1024}
 COPY_BYTES = {"cuda": 2**29, "cpu": 2**26}

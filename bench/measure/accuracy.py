@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.operations import Contender, Inputs, Setting
+from bench.cases.operations import Contender, Inputs, Setting
 from bench.peers import Peer
 
 OURS, THEIRS = 2.0, 10.0

@@ -1,6 +1,6 @@
 """Counts what the inner loops of compiled kernels cost each pipe of a Hopper multiprocessor, and the bound they set.
 
-    python -m bench.inner_loop bench.attention_hopper_launches bench.attention_launches --only "S=729 D=72" [--json]
+    python -m bench.compiled.sass attention_hopper attention --only "S=729 D=72" [--json]
 
 For each loop that issues wgmma, and holds no other such loop: the clocks that one warp's pass through it takes on its
 quarter of the multiprocessor, by pipe. Passes of all warps there add up, so no kernel runs faster than its busiest
@@ -14,7 +14,6 @@ in 8; and 512 multiply-adds of fp16 or bf16 a clock. Wgmma's operands come from 
 
 import argparse
 import dataclasses
-import importlib
 import json
 import re
 import sys
@@ -22,7 +21,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from bench.ahead_of_time import GPUS, Launch, compiling_for, sass
+from bench.compiled.ahead_of_time import GPUS, Launch, compiling_for, sass
+from bench.compiled.launches import launches_of, operation_names
 
 _GPU = "h200"
 _CLOCKS = {"fma": 1, "alu": 2, "lsu": 4, "mufu": 8}
@@ -154,14 +154,13 @@ def loops_of(launches: Iterable[Launch]) -> list[Loop]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Count the instructions of inner loops by pipe, for an H200.")
-    parser.add_argument("modules", nargs="+", metavar="MODULE", help="has launches(), such as bench.attention_launches")
+    parser.add_argument("operations", nargs="+", metavar="OPERATION", choices=operation_names())
     parser.add_argument("--only", default="", help="only launches whose name contains this")
     parser.add_argument("--json", action="store_true", help="print a list of loops rather than a table")
     arguments = parser.parse_args()
     loops: list[Loop] = []
-    for module in arguments.modules:
-        chosen = (launch for launch in importlib.import_module(module).launches() if arguments.only in launch.name)
-        loops += loops_of(chosen)
+    for operation in arguments.operations:
+        loops += loops_of(launches_of(operation, arguments.only))
     if arguments.json:
         print(json.dumps([dataclasses.asdict(loop) for loop in loops]))
     else:

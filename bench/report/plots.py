@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.report import Group, groups
-from bench.results import Row, slug
+from bench.report.rows import Row, slug
+from bench.report.tables import Group, groups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

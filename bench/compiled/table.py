@@ -1,29 +1,18 @@
-"""The ahead-of-time table of every operation: `bench.ahead_of_time` for all modules of launches."""
+"""The ahead-of-time table of every operation: `bench.compiled.ahead_of_time` for all their launches."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
-import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import bench
-from bench.ahead_of_time import GPUS, Row, compile_launches
-from bench.circumstances import commit, version
-
-SUFFIX = "_launches"
-HOPPER = "_hopper"  # ends the names of operations whose kernels are for compute capability 9 alone
-
-
-def launch_modules() -> dict[str, str]:
-    """Operation -> module, for every bench/<operation>_launches.py."""
-    names = sorted(module.name for module in pkgutil.iter_modules(bench.__path__) if module.name.endswith(SUFFIX))
-    return {name.removesuffix(SUFFIX): f"bench.{name}" for name in names}
+from bench.compiled.ahead_of_time import GPUS, Row, compile_launches
+from bench.compiled.launches import HOPPER, launches_of
+from bench.environment import commit, version
 
 
 def use_the_compiler() -> None:
@@ -33,15 +22,15 @@ def use_the_compiler() -> None:
 
 
 def compile_operations(
-    modules: dict[str, str],
+    operations: Sequence[str],
     gpus: Sequence[str],
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Iterator[tuple[str, Row]]:
-    """(operation, row) of every kernel of the modules of launches, for each GPU; what is alike in all counts once."""
+    """(operation, row) of every kernel that the operations launch, for each GPU; what is alike in all counts once."""
     wanted = [
         (operation, launch, gpu)
-        for operation, module in modules.items()
-        for launch in importlib.import_module(module).launches()
+        for operation in operations
+        for launch in launches_of(operation)
         for gpu in gpus
         if not operation.endswith(HOPPER) or GPUS[gpu].capability[0] == 9
     ]

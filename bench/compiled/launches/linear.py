@@ -1,11 +1,13 @@
-"""What the projections and the MLP launch, for `bench.ahead_of_time`: every epilogue, widths of so400m and base."""
+"""What the projections and the MLP launch: every epilogue, at the widths of so400m and base."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 
-from bench.ahead_of_time import Launch
+from bench.compiled.ahead_of_time import Launch
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _WIDTHS = {"so400m": (1152, 4304), "base": (768, 3072), "odd": (1151, 4303)}
@@ -65,3 +67,42 @@ def _with_tf32(allow_tf32: bool, call: Callable[[], object]) -> None:
         call()
     finally:
         settings.fp32_precision = before  # type: ignore[attr-defined]
+
+
+_HOPPER_IN_FP16 = ("bias, residual", "kept", "weight")
+
+
+def hopper_launches() -> Iterator[Launch]:
+    """Every epilogue at so400m's widths, a residual stream in fp32 among them; some in fp16 at a smaller size."""
+    yield from _layer_on_hopper(1152, 4304, 46_656, torch.bfloat16)
+    in_fp16 = _layer_on_hopper(768, 3072, 1024, torch.float16)
+    yield from (launch for launch in in_fp16 if launch.name.endswith(_HOPPER_IN_FP16))
+
+
+def _layer_on_hopper(width: int, hidden: int, tokens: int, dtype: torch.dtype) -> Iterator[Launch]:
+    """The products of one encoder layer."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def launch(epilogue: str, *arguments, **options) -> Launch:
+        def call() -> None:
+            from siglip_kernels.gemm.kernels import gemm
+
+            with mock.patch.dict(os.environ, SIGLIP_KERNELS_HOPPER="1"):
+                gemm(*arguments, **options)
+
+        return Launch(f"{_NAMES[dtype]} {tokens}x{width} {epilogue}", call)
+
+    x, h = empty(tokens, width), empty(tokens, hidden)
+    fc1, fc2, square = empty(hidden, width), empty(width, hidden), empty(width, width)
+    b_hidden, b_width = empty(hidden), empty(width)
+    yield launch("qkv", x, [square] * 3, [b_width] * 3)
+    yield launch("bias, residual", x, [square], [b_width], residual=x)
+    yield launch("gelu", x, [fc1], [b_hidden], gelu="forward")
+    yield launch("gelu, kept", x, [fc1], [b_hidden], gelu="forward", keep_pre_activation=True)
+    yield launch("fc2, residual", h, [fc2], [b_width], residual=x)
+    yield launch("fc2, fp32 residual", h, [fc2], [b_width], residual=empty(tokens, width, dtype=torch.float32))
+    kept = {"gelu": "backward", "pre_activation": h, "keep_column_sums": True}
+    yield launch("gelu backward", x, [fc2.T], [None], **kept, keep_activation=True)
+    yield launch("gelu backward, frozen weight", x, [fc2.T], [None], **kept)

@@ -1,7 +1,7 @@
 """Checks and measures on a GPU in processes of their own, so that a kernel which breaks the CUDA context, does not end
 or crashes costs its own rows and no others. The process that starts them touches no GPU.
 
-    python -m bench.apart '{"task": "check" or "run", …}'
+    python -m bench.measure.isolated '{"task": "check" or "run", …}'
 
 is such a process. It tells what it does in lines of JSON on its standard output.
 """
@@ -23,20 +23,20 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from bench.check import Checked, check_all, spread
-from bench.circumstances import environment
-from bench.measure import DEADLY, DeadDevice, Plan, blank_row, device_is_dead
+from bench.environment import environment
+from bench.measure.check import Checked, check_all, spread
+from bench.measure.measure import DEADLY, DeadDevice, Plan, blank_row, device_is_dead
+from bench.measure.run import Outcome, OutOfTime, Request, open_results, run
 from bench.peers import Unsupported, peers_of
 from bench.peers.registry import HOPPER, require_hopper
-from bench.results import Results, Row
-from bench.run import Outcome, OutOfTime, Request, open_results, run
+from bench.report.rows import Results, Row
 
 Progress = Callable[[int, int, str], None]
 
 # Seconds after which something hangs: the check of one shape; a start; a contender of ours until it is judged, in a
 # quick run and in any; whatever may last, such as a peer's compilation or the timing of a million pairs.
 CHECK, START, OURS_QUICK, OURS, LONG = 75.0, 180.0, 150.0, 600.0, 7200.0
-COMMAND = (sys.executable, "-m", "bench.apart")
+COMMAND = (sys.executable, "-m", "bench.measure.isolated")
 GRACE = 10.0  # what a process may take to end in order when time is up
 
 

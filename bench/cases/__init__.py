@@ -1,0 +1,1 @@
+"""What is measured: operations, shapes with their FLOPs and bytes, and suites."""

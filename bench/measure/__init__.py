@@ -1,0 +1,1 @@
+"""Timing, accuracy and memory, isolated in processes of their own on a GPU."""
