@@ -37,7 +37,7 @@ class Config:
 
 
 # 128 x 256 reads the fewest bytes of L2 for its arithmetic; without a copy engine it does not fit beside its addresses.
-# Compiled ahead of time, triton 3.6 and 3.7: none of these spills (tests/kernels/test_sigmoid_loss_ahead_of_time.py).
+# Compiled ahead of time, triton 3.6 and 3.7: none of these spills (test_sigmoid_loss_ahead_of_time.py).
 _HOPPER = Tile(128, 256, 64, num_warps=8, num_stages=4)
 _HOPPER_TALL = Tile(256, 128, 64, num_warps=8, num_stages=4)
 _SQUARE = Tile(128, 128, 64, num_warps=8, num_stages=4)

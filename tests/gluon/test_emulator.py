@@ -366,7 +366,9 @@ def test_the_kernels_of_these_tests_compile_for_hopper():
 
     here = Path(__file__).parent
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(here), *filter(None, [environment.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(here), str(here.parent / "support"), *filter(None, [environment.get("PYTHONPATH")])]
+    )
     command = [sys.executable, "-c", _COMPILE]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here.parent.parent)
     assert done.returncode == 0, done.stderr

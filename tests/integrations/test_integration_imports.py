@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-HERE = Path(__file__).parent
 
 
 def run(code):
     """In a process without Triton's interpreter that may import torchvision."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join(map(str, (TESTS.parent, TESTS, HERE)))
+    path = os.pathsep.join(map(str, (TESTS.parent, TESTS / "support")))
     result = subprocess.run(
         [sys.executable, "-c", f"import sys, torchvision_operators\n{code}"],
         capture_output=True,

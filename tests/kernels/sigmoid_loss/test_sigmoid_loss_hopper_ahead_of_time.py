@@ -11,7 +11,7 @@ import pytest
 from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
 from bench.compiled.sass import Loop
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
 from bench.compiled.sass import Loop, inner_loops, measure
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 COLUMNS = {64: (64,), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128,)}
 
 

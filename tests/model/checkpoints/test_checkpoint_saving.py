@@ -182,7 +182,7 @@ def kills(tmp_path_factory):
     """What every kill left, by transition. One process forks all, since importing torch is what takes time."""
     script = Path(__file__).with_name("kill_while_saving.py")
     numbers = [str(number) for transition in TRANSITIONS.values() for number in transition]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(tmp_path_factory.mktemp("kills")), *numbers]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -514,7 +514,7 @@ def test_peak_memory(tmp_path):
     layers = 16  # of 16 MiB in float32
     save_file({f"{layer}.weight": torch.ones(2048, 2048) for layer in range(layers)}, tmp_path / "model.safetensors")
     arguments = [sys.executable, "-c", _MEASURE, str(tmp_path), str(layers)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment)
     for peak, bytes_per_value in zip(map(int, done.stdout.split()), (2, 4), strict=True):
         weights = layers * 2048 * 2048 * bytes_per_value
