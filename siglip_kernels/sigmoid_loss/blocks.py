@@ -24,15 +24,15 @@ class Engine(Protocol):
     name: str
     rows: int
     columns: int
-    residual_dtype: torch.dtype  # of G
-    residual_scale: float  # G is stored multiplied by this power of two
+    logit_grad_dtype: torch.dtype  # of G
+    logit_grad_scale: float  # G is stored multiplied by this power of two
     sum_dtype: torch.dtype  # of sums that are not finished, at least fp32
     saved_dtype: torch.dtype  # of finished gradients that wait for the backward pass
 
     def totals(self, device: torch.device) -> Tensor:
         """Zeros for the sums of the loss, of G ⊙ x yᵀ and of G: shape (3, any)."""
 
-    def residual(
+    def logit_grad(
         self,
         x: Tensor,
         y: Tensor,
@@ -47,7 +47,7 @@ class Engine(Protocol):
 
     def product(
         self,
-        residual: Tensor,
+        logit_grad: Tensor,
         operand: Tensor,
         transposed: bool,
         previous: Tensor | None,
@@ -100,17 +100,17 @@ def accumulate(
     diagonal: int,
     totals: Tensor,
     scalar_gradients: bool,
-    residual: Tensor | None,
+    logit_grad: Tensor | None,
     image: GradientSum | None,
     text: GradientSum | None,
     factor: float,
 ) -> None:
     """Adds all pairs of x (at most engine.rows images) and y (any number) to the totals and to the gradient sums."""
-    gradients = scalar_gradients or residual is not None
+    gradients = scalar_gradients or logit_grad is not None
     for start in range(0, len(y), engine.columns):
         columns = slice(start, min(start + engine.columns, len(y)))
-        block = None if residual is None else residual[: len(x), : columns.stop - start]
-        engine.residual(x, y[columns], logit_scale, logit_bias, diagonal - start, totals, gradients, block)
+        block = None if logit_grad is None else logit_grad[: len(x), : columns.stop - start]
+        engine.logit_grad(x, y[columns], logit_scale, logit_bias, diagonal - start, totals, gradients, block)
         if block is not None and image is not None:
             image.add(engine, block, y[columns], False, slice(None), logit_scale, factor)
             image.started = True
@@ -123,7 +123,7 @@ def accumulate(
 def workspace(engine: Engine, images: int, texts: int, device: torch.device) -> Tensor:
     """Room for one block of G."""
     shape = (min(engine.rows, round_up(images)), min(engine.columns, round_up(texts)))
-    return torch.empty(shape, dtype=engine.residual_dtype, device=device)
+    return torch.empty(shape, dtype=engine.logit_grad_dtype, device=device)
 
 
 def round_up(size: int, multiple: int = 256) -> int:
@@ -146,9 +146,9 @@ def loss_and_gradients(
     Beyond the results: one block of G, a row of blocks of dL/dx and, where n is more than a block, dL/dy, in fp32.
     """
     n, width = x.shape
-    factor = 1 / (n * engine.residual_scale)
+    factor = 1 / (n * engine.logit_grad_scale)
     totals = engine.totals(x.device)
-    residual = workspace(engine, n, n, x.device) if image_gradient or text_gradient else None
+    logit_grad = workspace(engine, n, n, x.device) if image_gradient or text_gradient else None
     # Sums are made in the result itself where its dtype allows.
     in_place = engine.saved_dtype == engine.sum_dtype
     several_columns, several_rows = n > engine.columns, n > engine.rows
@@ -172,12 +172,23 @@ def loss_and_gradients(
         elif image_gradient:
             image = GradientSum(result=dx[rows])
         accumulate(
-            engine, x[rows], y, logit_scale, logit_bias, start, totals, scalar_gradients, residual, image, text, factor
+            engine,
+            x[rows],
+            y,
+            logit_scale,
+            logit_bias,
+            start,
+            totals,
+            scalar_gradients,
+            logit_grad,
+            image,
+            text,
+            factor,
         )
         if image is not None and image.total is not None:
             engine.scale(image.total, logit_scale, factor, dx[rows])
 
-    del residual, row_sum, image  # before the last conversion allocates: it is the peak of the whole
+    del logit_grad, row_sum, image  # before the last conversion allocates: it is the peak of the whole
     if text is not None and text.total is not None:
         dy = dy if in_place else x.new_empty(y.shape, dtype=engine.saved_dtype)
         engine.scale(text.total, logit_scale, factor, dy)

@@ -27,7 +27,7 @@ class Tile:
 class Config:
     """Tiles of the two matrix kernels, and the block of G (rows × columns) that they share."""
 
-    residual: Tile
+    logit_grad: Tile
     product: Tile
     block: int
     descriptors: (
@@ -57,16 +57,16 @@ def choose(dtype: torch.dtype, width: int, gpu: Facts, precision: str) -> Config
     capability = gpu.capability
     descriptors = capability >= (9, 0)
     if dtype == torch.float32:
-        residual = product = _TF32 if precision == "tf32" else _IEEE
+        logit_grad = product = _TF32 if precision == "tf32" else _IEEE
     elif capability[0] == 9:
-        residual = _HOPPER
+        logit_grad = _HOPPER
         # 256 columns where that leaves nothing over: so400m's 1152 are nine times 128, but four and a half times 256.
         product = _HOPPER if width % 256 == 0 else _HOPPER_TALL
     else:
-        residual = product = _SQUARE if descriptors else _AMPERE
-    residual = _measured("residual", dtype, width, gpu) or residual
+        logit_grad = product = _SQUARE if descriptors else _AMPERE
+    logit_grad = _measured("logit_grad", dtype, width, gpu) or logit_grad
     product = _measured("product", dtype, width, gpu) or product
-    return Config(residual, product, _block_size(product, width, gpu.multiprocessors), descriptors, precision)
+    return Config(logit_grad, product, _block_size(product, width, gpu.multiprocessors), descriptors, precision)
 
 
 def _measured(kernel: str, dtype: torch.dtype, width: int, gpu: Facts) -> Tile | None:

@@ -73,9 +73,9 @@ class Pass:
         self.engine, self.peers, self.wanted = engine, peers, wanted
         self.x, self.logit_scale, self.logit_bias = x, logit_scale, logit_bias
         self.totals = engine.totals(x.device)
-        self.factor = 1 / (peers.mean_size * engine.residual_scale)
+        self.factor = 1 / (peers.mean_size * engine.logit_grad_scale)
         largest = max(peers.sizes)
-        self.residual = workspace(engine, len(x), largest, x.device) if wanted.image or wanted.text else None
+        self.logit_grad = workspace(engine, len(x), largest, x.device) if wanted.image or wanted.text else None
         self.image = self.sums(len(x)) if wanted.image else None
         self.image_started = False
 
@@ -98,7 +98,7 @@ class Pass:
                 start if source == self.peers.rank else NO_POSITIVES,
                 self.totals,
                 self.wanted.scalars,
-                self.residual,
+                self.logit_grad,
                 None if self.image is None else GradientSum(self.image[rows], self.image_started),
                 text,
                 self.factor,

@@ -8,7 +8,7 @@ from torch import Tensor
 from siglip_kernels.device import hopper_kernels_enabled, interpreting
 from siglip_kernels.errors import MissingBackendError
 from siglip_kernels.sigmoid_loss.blocks import Engine
-from siglip_kernels.sigmoid_loss.torch_engine import PlainEngine
+from siglip_kernels.sigmoid_loss.torch_engine import TorchEngine
 
 
 def kernels_available(device: torch.device) -> bool:
@@ -35,7 +35,7 @@ def make_engine(name: str, embeds: Tensor, chunk_size: int = 0) -> Engine:
         from siglip_kernels.sigmoid_loss.triton_engine import TritonEngine, config_for
 
         return TritonEngine(embeds.dtype, config_for(embeds), chunk_size)
-    return PlainEngine(embeds.dtype, embeds.device, chunk_size)
+    return TorchEngine(embeds.dtype, embeds.device, chunk_size)
 
 
 def saved_dtype(engine: str, dtype: torch.dtype) -> torch.dtype:

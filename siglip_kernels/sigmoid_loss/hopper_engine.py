@@ -8,7 +8,7 @@ from siglip_kernels.device import facts
 from siglip_kernels.errors import unsupported
 from siglip_kernels.gemm.hopper import GROUP, TALL, WIDE, Tile, descriptor
 from siglip_kernels.gemm.hopper_pipeline import BLOCK_K, CONSUMERS, THREADS
-from siglip_kernels.sigmoid_loss.hopper_kernels import BUFFERS, PIECE, product_kernel, residual_kernel
+from siglip_kernels.sigmoid_loss.hopper_kernels import BUFFERS, PIECE, logit_grad_kernel, product_kernel
 from siglip_kernels.sigmoid_loss.triton_engine import TritonEngine, config_for
 
 
@@ -40,7 +40,7 @@ class HopperEngine(TritonEngine):
         slots = self.programs * CONSUMERS.value * THREADS.value
         return torch.zeros((3, slots), dtype=torch.float64, device=device)
 
-    def residual(
+    def logit_grad(
         self,
         x: Tensor,
         y: Tensor,
@@ -52,10 +52,10 @@ class HopperEngine(TritonEngine):
         out: Tensor | None,
     ) -> None:
         tile = WIDE
-        residual_kernel[(self._grid(len(x), len(y), tile),)](
+        logit_grad_kernel[(self._grid(len(x), len(y), tile),)](
             image_source=descriptor(x, [tile.consumer_rows, BLOCK_K.value]),
             text_source=descriptor(y, [tile.columns, BLOCK_K.value]),
-            residual_target=None if out is None else descriptor(out, [tile.consumer_rows, PIECE.value]),
+            logit_grad_target=None if out is None else descriptor(out, [tile.consumer_rows, PIECE.value]),
             logit_scale_ptr=logit_scale,
             logit_bias_ptr=logit_bias,
             totals_ptr=totals,
@@ -67,15 +67,15 @@ class HopperEngine(TritonEngine):
             CONSUMER_ROWS=tile.consumer_rows,
             BLOCK_N=tile.columns,
             GRADIENTS=gradients,
-            RESIDUAL_SCALE=self.residual_scale,
-            STAGES=tile.stages(BUFFERS.value, self.residual_dtype, self.shared_memory),
+            LOGIT_GRAD_SCALE=self.logit_grad_scale,
+            STAGES=tile.stages(BUFFERS.value, self.logit_grad_dtype, self.shared_memory),
             GROUP=GROUP,
             num_warps=4,
         )
 
     def product(
         self,
-        residual: Tensor,
+        logit_grad: Tensor,
         operand: Tensor,
         transposed: bool,
         previous: Tensor | None,
@@ -87,8 +87,8 @@ class HopperEngine(TritonEngine):
         # 256 columns where that leaves nothing over: so400m's 1152 are nine times 128, but four and a half times 256.
         tile = WIDE if width % WIDE.columns == 0 else TALL
         product_kernel[(self._grid(rows, width, tile),)](
-            residual_source=descriptor(
-                residual, [BLOCK_K.value, tile.consumer_rows] if transposed else [tile.consumer_rows, BLOCK_K.value]
+            logit_grad_source=descriptor(
+                logit_grad, [BLOCK_K.value, tile.consumer_rows] if transposed else [tile.consumer_rows, BLOCK_K.value]
             ),
             operand_source=descriptor(operand, [BLOCK_K.value, tile.columns]),
             previous_ptr=previous,
@@ -101,7 +101,7 @@ class HopperEngine(TritonEngine):
             CONSUMER_ROWS=tile.consumer_rows,
             BLOCK_N=tile.columns,
             TRANSPOSED=transposed,
-            STAGES=tile.stages(0, self.residual_dtype, self.shared_memory),
+            STAGES=tile.stages(0, self.logit_grad_dtype, self.shared_memory),
             GROUP=GROUP,
             num_warps=4,
         )

@@ -1,6 +1,6 @@
 """The two matrix kernels of the sigmoid loss for Hopper (sm_90), in Gluon; see `kernels.py` for the mathematics.
 
-Both are persistent products with the main loop of `siglip_kernels.gemm.hopper_pipeline`: `residual_kernel` makes G
+Both are persistent products with the main loop of `siglip_kernels.gemm.hopper_pipeline`: `logit_grad_kernel` makes G
 and the sums out of logits that never leave the accumulator, `product_kernel` G y and Gᵀ x.
 """
 
@@ -46,11 +46,11 @@ def _log1p(e):
 
 
 @gluon.jit
-def _residual_piece(
+def _logit_grad_piece(
     products,  # x yᵀ of some images and PIECE texts
     buffers,
     buffer: gl.constexpr,  # the number of the one for its G
-    residual_target,
+    logit_grad_target,
     first_row,
     first_column,
     scale,  # t and b, times log₂ e
@@ -60,16 +60,16 @@ def _residual_piece(
     diagonal,
     right_sum,  # each thread's sums of max(-z s, 0), of G ⊙ x yᵀ and of G
     dot_sum,
-    residual_sum,
+    logit_grad_sum,
     softplus,  # the product of 1 + e^-|s|, less 1, of pairs CHUNK columns apart
     GRADIENTS: gl.constexpr,
-    RESIDUAL_SCALE: gl.constexpr,
+    LOGIT_GRAD_SCALE: gl.constexpr,
     SPECIAL: gl.constexpr,  # whether there may be positives, or pairs past the last image or text
 ):
     """Adds a piece to the sums, and sends its G on its way."""
     LAYOUT: gl.constexpr = accumulator_layout(CHUNK)
     chunks = pieces_of(products, CHUNK)
-    if residual_target is not None:
+    if logit_grad_target is not None:
         tma.store_wait(pendings=BUFFERS - 1)
     for chunk in gl.static_range(PIECE // CHUNK):
         # wrong = -z s, how far a pair is on the wrong side; pairs past the edge are infinitely right: no loss, no G.
@@ -89,26 +89,26 @@ def _residual_piece(
         softplus = softplus * e + (softplus + e)
         right_sum += sum_in_thread(gl.maximum(wrong, 0.0))
         if GRADIENTS:
-            residual = gl.where(wrong >= 0.0, 1.0, e) * reciprocal(1.0 + e)  # σ(-z s)
+            logit_grad = gl.where(wrong >= 0.0, 1.0, e) * reciprocal(1.0 + e)  # σ(-z s)
             if SPECIAL:
-                residual = gl.where(positive, -residual, residual)
-            dot_sum += sum_in_thread(residual * chunks[chunk])
-            residual_sum += sum_in_thread(residual)
-            if residual_target is not None:
-                stored = (residual * RESIDUAL_SCALE).to(residual_target.dtype)
+                logit_grad = gl.where(positive, -logit_grad, logit_grad)
+            dot_sum += sum_in_thread(logit_grad * chunks[chunk])
+            logit_grad_sum += sum_in_thread(logit_grad)
+            if logit_grad_target is not None:
+                stored = (logit_grad * LOGIT_GRAD_SCALE).to(logit_grad_target.dtype)
                 buffers.index(buffer).slice(chunk * CHUNK, CHUNK, 1).store(stored)
-    if residual_target is not None:
+    if logit_grad_target is not None:
         fence_async_shared()
-        tma.async_copy_shared_to_global(residual_target, [first_row, first_column], buffers.index(buffer))
-    return right_sum, dot_sum, residual_sum, softplus
+        tma.async_copy_shared_to_global(logit_grad_target, [first_row, first_column], buffers.index(buffer))
+    return right_sum, dot_sum, logit_grad_sum, softplus
 
 
 @gluon.jit
-def _residual_tile(
+def _logit_grad_tile(
     products,  # x yᵀ of the consumer's rows
     buffers,
     consumer: gl.constexpr,
-    residual_target,
+    logit_grad_target,
     first_row,
     first_column,
     scale,
@@ -117,32 +117,32 @@ def _residual_tile(
     texts,
     diagonal,
     GRADIENTS: gl.constexpr,
-    RESIDUAL_SCALE: gl.constexpr,
+    LOGIT_GRAD_SCALE: gl.constexpr,
     SPECIAL: gl.constexpr,
 ):
     """Returns each thread's sums of the loss, of G ⊙ x yᵀ and of G."""
     right_sum = gl.zeros([THREADS], gl.float32, THREAD_LAYOUT)
     dot_sum = gl.zeros([THREADS], gl.float32, THREAD_LAYOUT)
-    residual_sum = gl.zeros([THREADS], gl.float32, THREAD_LAYOUT)
+    logit_grad_sum = gl.zeros([THREADS], gl.float32, THREAD_LAYOUT)
     softplus = gl.zeros((products.shape[0], CHUNK), gl.float32, accumulator_layout(CHUNK))
     pieces = pieces_of(products, PIECE)
     for piece in gl.static_range(products.shape[1] // PIECE):
         # The condition keeps pieces apart, too: all at once would take more registers than there are.
         column = first_column + piece * PIECE
         if column < texts:
-            right_sum, dot_sum, residual_sum, softplus = _residual_piece(
-                pieces[piece], buffers, consumer * BUFFERS + piece % BUFFERS, residual_target, first_row, column,
-                scale, bias, images, texts, diagonal, right_sum, dot_sum, residual_sum, softplus,
-                GRADIENTS, RESIDUAL_SCALE, SPECIAL,
+            right_sum, dot_sum, logit_grad_sum, softplus = _logit_grad_piece(
+                pieces[piece], buffers, consumer * BUFFERS + piece % BUFFERS, logit_grad_target, first_row, column,
+                scale, bias, images, texts, diagonal, right_sum, dot_sum, logit_grad_sum, softplus,
+                GRADIENTS, LOGIT_GRAD_SCALE, SPECIAL,
             )  # fmt: skip
-    if SPECIAL and residual_target is not None:
+    if SPECIAL and logit_grad_target is not None:
         # The buffers take turns, and a tile at the edge may have stopped in the middle of a turn.
         tma.store_wait(pendings=0)
-    return right_sum * LOG_2 + sum_in_thread(_log1p(softplus)), dot_sum, residual_sum
+    return right_sum * LOG_2 + sum_in_thread(_log1p(softplus)), dot_sum, logit_grad_sum
 
 
 @gluon.jit
-def _residual_consumer(
+def _logit_grad_consumer(
     consumer: gl.constexpr,
     a_blocks,
     b_blocks,
@@ -150,7 +150,7 @@ def _residual_consumer(
     emptied,
     lead,
     buffers,
-    residual_target,
+    logit_grad_target,
     logit_scale_ptr,
     logit_bias_ptr,
     totals_ptr,
@@ -162,7 +162,7 @@ def _residual_consumer(
     CONSUMER_ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     GRADIENTS: gl.constexpr,
-    RESIDUAL_SCALE: gl.constexpr,
+    LOGIT_GRAD_SCALE: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
@@ -172,7 +172,7 @@ def _residual_consumer(
     bias = gl.load(logit_bias_ptr) * LOG2_E
     loss_total = gl.zeros([THREADS], gl.float64, THREAD_LAYOUT)
     dot_total = gl.zeros([THREADS], gl.float64, THREAD_LAYOUT)
-    residual_total = gl.zeros([THREADS], gl.float64, THREAD_LAYOUT)
+    logit_grad_total = gl.zeros([THREADS], gl.float64, THREAD_LAYOUT)
     row_tiles = gl.cdiv(images, CONSUMERS * CONSUMER_ROWS)
     column_tiles = gl.cdiv(texts, BLOCK_N)
     step = 0
@@ -191,21 +191,21 @@ def _residual_consumer(
         )
         at_edge = (first_row + CONSUMER_ROWS > images) | (first_column + BLOCK_N > texts)
         if has_positives | at_edge:
-            loss_sum, dot_sum, residual_sum = _residual_tile(
-                products, buffers, consumer, residual_target, first_row, first_column, scale, bias, images, texts,
-                diagonal, GRADIENTS, RESIDUAL_SCALE, True,
+            loss_sum, dot_sum, logit_grad_sum = _logit_grad_tile(
+                products, buffers, consumer, logit_grad_target, first_row, first_column, scale, bias, images, texts,
+                diagonal, GRADIENTS, LOGIT_GRAD_SCALE, True,
             )  # fmt: skip
         else:
-            loss_sum, dot_sum, residual_sum = _residual_tile(
-                products, buffers, consumer, residual_target, first_row, first_column, scale, bias, images, texts,
-                diagonal, GRADIENTS, RESIDUAL_SCALE, False,
+            loss_sum, dot_sum, logit_grad_sum = _logit_grad_tile(
+                products, buffers, consumer, logit_grad_target, first_row, first_column, scale, bias, images, texts,
+                diagonal, GRADIENTS, LOGIT_GRAD_SCALE, False,
             )  # fmt: skip
         # A tile is summed in fp32, tiles together in fp64.
         loss_total += loss_sum.to(gl.float64)
         dot_total += dot_sum.to(gl.float64)
-        residual_total += residual_sum.to(gl.float64)
+        logit_grad_total += logit_grad_sum.to(gl.float64)
         done += 1  # noqa: SIM113 - the range is the kernel's
-    if residual_target is not None:
+    if logit_grad_target is not None:
         tma.store_wait(pendings=0)
 
     # A slot belongs to one thread of one program, and launches follow each other: the order of every sum is fixed.
@@ -214,14 +214,14 @@ def _residual_consumer(
     gl.store(totals, gl.load(totals) + loss_total)
     if GRADIENTS:
         gl.store(totals + slots, gl.load(totals + slots) + dot_total)
-        gl.store(totals + 2 * slots, gl.load(totals + 2 * slots) + residual_total)
+        gl.store(totals + 2 * slots, gl.load(totals + 2 * slots) + logit_grad_total)
 
 
 @gluon.jit(do_not_specialize=["slots", "images", "texts", "diagonal"])
-def residual_kernel(
+def logit_grad_kernel(
     image_source,  # x (images, WIDTH): descriptor of blocks [CONSUMER_ROWS, 64]
     text_source,  # y (texts, WIDTH): descriptor of blocks [BLOCK_N, 64]
-    residual_target,  # G · RESIDUAL_SCALE (images, texts): descriptor of blocks [CONSUMER_ROWS, 64], or None
+    logit_grad_target,  # G · LOGIT_GRAD_SCALE (images, texts): descriptor of blocks [CONSUMER_ROWS, 64], or None
     logit_scale_ptr,  # fp32: t
     logit_bias_ptr,  # fp32: b
     totals_ptr,  # fp64 (3, slots), added to: sums of the loss, of G ⊙ x yᵀ and of G
@@ -233,30 +233,30 @@ def residual_kernel(
     CONSUMER_ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     GRADIENTS: gl.constexpr,  # whether anything beyond the loss is wanted
-    RESIDUAL_SCALE: gl.constexpr,  # a power of two
+    LOGIT_GRAD_SCALE: gl.constexpr,  # a power of two
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     """Persistent: program p owns the tiles p, p + programs, ... of 2 CONSUMER_ROWS images by BLOCK_N texts."""
     a_blocks, b_blocks, filled, emptied, lead = make_ring(image_source, text_source, STAGES)
-    if residual_target is None:
+    if logit_grad_target is None:
         buffers: gl.constexpr = None
     else:
         buffers = gl.allocate_shared_memory(
-            residual_target.dtype, [CONSUMERS * BUFFERS, CONSUMER_ROWS, PIECE], residual_target.layout
+            logit_grad_target.dtype, [CONSUMERS * BUFFERS, CONSUMER_ROWS, PIECE], logit_grad_target.layout
         )
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_residual_consumer, (
-                0, a_blocks, b_blocks, filled, emptied, lead, buffers, residual_target, logit_scale_ptr,
+            (_logit_grad_consumer, (
+                0, a_blocks, b_blocks, filled, emptied, lead, buffers, logit_grad_target, logit_scale_ptr,
                 logit_bias_ptr, totals_ptr, slots, images, texts, diagonal, WIDTH, CONSUMER_ROWS, BLOCK_N, GRADIENTS,
-                RESIDUAL_SCALE, STAGES, GROUP,
+                LOGIT_GRAD_SCALE, STAGES, GROUP,
             )),
-            (_residual_consumer, (
-                1, a_blocks, b_blocks, filled, emptied, lead, buffers, residual_target, logit_scale_ptr,
+            (_logit_grad_consumer, (
+                1, a_blocks, b_blocks, filled, emptied, lead, buffers, logit_grad_target, logit_scale_ptr,
                 logit_bias_ptr, totals_ptr, slots, images, texts, diagonal, WIDTH, CONSUMER_ROWS, BLOCK_N, GRADIENTS,
-                RESIDUAL_SCALE, STAGES, GROUP,
+                LOGIT_GRAD_SCALE, STAGES, GROUP,
             )),
             (load_tiles, (
                 image_source, text_source, None, None, a_blocks, b_blocks, filled, emptied,
@@ -321,7 +321,7 @@ def _product_consumer(
 
 @gluon.jit(do_not_specialize=["rows", "depth"])
 def product_kernel(
-    residual_source,  # G (rows, depth): descriptor of blocks [CONSUMER_ROWS, 64];
+    logit_grad_source,  # G (rows, depth): descriptor of blocks [CONSUMER_ROWS, 64];
     #                   TRANSPOSED: G (depth, rows): descriptor of blocks [64, CONSUMER_ROWS]
     operand_source,  # y or x (depth, WIDTH): descriptor of blocks [64, BLOCK_N]
     previous_ptr,  # fp32 (rows, WIDTH), added to the product; None: nothing is added
@@ -338,7 +338,7 @@ def product_kernel(
     GROUP: gl.constexpr,
 ):
     """out = (previous + G y) t factor. Program p owns the tiles p, p + programs, ... of 2 CONSUMER_ROWS by BLOCK_N."""
-    a_blocks, b_blocks, filled, emptied, lead = make_ring(residual_source, operand_source, STAGES)
+    a_blocks, b_blocks, filled, emptied, lead = make_ring(logit_grad_source, operand_source, STAGES)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -351,7 +351,7 @@ def product_kernel(
                 depth, WIDTH, CONSUMER_ROWS, BLOCK_N, TRANSPOSED, STAGES, GROUP,
             )),
             (load_tiles, (
-                residual_source, operand_source, None, None, a_blocks, b_blocks, filled, emptied,
+                logit_grad_source, operand_source, None, None, a_blocks, b_blocks, filled, emptied,
                 gl.cdiv(rows, CONSUMERS * CONSUMER_ROWS), gl.cdiv(WIDTH, BLOCK_N), depth, CONSUMER_ROWS, BLOCK_N,
                 1, TRANSPOSED, False, STAGES, GROUP,
             )),

@@ -4,7 +4,7 @@ For images x and texts y, with s = t·x yᵀ + b and zᵢⱼ = +1 on positives, 
 
     loss = Σ softplus(-z s),    G = σ(s) - [positive],    db = Σ G,    dt = Σ G ⊙ x yᵀ,    dx = t G y,    dy = t Gᵀ x
 
-`residual_kernel` does everything that needs logits: they live in fp32 in the accumulator only, and G alone is stored.
+`logit_grad_kernel` does everything that needs logits: they live in fp32 in the accumulator only, and G alone is stored.
 `product_kernel` is both products, `scale_kernel` the multiplication by t / N or by the upstream gradient, in fp32.
 """
 
@@ -84,11 +84,11 @@ def _quarters(x):
 
 
 @triton.jit(do_not_specialize=["images", "texts", "diagonal"])
-def residual_kernel(
+def logit_grad_kernel(
     image_source,  # x (images, WIDTH): descriptor of blocks [BLOCK_M, BLOCK_K], or pointer
     text_source,  # y (texts, WIDTH): descriptor of blocks [BLOCK_N, BLOCK_K], or pointer
-    residual_target,  # G · RESIDUAL_SCALE (images, texts): descriptor of [BLOCK_M, BLOCK_N / 4], pointer, or None
-    residual_stride,
+    logit_grad_target,  # G · LOGIT_GRAD_SCALE (images, texts): descriptor of [BLOCK_M, BLOCK_N / 4], pointer, or None
+    logit_grad_stride,
     logit_scale_ptr,  # fp32: t
     logit_bias_ptr,  # fp32: b
     totals_ptr,  # fp64 (3, slots), added to: sums of the loss, of G ⊙ x yᵀ and of G, one slot for each program
@@ -101,7 +101,7 @@ def residual_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GRADIENTS: tl.constexpr,  # whether anything beyond the loss is wanted
-    RESIDUAL_SCALE: tl.constexpr,  # a power of two
+    LOGIT_GRAD_SCALE: tl.constexpr,  # a power of two
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
@@ -119,7 +119,7 @@ def residual_kernel(
     logit_bias = tl.load(logit_bias_ptr)
     loss_sum = tl.zeros((BLOCK_M,), tl.float32)
     dot_sum = tl.zeros((BLOCK_M,), tl.float32)
-    residual_sum = tl.zeros((BLOCK_M,), tl.float32)
+    logit_grad_sum = tl.zeros((BLOCK_M,), tl.float32)
     # A quarter at a time: the epilogue of a whole tile would not fit in the registers beside its accumulator.
     PART: tl.constexpr = BLOCK_N // 4
     parts = _quarters(products)
@@ -136,18 +136,18 @@ def residual_kernel(
         if GRADIENTS:
             # σ(wrong), from an exponential of its own: keeping e until here costs registers that there are not.
             probability = 1.0 / (1.0 + tl.exp2(wrong * -LOG2_E))
-            residual = tl.where(positive, -probability, probability)
-            dot_sum += tl.sum(residual * parts[part], axis=1)
-            residual_sum += tl.sum(residual, axis=1)
-            if residual_target is not None:
+            logit_grad = tl.where(positive, -probability, probability)
+            dot_sum += tl.sum(logit_grad * parts[part], axis=1)
+            logit_grad_sum += tl.sum(logit_grad, axis=1)
+            if logit_grad_target is not None:
                 if DESCRIPTORS:
-                    stored = _narrow(residual * RESIDUAL_SCALE, residual_target.dtype)
-                    residual_target.store([first_row, first_column + part * PART], stored)
+                    stored = _narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype)
+                    logit_grad_target.store([first_row, first_column + part * PART], stored)
                 else:
                     # Past the last text too: the products read whole tiles, and must find zeros there.
-                    o_residual = rows.to(tl.int64) * tl.multiple_of(residual_stride, 16) + columns
-                    stored = _narrow(residual * RESIDUAL_SCALE, residual_target.dtype.element_ty)
-                    tl.store(residual_target + o_residual, stored, mask=rows < images)
+                    o_logit_grad = rows.to(tl.int64) * tl.multiple_of(logit_grad_stride, 16) + columns
+                    stored = _narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype.element_ty)
+                    tl.store(logit_grad_target + o_logit_grad, stored, mask=rows < images)
 
     # Rows are summed in fp32, rows and tiles together in fp64. A slot belongs to one program of a launch, and launches
     # follow each other, so the order of every sum is fixed.
@@ -157,14 +157,14 @@ def residual_kernel(
         dot_ptr = slot_ptr + slots
         tl.store(dot_ptr, tl.load(dot_ptr) + tl.sum(dot_sum.to(tl.float64)))
         sum_ptr = dot_ptr + slots
-        tl.store(sum_ptr, tl.load(sum_ptr) + tl.sum(residual_sum.to(tl.float64)))
+        tl.store(sum_ptr, tl.load(sum_ptr) + tl.sum(logit_grad_sum.to(tl.float64)))
 
 
 @triton.jit(do_not_specialize=["rows", "depth"])
 def product_kernel(
-    residual_source,  # G (rows, depth): descriptor of blocks [BLOCK_M, BLOCK_K], or pointer;
+    logit_grad_source,  # G (rows, depth): descriptor of blocks [BLOCK_M, BLOCK_K], or pointer;
     #                   TRANSPOSED: G (depth, rows): descriptor of blocks [BLOCK_K, BLOCK_M], or pointer
-    residual_stride,
+    logit_grad_stride,
     operand_source,  # y or x (depth, WIDTH): descriptor of blocks [BLOCK_K, BLOCK_N], or pointer
     previous_ptr,  # fp32 (rows, WIDTH), added to the product; None: nothing is added
     out_ptr,  # (rows, WIDTH)
@@ -183,7 +183,7 @@ def product_kernel(
     """out = (previous + G y) t factor. Program (m, n) owns out[m BLOCK_M : +BLOCK_M, n BLOCK_N : +BLOCK_N]."""
     first_row = tl.program_id(0) * BLOCK_M
     first_column = tl.program_id(1) * BLOCK_N
-    residual_stride = tl.multiple_of(residual_stride, 16)
+    logit_grad_stride = tl.multiple_of(logit_grad_stride, 16)
 
     o_rows = first_row + tl.arange(0, BLOCK_M)[:, None]
     o_columns = first_column + tl.arange(0, BLOCK_N)[None, :]
@@ -196,9 +196,13 @@ def product_kernel(
 
     for k in tl.range(0, depth, BLOCK_K):
         if TRANSPOSED:
-            g = _load_tile(residual_source, k, first_row, depth, residual_stride, BLOCK_K, BLOCK_M, None, DESCRIPTORS).T
+            g = _load_tile(
+                logit_grad_source, k, first_row, depth, logit_grad_stride, BLOCK_K, BLOCK_M, None, DESCRIPTORS
+            ).T
         else:
-            g = _load_tile(residual_source, first_row, k, rows, residual_stride, BLOCK_M, BLOCK_K, None, DESCRIPTORS)
+            g = _load_tile(
+                logit_grad_source, first_row, k, rows, logit_grad_stride, BLOCK_M, BLOCK_K, None, DESCRIPTORS
+            )
         operand = _load_tile(operand_source, k, first_column, depth, WIDTH, BLOCK_K, BLOCK_N, WIDTH, DESCRIPTORS)
         total = tl.dot(g, operand, total, input_precision=PRECISION)
 

@@ -13,7 +13,7 @@ _CPU_BLOCK = (1024, 4096)
 _GPU_BLOCK = (4096, 8192)
 
 
-class PlainEngine:
+class TorchEngine:
     """See `blocks.Engine`."""
 
     name = "chunked"
@@ -25,8 +25,8 @@ class PlainEngine:
         self.sum_dtype = self.saved_dtype = torch.promote_types(dtype, torch.float32)
         # Tensor cores multiply half-precision operands into fp32; elsewhere operands are converted first.
         self.mixed = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-        self.residual_dtype = dtype if self.mixed else self.sum_dtype
-        self.residual_scale = 2.0**15 if self.residual_dtype == torch.float16 else 1.0
+        self.logit_grad_dtype = dtype if self.mixed else self.sum_dtype
+        self.logit_grad_scale = 2.0**15 if self.logit_grad_dtype == torch.float16 else 1.0
 
     def totals(self, device: torch.device) -> Tensor:
         # Sums of blocks, in fp64 where the device has it.
@@ -38,7 +38,7 @@ class PlainEngine:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.mm(a.to(self.sum_dtype), b.to(self.sum_dtype))
 
-    def residual(
+    def logit_grad(
         self,
         x: Tensor,
         y: Tensor,
@@ -61,17 +61,17 @@ class PlainEngine:
         totals[0] += F.softplus(logits, threshold=40).sum() - F.logsigmoid(positive_logits).sum()
         if not gradients:
             return
-        residual = logits.sigmoid_()
+        logit_grad = logits.sigmoid_()
         if len(positive_logits):
-            residual.diagonal(diagonal).copy_(-torch.sigmoid(-positive_logits))
-        totals[1] += torch.mul(residual, products, out=products).sum()
-        totals[2] += residual.sum()
+            logit_grad.diagonal(diagonal).copy_(-torch.sigmoid(-positive_logits))
+        totals[1] += torch.mul(logit_grad, products, out=products).sum()
+        totals[2] += logit_grad.sum()
         if out is not None:
-            out.copy_(residual if self.residual_scale == 1 else residual.mul_(self.residual_scale))
+            out.copy_(logit_grad if self.logit_grad_scale == 1 else logit_grad.mul_(self.logit_grad_scale))
 
     def product(
         self,
-        residual: Tensor,
+        logit_grad: Tensor,
         operand: Tensor,
         transposed: bool,
         previous: Tensor | None,
@@ -79,14 +79,14 @@ class PlainEngine:
         logit_scale: Tensor | None,
         factor: float,
     ) -> None:
-        residual = residual.T if transposed else residual
+        logit_grad = logit_grad.T if transposed else logit_grad
         if self.mixed:
-            product = self._matmul(residual, operand)
+            product = self._matmul(logit_grad, operand)
             torch.add(previous, product, out=out) if previous is not None else out.copy_(product)
         elif previous is not None:
-            torch.addmm(previous, residual, operand.to(self.sum_dtype), out=out)
+            torch.addmm(previous, logit_grad, operand.to(self.sum_dtype), out=out)
         else:
-            torch.mm(residual, operand.to(self.sum_dtype), out=out)
+            torch.mm(logit_grad, operand.to(self.sum_dtype), out=out)
         if logit_scale is not None:
             out.mul_(logit_scale * factor)
 

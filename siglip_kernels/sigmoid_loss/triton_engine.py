@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from siglip_kernels.device import facts, precision
 from siglip_kernels.sigmoid_loss.blocks import round_up
 from siglip_kernels.sigmoid_loss.config import Config, choose
-from siglip_kernels.sigmoid_loss.kernels import product_kernel, residual_kernel, scale_kernel
+from siglip_kernels.sigmoid_loss.kernels import logit_grad_kernel, product_kernel, scale_kernel
 
 
 def config_for(embeds: Tensor) -> Config:
@@ -26,15 +26,15 @@ class TritonEngine:
         self.rows = self.columns = config.block
         if chunk_size:
             self.rows = min(self.rows, round_up(chunk_size))
-        self.residual_dtype = dtype
+        self.logit_grad_dtype = dtype
         # σ(-10) is 4.5e-5, below the normal numbers of fp16; multiplied by a power of two it keeps all its bits.
-        self.residual_scale = 2.0**15 if dtype == torch.float16 else 1.0
+        self.logit_grad_scale = 2.0**15 if dtype == torch.float16 else 1.0
         self.sum_dtype = torch.float32
         # Finished gradients (t/n included) fit bf16; in fp16 they would vanish before a GradScaler multiplies them.
         self.saved_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
     def totals(self, device: torch.device) -> Tensor:
-        tile = self.config.residual
+        tile = self.config.logit_grad
         slots = triton.cdiv(self.rows, tile.rows) * triton.cdiv(self.columns, tile.columns)
         return torch.zeros((3, slots), dtype=torch.float64, device=device)
 
@@ -43,7 +43,7 @@ class TritonEngine:
             return tensor
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
 
-    def residual(
+    def logit_grad(
         self,
         x: Tensor,
         y: Tensor,
@@ -54,13 +54,13 @@ class TritonEngine:
         gradients: bool,
         out: Tensor | None,
     ) -> None:
-        tile = self.config.residual
+        tile = self.config.logit_grad
         grid = (triton.cdiv(len(x), tile.rows), triton.cdiv(len(y), tile.columns))
-        residual_kernel[grid](
+        logit_grad_kernel[grid](
             image_source=self._source(x, tile.rows, tile.depth),
             text_source=self._source(y, tile.columns, tile.depth),
-            residual_target=None if out is None else self._source(out, tile.rows, tile.columns // 4),
-            residual_stride=0 if out is None else out.stride(0),
+            logit_grad_target=None if out is None else self._source(out, tile.rows, tile.columns // 4),
+            logit_grad_stride=0 if out is None else out.stride(0),
             logit_scale_ptr=logit_scale,
             logit_bias_ptr=logit_bias,
             totals_ptr=totals,
@@ -73,7 +73,7 @@ class TritonEngine:
             BLOCK_N=tile.columns,
             BLOCK_K=tile.depth,
             GRADIENTS=gradients,
-            RESIDUAL_SCALE=self.residual_scale,
+            LOGIT_GRAD_SCALE=self.logit_grad_scale,
             PRECISION=self.config.precision,
             DESCRIPTORS=self.config.descriptors,
             num_warps=tile.num_warps,
@@ -82,7 +82,7 @@ class TritonEngine:
 
     def product(
         self,
-        residual: Tensor,
+        logit_grad: Tensor,
         operand: Tensor,
         transposed: bool,
         previous: Tensor | None,
@@ -94,8 +94,8 @@ class TritonEngine:
         rows, width = out.shape
         block = (tile.depth, tile.rows) if transposed else (tile.rows, tile.depth)
         product_kernel[triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns)](
-            residual_source=self._source(residual, *block),
-            residual_stride=residual.stride(0),
+            logit_grad_source=self._source(logit_grad, *block),
+            logit_grad_stride=logit_grad.stride(0),
             operand_source=self._source(operand, tile.depth, tile.columns),
             previous_ptr=previous,
             out_ptr=out,

@@ -170,18 +170,18 @@ def test_negatives_of_another_rank():
     with on_hopper():
         engine = api.make_engine("triton", x)
         totals = engine.totals(x.device)
-        residual = blocks.workspace(engine, 90, 300, x.device)
-        engine.residual(
-            x, y, torch.tensor(10.0), torch.tensor(-5.0), blocks.NO_POSITIVES, totals, True, residual[:90, :300]
+        logit_grad = blocks.workspace(engine, 90, 300, x.device)
+        engine.logit_grad(
+            x, y, torch.tensor(10.0), torch.tensor(-5.0), blocks.NO_POSITIVES, totals, True, logit_grad[:90, :300]
         )
         products = torch.zeros(300, 24)
-        engine.product(residual[:90, :300], x, True, None, products, None, 1.0)
+        engine.product(logit_grad[:90, :300], x, True, None, products, None, 1.0)
     dots = x.double() @ y.double().T
     g = torch.sigmoid(10 * dots - 5)
     truth = torch.stack([F.softplus(10 * dots - 5).sum(), (g * dots).sum(), g.sum()])
     assert ((totals.sum(1) - truth).abs() <= 1e-6 * torch.stack([truth[0], (g * dots.abs()).sum(), g.sum()])).all()
     assert (products.double() - g.T @ x.double()).norm() <= 2**-8 * (g.T @ x.double()).norm()
-    assert (residual[:90, :300].double() - g).norm() <= 2**-8 * g.norm()
+    assert (logit_grad[:90, :300].double() - g).norm() <= 2**-8 * g.norm()
 
 
 def test_nothing_falls_back():
@@ -199,7 +199,7 @@ BROKEN = {
     "the turns of the buffers are mixed up at the edge": (
         "middle of a turn.\n        tma.store_wait(pendings=0)", "middle of a turn.\n        pass"
     ),
-    "the last G is not waited for": ("    if residual_target is not None:\n        tma.store_wait(pendings=0)\n", ""),
+    "the last G is not waited for": ("    if logit_grad_target is not None:\n        tma.store_wait(pendings=0)\n", ""),
     "sums start anew": ("gl.store(totals, gl.load(totals) + loss_total)", "gl.store(totals, loss_total)"),
     "images past the last count": ("inside = (rows < images)[:, None] & ", "inside = "),
     "texts past the last count": (" | (first_column + BLOCK_N > texts)", ""),
@@ -211,7 +211,7 @@ BROKEN = {
 def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch, small_blocks):
     """Each of these compiles; each is found by a fault or by its numbers, under every seed."""
     module = with_fault(hopper_kernels, *BROKEN[broken], tmp_path)
-    monkeypatch.setattr(hopper_engine, "residual_kernel", module.residual_kernel)
+    monkeypatch.setattr(hopper_engine, "logit_grad_kernel", module.logit_grad_kernel)
     for seed in range(2):
         with pytest.raises((Fault, AssertionError)):
             for size in (256, 512):  # whose last tiles are whole, and cut

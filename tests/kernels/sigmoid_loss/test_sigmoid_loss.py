@@ -121,7 +121,7 @@ def test_fp16_gradients_at_the_scale_of_65536_pairs(engine, device):
     x, y = (v.half() for v in embeddings(share, 64, device))
     scale, bias = torch.tensor(10.0, device=device), torch.tensor(-10.0, device=device)
     made = api.make_engine(engine, x)
-    totals, factor = made.totals(x.device), 1 / (pairs * made.residual_scale)
+    totals, factor = made.totals(x.device), 1 / (pairs * made.logit_grad_scale)
     image = blocks.GradientSum(torch.zeros(x.shape, dtype=made.sum_dtype, device=device))
     text = blocks.GradientSum(torch.zeros(y.shape, dtype=made.sum_dtype, device=device))
     workspace = blocks.workspace(made, share, share, x.device)
