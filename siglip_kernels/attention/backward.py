@@ -24,8 +24,8 @@ from torch import Tensor
 from siglip_kernels.attention import config
 from siglip_kernels.attention.forward import exponent_scale, is_marked
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
-from siglip_kernels.device import facts, interpreting, precision
-from siglip_kernels.interpreter import narrow
+from siglip_kernels.device import facts, precision
+from siglip_kernels.interpreter import INTERPRETED, narrow
 from siglip_kernels.strides import strides_of
 
 # See forward.py: what matters of these is told by UNIT.
@@ -48,17 +48,15 @@ def score_gradients(weights, weights_grad, row_delta, EXACT: tl.constexpr):
 
 
 @triton.jit
-def products_by_key(
-    a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def products_by_key(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
     """a bᵀ, [keys, queries], bit for bit what the first kernel has made its sums of, or P and delta would be off.
 
     A GPU adds a product's terms in the order of the columns; numpy's order depends on which factor is the first.
     """
     if INTERPRETED:
-        return tl.trans(inner_products(b_main, b_tail, a_main, a_tail, TAIL, PRECISION, INTERPRETED))
+        return tl.trans(inner_products(b_main, b_tail, a_main, a_tail, TAIL, PRECISION))
     else:
-        return inner_products(a_main, a_tail, b_main, b_tail, TAIL, PRECISION, INTERPRETED)
+        return inner_products(a_main, a_tail, b_main, b_tail, TAIL, PRECISION)
 
 
 @triton.jit
@@ -66,7 +64,7 @@ def sums_of_rows(
     q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, k_step, v_step, limit,
     row_log_sum_exp, row_delta, exponent_scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """A pass over the keys: rowsum(dS), delta's error because it ought to be 0, and rowsum(P), which ought to be 1."""
     excess = tl.zeros([BLOCK_Q], tl.float32)
@@ -75,11 +73,11 @@ def sums_of_rows(
     for first_key in tl.range(0, limit, BLOCK_K, num_stages=STAGES):
         key_is_valid = keys < limit - first_key
         k_main, k_tail = load_tile(k + first_key * k_step, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-        scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)
+        scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)
         weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
         weights = tl.where(key_is_valid[None, :], weights, 0.0)
         v_main, v_tail = load_tile(v + first_key * v_step, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-        weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED)
+        weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION)
         excess += tl.sum(weights * (weights_grad - row_delta[:, None]), 1)
         total += tl.sum(weights, 1)
     return excess, total
@@ -126,7 +124,6 @@ def attention_backward_queries_kernel(
     EXACT: tl.constexpr,  # delta by a pass of its own, and P divided by its sum
     PASS_STAGES: tl.constexpr,  # how deep that pass's loads are pipelined
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns BLOCK_Q queries of one head of one sample, and goes through the keys.
     program = tl.program_id(0)
@@ -178,7 +175,7 @@ def attention_backward_queries_kernel(
     excess, total = sums_of_rows(
         q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, k_step, v_step, limit * passes,
         row_log_sum_exp, row_delta, exponent_scale,
-        BLOCK_Q, BLOCK_K, HEAD_DIM, MAIN, TAIL, PASS_STAGES, PRECISION, INTERPRETED,
+        BLOCK_Q, BLOCK_K, HEAD_DIM, MAIN, TAIL, PASS_STAGES, PRECISION,
     )  # fmt: skip
     normaliser = 1.0 / tl.where(total == 0.0, 1.0, total)
     row_delta += excess * normaliser
@@ -194,7 +191,7 @@ def attention_backward_queries_kernel(
             k_tile = k + first_key * k_step
             v_tile = v + first_key * v_step
             k_main, k_tail = load_tile(k_tile, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-            scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)  # [BLOCK_Q, BLOCK_K]
+            scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)  # [BLOCK_Q, BLOCK_K]
             weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
             if EXACT:
                 weights *= normaliser[:, None]
@@ -202,18 +199,17 @@ def attention_backward_queries_kernel(
                 weights = tl.where(key_is_valid[None, :], weights, 0.0)
             v_main, v_tail = load_tile(v_tile, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
             weights_grad = inner_products(
-                out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED
+                out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION
             )  # [BLOCK_Q, BLOCK_K]
             scores_grad = score_gradients(weights, weights_grad, row_delta[:, None], EXACT)
             q_grad_main, q_grad_tail = accumulate(
-                narrow(scores_grad, k_main.dtype, INTERPRETED),
+                narrow(scores_grad, k_main.dtype),
                 k_main,
                 k_tail,
                 q_grad_main,
                 q_grad_tail,
                 TAIL,
                 PRECISION,
-                INTERPRETED,
             )
         store_tile(
             q_grad + contiguous,
@@ -224,7 +220,6 @@ def attention_backward_queries_kernel(
             HEAD_DIM,
             MAIN,
             TAIL,
-            INTERPRETED,
         )
 
 
@@ -267,7 +262,6 @@ def attention_backward_keys_kernel(
     HAS_LENGTHS: tl.constexpr,
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns BLOCK_K keys of one head of one sample, and goes through the queries. Its scores are transposed.
     program = tl.program_id(0)
@@ -314,7 +308,7 @@ def attention_backward_keys_kernel(
         query_is_valid = queries < query_tokens - first_query
         q_main, q_tail = load_tile(q + first_query * q_step, q_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
         row_log_sum_exp = tl.load(log_sum_exp + first_query + queries, mask=query_is_valid, other=float("inf"))
-        scores = products_by_key(k_main, k_tail, q_main, q_tail, TAIL, PRECISION, INTERPRETED)  # [BLOCK_K, BLOCK_Q]
+        scores = products_by_key(k_main, k_tail, q_main, q_tail, TAIL, PRECISION)  # [BLOCK_K, BLOCK_Q]
         weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[None, :])
         if EXACT:
             weights *= tl.load(delta + query_tokens + first_query + queries, mask=query_is_valid, other=0.0)[None, :]
@@ -322,29 +316,27 @@ def attention_backward_keys_kernel(
             out_grad + first_query * out_grad_step, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL
         )
         v_grad_main, v_grad_tail = accumulate(
-            narrow(weights, v_main.dtype, INTERPRETED),
+            narrow(weights, v_main.dtype),
             out_grad_main,
             out_grad_tail,
             v_grad_main,
             v_grad_tail,
             TAIL,
             PRECISION,
-            INTERPRETED,
         )
         row_delta = tl.load(delta + first_query + queries, mask=query_is_valid, other=0.0)
         weights_grad = products_by_key(
-            v_main, v_tail, out_grad_main, out_grad_tail, TAIL, PRECISION, INTERPRETED
+            v_main, v_tail, out_grad_main, out_grad_tail, TAIL, PRECISION
         )  # [BLOCK_K, BLOCK_Q]
         scores_grad = score_gradients(weights, weights_grad, row_delta[None, :], EXACT)
         k_grad_main, k_grad_tail = accumulate(
-            narrow(scores_grad, q_main.dtype, INTERPRETED),
+            narrow(scores_grad, q_main.dtype),
             q_main,
             q_tail,
             k_grad_main,
             k_grad_tail,
             TAIL,
             PRECISION,
-            INTERPRETED,
         )
 
     # Padding has been multiplied along as zeros, with weights that mean nothing: its gradients are zeros.
@@ -360,7 +352,6 @@ def attention_backward_keys_kernel(
         HEAD_DIM,
         MAIN,
         TAIL,
-        INTERPRETED,
     )
     store_tile(
         v_grad + contiguous,
@@ -371,7 +362,6 @@ def attention_backward_keys_kernel(
         HEAD_DIM,
         MAIN,
         TAIL,
-        INTERPRETED,
     )
 
 
@@ -407,7 +397,6 @@ def attention_backward(
         "HAS_LENGTHS": lengths is not None,
         "EXACT": exact,
         "PRECISION": precision(q.dtype),
-        "INTERPRETED": interpreting(),
     }
     if query_tokens > 0:
         tile = config.tile("backward_queries", facts(q.device), *sizes)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from siglip_kernels.attention import config
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
-from siglip_kernels.device import facts, interpreting, precision
+from siglip_kernels.device import facts, precision
 from siglip_kernels.interpreter import narrow
 from siglip_kernels.strides import strides_of
 
@@ -74,7 +74,6 @@ def attention_forward_kernel(
     HAS_LENGTHS: tl.constexpr,
     KEEP_LOG_SUM_EXP: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns BLOCK_Q queries of one head of one sample. The tiles of a head are neighbours: they share k and v.
     program = tl.program_id(0)
@@ -113,7 +112,7 @@ def attention_forward_kernel(
         k_tile = k + first_key * k_step
         v_tile = v + first_key * v_step
         k_main, k_tail = load_tile(k_tile, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-        scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)  # [BLOCK_Q, BLOCK_K]
+        scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)  # [BLOCK_Q, BLOCK_K]
         if first_key + BLOCK_K > limit:  # the last tile alone pays for the mask
             scores = tl.where(key_is_valid[None, :], scores, float("inf") if NEGATIVE_SCALE else float("-inf"))
         extreme = tl.min(scores, 1) if NEGATIVE_SCALE else tl.max(scores, 1)
@@ -127,7 +126,7 @@ def attention_forward_kernel(
         out_tail *= correction[:, None]
         v_main, v_tail = load_tile(v_tile, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
         out_main, out_tail = accumulate(
-            narrow(weights, v_main.dtype, INTERPRETED), v_main, v_tail, out_main, out_tail, TAIL, PRECISION, INTERPRETED
+            narrow(weights, v_main.dtype), v_main, v_tail, out_main, out_tail, TAIL, PRECISION
         )
 
     normaliser = tl.where(limit > 0, 1.0 / running_sum, 0.0)
@@ -144,7 +143,6 @@ def attention_forward_kernel(
         HEAD_DIM,
         MAIN,
         TAIL,
-        INTERPRETED,
     )
     if KEEP_LOG_SUM_EXP:
         kept = tl.where(limit > 0, running_max + tl.log2(running_sum), float("inf"))
@@ -200,7 +198,6 @@ def attention_forward(
         HAS_LENGTHS=lengths is not None,
         KEEP_LOG_SUM_EXP=keep_log_sum_exp,
         PRECISION=precision(q.dtype),
-        INTERPRETED=interpreting(),
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,

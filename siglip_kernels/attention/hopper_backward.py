@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from siglip_kernels.attention.backward import score_gradients as portable_score_gradients
 from siglip_kernels.attention.hopper_forward import (
     ROWS,
     allocate,
@@ -36,11 +37,8 @@ from siglip_kernels.attention.hopper_forward import (
 CONSUMERS = gl.constexpr(2)
 
 
-@gluon.jit
-def score_gradients(weights, weights_grad, delta):
-    """P ∘ (dP − delta), a difference that may be the rounding of two fp32 sums counting as zero: see backward.py."""
-    difference = weights_grad - delta
-    return weights * gl.where(gl.abs(difference) < gl.abs(delta) * 2**-16, 0.0, difference)  # NaN stays NaN
+# The portable kernels' function, from the same source: Gluon compiles only functions of its own.
+score_gradients = gluon.jit(portable_score_gradients.fn)
 
 
 @gluon.jit
@@ -129,7 +127,7 @@ def add_keys(
     mbarrier.wait(v_full.index(stage), phase)
     weights_grad = warpgroup_mma_wait(0, deps=(weights_grad,))
     mbarrier.arrive(v_empty.index(stage), count=1)
-    scores_grad = score_gradients(weights, weights_grad, delta[:, None]).to(k_stages[0].dtype)
+    scores_grad = score_gradients(weights, weights_grad, delta[:, None], False).to(k_stages[0].dtype)
     q_grad = wait_for_all(issue_products(scores_grad, k_stages, stage, q_grad, 0))
     mbarrier.arrive(k_empty.index(stage), count=1)
     return q_grad
@@ -361,7 +359,7 @@ def own_keys(
             mbarrier.wait(grad_full.index(stage), phase)
             v_grad = issue_products(weights.to(element), out_grad_stages, stage, v_grad, 0)
             weights_grad = warpgroup_mma_wait(PARTS, deps=(weights_grad,))
-            scores_grad = score_gradients(weights, weights_grad, column_delta[None, :])
+            scores_grad = score_gradients(weights, weights_grad, column_delta[None, :], False)
             k_grad = issue_products(scores_grad.to(element), q_stages, stage, k_grad, 0)
             v_grad = wait_for_all(v_grad)
             k_grad = wait_for_all(k_grad)

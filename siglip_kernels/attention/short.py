@@ -15,7 +15,7 @@ from siglip_kernels.attention import config
 from siglip_kernels.attention.backward import score_gradients
 from siglip_kernels.attention.forward import exponent_scale
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
-from siglip_kernels.device import facts, interpreting, precision
+from siglip_kernels.device import facts, precision
 from siglip_kernels.interpreter import narrow
 from siglip_kernels.strides import strides_of
 
@@ -39,10 +39,10 @@ def locate(sequence, heads, key_tokens, lengths, HAS_LENGTHS: tl.constexpr):
 @triton.jit
 def probabilities(
     q_main, q_tail, k_main, k_tail, key_is_valid, limit, exponent_scale,
-    TAIL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    TAIL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Softmax over the keys of a tile: (unnormalised weights, what to multiply their rows by)."""
-    scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION, INTERPRETED)
+    scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)
     scores = tl.where(key_is_valid[None, :], scores, float("inf") if NEGATIVE_SCALE else float("-inf"))
     extreme = tl.min(scores, 1) if NEGATIVE_SCALE else tl.max(scores, 1)
     highest = tl.where(limit > 0, extreme * exponent_scale, 0.0)
@@ -79,7 +79,6 @@ def attention_short_forward_kernel(
     NEGATIVE_SCALE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns every num_programs-th sequence.
     token = tl.arange(0, BLOCK)
@@ -95,22 +94,21 @@ def attention_short_forward_kernel(
         v_main, v_tail = load_tile(v, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
         weights, normaliser = probabilities(
             q_main, q_tail, k_main, k_tail, key_is_valid, limit, exponent_scale,
-            TAIL, NEGATIVE_SCALE, PRECISION, INTERPRETED,
+            TAIL, NEGATIVE_SCALE, PRECISION,
         )  # fmt: skip
         out_main, out_tail = accumulate(
-            narrow(weights, v_main.dtype, INTERPRETED),
+            narrow(weights, v_main.dtype),
             v_main,
             v_tail,
             tl.zeros([BLOCK, MAIN], tl.float32),
             tl.zeros([BLOCK, TAIL if TAIL > 0 else 16], tl.float32),
             TAIL,
             PRECISION,
-            INTERPRETED,
         )
         out_offsets = ((batch * query_tokens + token) * heads + head) * HEAD_DIM
         out_main *= normaliser[:, None]
         out_tail *= normaliser[:, None]
-        store_tile(out, out_offsets, query_is_valid, out_main, out_tail, HEAD_DIM, MAIN, TAIL, INTERPRETED)
+        store_tile(out, out_offsets, query_is_valid, out_main, out_tail, HEAD_DIM, MAIN, TAIL)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -151,7 +149,6 @@ def attention_short_backward_kernel(
     NEEDS_Q: tl.constexpr,
     NEEDS_K_OR_V: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns every num_programs-th sequence.
     token = tl.arange(0, BLOCK)
@@ -172,7 +169,7 @@ def attention_short_backward_kernel(
         out_grad_main, out_grad_tail = load_tile(out_grad, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
         weights, normaliser = probabilities(
             q_main, q_tail, k_main, k_tail, key_is_valid, limit, exponent_scale,
-            TAIL, NEGATIVE_SCALE, PRECISION, INTERPRETED,
+            TAIL, NEGATIVE_SCALE, PRECISION,
         )  # fmt: skip
         weights *= normaliser[:, None]
         zeros_main = tl.zeros([BLOCK, MAIN], tl.float32)
@@ -180,32 +177,30 @@ def attention_short_backward_kernel(
         key_offsets = ((batch * key_tokens + token) * heads + head) * HEAD_DIM
         if NEEDS_K_OR_V:
             grad_main, grad_tail = accumulate(
-                tl.trans(narrow(weights, out_grad_main.dtype, INTERPRETED)),
-                out_grad_main, out_grad_tail, zeros_main, zeros_tail, TAIL, PRECISION, INTERPRETED,
+                tl.trans(narrow(weights, out_grad_main.dtype)),
+                out_grad_main, out_grad_tail, zeros_main, zeros_tail, TAIL, PRECISION,
             )  # fmt: skip
             # Padding weighs nothing, or NaN in the row of a query that has it: its gradients are zeros.
             grad_main = tl.where(key_is_valid[:, None], grad_main, 0.0)
             grad_tail = tl.where(key_is_valid[:, None], grad_tail, 0.0)
-            store_tile(v_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL, INTERPRETED)
-        weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION, INTERPRETED)
+            store_tile(v_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+        weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION)
         delta = tl.sum(weights * weights_grad, 1)
         scores_grad = score_gradients(weights, weights_grad, delta[:, None], k_main.dtype == tl.float32)
-        scores_grad = narrow(scores_grad, k_main.dtype, INTERPRETED)
+        scores_grad = narrow(scores_grad, k_main.dtype)
         if NEEDS_Q:
-            grad_main, grad_tail = accumulate(
-                scores_grad, k_main, k_tail, zeros_main, zeros_tail, TAIL, PRECISION, INTERPRETED
-            )
+            grad_main, grad_tail = accumulate(scores_grad, k_main, k_tail, zeros_main, zeros_tail, TAIL, PRECISION)
             query_offsets = ((batch * query_tokens + token) * heads + head) * HEAD_DIM
             grad_main *= scale
             grad_tail *= scale
-            store_tile(q_grad, query_offsets, query_is_valid, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL, INTERPRETED)
+            store_tile(q_grad, query_offsets, query_is_valid, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
         if NEEDS_K_OR_V:
             grad_main, grad_tail = accumulate(
-                tl.trans(scores_grad), q_main, q_tail, zeros_main, zeros_tail, TAIL, PRECISION, INTERPRETED
+                tl.trans(scores_grad), q_main, q_tail, zeros_main, zeros_tail, TAIL, PRECISION
             )
             grad_main = tl.where(key_is_valid[:, None], grad_main * scale, 0.0)
             grad_tail = tl.where(key_is_valid[:, None], grad_tail * scale, 0.0)
-            store_tile(k_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL, INTERPRETED)
+            store_tile(k_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
 
 
 def attention_short_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
@@ -292,7 +287,6 @@ def _launch(
         "NEGATIVE_SCALE": scale < 0,
         "HAS_LENGTHS": lengths is not None,
         "PRECISION": precision(q.dtype),
-        "INTERPRETED": interpreting(),
         "num_warps": warps,
         "num_stages": stages,
         "enable_fp_fusion": q.dtype != torch.float32,  # see backward.py

@@ -43,37 +43,32 @@ def store_tile(
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     element: tl.constexpr = pointer.dtype.element_ty
     columns = tl.arange(0, MAIN)
     mask = valid[:, None]
     if MAIN > HEAD_DIM:
         mask = mask & (columns < HEAD_DIM)[None, :]
-    tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(main, element, INTERPRETED), mask=mask)
+    tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(main, element), mask=mask)
     if TAIL > 0:
         columns = MAIN + tl.arange(0, TAIL)
         mask = valid[:, None] & (columns < HEAD_DIM)[None, :]
-        tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(tail, element, INTERPRETED), mask=mask)
+        tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(tail, element), mask=mask)
 
 
 @triton.jit
-def inner_products(
-    a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def inner_products(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
     """a bᵀ of two tiles, [rows of a, rows of b], fp32: every row of one with every row of the other."""
-    products = dot(a_main, tl.trans(b_main), None, PRECISION, INTERPRETED)
+    products = dot(a_main, tl.trans(b_main), None, PRECISION)
     if TAIL > 0:
-        products = dot(a_tail, tl.trans(b_tail), products, PRECISION, INTERPRETED)
+        products = dot(a_tail, tl.trans(b_tail), products, PRECISION)
     return products
 
 
 @triton.jit
-def accumulate(
-    weights, b_main, b_tail, main, tail, TAIL: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def accumulate(weights, b_main, b_tail, main, tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
     """(main, tail) + weights b, for weights [n, rows of b] in b's dtype and a tile (main, tail) of n rows in fp32."""
-    main = dot(weights, b_main, main, PRECISION, INTERPRETED)
+    main = dot(weights, b_main, main, PRECISION)
     if TAIL > 0:
-        tail = dot(weights, b_tail, tail, PRECISION, INTERPRETED)
+        tail = dot(weights, b_tail, tail, PRECISION)
     return main, tail

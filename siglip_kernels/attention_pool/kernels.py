@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip_kernels.attention_pool.config import Tile, choose_tile, chunk_columns, padded_heads, split_tokens
-from siglip_kernels.device import facts, interpreting
+from siglip_kernels.device import facts
 from siglip_kernels.interpreter import dot, narrow
 
 
@@ -41,15 +41,13 @@ def load_chunk(pointer, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def store_chunk(
-    pointer, offsets, valid, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def store_chunk(pointer, offsets, valid, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     columns = FIRST + tl.arange(0, CHUNK)
     mask = valid[:, None]
     if FIRST + CHUNK > WIDTH:
         mask = mask & (columns < WIDTH)[None, :]
     element: tl.constexpr = pointer.dtype.element_ty
-    tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(x, element, INTERPRETED), mask=mask)
+    tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(x, element), mask=mask)
 
 
 @triton.jit(do_not_specialize=["x_batch_stride", "x_token_stride", "batch", "tokens", "heads", "splits", "span"])
@@ -75,7 +73,6 @@ def attention_pool_forward_kernel(
     TOKENS: tl.constexpr,
     UNIT: tl.constexpr,
     STAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns one split of the tokens of one sample.
     program = tl.program_id(0)
@@ -104,7 +101,7 @@ def attention_pool_forward_kernel(
         for chunk in tl.static_range(CHUNKS):
             tile = load_chunk(x, offsets, valid, chunk * CHUNK, WIDTH, CHUNK)
             # Added up outside the products: they then need not wait for each other.
-            scores += dot(folds[chunk], tl.trans(tile), None, "ieee", INTERPRETED)
+            scores += dot(folds[chunk], tl.trans(tile), None, "ieee")
             tiles = tiles + (tile,)
         scores = tl.where(valid[None, :], scores * exponent_scale, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(scores, 1))
@@ -112,18 +109,18 @@ def attention_pool_forward_kernel(
         weights = tl.exp2(scores - new_max[:, None])
         running_sum = running_sum * correction + tl.sum(weights, 1)
         running_max = new_max
-        weights = narrow(weights, tiles[0].dtype, INTERPRETED)
+        weights = narrow(weights, tiles[0].dtype)
         new_sums = ()
         for chunk in tl.static_range(CHUNKS):
             corrected = sums[chunk] * correction[:, None]
-            new_sums = new_sums + (dot(weights, tiles[chunk], corrected, "ieee", INTERPRETED),)
+            new_sums = new_sums + (dot(weights, tiles[chunk], corrected, "ieee"),)
         sums = new_sums
 
     normaliser = 1.0 / tl.where(running_sum == 0.0, 1.0, running_sum)  # 0: no token; the largest score alone adds 1
     row = (tl.cast(split, tl.int64) * batch + sample) * heads + head
     for chunk in tl.static_range(CHUNKS):
         average = sums[chunk] * normaliser[:, None]
-        store_chunk(pooled, row * WIDTH, head_is_valid, average, chunk * CHUNK, WIDTH, CHUNK, INTERPRETED)
+        store_chunk(pooled, row * WIDTH, head_is_valid, average, chunk * CHUNK, WIDTH, CHUNK)
     tl.store(highest + row, running_max, mask=head_is_valid)
     tl.store(total + row, running_sum, mask=head_is_valid)
 
@@ -142,7 +139,6 @@ def attention_pool_combine_kernel(
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,  # a power of two, at least `splits`
     BLOCK: tl.constexpr,  # splits that are added up at a time
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns CHUNK columns of one head of one sample, and adds splits up in one order always.
     row = tl.program_id(0).to(tl.int64)
@@ -168,7 +164,7 @@ def attention_pool_combine_kernel(
         mask = (some < splits)[:, None] & there[None, :]
         sums += share[:, None] * tl.load(partial_pooled + (parts[:, None] * WIDTH + columns), mask=mask, other=0.0)
     element: tl.constexpr = pooled.dtype.element_ty
-    out = narrow(tl.sum(sums, 0) * normaliser, element, INTERPRETED)
+    out = narrow(tl.sum(sums, 0) * normaliser, element)
     tl.store(pooled + row * WIDTH + columns, out, mask=there)
 
 
@@ -210,7 +206,6 @@ def attention_pool_backward_kernel(
     UNIT: tl.constexpr,
     STAGES: tl.constexpr,
     FIRST_PASS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns every num_programs-th split of some sample's tokens.
     head = tl.arange(0, HEADS)
@@ -249,8 +244,8 @@ def attention_pool_backward_kernel(
             tiles = ()
             for chunk in tl.static_range(CHUNKS):
                 tile = load_chunk(x, offsets, valid, chunk * CHUNK, WIDTH, CHUNK)
-                scores += dot(folds[chunk], tl.trans(tile), None, "ieee", INTERPRETED)
-                weights_grad += dot(grads[chunk], tl.trans(tile), None, "ieee", INTERPRETED)
+                scores += dot(folds[chunk], tl.trans(tile), None, "ieee")
+                weights_grad += dot(grads[chunk], tl.trans(tile), None, "ieee")
                 tiles = tiles + (tile,)
             weights = tl.exp2(scores * exponent_scale - top[:, None]) * normaliser[:, None]
             weights = tl.where(valid[None, :], weights, 0.0)
@@ -258,20 +253,20 @@ def attention_pool_backward_kernel(
                 head_delta += tl.sum(weights * weights_grad, 1)
             else:
                 scores_grad = weights * (weights_grad - head_delta[:, None]) * scale
-                weights = narrow(weights, tiles[0].dtype, INTERPRETED)
-                scores_grad = narrow(scores_grad, tiles[0].dtype, INTERPRETED)
+                weights = narrow(weights, tiles[0].dtype)
+                scores_grad = narrow(scores_grad, tiles[0].dtype)
                 head_surplus += tl.sum(scores_grad.to(tl.float32), 1)
                 if partials is not None:
                     new_sums = ()
                     for chunk in tl.static_range(CHUNKS):
-                        new_sums = new_sums + (dot(scores_grad, tiles[chunk], sums[chunk], "ieee", INTERPRETED),)
+                        new_sums = new_sums + (dot(scores_grad, tiles[chunk], sums[chunk], "ieee"),)
                     sums = new_sums
                 if x_grad is not None:
                     row_offsets = (sample * tokens + token) * WIDTH
                     for chunk in tl.static_range(CHUNKS):
-                        dx = dot(tl.trans(weights), grads[chunk], None, "ieee", INTERPRETED)
-                        dx = dot(tl.trans(scores_grad), folds[chunk], dx, "ieee", INTERPRETED)
-                        store_chunk(x_grad, row_offsets, token < end, dx, chunk * CHUNK, WIDTH, CHUNK, INTERPRETED)
+                        dx = dot(tl.trans(weights), grads[chunk], None, "ieee")
+                        dx = dot(tl.trans(scores_grad), folds[chunk], dx, "ieee")
+                        store_chunk(x_grad, row_offsets, token < end, dx, chunk * CHUNK, WIDTH, CHUNK)
         if FIRST_PASS:
             tl.store(delta + (sample * splits + item % splits) * heads + head, head_delta, mask=head_is_valid)
         if partials is not None:
@@ -279,7 +274,7 @@ def attention_pool_backward_kernel(
     if partials is not None:
         rows = (tl.program_id(0).to(tl.int64) * heads + head) * WIDTH
         for chunk in tl.static_range(CHUNKS):
-            store_chunk(partials, rows, head_is_valid, sums[chunk], chunk * CHUNK, WIDTH, CHUNK, INTERPRETED)
+            store_chunk(partials, rows, head_is_valid, sums[chunk], chunk * CHUNK, WIDTH, CHUNK)
 
 
 def _strides(*strides: int) -> tuple[list[int], int]:
@@ -296,7 +291,6 @@ def _constants(tile: Tile, width: int, heads: int) -> dict[str, object]:
         "HEADS": padded_heads(heads),
         "TOKENS": tile.tokens,
         "STAGES": tile.stages,
-        "INTERPRETED": interpreting(),
         "num_warps": tile.warps,
         "maxnreg": tile.registers,
     }
@@ -345,7 +339,6 @@ def attention_pool_forward(
             CHUNK=chunk,
             SPLITS=1 << (splits - 1).bit_length(),
             BLOCK=16,
-            INTERPRETED=interpreting(),
             num_warps=4,
         )
     return pooled, highest, total

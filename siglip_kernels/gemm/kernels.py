@@ -14,14 +14,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from siglip_kernels.device import facts, hopper_kernels_enabled, interpreting, precision
+from siglip_kernels.device import facts, hopper_kernels_enabled, precision
 from siglip_kernels.errors import unsupported
 from siglip_kernels.gemm import config
 from siglip_kernels.gemm.gelu import gelu, gelu_and_derivative
 from siglip_kernels.gemm.plan import layout, plan
 from siglip_kernels.interpreter import dot, narrow
-
-INTERPRETED = tl.constexpr(interpreting())
 
 
 @triton.jit
@@ -65,7 +63,7 @@ def _store(
 ):
     """target[first_row : +ROWS, first_column : +COLUMNS] = value, as far as there is a target."""
     if DESCRIPTORS:
-        target.store([first_row, first_column], narrow(value, target.dtype, INTERPRETED))
+        target.store([first_row, first_column], narrow(value, target.dtype))
     else:
         o_rows = tl.arange(0, ROWS)[:, None]
         o_columns = tl.arange(0, COLUMNS)[None, :]
@@ -73,7 +71,7 @@ def _store(
         if EDGE is not None:
             mask = mask & (o_columns < EDGE - first_column)
         corner = target + (tl.cast(first_row, tl.int64) * STRIDE + first_column)
-        value = narrow(value, target.dtype.element_ty, INTERPRETED)
+        value = narrow(value, target.dtype.element_ty)
         tl.store(corner + (o_rows * STRIDE + o_columns), value, mask=mask)
 
 
@@ -191,7 +189,7 @@ def gemm_kernel(
                     UNIT,
                     DESCRIPTORS,
                 ).T
-            products = dot(a_block, w_block, products, PRECISION, INTERPRETED)
+            products = dot(a_block, w_block, products, PRECISION)
 
         tile_out = _choose(part, out, out_second, out_third, PARTS)
         pieces = _pieces(products, PIECES)

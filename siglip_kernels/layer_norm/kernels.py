@@ -40,12 +40,12 @@ def load_parameter(pointer, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def store_rows(pointer, offsets, valid, columns, x, WIDTH: tl.constexpr, FULL: tl.constexpr, INTERPRETED: tl.constexpr):
+def store_rows(pointer, offsets, valid, columns, x, WIDTH: tl.constexpr, FULL: tl.constexpr):
     mask = valid[:, None]
     if not FULL:
         mask = mask & (columns < WIDTH)[None, :]
     element: tl.constexpr = pointer.dtype.element_ty
-    tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(x, element, INTERPRETED), mask=mask)
+    tl.store(pointer + (offsets[:, None] + columns[None, :]), narrow(x, element), mask=mask)
 
 
 @triton.jit
@@ -93,7 +93,6 @@ def layer_norm_forward_kernel(
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns ROWS rows; if they are WIDE, MAIN columns of them.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -126,10 +125,10 @@ def layer_norm_forward_kernel(
         tl.store(mean + row, average + rest, mask=valid)
         tl.store(rstd + row, scale, mask=valid)
     main = normalised(main, scale, weight, bias, columns, WIDTH, FULL)
-    store_rows(y, y_offsets, valid, columns, main, WIDTH, FULL, INTERPRETED)
+    store_rows(y, y_offsets, valid, columns, main, WIDTH, FULL)
     if TAIL > 0:
         tail = normalised(tail, scale, weight, bias, tail_columns, WIDTH, TAIL_FULL)
-        store_rows(y, y_offsets, valid, tail_columns, tail, WIDTH, TAIL_FULL, INTERPRETED)
+        store_rows(y, y_offsets, valid, tail_columns, tail, WIDTH, TAIL_FULL)
 
 
 @triton.jit(do_not_specialize=["y_grad_stride", "x_stride", "residual_stride", "rows"])
@@ -154,7 +153,6 @@ def layer_norm_backward_kernel(
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,  # how deep the loads of the loop are pipelined
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns every num_programs-th tile of ROWS rows; if they are WIDE, BLOCK columns of them.
     program = tl.program_id(0).to(tl.int64)
@@ -192,7 +190,7 @@ def layer_norm_backward_kernel(
             dx = scale[:, None] * (g - g_average[:, None] - normed * projection[:, None])
             if residual_grad is not None:
                 dx += load_rows(residual_grad, row * residual_stride * UNIT, valid, columns, WIDTH, FULL)
-            store_rows(x_grad, row * WIDTH, valid, columns, dx, WIDTH, FULL, INTERPRETED)
+            store_rows(x_grad, row * WIDTH, valid, columns, dx, WIDTH, FULL)
     if weight_partials is not None:
         tl.store(weight_partials + program * WIDTH + columns, weight_sum, mask=columns < WIDTH)
     if bias_partials is not None:
@@ -202,14 +200,14 @@ def layer_norm_backward_kernel(
 @triton.jit
 def sum_of_partials(
     partials, grad, programs, columns,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INTERPRETED: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(0, programs, ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         total += load_rows(partials, row * WIDTH, row < programs, columns, WIDTH, WIDTH % COLUMNS == 0)
     element: tl.constexpr = grad.dtype.element_ty
-    tl.store(grad + columns, narrow(tl.sum(total, 0), element, INTERPRETED), mask=columns < WIDTH)
+    tl.store(grad + columns, narrow(tl.sum(total, 0), element), mask=columns < WIDTH)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -222,14 +220,13 @@ def layer_norm_parameter_gradients_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns COLUMNS columns, and adds in one order always.
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if weight_partials is not None:
-        sum_of_partials(weight_partials, weight_grad, programs, columns, WIDTH, ROWS, COLUMNS, INTERPRETED)
+        sum_of_partials(weight_partials, weight_grad, programs, columns, WIDTH, ROWS, COLUMNS)
     if bias_partials is not None:
-        sum_of_partials(bias_partials, bias_grad, programs, columns, WIDTH, ROWS, COLUMNS, INTERPRETED)
+        sum_of_partials(bias_partials, bias_grad, programs, columns, WIDTH, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -337,7 +334,6 @@ def layer_norm_forward(
         ROWS=tile.rows,
         UNIT=unit,
         WIDE=wide,
-        INTERPRETED=interpreting(),
         num_warps=tile.warps,
         maxnreg=192,  # left alone, ptxas now and then spills a little for one more program
     )
@@ -403,7 +399,6 @@ def layer_norm_backward(
         UNIT=unit,
         WIDE=wide,
         STAGES=3,
-        INTERPRETED=interpreting(),
         num_warps=tile.warps,
         maxnreg=192,  # left alone, ptxas now and then spills a little for one more program
     )
@@ -418,7 +413,6 @@ def layer_norm_backward(
             WIDTH=width,
             ROWS=64,
             COLUMNS=columns,
-            INTERPRETED=interpreting(),
             num_warps=4,
         )
     return x_grad, weight_grad, bias_grad

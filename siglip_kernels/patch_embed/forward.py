@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip_kernels.device import facts, interpreting, precision
+from siglip_kernels.device import facts, precision
 from siglip_kernels.interpreter import dot, narrow
 from siglip_kernels.patch_embed.config import choose_tile
 
@@ -44,7 +44,6 @@ def patch_embed_kernel(
     UNIT: tl.constexpr,
     POSITION_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     # A program owns BLOCK_M patches × BLOCK_N columns. Neighbours share the patches.
     COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
@@ -75,7 +74,7 @@ def patch_embed_kernel(
             mask=column_is_there[:, None] & depth_is_there[None, :],
             other=0.0,
         )
-        products = dot(patch_tile, tl.trans(weight_tile), products, PRECISION, INTERPRETED)
+        products = dot(patch_tile, tl.trans(weight_tile), products, PRECISION)
 
     mask = patch_is_there[:, None] & column_is_there[None, :]
     if bias is not None:
@@ -85,7 +84,7 @@ def patch_embed_kernel(
         added = tl.load(position + (offsets[:, None] + columns[None, :]), mask=mask, other=0.0)
         products += added.to(tl.float32)
     element: tl.constexpr = out.dtype.element_ty
-    tl.store(out + ((patch * WIDTH)[:, None] + columns[None, :]), narrow(products, element, INTERPRETED), mask=mask)
+    tl.store(out + ((patch * WIDTH)[:, None] + columns[None, :]), narrow(products, element), mask=mask)
 
 
 def _unit(*strides: int) -> int:
@@ -131,7 +130,6 @@ def patch_embed_forward(
         UNIT=unit,
         POSITION_UNIT=position_unit,
         PRECISION="tf32" if tf32 else "ieee",
-        INTERPRETED=interpreting(),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

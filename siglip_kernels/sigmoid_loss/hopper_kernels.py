@@ -21,6 +21,7 @@ from siglip_kernels.gemm.hopper_pipeline import (
     sum_in_thread,
     tile_position,
 )
+from siglip_kernels.sigmoid_loss.kernels import log1p
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LOG_2 = gl.constexpr(0.6931471805599453)
@@ -29,20 +30,13 @@ CHUNK = gl.constexpr(16)  # columns that are computed at a time: of more, what i
 BUFFERS = gl.constexpr(2)  # of a consumer: while one piece of G leaves, the next is written
 
 
+_log1p_to_1 = gluon.jit(log1p.fn)  # the same source: Gluon compiles only its own functions
+
+
 @gluon.jit
 def _log1p(e):
-    """log(1 + e) for e >= 0 to a relative 3e-7. Up to 1, where the logarithm of 1 + e would lose a small e, a
-    least-maximum fit of degree 8."""
-    p = 0.005232684779912233
-    p = p * e - 0.029505206272006035
-    p = p * e + 0.07822591066360474
-    p = p * e - 0.13663242757320404
-    p = p * e + 0.19106006622314453
-    p = p * e - 0.2484298199415207
-    p = p * e + 0.3331909775733948
-    p = p * e - 0.4999949336051941
-    p = p * e + 0.9999999403953552
-    return gl.where(e <= 1.0, p * e, gl.log2(1.0 + e) * LOG_2)
+    """log(1 + e) for e >= 0 to a relative 3e-7. From 1 on, 1 + e loses nothing of e that counts."""
+    return gl.where(e <= 1.0, _log1p_to_1(e), gl.log2(1.0 + e) * LOG_2)
 
 
 @gluon.jit

@@ -11,9 +11,7 @@ For images x and texts y, with s = t·x yᵀ + b and zᵢⱼ = +1 on positives, 
 import triton
 import triton.language as tl
 
-# Triton's interpreter (3.6 to 3.9) takes the bits of tl.dot's bf16 operands for integers, and cuts numbers off to bf16
-# where a GPU rounds them. Operands in fp32 have the same products; `_narrow` rounds first.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from siglip_kernels.interpreter import dot, narrow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -32,29 +30,18 @@ def _load_tile(
 ):
     """source[first_row : +ROWS, first_column : +COLUMNS]."""
     if DESCRIPTORS:
-        tile = source.load([first_row, first_column])
+        return source.load([first_row, first_column])
     else:
         o_rows = first_row + tl.arange(0, ROWS)[:, None]
         o_columns = first_column + tl.arange(0, COLUMNS)[None, :]
         mask = o_rows < rows
         if WIDTH is not None:
             mask = mask & (o_columns < WIDTH)
-        tile = tl.load(source + o_rows.to(tl.int64) * stride + o_columns, mask=mask, other=0.0)
-    return tile.to(tl.float32) if INTERPRETED else tile
+        return tl.load(source + o_rows.to(tl.int64) * stride + o_columns, mask=mask, other=0.0)
 
 
 @triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """fp32 x in another dtype, rounded to nearest, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def _log1p(e):
+def log1p(e):
     """log(1 + e) for 0 <= e <= 1 to a relative 2e-7, on the FMA pipe: the logarithm of 1 + e would lose a small e, and
     the special-function units are busy with exponentials and the reciprocal. A least-maximum fit of degree 8."""
     p = 0.005232684779912233
@@ -113,7 +100,7 @@ def logit_grad_kernel(
     for k in tl.range(0, WIDTH, BLOCK_K):
         x = _load_tile(image_source, first_row, k, images, WIDTH, BLOCK_M, BLOCK_K, WIDTH, DESCRIPTORS)
         y = _load_tile(text_source, first_column, k, texts, WIDTH, BLOCK_N, BLOCK_K, WIDTH, DESCRIPTORS)
-        products = tl.dot(x, y.T, products, input_precision=PRECISION)
+        products = dot(x, y.T, products, PRECISION)
 
     logit_scale = tl.load(logit_scale_ptr)
     logit_bias = tl.load(logit_bias_ptr)
@@ -132,7 +119,7 @@ def logit_grad_kernel(
         wrong = tl.where(positive, -logits, logits)
         wrong = tl.where((rows < images) & (columns < texts), wrong, float("-inf"))
         e = tl.exp2(tl.abs(wrong) * -LOG2_E)
-        loss_sum += tl.sum(tl.maximum(wrong, 0.0) + _log1p(e), axis=1)
+        loss_sum += tl.sum(tl.maximum(wrong, 0.0) + log1p(e), axis=1)
         if GRADIENTS:
             # σ(wrong), from an exponential of its own: keeping e until here costs registers that there are not.
             probability = 1.0 / (1.0 + tl.exp2(wrong * -LOG2_E))
@@ -141,12 +128,12 @@ def logit_grad_kernel(
             logit_grad_sum += tl.sum(logit_grad, axis=1)
             if logit_grad_target is not None:
                 if DESCRIPTORS:
-                    stored = _narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype)
+                    stored = narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype)
                     logit_grad_target.store([first_row, first_column + part * PART], stored)
                 else:
                     # Past the last text too: the products read whole tiles, and must find zeros there.
                     o_logit_grad = rows.to(tl.int64) * tl.multiple_of(logit_grad_stride, 16) + columns
-                    stored = _narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype.element_ty)
+                    stored = narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype.element_ty)
                     tl.store(logit_grad_target + o_logit_grad, stored, mask=rows < images)
 
     # Rows are summed in fp32, rows and tiles together in fp64. A slot belongs to one program of a launch, and launches
@@ -204,11 +191,11 @@ def product_kernel(
                 logit_grad_source, first_row, k, rows, logit_grad_stride, BLOCK_M, BLOCK_K, None, DESCRIPTORS
             )
         operand = _load_tile(operand_source, k, first_column, depth, WIDTH, BLOCK_K, BLOCK_N, WIDTH, DESCRIPTORS)
-        total = tl.dot(g, operand, total, input_precision=PRECISION)
+        total = dot(g, operand, total, PRECISION)
 
     if logit_scale_ptr is not None:
         total *= tl.load(logit_scale_ptr) * factor
-    tl.store(out_ptr + offsets, _narrow(total, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets, narrow(total, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -224,4 +211,4 @@ def scale_kernel(
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     values = tl.load(source_ptr + offsets, mask=mask).to(tl.float32) * (tl.load(scale_ptr) * factor)
-    tl.store(out_ptr + offsets, _narrow(values, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets, narrow(values, out_ptr.dtype.element_ty), mask=mask)

@@ -12,6 +12,7 @@ from typing import Any
 from hopper_emulator import barriers, copies, language, matrix, memory
 from hopper_emulator.faults import UnsupportedByEmulator as Unsupported
 from hopper_emulator.values import unwrap
+from triton import language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -24,6 +25,7 @@ def _named(*functions: Any) -> dict[str, Any]:
 
 _STAND_INS: dict[types.ModuleType, dict[str, Any]] = {
     gl: language.FUNCTIONS,
+    tl: language.FUNCTIONS,  # a function of Triton's that Gluon compiles as well
     hopper: _named(
         memory.fence_async_shared, matrix.warpgroup_mma, matrix.warpgroup_mma_wait, matrix.warpgroup_mma_init
     ),
