@@ -16,6 +16,8 @@ decimals. And products and sums are rounded apart, as eager rounds them. So fp32
 precision takes seven.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,16 +25,14 @@ from torch import Tensor
 
 from siglip_kernels.attention import config
 from siglip_kernels.attention.forward import exponent_scale, is_marked
-from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile, stride_names
 from siglip_kernels.device import facts, precision
 from siglip_kernels.interpreter import INTERPRETED, narrow
 from siglip_kernels.strides import strides_of
 
-# See forward.py: what matters of these is told by UNIT.
-_INTEGERS = (
-    [f"{tensor}_{axis}_stride" for tensor in ("q", "k", "v", "out_grad") for axis in ("batch", "token", "head")]
-    + ["heads", "query_tokens", "key_tokens", "query_tiles", "key_tiles"]
-)  # fmt: skip
+_STRIDES = stride_names("q", "k", "v", "out_grad")
+# Not specialised on: see forward.py.
+_INTEGERS = [*_STRIDES, "heads", "query_tokens", "key_tokens", "query_tiles", "key_tiles"]
 
 
 @triton.jit
@@ -389,35 +389,37 @@ def attention_backward(
     main, tail = config.split_head_dim(head_dim)
     strides = strides_of(q, k, v, out_grad)
     sizes = (q.element_size(), head_dim, query_tokens, key_tokens)
-    same_in_both = {
-        "HEAD_DIM": head_dim,
-        "MAIN": main,
-        "TAIL": tail,
-        "UNIT": strides.unit,
-        "HAS_LENGTHS": lengths is not None,
-        "EXACT": exact,
-        "PRECISION": precision(q.dtype),
-    }
+    same_in_both: dict[str, Any] = dict(
+        q=q,
+        k=k,
+        v=v,
+        out_grad=out_grad,
+        log_sum_exp=log_sum_exp,
+        delta=delta,
+        lengths=lengths,
+        **dict(zip(_STRIDES, strides.values, strict=True)),
+        heads=heads,
+        query_tokens=query_tokens,
+        key_tokens=key_tokens,
+        scale=scale,
+        exponent_scale=exponent_scale(scale),
+        HEAD_DIM=head_dim,
+        MAIN=main,
+        TAIL=tail,
+        UNIT=strides.unit,
+        HAS_LENGTHS=lengths is not None,
+        EXACT=exact,
+        PRECISION=precision(q.dtype),
+        enable_fp_fusion=not exact,  # in fp32, products and sums are rounded separately
+    )
     if query_tokens > 0:
         tile = config.tile("backward_queries", facts(q.device), *sizes)
         query_tiles = triton.cdiv(query_tokens, tile.queries)
         attention_backward_queries_kernel[(config.grid(batch * heads * query_tiles),)](
-            q,
-            k,
-            v,
-            out_grad,
-            out,
-            log_sum_exp,
-            q_grad,
-            delta,
-            lengths,
-            *strides.values,
-            heads,
-            query_tokens,
-            key_tokens,
-            query_tiles,
-            scale,
-            exponent_scale(scale),
+            **same_in_both,
+            out=out,
+            q_grad=q_grad,
+            query_tiles=query_tiles,
             BLOCK_Q=tile.queries,
             BLOCK_K=tile.keys,
             WIDE=strides.wide or heads * head_dim * tile.queries >= 2**31,
@@ -426,36 +428,20 @@ def attention_backward(
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,
-            enable_fp_fusion=not exact,
-            **same_in_both,
         )
     if needs_k_or_v and key_tokens > 0:
         tile = config.tile("backward_keys", facts(q.device), *sizes)
         key_tiles = triton.cdiv(key_tokens, tile.keys)
         attention_backward_keys_kernel[(config.grid(batch * heads * key_tiles),)](
-            q,
-            k,
-            v,
-            out_grad,
-            log_sum_exp,
-            delta,
-            k_grad,
-            v_grad,
-            lengths,
-            *strides.values,
-            heads,
-            query_tokens,
-            key_tokens,
-            key_tiles,
-            scale,
-            exponent_scale(scale),
+            **same_in_both,
+            k_grad=k_grad,
+            v_grad=v_grad,
+            key_tiles=key_tiles,
             BLOCK_Q=tile.queries,
             BLOCK_K=tile.keys,
             WIDE=strides.wide or heads * head_dim * tile.keys >= 2**31,
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,
-            enable_fp_fusion=not exact,
-            **same_in_both,
         )
     return q_grad, k_grad, v_grad

@@ -13,17 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip_kernels.attention import config
-from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile, stride_names
 from siglip_kernels.device import facts, precision
 from siglip_kernels.interpreter import narrow
 from siglip_kernels.strides import strides_of
 
-# The integers change from call to call: to specialise on them (are they 1, do they divide by 16) would only compile
-# anew. What of the strides matters, whether they divide by 8, is told by UNIT.
-_INTEGERS = (
-    [f"{tensor}_{axis}_stride" for tensor in "qkv" for axis in ("batch", "token", "head")]
-    + ["heads", "query_tokens", "key_tokens", "query_tiles"]
-)  # fmt: skip
+_STRIDES = stride_names("q", "k", "v")
+# These change from call to call: specialising on them (are they 1, do they divide by 16) would only recompile the
+# kernel. UNIT already says what matters of the strides, whether they divide by 8.
+_INTEGERS = [*_STRIDES, "heads", "query_tokens", "key_tokens", "query_tiles"]
 
 
 @triton.jit
@@ -175,18 +173,18 @@ def attention_forward(
     strides = strides_of(q, k, v)
     query_tiles = triton.cdiv(query_tokens, tile.queries)
     attention_forward_kernel[(config.grid(batch * heads * query_tiles),)](
-        q,
-        k,
-        v,
-        out,
-        log_sum_exp,
-        lengths,
-        *strides.values,
-        heads,
-        query_tokens,
-        key_tokens,
-        query_tiles,
-        exponent_scale(scale),
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        log_sum_exp=log_sum_exp,
+        lengths=lengths,
+        **dict(zip(_STRIDES, strides.values, strict=True)),
+        heads=heads,
+        query_tokens=query_tokens,
+        key_tokens=key_tokens,
+        query_tiles=query_tiles,
+        exponent_scale=exponent_scale(scale),
         HEAD_DIM=head_dim,
         MAIN=main,
         TAIL=tail,

@@ -1,6 +1,7 @@
 """Attention, forward, on Hopper: when hopper_kernel.py can take a call, with which tiles, and its launch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,15 +86,18 @@ def require_hopper(q: Tensor) -> Facts:
     return gpu
 
 
-def boxes(tokens: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
-    """Two descriptors of each (B, S, H, D), with boxes of so many tokens of one head: for the two parts of its columns,
-    the second None where there is one."""
-    descriptors: list[TensorDescriptor | None] = []
-    for tensor in tensors:
-        for columns in config.split_head_dim(tensor.shape[3]):
+def boxes(tokens: int, **tensors: Tensor) -> dict[str, TensorDescriptor | None]:
+    """The kernels' arguments for tensors (B, S, H, D): two descriptors each, with boxes of `tokens` tokens of one head.
+
+    {name}_main and {name}_tail are the two parts of a head's columns; the tail is None where there is one part.
+    """
+    descriptors: dict[str, TensorDescriptor | None] = {}
+    for name, tensor in tensors.items():
+        for part, columns in zip(("main", "tail"), config.split_head_dim(tensor.shape[3]), strict=True):
             box = [1, tokens, 1, columns]
             layout = gl.NVMMASharedLayout.get_default_for(box, _ELEMENTS[tensor.dtype])
-            descriptors.append(TensorDescriptor.from_tensor(tensor, box, layout) if columns else None)
+            descriptor = TensorDescriptor.from_tensor(tensor, box, layout) if columns else None
+            descriptors[f"{name}_{part}"] = descriptor
     return descriptors
 
 
@@ -128,17 +132,16 @@ def attention_forward_hopper(
     query_tiles = -(-query_tokens // (chosen.consumers * ROWS.value))
     tiles = config.grid(batch * heads * query_tiles)
     attention_forward_hopper_kernel[(min(tiles, gpu.multiprocessors),)](
-        *boxes(ROWS.value, readable_by_tma(q)),
-        *boxes(chosen.keys, readable_by_tma(k), readable_by_tma(v)),
-        *boxes(ROWS.value, out),
-        log_sum_exp if keep_log_sum_exp else None,
-        lengths,
-        heads,
-        query_tokens,
-        key_tokens,
-        query_tiles,
-        tiles,
-        exponent_scale(scale),
+        **boxes(ROWS.value, q=readable_by_tma(q), out=out),
+        **boxes(chosen.keys, k=readable_by_tma(k), v=readable_by_tma(v)),
+        log_sum_exp=log_sum_exp if keep_log_sum_exp else None,
+        lengths=lengths,
+        heads=heads,
+        query_tokens=query_tokens,
+        key_tokens=key_tokens,
+        query_tiles=query_tiles,
+        tiles=tiles,
+        exponent_scale=exponent_scale(scale),
         LAST=last,
         FIRST_PART=first_part,
         STAGES=chosen.stages,
@@ -213,45 +216,42 @@ def attention_backward_hopper(
     delta = torch.empty((batch, heads, query_tokens), dtype=torch.float32, device=q.device)
     q, k, v, out_grad = readable_by_tma(q), readable_by_tma(k), readable_by_tma(v), readable_by_tma(out_grad)
     rows = CONSUMERS.value * ROWS.value
-    numbers = (heads, query_tokens, key_tokens)
-    scales = (scale, exponent_scale(scale))
+    same_in_both: dict[str, Any] = dict(
+        log_sum_exp=log_sum_exp,
+        delta=delta,
+        lengths=lengths,
+        heads=heads,
+        query_tokens=query_tokens,
+        key_tokens=key_tokens,
+        scale=scale,
+        exponent_scale=exponent_scale(scale),
+        num_warps=4,
+    )
 
     chosen = backward_tile("queries", head_dim)
     query_tiles = -(-query_tokens // rows)
     tiles = config.grid(batch * heads * query_tiles)
     attention_backward_queries_hopper_kernel[(min(tiles, gpu.multiprocessors),)](
-        *boxes(ROWS.value, q, out_grad, out),
-        *boxes(chosen.columns, k, v),
-        *boxes(ROWS.value, q_grad if needs_q else out),
-        log_sum_exp,
-        delta,
-        lengths,
-        *numbers,
-        query_tiles,
-        tiles,
-        *scales,
+        **boxes(ROWS.value, q=q, out_grad=out_grad, out=out, q_grad=q_grad if needs_q else out),
+        **boxes(chosen.columns, k=k, v=v),
+        **same_in_both,
+        query_tiles=query_tiles,
+        tiles=tiles,
         SLOTS=chosen.slots,
         STAGES=chosen.stages,
         ONLY_DELTA=not needs_q,
-        num_warps=4,
     )
     if needs_k_or_v:
         chosen = backward_tile("keys", head_dim)
         key_tiles = -(-key_tokens // rows)
         tiles = config.grid(batch * heads * key_tiles)
         attention_backward_keys_hopper_kernel[(min(tiles, gpu.multiprocessors),)](
-            *boxes(ROWS.value, k, v),
-            *boxes(chosen.columns, q, out_grad),
-            *boxes(ROWS.value, k_grad, v_grad),
-            log_sum_exp,
-            delta,
-            lengths,
-            *numbers,
-            key_tiles,
-            tiles,
-            *scales,
+            **boxes(ROWS.value, k=k, v=v, k_grad=k_grad, v_grad=v_grad),
+            **boxes(chosen.columns, q=q, out_grad=out_grad),
+            **same_in_both,
+            key_tiles=key_tiles,
+            tiles=tiles,
             SLOTS=chosen.slots,
             STAGES=chosen.stages,
-            num_warps=4,
         )
     return q_grad, k_grad, v_grad

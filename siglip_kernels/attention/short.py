@@ -6,6 +6,8 @@ a row is there at once, so backward needs neither `out` nor a log-sum-exp: it co
 rowsum(P ∘ dP), and writes all three gradients from one reading of q, k, v and dO.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,16 +16,13 @@ from torch import Tensor
 from siglip_kernels.attention import config
 from siglip_kernels.attention.backward import score_gradients
 from siglip_kernels.attention.forward import exponent_scale
-from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile
+from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile, stride_names
 from siglip_kernels.device import facts, precision
 from siglip_kernels.interpreter import narrow
 from siglip_kernels.strides import strides_of
 
-# See forward.py: what matters of these is told by UNIT.
-_INTEGERS = (
-    [f"{tensor}_{axis}_stride" for tensor in ("q", "k", "v", "out_grad") for axis in ("batch", "token", "head")]
-    + ["sequences", "heads", "query_tokens", "key_tokens"]
-)  # fmt: skip
+# Not specialised on: see forward.py.
+_INTEGERS = [*stride_names("q", "k", "v", "out_grad"), "sequences", "heads", "query_tokens", "key_tokens"]
 
 
 @triton.jit
@@ -208,22 +207,8 @@ def attention_short_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | N
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    strides = strides_of(q, k, v)
-    grid, same_in_both = _launch("short_forward", q, k, lengths, scale, strides.unit)
-    attention_short_forward_kernel[grid](
-        q,
-        k,
-        v,
-        out,
-        lengths,
-        *strides.values,
-        q.shape[0] * q.shape[2],
-        q.shape[2],
-        q.shape[1],
-        k.shape[1],
-        exponent_scale(scale),
-        **same_in_both,
-    )
+    grid, same_in_both = _launch("short_forward", {"q": q, "k": k, "v": v}, lengths, scale)
+    attention_short_forward_kernel[grid](**same_in_both, out=out)
     return out
 
 
@@ -237,58 +222,58 @@ def attention_short_backward(
     needs_q: bool,
     needs_k_or_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the kernel. out_grad, q, k, v: unit stride along D. A gradient that nobody needs is an empty tensor."""
+    """Launches the kernel. out_grad, q, k, v: unit stride along D. A gradient that is not needed is an empty tensor."""
     q_grad = torch.empty(q.shape if needs_q else 0, dtype=q.dtype, device=q.device)
     k_grad, v_grad = (torch.empty(k.shape if needs_k_or_v else 0, dtype=q.dtype, device=q.device) for _ in range(2))
     if q_grad.numel() + k_grad.numel() == 0:
         return q_grad, k_grad, v_grad
-    strides = strides_of(q, k, v, out_grad)
-    grid, same_in_both = _launch("short_backward", q, k, lengths, scale, strides.unit)
+    tensors = {"q": q, "k": k, "v": v, "out_grad": out_grad}
+    grid, same_in_both = _launch("short_backward", tensors, lengths, scale)
     attention_short_backward_kernel[grid](
-        q,
-        k,
-        v,
-        out_grad,
-        q_grad,
-        k_grad,
-        v_grad,
-        lengths,
-        *strides.values,
-        q.shape[0] * q.shape[2],
-        q.shape[2],
-        q.shape[1],
-        k.shape[1],
-        scale,
-        exponent_scale(scale),
+        **same_in_both,
+        q_grad=q_grad,
+        k_grad=k_grad,
+        v_grad=v_grad,
+        scale=scale,
         NEEDS_Q=needs_q,
         NEEDS_K_OR_V=needs_k_or_v,
-        **same_in_both,
     )
     return q_grad, k_grad, v_grad
 
 
 def _launch(
-    kernel: str, q: Tensor, k: Tensor, lengths: Tensor | None, scale: float, unit: int
-) -> tuple[tuple[int], dict[str, object]]:
-    """Grid, and the constants that both kernels have."""
+    kernel: str, tensors: dict[str, Tensor], lengths: Tensor | None, scale: float
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid, and the arguments that both kernels have. tensors: those with strides, by the name of the parameter."""
+    q, k = tensors["q"], tensors["k"]
     batch, query_tokens, heads, head_dim = q.shape
+    key_tokens = k.shape[1]
     main, tail = config.split_head_dim(head_dim)
-    block = max(16, triton.next_power_of_2(max(query_tokens, k.shape[1])))
+    block = max(16, triton.next_power_of_2(max(query_tokens, key_tokens)))
     if kernel == "short_backward" and (main, tail) == (64, 32):
         main, tail = 128, 0  # the two blocks spill on Ampere, and memory is what takes the time
     programs, warps, stages = config.short(kernel, facts(q.device), q.element_size(), head_dim, block, batch * heads)
     config.grid(batch * heads + programs)  # kernels number sequences in 32 bits
-    constants: dict[str, object] = {
-        "HEAD_DIM": head_dim,
-        "MAIN": main,
-        "TAIL": tail,
-        "BLOCK": block,
-        "UNIT": unit,
-        "NEGATIVE_SCALE": scale < 0,
-        "HAS_LENGTHS": lengths is not None,
-        "PRECISION": precision(q.dtype),
-        "num_warps": warps,
-        "num_stages": stages,
-        "enable_fp_fusion": q.dtype != torch.float32,  # see backward.py
-    }
-    return (programs,), constants
+    strides = strides_of(*tensors.values())
+    arguments = dict(
+        **tensors,
+        lengths=lengths,
+        **dict(zip(stride_names(*tensors), strides.values, strict=True)),
+        sequences=batch * heads,
+        heads=heads,
+        query_tokens=query_tokens,
+        key_tokens=key_tokens,
+        exponent_scale=exponent_scale(scale),
+        HEAD_DIM=head_dim,
+        MAIN=main,
+        TAIL=tail,
+        BLOCK=block,
+        UNIT=strides.unit,
+        NEGATIVE_SCALE=scale < 0,
+        HAS_LENGTHS=lengths is not None,
+        PRECISION=precision(q.dtype),
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=q.dtype != torch.float32,  # see backward.py
+    )
+    return (programs,), arguments

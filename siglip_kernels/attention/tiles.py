@@ -11,6 +11,11 @@ import triton.language as tl
 from siglip_kernels.interpreter import dot, narrow
 
 
+def stride_names(*tensors: str) -> list[str]:
+    """The kernel parameters for what `strides.strides_of` returns: strides of batch, token and head of each tensor."""
+    return [f"{tensor}_{axis}_stride" for tensor in tensors for axis in ("batch", "token", "head")]
+
+
 @triton.jit
 def load_block(pointer, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
     """[rows, WIDTH] from column FIRST on. offsets, valid: [rows]. Zeros where a row or a column is not there."""

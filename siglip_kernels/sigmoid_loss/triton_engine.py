@@ -116,5 +116,8 @@ class TritonEngine:
 
     def scale(self, source: Tensor, scale: Tensor, factor: float, out: Tensor) -> Tensor:
         block = 1024
-        scale_kernel[(triton.cdiv(source.numel(), block),)](source, out, scale, factor, source.numel(), BLOCK=block)
+        size = source.numel()
+        scale_kernel[(triton.cdiv(size, block),)](
+            source_ptr=source, out_ptr=out, scale_ptr=scale, factor=factor, size=size, BLOCK=block
+        )
         return out
