@@ -59,7 +59,7 @@ def refuse_second_derivatives(operation: str) -> Callable[..., None]:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of products where the tensor is, or None where autocast is off."""
-    if not isinstance(tensor, Tensor) or tensor.device.type not in ("cuda", "cpu"):
+    if not isinstance(tensor, Tensor) or not torch.amp.is_autocast_available(tensor.device.type):
         return None
     if torch.is_autocast_enabled(tensor.device.type):
         return torch.get_autocast_dtype(tensor.device.type)

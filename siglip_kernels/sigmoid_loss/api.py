@@ -1,16 +1,28 @@
-"""The public losses: what they accept, and which engine computes them."""
+"""The sigmoid loss op: registration with PyTorch, autograd, the public functions, and the checks of their arguments.
+
+Two operators are registered. `siglip_kernels::sigmoid_loss` computes the loss and, in the same pass, the gradients that
+are required (blocks.py); `siglip_kernels::sigmoid_loss_backward` multiplies them by the upstream gradient. Both take
+the name of an engine (engines.py): "triton" or "chunked".
+"""
 
 import torch
 from torch import Tensor
 
 from siglip_kernels import reference
-from siglip_kernels.arguments import check_tensor, refuse_second_derivatives, refuse_tangents
+from siglip_kernels.arguments import (
+    autocast_dtype,
+    cast,
+    check_tensor,
+    refuse_second_derivatives,
+    refuse_tangents,
+    wants_gradients,
+)
 from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.blocks import loss_and_gradients
 from siglip_kernels.sigmoid_loss.engines import make_engine, saved_dtype
 
-# From this many pairs on the plain loss is chunked: below, all logits are smaller than the embeddings of usual models'
-# batches, and the definition itself, which can be differentiated twice, is as fast.
+# `plain_sigmoid_loss` is chunked from this many pairs on. With fewer, the logits take less memory than the embeddings
+# of common models, and the definition, which can be differentiated twice, is as fast.
 CHUNKED_FROM = 1024
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,7 +41,7 @@ def forward_op(
     text_gradient: bool,
     scalar_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, and the gradients that were asked for (see `blocks.loss_and_gradients`)."""
+    """The loss, and the gradients that are required: see `blocks.loss_and_gradients`."""
     with torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
         return loss_and_gradients(
             make_engine(engine, image_embeds, chunk_size),
@@ -44,7 +56,7 @@ def forward_op(
 
 
 def aligned(embeds: Tensor) -> Tensor:
-    """Rows one after the other from a 16-byte boundary, as the GPU's copy engine reads them; a copy if they are not."""
+    """Contiguous and starting at a multiple of 16 bytes, as TMA requires: the tensor itself or a copy."""
     embeds = embeds.contiguous()
     return embeds if embeds.data_ptr() % 16 == 0 else embeds.clone()
 
@@ -82,11 +94,14 @@ def backward_op(
     logit_bias: Tensor,
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The saved gradients times dL, in the embeddings' dtype. The inputs lead a double backward to its error."""
+    """The saved gradients times the upstream gradient, in the embeddings' dtype.
+
+    The embeddings and scalars are inputs only so that a double backward reaches the error below.
+    """
     with torch.no_grad():
         scaler = make_engine(engine, image_embeds)
         results = [
-            # The multiplication is in fp32 even where both sides of it are bf16.
+            # An engine multiplies in fp32 even where the saved gradient and the result are bf16.
             scaler.scale(saved, upstream, 1.0, torch.empty_like(saved, dtype=image_embeds.dtype))
             if saved.numel()
             else torch.empty_like(saved, dtype=image_embeds.dtype)
@@ -131,7 +146,7 @@ def _backward(ctx, upstream, *_):
     for need, made in zip(needed, (*ctx.wanted[:2], ctx.wanted[2], ctx.wanted[2]), strict=True):
         if need and not made:
             raise RuntimeError(
-                "siglip_kernels::sigmoid_loss: a gradient is needed that its forward pass was not asked for"
+                "siglip_kernels::sigmoid_loss: a gradient is required that the forward pass was told not to compute"
             )
     dx, dy, scalars = backward_op(upstream, *ctx.saved_tensors, ctx.engine)
     gradients = (dx, dy, scalars[0] if needed[2] else None, scalars[1] if needed[3] else None)
@@ -149,14 +164,16 @@ def sigmoid_loss(
 
     L = -(1/N) Σᵢⱼ log σ(zᵢⱼ (t xᵢ·yⱼ + b)), zᵢⱼ = 1 where i = j, else -1.
 
-    image_embeds, text_embeds: (N, D) on one CUDA device, float32, float16 or bfloat16 (under autocast, its dtype),
-    N >= 1, D a multiple of 8 up to 2048; normalised by the caller. Tensors that are not contiguous are copied.
-    logit_scale: t itself, already exponentiated; logit_bias: b; each a number or a 0-dimensional floating-point tensor.
-    Returns a float32 scalar. Logits and all sums are at least fp32; fp32 products honour
-    `torch.backends.cuda.matmul.allow_tf32`. Deterministic. Memory O(N·D), gradients included: those that something
-    requires are computed in the forward pass. They can be used any number of times, but not differentiated again.
+    image_embeds, text_embeds: (N, D) on one CUDA device, fp32, fp16 or bf16 (under autocast they are cast to its
+    dtype), N >= 1, D a multiple of 8 up to 2048; normalised by the caller. Non-contiguous tensors are copied.
+    logit_scale: t, already exponentiated; logit_bias: b; each a number or a 0-dimensional floating-point tensor.
+    Returns an fp32 scalar. Logits and all sums are in at least fp32; fp32 products are IEEE unless
+    torch.backends.cuda.matmul allows TF32. Deterministic. Memory is O(N·D) including the gradients, which are computed
+    in the forward pass where required. They can be used repeatedly but not differentiated again.
 
-    Raises UnsupportedInputError (a ValueError) for anything else, MissingBackendError for CPU tensors.
+    Raises UnsupportedInputError (a ValueError) for other types, shapes, dtypes, second and forward-mode derivatives,
+    and MissingBackendError for tensors that are not on a CUDA device, unless they are on the CPU and Triton was
+    imported with TRITON_INTERPRET=1.
     """
     embeds = _validated("sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
     check_kernel_input("sigmoid_loss", embeds[0])
@@ -170,10 +187,11 @@ def chunked_sigmoid_loss(
     logit_bias: Tensor | float,
     chunk_size: int = 0,
 ) -> Tensor:
-    """`sigmoid_loss` in plain PyTorch, for any device, any floating-point dtype and any D >= 1.
+    """`sigmoid_loss` in PyTorch operations, for any device, any floating-point dtype and any D >= 1.
 
-    chunk_size: images in a block of logits; 0 chooses. Memory beyond inputs and gradients is one block, whatever N.
-    Returns a scalar of at least fp32.
+    chunk_size: images per block of logits; 0 chooses automatically. Beyond inputs and gradients, one block of logits is
+    in memory, independent of N. Returns a scalar of at least fp32. Raises UnsupportedInputError as `sigmoid_loss`
+    does, and where chunk_size is negative or not an integer.
     """
     embeds = _validated("chunked_sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
     check_chunk_size("chunked_sigmoid_loss", chunk_size)
@@ -183,7 +201,9 @@ def chunked_sigmoid_loss(
 def plain_sigmoid_loss(
     image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
 ) -> Tensor:
-    """The loss of backends without kernels: its definition below CHUNKED_FROM pairs, chunked from there on."""
+    """The loss of backends without kernels: `reference.sigmoid_loss` for fewer than CHUNKED_FROM pairs, which can be
+    differentiated twice, and `chunked_sigmoid_loss` from there on. Takes and raises what the latter does.
+    """
     _validated("plain_sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
     if len(image_embeds) < CHUNKED_FROM:
         return reference.sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
@@ -248,14 +268,6 @@ def as_scalar(operation: str, argument: str, value: Tensor | float, embeds: Tens
     return torch.full((), value, dtype=dtype, device=embeds.device)
 
 
-def autocast(embeds: Tensor) -> Tensor:
-    """What torch.autocast would hand to the matrix product that makes the logits."""
-    device = embeds.device.type
-    if torch.is_autocast_enabled(device) and embeds.dtype != torch.float64:
-        return embeds.to(torch.get_autocast_dtype(device))
-    return embeds
-
-
 def _validated(
     operation: str,
     image_embeds: Tensor,
@@ -264,12 +276,14 @@ def _validated(
     logit_bias: Tensor | float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_embeds(operation, image_embeds, text_embeds)
-    image_embeds, text_embeds = autocast(image_embeds), autocast(text_embeds)
+    dtype = autocast_dtype(image_embeds)
+    image_embeds, text_embeds = cast(image_embeds, dtype), cast(text_embeds, dtype)
     if image_embeds.dtype != text_embeds.dtype:
         got = f"has dtype {text_embeds.dtype}, image_embeds {image_embeds.dtype}"
         raise unsupported(operation, "text_embeds", got, "one dtype for both")
     scale = as_scalar(operation, "logit_scale", logit_scale, image_embeds)
-    return image_embeds, text_embeds, scale, as_scalar(operation, "logit_bias", logit_bias, image_embeds)
+    bias = as_scalar(operation, "logit_bias", logit_bias, image_embeds)
+    return image_embeds, text_embeds, scale, bias
 
 
 def _apply(
@@ -283,15 +297,15 @@ def _apply(
 ) -> Tensor:
     scalars = dict(logit_scale=logit_scale, logit_bias=logit_bias)
     refuse_tangents(operation, image_embeds=image_embeds, text_embeds=text_embeds, **scalars)
-    gradients = torch.is_grad_enabled()
-    return forward_op(
+    loss, *_gradients = forward_op(
         image_embeds,
         text_embeds,
         logit_scale,
         logit_bias,
         engine,
         chunk_size,
-        gradients and image_embeds.requires_grad,
-        gradients and text_embeds.requires_grad,
-        gradients and (logit_scale.requires_grad or logit_bias.requires_grad),
-    )[0]
+        image_gradient=wants_gradients(image_embeds),
+        text_gradient=wants_gradients(text_embeds),
+        scalar_gradients=wants_gradients(logit_scale, logit_bias),
+    )
+    return loss

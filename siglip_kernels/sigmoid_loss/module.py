@@ -6,11 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from siglip_kernels.arguments import refuse_tangents
+from siglip_kernels.arguments import autocast_dtype, cast, refuse_tangents, wants_gradients
 from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.api import (
     as_scalar,
-    autocast,
     check_chunk_size,
     check_embeds,
     check_kernel_input,
@@ -120,7 +119,8 @@ class SigLipLoss(nn.Module):
         engine = "chunked"
         try:
             check_embeds("SigLipLoss", image_features, text_features)
-            x, y = autocast(image_features), autocast(text_features)
+            autocast = autocast_dtype(image_features)
+            x, y = cast(image_features, autocast), cast(text_features, autocast)
             if x.dtype != y.dtype or x.dtype not in _DTYPES:
                 got = f"has dtype {y.dtype}, image_features {x.dtype}"
                 raise unsupported("SigLipLoss", "text_features", got, "float32, float16, bfloat16 or float64 for both")
@@ -166,8 +166,8 @@ def _scalar_shape(value: Tensor | float) -> Tensor | float:
 
 
 def _wanted(arguments: tuple[Tensor, Tensor, Tensor, Tensor]) -> Wanted:
-    image, text, scale, bias = (torch.is_grad_enabled() and tensor.requires_grad for tensor in arguments)
-    return Wanted(image, text, scale or bias)
+    image, text, scale, bias = arguments
+    return Wanted(wants_gradients(image), wants_gradients(text), wants_gradients(scale, bias))
 
 
 def _agree(
