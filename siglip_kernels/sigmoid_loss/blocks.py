@@ -1,11 +1,13 @@
-"""The sigmoid loss block by block: every implementation of it is this walk over an engine's three operations.
+"""The sigmoid loss block by block: one algorithm on top of an engine's three operations.
 
 L = (1/n) Σᵢⱼ softplus(-zᵢⱼ sᵢⱼ), s = t·x yᵀ + b, z = +1 on positives and -1 elsewhere (arXiv 2303.15343, eq. 1).
-With G = σ(s) - [positive]: dL/dx = (t/n) G y, dL/dy = (t/n) Gᵀ x, dL/dt = ΣG ⊙ x yᵀ / n, dL/db = ΣG / n.
+With G = σ(s) - [positive], the gradient of n L with respect to s (`logit_grad`):
 
-Loss and gradients together are three matrix products when done in one pass; so gradients that were asked for are made
-in the forward pass, from one block of G (rows × columns) at a time, and N × N values never exist. G is kept as it is,
-in [-1, 1]: multiplied by t/n first, it would vanish in fp16.
+    dL/dx = (t/n) G y,    dL/dy = (t/n) Gᵀ x,    dL/dt = (1/n) Σ G ⊙ x yᵀ,    dL/db = (1/n) Σ G.
+
+In one pass, the loss and all gradients take three matrix products. Required gradients are therefore computed in the
+forward pass, from one block of G (rows × columns) at a time, and no N × N matrix is ever stored. G itself is stored, in
+[-1, 1]: multiplied by t/n before its products, it would underflow in fp16.
 """
 
 from dataclasses import dataclass
@@ -14,23 +16,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# A diagonal that no block has: where images and texts come from different ranks, no pair is positive.
+# A diagonal outside of every block: between images and texts of different ranks no pair is positive.
 NO_POSITIVES = 1 << 30
 
 
 class Engine(Protocol):
-    """What differs between implementations. A block is at most `rows` images by `columns` texts."""
+    """What differs between implementations. A block has at most `rows` images and `columns` texts."""
 
     name: str
     rows: int
     columns: int
     logit_grad_dtype: torch.dtype  # of G
     logit_grad_scale: float  # G is stored multiplied by this power of two
-    sum_dtype: torch.dtype  # of sums that are not finished, at least fp32
-    saved_dtype: torch.dtype  # of finished gradients that wait for the backward pass
+    sum_dtype: torch.dtype  # of partial sums of gradients, at least fp32
+    saved_dtype: torch.dtype  # of the gradients that the forward pass saves for the backward pass
 
     def totals(self, device: torch.device) -> Tensor:
-        """Zeros for the sums of the loss, of G ⊙ x yᵀ and of G: shape (3, any)."""
+        """Zeros (3, any) that accumulate the loss, G ⊙ x yᵀ and G."""
 
     def logit_grad(
         self,
@@ -43,7 +45,10 @@ class Engine(Protocol):
         gradients: bool,
         out: Tensor | None,
     ) -> None:
-        """Adds a block's sums to `totals` and writes its G to `out`. Image i and text i + diagonal are positives."""
+        """Adds a block's sums to `totals` and writes its G, times logit_grad_scale, to `out` unless that is None.
+
+        Image i and text i + diagonal are a positive pair. gradients: whether anything beyond the loss is required.
+        """
 
     def product(
         self,
@@ -55,7 +60,10 @@ class Engine(Protocol):
         logit_scale: Tensor | None,
         factor: float,
     ) -> None:
-        """out = (previous + G operand) · logit_scale · factor, unscaled where logit_scale is None. Gᵀ if transposed."""
+        """out = (previous + G operand) · logit_scale · factor, or Gᵀ operand if transposed.
+
+        previous None: nothing is added. logit_scale None: the sum is not multiplied.
+        """
 
     def scale(self, source: Tensor, scale: Tensor, factor: float, out: Tensor) -> Tensor:
         """out = source · scale · factor, computed in at least fp32."""
@@ -63,10 +71,10 @@ class Engine(Protocol):
 
 @dataclass
 class GradientSum:
-    """One side's gradient while it is being summed: in `total`, unscaled, or, where one product is all there is, in
-    `result`, scaled.
+    """The gradient of one side while blocks are added to it.
 
-    total: (n, D) of the engine's sum dtype. started: whether it already holds something.
+    total: (n, D) in the engine's sum dtype, not yet multiplied by t/n. started: whether a block has been written to it.
+    result: (n, D), final; in place of `total` where a single product gives the gradient.
     """
 
     total: Tensor | None = None
@@ -83,7 +91,7 @@ class GradientSum:
         logit_scale: Tensor,
         factor: float,
     ) -> None:
-        """Adds block · operand to these rows."""
+        """Adds block · operand, or blockᵀ · operand if transposed, to these rows."""
         if self.result is not None:
             engine.product(block, operand, transposed, None, self.result[rows], logit_scale, factor)
         elif self.total is not None:
@@ -105,7 +113,10 @@ def accumulate(
     text: GradientSum | None,
     factor: float,
 ) -> None:
-    """Adds all pairs of x (at most engine.rows images) and y (any number) to the totals and to the gradient sums."""
+    """Adds all pairs of x (at most engine.rows images) and y (any number of texts) to totals and gradients.
+
+    logit_grad: the workspace for a block of G; None where neither image nor text requires a gradient.
+    """
     gradients = scalar_gradients or logit_grad is not None
     for start in range(0, len(y), engine.columns):
         columns = slice(start, min(start + engine.columns, len(y)))
@@ -121,13 +132,13 @@ def accumulate(
 
 
 def workspace(engine: Engine, images: int, texts: int, device: torch.device) -> Tensor:
-    """Room for one block of G."""
+    """Memory for one block of G."""
     shape = (min(engine.rows, round_up(images)), min(engine.columns, round_up(texts)))
     return torch.empty(shape, dtype=engine.logit_grad_dtype, device=device)
 
 
 def round_up(size: int, multiple: int = 256) -> int:
-    """The next multiple; of 256 because that is a multiple of every tile's rows and columns."""
+    """The next multiple, by default of 256, which every tile's rows and columns divide."""
     return -(-size // multiple) * multiple
 
 
@@ -141,15 +152,16 @@ def loss_and_gradients(
     text_gradient: bool,
     scalar_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, dL/dx, dL/dy and [dL/dt, dL/db] of n pairs; what was not asked for is an empty tensor.
+    """Loss, dL/dx, dL/dy and [dL/dt, dL/db] of n pairs; a gradient that is not required is an empty tensor.
 
-    Beyond the results: one block of G, a row of blocks of dL/dx and, where n is more than a block, dL/dy, in fp32.
+    x, y: (n, D). Temporary memory: one block of G, and in fp32 dL/dx of one block's images and, where n exceeds a
+    block, dL/dy.
     """
     n, width = x.shape
     factor = 1 / (n * engine.logit_grad_scale)
     totals = engine.totals(x.device)
     logit_grad = workspace(engine, n, n, x.device) if image_gradient or text_gradient else None
-    # Sums are made in the result itself where its dtype allows.
+    # Partial sums accumulate in the result itself where its dtype allows.
     in_place = engine.saved_dtype == engine.sum_dtype
     several_columns, several_rows = n > engine.columns, n > engine.rows
 
@@ -188,7 +200,7 @@ def loss_and_gradients(
         if image is not None and image.total is not None:
             engine.scale(image.total, logit_scale, factor, dx[rows])
 
-    del logit_grad, row_sum, image  # before the last conversion allocates: it is the peak of the whole
+    del logit_grad, row_sum, image  # before the last conversion allocates, which is where memory peaks
     if text is not None and text.total is not None:
         dy = dy if in_place else x.new_empty(y.shape, dtype=engine.saved_dtype)
         engine.scale(text.total, logit_scale, factor, dy)
@@ -197,6 +209,6 @@ def loss_and_gradients(
 
 
 def finish_totals(totals: Tensor, factor: float, dtype: torch.dtype, scalar_gradients: bool) -> tuple[Tensor, Tensor]:
-    """The loss, and [dL/dt, dL/db] or an empty tensor."""
+    """The loss, and [dL/dt, dL/db] if required, else an empty tensor. totals: `Engine.totals`, complete."""
     sums = (totals.sum(1) * factor).to(dtype)
     return sums[0].clone(), sums[1:].clone() if scalar_gradients else sums.new_empty(0)

@@ -1,6 +1,6 @@
-"""How the Triton loss is cut into blocks and tiles: by GPU, dtype and width, never by N.
+"""Block and tile sizes of the Triton loss, which depend on GPU, dtype and width, not on N.
 
-Nothing is tuned inside a call: `python -m bench tune sigmoid_loss` measures `candidates` and writes `tuned.py`.
+No call tunes: `python -m bench tune sigmoid_loss` measures `candidates` and writes the fastest into `tuned.py`.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from siglip_kernels.sigmoid_loss.tuned import TUNED
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes, and how."""
+    """The tile that one program computes, rows × columns in steps of depth, and how it is compiled."""
 
     rows: int
     columns: int
@@ -25,19 +25,17 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of the two matrix kernels, and the block of G (rows × columns) that they share."""
+    """The tiles of the two matrix kernels, and the block of G that they share."""
 
     logit_grad: Tile
     product: Tile
-    block: int
-    descriptors: (
-        bool  # tiles come through tensor descriptors (the copy engine of sm_90 and later), else through pointers
-    )
+    block: int  # images and texts
+    descriptors: bool  # load tiles by tensor descriptors (TMA, sm_90 and later) instead of pointers
     precision: str  # tl.dot's input_precision for fp32
 
 
-# 128 x 256 reads the fewest bytes of L2 for its arithmetic; without a copy engine it does not fit beside its addresses.
-# Compiled ahead of time, triton 3.6 and 3.7: none of these spills (test_sigmoid_loss_ahead_of_time.py).
+# 128 × 256 reads the fewest bytes from L2 per product; without TMA, its addresses leave too few registers for it. None
+# of these spills with triton 3.6 and 3.7 (test_sigmoid_loss_ahead_of_time.py).
 _HOPPER = Tile(128, 256, 64, num_warps=8, num_stages=4)
 _HOPPER_TALL = Tile(256, 128, 64, num_warps=8, num_stages=4)
 _SQUARE = Tile(128, 128, 64, num_warps=8, num_stages=4)
@@ -46,7 +44,7 @@ _TF32 = Tile(128, 128, 32, num_warps=8, num_stages=3)
 _IEEE = Tile(64, 64, 32, num_warps=8, num_stages=2)
 _INTERPRETER = Tile(64, 64, 64, num_warps=4, num_stages=1)
 
-# The largest block: 5,632² bf16 values are 63 MB, a little more than the L2 of an H100 keeps and well under 300 MB.
+# 5,632² bf16 values are 63 MB: a little more than the L2 of an H100, and little of its memory.
 _LARGEST_BLOCK = 5632
 
 
@@ -60,7 +58,7 @@ def choose(dtype: torch.dtype, width: int, gpu: Facts, precision: str) -> Config
         logit_grad = product = _TF32 if precision == "tf32" else _IEEE
     elif capability[0] == 9:
         logit_grad = _HOPPER
-        # 256 columns where that leaves nothing over: so400m's 1152 are nine times 128, but four and a half times 256.
+        # 256 columns where they divide the width: so400m's 1152 are 9 × 128, but 4.5 × 256.
         product = _HOPPER if width % 256 == 0 else _HOPPER_TALL
     else:
         logit_grad = product = _SQUARE if descriptors else _AMPERE
@@ -75,7 +73,7 @@ def _measured(kernel: str, dtype: torch.dtype, width: int, gpu: Facts) -> Tile |
 
 
 def candidates(element_bytes: int, gpu: Facts) -> list[Tile]:
-    """What there is to measure for both kernels, in half precision; fp32 has one tile for each precision."""
+    """The tiles to measure for both kernels in half precision; fp32 has one tile per precision."""
     if element_bytes != 2:
         return []
     if gpu.capability < (9, 0):
@@ -88,7 +86,7 @@ def candidates(element_bytes: int, gpu: Facts) -> list[Tile]:
 
 
 def _block_size(product: Tile, width: int, multiprocessors: int) -> int:
-    """The block whose products fill whole waves of the GPU best: 132 tiles on 132 multiprocessors, not 192."""
+    """The block whose products fill the last wave of programs best: 132 tiles on 132 multiprocessors, not 192."""
     tiles_across = -(-width // product.columns)
     step = max(product.rows, 256)  # a multiple of every tile's rows and columns
 

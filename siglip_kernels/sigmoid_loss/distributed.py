@@ -1,16 +1,16 @@
-"""The sigmoid loss of the global batch over torch.distributed: texts travel, images stay.
+"""The sigmoid loss of the global batch over torch.distributed: ranks exchange texts and keep their images.
 
-Rank r holds M_r images and as many texts. Its loss is the sum over its own images and everybody's texts,
+Rank r holds M_r images and M_r texts. Its loss is the sum over its own images and all ranks' texts,
 
     L_r = -(1/m) Σ_{i on r} Σ_{j anywhere} log σ(zᵢⱼ sᵢⱼ),   m = the mean of M over the ranks,
 
-so the mean of L_r over the ranks is the loss of the whole batch, whatever the local batches are; where they are equal,
-m is the local batch and L_r is open_clip's. A rank's gradients are those of Σ_r u_r L_r (u_r: what rank r's loss is
-multiplied by on its way to .backward()): its images', scale's and bias's come from its own loss, its texts' from all of
-them. DistributedDataParallel's mean over the ranks then is the gradient of the whole batch.
+so the mean of L_r over the ranks is the loss of the global batch, whatever the sizes of the local batches; where they
+are equal, m is the local batch size and L_r equals open_clip's. A rank's gradients are those of Σ_r u_r L_r, where u_r
+is the upstream gradient of L_r: those of its images, scale and bias come from its own loss, those of its texts from the
+losses of all ranks. The mean that DistributedDataParallel takes over the ranks is the gradient of the global batch.
 
-Every rank needs its turn: a rank that leaves out a forward or a backward pass makes the others wait until
-torch.distributed's time-out. So does one that died, unless the backend notices sooner.
+All ranks have to take part in every forward and backward pass: if one skips a pass or dies, the others wait until the
+backend notices or torch.distributed times out.
 """
 
 from __future__ import annotations  # torch may be built without torch.distributed
@@ -29,7 +29,7 @@ from siglip_kernels.sigmoid_loss.engines import make_engine
 
 @dataclass(frozen=True)
 class Peers:
-    """A process group, and how many pairs each of its ranks holds."""
+    """A process group, and the number of pairs on each of its ranks."""
 
     group: dist.ProcessGroup
     rank: int
@@ -57,7 +57,7 @@ class Peers:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients a pass over the global batch makes."""
+    """Which gradients a pass over the global batch computes."""
 
     image: bool
     text: bool
@@ -65,7 +65,7 @@ class Wanted:
 
 
 class Pass:
-    """One pass over all pairs of this rank's images with everybody's texts."""
+    """One pass over all pairs of this rank's images with all ranks' texts."""
 
     def __init__(
         self, engine: Engine, peers: Peers, x: Tensor, logit_scale: Tensor, logit_bias: Tensor, wanted: Wanted
@@ -80,11 +80,11 @@ class Pass:
         self.image_started = False
 
     def sums(self, rows: int) -> Tensor:
-        """Room for unfinished gradients of so many rows."""
+        """Memory for partial sums of the gradients of this many images or texts."""
         return self.x.new_empty((rows, self.x.shape[1]), dtype=self.engine.sum_dtype)
 
     def add(self, source: int, texts: Tensor, out: Tensor | None) -> None:
-        """Adds the texts of rank `source`. out: (len(texts), D), gets Gᵀ x of this rank's images; None: not wanted."""
+        """Adds the texts of rank `source`. out: (len(texts), D), written with Gᵀ x; None: skipped."""
         engine = self.engine
         text = None if out is None else GradientSum(out)
         for start in range(0, len(self.x), engine.rows):
@@ -107,11 +107,11 @@ class Pass:
 
 
 def ring(work: Pass, y: Tensor, weight: Tensor) -> Tensor | None:
-    """All blocks of texts pass by; where gradients of texts are wanted, their sums follow one step behind.
+    """Passes texts around the ranks, and where texts require gradients, their partial sums one step behind.
 
-    While a block is computed, the next one and the last one's sum are under way. Beyond the inputs: two blocks of texts
-    and three of sums, whatever the number of ranks. weight: 0-dimensional, multiplies this rank's share of the
-    gradients of texts. Returns dL/dy of this rank's own texts, complete, or None.
+    While a block is computed, the next block of texts and the previous block's sums are being transferred. Memory: two
+    blocks of texts and three of sums, independent of the number of ranks. weight: 0-dimensional, a factor of this
+    rank's contribution to the texts' gradients. Returns dL/dy of this rank's texts, complete, or None.
     """
     peers, wanted = work.peers, work.wanted
     largest = max(peers.sizes)
@@ -147,7 +147,7 @@ def ring(work: Pass, y: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def gather(work: Pass, y: Tensor, weight: Tensor) -> Tensor | None:
-    """The same with one all-gather before and one reduce-scatter after: O(global N·D) memory, fewer messages."""
+    """`ring` with one all-gather before and one reduce-scatter after: O(global N·D) memory, fewer messages."""
     peers = work.peers
     shape = (max(peers.sizes), y.shape[1])
     padded = y if len(y) == shape[0] else y.new_zeros(shape).index_copy_(0, torch.arange(len(y), device=y.device), y)
@@ -168,7 +168,8 @@ def gather(work: Pass, y: Tensor, weight: Tensor) -> Tensor | None:
 
 
 def all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
-    """out, flattened: every rank's `own` in turn. torch 2.13 renamed what does it, and warns of the older name."""
+    """Writes every rank's `own`, flattened, into `out` in the order of the ranks."""
+    # torch 2.13 renamed both collectives and deprecates the older names.
     function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     function(out.view(-1), own.contiguous().view(-1), group=group)
 
@@ -184,7 +185,7 @@ def _wait(requests: Sequence[dist.Work]) -> None:
 
 
 class GlobalLoss(torch.autograd.Function):
-    """This rank's loss. Gradients that are wanted are made in the forward pass, as by the single-process operation."""
+    """This rank's loss. Required gradients are computed in the forward pass, as by the single-process operator."""
 
     @staticmethod
     def forward(
@@ -216,7 +217,7 @@ class GlobalLoss(torch.autograd.Function):
             everyone = upstream.new_empty(ctx.peers.world)
             all_gather(everyone, upstream, ctx.peers.group)
             if not bool((everyone == everyone[0]).all()):
-                # The sum in dy was made with equal weights. All ranks see the same numbers and come this way.
+                # dy was summed with equal weights. All ranks see the same values and take the same branch.
                 weighted = _weighted_text_gradient(ctx, upstream, image_embeds, text_embeds, logit_scale, logit_bias)
                 dy = dy.new_empty(0)
         dx, dy, scalars = backward_op(
@@ -234,7 +235,7 @@ class GlobalLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def _weighted_text_gradient(ctx, upstream, image_embeds, text_embeds, logit_scale, logit_bias):
-    """dL/dy where ranks multiply their losses by different numbers: a second pass that makes nothing else."""
+    """dL/dy where the ranks' upstream gradients differ: a second pass that computes nothing else."""
     x, y = aligned(image_embeds), aligned(text_embeds)
     engine = make_engine(ctx.engine, x, ctx.chunk_size)
     with torch.autocast(x.device.type, enabled=False):

@@ -1,4 +1,8 @@
-"""Which engine computes a loss: Triton's kernels, Hopper's, or plain PyTorch."""
+"""The choice of an engine, which computes the blocks of a loss.
+
+"chunked" is `TorchEngine`. "triton" is `TritonEngine`, or `HopperEngine` where SIGLIP_KERNELS_HOPPER=1; neither is
+imported before it is chosen, so that the package works without Triton.
+"""
 
 import importlib.util
 
@@ -12,22 +16,24 @@ from siglip_kernels.sigmoid_loss.torch_engine import TorchEngine
 
 
 def kernels_available(device: torch.device) -> bool:
-    """Whether Triton can run on tensors of this device."""
+    """Whether Triton's kernels can run on tensors of this device."""
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
     return interpreting()
 
 
 def make_engine(name: str, embeds: Tensor, chunk_size: int = 0) -> Engine:
-    """The engine of this name for embeddings of this dtype, width and device."""
+    """The engine of this name for embeddings of this dtype, width and device.
+
+    Raises MissingBackendError where "triton" cannot run, and UnsupportedInputError where HopperEngine is on and cannot.
+    """
     if name == "triton":
-        # Asked here, not with the rest of the validation, because torch.compile cannot trace the question.
+        # Checked here and not with the arguments, because torch.compile cannot trace the check.
         if embeds.device.type != "meta" and not kernels_available(embeds.device):
             raise MissingBackendError(
-                f"sigmoid_loss: its kernels need Triton and CUDA tensors, these are on {embeds.device}; "
+                f"sigmoid_loss: the kernels need Triton and CUDA tensors, these are on {embeds.device}; "
                 "use siglip_kernels.chunked_sigmoid_loss, or a model's backend 'sdpa' or 'eager'"
             )
-        # Imported here alone: importing needs no Triton.
         if hopper_kernels_enabled():
             from siglip_kernels.sigmoid_loss.hopper_engine import HopperEngine
 
@@ -39,5 +45,5 @@ def make_engine(name: str, embeds: Tensor, chunk_size: int = 0) -> Engine:
 
 
 def saved_dtype(engine: str, dtype: torch.dtype) -> torch.dtype:
-    """In which dtype the forward pass hands gradients to the backward pass."""
+    """The engine's `saved_dtype`, without making the engine: while tracing there may be no device."""
     return dtype if engine == "triton" and dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""The engine of Hopper's own kernels: launches `hopper_kernels.py` for one block at a time."""
+"""The engine in Gluon for Hopper: launches the kernels of `hopper_kernels.py`, one block at a time."""
 
 import torch
 import triton
@@ -13,15 +13,15 @@ from siglip_kernels.sigmoid_loss.triton_engine import TritonEngine, config_for
 
 
 class HopperEngine(TritonEngine):
-    """See `blocks.Engine`. Blocks and dtypes are those of the portable kernels.
+    """See `blocks.Engine`. Blocks and dtypes are those of `TritonEngine`.
 
-    Counted by `python -m bench.compiled.tile_cost sigmoid_loss_hopper sigmoid_loss`, triton 3.7.1, clocks of one warp
-    on its quarter of a multiprocessor: the epilogue that makes G and the sums takes 2064 of the special-function units
-    and 2421 of issue, the portable kernel's 3072 and 4432. A tile at D = 768 is 12 blocks or 12,288 clocks of the
-    tensor pipe (bench.compiled.sass: no other is as busy there). The portable kernel's two warps have their epilogues
-    on top: 58 % of the peak at best. Here one consumer's epilogue is under the other's products, of which four stages
-    hold 2048 clocks; at most 2 × 373 are left, 94 %. The two products have 88 blocks or more to one epilogue of 679.
-    Nothing of this has been measured on a GPU.
+    Not measured on a GPU. Counted by `python -m bench.compiled.tile_cost sigmoid_loss_hopper sigmoid_loss` with triton
+    3.7.1, in clocks of one warp on its quarter of a multiprocessor: the epilogue that computes G and the sums takes
+    2064 clocks of the special-function units and 2421 of issue, in the portable kernel 3072 and 4432. A tile at D = 768
+    is 12 blocks, 12,288 clocks of the tensor pipe, its busiest pipe (bench.compiled.sass). In the portable kernel the
+    epilogues of two warps come on top: 58 % of the peak at best. Here one consumer's epilogue runs beneath the other's
+    products, of which four stages hold 2048 clocks; at most 2 × 373 clocks remain exposed, 94 % of the peak. The two
+    products have at least 88 blocks per epilogue of 679 clocks.
     """
 
     def __init__(self, embeds: Tensor, chunk_size: int = 0) -> None:
@@ -84,7 +84,7 @@ class HopperEngine(TritonEngine):
         factor: float,
     ) -> None:
         rows, width = out.shape
-        # 256 columns where that leaves nothing over: so400m's 1152 are nine times 128, but four and a half times 256.
+        # 256 columns where they divide the width: so400m's 1152 are 9 × 128, but 4.5 × 256.
         tile = WIDE if width % WIDE.columns == 0 else TALL
         product_kernel[(self._grid(rows, width, tile),)](
             logit_grad_source=descriptor(

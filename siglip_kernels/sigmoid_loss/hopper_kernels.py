@@ -1,7 +1,7 @@
 """The two matrix kernels of the sigmoid loss for Hopper (sm_90), in Gluon; see `kernels.py` for the mathematics.
 
-Both are persistent products with the main loop of `siglip_kernels.gemm.hopper_pipeline`: `logit_grad_kernel` makes G
-and the sums out of logits that never leave the accumulator, `product_kernel` G y and Gᵀ x.
+Both are persistent GEMMs with the main loop of `siglip_kernels.gemm.hopper_pipeline`. `logit_grad_kernel` computes G
+and the sums from logits that never leave the accumulator, `product_kernel` computes G y and Gᵀ x.
 """
 
 from triton.experimental import gluon
@@ -25,17 +25,17 @@ from siglip_kernels.sigmoid_loss.kernels import log1p
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LOG_2 = gl.constexpr(0.6931471805599453)
-PIECE = gl.constexpr(64)  # columns of G that are sent at a time
-CHUNK = gl.constexpr(16)  # columns that are computed at a time: of more, what is computed would not fit in registers
-BUFFERS = gl.constexpr(2)  # of a consumer: while one piece of G leaves, the next is written
+PIECE = gl.constexpr(64)  # columns of G per TMA store
+CHUNK = gl.constexpr(16)  # columns computed at a time: temporaries of more would not fit in registers
+BUFFERS = gl.constexpr(2)  # per consumer: while one piece of G is stored, the next is written
 
 
-_log1p_to_1 = gluon.jit(log1p.fn)  # the same source: Gluon compiles only its own functions
+_log1p_to_1 = gluon.jit(log1p.fn)  # the portable kernel's function, from the same source
 
 
 @gluon.jit
 def _log1p(e):
-    """log(1 + e) for e >= 0 to a relative 3e-7. From 1 on, 1 + e loses nothing of e that counts."""
+    """log(1 + e) for e >= 0 to a relative 3e-7. Beyond 1, the rounding of 1 + e is harmless."""
     return gl.where(e <= 1.0, _log1p_to_1(e), gl.log2(1.0 + e) * LOG_2)
 
 
@@ -43,7 +43,7 @@ def _log1p(e):
 def _logit_grad_piece(
     products,  # x yᵀ of some images and PIECE texts
     buffers,
-    buffer: gl.constexpr,  # the number of the one for its G
+    buffer: gl.constexpr,  # the index of the buffer for its G
     logit_grad_target,
     first_row,
     first_column,
@@ -55,18 +55,19 @@ def _logit_grad_piece(
     right_sum,  # each thread's sums of max(-z s, 0), of G ⊙ x yᵀ and of G
     dot_sum,
     logit_grad_sum,
-    softplus,  # the product of 1 + e^-|s|, less 1, of pairs CHUNK columns apart
+    softplus,  # the product of 1 + e^-|s| over pairs CHUNK columns apart, minus 1
     GRADIENTS: gl.constexpr,
     LOGIT_GRAD_SCALE: gl.constexpr,
     SPECIAL: gl.constexpr,  # whether there may be positives, or pairs past the last image or text
 ):
-    """Adds a piece to the sums, and sends its G on its way."""
+    """Adds a piece to the sums and starts the store of its G."""
     LAYOUT: gl.constexpr = accumulator_layout(CHUNK)
     chunks = pieces_of(products, CHUNK)
     if logit_grad_target is not None:
+        # The store that last read this buffer must be done.
         tma.store_wait(pendings=BUFFERS - 1)
     for chunk in gl.static_range(PIECE // CHUNK):
-        # wrong = -z s, how far a pair is on the wrong side; pairs past the edge are infinitely right: no loss, no G.
+        # wrong = -z s: how far a pair is on the wrong side. -inf past the edge: such pairs have no loss and no G.
         if SPECIAL:
             rows = first_row + gl.arange(0, products.shape[0], gl.SliceLayout(1, LAYOUT))
             columns = first_column + chunk * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, LAYOUT))
@@ -75,11 +76,11 @@ def _logit_grad_piece(
             offset = gl.where(inside, gl.where(positive, -bias, bias), float("-inf"))
             wrong = chunks[chunk] * gl.where(positive, -scale, scale) + offset
         else:
-            # Not the same first, with changes after: what both ways have in common is moved in front of the choice
-            # between them, for a whole tile, and that takes more registers than there are.
+            # Not `wrong` first with corrections if SPECIAL: the compiler hoists what both branches of the kernel have
+            # in common out of them, for a whole tile, and spills.
             wrong = chunks[chunk] * scale + bias
         e = gl.exp2(-gl.abs(wrong))
-        # Σ log(1 + e) is the logarithm of a product: one logarithm for many pairs.
+        # Σ log(1 + e) = log Π (1 + e): one logarithm for many pairs. Π - 1 is kept, because Π would lose a small e.
         softplus = softplus * e + (softplus + e)
         right_sum += sum_in_thread(gl.maximum(wrong, 0.0))
         if GRADIENTS:
@@ -92,6 +93,7 @@ def _logit_grad_piece(
                 stored = (logit_grad * LOGIT_GRAD_SCALE).to(logit_grad_target.dtype)
                 buffers.index(buffer).slice(chunk * CHUNK, CHUNK, 1).store(stored)
     if logit_grad_target is not None:
+        # Ordinary stores are not visible to TMA without a fence.
         fence_async_shared()
         tma.async_copy_shared_to_global(logit_grad_target, [first_row, first_column], buffers.index(buffer))
     return right_sum, dot_sum, logit_grad_sum, softplus
@@ -114,14 +116,14 @@ def _logit_grad_tile(
     LOGIT_GRAD_SCALE: gl.constexpr,
     SPECIAL: gl.constexpr,
 ):
-    """Returns each thread's sums of the loss, of G ⊙ x yᵀ and of G."""
+    """Each thread's sums of the loss, of G ⊙ x yᵀ and of G over a tile."""
     right_sum = gl.zeros([THREADS], gl.float32, THREAD_LAYOUT)
     dot_sum = gl.zeros([THREADS], gl.float32, THREAD_LAYOUT)
     logit_grad_sum = gl.zeros([THREADS], gl.float32, THREAD_LAYOUT)
     softplus = gl.zeros((products.shape[0], CHUNK), gl.float32, accumulator_layout(CHUNK))
     pieces = pieces_of(products, PIECE)
     for piece in gl.static_range(products.shape[1] // PIECE):
-        # The condition keeps pieces apart, too: all at once would take more registers than there are.
+        # The branch also keeps the compiler from interleaving pieces, which would spill.
         column = first_column + piece * PIECE
         if column < texts:
             right_sum, dot_sum, logit_grad_sum, softplus = _logit_grad_piece(
@@ -161,7 +163,7 @@ def _logit_grad_consumer(
     GROUP: gl.constexpr,
 ):
     LAYOUT: gl.constexpr = accumulator_layout(BLOCK_N)
-    # e^x = 2^(x log₂ e): logits are made in those units, and come back as sums.
+    # e^x = 2^(x log₂ e): logits are computed in units of log₂ e; sums are converted back.
     scale = gl.load(logit_scale_ptr) * LOG2_E
     bias = gl.load(logit_bias_ptr) * LOG2_E
     loss_total = gl.zeros([THREADS], gl.float64, THREAD_LAYOUT)
@@ -194,7 +196,7 @@ def _logit_grad_consumer(
                 products, buffers, consumer, logit_grad_target, first_row, first_column, scale, bias, images, texts,
                 diagonal, GRADIENTS, LOGIT_GRAD_SCALE, False,
             )  # fmt: skip
-        # A tile is summed in fp32, tiles together in fp64.
+        # Within a tile sums are fp32, over tiles fp64.
         loss_total += loss_sum.to(gl.float64)
         dot_total += dot_sum.to(gl.float64)
         logit_grad_total += logit_grad_sum.to(gl.float64)
@@ -202,7 +204,7 @@ def _logit_grad_consumer(
     if logit_grad_target is not None:
         tma.store_wait(pendings=0)
 
-    # A slot belongs to one thread of one program, and launches follow each other: the order of every sum is fixed.
+    # A slot belongs to one thread of one program, and launches run one after another: the order of every sum is fixed.
     thread = (gl.program_id(0) * CONSUMERS + consumer) * THREADS + gl.arange(0, THREADS, THREAD_LAYOUT)
     totals = totals_ptr + thread
     gl.store(totals, gl.load(totals) + loss_total)
@@ -219,14 +221,14 @@ def logit_grad_kernel(
     logit_scale_ptr,  # fp32: t
     logit_bias_ptr,  # fp32: b
     totals_ptr,  # fp64 (3, slots), added to: sums of the loss, of G ⊙ x yᵀ and of G
-    slots,  # at least one for each thread of each consumer
+    slots,  # at least one per thread of each consumer
     images,
     texts,
     diagonal,  # image i and text i + diagonal are a positive pair
     WIDTH: gl.constexpr,
     CONSUMER_ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    GRADIENTS: gl.constexpr,  # whether anything beyond the loss is wanted
+    GRADIENTS: gl.constexpr,  # whether anything beyond the loss is required
     LOGIT_GRAD_SCALE: gl.constexpr,  # a power of two
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
@@ -320,7 +322,7 @@ def product_kernel(
     operand_source,  # y or x (depth, WIDTH): descriptor of blocks [64, BLOCK_N]
     previous_ptr,  # fp32 (rows, WIDTH), added to the product; None: nothing is added
     out_ptr,  # (rows, WIDTH)
-    logit_scale_ptr,  # fp32, multiplies the sum together with `factor`; None: neither does
+    logit_scale_ptr,  # fp32; the sum is multiplied by it and by `factor`. None: by neither
     factor,
     rows,
     depth,

@@ -1,11 +1,12 @@
-"""The three Triton kernels of the sigmoid loss, one launch each for one block of image-text pairs.
+"""The three Triton kernels of the sigmoid loss; a launch computes one block of image-text pairs.
 
 For images x and texts y, with s = t·x yᵀ + b and zᵢⱼ = +1 on positives, -1 elsewhere (arXiv 2303.15343, eq. 1):
 
     loss = Σ softplus(-z s),    G = σ(s) - [positive],    db = Σ G,    dt = Σ G ⊙ x yᵀ,    dx = t G y,    dy = t Gᵀ x
 
-`logit_grad_kernel` does everything that needs logits: they live in fp32 in the accumulator only, and G alone is stored.
-`product_kernel` is both products, `scale_kernel` the multiplication by t / N or by the upstream gradient, in fp32.
+`logit_grad_kernel` computes everything that needs logits, which exist in fp32 in the accumulator only; of the large
+matrices G alone is stored. `product_kernel` computes both products with G, `scale_kernel` multiplies by t / N or by the
+upstream gradient in fp32.
 """
 
 import triton
@@ -18,14 +19,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load_tile(
-    source,  # a tensor descriptor (DESCRIPTORS), which knows its own edges, or a pointer to the first element
+    source,  # a tensor descriptor (DESCRIPTORS), which has bounds of its own, or a pointer to the first element
     first_row,
     first_column,
-    rows,  # rows from here on read as zeros
+    rows,  # later rows read as zeros
     stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,  # columns from here on read as zeros; None: all may be read
+    WIDTH: tl.constexpr,  # later columns read as zeros; None: all may be read
     DESCRIPTORS: tl.constexpr,
 ):
     """source[first_row : +ROWS, first_column : +COLUMNS]."""
@@ -42,8 +43,11 @@ def _load_tile(
 
 @triton.jit
 def log1p(e):
-    """log(1 + e) for 0 <= e <= 1 to a relative 2e-7, on the FMA pipe: the logarithm of 1 + e would lose a small e, and
-    the special-function units are busy with exponentials and the reciprocal. A least-maximum fit of degree 8."""
+    """log(1 + e) for 0 <= e <= 1 to a relative 2e-7: e times a minimax polynomial of degree 8.
+
+    The rounding of 1 + e would lose a small e. And a polynomial runs on the FMA pipe, while the special-function units
+    are busy with the exponentials and the reciprocal.
+    """
     p = 0.005232684779912233
     p = p * e - 0.029505206272006035
     p = p * e + 0.07822591066360474
@@ -78,7 +82,7 @@ def logit_grad_kernel(
     logit_grad_stride,
     logit_scale_ptr,  # fp32: t
     logit_bias_ptr,  # fp32: b
-    totals_ptr,  # fp64 (3, slots), added to: sums of the loss, of G ⊙ x yᵀ and of G, one slot for each program
+    totals_ptr,  # fp64 (3, slots), added to: sums of the loss, of G ⊙ x yᵀ and of G, one slot per program
     slots,
     images,
     texts,
@@ -87,7 +91,7 @@ def logit_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GRADIENTS: tl.constexpr,  # whether anything beyond the loss is wanted
+    GRADIENTS: tl.constexpr,  # whether anything beyond the loss is required
     LOGIT_GRAD_SCALE: tl.constexpr,  # a power of two
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -115,13 +119,13 @@ def logit_grad_kernel(
         columns = first_column + part * PART + tl.arange(0, PART)[None, :]
         positive = rows + diagonal == columns
         logits = parts[part] * logit_scale + logit_bias
-        # wrong = -z s, how far a pair is on the wrong side; pairs past the edge are infinitely right: no loss, no G.
+        # wrong = -z s: how far a pair is on the wrong side. -inf past the edge: such pairs have no loss and no G.
         wrong = tl.where(positive, -logits, logits)
         wrong = tl.where((rows < images) & (columns < texts), wrong, float("-inf"))
         e = tl.exp2(tl.abs(wrong) * -LOG2_E)
         loss_sum += tl.sum(tl.maximum(wrong, 0.0) + log1p(e), axis=1)
         if GRADIENTS:
-            # σ(wrong), from an exponential of its own: keeping e until here costs registers that there are not.
+            # σ(wrong), from an exponential of its own: keeping e until here would spill.
             probability = 1.0 / (1.0 + tl.exp2(wrong * -LOG2_E))
             logit_grad = tl.where(positive, -probability, probability)
             dot_sum += tl.sum(logit_grad * parts[part], axis=1)
@@ -131,13 +135,13 @@ def logit_grad_kernel(
                     stored = narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype)
                     logit_grad_target.store([first_row, first_column + part * PART], stored)
                 else:
-                    # Past the last text too: the products read whole tiles, and must find zeros there.
+                    # Zeros past the last text are stored as well, because the products read whole tiles.
                     o_logit_grad = rows.to(tl.int64) * tl.multiple_of(logit_grad_stride, 16) + columns
                     stored = narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype.element_ty)
                     tl.store(logit_grad_target + o_logit_grad, stored, mask=rows < images)
 
-    # Rows are summed in fp32, rows and tiles together in fp64. A slot belongs to one program of a launch, and launches
-    # follow each other, so the order of every sum is fixed.
+    # Within a row sums are fp32, over rows and tiles fp64. A slot belongs to one program per launch, and launches run
+    # one after another, so the order of every sum is fixed.
     slot_ptr = totals_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(slot_ptr, tl.load(slot_ptr) + tl.sum(loss_sum.to(tl.float64)))
     if GRADIENTS:
@@ -155,7 +159,7 @@ def product_kernel(
     operand_source,  # y or x (depth, WIDTH): descriptor of blocks [BLOCK_K, BLOCK_N], or pointer
     previous_ptr,  # fp32 (rows, WIDTH), added to the product; None: nothing is added
     out_ptr,  # (rows, WIDTH)
-    logit_scale_ptr,  # fp32, multiplies the sum together with `factor`; None: neither does
+    logit_scale_ptr,  # fp32; the sum is multiplied by it and by `factor`. None: by neither
     factor,
     rows,
     depth,

@@ -1,4 +1,4 @@
-"""`SigLipLoss`: open_clip's class of that name, on this package's losses."""
+"""`SigLipLoss`: the counterpart of open_clip's class of the same name."""
 
 from __future__ import annotations  # torch may be built without torch.distributed
 
@@ -26,17 +26,18 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class SigLipLoss(nn.Module):
     """The pairwise sigmoid loss of the global batch, a drop-in for open_clip's `SigLipLoss` (arXiv 2303.15343).
 
-    rank, world_size: this process's, as in open_clip; world_size 1 is the loss of the local batch. With `group` given
-    they default to the group's.
-    dist_impl: how texts travel. "ring" (default): around the ranks, one block at a time, with transfers behind the
-    computation and memory O(local N·D) whatever the number of ranks; "gather": all at once, O(global N·D). open_clip's
-    "bidir", "shift" and "reduce" differ only in how they travel there and are the ring here.
-    chunk_size: most images in a block of logits; 0 chooses. cache_labels: accepted, there are no labels to cache.
-    bidir, use_horovod: constructor arguments of open_clip 2; horovod is not supported.
-    backend: "triton", "chunked" (plain PyTorch), or "auto": triton on CUDA tensors where it is installed.
-    average_loss: return the mean of the ranks' losses, the same number on every rank, with unchanged gradients.
+    rank, world_size: as in open_clip; with world_size 1 the loss is that of the local batch. If `group` is given they
+    default to the group's.
+    dist_impl: how texts are exchanged. "ring" (default): around the ranks, one block at a time, overlapped with the
+    computation, in memory O(local N·D); "gather": by one all-gather, in O(global N·D). open_clip's "bidir", "shift" and
+    "reduce" differ only in the exchange, and select the ring here.
+    chunk_size: the most images per block of logits; 0 chooses automatically. cache_labels: ignored, accepted for
+    compatibility. bidir, use_horovod: constructor arguments of open_clip 2; horovod is not supported.
+    backend: "triton", "chunked" (PyTorch operations), or "auto": triton for CUDA tensors if it is installed.
+    average_loss: return the mean of the ranks' losses, the same on every rank; gradients do not change.
 
-    What each rank's loss and gradients are: see `siglip_kernels.sigmoid_loss.distributed`. Local batches may differ.
+    `siglip_kernels.sigmoid_loss.distributed` defines each rank's loss and gradients. Local batches may differ in size.
+    Raises UnsupportedInputError for unsupported arguments, on every rank if one rank refuses its input.
     """
 
     def __init__(
@@ -88,14 +89,15 @@ class SigLipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or {"contrastive_loss": loss}.
 
-        image_features, text_features: (local N, D), normalised; logit_scale: exponentiated; it and logit_bias are
-        numbers or tensors of one element (open_clip makes either shape); no bias is a bias of 0.
+        image_features, text_features: (local N, D), normalised; fp64 is supported by "chunked" only. logit_scale:
+        exponentiated. It and logit_bias are numbers or tensors of one element, of 0 or 1 dimensions as in open_clip;
+        logit_bias None is 0.
         """
         logit_scale, logit_bias = _scalar_shape(logit_scale), _scalar_shape(0.0 if logit_bias is None else logit_bias)
         arguments = (image_features, text_features, logit_scale, logit_bias)
         if self.world_size == 1:
             loss = self._local(*arguments)
-        elif torch.compiler.is_compiling():  # the exchange stays outside of graphs
+        elif torch.compiler.is_compiling():  # collectives cause a graph break
             loss = torch.compiler.disable(self._global)(*arguments)
         else:
             loss = self._global(*arguments)
@@ -132,7 +134,7 @@ class SigLipLoss(nn.Module):
             bias = as_scalar("SigLipLoss", "logit_bias", logit_bias, x)
             refuse_tangents("SigLipLoss", image_features=x, text_features=y, logit_scale=scale, logit_bias=bias)
             arguments = x, y, scale, bias
-        except Exception as error:  # told to the other ranks first: they would wait for this one
+        except Exception as error:  # raised after the other ranks know of it, which would wait for this one
             problem = error
         sizes = _agree(group, self.rank, arguments, problem)
         assert arguments is not None  # else _agree has raised
@@ -176,13 +178,13 @@ def _agree(
     arguments: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     problem: Exception | None,
 ) -> tuple[int, ...]:
-    """Every rank's number of pairs. Raises on every rank if one refused its input or if they do not fit together."""
+    """The number of pairs on each rank. Raises on every rank if one refused its input or if their inputs disagree."""
     facts = [0, 0, 0, 0, 0]
     if arguments is not None:
         wanted = _wanted(arguments)
         gradients = wanted.image or wanted.text or wanted.scalars
         facts = [*arguments[0].shape, _DTYPES.index(arguments[0].dtype), int(wanted.text), int(gradients)]
-    on_cpu = "cpu:" in dist.get_backend_config(group)  # then no rank waits for its GPU here
+    on_cpu = "cpu:" in dist.get_backend_config(group)  # without a synchronisation with the GPU
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor(facts, dtype=torch.int64, device=device)
     gathered = mine.new_empty((dist.get_world_size(group), len(facts)))

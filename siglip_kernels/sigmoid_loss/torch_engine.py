@@ -1,14 +1,15 @@
-"""The engine in plain PyTorch: any device, any floating-point dtype.
+"""The engine in PyTorch operations, for any device and any floating-point dtype.
 
-Half-precision inputs still get fp32 logits: on CUDA from the matrix product itself, elsewhere by working in fp32.
+Logits of half-precision inputs are fp32: on CUDA the matrix product accumulates and returns fp32, elsewhere the inputs
+are converted first.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Images and texts of a block unless told otherwise: large enough that on a busy CPU threads seldom wait for each other,
-# and that on a GPU launches do not count. A block and its temporaries are 50 MB and 400 MB in fp32.
+# The default images and texts per block: large enough that threads of a busy CPU seldom wait for each other, and that
+# launch overhead is negligible on a GPU. A block and its temporaries take 50 MB and 400 MB in fp32.
 _CPU_BLOCK = (1024, 4096)
 _GPU_BLOCK = (4096, 8192)
 
@@ -29,7 +30,7 @@ class TorchEngine:
         self.logit_grad_scale = 2.0**15 if self.logit_grad_dtype == torch.float16 else 1.0
 
     def totals(self, device: torch.device) -> Tensor:
-        # Sums of blocks, in fp64 where the device has it.
+        # MPS has no fp64.
         dtype = self.sum_dtype if device.type == "mps" else torch.float64
         return torch.zeros((3, 1), dtype=dtype, device=device)
 
@@ -54,10 +55,10 @@ class TorchEngine:
         if -len(x) < diagonal < len(y):
             positives = logits.diagonal(diagonal)
             positive_logits = positives.clone()
-            positives.fill_(-torch.inf)  # as a negative, such a pair has no loss and no gradient
+            positives.fill_(-torch.inf)  # as negatives they add no loss and no gradient
         else:
             positive_logits = logits.new_empty(0)
-        # Beyond 40, softplus(z) is z to the last bit even in fp64.
+        # Beyond 40, softplus(z) = z to the last bit even in fp64; the default threshold of 20 would show.
         totals[0] += F.softplus(logits, threshold=40).sum() - F.logsigmoid(positive_logits).sum()
         if not gradients:
             return

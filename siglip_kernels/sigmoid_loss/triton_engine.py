@@ -1,4 +1,4 @@
-"""The engine in Triton: launches `kernels.py` for one block at a time. Nothing here waits for the GPU."""
+"""The engine in Triton: launches the kernels of `kernels.py`, one block at a time, without a synchronisation."""
 
 import torch
 import triton
@@ -27,10 +27,10 @@ class TritonEngine:
         if chunk_size:
             self.rows = min(self.rows, round_up(chunk_size))
         self.logit_grad_dtype = dtype
-        # σ(-10) is 4.5e-5, below the normal numbers of fp16; multiplied by a power of two it keeps all its bits.
+        # σ(-10) = 4.5e-5 is subnormal in fp16; multiplied by a power of two it keeps all its bits.
         self.logit_grad_scale = 2.0**15 if dtype == torch.float16 else 1.0
         self.sum_dtype = torch.float32
-        # Finished gradients (t/n included) fit bf16; in fp16 they would vanish before a GradScaler multiplies them.
+        # Gradients times t/n fit bf16; in fp16 they would underflow before a GradScaler multiplies them.
         self.saved_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
     def totals(self, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
-"""Measured tiles, one table for each GPU by its full name. Written by `python -m bench tune sigmoid_loss`.
+"""Measured tiles, one table per GPU by its full name. Written by `python -m bench tune sigmoid_loss`.
 
-{(kernel, bytes of an element, width of the embeddings): the fields of `config.Tile`}
-A GPU that is not here, or a width that its table lacks, is not tuned yet and gets `config.py`'s choice.
+{("logit_grad" or "product", bytes per element, width of the embeddings): the fields of `config.Tile`}
+A GPU or width without an entry has not been tuned and gets the heuristic of `config.py`.
 """
 
 TUNED: dict[str, dict[tuple[str, int, int], tuple[int, int, int, int, int]]] = {}
