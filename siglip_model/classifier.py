@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siglip_kernels.errors import unsupported
+from siglip_kernels.fusable import is_fusable
 from siglip_model.capture import CapturedVision
 from siglip_model.config import SiglipConfig
-from siglip_model.layers import is_plain
 from siglip_model.outputs import ImageClassifierOutput
 from siglip_model.pretrained import PreTrainedModel, finish
 from siglip_model.vision_tower import SiglipVisionModel
@@ -57,7 +57,7 @@ class SiglipForImageClassification(PreTrainedModel):
             self._default(output_attentions, "attentions"),
             self._default(output_hidden_states, "hidden_states"),
         )
-        if is_plain(self.vision_model, SiglipVisionModel):
+        if is_fusable(self.vision_model, SiglipVisionModel):
             vision = self.vision_model.encode(pixel_values, *asked)
         else:
             vision = self.vision_model(pixel_values, *asked, return_dict=True)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from siglip_kernels import reference
+from siglip_kernels.fusable import is_fusable
 from siglip_model.config import SiglipTextConfig, SiglipVisionConfig
-from siglip_model.layers import MLP, LayerNorm, Linear, UsesBackend, add_linear, add_pre_norm_mlp, is_plain
+from siglip_model.layers import MLP, LayerNorm, Linear, UsesBackend, add_linear, add_pre_norm_mlp
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,9 @@ class Attention(UsesBackend, nn.Module):
         out = out.flatten(-2)
         return self.out_proj(out) if residual is None else add_linear(self.out_proj, out, residual), weights
 
-    def is_fusable(self) -> bool:
+    def has_fusable_weights(self) -> bool:
         """Whether a backend may compute queries, keys and values from their weights, as one operation."""
-        return all(is_plain(projection, Linear) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        return all(is_fusable(projection, Linear) for projection in (self.q_proj, self.k_proj, self.v_proj))
 
     def init_weights(self) -> None:
         for layer in (self.k_proj, self.v_proj, self.q_proj, self.out_proj):
@@ -95,10 +96,10 @@ class EncoderLayer(UsesBackend, nn.Module):
 
     def _add_attention(self, x: Tensor, mask: MaskArguments, return_weights: bool) -> tuple[Tensor, Tensor | None]:
         norm, attention = self.layer_norm1, self.self_attn
-        if not is_plain(attention, Attention):
+        if not is_fusable(attention, Attention):
             out, weights = attention(norm(x), mask, return_weights)
             return x + out, weights
-        if not (attention.ops is self.ops and attention.is_fusable() and is_plain(norm, LayerNorm)):
+        if not (attention.ops is self.ops and attention.has_fusable_weights() and is_fusable(norm, LayerNorm)):
             return attention(norm(x), mask, return_weights, residual=x)
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         projected = self.ops.pre_norm_qkv(

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import Parameter
 
 from siglip_kernels import reference
 from siglip_kernels.errors import unsupported
+from siglip_kernels.fusable import is_fusable, wraps_tensors
 from siglip_model.backends import SDPA, Backend
-
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs
-
-ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": nn.GELU(approximate="tanh"),
@@ -49,47 +43,16 @@ class UsesBackend:
     ops: Backend = SDPA
 
 
-def is_plain(module: nn.Module, kind: type[ModuleType]) -> TypeIs[ModuleType]:
-    """Whether a backend's operation may take the module's parameters instead of calling it.
-
-    Not where someone stands between: another class (LoRA, parametrizations, FSDP2, quantised layers), a hook (those of
-    nn.utils.prune and weight_norm, too), a forward set on the instance, weights that wrap other tensors (quantised,
-    distributed), a missing weight or bias. Such a module is called.
-    """
-    state = module.__dict__
-    if (
-        type(module) is not kind
-        or state["_forward_pre_hooks"]
-        or state["_forward_hooks"]
-        or state["_backward_pre_hooks"]
-        or state["_backward_hooks"]
-        or "forward" in state
-    ):
-        return False
-    for name, parameter in state["_parameters"].items():
-        if type(parameter) is not Parameter and (_wraps_tensors(parameter) or (parameter is None and name in _NEEDED)):
-            return False
-    return True
-
-
-_NEEDED = ("weight", "bias")
-
-
-def _wraps_tensors(tensor: Tensor | None) -> bool:
-    """torch's mark of a tensor made of others: torchao's quantised ones, DTensor."""
-    return hasattr(type(tensor), "__tensor_flatten__")
-
-
 class Linear(UsesBackend, nn.Linear):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if _wraps_tensors(self.weight):  # brings a product of its own
+        if wraps_tensors(self.weight):  # brings a product of its own
             return reference.linear(x, self.weight, self.bias, residual)
         return self.ops.linear(x, self.weight, self.bias, residual)
 
 
 def add_linear(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """residual + linear(x). Whoever stands between sees what he would in transformers: the product alone."""
-    return linear(x, residual) if is_plain(linear, Linear) else residual + linear(x)
+    return linear(x, residual) if is_fusable(linear, Linear) else residual + linear(x)
 
 
 class LayerNorm(UsesBackend, nn.LayerNorm):
@@ -111,13 +74,13 @@ class MLP(UsesBackend, nn.Module):
         self.fc1 = Linear(width, hidden)
         self.fc2 = Linear(hidden, width)
 
-    def is_fusable(self) -> bool:
+    def has_fusable_weights(self) -> bool:
         """Whether a backend may compute it from its weights, as one operation."""
-        return self.activation in TANH_GELU and is_plain(self.fc1, Linear) and is_plain(self.fc2, Linear)
+        return self.activation in TANH_GELU and is_fusable(self.fc1, Linear) and is_fusable(self.fc2, Linear)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
-        if self.is_fusable():
+        if self.has_fusable_weights():
             return self.ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual)
         hidden = ACTIVATIONS[self.activation](fc1(x))
         return fc2(hidden) if residual is None else add_linear(fc2, hidden, residual)
@@ -130,9 +93,9 @@ class MLP(UsesBackend, nn.Module):
 
 def add_pre_norm_mlp(ops: Backend, norm: nn.Module, mlp: nn.Module, x: Tensor) -> Tensor:
     """x + mlp(norm(x)): one operation, or the modules where someone stands between."""
-    if not is_plain(mlp, MLP):
+    if not is_fusable(mlp, MLP):
         return x + mlp(norm(x))
-    if not (mlp.ops is ops and mlp.is_fusable() and is_plain(norm, LayerNorm)):
+    if not (mlp.ops is ops and mlp.has_fusable_weights() and is_fusable(norm, LayerNorm)):
         return mlp(norm(x), x)
     fc1, fc2 = mlp.fc1, mlp.fc2
     return ops.pre_norm_mlp(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)

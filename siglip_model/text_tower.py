@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from siglip_kernels.errors import unsupported
+from siglip_kernels.fusable import is_fusable
 from siglip_model.capture import CapturedText
 from siglip_model.config import SiglipTextConfig
 from siglip_model.encoder import Encoder, MaskArguments
-from siglip_model.layers import LayerNorm, Linear, UsesBackend, is_plain, lecun_normal_
+from siglip_model.layers import LayerNorm, Linear, UsesBackend, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling
 from siglip_model.pretrained import PreTrainedModel, finish
 
@@ -28,7 +29,7 @@ class TextEmbeddings(nn.Module):
                 f"= {len(positions)} (tokenize with truncation=True, max_length={len(positions)})"
             )
         x = _looked_up(self.token_embedding, input_ids, "input_ids")
-        if position_ids is None and is_plain(self.position_embedding, nn.Embedding):
+        if position_ids is None and is_fusable(self.position_embedding, nn.Embedding):
             return x + positions[:tokens]
         if position_ids is None:
             position_ids = torch.arange(tokens, device=input_ids.device)

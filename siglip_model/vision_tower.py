@@ -9,10 +9,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
 from siglip_kernels.errors import unsupported
+from siglip_kernels.fusable import is_fusable
 from siglip_model.capture import CapturedVision
 from siglip_model.config import SiglipVisionConfig
 from siglip_model.encoder import Encoder
-from siglip_model.layers import MLP, LayerNorm, UsesBackend, add_pre_norm_mlp, is_plain, lecun_normal_
+from siglip_model.layers import MLP, LayerNorm, UsesBackend, add_pre_norm_mlp, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling
 from siglip_model.pretrained import PreTrainedModel, finish
 
@@ -47,13 +48,13 @@ class VisionEmbeddings(UsesBackend, nn.Module):
         if interpolate_pos_encoding and not (rows * columns == len(position) and height == width):
             position = self._interpolated(position, rows, columns)
         pixel_values = pixel_values.to(weight.dtype)
-        if not is_plain(self.patch_embedding, nn.Conv2d):
+        if not is_fusable(self.patch_embedding, nn.Conv2d):
             return self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + position
         return self.ops.patch_embed(pixel_values, weight, self.patch_embedding.bias, position)
 
     def _positions(self) -> Tensor:
         embedding = self.position_embedding
-        if is_plain(embedding, nn.Embedding):
+        if is_fusable(embedding, nn.Embedding):
             return embedding.weight
         return embedding(torch.arange(self.grid**2, device=embedding.weight.device))
 
@@ -69,7 +70,7 @@ class PoolingHead(UsesBackend, nn.Module):
         super().__init__()
         width = config.hidden_size
         self.probe = Parameter(torch.zeros(1, 1, width))
-        # Holds the parameters, under the names that checkpoints have; the backend computes (see `is_plain`).
+        # Holds the parameters, under the names that checkpoints have; the backend computes (see `is_fusable`).
         self.attention = nn.MultiheadAttention(width, config.num_attention_heads, batch_first=True)
         self.layernorm = LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
@@ -80,11 +81,11 @@ class PoolingHead(UsesBackend, nn.Module):
 
     def _pool(self, x: Tensor) -> Tensor:
         attention = self.attention
-        if not is_plain(attention, nn.MultiheadAttention):
+        if not is_fusable(attention, nn.MultiheadAttention):
             return attention(self.probe.expand(len(x), -1, -1), x, x)[0].squeeze(1)
         weight, bias, out_proj = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
         arguments = (x, self.probe, weight, bias)
-        if is_plain(out_proj, NonDynamicallyQuantizableLinear):
+        if is_fusable(out_proj, NonDynamicallyQuantizableLinear):
             return self.ops.attention_pool(*arguments, out_proj.weight, out_proj.bias, attention.num_heads)
         identity = torch.eye(len(self.probe[0, 0]), dtype=weight.dtype, device=weight.device)
         return out_proj(

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import siglip_kernels
+from siglip_kernels.fusable import has_ordinary_parameters, is_fusable, is_unhooked
 from siglip_kernels.integrations.patching import (
     Accelerated,
-    has_plain_parameters,
-    is_bare,
-    is_plain,
     is_replaced,
     runs,
-    why_not_plain,
+    why_not_fusable,
 )
 
 LARGEST_HEAD_DIM = 128
@@ -28,7 +26,7 @@ _TANH_GELUS = {
 
 def is_tanh_gelu(activation: Any) -> bool:
     """Whether it is the activation inside `siglip_kernels.mlp`, and nobody looks at it."""
-    if isinstance(activation, nn.Module) and not is_bare(activation):
+    if isinstance(activation, nn.Module) and not is_unhooked(activation):
         return False
     if type(activation) is nn.GELU:
         return activation.approximate == "tanh"
@@ -67,18 +65,18 @@ class LayerNorm(Accelerated):
 
 def takes_norm(x: Tensor, norm: Any) -> bool:
     """Whether `layer_norm` takes x and the parameters of a LayerNorm, whose dtype may be fp32 beside any of x."""
-    return has_plain_parameters(norm) and (
+    return has_ordinary_parameters(norm) and (
         runs(x, norm.weight, norm.bias) or (runs(x) and norm.weight.dtype == torch.float32)
     )
 
 
 def is_fusable_norm(norm: Any, x: Tensor) -> bool:
     """Whether an operation that begins with a LayerNorm may take this one's parameters."""
-    return is_replaced(norm, LayerNorm) and is_bare(norm) and takes_norm(x, norm)
+    return is_replaced(norm, LayerNorm) and is_unhooked(norm) and takes_norm(x, norm)
 
 
 def why_not_fusable_norm(path: str, norm: Any) -> list[str]:
-    if is_replaced(norm, LayerNorm) and is_bare(norm):
+    if is_replaced(norm, LayerNorm) and is_unhooked(norm):
         return []
     return [f"{path} ({type(norm).__name__}) has hooks or is not replaced, and is called as it is"]
 
@@ -93,7 +91,7 @@ def pre_norm_packed_qkv(
 
 def add_linear(x: Tensor, linear: Any, y: Tensor) -> Tensor:
     """x + linear(y)."""
-    if is_plain(linear, *LINEARS) and runs(y, linear.weight, linear.bias):
+    if is_fusable(linear, *LINEARS) and runs(y, linear.weight, linear.bias):
         return siglip_kernels.linear(y, linear.weight, linear.bias, x)
     return x + linear(y)
 
@@ -101,8 +99,8 @@ def add_linear(x: Tensor, linear: Any, y: Tensor) -> Tensor:
 def fuses_mlp(fc1: Any, activation: Any, fc2: Any, x: Tensor) -> bool:
     return (
         is_tanh_gelu(activation)
-        and is_plain(fc1, nn.Linear)
-        and is_plain(fc2, nn.Linear)
+        and is_fusable(fc1, nn.Linear)
+        and is_fusable(fc2, nn.Linear)
         and runs(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     )
 
@@ -124,35 +122,33 @@ def describe_pre_norm_mlp(
     norm: tuple[str, nn.Module], fc1: tuple[str, nn.Module], activation: Any, fc2: tuple[str, nn.Module]
 ) -> tuple[tuple[str, ...], list[str]]:
     """Operations and remarks of `add_pre_norm_mlp`; each module comes with its path."""
-    remarks = why_not_plain(*fc1, nn.Linear) + why_not_plain(*fc2, nn.Linear) + why_not_tanh_gelu(activation)
+    remarks = why_not_fusable(*fc1, nn.Linear) + why_not_fusable(*fc2, nn.Linear) + why_not_tanh_gelu(activation)
     remarks += why_not_fusable_norm(*norm)
     if not remarks:
         return ("pre_norm_mlp",), []
-    operations = ("layer_norm",) * is_replaced(norm[1], LayerNorm) + ("linear",) * is_plain(fc2[1], nn.Linear)
+    operations = ("layer_norm",) * is_replaced(norm[1], LayerNorm) + ("linear",) * is_fusable(fc2[1], nn.Linear)
     return operations, remarks
 
 
 def why_not_patches(path: str, convolution: Any) -> list[str]:
     """Why a convolution is not `siglip_kernels.patch_embed`, or nothing."""
-    if not is_plain(convolution, nn.Conv2d):
-        return why_not_plain(path, convolution, nn.Conv2d)
+    if not is_fusable(convolution, nn.Conv2d):
+        return why_not_fusable(path, convolution, nn.Conv2d)
     side_by_side = convolution.stride == convolution.kernel_size and convolution.padding in ("valid", (0, 0))
     if side_by_side and convolution.dilation == (1, 1) and convolution.groups == 1:
         return []
     return [f"{path} does not cut the image into patches side by side"]
 
 
-def is_plain_attention(attention: Any) -> bool:
-    """`is_plain` for a torch.nn.MultiheadAttention of SigLIP's form: packed projections with biases."""
+def is_fusable_attention(attention: Any) -> bool:
+    """`is_fusable` for a torch.nn.MultiheadAttention of SigLIP's form: packed projections with biases."""
     return (
-        type(attention) is nn.MultiheadAttention
-        and is_bare(attention)
+        is_fusable(attention, nn.MultiheadAttention)
         and attention.in_proj_weight is not None
         and attention.in_proj_bias is not None
-        and not hasattr(type(attention.in_proj_weight), "__tensor_flatten__")
         and attention.bias_k is None
         and attention.bias_v is None
         and not attention.add_zero_attn
         and not (attention.training and attention.dropout)
-        and is_plain(attention.out_proj, *LINEARS)
+        and is_fusable(attention.out_proj, *LINEARS)
     )

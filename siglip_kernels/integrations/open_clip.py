@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 import siglip_kernels
 from siglip_kernels import SigLipLoss
+from siglip_kernels.fusable import is_unhooked
 from siglip_kernels.integrations import timm as siglip_timm
 from siglip_kernels.integrations.blocks import (
     LayerNorm,
     add_linear,
     add_pre_norm_mlp,
     describe_pre_norm_mlp,
+    is_fusable_attention,
     is_fusable_norm,
-    is_plain_attention,
     pre_norm_packed_qkv,
     takes_norm,
     why_not_fusable_norm,
@@ -40,7 +41,6 @@ from siglip_kernels.integrations.patching import (
     Accelerated,
     accelerate_modules,
     full_name,
-    is_bare,
     is_replaced,
     original_class,
     require_version,
@@ -148,11 +148,11 @@ class ResidualAttentionBlock(Accelerated):
 
 
 def _is_self_attention(attention: Any) -> bool:
-    return attention.batch_first and is_plain_attention(attention)
+    return attention.batch_first and is_fusable_attention(attention)
 
 
 def _is_known_mlp(module: Any) -> bool:
-    return type(module) is nn.Sequential and is_bare(module) and list(module._modules) == ["c_fc", "gelu", "c_proj"]
+    return type(module) is nn.Sequential and is_unhooked(module) and list(module._modules) == ["c_fc", "gelu", "c_proj"]
 
 
 _REPLACEMENTS: dict[str, type[Accelerated]] = {

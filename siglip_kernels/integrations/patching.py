@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.modules.module as _hooks_on_all_modules
 from torch import Tensor, nn
 
 from siglip_kernels.device import facts, interpreting
 from siglip_kernels.errors import MissingBackendError, unsupported
+from siglip_kernels.fusable import has_own_forward, is_fusable, is_unhooked
 from siglip_kernels.integrations.report import Left, Replaced, Report
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -98,15 +98,9 @@ def is_replaced(module: nn.Module, replacement: type[Accelerated] = Accelerated)
     return isinstance(module, replacement) and type(module).own is type(module)
 
 
-def _has_own_forward(module: Any) -> bool:
-    """Whether the instance has another forward than its class's, which older transformers leave on it."""
-    state = module.__dict__
-    return "forward" in state and getattr(state["forward"], "__func__", None) is not type(module).forward
-
-
 def _drop_shadow(module: Any) -> None:
     """Removes from the instance a forward that is only its class's, and would outlive a change of class."""
-    if "forward" in module.__dict__ and not _has_own_forward(module):
+    if "forward" in module.__dict__ and not has_own_forward(module):
         del module.__dict__["forward"]
 
 
@@ -134,51 +128,14 @@ def restore(model: nn.Module) -> None:
 
 # Which parameters an operation may take ------------------------------------------------------------------------------
 
-# Hooks that transformers leaves on attention and layers once hidden states were asked for; they look at weights of
-# attention, which only its own forward returns, and at a layer's output, which stays.
-_HOOKS_THAT_WATCH = "transformers.utils.output_capturing"
 
-
-def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module does nothing but run its class's forward."""
-    state = module.__dict__
-    if state["_forward_pre_hooks"] or state["_backward_pre_hooks"] or state["_backward_hooks"]:
-        return False
-    everywhere = _hooks_on_all_modules
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        return False
-    if everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks:
-        return False
-    for hook in state["_forward_hooks"].values():
-        if getattr(hook, "__module__", None) != _HOOKS_THAT_WATCH:
-            return False
-    return not _has_own_forward(module)
-
-
-def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether an operation may take the module's parameters instead of calling it.
-
-    Not where someone stands between: another class (LoRA, parametrizations, FSDP2, quantised layers), a hook, a
-    forward set on the instance, a weight made of other tensors (quantised, distributed), a missing weight or bias.
-    """
-    return type(module) in kinds and is_bare(module) and has_plain_parameters(module)
-
-
-def has_plain_parameters(module: nn.Module) -> bool:
-    """Whether every parameter is there and is an ordinary tensor; torch marks those made of others."""
-    for parameter in module.__dict__["_parameters"].values():  # loops, here and below: this is run at each call
-        if parameter is None or hasattr(type(parameter), "__tensor_flatten__"):
-            return False
-    return True
-
-
-def why_not_plain(path: str, module: nn.Module, kind: type[nn.Module]) -> list[str]:
+def why_not_fusable(path: str, module: nn.Module, kind: type[nn.Module]) -> list[str]:
     """The remark of a report on a module that has to be called, or nothing."""
-    if is_plain(module, kind):
+    if is_fusable(module, kind):
         return []
     if type(module) is not kind:
         return [f"{path} is a {full_name(type(module))} and is called as it is"]
-    if not is_bare(module):
+    if not is_unhooked(module):
         return [f"{path} has hooks or a forward of its own and is called as it is"]
     return [f"{path} lacks a weight or bias, or has one that is made of other tensors, and is called as it is"]
 
@@ -228,7 +185,7 @@ def accelerate_modules(
             left.append(Left(path, name, found))
             continue
         _drop_shadow(module)
-        if _has_own_forward(module):
+        if has_own_forward(module):
             left.append(Left(path, name, "a forward was set on the instance, by hand or by hooks that move weights"))
             continue
         operations, remarks = found.describe(module)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import siglip_kernels
+from siglip_kernels.fusable import is_fusable, is_unhooked
 from siglip_kernels.integrations.blocks import (
     LayerNorm,
     add_linear,
@@ -22,18 +23,16 @@ from siglip_kernels.integrations.blocks import (
     is_fusable_norm,
     mlp,
     pre_norm_packed_qkv,
+    why_not_fusable,
     why_not_fusable_norm,
     why_not_head_dim,
     why_not_patches,
-    why_not_plain,
     why_not_tanh_gelu,
 )
 from siglip_kernels.integrations.patching import (
     Accelerated,
     accelerate_modules,
     full_name,
-    is_bare,
-    is_plain,
     is_replaced,
     original_class,
     require_version,
@@ -95,7 +94,7 @@ def replacement(towers: list[str], path: str, module: nn.Module) -> type[Acceler
 
 def drops_nothing(module: Any) -> bool:
     """Whether a dropout, a stochastic depth or what stands in their place passes its input on unchanged."""
-    if not is_bare(module):
+    if not is_unhooked(module):
         return False
     kind = type(module)
     if kind is nn.Dropout:
@@ -129,7 +128,7 @@ class Attention(Accelerated):
 def _is_simple(attention: Any) -> bool:
     norms = (attention.q_norm, attention.k_norm, getattr(attention, "norm", None))  # the last since timm 1.0.17
     gate = getattr(attention, "gate", None)
-    return gate is None and all(norm is None or (type(norm) is nn.Identity and is_bare(norm)) for norm in norms)
+    return gate is None and all(norm is None or (type(norm) is nn.Identity and is_unhooked(norm)) for norm in norms)
 
 
 def _why_not_simple(attention: Any) -> list[str]:
@@ -147,7 +146,7 @@ class MLP(Accelerated):
 
     @staticmethod
     def describe(module):
-        remarks = why_not_plain("fc1", module.fc1, nn.Linear) + why_not_plain("fc2", module.fc2, nn.Linear)
+        remarks = why_not_fusable("fc1", module.fc1, nn.Linear) + why_not_fusable("fc2", module.fc2, nn.Linear)
         remarks += why_not_tanh_gelu(module.act) + ([] if type(module.norm) is nn.Identity else ["it has a norm"])
         return ((), tuple(remarks)) if remarks else (("mlp",), ())
 
@@ -163,7 +162,7 @@ def _only_linears(module: Any) -> bool:
 
 
 def _is_known_mlp(module: nn.Module) -> bool:
-    return is_bare(module) and REPLACEMENTS.get(full_name(original_class(module))) is MLP and _only_linears(module)
+    return is_unhooked(module) and REPLACEMENTS.get(full_name(original_class(module))) is MLP and _only_linears(module)
 
 
 class Block(Accelerated):
@@ -174,11 +173,11 @@ class Block(Accelerated):
         attention, norm = module.attn, module.norm1
         remarks: list[str] = []
         operations: tuple[str, ...] = ("layer_norm",) * is_replaced(norm, LayerNorm)
-        if not (is_replaced(attention, Attention) and is_bare(attention) and type(module.ls1) is nn.Identity):
+        if not (is_replaced(attention, Attention) and is_unhooked(attention) and type(module.ls1) is nn.Identity):
             remarks.append("its attention has hooks, a LayerScale or is not replaced, and is called as it is")
         else:
-            remarks = why_not_fusable_norm("norm1", norm) + why_not_plain("attn.qkv", attention.qkv, nn.Linear)
-            proj = why_not_plain("attn.proj", attention.proj, nn.Linear)
+            remarks = why_not_fusable_norm("norm1", norm) + why_not_fusable("attn.qkv", attention.qkv, nn.Linear)
+            proj = why_not_fusable("attn.proj", attention.proj, nn.Linear)
             operations = (*(operations if remarks else ("pre_norm_qkv",)), "attention", *(() if proj else ("linear",)))
             remarks += proj + list(Attention.describe(attention)[1])
         if not (type(module.ls2) is nn.Identity and _is_known_mlp(module.mlp)):
@@ -203,7 +202,7 @@ class Block(Accelerated):
         norm, attention = self.norm1, self.attn
         fusable = (
             is_replaced(attention, Attention)
-            and is_bare(attention)
+            and is_unhooked(attention)
             and attention.attends(x, attn_mask, is_causal)
             and drops_nothing(attention.proj_drop)
             and drops_nothing(self.ls1)
@@ -212,7 +211,7 @@ class Block(Accelerated):
         if not fusable:
             return x + self.drop_path1(self.ls1(attention(norm(x), **_masks(attn_mask, is_causal))))
         qkv, heads = attention.qkv, attention.num_heads
-        if is_fusable_norm(norm, x) and is_plain(qkv, nn.Linear) and runs(x, qkv.weight, qkv.bias):
+        if is_fusable_norm(norm, x) and is_fusable(qkv, nn.Linear) and runs(x, qkv.weight, qkv.bias):
             q, k, v = pre_norm_packed_qkv(x, norm, qkv.weight, qkv.bias, heads)
         else:
             q, k, v = qkv(norm(x)).unflatten(-1, (3, heads, attention.head_dim)).unbind(2)
@@ -259,9 +258,9 @@ def _is_poolable(pool: Any) -> bool:
         pool.latent_len == 1
         and pool.pool == "token"
         and pool.pos_embed is None
-        and all(is_plain(linear, nn.Linear) for linear in (pool.q, pool.kv, pool.proj))
+        and all(is_fusable(linear, nn.Linear) for linear in (pool.q, pool.kv, pool.proj))
         and pool.q.in_features == pool.q.out_features == pool.kv.in_features == pool.proj.out_features
-        and all(type(norm) is nn.Identity and is_bare(norm) for norm in (pool.q_norm, pool.k_norm))
+        and all(type(norm) is nn.Identity and is_unhooked(norm) for norm in (pool.q_norm, pool.k_norm))
         and drops_nothing(pool.proj_drop)
     )
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import siglip_kernels
+from siglip_kernels.fusable import is_fusable, is_unhooked
 from siglip_kernels.integrations.blocks import (
     LayerNorm,
     add_linear,
     add_pre_norm_mlp,
     describe_pre_norm_mlp,
     fuses_mlp,
+    is_fusable_attention,
     is_fusable_norm,
-    is_plain_attention,
     mlp,
     why_not_fusable_norm,
     why_not_head_dim,
@@ -29,11 +30,9 @@ from siglip_kernels.integrations.key_padding import as_given, attend, is_served,
 from siglip_kernels.integrations.patching import (
     Accelerated,
     full_name,
-    is_bare,
-    is_plain,
     is_replaced,
     runs,
-    why_not_plain,
+    why_not_fusable,
 )
 
 
@@ -96,7 +95,7 @@ class MLP(Accelerated):
 
     @staticmethod
     def describe(module):
-        fc1, fc2 = why_not_plain("fc1", module.fc1, nn.Linear), why_not_plain("fc2", module.fc2, nn.Linear)
+        fc1, fc2 = why_not_fusable("fc1", module.fc1, nn.Linear), why_not_fusable("fc2", module.fc2, nn.Linear)
         remarks = tuple(fc1 + fc2 + why_not_tanh_gelu(module.activation_fn))
         return ((), remarks) if remarks else (("mlp",), ())
 
@@ -120,15 +119,15 @@ class EncoderLayer(Accelerated):
     def describe(module):
         attention, norm = module.self_attn, module.layer_norm1
         remarks: list[str] = []
-        if not (is_replaced(attention, Attention) and is_bare(attention)):
+        if not (is_replaced(attention, Attention) and is_unhooked(attention)):
             operations: tuple[str, ...] = ("layer_norm",) * is_replaced(norm, LayerNorm)
             remarks.append("self_attn has hooks or is not replaced, and is called as it is")
         else:
             remarks += why_not_fusable_norm("layer_norm1", norm)
             for name in ("q_proj", "k_proj", "v_proj"):
-                remarks += why_not_plain(f"self_attn.{name}", getattr(attention, name), nn.Linear)
+                remarks += why_not_fusable(f"self_attn.{name}", getattr(attention, name), nn.Linear)
             operations = ("layer_norm",) * is_replaced(norm, LayerNorm) if remarks else ("pre_norm_qkv",)
-            out_proj = why_not_plain("self_attn.out_proj", attention.out_proj, nn.Linear)
+            out_proj = why_not_fusable("self_attn.out_proj", attention.out_proj, nn.Linear)
             operations = (*operations, "attention", *(() if out_proj else ("linear",)))
             remarks += out_proj + list(Attention.describe(attention)[1])
         if not _is_known_mlp(module.mlp):
@@ -156,10 +155,12 @@ class EncoderLayer(Accelerated):
     def _add_attention(self: Any, x: Tensor, mask: Any, arguments: dict[str, Any]) -> Tensor:
         norm, attention = self.layer_norm1, self.self_attn
         padding = read_key_padding(mask, *x.shape[:2])
-        if not (is_replaced(attention, Attention) and is_bare(attention) and attention.attends(x, padding, arguments)):
+        if not (
+            is_replaced(attention, Attention) and is_unhooked(attention) and attention.attends(x, padding, arguments)
+        ):
             return x + attention(hidden_states=norm(x), attention_mask=as_given(mask), **arguments)[0]
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        plain = is_plain(q, nn.Linear) and is_plain(k, nn.Linear) and is_plain(v, nn.Linear)
+        plain = is_fusable(q, nn.Linear) and is_fusable(k, nn.Linear) and is_fusable(v, nn.Linear)
         if plain and is_fusable_norm(norm, x) and runs(x, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias):
             projected = siglip_kernels.pre_norm_qkv(
                 x,
@@ -181,7 +182,7 @@ class EncoderLayer(Accelerated):
 
 def _is_known_mlp(module: nn.Module) -> bool:
     """Whether a SiglipMLP's linear layers may be called in its stead; one with another activation was not replaced."""
-    return is_bare(module) and (is_replaced(module, MLP) or REPLACEMENTS.get(full_name(type(module))) is MLP)
+    return is_unhooked(module) and (is_replaced(module, MLP) or REPLACEMENTS.get(full_name(type(module))) is MLP)
 
 
 class Encoder(Accelerated):
@@ -198,7 +199,7 @@ class Encoder(Accelerated):
 
 
 def _takes_key_padding(layer: nn.Module) -> bool:
-    return is_replaced(layer, EncoderLayer) and is_bare(layer)
+    return is_replaced(layer, EncoderLayer) and is_unhooked(layer)
 
 
 class PoolingHead(Accelerated):
@@ -206,7 +207,7 @@ class PoolingHead(Accelerated):
 
     @staticmethod
     def describe(module):
-        if not is_plain_attention(module.attention):
+        if not is_fusable_attention(module.attention):
             kind = full_name(type(module.attention))
             return (), (f"its attention, a {kind}, is wrapped, hooked or of another form than SigLIP's",)
         if not _is_known_mlp(module.mlp):
@@ -221,7 +222,7 @@ class PoolingHead(Accelerated):
         if (
             not runs(hidden_state, self.probe)
             or not is_served(padding)
-            or not is_plain_attention(pool)
+            or not is_fusable_attention(pool)
             or not runs(hidden_state, pool.in_proj_weight)
         ):
             return super().forward(hidden_state, *(() if attention_mask is None else (attention_mask,)))
@@ -254,7 +255,7 @@ class VisionEmbeddings(Accelerated):
 
     def forward(self: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         convolution = self.patch_embedding
-        if why_not_patches("patch_embedding", convolution) or not is_bare(self.position_embedding):
+        if why_not_patches("patch_embedding", convolution) or not is_unhooked(self.position_embedding):
             return super().forward(pixel_values, interpolate_pos_encoding)
         pixels = pixel_values.to(dtype=convolution.weight.dtype)
         height, width = pixels.shape[-2:]
@@ -274,12 +275,12 @@ class NaflexVisionEmbeddings(Accelerated):
 
     @staticmethod
     def describe(module):
-        remarks = why_not_plain("patch_embedding", module.patch_embedding, nn.Linear)
+        remarks = why_not_fusable("patch_embedding", module.patch_embedding, nn.Linear)
         return ((), tuple(remarks)) if remarks else (("linear",), ())
 
     def forward(self: Any, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
         linear = self.patch_embedding
-        if not is_plain(linear, nn.Linear) or not is_bare(self.position_embedding):
+        if not is_fusable(linear, nn.Linear) or not is_unhooked(self.position_embedding):
             return super().forward(pixel_values, spatial_shapes)
         patches = pixel_values.to(dtype=linear.weight.dtype)
         if not runs(patches, linear.weight, linear.bias):

@@ -107,6 +107,27 @@ def test_every_hook_of_every_module_runs(hook: str) -> None:
         assert len(seen) == 1, name
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hooks_on_all_modules_see_every_module(backend: str, kind: str) -> None:
+    hooked, seen = model(backend), []
+    expected = run(hooked)
+    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+    handle = register(lambda module, *_: seen.append(module))
+    try:
+        out = run(hooked)
+        out.sum().backward()
+    finally:
+        handle.remove()
+    close(out, expected)
+    for name in MODULES:
+        if name != "vision_model.head.attention.out_proj":  # nn.MultiheadAttention takes its parameters
+            assert sum(module is hooked.get_submodule(name) for module in seen) == 1, name
+    count = len(seen)
+    run(hooked).sum().backward()
+    assert len(seen) == count
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_wrapped_modules_are_called(backend: str) -> None:
     wrapped = model(backend)
