@@ -1,6 +1,6 @@
 """A backend is a set of operations. The model calls them and never asks which backend it has.
 
-Another backend (fp8, a vendor's library) is one more value here; no module changes.
+A further backend (fp8, a vendor's library) is one more `Backend` in BACKENDS; no module of the model changes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ Operation = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Backend:
-    """The operations of SigLIP; `siglip_kernels.reference` documents each of them.
+    """The operations of SigLIP, which `siglip_kernels.reference` documents, and what the model has to know about them.
 
-    attention_mask: turns what a user gives, (B, S) or (B, 1 or H, S, S), into keyword arguments of `attention`,
-    once per forward.
+    attention_mask: converts the caller's mask, (B, S) or (B, 1 or H, S, S), into keyword arguments of `attention`, once
+        per forward.
+    returns_weights: whether output_attentions=True changes nothing in how attention is computed. Otherwise the
+        reference computes it, with a warning.
+    masks_sync: whether masked attention makes the host wait for the GPU, which a CUDA graph cannot capture.
+    lacks: what this machine lacks to run the backend, or None.
     """
 
     name: str
@@ -44,6 +48,9 @@ class Backend:
     attention_pool: Operation
     patch_embed: Operation
     sigmoid_loss: Operation
+    returns_weights: bool
+    masks_sync: bool
+    lacks: Callable[[], str | None]
 
 
 def _dense_mask(attention_mask: Tensor) -> dict[str, Tensor]:
@@ -69,8 +76,8 @@ def _lengths(attention_mask: Tensor, name: str) -> dict[str, Tensor]:
     return {"lengths": _count_valid(attention_mask.bool(), name)}
 
 
-# An operator, because it reads the values to see that padding is at the end, and so waits for the device: torch.compile
-# keeps it whole, and leaves it out of its CUDA graphs.
+# A custom operator, because checking that padding is at the end reads values and so waits for the device:
+# torch.compile does not trace into it and leaves it out of its CUDA graphs.
 @torch.library.custom_op("siglip_model::count_valid", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _count_valid(valid: Tensor, name: str) -> Tensor:
     """valid: bool (B, L). Returns int32 (B,)."""
@@ -172,45 +179,13 @@ def _triton_attention(
     return siglip_kernels.attention(q, k, v, scale=scale, lengths=lengths)
 
 
-EAGER = Backend(
-    name="eager",
-    attention=reference.attention,
-    attention_mask=_dense_mask,
-    linear=reference.linear,
-    mlp=reference.mlp,
-    layer_norm=reference.layer_norm,
-    pre_norm_qkv=reference.pre_norm_qkv,
-    pre_norm_mlp=reference.pre_norm_mlp,
-    attention_pool=reference.attention_pool,
-    patch_embed=reference.patch_embed,
-    sigmoid_loss=siglip_kernels.plain_sigmoid_loss,
-)
-SDPA = replace(EAGER, name="sdpa", attention=_sdpa_attention, attention_pool=folded_attention_pool)
-FLASH = replace(
-    SDPA,
-    name="flash_attention_2",
-    attention=_flash_attention,
-    attention_mask=functools.partial(_lengths, name="flash_attention_2"),
-)
-TRITON = Backend(
-    name="triton",
-    attention=_triton_attention,
-    attention_mask=functools.partial(_lengths, name="triton"),
-    linear=siglip_kernels.linear,
-    mlp=siglip_kernels.mlp,
-    layer_norm=siglip_kernels.layer_norm,
-    pre_norm_qkv=siglip_kernels.pre_norm_qkv,
-    pre_norm_mlp=siglip_kernels.pre_norm_mlp,
-    attention_pool=siglip_kernels.attention_pool,
-    patch_embed=siglip_kernels.patch_embed,
-    sigmoid_loss=siglip_kernels.sigmoid_loss,
-)
-BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}
+def _lacks_nothing() -> None:
+    return None
 
 
 def _lacks_flash() -> str | None:
     lacks = []
-    # By the name of what is installed: FlashAttention-4 brings a package flash_attn, too, without what is called here.
+    # By the distribution's name: FlashAttention-4 also installs a module flash_attn, without the functions called here.
     if not any(importlib.metadata.distributions(name="flash-attn")):
         lacks.append("the package flash-attn is not installed (pip install flash-attn --no-build-isolation)")
     if not torch.cuda.is_available():
@@ -231,22 +206,69 @@ def _lacks_triton() -> str | None:
     return None
 
 
+EAGER = Backend(
+    name="eager",
+    attention=reference.attention,
+    attention_mask=_dense_mask,
+    linear=reference.linear,
+    mlp=reference.mlp,
+    layer_norm=reference.layer_norm,
+    pre_norm_qkv=reference.pre_norm_qkv,
+    pre_norm_mlp=reference.pre_norm_mlp,
+    attention_pool=reference.attention_pool,
+    patch_embed=reference.patch_embed,
+    sigmoid_loss=siglip_kernels.plain_sigmoid_loss,
+    returns_weights=True,
+    masks_sync=False,
+    lacks=_lacks_nothing,
+)
+SDPA = replace(
+    EAGER, name="sdpa", attention=_sdpa_attention, attention_pool=folded_attention_pool, returns_weights=False
+)
+FLASH = replace(
+    SDPA,
+    name="flash_attention_2",
+    attention=_flash_attention,
+    attention_mask=functools.partial(_lengths, name="flash_attention_2"),
+    masks_sync=True,
+    lacks=_lacks_flash,
+)
+TRITON = Backend(
+    name="triton",
+    attention=_triton_attention,
+    attention_mask=functools.partial(_lengths, name="triton"),
+    linear=siglip_kernels.linear,
+    mlp=siglip_kernels.mlp,
+    layer_norm=siglip_kernels.layer_norm,
+    pre_norm_qkv=siglip_kernels.pre_norm_qkv,
+    pre_norm_mlp=siglip_kernels.pre_norm_mlp,
+    attention_pool=siglip_kernels.attention_pool,
+    patch_embed=siglip_kernels.patch_embed,
+    sigmoid_loss=siglip_kernels.sigmoid_loss,
+    returns_weights=False,
+    masks_sync=False,
+    lacks=_lacks_triton,
+)
+BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}
+
+
 def availability() -> dict[str, str | None]:
     """For each backend: None if this machine can run it, else what is missing."""
-    return {"eager": None, "sdpa": None, "flash_attention_2": _lacks_flash(), "triton": _lacks_triton()}
+    return {name: backend.lacks() for name, backend in BACKENDS.items()}
 
 
 def resolve(name: str, device: torch.device) -> Backend:
-    """The backend of that name; "auto" is triton on a CUDA device that supports it and sdpa elsewhere.
+    """The backend with that name; "auto" is triton on a CUDA device that supports it and sdpa elsewhere.
 
-    Raises ValueError for an unknown name and MissingBackendError where the machine lacks what it needs:
-    an explicit backend never falls back.
+    Raises ValueError for an unknown name and MissingBackendError if the machine lacks what the backend needs: an
+    explicit backend never falls back.
     """
     if name == "auto":
-        return TRITON if device.type == "cuda" and _lacks_triton() is None else SDPA
+        return TRITON if device.type == "cuda" and TRITON.lacks() is None else SDPA
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; supported: {', '.join(BACKENDS)}, auto")
-    missing = availability()[name]
-    if missing is not None:
-        raise MissingBackendError(f"backend {name!r} cannot run here: {missing}. Choose backend='sdpa' or 'auto'.")
-    return BACKENDS[name]
+    backend = BACKENDS[name]
+    lacking = backend.lacks()
+    if lacking is not None:
+        raise MissingBackendError(f"backend {name!r} cannot run here: {lacking}. Choose backend='sdpa' or 'auto'.")
+    return backend

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from siglip_kernels import MissingBackendError
 from siglip_kernels.errors import unsupported
+from siglip_model.backends import Backend
 from siglip_model.outputs import BaseModelOutputWithPooling, SiglipOutput
 
 if TYPE_CHECKING:
@@ -185,12 +186,13 @@ class CapturedText:
     ):
         length = model.config.max_position_embeddings if text_length is None else text_length
         record = record or _recorder(model, batch_size=batch_size, text_length=length)
-        if attention_mask and model.backend == "flash_attention_2":
-            got = "is True with the backend flash_attention_2, whose masked attention waits for the GPU"
+        ops: Backend = model.ops  # type: ignore[assignment]
+        if attention_mask and ops.masks_sync:
+            got = f"is True with the backend {ops.name}, whose masked attention makes the host wait for the GPU"
             raise unsupported("capture", "attention_mask", got, "True with triton, sdpa and eager")
         ids = _buffer(model, (batch_size, length), torch.int64)
         # A backend may read a mask's values, which no graph can: what it makes of the mask is the graph's input.
-        self._convert_mask: Callable[[Tensor], dict[str, Tensor]] = model.ops.attention_mask  # type: ignore
+        self._convert_mask = ops.attention_mask
         self._no_padding = self._convert_mask(ids + 1) if attention_mask else {}
 
         def encode(input_ids: Tensor, **mask: Tensor) -> Any:

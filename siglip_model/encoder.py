@@ -22,7 +22,7 @@ Projected = tuple[Tensor, Tensor, Tensor]  # q, k and v, each [B, S, H, D]
 
 
 @functools.cache
-def _say_once_that_weights_are_eager(backend: str) -> None:
+def _warn_once_about_reference_attention(backend: str) -> None:
     logger.warning(
         "The %s backend keeps no attention weights: with output_attentions=True attention is computed by the "
         "reference (eager) path.",
@@ -62,8 +62,8 @@ class Attention(UsesBackend, nn.Module):
             mask = {**mask, "dropout": self.dropout}
         weights = None
         if return_weights:
-            if self.ops.name != "eager" and not torch.compiler.is_compiling():  # which traces no logging
-                _say_once_that_weights_are_eager(self.ops.name)
+            if not self.ops.returns_weights and not torch.compiler.is_compiling():  # which cannot trace logging
+                _warn_once_about_reference_attention(self.ops.name)
             out, weights = reference.attention_with_weights(q, k, v, **mask)
         else:
             out = self.ops.attention(q, k, v, **mask)

@@ -13,6 +13,7 @@ from oracle import TINY_TEXT, TINY_VISION
 import siglip_model
 from siglip_kernels import MissingBackendError
 from siglip_model import backends
+from siglip_model.capture import CapturedText
 
 
 def tiny(**kwargs: Any) -> siglip_model.SiglipModel:
@@ -71,6 +72,37 @@ def test_unknown_arguments_of_loading(name: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=f"from_pretrained got an unexpected argument '{name}'"):
         load(tmp_path, **{name: True})
     assert load(tmp_path, output_attentions=True, num_labels=3).config.num_labels == 3
+
+
+def test_a_further_backend_is_one_more_value(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    calls = []
+
+    def doubled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append("attention")
+        return 2 * backends.EAGER.attention(*args, **kwargs)
+
+    lacking: list[str | None] = [None]
+    further = backends.replace(
+        backends.EAGER,
+        name="doubled",
+        attention=doubled,
+        returns_weights=False,
+        masks_sync=True,
+        lacks=lambda: lacking[0],
+    )
+    monkeypatch.setitem(backends.BACKENDS, further.name, further)
+    model = tiny(backend="doubled").eval()
+    assert model.backend == "doubled" and backends.availability()["doubled"] is None
+    found = model(**inputs()).logits_per_image
+    assert len(calls) == 2 * TINY_VISION["num_hidden_layers"]
+    assert not torch.allclose(found, tiny(backend="eager")(**inputs()).logits_per_image)
+    model(**inputs(), output_attentions=True)
+    assert "doubled backend keeps no attention weights" in caplog.text
+    with pytest.raises(ValueError, match="attention_mask is True with the backend doubled"):
+        CapturedText(model.text_model, 1, None, attention_mask=True, record=lambda function: (function(), function))
+    lacking[0] = "its accelerator is missing"
+    with pytest.raises(MissingBackendError, match="'doubled' cannot run here: its accelerator is missing"):
+        model.set_backend("doubled")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without CUDA lacks")

@@ -298,7 +298,7 @@ def counting(ops: backends.Backend, calls: list[str]) -> backends.Backend:
 
         return call
 
-    names = [field.name for field in fields(ops) if field.name not in ("name", "attention_mask")]
+    names = [field.name for field in fields(ops) if field.type == "Operation"]
     return backends.replace(ops, **{name: counted(name, getattr(ops, name)) for name in names})
 
 
