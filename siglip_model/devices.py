@@ -1,4 +1,4 @@
-"""Devices from the names, ordinals and maps that transformers' interfaces take."""
+"""Devices from the names, ordinals and maps that transformers accepts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 
 
 def resolve_device(device: Any) -> torch.device:
-    """A device from its name, its ordinal (-1: the CPU, as in transformers) or None: the first accelerator, if any."""
+    """A device from its name or its ordinal (-1 is the CPU); None and "auto" are the first accelerator, else the CPU.
+
+    Raises ValueError for what names no device. Warns where an ordinal is given and there is no accelerator.
+    """
     if isinstance(device, (str, torch.device)) and device != "auto":
         try:
             return torch.device(device)
@@ -30,11 +33,15 @@ def resolve_device(device: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def _as_device(device_map: torch.device | str | int | dict[str, Any] | None) -> torch.device:
+def resolve_device_map(device_map: torch.device | str | int | dict[str, Any] | None) -> torch.device:
+    """The one device of a device_map: None is torch's default device, "auto" is CUDA where available, else the CPU.
+
+    Raises ValueError for several devices and for what names none.
+    """
     if isinstance(device_map, dict):
         if len(set(map(str, device_map.values()))) != 1:
             raise ValueError(f"device_map is {device_map!r}; supported: one device for the whole model")
-        return _as_device(next(iter(device_map.values())))
+        return resolve_device_map(next(iter(device_map.values())))
     if device_map is None:
         return torch.get_default_device()
     if device_map == "auto":

@@ -13,7 +13,7 @@ from siglip_kernels.errors import unsupported
 from siglip_model.capture import CapturedSiglip
 from siglip_model.config import SiglipConfig
 from siglip_model.layers import UsesBackend
-from siglip_model.outputs import BaseModelOutputWithPooling, SiglipOutput
+from siglip_model.outputs import BaseModelOutputWithPooling, SiglipOutput, pooled, unit_length
 from siglip_model.pretrained import PreTrainedModel, finish
 from siglip_model.text_tower import SiglipTextModel
 from siglip_model.vision_tower import SiglipVisionModel
@@ -110,15 +110,9 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         self, vision: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling, return_loss: bool | None = None
     ) -> SiglipOutput:
         """What `forward` does with the towers' outputs."""
-        if vision.pooler_output is None:
-            raise unsupported(
-                "SiglipModel", "vision_use_head", "is False, so images have no embedding", "True, or SiglipVisionModel"
-            )
-        image_embeds = _unit_length(vision.pooler_output)  # [I, D]
-        text_embeds = _unit_length(text.pooler_output)  # type: ignore[arg-type]  # [T, D]
-        logit_scale = self.logit_scale.exp()
-        logits_per_text = text_embeds @ image_embeds.T * logit_scale + self.logit_bias  # [T, I]
-
+        image_embeds = unit_length(pooled(vision))  # [I, D]
+        text_embeds = unit_length(pooled(text))  # [T, D]
+        logits_per_text = self.logits_per_text(text_embeds, image_embeds)  # [T, I]
         loss = None
         if return_loss:
             if len(text_embeds) != len(image_embeds):
@@ -129,8 +123,12 @@ class SiglipModel(UsesBackend, PreTrainedModel):
                     "pairs, so as many images as texts",
                 )
             compute = self.ops.sigmoid_loss if self.global_loss is None else self.global_loss
-            loss = compute(image_embeds, text_embeds, logit_scale.squeeze(), self.logit_bias.squeeze())
+            loss = compute(image_embeds, text_embeds, self.logit_scale.exp().squeeze(), self.logit_bias.squeeze())
         return SiglipOutput(loss, logits_per_text.T, logits_per_text, text_embeds, image_embeds, text, vision)
+
+    def logits_per_text(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
+        """t·⟨text, image⟩ + b: (T, I) from unit embeddings (T, D) and (I, D). The sigmoid of it is a probability."""
+        return text_embeds @ image_embeds.T * self.logit_scale.exp() + self.logit_bias
 
     def capture(
         self,
@@ -154,7 +152,3 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         return CapturedSiglip(
             self, batch_size, text_batch_size, image_size, text_length, attention_mask, compare=self.compare
         )
-
-
-def _unit_length(embeds: Tensor) -> Tensor:
-    return embeds / embeds.norm(p=2, dim=-1, keepdim=True)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+
+from siglip_kernels.errors import unsupported
 
 
 @dataclass
@@ -100,12 +101,15 @@ class ImageClassifierOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-def pooled(output: BaseModelOutputWithPooling) -> torch.Tensor:
-    """The embeddings (n, width) in a tower's output. Raises ValueError for a vision tower without its pooling head."""
+def pooled(output: BaseModelOutputWithPooling) -> Tensor:
+    """A tower's embeddings (B, projection). Raises ValueError for a vision tower without its pooling head."""
     if output.pooler_output is None:
-        raise ValueError("the model has no pooling head (vision_use_head is false), so its images have no embedding")
+        raise unsupported(
+            "SiglipModel", "vision_use_head", "is False, so images have no embedding", "True, or SiglipVisionModel"
+        )
     return output.pooler_output
 
 
-def _unit(embeds: torch.Tensor) -> torch.Tensor:
+def unit_length(embeds: Tensor) -> Tensor:
+    """embeds: floating point (..., D). Each vector divided by its Euclidean norm, as in transformers."""
     return embeds / embeds.norm(p=2, dim=-1, keepdim=True)

@@ -14,7 +14,7 @@ from siglip_kernels.errors import unsupported
 from siglip_model import backends
 from siglip_model.checkpoints.hub import HUB_ARGUMENTS
 from siglip_model.config import PretrainedConfig
-from siglip_model.devices import _as_device
+from siglip_model.devices import resolve_device_map
 from siglip_model.encoder import Encoder
 from siglip_model.layers import UsesBackend
 from siglip_model.outputs import ModelOutput
@@ -189,7 +189,7 @@ class PreTrainedModel(nn.Module):
                 raise TypeError(f"{cls.__name__}.from_pretrained got an unexpected argument {name!r}")
         if kwargs:
             config = type(config).from_dict(config.to_dict(), **kwargs)
-        device = _as_device(device_map)
+        device = resolve_device_map(device_map)
         with torch.device("meta"), _WithoutInitialisation():
             model = cls(config, backend="eager")
         name = DEFAULT_BACKEND if backend is None else backend

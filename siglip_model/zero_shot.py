@@ -18,7 +18,7 @@ import torch
 from siglip_model.devices import resolve_device
 from siglip_model.images.batches import _batches, _value_or_raise, read_ahead
 from siglip_model.images.files import load_image
-from siglip_model.outputs import _unit, pooled
+from siglip_model.outputs import pooled, unit_length
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
@@ -154,7 +154,7 @@ class ZeroShotImageClassificationPipeline:
             )
             for start in range(0, len(labels), LABELS_AT_ONCE)
         ]
-        return _unit(torch.cat(embeds))
+        return unit_length(torch.cat(embeds))
 
     def prepare(self, image: Any, timeout: float | None = None) -> torch.Tensor:
         """One image as the model's input: float32 (1, channels, height, width), on the CPU."""
@@ -164,9 +164,8 @@ class ZeroShotImageClassificationPipeline:
     def score(self, pixel_values: torch.Tensor, label_embeds: torch.Tensor) -> torch.Tensor:
         """σ(t·⟨image, label⟩ + b) for pixels (images, channels, height, width): float32 (images, labels)."""
         pixel_values = pixel_values.to(self.device, self.dtype)
-        image_embeds = _unit(pooled(self.model.get_image_features(pixel_values)))
-        logits_per_text = label_embeds @ image_embeds.t() * self.model.logit_scale.exp() + self.model.logit_bias
-        return torch.sigmoid(logits_per_text.t().float())
+        image_embeds = unit_length(pooled(self.model.get_image_features(pixel_values)))
+        return torch.sigmoid(self.model.logits_per_text(label_embeds, image_embeds).t().float())
 
 
 def rank(scores: Sequence[float], labels: Sequence[Any]) -> list[Prediction]:

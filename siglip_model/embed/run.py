@@ -19,7 +19,7 @@ from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError, Embedding
 from siglip_model.embed.journal import EmbeddingJournal
 from siglip_model.images.batches import read_ahead
 from siglip_model.images.files import is_url, list_images, load_image
-from siglip_model.outputs import pooled
+from siglip_model.outputs import pooled, unit_length
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
@@ -175,7 +175,7 @@ class _Run:
         pixel_values = torch.cat([pixels for _, _, pixels in batch]).to(self.model.device, self.model.dtype)
         rows = pooled(self.model.get_image_features(pixel_values)).float()
         if self.normalize:
-            rows = rows / rows.norm(p=2, dim=-1, keepdim=True)
+            rows = unit_length(rows)
         rows = rows.to(self.dtype).cpu().contiguous()
         finite = rows.isfinite().all(dim=-1).tolist()
         for (path, stamp, _), row, is_finite in zip(batch, rows, finite, strict=True):

@@ -24,7 +24,7 @@ from siglip_model.demo.recipe.emoji import (
     read_design,
     spoken,
 )
-from siglip_model.training.loop import pooled
+from siglip_model.outputs import pooled
 
 TEMPLATE = "This is a photo of {}."
 PIXELS = 128  # drawn at this size on white, then resized by the checkpoint's own image processor
