@@ -9,24 +9,25 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from siglip_model.checkpoints.atomic import sync_directory, sync_file
+from siglip_model.outputs import pooled, unit_length
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
-    from siglip_model.outputs import BaseModelOutputWithPooling
 
 _STATE = "training_state.safetensors"
 _LOG = "training_log.jsonl"
@@ -88,12 +89,12 @@ BatchSource = Callable[[int, torch.Generator], Batch]
 """Gives a batch from its number (0, 1, ...) and a generator seeded for that number."""
 
 
-def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Linear from 0 over `warmup_steps`, then half a cosine down to 0 at `steps`. step: 0 for the first update."""
+def learning_rate_factor(step: int, config: TrainingConfig) -> float:
+    """What the learning rate is multiplied by at a step, 0 for the first update: linear warm-up, then half a cosine."""
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def initialise_logits(model: SiglipModel) -> None:
@@ -109,14 +110,9 @@ def make_optimizer(model: SiglipModel, config: TrainingConfig) -> torch.optim.Ad
     matrices = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    for group in groups:
+        group["initial_lr"] = config.learning_rate  # a schedule that starts at a later step reads it
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
-
-
-def pooled(output: BaseModelOutputWithPooling) -> Tensor:
-    """A tower's embedding. A vision tower without a head has none, and cannot be trained with this loss."""
-    if output.pooler_output is None:
-        raise ValueError("training needs embeddings, but the vision tower has none (vision_use_head is False)")
-    return output.pooler_output
 
 
 def batch_loss(model: SiglipModel, batch: Batch, bfloat16: bool = False) -> Tensor:
@@ -127,45 +123,29 @@ def batch_loss(model: SiglipModel, batch: Batch, bfloat16: bool = False) -> Tens
     with torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext():
         texts = pooled(model.get_text_features(batch.input_ids))
         images = pooled(model.get_image_features(pixel_values.flatten(0, 1)))
-    texts = F.normalize(texts.float(), dim=-1)  # [N, D]
-    images = F.normalize(images.float(), dim=-1).unflatten(0, (views, -1))  # [V, N, D]
+    texts = unit_length(texts.float())  # [N, D]
+    images = unit_length(images.float()).unflatten(0, (views, -1))  # [V, N, D]
     scale, bias = model.logit_scale.exp().squeeze(), model.logit_bias.squeeze()
     return torch.stack([model.ops.sigmoid_loss(view, texts, scale, bias) for view in images]).mean()
 
 
-class WeightAverage:
-    """Exponential moving average of a model's parameters; the decay grows to its value over the first steps."""
+def average_weights(model: SiglipModel, decay: float) -> AveragedModel:
+    """An exponential moving average of the model's weights; the decay grows to its value over the first steps.
 
-    def __init__(self, model: SiglipModel, decay: float) -> None:
-        self.decay = decay
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Its `module` is a second model, in eval mode, with the averages as weights.
+    """
 
-    @torch.no_grad()
-    def update(self, model: SiglipModel, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, parameter in model.named_parameters():
-            self.weights[name].lerp_(parameter, 1 - decay)
+    def update(averages: Any, weights: Any, count: Any) -> None:
+        count = int(count)
+        get_ema_multi_avg_fn(min(decay, count / (9 + count)))(averages, weights, count)
 
-    @torch.no_grad()
-    def copy_to(self, model: SiglipModel) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.weights[name])
-
-    @contextmanager
-    def applied_to(self, model: SiglipModel) -> Iterator[None]:
-        """Within the context the model has the averaged weights; after it, its own again."""
-        own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        self.copy_to(model)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(own[name])
+    average = AveragedModel(model, multi_avg_fn=update).eval()
+    average.n_averaged.fill_(1)  # the initial weights are the first of the average; from 0, an update would drop them
+    return average
 
 
-AfterSave = Callable[[int, "SiglipModel", WeightAverage], None]
-"""Called with the steps done, the model and the averaged weights after each saving."""
+AfterSave = Callable[[int, "SiglipModel", AveragedModel], None]
+"""Called after each save with the number of steps done, the model and its averaged weights."""
 
 
 def train(
@@ -192,8 +172,9 @@ def train(
     directory.mkdir(parents=True, exist_ok=True)
     model.to(device).train()
     optimizer = make_optimizer(model, config)
-    average = WeightAverage(model, config.average_decay)
+    average = average_weights(model, config.average_decay)
     first = _load_state(directory / _STATE, model, optimizer, average, config)
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, config), last_epoch=first - 1)
     _forget_after(directory / _LOG, first)
     last = config.steps if stop_after is None else min(config.steps, stop_after)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
@@ -201,9 +182,7 @@ def train(
         bar = progress.add_task("training", total=config.steps, completed=first)
         images, started = 0, time.perf_counter()
         for step in range(first, last):
-            rate = learning_rate_at(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            rate = schedule.get_last_lr()[0]
             loss_sum = 0.0
             for micro in range(config.accumulate):
                 number = step * config.accumulate + micro
@@ -219,8 +198,9 @@ def train(
                 raise FloatingPointError(f"the loss is {loss_sum} at step {step}; try a lower learning rate")
             gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            average.update(model, step)
+            average.update_parameters(model)
             done = step + 1
             if done % config.log_every == 0 or done == config.steps:
                 speed = images / (time.perf_counter() - started)
@@ -244,7 +224,7 @@ def train(
                     after_save(done, model, average)
                     images, started = 0, time.perf_counter()
     if last == config.steps and config.average_decay > 0:
-        average.copy_to(model)
+        model.load_state_dict(average.module.state_dict())
     return model.eval()
 
 
@@ -265,13 +245,14 @@ def _save_state(
     step: int,
     model: SiglipModel,
     optimizer: torch.optim.AdamW,
-    average: WeightAverage,
+    average: AveragedModel,
     config: TrainingConfig,
 ) -> None:
     tensors: dict[str, Tensor] = {}
+    averages = dict(average.module.named_parameters())
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
-        tensors[f"average.{name}"] = average.weights[name]
+        tensors[f"average.{name}"] = averages[name].detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -283,7 +264,7 @@ def _save_state(
 
 
 def _load_state(
-    path: Path, model: SiglipModel, optimizer: torch.optim.AdamW, average: WeightAverage, config: TrainingConfig
+    path: Path, model: SiglipModel, optimizer: torch.optim.AdamW, average: AveragedModel, config: TrainingConfig
 ) -> int:
     """Restore a saved state, if there is one, and return the number of steps done."""
     if not path.exists():
@@ -300,6 +281,7 @@ def _load_state(
             changed = ", ".join(f"{key} was {saved.get(key)}, is {wanted[key]}" for key in differing)
             raise ValueError(f"{path} is the state of another run ({changed}); use another directory or remove it")
         names = set(file.keys())
+        averages = dict(average.module.named_parameters())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if f"model.{name}" not in names:
@@ -309,7 +291,7 @@ def _load_state(
                     shapes = f"{name} is {tuple(stored.shape)}, not {tuple(parameter.shape)}"
                     raise ValueError(f"{path} is the state of another model: {shapes}")
                 parameter.copy_(stored)
-                average.weights[name].copy_(file.get_tensor(f"average.{name}"))
+                averages[name].copy_(file.get_tensor(f"average.{name}"))
                 moments: dict[str, Any] = {}
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     if f"optimizer.{key}.{name}" in names:
@@ -317,7 +299,9 @@ def _load_state(
                         moments[key] = value if key == "step" else value.to(parameter.device)
                 if moments:
                     optimizer.state[parameter] = moments
-        return int(metadata["step"])
+        step = int(metadata["step"])
+        average.n_averaged.fill_(1 + step)
+        return step
 
 
 def _identity(config: TrainingConfig) -> dict[str, Any]:

@@ -7,19 +7,21 @@ An interrupted run, started again with the same arguments, goes on.
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from siglip_model.demo.recipe.augmentation import augment
 from siglip_model.demo.recipe.emoji import TEST_DESIGN, TRAINING_DESIGNS, VALIDATION_DESIGN, Emoji, download, load_emoji
 from siglip_model.demo.recipe.evaluate import evaluate, score_logits
 from siglip_model.demo.recipe.model_card import write_card
 from siglip_model.demo.recipe.vocabulary import LENGTH, PROMPTS, write_image_processor, write_tokenizer
-from siglip_model.training.loop import AfterSave, Batch, TrainingConfig, WeightAverage, initialise_logits, pooled, train
+from siglip_model.outputs import pooled
+from siglip_model.training.loop import AfterSave, Batch, TrainingConfig, initialise_logits, train
 
 if TYPE_CHECKING:
     from siglip_model import SiglipModel
@@ -95,10 +97,10 @@ def _validation(emoji: Emoji, prompts: Tensor, log: Path) -> AfterSave:
     pixels = F.interpolate(pictures, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
 
     @torch.no_grad()
-    def measure(step: int, model: "SiglipModel", average: WeightAverage) -> None:
-        with average.applied_to(model):
-            images = [pooled(model.get_image_features(part)) for part in pixels.split(256)]
-            texts = [pooled(model.get_text_features(part)) for part in prompts.split(256)]
+    def measure(step: int, model: "SiglipModel", average: AveragedModel) -> None:
+        averaged: Any = average.module
+        images = [pooled(averaged.get_image_features(part)) for part in pixels.split(256)]
+        texts = [pooled(averaged.get_text_features(part)) for part in prompts.split(256)]
         logits = F.normalize(torch.cat(images), dim=-1) @ F.normalize(torch.cat(texts), dim=-1).T
         score = score_logits(logits, emoji.name_of[VALIDATION_DESIGN.name])
         with open(log, "a") as file:

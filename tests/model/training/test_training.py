@@ -11,10 +11,10 @@ from siglip_model import SiglipConfig, SiglipModel
 from siglip_model.training.loop import (
     Batch,
     TrainingConfig,
-    WeightAverage,
+    average_weights,
     batch_loss,
     initialise_logits,
-    learning_rate_at,
+    learning_rate_factor,
     make_optimizer,
     train,
 )
@@ -117,12 +117,20 @@ def test_another_seed_gives_other_batches(tmp_path):
 
 
 def test_learning_rate_rises_linearly_then_falls_as_a_cosine():
-    config = TrainingConfig(steps=110, learning_rate=2.0, warmup_steps=10)
-    assert [learning_rate_at(step, config) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
-    assert learning_rate_at(10, config) == 2.0
-    assert learning_rate_at(60, config) == pytest.approx(1.0)
-    assert learning_rate_at(35, config) == pytest.approx(1 + math.cos(math.pi / 4))
-    assert learning_rate_at(110, config) == pytest.approx(0.0)
+    config = TrainingConfig(steps=110, warmup_steps=10)
+    assert [learning_rate_factor(step, config) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate_factor(10, config) == 1.0
+    assert learning_rate_factor(60, config) == pytest.approx(0.5)
+    assert learning_rate_factor(35, config) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert learning_rate_factor(110, config) == pytest.approx(0.0)
+
+
+def test_each_step_has_the_learning_rate_of_the_schedule(tmp_path):
+    config = TrainingConfig(steps=5, learning_rate=2e-3, warmup_steps=2, log_every=1)
+    for stop_after in (3, None):  # resumed in the middle
+        train(tiny_model(), coloured_squares, config, tmp_path, show_progress=False, stop_after=stop_after)
+    expected = [2e-3 * learning_rate_factor(step, config) for step in range(5)]
+    assert [entry["learning_rate"] for entry in log_of(tmp_path)] == expected
 
 
 def test_loss_is_the_papers_over_each_view():
@@ -180,17 +188,30 @@ def test_biases_norms_and_logit_parameters_are_not_decayed():
         assert id(parameter) in (free if vector else decayed), name
 
 
-def test_the_average_is_applied_and_taken_back():
+def test_the_average_leaves_the_model_alone():
     model = tiny_model()
-    average = WeightAverage(model, 0.5)
+    average = average_weights(model, 0.5)
     before = weights(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    average.update(model, step=1000)
-    with average.applied_to(model):
-        torch.testing.assert_close(weights(model), before + 0.5)
+    average.n_averaged.fill_(1000)
+    average.update_parameters(model)
+    torch.testing.assert_close(weights(average.module), before + 0.5)
     torch.testing.assert_close(weights(model), before + 1)
+
+
+def test_the_decay_of_the_average_grows():
+    model = tiny_model()
+    average = average_weights(model, 0.9)
+    before = weights(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    average.update_parameters(model)
+    torch.testing.assert_close(weights(average.module), before + 0.9)  # 1/10 of the initial weights
+    average.update_parameters(model)
+    torch.testing.assert_close(weights(average.module), before + 1 - 0.1 * 2 / 11)
 
 
 def test_what_cannot_go_on_says_why(tmp_path):
