@@ -38,11 +38,6 @@ _COMPLETE = ".save-complete"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
-def shard_name(number: int, count: int) -> str:
-    """The name of shard ``number`` (from 1) of ``count``, as everybody writes it."""
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
 def current_file(directory: Path, name: str) -> Path | None:
     """Where a file of the checkpoint is now, even if the last save was killed before it had put everything in place."""
     complete = directory / _COMPLETE

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from siglip_kernels.errors import unsupported
-from siglip_model.checkpoints.commit import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, replacing_checkpoint, shard_name
+from siglip_model.checkpoints.commit import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, replacing_checkpoint
 from siglip_model.checkpoints.errors import CheckpointError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -40,6 +40,8 @@ def save_checkpoint(
         CheckpointError: the directory's name belongs to a file; a tensor is on the meta device or not floating-point.
         TypeError, ValueError: the config cannot be written as JSON, or ``max_shard_size`` is not a positive size.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     directory = Path(directory).expanduser()
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"cannot save a checkpoint to {directory}: it is a file, not a directory")
@@ -50,26 +52,26 @@ def save_checkpoint(
         if tensor.is_meta:
             raise CheckpointError(f"cannot save {name}: it is on the meta device and has no values")
     config = _to_json(config_dict)
-    shards = _split_into_shards(model_state_dict, limit)
+    # The factory, since it counts tensors that share memory once for each name, as they are written.
+    shards = split_state_dict_into_shards_factory(
+        dict(model_state_dict),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=WEIGHTS_NAME.replace(".", "{suffix}."),
+        max_shard_size=limit,
+    )
 
     directory.mkdir(parents=True, exist_ok=True)
     with replacing_checkpoint(directory) as partial:
         old_config = directory / CONFIG_NAME
         if not old_config.is_file() or old_config.read_bytes() != config:
             (partial / CONFIG_NAME).write_bytes(config)
-        if len(shards) == 1:
-            _write_tensors(partial / WEIGHTS_NAME, shards[0], model_state_dict)
-            return
-        weight_map = {}
-        for number, names in enumerate(shards, start=1):
-            file_name = shard_name(number, len(shards))
+        for file_name, names in (shards.filename_to_tensors or {WEIGHTS_NAME: []}).items():
             _write_tensors(partial / file_name, names, model_state_dict)
-            weight_map.update(dict.fromkeys(names, file_name))
-        sizes = {
-            "total_parameters": sum(tensor.numel() for tensor in model_state_dict.values()),
-            "total_size": sum(tensor.nbytes for tensor in model_state_dict.values()),
-        }
-        (partial / INDEX_NAME).write_bytes(_to_json({"metadata": sizes, "weight_map": weight_map}))
+        if shards.is_sharded:
+            parameters = sum(tensor.numel() for tensor in model_state_dict.values())
+            metadata = {"total_parameters": parameters, **shards.metadata}
+            index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
+            (partial / INDEX_NAME).write_bytes(_to_json(index))
 
 
 def _write_tensors(path: Path, names: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -87,26 +89,8 @@ def _write_tensors(path: Path, names: list[str], tensors: Mapping[str, torch.Ten
     save_file(to_write, path, metadata={"format": "pt"})
 
 
-def _split_into_shards(tensors: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
-    """Names in their order, filling one shard after the other; a tensor above the limit has a shard of its own."""
-    shards: list[list[str]] = []
-    current: list[str] = []
-    current_size = 0
-    for name, tensor in tensors.items():
-        if tensor.nbytes > limit:
-            shards.append([name])
-            continue
-        if current and current_size + tensor.nbytes > limit:
-            shards.append(current)
-            current, current_size = [], 0
-        current.append(name)
-        current_size += tensor.nbytes
-    if current or not shards:
-        shards.append(current)
-    return shards
-
-
 def _size_in_bytes(size: int | str) -> int:
+    """Stricter than huggingface_hub, which takes zero and negative sizes."""
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)\s*", size, re.IGNORECASE)
         limit = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
