@@ -1,7 +1,7 @@
 """The command `python -m bench`.
 
-Exit codes: 0 all went well, 1 a kernel is wrong, spills or does not compile, 2 wrong use or a machine that cannot,
-130 stopped by Ctrl-C (what was measured is written, and the next run goes on there).
+Exit codes: 0 success, 1 a kernel is wrong, spills or does not compile, 2 usage or setup error, 130 interrupted by
+Ctrl-C (rows measured so far are written; the next run resumes).
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ import typer
 if TYPE_CHECKING:
     from bench.measure.run import Request
 
-RED, WRONG_USE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     name="bench",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="SigLIP's operations and models side by side with the strongest peers: checked first, then timed.",
-    epilog="Exit codes: 0 all went well, 1 a kernel is wrong or spills, 2 wrong use or setup, 130 stopped by Ctrl-C.",
+    help="Benchmark SigLIP's operations and models against the strongest peers: checked first, then timed.",
+    epilog="Exit codes: 0 success, 1 a kernel is wrong or spills, 2 usage or setup error, 130 interrupted.",
 )
 
 SuitesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[SUITE]...", help="What to measure; all by default.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[SUITE]...", help="Suites to measure; all by default.", show_default=False),
 ]
 ShapesOption = Annotated[
     list[str] | None,
@@ -47,14 +48,15 @@ PeersOption = Annotated[
 ]
 DtypeOption = Annotated[
     list[str] | None,
-    typer.Option("--dtype", metavar="NAME,…", help="bf16, fp16, fp32; bf16 on a GPU and fp32 on a CPU by default."),
+    typer.Option("--dtype", metavar="NAME,…", help="bf16, fp16 or fp32; by default bf16 on a GPU, fp32 on a CPU."),
 ]
 DirectionOption = Annotated[
-    list[str] | None, typer.Option("--direction", metavar="NAME,…", help="fwd, bwd, fwd+bwd; what is usual by default.")
+    list[str] | None,
+    typer.Option("--direction", metavar="NAME,…", help="fwd, bwd, fwd+bwd; by default as the operation is used."),
 ]
-QuickOption = Annotated[bool, typer.Option("--quick", help="The main shapes, the peers that are ready in seconds.")]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Main shapes, and peers that are ready within seconds.")]
 MinutesOption = Annotated[
-    float | None, typer.Option("--minutes", min=0.05, help="End in time, and say what was left out.")
+    float | None, typer.Option("--minutes", min=0.05, help="Time limit; what did not fit is listed.")
 ]
 ResultsOption = Annotated[
     Path | None,
@@ -72,14 +74,14 @@ def run(
     quick: QuickOption = False,
     minutes: MinutesOption = None,
     results: ResultsOption = None,
-    again: Annotated[bool, typer.Option("--again", help="Also what this commit measured before.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Repeat what this commit has measured already.")] = False,
 ) -> None:
-    """Time operations and models beside their peers. Started again, it goes on where it stopped."""
+    """Time operations and models side by side with their peers. Resumes if interrupted."""
     until = _deadline(minutes)
     with _errors_in_one_line():
         request = _request(suites, shapes, peers, dtype, direction, quick, again)
-        red = _check_before_timing(request.suites, until)
-        _run(request, results, red, until)
+        failed = _check_before_timing(request.suites, until)
+        _run(request, results, failed, until)
 
 
 @app.command()
@@ -88,12 +90,12 @@ def check(
     dtype: DtypeOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes, bf16.")] = False,
 ) -> None:
-    """Compare every kernel of ours with fp64, on this GPU or in Triton's interpreter."""
+    """Compare every kernel with fp64, on this GPU or in Triton's interpreter."""
     with _errors_in_one_line():
         from bench import terminal
         from bench.environment import device
         from bench.measure.check import check_all, kernel_operations, kernels_can_run
-        from bench.measure.isolated import check_apart
+        from bench.measure.isolated import check_isolated
 
         reason = kernels_can_run()
         if reason is not None:
@@ -101,14 +103,14 @@ def check(
         operations, dtypes = kernel_operations(_suites(suites)), _dtypes(dtype)
         with terminal.progress_bar() as progress:
             if device() == "cuda":
-                checked = check_apart(operations, quick, dtypes, progress=progress)
+                checked = check_isolated(operations, quick, dtypes, progress=progress)
             else:
                 checked = list(check_all(operations, quick, dtypes, progress))
         terminal.print_checks(checked)
         wrong = sum(not one.ok for one in checked)
-        print(f"{len(checked) - wrong} of {len(checked)} right, on {_place()}.")
+        print(f"{len(checked) - wrong} of {len(checked)} correct, on {_place()}.")
         if wrong:
-            raise typer.Exit(RED)
+            raise typer.Exit(FAILED)
 
 
 @app.command("compile")
@@ -121,7 +123,7 @@ def compile_kernels(
     ] = None,
     results: ResultsOption = None,
 ) -> None:
-    """Compile every kernel for GPUs that need not be there: registers, spills, matrix instructions, accesses."""
+    """Compile every kernel without a GPU: registers, spills, matrix instructions, memory accesses."""
     with _errors_in_one_line():
         from bench import terminal
         from bench.compiled.ahead_of_time import GPUS
@@ -141,7 +143,7 @@ def compile_kernels(
         wrong = [row for _, row in rows if row.problems()]
         print(f"{len(rows) - len(wrong)} of {len(rows)} kernels compile without a spill.")
         if wrong:
-            raise typer.Exit(RED)
+            raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -152,12 +154,12 @@ def tune(
     dtype: DtypeOption = None,
     quick: QuickOption = False,
     minutes: MinutesOption = None,
-    again: Annotated[bool, typer.Option("--again", help="Also shape classes that the tables have.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Repeat shape classes that the tables contain.")] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Write tables there instead of into siglip_kernels.")
+        Path | None, typer.Option("--out", metavar="DIR", help="Directory for the tables instead of siglip_kernels.")
     ] = None,
 ) -> None:
-    """Measure the configurations of our kernels on this GPU and write the tables that the operations read."""
+    """Measure the kernels' configurations on this GPU and write the tables that the operations read."""
     until = _deadline(minutes)
     with _errors_in_one_line():
         from bench import terminal
@@ -177,7 +179,7 @@ def tune(
                     target = None if out is None else out / tunable.package.rpartition(".")[2] / "tuned.py"
                     known = () if again else list(tunable.table().get(gpu, {}))
                     settings = settings_of(name, "cuda", dtypes, quick)
-                    for one in tune(name, settings, time_candidates, lambda what: progress(0, 1, what), known):
+                    for one in tune(name, settings, time_candidates, progress, known):
                         source = target if target is not None and target.exists() else tunable.path()
                         path = write_table(source, gpu, {one.key: one.fields}, target)
                         print(
@@ -185,26 +187,26 @@ def tune(
                             f"{one.heuristic_milliseconds:.4f} ms; {one.tried} tried; written to {path}"
                         )
         except OutOfTime:
-            print("Time was up; started again, it goes on with the shape classes that are not in the tables yet.")
+            print("Time limit reached; the next run resumes with the shape classes that the tables lack.")
 
 
 @app.command()
 def report(
     files: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Results; all by default.", show_default=False)
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="Result files; all by default.", show_default=False)
     ] = None,
     results: Annotated[
-        Path | None, typer.Option("--results", metavar="DIR", help="Where the page and the plots go.")
+        Path | None, typer.Option("--results", metavar="DIR", help="Directory of the page and the plots.")
     ] = None,
     readme: Annotated[
         Path | None,
         typer.Option(
-            "--readme", metavar="FILE", help="The file with the marks; the project's by default, for its results."
+            "--readme", metavar="FILE", help="Page with the markers; by default the project's, for its own results."
         ),
     ] = None,
-    plots: Annotated[bool, typer.Option(help="Draw them.")] = True,
+    plots: Annotated[bool, typer.Option(help="Draw the plots.")] = True,
 ) -> None:
-    """Write tables and plots of the results, and the main ones into the README."""
+    """Write tables and plots of the results, and the main rows into the README."""
     with _errors_in_one_line():
         _report(files, results, readme, plots)
 
@@ -213,30 +215,30 @@ def report(
 def gpu(
     quick: QuickOption = False,
     minutes: Annotated[
-        float | None, typer.Option("--minutes", min=0.05, help="End in time; 9 with --quick.", show_default=False)
+        float | None, typer.Option("--minutes", min=0.05, help="Time limit; 9 with --quick.", show_default=False)
     ] = None,
     results: ResultsOption = None,
 ) -> None:
-    """Check, run and report on this GPU in one go. Started again, it goes on where it stopped."""
+    """Check, run and report on this GPU. Resumes if interrupted."""
     until = _deadline(minutes if minutes is not None else 9.0 if quick else None)
     with _errors_in_one_line():
         from bench.environment import device
 
         if device() != "cuda":
-            raise RuntimeError("this machine has no CUDA device; `python -m bench run` measures what a CPU can show")
+            raise RuntimeError("this machine has no CUDA device; `python -m bench run` measures on a CPU")
         request = _request(None, None, None, None, None, quick, False)
-        red = _check_before_timing(request.suites, until)
-        _run(request, results, red, until)
+        failed = _check_before_timing(request.suites, until)
+        _run(request, results, failed, until)
         _report(None, results, None, plots=True)
-        if red:
-            raise typer.Exit(RED)
+        if failed:
+            raise typer.Exit(FAILED)
 
 
 @app.command()
 def peers(
     suites: SuitesArgument = None,
 ) -> None:
-    """List the contenders, which are installed, and how to get the others."""
+    """List the contenders, the installed versions, and how to install the others."""
     with _errors_in_one_line():
         from bench.cases.suites import SUITES
         from bench.peers import peers_of
@@ -260,7 +262,7 @@ def _request(
     quick: bool,
     again: bool,
 ) -> Request:
-    """What is asked for, every name of it known. ValueError lists what there is."""
+    """The validated request. ValueError lists the supported names."""
     from bench.cases.operations import OPERATIONS
     from bench.cases.shapes import DIRECTIONS
     from bench.cases.suites import SUITES
@@ -298,7 +300,7 @@ def _split(values: Iterable[str] | None) -> list[str]:
 
 
 def _split_shapes(values: Iterable[str] | None) -> list[str]:
-    """As `_split`, but commas that part field=value belong to one shape."""
+    """As `_split`, but commas between field=value pairs belong to one shape."""
     shapes: list[str] = []
     for value in values or ():
         shapes += [value] if "=" in value else _split([value])
@@ -332,11 +334,11 @@ def _check_shape(pattern: str, names: Sequence[str], classes: Sequence[type]) ->
 
 
 def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[tuple[str, str], str]:
-    """Kernels of ours that are wrong, which are not to be timed. On a CPU nothing of ours is."""
+    """The kernels that failed the check and are not timed; none on a CPU, where no kernel is timed."""
     from bench import terminal
     from bench.environment import device
-    from bench.measure.check import kernel_operations, red
-    from bench.measure.isolated import check_apart
+    from bench.measure.check import failures, kernel_operations
+    from bench.measure.isolated import check_isolated
     from bench.measure.run import OutOfTime
 
     if device() != "cuda":
@@ -347,31 +349,31 @@ def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[tup
         return {}
     try:
         with terminal.progress_bar() as progress:
-            checked = check_apart(kernel_operations(suites), quick=True, until=until, progress=progress)
+            checked = check_isolated(kernel_operations(suites), quick=True, until=until, progress=progress)
     except OutOfTime:
-        raise RuntimeError("time was up before the check had ended; nothing was timed") from None
+        raise RuntimeError("the time limit was reached during the check; nothing was timed") from None
     terminal.print_checks(checked)
-    found = red(checked)
+    found = failures(checked)
     for (operation, kernels), reason in found.items():
         terminal.say(f"{operation} {kernels} is not timed: {reason}")
     return found
 
 
-def _run(request: Request, where: Path | None, red: dict[tuple[str, str], str], until: float | None) -> None:
+def _run(request: Request, where: Path | None, failed: dict[tuple[str, str], str], until: float | None) -> None:
     from bench import terminal
     from bench.environment import device
-    from bench.measure.isolated import run_apart
+    from bench.measure.isolated import run_isolated
     from bench.measure.run import open_results, plan_for, run
     from bench.report.tables import groups
 
     for suite in request.without_settings():
         terminal.say(
-            f"{suite}: nothing of what is asked is measured on this machine; name its --shapes to measure them"
+            f"{suite}: nothing requested is measured on this machine by default; name its --shapes to measure them"
         )
-    plan = plan_for(request.quick, red)
+    plan = plan_for(request.quick, failed)
     with terminal.progress_bar() as progress:
         if device() == "cuda":
-            outcome, path = run_apart(request, where, plan, until, progress)
+            outcome, path = run_isolated(request, where, plan, until, progress)
         else:
             results = open_results(where)
             outcome, path = run(request, results, plan, until, progress), results.path
@@ -380,9 +382,9 @@ def _run(request: Request, where: Path | None, red: dict[tuple[str, str], str], 
     for name, how in missing.items():
         print(f"{name} is missing: {how}")
     if outcome.settled:
-        print(f"{outcome.settled} group(s) measured before with this commit (--again measures them again).")
+        print(f"{outcome.settled} group(s) measured before with this commit (--again repeats them).")
     if outcome.left_out:
-        print(f"Time was up. Left out: {', '.join(outcome.left_out)}.")
+        print(f"Time limit reached. Left out: {', '.join(outcome.left_out)}.")
     print(f"{len(outcome.rows)} rows written to {path}.")
 
 
@@ -420,7 +422,7 @@ def _place() -> str:
 
 
 def _deadline(minutes: float | None) -> float | None:
-    """Of the whole command, with a little left for tables and plots."""
+    """The time at which measuring stops, which leaves a little for tables and plots."""
     return None if minutes is None else time.monotonic() + 60 * minutes - min(20.0, 6 * minutes)
 
 
@@ -431,11 +433,11 @@ def _errors_in_one_line() -> Iterator[None]:
     except typer.Exit:  # a RuntimeError
         raise
     except KeyboardInterrupt:
-        print("bench: stopped; what was measured is written, and the next run goes on there", file=sys.stderr)
+        print("bench: interrupted; rows measured so far are written, and the next run resumes", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"bench: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(WRONG_USE) from None
+        raise typer.Exit(USAGE_ERROR) from None
 
 
 def main() -> None:

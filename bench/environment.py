@@ -29,7 +29,7 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def environment(**variables: str) -> dict[str, str]:
+def process_environment(**variables: str) -> dict[str, str]:
     """This process's, for another one that imports this code from wherever it is started."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, **variables}
@@ -89,7 +89,7 @@ def is_gpu(hardware: str) -> bool:
 
 
 @functools.cache
-def circumstances() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """What every row carries."""
     on_gpu = device() == "cuda"
     sha, dirty = commit()

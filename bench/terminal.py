@@ -1,17 +1,16 @@
-"""What the commands show: a progress bar on stderr, tables on stdout."""
+"""Output of the commands: a progress bar on stderr, tables on stdout."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from bench.compiled.ahead_of_time import Row as Compiled
 from bench.measure.check import Checked
+from bench.measure.progress import Event, Progress
 from bench.report.tables import Group, milliseconds, share, size
-
-Progress = Callable[[int, int, str], None]
 
 
 def say(message: str) -> None:
@@ -20,26 +19,30 @@ def say(message: str) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on a terminal; elsewhere a line for each step that begins."""
+    """A bar on a terminal; elsewhere a line for each group that begins."""
     if not sys.stderr.isatty():
-        told = ""
+        shown = ""
 
-        def tell(done: int, total: int, what: str) -> None:
-            nonlocal told
-            group = what.rpartition(": ")[0] or what
-            if group and group != told:
-                told = group
-                say(f"[{done + 1}/{total}] {group}")
+        def show(event: Event) -> None:
+            nonlocal shown
+            if event.group and event.group != shown:
+                shown = event.group
+                say(f"[{event.done + 1}/{event.total}] {event.group}")
 
-        yield tell
+        yield show
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.description}"),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        yield lambda event: bar.update(task, completed=event.done, total=event.total, description=event.label)
 
 
 def _print(table: Any, stderr: bool = False) -> None:
@@ -61,7 +64,7 @@ def _table(title: str, *columns: str) -> Any:
 
 
 def print_groups(found: Sequence[Group]) -> None:
-    """A table for each group: fastest first and in bold, then what failed and why."""
+    """Prints a table per group: the fastest first and in bold, failures with their reasons last."""
     from rich.text import Text
 
     from bench.report.tables import title
@@ -69,7 +72,7 @@ def print_groups(found: Sequence[Group]) -> None:
     for group in found:
         noise = "" if group.noise is None else f"; noise {group.noise:.2f}x"
         table = _table(
-            f"{title(group)}{noise}", "impl", "ms", "20 to 80 %", "TFLOP/s", "of the floor", "memory", "error", ""
+            f"{title(group)}{noise}", "impl", "ms", "20 to 80 %", "TFLOP/s", "% of roofline", "memory", "error", ""
         )
         fastest = group.fastest()
         for row in sorted(group.rows, key=lambda row: (row.status != "ok", row.ms_median or 0)):
@@ -80,7 +83,7 @@ def print_groups(found: Sequence[Group]) -> None:
                     Text(milliseconds(row.ms_median), "bold" if row in fastest else ""),
                     f"{milliseconds(row.ms_p20)} to {milliseconds(row.ms_p80)}",
                     "" if row.tflops is None else f"{row.tflops:.3g}",
-                    share(row.floor_share),
+                    share(row.roofline_share),
                     size(row.peak_mem_bytes),
                     error,
                     Text(row.reason, "dim"),

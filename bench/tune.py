@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from bench.cases.operations import OPERATIONS, Contender, Setting, ours
+from bench.cases.operations import OPERATIONS, Contender, Setting, kernels_for
 from bench.cases.suites import SUITES
 from bench.measure.accuracy import Judge
 from bench.measure.measure import free, step_of
+from bench.measure.progress import Event, Progress, silent
 from bench.measure.timing import Steps, Timing, clock, copies, interleaved
 from bench.peers import peers_of
 from siglip_kernels.device import Facts, facts
@@ -141,7 +142,7 @@ def tune(
     name: str,
     settings: Sequence[Setting],
     timer: Timer,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Progress = silent,
     known: Collection[Key] = (),
 ) -> Iterator[Choice]:
     """The best candidate for every shape class that the settings ask for, each class measured once.
@@ -152,8 +153,8 @@ def tune(
     tunable = TUNABLE[name]
     winners: dict[Key, Fields] = {}
     settled = set(known)
-    for setting in settings:
-        kernels = ours(setting.operation.name)
+    for number, setting in enumerate(settings):
+        kernels = kernels_for(setting.operation.name)
         if kernels is None:
             continue
         gpu = facts(torch.device(setting.device))
@@ -166,7 +167,8 @@ def tune(
             if key in settled:
                 continue
             settled.add(key)
-            progress(f"{setting.operation.name} {setting.shape.name} {setting.direction} {key}")
+            label = f"{setting.operation.name} {setting.shape.name} {setting.direction} {key}"
+            progress(Event(number, len(settings), label, setting=setting))
             steps: dict[Fields | None, Callable[[], object]] = {None: _trying(tunable, gpu.name, winners, step)}
             candidates = [dataclasses.astuple(tile) for tile in tunable.candidates(tunable.config(), key, gpu)]
             for fields in candidates:

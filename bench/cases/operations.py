@@ -275,7 +275,7 @@ def model_weights(setting: Setting) -> Mapping[str, Tensor]:
     return _model_weights(shapes.ModelShape("", shape.model, 1, shape.layers, True), setting.dtype, setting.device)
 
 
-def our_model(setting: Setting, backend: str, dtype: torch.dtype | None = None) -> nn.Module:
+def project_model(setting: Setting, backend: str, dtype: torch.dtype | None = None) -> nn.Module:
     """siglip_model's, with the shape's weights: both towers, or the vision tower alone."""
     import siglip_model
 
@@ -305,7 +305,7 @@ def as_contender(
 
 
 def _model_definition(setting: Setting, dtype: torch.dtype) -> Contender:
-    return as_contender(our_model(setting, "eager", dtype), setting)
+    return as_contender(project_model(setting, "eager", dtype), setting)
 
 
 def _plain(function: Callable[..., Any]) -> Callable[[Setting, torch.dtype], Contender]:
@@ -333,7 +333,7 @@ OPERATIONS = {
 }
 
 
-def ours(name: str) -> Callable[..., Any] | None:
+def kernels_for(name: str) -> Callable[..., Any] | None:
     """Our kernels for an operation, or None where siglip_kernels has none yet."""
     found = getattr(siglip_kernels, name, None)
     return found if callable(found) else None  # a module of that name is no operation yet

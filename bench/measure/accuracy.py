@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.cases.operations import Contender, Inputs, Setting
 from bench.peers import Peer
 
-OURS, THEIRS = 2.0, 10.0
+PROJECT_FACTOR, PEER_FACTOR = 2.0, 10.0
 SAMPLES = 2
 
 Found = dict[str, list[Tensor]]
@@ -116,7 +116,7 @@ class Judge:
                 shapes = [tuple(tensor.shape) for tensor in found[name]]
                 return Verdict(float("nan"), f"wrong: {name} of shapes {shapes}")
             error = distance(found[name], true[name])
-            factor = OURS if entry.ours else THEIRS
+            factor = PROJECT_FACTOR if entry.uses_kernels else PEER_FACTOR
             allowed = entry.tolerance or allowed_distance(plain[name], true[name], self.setting.dtype, factor)
             if not error <= allowed:
                 return Verdict(error, f"wrong: {name} is off by {error:.1e}, {allowed:.1e} is allowed")

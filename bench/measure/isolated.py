@@ -1,9 +1,9 @@
-"""Checks and measures on a GPU in processes of their own, so that a kernel which breaks the CUDA context, does not end
-or crashes costs its own rows and no others. The process that starts them touches no GPU.
+"""Checks and measures on a GPU in separate processes, so that a kernel which breaks the CUDA context, hangs or crashes
+loses its own rows only. The process that starts them does not touch the GPU.
 
     python -m bench.measure.isolated '{"task": "check" or "run", …}'
 
-is such a process. It tells what it does in lines of JSON on its standard output.
+is such a process. It reports its progress and results as lines of JSON on standard output.
 """
 
 from __future__ import annotations
@@ -23,43 +23,45 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from bench.environment import environment
-from bench.measure.check import Checked, check_all, spread
-from bench.measure.measure import DEADLY, DeadDevice, Plan, blank_row, device_is_dead
+from bench.cases.suites import dtype_name
+from bench.environment import process_environment
+from bench.measure.check import Checked, check_all, with_models
+from bench.measure.measure import DeadDevice, Plan, blank_row, device_is_dead
+from bench.measure.progress import Event, Progress, silent
 from bench.measure.run import Outcome, OutOfTime, Request, open_results, run
 from bench.peers import Unsupported, peers_of
 from bench.peers.registry import HOPPER, require_hopper
 from bench.report.rows import Results, Row
 
-Progress = Callable[[int, int, str], None]
-
-# Seconds after which something hangs: the check of one shape; a start; a contender of ours until it is judged, in a
-# quick run and in any; whatever may last, such as a peer's compilation or the timing of a million pairs.
-CHECK, START, OURS_QUICK, OURS, LONG = 75.0, 180.0, 150.0, 600.0, 7200.0
+# Seconds after which a step counts as hung: the check of one shape; the start of a process; the preparation of this
+# project's kernels, in a quick and in a full run; anything else, such as a peer's compilation or a million pairs.
+CHECK, START, KERNELS_QUICK, KERNELS, LONG = 75.0, 180.0, 150.0, 600.0, 7200.0
 COMMAND = (sys.executable, "-m", "bench.measure.isolated")
-GRACE = 10.0  # what a process may take to end in order when time is up
+GRACE = 10.0  # what a process may take to stop in order after the deadline
 
 
 class _Process:
-    """One that is started with a task, and what it tells."""
+    """A process that works on a task, and its messages."""
 
     def __init__(self, task: dict[str, Any], **variables: str):
         command = [*COMMAND, json.dumps(task)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(**variables))
-        self.told: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=process_environment(**variables)
+        )
+        self.messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            with contextlib.suppress(ValueError):  # half a line, of a process that was killed
-                self.told.put(json.loads(line))
-        self.told.put(None)
+            with contextlib.suppress(ValueError):  # half a line of a process that was killed
+                self.messages.put(json.loads(line))
+        self.messages.put(None)
 
     def next(self, seconds: float) -> dict[str, Any] | None:
-        """What it tells next; None when it has ended. TimeoutError where it tells nothing."""
+        """The next message; None when the process has ended. TimeoutError if there is none in time."""
         try:
-            return self.told.get(timeout=max(0.0, seconds))
+            return self.messages.get(timeout=max(0.0, seconds))
         except queue.Empty:
             raise TimeoutError(f"did not end within {seconds:.0f} s") from None
 
@@ -71,23 +73,23 @@ class _Process:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is KeyboardInterrupt:  # which it has been sent, too
+        if kind is KeyboardInterrupt:  # the process has received it as well
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=GRACE)
         self.process.kill()
         self.process.wait()
 
 
-def check_apart(
+def check_isolated(
     operations: Sequence[str],
     quick: bool,
     dtypes: Sequence[str] = (),
     until: float | None = None,
-    progress: Progress = lambda done, total, what: None,
+    progress: Progress = silent,
 ) -> list[Checked]:
-    """`check_all` with a process for each operation, several at a time; kernels for Hopper alone in theirs.
+    """`check_all` in a process per operation, several at a time; kernels for Hopper have processes of their own.
 
-    OutOfTime where `time.monotonic()` reaches `until` before.
+    Raises OutOfTime if `time.monotonic()` reaches `until` first.
     """
     jobs = [(name, kernels) for name in operations for kernels in ("triton", "triton:hopper")]
     jobs = [(name, kernels) for name, kernels in jobs if kernels in peers_of(name)]
@@ -105,7 +107,7 @@ def check_apart(
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
-                progress(done - 1, len(jobs), "check " + " ".join(futures[future]))
+                progress(Event(done - 1, len(jobs), "check " + " ".join(futures[future])))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
@@ -119,8 +121,8 @@ def _checked(process: _Process, name: str, kernels: str, until: float | None) ->
     shape, dtype, seconds = "", "", START
     while True:
         try:
-            told = process.next(seconds if until is None else min(seconds, until - time.monotonic()))
-            if told is None:
+            message = process.next(seconds if until is None else min(seconds, until - time.monotonic()))
+            if message is None:
                 problem = process.ending()
                 break
         except TimeoutError as error:
@@ -128,21 +130,21 @@ def _checked(process: _Process, name: str, kernels: str, until: float | None) ->
                 raise OutOfTime from None
             problem = str(error)
             break
-        if "checked" in told:
-            checked.append(Checked(**told["checked"]))
-        elif "begun" in told:
-            (shape, dtype), seconds = told["begun"], CHECK
+        if "checked" in message:
+            checked.append(Checked(**message["checked"]))
+        elif "begun" in message:
+            (shape, dtype), seconds = message["begun"], CHECK
         else:
             return checked  # all of them, or up to one that broke the CUDA context
-    red = Checked(name, {"name": shape}, dtype, ok=False, kernels=kernels, problem=DEADLY + problem)
-    return [*checked, red]
+    crash = Checked(name, {"name": shape}, dtype, False, kernels, problem=f"crashed: {problem}", crashed=True)
+    return [*checked, crash]
 
 
-def run_apart(
+def run_isolated(
     request: Request, where: Path | None, plan: Plan, until: float | None, progress: Progress
 ) -> tuple[Outcome, Path]:
-    """`run` in a process; after one that was taken down another goes on behind the culprit. Also the results' file."""
-    outcome, red, start = Outcome(), dict(plan.red), 0
+    """`run` in a process, and the path of the results. After a crash a new process resumes without the culprit."""
+    outcome, failed, start = Outcome(), dict(plan.failed), 0
     path: Path | None = None
     while True:
         task = {
@@ -150,54 +152,54 @@ def run_apart(
             "request": dataclasses.asdict(request),
             "where": None if where is None else str(where),
             "plan": {"seconds": plan.seconds, "least_rounds": plan.least_rounds},
-            "red": [[*key, reason] for key, reason in red.items()],
+            "failed": [[*key, reason] for key, reason in failed.items()],
             "until": until,
             "start": start,
         }
         begun: dict[str, Any] = {}
-        seconds, problem, deadly = START, "", None
+        seconds, problem, crash = START, "", None
         with _Process(task) as process:
             while not problem:
                 patience = seconds if until is None else min(seconds, until + GRACE - time.monotonic())
                 try:
-                    told = process.next(patience)
+                    message = process.next(patience)
                 except TimeoutError as error:
                     problem = str(error)
                     break
-                match told:
+                match message:
                     case None:
                         problem = process.ending()
                     case {"path": where_it_is}:
                         path = Path(where_it_is)
-                    case {"begun": [place, total, what]}:
-                        begun, seconds = told, told["seconds"]
-                        progress(place, total, what)
+                    case {"begun": step}:
+                        begun, seconds = message, message["seconds"]
+                        progress(Event(**step))
                     case {"row": values}:
                         row = Row(**values)
                         outcome.rows.append(row)
-                        deadly = row if row.reason.startswith(DEADLY) else deadly
+                        crash = row if row.crashed else crash
                     case {"settled": settled, "left_out": left_out}:
                         assert path is not None
                         outcome.settled += settled
                         outcome.left_out += left_out
                         return outcome, path
-                    case {"error": message}:
-                        raise RuntimeError(message)
+                    case {"error": text}:
+                        raise RuntimeError(text)
         if not begun or path is None:
             raise RuntimeError(f"the process that measures {problem} before it had begun")
-        place, _, what = begun["begun"]
-        if until is not None and time.monotonic() >= until:  # it could not be interrupted; nobody is to blame
-            outcome.left_out += request.labels()[place:]
+        step = Event(**begun["begun"])
+        if until is not None and time.monotonic() >= until:  # it could not be interrupted; no contender is to blame
+            outcome.left_out += request.labels()[step.done :]
             return outcome, path
-        if deadly is None and begun["blank"] is not None:
-            deadly = Row(**{**begun["blank"], "status": "error", "reason": DEADLY + problem})
-            Results.open(path).add(deadly)
-            outcome.rows.append(deadly)
-        if deadly is None:  # while all were timed
-            outcome.left_out.append(f"{what.rpartition(': ')[0]} ({problem} while it was timed)")
+        if crash is None and begun["blank"] is not None:
+            crash = Row(**{**begun["blank"], "status": "error", "crashed": True, "reason": f"crashed: {problem}"})
+            Results.open(path).add(crash)
+            outcome.rows.append(crash)
+        if crash is None:  # while the whole group was timed
+            outcome.left_out.append(f"{step.group} ({problem} while it was timed)")
         elif begun["kernels"]:
-            red |= spread(deadly.op, begun["kernels"], deadly.reason)
-        start = place + (deadly is None)
+            failed |= with_models(crash.op, begun["kernels"], crash.reason)
+        start = step.done + (crash is None)
 
 
 def _check(task: dict[str, Any], tell: Callable[..., None]) -> None:
@@ -213,13 +215,13 @@ def _check(task: dict[str, Any], tell: Callable[..., None]) -> None:
         if not dtypes:
             return tell(ended=True)
 
-    def progress(done: int, total: int, what: str) -> None:
-        shape, _, dtype = what.removeprefix(f"{name} ").rpartition(" ")
-        tell(begun=[shape, dtype])
+    def progress(event: Event) -> None:
+        if event.setting is not None:
+            tell(begun=[event.setting.shape.name, dtype_name(event.setting.dtype)])
 
-    with contextlib.suppress(DeadDevice):  # after its row
+    with contextlib.suppress(DeadDevice):  # its result has been reported
         for one in check_all([name], task["quick"], dtypes, progress):
-            if kernels == "triton:hopper" and one.problem.startswith("UnsupportedInputError"):
+            if kernels == "triton:hopper" and one.unsupported:
                 one = dataclasses.replace(one, ok=True, problem=f"not checked: {one.problem}")
             tell(checked=dataclasses.asdict(dataclasses.replace(one, kernels=kernels)))
     tell(ended=True)
@@ -227,25 +229,26 @@ def _check(task: dict[str, Any], tell: Callable[..., None]) -> None:
 
 def _run(task: dict[str, Any], tell: Callable[..., None]) -> None:
     request = Request(**task["request"])
-    plan = Plan(**task["plan"], red={(operation, kernels): reason for operation, kernels, reason in task["red"]})
+    plan = Plan(**task["plan"], failed={(operation, kernels): reason for operation, kernels, reason in task["failed"]})
     settings = request.settings()
 
-    def progress(place: int, total: int, what: str) -> None:
-        if place == total:
+    def progress(event: Event) -> None:
+        if event.done == event.total:
             return
-        suite, setting = settings[place]
-        entry = peers_of(setting.operation.name).get(what.rpartition(": ")[2])
-        if entry is None:
-            return tell(begun=[place, total, what], blank=None, kernels=None, seconds=LONG)
-        soon = OURS_QUICK if request.quick else OURS
+        step = {"done": event.done, "total": event.total, "group": event.group, "step": event.step}
+        entry = event.peer
+        if entry is None:  # the timing of the whole group
+            return tell(begun=step, blank=None, kernels=None, seconds=LONG)
+        suite, setting = settings[event.done]
+        soon = KERNELS_QUICK if request.quick else KERNELS
         tell(
-            begun=[place, total, what],
+            begun=step,
             blank=dataclasses.asdict(blank_row(suite, setting, entry)),
-            kernels=entry.kernels if entry.ours else None,
-            seconds=soon if entry.ours and not entry.slow else LONG,
+            kernels=entry.kernels if entry.uses_kernels else None,
+            seconds=soon if entry.uses_kernels and not entry.slow else LONG,
         )
 
-    class Told(Results):
+    class Reported(Results):
         def add(self, row: Row) -> None:
             super().add(row)
             tell(row=dataclasses.asdict(row))
@@ -253,7 +256,7 @@ def _run(task: dict[str, Any], tell: Callable[..., None]) -> None:
     try:
         opened = open_results(None if task["where"] is None else Path(task["where"]))
         tell(path=str(opened.path))
-        outcome = run(request, Told(opened.path, opened.rows), plan, task["until"], progress, start=task["start"])
+        outcome = run(request, Reported(opened.path, opened.rows), plan, task["until"], progress, start=task["start"])
     except (ValueError, RuntimeError, OSError) as error:
         if device_is_dead():
             sys.exit(1)
@@ -262,11 +265,11 @@ def _run(task: dict[str, Any], tell: Callable[..., None]) -> None:
 
 
 def main() -> None:
-    told = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever peers print belongs elsewhere
+    messages = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # peers that print do not disturb the messages
 
-    def tell(**what: Any) -> None:
-        print(json.dumps(what), file=told, flush=True)
+    def tell(**message: Any) -> None:
+        print(json.dumps(message), file=messages, flush=True)
 
     task = json.loads(sys.argv[1])
     try:

@@ -1,4 +1,4 @@
-"""Measures one setting: every contender is prepared, judged against fp64, and the right ones are timed side by side."""
+"""Measures one setting: prepares every contender, judges it against fp64, and times the correct ones side by side."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bench.cases.operations import Contender, Inputs, Setting
 from bench.cases.suites import SUITES, dtype_name
-from bench.environment import Watch, environment
+from bench.environment import Watch, process_environment
 from bench.measure.accuracy import Judge, NoTruth, as_list, differentiable, forward, upstream
-from bench.measure.roofline import FloorProbe, Floors
+from bench.measure.roofline import Roofline, RooflineProbe
 from bench.measure.timing import LEAST_ROUNDS, Clock, Steps, Timing, clock, copies, cuda_peak, interleaved
 from bench.peers import Missing, Peer, Unsupported
 from bench.report.rows import AGAIN, Row, new_row
@@ -28,24 +28,22 @@ from bench.report.rows import AGAIN, Row, new_row
 
 @dataclass(frozen=True)
 class Plan:
-    """How much time to spend. red: (operation, kernels) of ours that `check` found wrong, which are not timed: why."""
+    """How much time to spend. failed: (operation, kernels) that failed `check` and are not timed, with the reason."""
 
     seconds: float = 0.3  # on each contender
     least_rounds: int = LEAST_ROUNDS
-    red: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    failed: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 class DeadDevice(RuntimeError):
     """A kernel broke the CUDA context: nothing more can run in this process."""
 
 
-# How the reason begins of a contender that nothing can run after in the same process: it broke the CUDA context, did
-# not end, or crashed.
-DEADLY = "took the process down: "
+TIMING = "timing"  # the step of a group that times all its contenders
 
 
 def device_is_dead() -> bool:
-    """Whether an earlier kernel's error comes back whatever is asked."""
+    """Whether an earlier kernel's error broke the CUDA context."""
     if not torch.cuda.is_initialized():
         return False
     try:
@@ -56,7 +54,7 @@ def device_is_dead() -> bool:
 
 
 def blank_row(suite: str, setting: Setting, entry: Peer, **values: Any) -> Row:
-    """A contender's row before it is measured."""
+    """A contender's row before its measurement."""
     return new_row(
         suite=suite,
         op=setting.operation.name,
@@ -64,13 +62,14 @@ def blank_row(suite: str, setting: Setting, entry: Peer, **values: Any) -> Row:
         shape=setting.shape.sizes(),
         dtype=dtype_name(setting.dtype),
         impl=entry.name,
+        comparable=entry.comparable,
         peer_version=entry.version(),
         **values,
     )
 
 
 def step_of(contender: Contender, inputs: Inputs, setting: Setting) -> Callable[[], object]:
-    """One call in the setting's direction. For `bwd` the forward is behind it, and its graph is kept."""
+    """One call in the setting's direction. For `bwd` the forward has already run, and its graph is kept."""
     if setting.direction == "fwd":
         return lambda: forward(contender, inputs)
     inputs = differentiable(inputs)
@@ -103,18 +102,19 @@ def measure(
     suite: str,
     setting: Setting,
     entries: Iterable[Peer],
-    probe: FloorProbe,
+    probe: RooflineProbe,
     plan: Plan,
     write: Callable[[Row], None],
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Callable[[Peer | None], None] = lambda peer: None,
 ) -> None:
-    """Writes a row for each contender: what fails as soon as it has failed, what is timed when all are.
+    """Writes a row per contender: failures at once, times when all contenders have been timed.
 
-    The first of those that are timed is timed twice; its second row, with "#2" behind the name, is the noise.
+    The first timed contender is timed twice; its second row, with "#2" after the name, gives the noise.
+    progress: called with each peer before it is prepared, and with None when the timing begins.
     """
     torch._dynamo.reset()
     gc.collect()
-    gc.freeze()  # collecting after every contender need not look through all of PyTorch
+    gc.freeze()  # so that collecting after every contender does not scan all of PyTorch
     try:
         _measure(suite, setting, list(entries), probe, plan, write, progress)
     finally:
@@ -125,36 +125,36 @@ def _measure(
     suite: str,
     setting: Setting,
     entries: Sequence[Peer],
-    probe: FloorProbe,
+    probe: RooflineProbe,
     plan: Plan,
     write: Callable[[Row], None],
-    progress: Callable[[str], None],
+    progress: Callable[[Peer | None], None],
 ) -> None:
     try:
         group = _Group(suite, setting, plan, probe)
-    except Exception as error:  # inputs that do not fit are everybody's failure
+    except Exception as error:  # inputs that do not fit fail every contender
         status, reason = explain(error)
         for entry in entries:
             write(blank_row(suite, setting, entry, status=status, reason=f"inputs: {reason}"))
         return
     for entry in entries:
-        progress(entry.name)
+        progress(entry)
         row = group.prepare(entry)
         if row is not None and device_is_dead():
-            write(replace(row, reason=DEADLY + row.reason))
-            raise DeadDevice(f"{entry.name} broke the CUDA context, as its row says; start again to go on without it")
+            write(replace(row, crashed=True, reason=f"crashed: {row.reason}"))
+            raise DeadDevice(f"{entry.name} broke the CUDA context (see its row); run again to resume without it")
         if row is not None:
             write(row)
-    progress("timing")
+    progress(None)
     for row in group.time():
         write(row)
     group.close()
 
 
 class _Group:
-    """Contenders of one setting that stand ready to be timed, and the inputs that they share."""
+    """Contenders of one setting that are ready to be timed, and the inputs that they share."""
 
-    def __init__(self, suite: str, setting: Setting, plan: Plan, probe: FloorProbe):
+    def __init__(self, suite: str, setting: Setting, plan: Plan, probe: RooflineProbe):
         self.suite, self.setting, self.plan, self.probe = suite, setting, plan, probe
         first = setting.inputs(0)
         self.inputs = [first, *(setting.inputs(seed) for seed in range(1, copies(first.bytes(), setting.device)))]
@@ -162,13 +162,13 @@ class _Group:
         self.ready: dict[str, tuple[Row, Steps]] = {}
 
     def prepare(self, entry: Peer) -> Row | None:
-        """None where the contender is ready, else its row with the reason why not."""
+        """None if the contender is ready, else its row with the reason."""
         row = blank_row(self.suite, self.setting, entry)
         try:
-            red = self.plan.red.get((self.setting.operation.name, entry.kernels)) if entry.ours else None
-            if red is not None:
-                return replace(row, status="error", reason=f"not timed: {red}")
-            self._refuse_what_memory_forbids(entry)
+            failed = self.plan.failed.get((self.setting.operation.name, entry.kernels)) if entry.uses_kernels else None
+            if failed is not None:
+                return replace(row, status="error", reason=f"not timed: {failed}")
+            self._require_memory(entry)
             contender = entry.prepare(self.setting)
             doubt = ""
             try:
@@ -186,14 +186,14 @@ class _Group:
                 row.peak_mem_bytes = cuda_peak(steps[0])
             self.ready[entry.name] = row, Steps(steps)
             return None
-        except Exception as error:  # whatever goes wrong in a peer is its result
+        except Exception as error:  # any error of a peer is its result
             status, reason = explain(error)
             return replace(row, status=status, reason=reason)
         finally:
             free()
 
-    def _refuse_what_memory_forbids(self, entry: Peer) -> None:
-        """A CPU's system lends memory that it does not have, and ends the process later."""
+    def _require_memory(self, entry: Peer) -> None:
+        """Raises OutOfMemoryError on a CPU, where the system overcommits memory and kills the process later."""
         pairs = getattr(self.setting.shape, "pairs", 0)
         if self.setting.device == "cpu" and entry.quadratic:
             needed, there = 4 * entry.quadratic * pairs**2, _available_memory()
@@ -203,7 +203,7 @@ class _Group:
                 )
 
     def time(self) -> list[Row]:
-        """Rows of all that are ready."""
+        """Times all contenders that are ready; one row each."""
         if not self.ready:
             return []
         if self.setting.device == "cpu":
@@ -218,7 +218,7 @@ class _Group:
 
         def failed(name: str, error: Exception) -> None:
             if name not in timed:
-                raise error  # without the floors there is nothing to tell
+                raise error  # no row is complete without the roofline
             status, reason = explain(error)
             row = replace(self.ready[name.removesuffix(AGAIN)][0], impl=name)
             rows.append(replace(row, status=status, reason=f"while it was timed: {reason}"))
@@ -226,11 +226,12 @@ class _Group:
 
         plan = self.plan
         times = interleaved(contenders, self._clock(), plan.seconds, plan.least_rounds, watch.look, failed)
-        floors = self.probe.floors(times)
+        roofline = self.probe.roofline(times)
         for name in (name for name in timed if name in times):
-            row = self.ready[name.removesuffix(AGAIN)][0]
-            note = "; ".join(part for part in (row.reason, watch.note()) if part)
-            rows.append(with_times(replace(row, impl=name, reason=note), self.setting, times[name], floors))
+            row, disturbance = self.ready[name.removesuffix(AGAIN)][0], watch.note()
+            note = "; ".join(part for part in (row.reason, disturbance) if part)
+            row = replace(row, impl=name, reason=note, disturbed=bool(disturbance))
+            rows.append(with_times(row, self.setting, times[name], roofline))
         return rows
 
     def _clock(self) -> Clock:
@@ -242,10 +243,10 @@ class _Group:
         free()
 
 
-def with_times(row: Row, setting: Setting, timing: Timing, floors: Floors) -> Row:
-    """The row with what follows from the time: rates, and the share of the floor."""
+def with_times(row: Row, setting: Setting, timing: Timing, roofline: Roofline) -> Row:
+    """The row with its times, rates and share of the roofline."""
     element, seconds = setting.dtype.itemsize, timing.median / 1e3
-    floor = floors.milliseconds(setting.shape, setting.direction, element)
+    least = roofline.milliseconds(setting.shape, setting.direction, element)
     return replace(
         row,
         ms_median=timing.median,
@@ -253,8 +254,8 @@ def with_times(row: Row, setting: Setting, timing: Timing, floors: Floors) -> Ro
         ms_p80=timing.p80,
         tflops=setting.shape.flops(setting.direction) / seconds / 1e12,
         gbps=setting.shape.bytes(setting.direction, element) / seconds / 1e9,
-        floor_ms=floor,
-        floor_share=floor / timing.median,
+        roofline_ms=least,
+        roofline_share=least / timing.median,
     )
 
 
@@ -273,7 +274,7 @@ def explain(error: BaseException) -> tuple[str, str]:
 
 
 def free() -> None:
-    """Gives back what the last contender held."""
+    """Frees the memory of the last contender."""
     gc.collect()
     if torch.cuda.is_initialized():
         with contextlib.suppress(RuntimeError):  # of a dead device
@@ -288,14 +289,14 @@ def _available_memory() -> int:
 
 
 def peaks_in_a_process(setting: Setting, names: Sequence[str]) -> dict[str, int]:
-    """How far the resident memory of a fresh process rises during one call of each contender (Linux; empty elsewhere).
+    """Rise of a fresh process's resident memory during one call, in bytes by contender (Linux; empty elsewhere).
 
-    There the system takes back every piece of memory that is freed, so that none is used again unseen. What the process
-    could not measure, because it ended early, is absent.
+    The process's allocator returns freed memory to the system at once, so that reuse does not hide an allocation.
+    Contenders that the process did not reach, because it ended early, are absent.
     """
     if sys.platform != "linux":
         return {}
-    what = {
+    task = {
         "operation": setting.operation.name,
         "shape": setting.shape.sizes(),
         "dtype": dtype_name(setting.dtype),
@@ -303,6 +304,6 @@ def peaks_in_a_process(setting: Setting, names: Sequence[str]) -> dict[str, int]
         "peers": list(names),
     }
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, "-m", "bench.measure.peak_memory", json.dumps(what)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(**allocator))
+    command = [sys.executable, "-m", "bench.measure.peak_memory", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, env=process_environment(**allocator))
     return {name: peak for line in done.stdout.splitlines() for name, peak in json.loads(line).items()}

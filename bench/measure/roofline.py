@@ -15,7 +15,7 @@ COPY_BYTES = {"cuda": 2**29, "cpu": 2**26}
 
 
 @dataclass(frozen=True)
-class Floors:
+class Roofline:
     """Measured in turn with what is compared with them."""
 
     flops: float  # FLOPs a second of a large product in one dtype
@@ -26,7 +26,7 @@ class Floors:
         return 1e3 * max(shape.flops(direction) / self.flops, shape.bytes(direction, element) / self.bytes)
 
 
-class FloorProbe:
+class RooflineProbe:
     """A product of large random matrices and a copy of a large tensor, to be timed in turn with contenders."""
 
     PRODUCT, COPY = "floor: product", "floor: copy"
@@ -42,7 +42,7 @@ class FloorProbe:
             self.COPY: Steps([lambda: target.copy_(source)]),
         }
 
-    def floors(self, times: Mapping[str, Timing]) -> Floors:
+    def roofline(self, times: Mapping[str, Timing]) -> Roofline:
         """From the times of `contenders`."""
         product, copy = times[self.PRODUCT].median, times[self.COPY].median
-        return Floors(2e3 * self.size**3 / product, 2e3 * self.length / copy)
+        return Roofline(2e3 * self.size**3 / product, 2e3 * self.length / copy)

@@ -1,4 +1,4 @@
-"""Runs suites: skips what is settled, writes at once what is measured, and ends in order when time is up."""
+"""Runs suites: skips settled groups, writes each row as it is measured, and stops in order at the deadline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ import torch
 from bench.cases.operations import Setting
 from bench.cases.suites import SUITES, by_importance, dtype_name, dtypes_of
 from bench.environment import device
-from bench.measure.measure import DEADLY, Plan, blank_row, free, measure
-from bench.measure.roofline import FloorProbe
+from bench.measure.measure import TIMING, Plan, blank_row, free, measure
+from bench.measure.progress import Event, Progress, silent
+from bench.measure.roofline import RooflineProbe
 from bench.measure.timing import LEAST_ROUNDS
 from bench.peers import Peer, peers_of
 from bench.report.rows import Results, Row
@@ -24,7 +25,7 @@ from bench.report.rows import Results, Row
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure; empty means what is usual. The command line has checked every name."""
+    """What to measure; an empty field means the default. The command line has validated every name."""
 
     suites: Sequence[str]
     shapes: Sequence[str] = ()
@@ -32,11 +33,13 @@ class Request:
     dtypes: Sequence[str] = ()
     directions: Sequence[str] = ()
     quick: bool = False
-    again: bool = False  # also what is settled
+    again: bool = False  # also settled groups
 
     def settings(self) -> list[tuple[str, Setting]]:
-        """What to measure, by suite, most important first. What a quick run on a GPU waits for in minutes comes last:
-        those settings stand there once more, to be measured with it."""
+        """(suite, setting), most important first.
+
+        A quick run on a GPU ends with the settings that have slow peers to wait for, listed a second time.
+        """
         place = device()
         dtypes = list(self.dtypes) or dtypes_of(place)
         found = by_importance(
@@ -50,7 +53,7 @@ class Request:
         return found + [(suite, setting) for suite, setting in found if SUITES[suite].quick_peers]
 
     def labels(self) -> list[str]:
-        """The settings' names for people, in their order."""
+        """Readable names of the settings, in the same order."""
         once, names = set(), []
         for one in self.settings():
             slow = f" with {', '.join(SUITES[one[0]].quick_peers)}" if one in once else ""
@@ -59,13 +62,15 @@ class Request:
         return names
 
     def without_settings(self) -> list[str]:
-        """Suites of which nothing is measured, such as an MLP on a CPU, where there is nobody to compare with."""
+        """Suites without anything to measure, such as an MLP on a CPU, where it has no peer."""
         measured = {suite for suite, _ in self.settings()}
         return [suite for suite in self.suites if suite not in measured]
 
     def entries(self, suite: str, setting: Setting, waiting: bool = False) -> list[Peer]:
-        """Whom to measure: on a CPU not the peers that only a GPU has, in a quick run not the slow ones, or only those
-        that the suite waits for."""
+        """The peers to measure: without those that need a GPU on a CPU, and without slow ones in a quick run.
+
+        waiting: include the slow peers that a quick run of the suite waits for.
+        """
         entries = peers_of(setting.operation.name).values()
         if self.peers:
             return [entry for entry in entries if entry.name in self.peers]
@@ -76,15 +81,15 @@ class Request:
 
 @dataclass
 class Outcome:
-    """What a run came to."""
+    """Result of a run."""
 
     rows: list[Row] = field(default_factory=list)
-    settled: int = 0  # groups that were measured before
+    settled: int = 0  # groups that had been measured before
     left_out: list[str] = field(default_factory=list)
 
 
 class OutOfTime(BaseException):
-    """Raised where time is up, whatever is running: no library's `except Exception` keeps it."""
+    """Raised at the deadline. A BaseException, so that no library's `except Exception` swallows it."""
 
 
 KEPT_SECONDS = 5.0  # a finalizer, or a context that fails to close, may swallow it once
@@ -92,7 +97,7 @@ KEPT_SECONDS = 5.0  # a finalizer, or a context that fails to close, may swallow
 
 @contextlib.contextmanager
 def deadline(at: float | None) -> Iterator[None]:
-    """Raises OutOfTime in the main thread when `time.monotonic()` reaches `at`, and again where somebody kept it."""
+    """Raises OutOfTime in the main thread when `time.monotonic()` reaches `at`, and again if it was swallowed."""
     if at is None or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -110,16 +115,16 @@ def deadline(at: float | None) -> Iterator[None]:
 
 
 def label(suite: str, setting: Setting) -> str:
-    """A group's name for people."""
+    """A readable name of a group."""
     name = setting.operation.name
     operation = name if name == suite else f"{suite} {name}"
     return f"{operation} {setting.direction} {setting.shape.name} {dtype_name(setting.dtype)}"
 
 
-def _is_deadly(results: Results, suite: str, setting: Setting, entry: Peer) -> bool:
-    """Whether a contender took the process down when this code met it before."""
+def _has_crashed(results: Results, suite: str, setting: Setting, entry: Peer) -> bool:
+    """Whether a contender crashed when it was measured with this code before."""
     row = blank_row(suite, setting, entry)
-    return results.settled(row) and results.rows[row.key].reason.startswith(DEADLY)
+    return results.settled(row) and results.rows[row.key].crashed
 
 
 def run(
@@ -127,14 +132,14 @@ def run(
     results: Results,
     plan: Plan,
     until: float | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    progress: Progress = silent,
     measure_group: Callable[..., None] = measure,
     start: int = 0,
 ) -> Outcome:
     """Measures what is requested, from the group of number `start`, until `time.monotonic()` reaches `until`."""
     outcome = Outcome()
     settings, labels = request.settings(), request.labels()
-    probes: dict[torch.dtype, FloorProbe] = {}
+    probes: dict[torch.dtype, RooflineProbe] = {}
 
     def write(row: Row) -> None:
         results.add(row)
@@ -145,38 +150,38 @@ def run(
         with deadline(until):
             for place, (suite, setting) in enumerate(settings[start:], start):
                 entries = request.entries(suite, setting, waiting=(suite, setting) in settings[:place])
-                entries = [entry for entry in entries if not _is_deadly(results, suite, setting, entry)]
+                entries = [entry for entry in entries if not _has_crashed(results, suite, setting, entry)]
                 if not request.again and all(results.settled(blank_row(suite, setting, entry)) for entry in entries):
                     outcome.settled += 1
                     continue
                 if setting.dtype not in probes:
-                    probes[setting.dtype] = FloorProbe(setting.device, setting.dtype)
-                step = _under(progress, place, len(settings), labels[place])
+                    probes[setting.dtype] = RooflineProbe(setting.device, setting.dtype)
+                step = _step_of(progress, Event(place, len(settings), labels[place], setting=setting))
                 measure_group(suite, setting, entries, probes[setting.dtype], plan, write, step)
             place = len(settings)
     except OutOfTime:
         free()
         outcome.left_out = labels[place:]
-    progress(place, len(settings), "")
+    progress(Event(place, len(settings)))
     return outcome
 
 
-def _under(progress: Callable[[int, int, str], None], place: int, total: int, name: str) -> Callable[[str], None]:
-    return lambda what: progress(place, total, f"{name}: {what}")
+def _step_of(progress: Progress, group: Event) -> Callable[[Peer | None], None]:
+    """Reports the steps of a group: a peer that is prepared, or None when the timing begins."""
+    return lambda peer: progress(replace(group, step=TIMING if peer is None else peer.name, peer=peer))
 
 
 def open_results(where: Path | None) -> Results:
-    """The file of this machine and day, or the one that is named. OSError, before anything is measured, where it
-    cannot be written."""
+    """Opens the file of this machine and day, or the named one. OSError if it cannot be written."""
     from bench.report.rows import results_file
 
     results = Results.open(results_file(where))
     results.path.parent.mkdir(parents=True, exist_ok=True)
-    results.path.open("a").close()
+    results.path.open("a").close()  # fails now rather than after the first measurement
     return results
 
 
-def plan_for(quick: bool, red: Mapping[tuple[str, str], str]) -> Plan:
-    """A quick run takes a third of the time on each contender, and on a CPU, where a call may last seconds, fewer."""
+def plan_for(quick: bool, failed: Mapping[tuple[str, str], str]) -> Plan:
+    """A quick run spends a third of the time per contender; on a CPU, where a call may last seconds, fewer rounds."""
     rounds = 3 if quick and device() == "cpu" else LEAST_ROUNDS
-    return Plan(seconds=0.1 if quick else 0.3, least_rounds=rounds, red=dict(red))
+    return Plan(seconds=0.1 if quick else 0.3, least_rounds=rounds, failed=dict(failed))

@@ -1,4 +1,4 @@
-"""Who is compared: `registry.py` says what an entry is; the other files hold the entries, by kind of operation."""
+"""The contenders: `registry.py` defines an entry; the other files hold the entries, by kind of operation."""
 
 from bench.peers.registry import Missing, Peer, Unsupported, everyone, names, peer, peers_of
 

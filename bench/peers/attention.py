@@ -1,4 +1,4 @@
-"""Attention's peers. Inputs and results are (B, S, H, D); inputs are strided views of one packed projection."""
+"""Peers of attention. Inputs and outputs are (B, S, H, D); inputs are strided views of one packed projection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def eager(setting: Setting) -> Attention:
 
 
 def heads_first(function: Callable[..., Tensor]) -> Attention:
-    """A function of (B, H, S, D) as one of (B, S, H, D)."""
+    """Adapts a function of (B, H, S, D) to (B, S, H, D)."""
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
@@ -32,7 +32,7 @@ def heads_first(function: Callable[..., Tensor]) -> Attention:
 
 
 def chosen_backend(shape: AttentionShape, setting: Setting) -> str:
-    """The backend that `scaled_dot_product_attention` takes for a shape, by PyTorch's own answer."""
+    """The backend that PyTorch reports for `scaled_dot_product_attention` on a shape."""
     sizes = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
     q, k, v = (torch.empty(sizes, dtype=setting.dtype, device=setting.device).transpose(1, 2) for _ in range(3))
     q.requires_grad_(setting.direction != "fwd")
@@ -79,7 +79,7 @@ for _name, _backend in (
     ("cudnn", "CUDNN_ATTENTION"),
     ("efficient", "EFFICIENT_ATTENTION"),
 ):
-    # The CPU has a flash kernel of its own, and the other two are CUDA's.
+    # Flash also exists on the CPU; cuDNN and memory-efficient attention need CUDA.
     peer("attention", f"sdpa:{_name}", cuda=_name in ("cudnn", "efficient"))(_pinned(_backend))
 
 

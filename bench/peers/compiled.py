@@ -1,4 +1,4 @@
-"""torch.compile as a peer: its modes, and what training asks of it."""
+"""torch.compile as a peer: its modes, and the settings that timing needs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 
-# Name in the registry, and torch.compile's.
+# Name in the registry: mode of torch.compile.
 MODES = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
 
 
 def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
-    """`function` through torch.compile with fixed sizes.
+    """`function` compiled by torch.compile for fixed sizes.
 
-    Outputs of CUDA graphs are overwritten by the next call, so each call marks a new step.
+    In modes with CUDA graphs each call marks a new step, because it overwrites the previous call's outputs.
     """
-    # `bwd` is timed by running one graph's backward many times, and a donated buffer can be used once.
+    # Timing `bwd` runs one graph's backward repeatedly, and a donated buffer can be used once only.
     torch._functorch.config.donated_buffer = False
-    # Several modes of one function are several compilations of one code object; beyond the limit it would run eagerly.
+    # Each mode of a function compiles the same code object once more; beyond the limit it would run eagerly.
     torch._dynamo.config.recompile_limit = 64
     call = torch.compile(function, mode=MODES[mode], dynamic=False)
     if mode == "compile":

@@ -1,4 +1,4 @@
-"""Peers of what is matrix products and normalisation: linear, MLP, their pre-norm forms, LayerNorm, head, patches."""
+"""Peers of GEMMs and normalisation: linear, MLP, their pre-norm forms, LayerNorm, pooling head, patch embedding."""
 
 from __future__ import annotations
 

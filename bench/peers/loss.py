@@ -1,4 +1,4 @@
-"""Peers of the sigmoid loss, and two neighbours: losses with softmax, which compute something else as efficiently."""
+"""Peers of the sigmoid loss, and two softmax losses, which are as memory-efficient but compute another function."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from siglip_kernels import reference
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-@peer("sigmoid_loss", "chunked", note="ours, in plain PyTorch")
+@peer("sigmoid_loss", "chunked", note="this project, in plain PyTorch")
 def chunked(setting: Setting) -> Loss:
     return siglip_kernels.chunked_sigmoid_loss
 
@@ -41,7 +41,7 @@ def max_autotune(setting: Setting) -> Loss:
 
 
 def _siglip_kernel(backend: str, **arguments: int) -> Callable[[Setting], Loss]:
-    """siglip-kernel takes log t. With a chunk size its bf16 path is called, as its README says."""
+    """siglip-kernel takes log t. With a chunk size its bf16 path is called, as its README recommends."""
 
     def load(setting: Setting) -> Loss:
         if arguments:
@@ -63,7 +63,7 @@ def _siglip_kernel(backend: str, **arguments: int) -> Callable[[Setting], Loss]:
 
 for _backend, _more in (
     ("auto", {}),
-    ("chunked_bf16", {"slow": True}),  # what auto is in half precision
+    ("chunked_bf16", {"slow": True}),  # the choice of "auto" in half precision
     ("chunked_bf16_pipelined", {"slow": True}),
     ("chunked_bf16_fp8", {"tolerance": 0.3, "note": "products in fp8"}),
     ("chunked_epilogue", {"slow": True}),
@@ -79,7 +79,7 @@ peer("sigmoid_loss", "siglip_kernel:chunk_size=1024", package="siglip-kernel", c
 
 
 def _open_clip(**arguments: int) -> Callable[[Setting], Loss]:
-    """open_clip's class, from the file that defines it: the package as a whole imports torchvision."""
+    """open_clip's class, loaded from its file because the package imports torchvision."""
 
     def load(setting: Setting) -> Loss:
         found = importlib.util.find_spec("open_clip")
@@ -105,7 +105,7 @@ peer("sigmoid_loss", "open_clip:chunk_size=1024", package="open-clip-torch", qua
 
 
 def softmax_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-    """CLIP's loss (Radford et al. 2021), which the two neighbours compute; the bias plays no part."""
+    """CLIP's loss (Radford et al. 2021), which both softmax peers compute. The bias is ignored."""
     logits = image_embeds @ text_embeds.T * logit_scale
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
@@ -116,7 +116,7 @@ def inf_cl(setting: Setting) -> Loss:
     from inf_cl import cal_flash_loss
 
     def call(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-        # It cuts the width into slices of a power of two: 768 is 3 of 256, so400m's 1152 is 9 of 128.
+        # It slices the width into powers of two: 768 = 3 * 256 and so400m's 1152 = 9 * 128.
         width = next(size for size in (256, 128, 64, 32, 16) if image_embeds.shape[1] % size == 0)
         images = cal_flash_loss(image_embeds, text_embeds, scale=logit_scale, head_dim=width)
         texts = cal_flash_loss(text_embeds, image_embeds, scale=logit_scale, head_dim=width)
@@ -128,7 +128,7 @@ def inf_cl(setting: Setting) -> Loss:
 def softmax_loss_of_constant_scale(
     image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor
 ) -> Tensor:
-    """The same, for embeddings alone to learn from."""
+    """CLIP's loss with gradients for the embeddings alone."""
     return softmax_loss(image_embeds, text_embeds, logit_scale.detach(), logit_bias)
 
 
@@ -138,7 +138,7 @@ def softmax_loss_of_constant_scale(
     package="memeff",
     cuda=True,
     truth=softmax_loss_of_constant_scale,
-    note="another loss: softmax, of a constant scale",
+    note="another loss: softmax, constant scale",
 )
 def memeff(setting: Setting) -> Loss:
     from memeff import MemoryEfficientCLIPLoss

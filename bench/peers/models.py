@@ -1,4 +1,4 @@
-"""Whole models: ours with each backend, transformers with each attention and each mode of torch.compile, fp8."""
+"""Whole models: this project with each backend, transformers with each attention and torch.compile mode, fp8."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from bench.cases.operations import Contender, Setting, as_contender, model_config, model_weights, our_model
+from bench.cases.operations import Contender, Setting, as_contender, model_config, model_weights, project_model
 from bench.cases.shapes import AttentionShape, ModelShape
 from bench.peers.attention import chosen_backend
 from bench.peers.compiled import MODES, compiled
@@ -15,31 +15,32 @@ from bench.peers.registry import HOPPER, Unsupported, peer, require_hopper
 from siglip_kernels import MissingBackendError
 
 _MODELS = ("vision_tower", "siglip", "training_step")
+_HALF = ("fp16", "bf16")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
 def _note(setting: Setting, attention: str) -> str:
-    """Which backend SDPA takes for the vision tower."""
+    """The backend that SDPA selects for the vision tower."""
     if attention != "sdpa":
         return ""
     shape = setting.shape
     assert isinstance(shape, ModelShape)
     tower = shape.towers()[0]
-    of_it = AttentionShape("", shape.batch, tower.tokens, tower.heads, tower.head_dim)
-    return f"SDPA ran {chosen_backend(of_it, setting)}"
+    attention_shape = AttentionShape("", shape.batch, tower.tokens, tower.heads, tower.head_dim)
+    return f"SDPA ran {chosen_backend(attention_shape, setting)}"
 
 
 def _require(attention: str) -> None:
-    """An ImportError here becomes a row that says what is missing."""
+    """Imports what the attention needs; an ImportError becomes a row that says what is missing."""
     if attention == "flash_attention_2":
         import flash_attn.flash_attn_interface  # noqa: F401
 
 
-def _ours(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
+def _project(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
     def load(setting: Setting) -> Contender:
         _require(backend)
         try:
-            model = our_model(setting, backend)
+            model = project_model(setting, backend)
         except MissingBackendError as error:
             raise Unsupported(str(error)) from error
         return as_contender(model, setting, compiled(model, mode) if mode else None, _note(setting, backend))
@@ -47,47 +48,54 @@ def _ours(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
     return load
 
 
-peer(_MODELS, "triton", package="triton", cuda=True)(_ours("triton"))
+peer(_MODELS, "triton", package="triton", cuda=True)(_project("triton"))
 peer(
-    _MODELS, "triton:compile", package="triton", cuda=True, slow=True, one_size=True, note="ours, under torch.compile"
-)(_ours("triton", "compile"))
+    _MODELS, "triton:compile", package="triton", cuda=True, slow=True, one_size=True, note="this project, torch.compile"
+)(_project("triton", "compile"))
 
 
 def _hopper(setting: Setting) -> Contender:
     require_hopper()
-    return replace(_ours("triton")(setting), environment=HOPPER)
+    return replace(_project("triton")(setting), environment=HOPPER)
 
 
-peer(_MODELS, "triton:hopper", package="triton", cuda=True, dtypes=("fp16", "bf16"), note="ours, for Hopper alone")(
-    _hopper
-)
+peer(
+    _MODELS,
+    "triton:hopper",
+    package="triton",
+    cuda=True,
+    dtypes=_HALF,
+    note="this project's kernels for Hopper",
+)(_hopper)
 
 
 def _captured(backend: str) -> Callable[[Setting], Contender]:
     def load(setting: Setting) -> Contender:
         shape = setting.shape
         assert isinstance(shape, ModelShape)
-        model = our_model(setting, backend)
+        model = project_model(setting, backend)
         return as_contender(model, setting, model.capture(shape.batch))  # type: ignore[operator]
 
     return load
 
 
 _FORWARD = ("vision_tower", "siglip")
-peer(_FORWARD, "triton:graph", package="triton", cuda=True, note="ours, as `model.capture` records it")(
+peer(_FORWARD, "triton:graph", package="triton", cuda=True, note="this project, CUDA graph of `model.capture`")(
     _captured("triton")
 )
-peer(_FORWARD, "siglip_model:sdpa:graph", cuda=True, note="ours, without our kernels, captured")(_captured("sdpa"))
+peer(_FORWARD, "siglip_model:sdpa:graph", cuda=True, note="this project, without its kernels, CUDA graph")(
+    _captured("sdpa")
+)
 for _backend in ("sdpa", "eager"):
-    peer(_MODELS, f"siglip_model:{_backend}", note="ours, without our kernels")(_ours(_backend))
+    peer(_MODELS, f"siglip_model:{_backend}", note="this project, without its kernels")(_project(_backend))
 peer(
     _MODELS,
     "siglip_model:flash_attention_2",
     package="flash-attn",
     install="pip install flash-attn --no-build-isolation",
     cuda=True,
-    dtypes=("fp16", "bf16"),
-)(_ours("flash_attention_2"))
+    dtypes=_HALF,
+)(_project("flash_attention_2"))
 
 
 def transformers_model(setting: Setting, attention: str) -> nn.Module:
@@ -125,13 +133,13 @@ for _attention in _ATTENTION:
             install="pip install flash-attn --no-build-isolation" if _flash else "pip install 'transformers>=5.17'",
             cuda=_flash or bool(_mode),
             one_size=bool(_mode),
-            dtypes=("fp16", "bf16") if _flash else None,
+            dtypes=_HALF if _flash else None,
             slow=bool(_mode),
         )(_transformers(_attention, _mode))
 
 
 def _quantized(setting: Setting) -> nn.Module:
-    """Forward alone: weights quantised ahead, activations as they come, a scale for each row."""
+    """For the forward pass alone: weights quantised in advance, activations dynamically, one scale per row."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     model = transformers_model(setting, "sdpa")
@@ -142,7 +150,7 @@ def _quantized(setting: Setting) -> nn.Module:
 def _float8_training(setting: Setting) -> nn.Module:
     from torchao.float8 import convert_to_float8_training
 
-    # Sixteen divides every width of the products that fp8 takes; the others stay as they are.
+    # GEMMs in fp8 need dimensions divisible by 16; the others keep their dtype.
     def divisible(module: nn.Module, name: str) -> bool:
         return not isinstance(module, nn.Linear) or (module.in_features % 16 == 0 and module.out_features % 16 == 0)
 

@@ -1,4 +1,4 @@
-"""The registry of contenders: ours and the strongest peers. One entry is one function with a decorator.
+"""The registry of contenders: this project and the strongest peers. An entry is a decorated function.
 
     @peer("attention", "flash_attn_3", package="fa3-fwd", directions=("fwd",), dtypes=("bf16",))
     def flash_attention_3(setting: Setting) -> Callable:
@@ -6,9 +6,9 @@
 
         return flash_attn_func
 
-The function is called when its peer is about to be measured, not before, so a package that is not installed costs
-nothing; its ImportError becomes a row that says how to install it. It returns a function with the definition's
-parameters (`bench.cases.operations`), or a Contender.
+The function is called only when its peer is about to be measured. If its package is not installed, the ImportError
+becomes a row that says how to install it. The function returns a callable with the parameters of the operation's
+definition (`bench.cases.operations`), or a Contender.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.cases.operations import Contender, Setting, ours
+from bench.cases.operations import Contender, Setting, kernels_for
 from bench.cases.shapes import AttentionShape
 from siglip_kernels.attention.config import short_block
 
@@ -30,26 +30,26 @@ MODULES = ("attention", "dense", "loss", "models")
 
 
 class Missing(Exception):
-    """A peer that this machine lacks; the message says how to get it."""
+    """The peer is not installed; the message says how to install it."""
 
 
 class Unsupported(Exception):
-    """A peer that is here and does not do what was asked; the message says why."""
+    """The peer does not support the setting; the message says why."""
 
 
 @dataclass(frozen=True)
 class Peer:
     """One entry.
 
-    operation: what it does. name: as `--peers` takes it and as `impl` in the results.
-    package: the distribution that it comes from, "" for PyTorch alone; install: how to get it.
-    directions, dtypes: what it can do; None for anything. cuda: it needs a CUDA device.
-    slow: it takes minutes to prepare, so `--quick` leaves it out unless it is named.
-    one_size: it is compiled for one size, at such cost that its gradients are not checked on a smaller sample.
-    quadratic: it holds `quadratic` values of fp32 for each pair of samples.
-    tolerance: the relative error allowed where it is meant to be less exact, such as fp8; None for the usual.
-    note: what sets it apart from the others, for the tables.
-    truth: another definition than the operation's, for neighbours that compute something else.
+    operation: what it computes. name: what `--peers` takes and `impl` in the results.
+    package: the distribution that it comes from, "" for PyTorch alone. install: the command that installs it.
+    directions, dtypes: what it supports; None for all. cuda: it needs a CUDA device.
+    slow: it takes minutes to prepare; `--quick` leaves it out unless it is named.
+    one_size: it is compiled for one size, too slowly to check its gradients on a smaller sample.
+    quadratic: it holds this many fp32 values per pair of samples.
+    tolerance: the relative error allowed for reduced precision such as fp8; None for the default.
+    note: what distinguishes it, for the tables.
+    truth: the definition of a neighbouring function that it computes instead of the operation's.
     """
 
     operation: str
@@ -68,16 +68,22 @@ class Peer:
     truth: Callable[..., Any] | None = field(default=None, compare=False)
 
     @property
-    def ours(self) -> bool:
+    def comparable(self) -> bool:
+        """Whether it computes the operation rather than a neighbouring function."""
+        return self.truth is None
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether it runs this project's kernels."""
         return self.name.split(":")[0] == "triton"
 
     @property
     def kernels(self) -> str:
-        """Which of our kernels an entry of ours runs: those for Hopper alone, or "triton" under whatever name."""
+        """Which kernels an entry that `uses_kernels` runs: "triton:hopper" or, under any other name, "triton"."""
         return self.name if self.name == "triton:hopper" else "triton"
 
     def version(self) -> str | None:
-        """Of its package; None where that is not installed."""
+        """The version of its package; None if that is not installed."""
         try:
             return metadata.version(self.package or "torch")
         except metadata.PackageNotFoundError:
@@ -87,7 +93,7 @@ class Peer:
         return self.install or f"pip install {self.package}"
 
     def prepare(self, setting: Setting) -> Contender:
-        """The contender. Raises Missing, Unsupported, or whatever goes wrong in the peer's own code."""
+        """Loads the contender. Raises Missing, Unsupported, or any error of the peer's own code."""
         dtype = str(setting.dtype).removeprefix("torch.")
         short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype, dtype)
         if self.cuda and setting.device != "cuda":
@@ -109,7 +115,7 @@ _REGISTRY: dict[tuple[str, str], Peer] = {}
 
 
 def peer(operations: str | Iterable[str], name: str, **entry: Any) -> Callable[[Callable], Callable]:
-    """Registers the decorated loader under `name` for one operation or several."""
+    """Decorator that registers a loader under `name` for one or several operations."""
 
     def register(load: Callable[[Setting], Any]) -> Callable[[Setting], Any]:
         for operation in (operations,) if isinstance(operations, str) else operations:
@@ -121,9 +127,9 @@ def peer(operations: str | Iterable[str], name: str, **entry: Any) -> Callable[[
     return register
 
 
-def _ours(operation: str) -> Callable[[Setting], Any]:
+def _kernels(operation: str) -> Callable[[Setting], Any]:
     def load(setting: Setting) -> Any:
-        kernels = ours(operation)
+        kernels = kernels_for(operation)
         if kernels is None:
             raise Missing(f"siglip_kernels has no {operation}")
         return kernels
@@ -131,23 +137,23 @@ def _ours(operation: str) -> Callable[[Setting], Any]:
     return load
 
 
-# Asks the operations for the kernels that are written for Hopper alone.
+# Makes the operations use their kernels for Hopper.
 HOPPER = {"SIGLIP_KERNELS_HOPPER": "1"}
 
 
-def _ours_for_hopper(operation: str) -> Callable[[Setting], Any]:
+def _hopper_kernels(operation: str) -> Callable[[Setting], Any]:
     def load(setting: Setting) -> Contender:
         require_hopper()
         shape = setting.shape
         if isinstance(shape, AttentionShape) and shape.tokens <= short_block(setting.dtype.itemsize):
-            raise Unsupported("sequences as short as this one have the same kernel on every GPU: triton's row")
-        return Contender(_ours(operation)(setting), environment=HOPPER)
+            raise Unsupported("sequences this short use the same kernel on every GPU: see the row of triton")
+        return Contender(_kernels(operation)(setting), environment=HOPPER)
 
     return load
 
 
 def require_hopper() -> None:
-    """Raises Unsupported on any other GPU."""
+    """Raises Unsupported on a GPU of another compute capability than 9.0."""
     capability = torch.cuda.get_device_capability()
     if capability[0] != 9:
         raise Unsupported(f"needs compute capability 9.0; this GPU has {capability[0]}.{capability[1]}")
@@ -155,18 +161,18 @@ def require_hopper() -> None:
 
 @functools.cache
 def everyone() -> dict[tuple[str, str], Peer]:
-    """Every entry by operation and name, ours first."""
+    """Every entry by operation and name, this project's kernels first."""
     for operation in (
         "attention", "linear", "pre_norm_qkv", "mlp", "pre_norm_mlp", "layer_norm", "attention_pool", "patch_embed",
         "sigmoid_loss",
     ):  # fmt: skip
-        peer(operation, "triton", package="triton", cuda=True)(_ours(operation))
+        peer(operation, "triton", package="triton", cuda=True)(_kernels(operation))
     for operation in ("attention", "linear", "pre_norm_qkv", "mlp", "pre_norm_mlp", "sigmoid_loss"):
-        half = dict(cuda=True, dtypes=("fp16", "bf16"), note="ours, written for Hopper alone")
-        peer(operation, "triton:hopper", package="triton", **half)(_ours_for_hopper(operation))
+        half = dict(cuda=True, dtypes=("fp16", "bf16"), note="this project's kernels for Hopper")
+        peer(operation, "triton:hopper", package="triton", **half)(_hopper_kernels(operation))
     for module in MODULES:
         importlib.import_module(f"bench.peers.{module}")
-    return dict(sorted(_REGISTRY.items(), key=lambda item: not item[1].ours))
+    return dict(sorted(_REGISTRY.items(), key=lambda item: not item[1].uses_kernels))
 
 
 def peers_of(operation: str) -> dict[str, Peer]:
@@ -175,5 +181,5 @@ def peers_of(operation: str) -> dict[str, Peer]:
 
 
 def names() -> list[str]:
-    """Every name that `--peers` takes."""
+    """All names that `--peers` accepts."""
     return list(dict.fromkeys(name for _, name in everyone()))

@@ -1,7 +1,7 @@
-"""Rows of results: the schema, files of JSON lines, and which rows are there already.
+"""Rows of results: the schema, files of JSON lines, and which measurements are settled.
 
-A file is `<gpu>-<date>.jsonl`. A row is written as soon as it is measured and never changed; where several say the same
-thing, the last one counts.
+A file is `<gpu>-<date>.jsonl`. A row is written as soon as it is measured and is never changed; of several rows of the
+same measurement the last one counts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.environment import ROOT, circumstances, in_repository, is_gpu
+from bench.environment import ROOT, environment, in_repository, is_gpu
 
 STATUSES = ("ok", "oom", "unsupported", "missing", "error")
-AGAIN = "#2"  # the name of a contender that is timed twice in one group, for the noise
+AGAIN = "#2"  # after the name of a contender: its second timing in one group, for the noise
 
 
 @dataclass
@@ -29,18 +29,21 @@ class Row:
     direction: str
     shape: dict[str, Any]
     dtype: str
-    impl: str  # "triton" or "triton:variant" for ours, else the peer's name; "#2" behind it: timed once more
+    impl: str  # name in the registry of peers; "#2" after it marks the second timing
     status: str = "ok"  # one of STATUSES
-    reason: str = ""  # why there is no number; beside a number, what a reader should know of it
+    reason: str = ""  # why there is no time; beside a time, a remark for the reader
+    crashed: bool = False  # it broke the CUDA context, hung or ended its process: nothing could run after it
+    disturbed: bool = False  # the machine was busy or throttled while it was timed
+    comparable: bool = True  # it computes what the operation is defined as, not a neighbouring function
     ms_median: float | None = None
     ms_p20: float | None = None
     ms_p80: float | None = None
     tflops: float | None = None
     gbps: float | None = None
-    floor_ms: float | None = None
-    floor_share: float | None = None
-    peak_mem_bytes: int | None = None  # at most held during a call, beyond inputs and weights
-    error_vs_fp64: float | None = None  # relative; the worst of results or gradients
+    roofline_ms: float | None = None  # the least time that this machine allows
+    roofline_share: float | None = None
+    peak_mem_bytes: int | None = None  # the most that a call holds beyond inputs and weights
+    error_vs_fp64: float | None = None  # relative; the worst of outputs or gradients
     gpu: str = ""
     driver: str | None = None
     cuda: str | None = None
@@ -56,18 +59,23 @@ class Row:
             raise ValueError(f"status is {self.status!r}; supported: {', '.join(STATUSES)}")
 
     @property
+    def of_this_project(self) -> bool:
+        """Whether the contender is this project's kernels, its plain algorithms or its model under any backend."""
+        return self.impl.removesuffix(AGAIN).split(":")[0] in ("triton", "siglip_model", "chunked", "folded")
+
+    @property
     def on_gpu(self) -> bool:
         return is_gpu(self.gpu)
 
     @property
     def group(self) -> tuple[str, ...]:
-        """What contenders were measured side by side."""
+        """Identifies the contenders that were measured side by side."""
         shape = json.dumps(self.shape, sort_keys=True)
         return self.suite, self.op, self.direction, shape, self.dtype
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What a later row replaces."""
+        """Identifies the measurement: a later row with the same key replaces this one."""
         return (*self.group, self.impl, self.gpu)
 
 
@@ -75,40 +83,58 @@ FIELDS = tuple(item.name for item in dataclasses.fields(Row))
 
 
 def new_row(**values: Any) -> Row:
-    """A row with this machine's circumstances."""
-    return Row(**{**circumstances(), **values})
+    """A row with this machine's environment."""
+    return Row(**{**environment(), **values})
 
 
 def results_directory() -> Path:
-    """bench/results of a checkout; for an installed copy, bench-results in the current directory."""
+    """bench/results of a checkout; without a repository, bench-results in the current directory."""
     return ROOT / "bench" / "results" if in_repository() else Path.cwd() / "bench-results"
 
 
 def results_file(where: Path | None = None) -> Path:
-    """The file of this machine and day, in `where` or the usual directory; `where` itself where it is a file."""
+    """The file of this machine and day, in `where` or the default directory; `where` itself if it names a file."""
     if where is not None and where.suffix == ".jsonl":
         return where
-    facts = circumstances()
+    facts = environment()
     return (where or results_directory()) / f"{slug(facts['gpu'])}-{facts['date']}.jsonl"
 
 
 def slug(gpu: str) -> str:
-    """A GPU's name as a file's: "NVIDIA H100 80GB HBM3" -> "h100-80gb-hbm3"; "cpu (…)" -> "cpu"."""
+    """A GPU's name in a file name: "NVIDIA H100 80GB HBM3" -> "h100-80gb-hbm3"; "cpu (…)" -> "cpu"."""
     if not is_gpu(gpu):
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia")).strip("-") or "gpu"
 
 
+_RENAMED = {"floor_ms": "roofline_ms", "floor_share": "roofline_share"}
+_ADDED = {"crashed", "disturbed", "comparable"}
+
+
+def _from_earlier_schema(values: dict[str, Any]) -> dict[str, Any]:
+    """A row as it would be written today. Earlier rows said in their reason what now has fields."""
+    if not _ADDED.isdisjoint(values) or _RENAMED.keys().isdisjoint(values):
+        return values
+    values = {_RENAMED.get(name, name): value for name, value in values.items()}
+    reason = values.get("reason", "").replace("ours, ", "this project, ").replace("our kernels", "its kernels")
+    return {
+        **values,
+        "reason": reason,
+        "crashed": reason.startswith("took the process down: "),
+        "disturbed": "busy: " in reason or "throttled: " in reason,
+        "comparable": not reason.startswith("another loss: "),
+    }
+
+
 def read(paths: Iterable[Path]) -> list[Row]:
-    """Every row of the files, but for half a line at a file's end. ValueError names the file and line of what is no
-    row."""
+    """Every row of the files; an incomplete last line is ignored. ValueError names the file and line of a bad row."""
     rows = []
     for path in paths:
         for number, line in enumerate(_whole_lines(path).splitlines(), 1):
             if not line.strip():
                 continue
             try:
-                values = json.loads(line)
+                values = _from_earlier_schema(json.loads(line))
                 unknown, lacking = set(values) - set(FIELDS), set(FIELDS) - set(values)
                 if unknown or lacking:
                     raise ValueError(f"fields unknown {sorted(unknown)}, lacking {sorted(lacking)}")
@@ -120,7 +146,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
 
 @dataclass
 class Results:
-    """A file of rows that is being written, and what it held before."""
+    """A file of rows that is being written, and the rows that it held before."""
 
     path: Path
     rows: dict[tuple[str, ...], Row] = field(default_factory=dict)
@@ -137,7 +163,7 @@ class Results:
         return results
 
     def add(self, row: Row) -> None:
-        """Writes it to the file, to the disk."""
+        """Appends a row to the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(dataclasses.asdict(row)) + "\n")
@@ -145,7 +171,7 @@ class Results:
         self.rows[row.key] = row
 
     def settled(self, row: Row) -> bool:
-        """Whether a row like this one was measured with this code and these versions."""
+        """Whether this measurement was made with the same code and versions."""
         found = self.rows.get(row.key)
         return found is not None and _code(found) == _code(row) and found.peer_version == row.peer_version
 
@@ -155,6 +181,6 @@ def _code(row: Row) -> tuple[str, str, str | None]:
 
 
 def _whole_lines(path: Path) -> str:
-    """Without what a run that was killed while writing, or that writes at this moment, has left behind."""
+    """The file without an incomplete last line, which a run that was killed or is still writing leaves."""
     text = path.read_text()
     return text[: text.rfind("\n") + 1]

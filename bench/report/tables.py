@@ -1,4 +1,4 @@
-"""Tables of the results, in Markdown: all of them beside the files, the main ones between two marks in the README."""
+"""Tables of the results in Markdown: all rows beside the files, the main ones between two markers in the README."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.report.rows import AGAIN, Row
+from bench.report.rows import AGAIN, Row, slug
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NOT_MEASURED = "not measured yet"
-# Speed is told as a ratio to the first of these that was timed: what people run today.
+# Speed-ups are relative to the first of these that was timed: common practice today.
 BASELINES = (
     "transformers:sdpa", "transformers:eager", "sdpa", "eager", "siglip_kernel", "open_clip", "siglip_model:sdpa",
 )  # fmt: skip
@@ -27,7 +27,10 @@ TITLES = {
     "pool": "Pooling head",
     "patch": "Patch embedding",
 }
-# What a row may differ by and still be called as fast, where the run has no noise of its own.
+# The README shows these groups (suite, direction, beginning of the shape's name), each in its largest size.
+MAIN = (("model", "fwd", "base-224"), ("train", "fwd+bwd", ""), ("loss", "fwd+bwd", ""))
+MAIN_PLOTS = ("loss-memory-by-pairs", "speed-up-by-batch-size", "attention-tflops-by-shape")  # the first that exists
+# Rows within this ratio count as equally fast where the noise was not measured.
 LEAST_NOISE = 1.01
 
 
@@ -35,8 +38,8 @@ LEAST_NOISE = 1.01
 class Group:
     """Contenders that were measured side by side on one machine."""
 
-    rows: tuple[Row, ...]  # in the order of the file, without the repeated one
-    noise: float | None  # the slower by the faster of two timings of the same contender
+    rows: tuple[Row, ...]  # in the order of the file, without the repeated timing
+    noise: float | None  # ratio of two timings of the same contender, slower to faster
 
     @property
     def first(self) -> Row:
@@ -47,7 +50,7 @@ class Group:
         return [row for row in self.rows if row.status == "ok" and row.ms_median]
 
     def fastest(self) -> list[Row]:
-        """The least time, and every other within the noise of it."""
+        """The rows whose times are within the noise of the least."""
         if not self.timed:
             return []
         least = min(_ms(row) for row in self.timed)
@@ -65,7 +68,7 @@ def _ms(row: Row) -> float:
 
 
 def groups(rows: Iterable[Row]) -> list[Group]:
-    """Rows by what was measured side by side; of rows that say the same thing the last counts."""
+    """Gathers rows that were measured side by side; of several rows of one measurement the last counts."""
     latest = {row.key: row for row in rows}
     gathered: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in latest.values():
@@ -92,7 +95,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes for people."""
+    """A readable number of bytes."""
     if count is None:
         return ""
     value, unit = float(count), "B"
@@ -108,10 +111,10 @@ def share(value: float | None) -> str:
 
 
 def group_table(group: Group) -> str:
-    """Every contender of one group, with what failed and why."""
+    """Every contender of one group, failures with their reasons."""
     fastest, baseline = group.fastest(), group.baseline()
     lines = [
-        "| impl | ms | 20 to 80 % | speed | TFLOP/s | of the floor | peak memory | error to fp64 | |",
+        "| impl | ms | 20 to 80 % | speed-up | TFLOP/s | % of roofline | peak memory | error to fp64 | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(group.rows, key=lambda row: (row.status != "ok", row.ms_median or 0)):
@@ -122,7 +125,7 @@ def group_table(group: Group) -> str:
             cells[1] = f"**{milliseconds(row.ms_median)}**" if row in fastest else milliseconds(row.ms_median)
             cells[2] = f"{milliseconds(row.ms_p20)} to {milliseconds(row.ms_p80)}"
             cells[3] = "" if baseline is None else f"{_ms(baseline) / _ms(row):.2f}x"
-            cells[4], cells[5] = f"{row.tflops:.3g}" if row.tflops else "", share(row.floor_share)
+            cells[4], cells[5] = f"{row.tflops:.3g}" if row.tflops else "", share(row.roofline_share)
             cells[8] = row.reason
         else:
             cells[1] = row.status
@@ -138,32 +141,36 @@ def title(group: Group) -> str:
 
 
 def full_report(rows: Sequence[Row], files: Sequence[Path], plots: Sequence[Path] = ()) -> str:
-    """The page beside the files: every row."""
+    """The page beside the files: an overview of each machine, then every row."""
+    sources = ", ".join(f"[{path.name}]({path.name})" for path in files) or "no file yet"
+    baselines = ", ".join(f"`{name}`" for name in BASELINES)
     parts = [
         "# Results",
-        "Written by `python -m bench report` from "
-        + (", ".join(f"[{path.name}]({path.name})" for path in files) or "no file yet")
-        + ".\n"
-        "Bold is fastest, or as fast within the noise (the same contender timed twice in the group). Speed is the "
-        "ratio to what people run today, the first that was timed of "
-        + ", ".join(f"`{name}`" for name in BASELINES)
-        + ". How to read the rest: [the page on the bench](../README.md).",
+        f"Written by `python -m bench report` from {sources}.\n"
+        "The fastest rows are bold, with all that are within the noise (the ratio of two timings of the same "
+        f"contender). Speed-ups are relative to the baseline, the first that was timed of {baselines}. "
+        "[How times are taken](../README.md).",
     ]
-    parts += [f"![{path.stem.replace('-', ' ')}]({path.name})" for path in plots]
+    parts += [_image(path, path.name) for path in plots]
     everything = sorted(groups(rows), key=lambda group: (not group.first.on_gpu, group.first.gpu))
     if not any(group.first.on_gpu for group in everything):
         parts.append(f"On a GPU: {NOT_MEASURED}.")
-    for gpu, found in itertools.groupby(everything, key=lambda group: group.first.gpu):
-        parts.append(f"## {gpu}")
+    for gpu, on_it in itertools.groupby(everything, key=lambda group: group.first.gpu):
+        found = list(on_it)
+        parts += [f"## {gpu}", _overview(found)]
         for suite, members in itertools.groupby(found, key=lambda group: group.first.suite):
             parts.append(f"### {TITLES.get(suite, suite)}")
             for group in members:
                 noise = "" if group.noise is None else f" Noise {group.noise:.2f}x."
-                parts += [f"**{title(group)}.**{noise} {_circumstances(group)}", group_table(group)]
+                parts += [f"**{title(group)}.**{noise} {_environment(group)}", group_table(group)]
     return "\n\n".join(parts) + "\n"
 
 
-def _circumstances(group: Group) -> str:
+def _image(path: Path, target: str) -> str:
+    return f"![{path.stem.replace('-', ' ')}]({target})"
+
+
+def _environment(group: Group) -> str:
     row = group.first
     driver = f", driver {row.driver}, CUDA {row.cuda}" if row.driver else ""
     dirty = " (with changes)" if row.dirty else ""
@@ -171,72 +178,81 @@ def _circumstances(group: Group) -> str:
 
 
 def summary(rows: Sequence[Row], files: Sequence[Path], plots: Sequence[Path], root: Path) -> str:
-    """What the README shows: for each machine and suite one line a shape."""
+    """The section of the README: the main groups of each GPU and of the last CPU, and one plot."""
     found = groups(rows)
     parts = []
     on_gpu = [group for group in found if group.first.on_gpu]
-    if on_gpu:
-        for gpu in dict.fromkeys(group.first.gpu for group in on_gpu):
-            parts.append(_machine(gpu, [group for group in on_gpu if group.first.gpu == gpu], files, root))
-    else:
-        parts.append(f"On a GPU: {NOT_MEASURED}. `python -m bench gpu --quick` does it in nine minutes.")
+    machines = list(dict.fromkeys(group.first.gpu for group in on_gpu))
+    if not on_gpu:
+        parts.append(f"On a GPU: {NOT_MEASURED}. `python -m bench gpu --quick` measures it within nine minutes.")
     on_cpu = [group for group in found if not group.first.on_gpu]
     if on_cpu:
-        latest = on_cpu[-1].first.gpu
-        parts.append(_machine(latest, [group for group in on_cpu if group.first.gpu == latest], files, root))
-        parts.append("Triton kernels are checked on a CPU, in the interpreter, and never timed there.")
-    parts += [f"![{path.stem.replace('-', ' ')}]({_relative(path, root)})" for path in plots]
+        machines.append(on_cpu[-1].first.gpu)
+    parts += [_machine(gpu, [group for group in found if group.first.gpu == gpu], files, root) for gpu in machines]
+    if on_cpu:
+        parts.append("On a CPU, Triton kernels are checked in the interpreter and never timed there.")
+    named = {path.stem: path for path in plots}
+    of_choice = (f"{slug(gpu)}-{name}" for gpu in machines for name in MAIN_PLOTS)
+    parts += [_image(named[name], _relative(named[name], root)) for name in of_choice if name in named][:1]
     return "\n\n".join(parts)
+
+
+def main_groups(found: Sequence[Group]) -> list[Group]:
+    """The groups of MAIN; all groups if none of those was measured."""
+    chosen = []
+    for suite, direction, model in MAIN:
+        of_it = [
+            group
+            for group in found
+            if (group.first.suite, group.first.direction) == (suite, direction)
+            and str(group.first.shape.get("name", "")).startswith(model)
+        ]
+        chosen += sorted(of_it, key=lambda group: group.first.shape.get("pairs") or group.first.shape["batch"])[-1:]
+    return chosen or list(found)
 
 
 def _machine(gpu: str, found: Sequence[Group], files: Sequence[Path], root: Path) -> str:
     sources = [path for path in files if any(_holds(path, group.first) for group in found)]
     named = ", ".join(f"[{path.name}]({_relative(path, root)})" for path in sources)
+    return f"On {gpu}, {_environment(found[0])} Rows: {named}.\n\n{_overview(main_groups(found))}"
+
+
+def _overview(found: Sequence[Group]) -> str:
+    """One line per group: this project beside the baseline and the best peer."""
     lines = [
-        f"On {gpu}, {_circumstances(found[0])} Rows: {named}.",
-        "",
-        "| | shape | dtype | ours, ms | baseline, ms | speed | best other, ms | of the floor | noise |",
+        "| | shape | dtype | this project, ms | baseline, ms | speed-up | best peer, ms | % of roofline | noise |",
         "|---|---|---|---|---|---|---|---|---|",
+        *map(_line, found),
     ]
-    for group in found:
-        lines.append(_line(group))
-    if any("busy" in row.reason or "throttled" in row.reason for group in found for row in group.rows):
+    if any(row.disturbed for group in found for row in group.rows):
         lines += [
             "",
-            "The machine was busy or throttled meanwhile, as the rows say: the noise may be more than it shows.",
+            "The machine was busy or throttled during some rows (see their remarks); noise may be larger.",
         ]
     return "\n".join(lines)
 
 
 def _holds(path: Path, row: Row) -> bool:
-    from bench.report.rows import slug
-
     return path.name.startswith(slug(row.gpu))
-
-
-def is_ours(impl: str) -> bool:
-    """Our kernels or our model, whatever its backend."""
-    return impl.split(":")[0] in ("triton", "siglip_model", "chunked", "folded")
 
 
 def _line(group: Group) -> str:
     row, baseline = group.first, group.baseline()
-    mine = [one for one in group.timed if is_ours(one.impl)]
-    others = [one for one in group.timed if not is_ours(one.impl) and "softmax" not in one.reason]
-    ours = min(mine, key=_ms, default=None)
-    best = min(others, key=_ms, default=None)
-    speed = "" if ours is None or baseline is None else f"{_ms(baseline) / _ms(ours):.2f}x"
-    failed = next((one.reason for one in group.rows if is_ours(one.impl) and one.status == "error"), "")
+    own = min((one for one in group.timed if one.of_this_project), key=_ms, default=None)
+    peers = [one for one in group.timed if not one.of_this_project and one.comparable]
+    best = min(peers, key=_ms, default=None)
+    speed = "" if own is None or baseline is None else f"{_ms(baseline) / _ms(own):.2f}x"
+    failed = next((one.reason for one in group.rows if one.of_this_project and one.status == "error"), "")
     absent = NOT_MEASURED if row.on_gpu else "checked, not timed"
     cells = (
         f"{row.op} {row.direction}",
         str(row.shape.get("name", "")),
         row.dtype,
-        f"`{ours.impl}` {milliseconds(ours.ms_median)}" if ours else failed or absent,
+        f"`{own.impl}` {milliseconds(own.ms_median)}" if own else failed or absent,
         f"`{baseline.impl}` {milliseconds(baseline.ms_median)}" if baseline else "",
-        f"**{speed}**" if ours in group.fastest() and speed else speed,
+        f"**{speed}**" if own in group.fastest() and speed else speed,
         f"`{best.impl}` {milliseconds(best.ms_median)}" if best else "",
-        share(ours.floor_share) if ours else "",
+        share(own.roofline_share) if own else "",
         "" if group.noise is None else f"{group.noise:.2f}x",
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -248,7 +264,7 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def insert(readme: Path, text: str) -> None:
-    """Puts the text between the marks. ValueError where the file has not both, in order."""
+    """Replaces the text between the markers. ValueError if the file does not have both, in order."""
     before, begin, rest = readme.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -50,7 +50,7 @@ def test_without_a_gpu(monkeypatch, tmp_path):
     checked = bench("check")
     assert checked.exit_code == 2 and "need a CUDA device" in checked.stderr and "TRITON_INTERPRET=1" in checked.stderr
     assert bench("gpu", "--quick").exit_code == 2 and bench("tune").exit_code == 2
-    monkeypatch.setattr("bench.measure.run.FloorProbe", lambda *arguments: PROBE)
+    monkeypatch.setattr("bench.measure.run.RooflineProbe", lambda *arguments: PROBE)
     request = ("run", "loss", "--shapes", "pairs=8,width=8", "--direction", "fwd", "--peers", "eager,chunked")
     done = bench(*request, "--quick", "--results", str(tmp_path))
     assert done.exit_code == 0, done.output

@@ -9,24 +9,24 @@ import torch
 
 from bench.cases.operations import OPERATIONS, Setting
 from bench.cases.shapes import AttentionShape, Shape
-from bench.measure.roofline import Floors
+from bench.measure.roofline import Roofline
 from bench.peers import Peer
 from bench.report.rows import Row
 from siglip_kernels import reference
 
-FLOORS = Floors(flops=1e12, bytes=1e11)
+ROOFLINE = Roofline(flops=1e12, bytes=1e11)
 
 
-class KnownFloors:
-    """Stands for FloorProbe where times are not to matter."""
+class KnownRoofline:
+    """Stands for RooflineProbe where times are not to matter."""
 
     contenders: ClassVar[dict] = {}
 
-    def floors(self, times: object) -> Floors:
-        return FLOORS
+    def roofline(self, times: object) -> Roofline:
+        return ROOFLINE
 
 
-PROBE = KnownFloors()
+PROBE = KnownRoofline()
 SHAPE = AttentionShape("tiny", 2, 17, 2, 8)
 H200 = "NVIDIA H200"
 
@@ -50,5 +50,5 @@ def row(impl: str, milliseconds: float | None = None, **values: Any) -> Row:
     )
     if milliseconds is not None:
         facts |= dict(ms_median=milliseconds, ms_p20=0.9 * milliseconds, ms_p80=1.1 * milliseconds, tflops=100.0)
-        facts |= dict(floor_ms=1.0, floor_share=1 / milliseconds, peak_mem_bytes=10**6, error_vs_fp64=1e-3)
+        facts |= dict(roofline_ms=1.0, roofline_share=1 / milliseconds, peak_mem_bytes=10**6, error_vs_fp64=1e-3)
     return Row(impl=impl, **{**facts, **values})

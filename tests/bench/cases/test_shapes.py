@@ -1,4 +1,4 @@
-"""FLOPs and bytes against numbers worked out by hand, and against the published floors of one H200."""
+"""FLOPs and bytes against numbers worked out by hand, and against the published roofline of one H200."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The check itself: it passes what is right, in the interpreter, and is red for each kind of wrong."""
+"""The check itself: it passes correct kernels, in the interpreter, and fails each kind of error."""
 
 from dataclasses import replace
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from bench_helpers import SHAPE, setting
 
-from bench.cases.operations import OPERATIONS, ours
+from bench.cases.checked import TINY
+from bench.cases.operations import OPERATIONS, kernels_for
 from bench.cases.suites import SUITES
-from bench.measure.check import _TINY, Checked, check, check_all, kernel_operations, kernels_can_run, red, settings
+from bench.measure.check import Checked, check, check_all, failures, kernel_operations, kernels_can_run, settings
 from bench.measure.measure import DeadDevice
 from siglip_kernels import reference
 
@@ -22,10 +23,10 @@ def test_kernels_run_in_the_interpreter():
     assert checked.dtype == "bf16" and 0 < checked.error <= checked.allowed and checked.eager_error > 0
 
 
-def test_every_kernel_of_ours_is_checked():
+def test_every_kernel_is_checked():
     for name in OPERATIONS:
-        if ours(name) is not None:
-            assert settings(name, quick=True) and len(settings(name, quick=False)) >= 3 and name in _TINY
+        if kernels_for(name) is not None:
+            assert settings(name, quick=True) and len(settings(name, quick=False)) >= 3 and name in TINY
 
 
 def test_the_definition_is_right_and_sdpa_stands_beside_it():
@@ -67,33 +68,33 @@ def raises(q, k, v):
         (raises, "RuntimeError: illegal memory access"),
     ],
 )
-def test_wrong_kernels_are_red(kernels, problem):
+def test_wrong_kernels_fail(kernels, problem):
     checked = check(setting(direction="fwd+bwd"), kernels)
     assert not checked.ok and problem in checked.problem
-    assert red([checked]) == {("attention", "triton"): f"wrong in check ({SHAPE.name} fp32): {checked.problem}"}
+    assert failures([checked]) == {("attention", "triton"): f"failed the check ({SHAPE.name} fp32): {checked.problem}"}
 
 
-def test_other_bits_in_a_second_run_are_red():
+def test_other_bits_in_a_second_run_fail():
     checked = check(setting(direction="fwd+bwd"), drifting())
     assert not checked.ok and checked.problem == "a second run gave other bits"
 
 
-def test_what_takes_the_process_down_is_not_met_again_in_a_model():
-    checked = Checked("mlp", {"name": "s1"}, "bf16", False, "triton:hopper", "took the process down: did not end")
-    assert set(red([checked])) == {
+def test_a_crash_excludes_the_models_that_would_repeat_it():
+    checked = Checked("mlp", {"name": "s1"}, "bf16", False, "triton:hopper", "crashed: did not end", crashed=True)
+    assert set(failures([checked])) == {
         (name, "triton:hopper") for name in ("mlp", "vision_tower", "siglip", "training_step")
     }
-    assert set(red([replace(checked, problem="results is off")])) == {("mlp", "triton:hopper")}
+    assert set(failures([replace(checked, problem="results is off", crashed=False)])) == {("mlp", "triton:hopper")}
 
 
 def test_a_kernel_that_breaks_the_device_ends_the_check(monkeypatch):
     monkeypatch.setattr("bench.measure.check.device_is_dead", lambda: True)
     checks = check_all(["layer_norm"], quick=True)
     checked = next(checks)
-    assert not checked.ok and checked.problem.startswith("took the process down: ")
+    assert not checked.ok and checked.crashed and checked.problem.startswith("crashed: ")
     with pytest.raises(DeadDevice, match="broke the CUDA context"):
         next(checks)
 
 
-def test_green_is_not_red():
-    assert red([check(setting(direction="fwd+bwd"), reference.attention)]) == {}
+def test_a_correct_kernel_does_not_fail():
+    assert failures([check(setting(direction="fwd+bwd"), reference.attention)]) == {}

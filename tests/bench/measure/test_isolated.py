@@ -1,4 +1,4 @@
-"""Processes that hang, crash or break the CUDA context cost their own rows; those here follow a script."""
+"""Processes that hang, crash or break the CUDA context lose their own rows only; those here follow a script."""
 
 import json
 import sys
@@ -10,9 +10,10 @@ import pytest
 from bench_helpers import row
 
 from bench.measure import isolated
-from bench.measure.check import red
-from bench.measure.isolated import check_apart, run_apart
+from bench.measure.check import failures
+from bench.measure.isolated import check_isolated, run_isolated
 from bench.measure.measure import Plan
+from bench.measure.progress import Event
 from bench.measure.run import OutOfTime, Request
 from bench.report.rows import read
 
@@ -38,11 +39,9 @@ def scripted(tmp_path, monkeypatch):
     return write
 
 
-def begun(seconds=60, ours='"triton:hopper"', blank="blank"):
-    return (
-        f"tell(path=path); tell(begun=[0, 2, 'loss fwd: triton:hopper'], blank={blank}, kernels={ours}, "
-        f"seconds={seconds})"
-    )
+def begun(seconds=60, kernels='"triton:hopper"', blank="blank"):
+    step = dict(done=0, total=2, group="loss fwd", step="triton:hopper")
+    return f"tell(path=path); tell(begun={step}, blank={blank}, kernels={kernels}, seconds={seconds})"
 
 
 @pytest.mark.parametrize(
@@ -53,50 +52,50 @@ def begun(seconds=60, ours='"triton:hopper"', blank="blank"):
         ("sys.exit(3)", "ended with exit code 3"),
     ],
 )
-def test_one_that_hangs_or_crashes_gets_a_row_and_the_next_process_goes_on(scripted, fate, reason):
+def test_one_that_hangs_or_crashes_gets_a_row_and_the_next_process_resumes(scripted, fate, reason):
     path = scripted(
         f"""
-        if task["red"]:
-            assert task["red"][0][:2] == ["attention", "triton:hopper"] and task["start"] == 0
-            assert ["vision_tower", "triton:hopper"] in [red[:2] for red in task["red"]]
+        if task["failed"]:
+            assert task["failed"][0][:2] == ["attention", "triton:hopper"] and task["start"] == 0
+            assert ["vision_tower", "triton:hopper"] in [failed[:2] for failed in task["failed"]]
             tell(path=path); tell(settled=1, left_out=[]); sys.exit()
         {begun(seconds=1 if "sleep" in fate else 60)}
         {fate}
         """
     )
-    outcome, where = run_apart(REQUEST, None, Plan(), None, lambda *_: None)
+    outcome, where = run_isolated(REQUEST, None, Plan(), None, lambda event: None)
     (written,) = read([path])
     assert where == path and outcome.rows == [written] and outcome.settled == 1
     assert (written.impl, written.status) == ("triton:hopper", "error")
-    assert written.reason == f"took the process down: {reason}"
+    assert written.crashed and written.reason == f"crashed: {reason}"
 
 
-def test_a_peer_that_crashes_makes_nothing_of_ours_red(scripted):
+def test_a_peer_that_crashes_fails_no_kernel(scripted):
     scripted(
         f"""
         if os.path.exists(path):
-            assert task["red"] == []
+            assert task["failed"] == []
             tell(path=path); tell(settled=0, left_out=[]); sys.exit()
-        {begun(ours="None")}
+        {begun(kernels="None")}
         sys.exit(1)
         """
     )
-    outcome, _ = run_apart(REQUEST, None, Plan(), None, lambda *_: None)
+    outcome, _ = run_isolated(REQUEST, None, Plan(), None, lambda event: None)
     assert len(outcome.rows) == 1
 
 
 def test_a_row_that_the_process_wrote_itself_is_not_written_twice(scripted):
     path = scripted(
         f"""
-        if task["red"]:
+        if task["failed"]:
             tell(path=path); tell(settled=0, left_out=[]); sys.exit()
         {begun()}
-        tell(row={{**blank, "status": "error", "reason": "took the process down: illegal memory access"}})
+        tell(row={{**blank, "status": "error", "crashed": True, "reason": "crashed: illegal memory access"}})
         sys.exit(1)
         """
     )
-    outcome, _ = run_apart(REQUEST, None, Plan(), None, lambda *_: None)
-    assert [one.reason for one in outcome.rows] == ["took the process down: illegal memory access"]
+    outcome, _ = run_isolated(REQUEST, None, Plan(), None, lambda event: None)
+    assert [one.reason for one in outcome.rows] == ["crashed: illegal memory access"]
     assert not path.exists()  # what wrote it is the other process
 
 
@@ -105,11 +104,11 @@ def test_a_group_that_crashes_while_it_is_timed_is_left_out(scripted):
         f"""
         if task["start"] == 1:
             tell(path=path); tell(settled=0, left_out=["more"]); sys.exit()
-        {begun(blank="None", ours="None")}
+        {begun(blank="None", kernels="None")}
         sys.exit(1)
         """
     )
-    outcome, _ = run_apart(REQUEST, None, Plan(), None, lambda *_: None)
+    outcome, _ = run_isolated(REQUEST, None, Plan(), None, lambda event: None)
     assert outcome.rows == [] and outcome.left_out == ["loss fwd (ended with exit code 1 while it was timed)", "more"]
 
 
@@ -117,24 +116,24 @@ def test_one_that_cannot_be_interrupted_is_stopped_when_time_is_up(scripted, mon
     monkeypatch.setattr(isolated, "GRACE", 0.5)
     scripted(begun() + "\ntime.sleep(60)")
     start = time.monotonic()
-    outcome, _ = run_apart(REQUEST, None, Plan(), start + 5, lambda *_: None)
+    outcome, _ = run_isolated(REQUEST, None, Plan(), start + 5, lambda event: None)
     assert time.monotonic() - start < 30
-    assert outcome.rows == [] and len(outcome.left_out) == 2  # both directions; nobody is to blame
+    assert outcome.rows == [] and len(outcome.left_out) == 2  # both directions; no contender is to blame
 
 
 def test_what_cannot_begin_is_an_error(scripted):
     scripted("sys.exit(7)")
     with pytest.raises(RuntimeError, match="ended with exit code 7 before it had begun"):
-        run_apart(REQUEST, None, Plan(), None, lambda *_: None)
+        run_isolated(REQUEST, None, Plan(), None, lambda event: None)
     scripted("tell(error='read-only')")
     with pytest.raises(RuntimeError, match="read-only"):
-        run_apart(REQUEST, None, Plan(), None, lambda *_: None)
+        run_isolated(REQUEST, None, Plan(), None, lambda event: None)
 
 
 @pytest.mark.parametrize(
     ("fate", "problem"), [("time.sleep(60)", "did not end within 5 s"), ("os.abort()", "ended by SIGABRT")]
 )
-def test_a_check_that_hangs_or_crashes_is_red(scripted, monkeypatch, fate, problem):
+def test_a_check_that_hangs_or_crashes_fails(scripted, monkeypatch, fate, problem):
     monkeypatch.setattr(isolated, "CHECK", 5.0 if "sleep" in fate else 60.0)
     scripted(
         f"""
@@ -148,31 +147,31 @@ def test_a_check_that_hangs_or_crashes_is_red(scripted, monkeypatch, fate, probl
         tell(ended=True)
         """
     )
-    checked = check_apart(["attention", "layer_norm"], quick=True)
+    checked = check_isolated(["attention", "layer_norm"], quick=True)
     assert [(one.op, one.kernels, one.ok) for one in checked] == [
         ("attention", "triton", True),
         ("attention", "triton:hopper", True),
         ("attention", "triton:hopper", False),
         ("layer_norm", "triton", True),
     ]
-    assert red(checked)["attention", "triton:hopper"].endswith(f"(s65 bf16): took the process down: {problem}")
+    assert failures(checked)["attention", "triton:hopper"].endswith(f"(s65 bf16): crashed: {problem}")
 
 
 def test_a_check_that_time_does_not_suffice_for(scripted):
     scripted('tell(begun=["s64", "bf16"]); time.sleep(60)')
     start = time.monotonic()
     with pytest.raises(OutOfTime):
-        check_apart(["attention"], quick=True, until=start + 1)
+        check_isolated(["attention"], quick=True, until=start + 1)
     assert time.monotonic() - start < 20
 
 
 def test_real_processes(tmp_path):
     """On this machine, whatever it has: a check in the interpreter and a run."""
     steps = []
-    (checked,) = check_apart(["layer_norm"], quick=True, progress=lambda *step: steps.append(step))
+    (checked,) = check_isolated(["layer_norm"], quick=True, progress=steps.append)
     assert checked.ok, checked.problem
-    assert steps == [(0, 1, "check layer_norm triton")]
+    assert steps == [Event(0, 1, "check layer_norm triton")]
     request = Request(["loss"], ["pairs=8,width=8"], ["eager"], directions=["fwd"])
-    outcome, path = run_apart(request, tmp_path, Plan(0.0, 2), None, lambda *step: steps.append(step))
+    outcome, path = run_isolated(request, tmp_path, Plan(0.0, 2), None, steps.append)
     assert [one.impl for one in outcome.rows] == ["eager", "eager#2"] and outcome.rows == read([path])
-    assert steps[1:] and steps[-1][2].endswith(": timing")
+    assert [step.step for step in steps[1:]][-1] == "timing" and steps[-1].group.startswith("loss sigmoid_loss fwd ")

@@ -1,13 +1,13 @@
-"""One group: who is right is timed, who is wrong is shown as wrong, and nobody's failure is anybody else's."""
+"""One group: correct contenders are timed, wrong ones are reported as wrong, and failures stay separate."""
 
 import pytest
 import torch
-from bench_helpers import FLOORS, PROBE, SHAPE, contender, setting
+from bench_helpers import PROBE, ROOFLINE, SHAPE, contender, setting
 
 from bench.cases.operations import OPERATIONS
 from bench.cases.shapes import LinearShape, LossShape, MLPShape, NormShape, PatchShape, PoolShape, QKVShape
 from bench.measure.measure import Plan, measure
-from bench.measure.roofline import FloorProbe
+from bench.measure.roofline import RooflineProbe
 from bench.measure.timing import Timing
 from bench.peers import Missing, Unsupported, peers_of
 from siglip_kernels import reference
@@ -72,7 +72,7 @@ def test_wrong_gradients_are_wrong(direction):
 WrongGradient.apply_by_name = staticmethod(lambda q, k, v: WrongGradient.apply(q, k, v))
 
 
-def test_ours_has_to_be_closer_than_peers():
+def test_this_project_has_to_be_closer_than_peers():
     def rounded(q, k, v):  # like a peer that keeps results in a narrower type
         return (reference.attention(q, k, v) * (1 + 6e-7)).contiguous()
 
@@ -88,7 +88,7 @@ def raising(error):
     return load
 
 
-def test_everybody_fails_alone():
+def test_each_contender_fails_alone():
     entries = [
         contender("oom", raising(torch.OutOfMemoryError("CUDA out of memory"))),
         contender("unsupported", raising(Unsupported("head dim 8"))),
@@ -105,12 +105,12 @@ def test_everybody_fails_alone():
     assert rows["broken"].reason.startswith("KeyError")
 
 
-def test_a_red_operation_of_ours_is_not_timed():
-    plan = Plan(0.0, 2, red={("attention", "triton"): "wrong in check (s64): too far"})
+def test_a_failed_operation_is_not_timed():
+    plan = Plan(0.0, 2, failed={("attention", "triton"): "failed the check (s64): too far"})
     rows = rows_of([contender("triton"), contender("triton:hopper"), contender("eager")], plan)
     assert rows["triton:hopper"].status == "ok"  # other kernels
     assert rows["triton"].status == "error" and rows["triton"].ms_median is None
-    assert rows["triton"].reason == "not timed: wrong in check (s64): too far"
+    assert rows["triton"].reason == "not timed: failed the check (s64): too far"
     assert rows["eager"].status == "ok"
 
 
@@ -137,8 +137,8 @@ def test_a_row_follows_from_its_time():
     flops, bytes_moved = SHAPE.flops("fwd"), SHAPE.bytes("fwd", 4)
     assert row.tflops == pytest.approx(flops / row.ms_median * 1e3 / 1e12)
     assert row.gbps == pytest.approx(bytes_moved / row.ms_median * 1e3 / 1e9)
-    assert row.floor_ms == pytest.approx(1e3 * max(flops / FLOORS.flops, bytes_moved / FLOORS.bytes))
-    assert row.floor_share == pytest.approx(row.floor_ms / row.ms_median)
+    assert row.roofline_ms == pytest.approx(1e3 * max(flops / ROOFLINE.flops, bytes_moved / ROOFLINE.bytes))
+    assert row.roofline_share == pytest.approx(row.roofline_ms / row.ms_median)
     assert row.peak_mem_bytes == 1000 and row.reason.startswith("the definition")
     assert row.shape == {"name": "tiny", "batch": 2, "tokens": 17, "heads": 2, "head_dim": 8}
     assert again.impl == "eager#2" and "sdpa#2" not in rows
@@ -167,19 +167,19 @@ def test_every_operation_runs_in_every_direction_it_is_measured_in(operation):
         assert {row.impl for row in rows if row.status != "ok"} <= {"sdpa:flash"}, [row.reason for row in rows]
 
 
-def test_floors_come_from_a_product_and_a_copy():
-    probe = FloorProbe("cpu", torch.float32)
+def test_the_roofline_comes_from_a_product_and_a_copy():
+    probe = RooflineProbe("cpu", torch.float32)
     times = {probe.PRODUCT: Timing(10.0, 9.0, 11.0, 3), probe.COPY: Timing(2.0, 1.0, 3.0, 3)}
-    floors = probe.floors(times)
-    assert floors.flops == pytest.approx(2 * 1024**3 / 10e-3) and floors.bytes == pytest.approx(2 * 2**26 / 2e-3)
+    roofline = probe.roofline(times)
+    assert roofline.flops == pytest.approx(2 * 1024**3 / 10e-3) and roofline.bytes == pytest.approx(2 * 2**26 / 2e-3)
     for steps in probe.contenders.values():
         steps()
     shape = LinearShape("", 100, 1000, 1000)
-    assert floors.milliseconds(shape, "fwd", 4) == pytest.approx(1e3 * shape.flops("fwd") / floors.flops)
-    assert floors.milliseconds(NormShape("", 10, 10), "fwd", 4) == pytest.approx(1e3 * 800 / floors.bytes)
+    assert roofline.milliseconds(shape, "fwd", 4) == pytest.approx(1e3 * shape.flops("fwd") / roofline.flops)
+    assert roofline.milliseconds(NormShape("", 10, 10), "fwd", 4) == pytest.approx(1e3 * 800 / roofline.bytes)
 
 
-def test_inputs_are_drawn_anew_and_are_never_zeros():
+def test_inputs_depend_on_the_seed_and_are_never_zeros():
     for operation, shape in SMALL.items():
         first, second = (setting(operation, shape).inputs(seed) for seed in (0, 1))
         for name, tensor in first.tensors.items():

@@ -15,8 +15,8 @@ from bench.report.rows import Results, read
 
 
 @pytest.fixture(autouse=True)
-def no_floors(monkeypatch):
-    monkeypatch.setattr(runs, "FloorProbe", lambda *arguments: PROBE)
+def no_probe(monkeypatch):
+    monkeypatch.setattr(runs, "RooflineProbe", lambda *arguments: PROBE)
 
 
 class Measurement:
@@ -30,7 +30,7 @@ class Measurement:
             raise KeyboardInterrupt
         self.groups.append((suite, setting.shape.name, setting.direction))
         for entry in entries:
-            progress(entry.name)
+            progress(entry)
             write(blank_row(suite, setting, entry, status=self.status, ms_median=1.0))
 
 
@@ -60,7 +60,7 @@ def test_what_is_settled_is_skipped(tmp_path):
 def test_another_commit_is_measured_again(tmp_path, monkeypatch):
     path = tmp_path / "cpu.jsonl"
     run(REQUEST, Results.open(path), Plan(), measure_group=Measurement())
-    monkeypatch.setattr("bench.report.rows.circumstances", lambda: {"gpu": "cpu (x)", "commit": "other", "torch": "t"})
+    monkeypatch.setattr("bench.report.rows.environment", lambda: {"gpu": "cpu (x)", "commit": "other", "torch": "t"})
     again = Measurement()
     run(REQUEST, Results.open(path), Plan(), measure_group=again)
     assert len(again.groups) == 4
@@ -78,7 +78,7 @@ def test_a_peer_that_was_installed_since_is_measured_with_its_group(tmp_path, mo
     assert len(again.groups) == 1
 
 
-def test_a_contender_that_broke_the_cuda_context_is_left_alone_when_started_again(tmp_path, monkeypatch):
+def test_a_contender_that_broke_the_cuda_context_is_skipped_on_the_next_run(tmp_path, monkeypatch):
     request = Request(["attention"], ["batch=1,tokens=5,heads=1,head_dim=8"], ["eager", "sdpa"], directions=["fwd"])
     monkeypatch.setattr("bench.measure.measure.device_is_dead", lambda: True)
     deadly = replace(everyone()["attention", "eager"], load=lambda setting: 1 / 0)
@@ -87,7 +87,7 @@ def test_a_contender_that_broke_the_cuda_context_is_left_alone_when_started_agai
     with pytest.raises(DeadDevice, match="eager broke the CUDA context"):
         run(request, Results.open(path), Plan(0.0, 2))
     (row,) = read([path])
-    assert row.status == "error" and row.reason.startswith("took the process down: ZeroDivisionError")
+    assert row.status == "error" and row.crashed and row.reason.startswith("crashed: ZeroDivisionError")
     again = Measurement()
     outcome = run(request, Results.open(path), Plan(), measure_group=again)
     assert [one.impl for one in outcome.rows] == ["sdpa"]
@@ -161,7 +161,7 @@ def test_a_quick_run_on_a_gpu_has_every_suite_and_slow_peers_at_its_end(monkeypa
 
 def test_a_slow_peer_is_measured_with_its_whole_group(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.measure.run.device", lambda: "cuda")
-    monkeypatch.setattr("bench.report.rows.circumstances", lambda: {"gpu": "NVIDIA H200", "commit": "c", "torch": "t"})
+    monkeypatch.setattr("bench.report.rows.environment", lambda: {"gpu": "NVIDIA H200", "commit": "c", "torch": "t"})
     measurement, path = Measurement(), tmp_path / "h200.jsonl"
     request = Request(["latency"], quick=True)
     outcome = run(request, Results.open(path), Plan(), measure_group=measurement)

@@ -1,4 +1,4 @@
-"""The file format: every field, nothing lost, half a line dropped, and what counts as measured already."""
+"""The file format: every field, nothing lost, an incomplete line dropped, and which measurements are settled."""
 
 import json
 import re
@@ -6,13 +6,14 @@ import re
 import pytest
 from bench_helpers import row
 
-from bench import environment as circumstances_module
-from bench.environment import circumstances, commit
+from bench import environment as environment_module
+from bench.environment import commit, environment
 from bench.report.rows import FIELDS, Results, Row, new_row, read, slug
 
 SCHEMA = [
-    "suite", "op", "direction", "shape", "dtype", "impl", "status", "reason", "ms_median", "ms_p20", "ms_p80",
-    "tflops", "gbps", "floor_ms", "floor_share", "peak_mem_bytes", "error_vs_fp64", "gpu", "driver", "cuda",
+    "suite", "op", "direction", "shape", "dtype", "impl", "status", "reason", "crashed", "disturbed",
+    "comparable", "ms_median", "ms_p20", "ms_p80",
+    "tflops", "gbps", "roofline_ms", "roofline_share", "peak_mem_bytes", "error_vs_fp64", "gpu", "driver", "cuda",
     "torch", "triton", "peer_version", "commit", "dirty", "date",
 ]  # fmt: skip
 
@@ -26,8 +27,8 @@ def test_schema(tmp_path):
     assert read([results.path]) == [row("triton", 1.5)]
 
 
-def test_circumstances_of_this_machine():
-    facts = circumstances()
+def test_environment_of_this_machine():
+    facts = environment()
     assert set(facts) <= set(SCHEMA)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", facts["date"])
     assert facts["commit"] and facts["torch"] and facts["gpu"]
@@ -35,8 +36,8 @@ def test_circumstances_of_this_machine():
 
 
 def test_a_copy_of_the_code_without_its_repository(monkeypatch, tmp_path):
-    monkeypatch.setattr(circumstances_module, "in_repository", lambda: False)
-    monkeypatch.setattr(circumstances_module, "ROOT", tmp_path)
+    monkeypatch.setattr(environment_module, "in_repository", lambda: False)
+    monkeypatch.setattr(environment_module, "ROOT", tmp_path)
     monkeypatch.delenv("SIGLIP_BENCH_COMMIT", raising=False)
     (tmp_path / "bench").mkdir()
     commits = []
@@ -103,6 +104,21 @@ def test_the_last_row_counts(tmp_path):
     assert [kept.ms_median for kept in Results.open(results.path).rows.values()] == [1.0]
 
 
-def test_new_row_carries_the_circumstances():
+def test_new_row_carries_the_environment():
     made = new_row(suite="loss", op="sigmoid_loss", direction="fwd", shape={}, dtype="fp32", impl="eager")
-    assert isinstance(made, Row) and made.commit == circumstances()["commit"] and made.status == "ok"
+    assert isinstance(made, Row) and made.commit == environment()["commit"] and made.status == "ok"
+
+
+def test_rows_of_the_earlier_schema_get_the_new_fields(tmp_path):
+    path = tmp_path / "a.jsonl"
+    now = dict(crashed=False, disturbed=False, comparable=True)
+    for reason, fields in (
+        ("the definition", now),
+        ("took the process down: ended by SIGSEGV", {**now, "crashed": True}),
+        ("busy: load 9 on 2 cores", {**now, "disturbed": True}),
+        ("another loss: softmax; throttled: power cap", {**now, "disturbed": True, "comparable": False}),
+    ):
+        earlier = {name: value for name, value in vars(row("eager", 2.0, reason=reason)).items() if name not in now}
+        earlier |= {name.replace("roofline", "floor"): earlier.pop(name) for name in ("roofline_ms", "roofline_share")}
+        path.write_text(json.dumps(earlier) + "\n")
+        assert read([path]) == [row("eager", 2.0, reason=reason, **fields)]
