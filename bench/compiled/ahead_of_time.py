@@ -1,13 +1,13 @@
-"""Compiles kernels for GPUs that are not there, and reads what came out: registers, spills, matrix instructions.
+"""Compiles kernels without a GPU and reads the result: registers, spills, matrix instructions, memory accesses.
 
     python -m bench.compiled.ahead_of_time attention --gpu a100 h200 b200 [--json]
 
-`bench.compiled.launches` yields `Launch(name, call)` for each operation. A call runs a launcher of ours on
-tensors of the `meta` device; every kernel that it would start is compiled exactly as the just-in-time compiler would
-have specialised it for those arguments (types, alignment of pointers and strides, constants), and none is run.
+`bench.compiled.launches` yields `Launch(name, call)` for each operation. A call runs a launcher of this project on
+tensors of the `meta` device. Every kernel that it starts is compiled, but not run, with the specialisation that the
+just-in-time compiler would choose for the arguments (types, alignment of pointers and strides, constants).
 
 Needs Triton but neither a GPU nor a driver. Triton must not have been imported with TRITON_INTERPRET=1, which replaces
-the compiler: tests that run in the interpreter start this module as a process of its own (`rows_in_a_subprocess`).
+the compiler: tests that run in the interpreter start this module in a subprocess (`rows_in_a_subprocess`).
 """
 
 import argparse
@@ -24,45 +24,31 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.compiled.launch import GPUS, Launch
+from bench.compiled.launches import launches_of, operation_names
 from siglip_kernels.device import Facts, pretend
-
-# Shared memory is what one program may have (CUDA C++ programming guide, compute capabilities).
-GPUS = {
-    "a100": Facts("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912, 40 * 2**20),
-    "rtx4090": Facts("NVIDIA GeForce RTX 4090", (8, 9), 128, 101_376, 72 * 2**20),
-    "h200": Facts("NVIDIA H200", (9, 0), 132, 232_448, 50 * 2**20),
-    "b200": Facts("NVIDIA B200", (10, 0), 148, 232_448, 126 * 2**20),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """A named call of a launcher."""
-
-    name: str
-    call: Callable[[], object]
 
 
 @dataclasses.dataclass
 class Row:
-    """One kernel, compiled for one GPU. An error, where there is one, leaves the numbers at zero."""
+    """One kernel, compiled for one GPU. After an error the numbers are zero."""
 
     launch: str
     kernel: str
     gpu: str
     warps: int = 0
-    registers: int = 0  # of a thread; 255 is the most there is
-    stack_bytes: int = 0  # of a thread: spilled registers and arrays that are not in registers
-    shared_bytes: int = 0  # of a program
+    registers: int = 0  # per thread, at most 255
+    stack_bytes: int = 0  # per thread: spilled registers, and arrays that are not in registers
+    shared_bytes: int = 0  # per program
     shared_limit: int = 0
     tensor_memory_columns: int = 0  # Blackwell: of 512
     matrix: dict[str, int] = dataclasses.field(default_factory=dict)  # {"wgmma m64n128k16": 5, "mma m16n8k16": ...}
     accesses: dict[str, int] = dataclasses.field(default_factory=dict)  # {"cp.async 16": 30, "ld 2": 0, "st 16": ...}
-    register_moves: list[int] = dataclasses.field(default_factory=list)  # setmaxnreg: what partitions change to
+    register_moves: list[int] = dataclasses.field(default_factory=list)  # setmaxnreg: registers per thread
     error: str = ""
 
     def problems(self) -> list[str]:
-        """What must not be: an error, a spill, or more shared memory than the GPU has."""
+        """An error, a spill, or more shared or tensor memory than the GPU has."""
         found = [self.error] if self.error else []
         if self.stack_bytes:
             found.append(f"{self.stack_bytes} B of stack")
@@ -82,13 +68,13 @@ class Row:
 
 
 class _NoDriver:
-    """Answers the three questions that the just-in-time compiler asks a driver."""
+    """The part of a driver that the just-in-time compiler uses."""
 
     def __init__(self, capability: tuple[int, int]):
         self.capability = 10 * capability[0] + capability[1]
 
     def get_current_device(self) -> int:
-        return self.capability  # keys the kernels' caches: one for each architecture
+        return self.capability  # keys the kernels' caches, one per architecture
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -101,7 +87,7 @@ class _NoDriver:
 
 @contextlib.contextmanager
 def compiling_for(gpu: Facts, record: Callable[[str, Any], None]) -> Iterator[None]:
-    """Within it, every launch of a kernel compiles it for `gpu`; `record` gets its name and the result or exception."""
+    """Launches inside the context compile for `gpu`; `record` gets the kernel's name and the result or exception."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -124,7 +110,7 @@ def compiling_for(gpu: Facts, record: Callable[[str, Any], None]) -> Iterator[No
 
 
 def compile_launches(launches: Iterator[Launch], gpu_name: str) -> list[Row]:
-    """Every kernel that the launches start, compiled for a GPU of GPUS."""
+    """Compiles every kernel that the launches start, for one of GPUS."""
     gpu = GPUS[gpu_name]
     rows: list[Row] = []
     for launch in launches:
@@ -176,7 +162,7 @@ def _tool(name: str) -> Path:
 
 
 def matrix_instructions(ptx: str) -> dict[str, int]:
-    """How often each matrix instruction and shape stands in the code: "wgmma m64n128k16", "mma m16n8k16", "tcgen05"."""
+    """Number of matrix instructions in the code by shape: "wgmma m64n128k16", "mma m16n8k16", "tcgen05"."""
     found = Counter(f"wgmma {shape}" for shape in re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", ptx))
     found.update(f"mma {shape}" for shape in re.findall(r"(?<!w)(?<!g)mma\.sync\.aligned\.(m\d+n\d+k\d+)", ptx))
     found.update("tcgen05" for _ in re.findall(r"tcgen05\.mma\.", ptx))
@@ -184,7 +170,7 @@ def matrix_instructions(ptx: str) -> dict[str, int]:
 
 
 def global_accesses(ptx: str) -> dict[str, int]:
-    """How often the code touches global memory, by kind and bytes: "cp.async 16", "ld 4", "st 16", "tma"."""
+    """Number of global memory accesses in the code by kind and bytes: "cp.async 16", "ld 4", "st 16", "tma"."""
     found: Counter[str] = Counter()
     for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],[^;]*?\],\s*(0x[0-9a-f]+|\d+)", ptx):
         found[f"cp.async {int(size, 0)}"] += 1
@@ -195,9 +181,9 @@ def global_accesses(ptx: str) -> dict[str, int]:
 
 
 def rows_in_a_subprocess(operation: str, *gpus: str, only: str = "") -> list[Row]:
-    """`compile_launches` of an operation's launches, in a process where Triton's compiler is not interpreted away.
+    """`compile_launches` of an operation's launches, in a process without TRITON_INTERPRET.
 
-    only: launches whose name contains this.
+    only: a part of the names of the wanted launches.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     options = ["--json", "--only", only, "--gpu", *gpus]
@@ -209,15 +195,19 @@ def rows_in_a_subprocess(operation: str, *gpus: str, only: str = "") -> list[Row
     return [Row(**row) for row in json.loads(done.stdout)]
 
 
-def main() -> int:
-    from bench.compiled.launches import launches_of, operation_names  # which import Launch from here
-
-    parser = argparse.ArgumentParser(description="Compile kernels without a GPU; exit code 1 if one spills or fails.")
+def arguments_of(description: str, gpus: bool = False) -> argparse.Namespace:
+    """The command line of this module's and its neighbours' commands: operations, --only, --json and perhaps --gpu."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("operations", nargs="+", metavar="OPERATION", choices=operation_names())
-    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["a100", "h200", "b200"])
-    parser.add_argument("--only", default="", help="only launches whose name contains this")
-    parser.add_argument("--json", action="store_true", help="print a list of rows rather than a table")
-    arguments = parser.parse_args()
+    parser.add_argument("--only", default="", help="compile only launches whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    if gpus:
+        parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["a100", "h200", "b200"])
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = arguments_of("Compile kernels without a GPU; exit code 1 if one spills or fails.", gpus=True)
     rows: list[Row] = []
     for operation in arguments.operations:
         for gpu in arguments.gpu:

@@ -1,30 +1,29 @@
-"""Counts what the inner loops of compiled kernels cost each pipe of a Hopper multiprocessor, and the bound they set.
+"""Counts the clocks that the inner loops of compiled kernels cost each pipe of a Hopper multiprocessor.
 
     python -m bench.compiled.sass attention_hopper attention --only "S=729 D=72" [--json]
 
-For each loop that issues wgmma, and holds no other such loop: the clocks that one warp's pass through it takes on its
-quarter of the multiprocessor, by pipe. Passes of all warps there add up, so no kernel runs faster than its busiest
-pipe; if that is the tensor pipe it can reach the peak, and `share` says how far it can otherwise. Latencies, and waits
-for memory or for each other, come on top: it is a bound, not a prediction.
+For each innermost loop that issues wgmma: the clocks that one warp's pass through it takes on its quarter of the
+multiprocessor, by pipe. Passes of all warps there add up, so no kernel runs faster than its busiest pipe; if that is
+the tensor pipe, the kernel can reach the peak, and otherwise `share` is the fraction that it can reach. Latencies, and
+waits for memory or for other warps, come on top: the result is a bound, not a prediction.
 
 A quarter (CUDA C++ programming guide, arithmetic throughput, compute capability 9.0) takes a warp's instruction of fp32
 multiply-add in 1 clock, of integers, comparisons or conversions in 2, a shuffle or memory access in 4, an exponential
-in 8; and 512 multiply-adds of fp16 or bf16 a clock. Wgmma's operands come from shared memory by 128 bytes a clock.
+in 8; and 512 multiply-adds of fp16 or bf16 per clock. Shared memory delivers wgmma's operands at 128 bytes per clock.
 """
 
-import argparse
 import dataclasses
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from bench.compiled.ahead_of_time import GPUS, Launch, compiling_for, sass
-from bench.compiled.launches import launches_of, operation_names
+from bench.compiled.ahead_of_time import GPUS, arguments_of, compiling_for, sass
+from bench.compiled.launch import Launch
+from bench.compiled.launches import launches_of
 
-_GPU = "h200"
 _CLOCKS = {"fma": 1, "alu": 2, "lsu": 4, "mufu": 8}
 _FMA = ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2")
 _LSU = ("LD", "ST", "SHFL", "ATOM", "RED", "SYNCS", "UTMA")
@@ -39,8 +38,8 @@ class Loop:
     kernel: str
     clocks: dict[str, float]  # by pipe: tensor, shared (operands of wgmma), mufu, fma, alu, lsu, issue
     instructions: dict[str, int]  # by name: {"HGMMA.64x128x16": 5, "MUFU": 66, ...}
-    waits: int  # for wgmma: as many as there are HGMMA, and they run one by one
-    exponentials_under_way: int  # issued while wgmma are in flight
+    waits: int  # for wgmma; if as many as HGMMA, products run one by one
+    exponentials_under_way: int  # exponentials issued while wgmma are in flight
 
     @property
     def bound(self) -> str:
@@ -49,7 +48,7 @@ class Loop:
 
     @property
     def share(self) -> float:
-        """Of the tensor pipe's peak that the busiest pipe allows."""
+        """The fraction of the tensor pipe's peak that the busiest pipe allows."""
         return self.clocks["tensor"] / self.clocks[self.bound]
 
     def __str__(self) -> str:
@@ -62,7 +61,7 @@ class Loop:
 
 
 def pipe_of(instruction: str) -> str:
-    """The pipe that an instruction of the machine code keeps busy; "" for control and the uniform data path."""
+    """The pipe that an instruction occupies; "" for control and the uniform data path."""
     name = instruction.split(".")[0]
     if name == "HGMMA":
         return "tensor"
@@ -78,21 +77,21 @@ def pipe_of(instruction: str) -> str:
 
 
 def tensor_clocks(instruction: str) -> float:
-    """Of HGMMA.64xNxK on a quarter, which makes 16 of the 64 rows."""
+    """Clocks of HGMMA.64xNxK on a quarter, which computes 16 of the 64 rows."""
     rows, columns, depth = (int(n) for n in re.search(r"(\d+)x(\d+)x(\d+)", instruction).groups())  # type: ignore[union-attr]
     return rows * columns * depth / 4 / 512
 
 
 def shared_clocks(line: str) -> float:
-    """Of the operands that HGMMA reads from shared memory, 128 bytes a clock: always the right one, often both."""
+    """Clocks of the operands that HGMMA reads from shared memory: always the right one, often both."""
     name, destination_and_sources = line.split(maxsplit=1)
     rows, columns, depth = (int(n) for n in re.search(r"(\d+)x(\d+)x(\d+)", name).groups())  # type: ignore[union-attr]
-    left_too = destination_and_sources.split(",")[1].strip().startswith("gdesc")
-    return 2 * depth * (columns + (rows if left_too else 0)) / 128
+    left_as_well = destination_and_sources.split(",")[1].strip().startswith("gdesc")
+    return 2 * depth * (columns + (rows if left_as_well else 0)) / 128
 
 
-def inner_loops(code: str) -> list[list[str]]:
-    """The instructions of each innermost loop that contains HGMMA. code: of nvdisasm, with labels."""
+def parse(code: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions of nvdisasm's output, and the number of the instruction that each label precedes."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
@@ -100,21 +99,34 @@ def inner_loops(code: str) -> list[list[str]]:
             labels[label[1]] = len(lines)
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*)", line):
             lines.append(instruction[1].strip())
+    return lines, labels
+
+
+def without_predicate(line: str) -> str:
+    """The instruction that a predicate such as @!P0 guards."""
+    return re.sub(r"^@!?U?P\w+\s+", "", line)
+
+
+def innermost_loops(lines: list[str], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """First and last instruction of each innermost loop that contains HGMMA."""
     loops = []
     for end, line in enumerate(lines):
-        # Only a conditional branch closes a loop: what is moved out of the way goes back by an unconditional one.
+        # Only a conditional branch closes a loop: code that was moved out of line returns by an unconditional one.
         branch = re.match(r"@!?U?P\w+\s+BRA.*`\((\.L_\w+)\)", line)
         if branch and labels.get(branch[1], end + 1) <= end:
-            loops.append((labels[branch[1]], end + 1))
-    with_products = [(a, b) for a, b in loops if any("HGMMA" in line for line in lines[a:b])]
-    innermost = [
-        (a, b) for a, b in with_products if not any((a, b) != (c, d) and a <= c and d <= b for c, d in with_products)
-    ]
-    return [[re.sub(r"^@!?U?P\w+\s+", "", line) for line in lines[a:b]] for a, b in innermost]
+            loops.append((labels[branch[1]], end))
+    loops = [(a, b) for a, b in loops if any("HGMMA" in line for line in lines[a:b])]
+    return [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+
+
+def inner_loops(code: str) -> list[list[str]]:
+    """The instructions of each innermost loop that contains HGMMA. code: nvdisasm's output, with labels."""
+    lines, labels = parse(code)
+    return [[without_predicate(line) for line in lines[a : b + 1]] for a, b in innermost_loops(lines, labels)]
 
 
 def measure(launch: str, kernel: str, loop: list[str]) -> Loop:
-    """What a loop's instructions cost."""
+    """Counts the instructions of a loop, or of another part of a kernel, and their clocks."""
     clocks = dict.fromkeys(("tensor", "shared", "mufu", "fma", "alu", "lsu", "issue"), 0.0)
     names: Counter[str] = Counter()
     waits = under_way = 0
@@ -137,36 +149,35 @@ def measure(launch: str, kernel: str, loop: list[str]) -> Loop:
     return Loop(launch, kernel, clocks, dict(names.most_common()), waits, under_way)
 
 
-def loops_of(launches: Iterable[Launch]) -> list[Loop]:
-    """Of every kernel that the launches start, compiled for an H200."""
+def measure_parts(launches: Iterable[Launch], parts_of: Callable[[str], list[list[str]]]) -> list[Loop]:
+    """Measures parts of the machine code of every kernel that the launches start, compiled for an H200."""
     found: list[Loop] = []
     for launch in launches:
 
         def record(kernel: str, compiled: Any, launch: Launch = launch) -> None:
             if isinstance(compiled, Exception):
                 raise compiled
-            found.extend(measure(launch.name, kernel, loop) for loop in inner_loops(sass(compiled.asm["cubin"])))
+            found.extend(measure(launch.name, kernel, part) for part in parts_of(sass(compiled.asm["cubin"])))
 
-        with compiling_for(GPUS[_GPU], record):
+        with compiling_for(GPUS["h200"], record):
             launch.call()
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Count the instructions of inner loops by pipe, for an H200.")
-    parser.add_argument("operations", nargs="+", metavar="OPERATION", choices=operation_names())
-    parser.add_argument("--only", default="", help="only launches whose name contains this")
-    parser.add_argument("--json", action="store_true", help="print a list of loops rather than a table")
-    arguments = parser.parse_args()
-    loops: list[Loop] = []
-    for operation in arguments.operations:
-        loops += loops_of(launches_of(operation, arguments.only))
+def command(description: str, parts_of: Callable[[str], list[list[str]]], show: Callable[[Loop], str] = str) -> int:
+    """Runs `measure_parts` on the launches that the command line names, and prints the result."""
+    arguments = arguments_of(description)
+    launches = (launch for name in arguments.operations for launch in launches_of(name, arguments.only))
+    found = measure_parts(launches, parts_of)
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(loop) for loop in loops]))
+        print(json.dumps([dataclasses.asdict(one) for one in found]))
     else:
-        for loop in loops:
-            print(loop)
+        print("\n".join(map(show, found)))
     return 0
+
+
+def main() -> int:
+    return command("Count the instructions of inner loops by pipe, for an H200.", inner_loops)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,28 @@
-"""Counts what a tile of a matrix product costs each pipe beyond its main loop: the epilogue, up to the next main loop.
+"""Counts the clocks that a tile of a GEMM costs each pipe outside its main loop: from there to the next main loop.
 
     python -m bench.compiled.tile_cost linear_hopper linear --only "46656 gelu" [--json]
 
-`bench.compiled.sass` counts the main loop, a block of depth; this counts the rest of a tile, by the same clocks of one
-warp on its quarter of a multiprocessor: its epilogue, and how the next tile starts, with the wgmma of its first block
-where that stands before the loop. Of several ways through it, such as the one for tiles at an edge, it takes the one
-with the fewest instructions of those that store and compute as much as any. Where the compiler has made one loop of
-tiles and blocks, it is what a tile's last block costs beyond the others.
+`bench.compiled.sass` counts the main loop, per block of depth. This counts the rest of a tile, in the same clocks of
+one warp on its quarter of a multiprocessor: the epilogue and the start of the next tile, including the wgmma of its
+first block if that precedes the loop. Of several paths, such as the one of tiles at an edge, it takes the path with the
+most stores and special functions, and of those the shortest. If the compiler has merged the loops over tiles and
+blocks, the result is what a tile's last block costs more than the others.
 """
 
-import argparse
 import dataclasses
-import json
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any
 
-from bench.compiled.ahead_of_time import GPUS, Launch, compiling_for, sass
-from bench.compiled.launches import launches_of, operation_names
-from bench.compiled.sass import Loop, measure
+from bench.compiled.launch import Launch
+from bench.compiled.sass import Loop, command, innermost_loops, measure_parts, parse, without_predicate
 
 _WORK = ("MUFU", "UTMASTG", "STS", "STG", "RED")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Path:
-    """Instructions by their numbers: how many of them are work, and all of them."""
+    """A path through the code: how many of its instructions are work, its length, its first instruction, the rest."""
 
     work: int
     length: int
@@ -42,40 +38,24 @@ class _Path:
 
 
 class _Code:
-    """The instructions of a kernel, and where control goes from each."""
+    """The instructions of a kernel and its control flow."""
 
     def __init__(self, text: str):
-        self.lines: list[str] = []
-        self.labels: dict[str, int] = {}
-        for line in text.splitlines():
-            if label := re.match(r"\s*(\.L_\w+):", line):
-                self.labels[label[1]] = len(self.lines)
-            elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*)", line):
-                self.lines.append(found[1].strip())
+        self.lines, self.labels = parse(text)
 
     def name(self, number: int) -> str:
-        return re.sub(r"^@!?U?P\w+\s+", "", self.lines[number])
+        return without_predicate(self.lines[number])
 
     def target(self, number: int) -> int | None:
-        """Where a branch goes."""
+        """The target of a branch."""
         branch = re.match(r"BRA.*`\((\.L_\w+)\)", self.name(number))
         return self.labels.get(branch[1]) if branch else None
 
-    def main_loops(self) -> list[tuple[int, int]]:
-        """First and last instruction of each innermost loop with wgmma."""
-        loops = [
-            (target, number)
-            for number in range(len(self.lines))
-            if (target := self.target(number)) is not None and target <= number and self.lines[number].startswith("@")
-        ]
-        loops = [(a, b) for a, b in loops if any(self.name(n).startswith("HGMMA") for n in range(a, b))]
-        return [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-
     def path(self, start: int, end: int, most_work: bool) -> _Path | None:
-        """The shortest of the ways from start to before end, or out of the kernel, that do the most or least work."""
+        """The shortest path from start to before end, or out of the kernel, with the most or the least work."""
         found: dict[int, _Path | None] = {}
         stack = [start]
-        while stack:  # depth first, without recursion; a way back to where it already was is none
+        while stack:  # depth first without recursion; a cycle is no path
             number = stack[-1]
             following = self._following(number, end)
             if number not in found:
@@ -85,7 +65,7 @@ class _Code:
             stack.pop()
             rests = [_Path(0, 0, end, None) if n == end else found[n] for n in following]
             if not following and self.name(number).startswith("EXIT"):
-                rests = [_Path(-len(self.lines), 0, number, None)]  # only where no way leads to the end
+                rests = [_Path(-len(self.lines), 0, number, None)]  # only if no path leads to the end
             work = self.name(number).startswith(_WORK)
             paths = [_Path(r.work + work, r.length + 1, number, r) for r in rests if r is not None]
             if paths:
@@ -107,7 +87,7 @@ def epilogues(code: str) -> list[list[str]]:
     """The instructions of each main loop's epilogue."""
     parsed = _Code(code)
     found = []
-    for first, last in parsed.main_loops():
+    for first, last in innermost_loops(parsed.lines, parsed.labels):
         if any(parsed.name(n).startswith(("UTMASTG", "STG")) for n in range(first, last)):
             with_epilogue, without = (parsed.path(first, last, most_work) for most_work in (True, False))
             assert with_epilogue is not None and without is not None
@@ -122,36 +102,17 @@ def epilogues(code: str) -> list[list[str]]:
 
 
 def costs_of(launches: Iterable[Launch]) -> list[Loop]:
-    """Of every matrix product that the launches start, compiled for an H200."""
-    found: list[Loop] = []
-    for launch in launches:
+    """The cost of a tile outside the main loop, for every GEMM that the launches start, compiled for an H200."""
+    return measure_parts(launches, epilogues)
 
-        def record(kernel: str, compiled: Any, launch: Launch = launch) -> None:
-            if isinstance(compiled, Exception):
-                raise compiled
-            found.extend(measure(launch.name, kernel, path) for path in epilogues(sass(compiled.asm["cubin"])))
 
-        with compiling_for(GPUS["h200"], record):
-            launch.call()
-    return found
+def _show(cost: Loop) -> str:
+    clocks = "  ".join(f"{pipe} {round(count)}" for pipe, count in cost.clocks.items())
+    return f"{cost.launch:34} {cost.kernel:20} clocks: {clocks}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Count the instructions of epilogues by pipe, for an H200.")
-    parser.add_argument("operations", nargs="+", metavar="OPERATION", choices=operation_names())
-    parser.add_argument("--only", default="", help="only launches whose name contains this")
-    parser.add_argument("--json", action="store_true", help="print a list rather than a table")
-    arguments = parser.parse_args()
-    costs: list[Loop] = []
-    for operation in arguments.operations:
-        costs += costs_of(launches_of(operation, arguments.only))
-    if arguments.json:
-        print(json.dumps([dataclasses.asdict(cost) for cost in costs]))
-        return 0
-    for cost in costs:
-        clocks = "  ".join(f"{pipe} {round(count)}" for pipe, count in cost.clocks.items())
-        print(f"{cost.launch:34} {cost.kernel:20} clocks: {clocks}")
-    return 0
+    return command("Count the instructions of epilogues by pipe, for an H200.", epilogues, _show)
 
 
 if __name__ == "__main__":

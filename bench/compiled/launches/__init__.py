@@ -1,18 +1,16 @@
-"""The launches of each operation that are compiled ahead of time, without a GPU.
+"""The launches of each operation that are compiled ahead of time, one module per operation.
 
-A module has a function `launches()` that yields `Launch(name, call)` and, where the operation has kernels for Hopper,
-`hopper_launches()`: what runs with SIGLIP_KERNELS_HOPPER=1.
+A module has a function `launches()`, which yields `Launch(name, call)`. If the operation has kernels for Hopper, which
+run with SIGLIP_KERNELS_HOPPER=1, `hopper_launches()` yields theirs.
 """
 
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from bench.compiled.ahead_of_time import Launch
+from bench.compiled.launch import Launch
 
-HOPPER = "_hopper"  # ends the names of operations whose kernels are for compute capability 9 alone
+HOPPER = "_hopper"  # suffix of the names of operations with the kernels for Hopper (compute capability 9)
 
 
 def operation_names() -> list[str]:
@@ -25,8 +23,8 @@ def operation_names() -> list[str]:
     return sorted(names)
 
 
-def launches_of(operation: str, only: str = "") -> "Iterator[Launch]":
-    """The launches of an operation of `operation_names`. only: those whose name contains this."""
+def launches_of(operation: str, only: str = "") -> Iterator[Launch]:
+    """The launches of one of `operation_names`. only: a part of the names of the wanted launches."""
     module = importlib.import_module(f"{__name__}.{operation.removesuffix(HOPPER)}")
     launches = module.hopper_launches() if operation.endswith(HOPPER) else module.launches()
     return (launch for launch in launches if only in launch.name)

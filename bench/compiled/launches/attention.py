@@ -1,19 +1,18 @@
-"""What attention launches: every configuration that a call may get or tuning may try."""
+"""Launches of attention: every configuration that a call may use or tuning may try."""
 
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from bench.compiled.ahead_of_time import GPUS, Launch
+from bench.compiled.launch import GPUS, Launch, precision_name, with_tf32
 from siglip_kernels.attention.config import Tile
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def launches() -> Iterator[Launch]:
-    """Training on packed q, k and v: the published shapes, then wide heads, fp16, padding, smaller tiles and fp32."""
+    """Training on packed q, k and v: published shapes, then wide heads, fp16, padding, smaller tiles and fp32."""
     for tokens, head_dim in ((729, 72), (1024, 64), (64, 72), (64, 64)):
         yield from _training(tokens, head_dim, torch.bfloat16)
     for tokens in (729, 64):
@@ -32,7 +31,7 @@ def launches() -> Iterator[Launch]:
 
 
 def _tuned() -> Iterator[Launch]:
-    """The shapes that have an entry in the table of some GPU."""
+    """The shapes that have an entry in a table of tuned configurations."""
     from siglip_kernels.attention.tuned import TUNED
 
     classes = {shape_class[1:] for table in TUNED.values() for shape_class in table}
@@ -41,7 +40,7 @@ def _tuned() -> Iterator[Launch]:
 
 
 def _candidates() -> Iterator[Launch]:
-    """One kernel and one tile each. A tile that is no candidate for a GPU is not compiled for it."""
+    """One kernel with one tile each, for the GPUs that the tile is a candidate for."""
     from siglip_kernels.attention.config import candidates
 
     for kernel in ("forward", "backward_queries", "backward_keys"):
@@ -76,21 +75,13 @@ def _candidate(kernel: str, tile: Tile, head_dim: int) -> Callable[[], None]:
 def _training(
     tokens: int, head_dim: int, dtype: torch.dtype, padded: bool = False, allow_tf32: bool = False
 ) -> Iterator[Launch]:
-    name = f"{'tf32' if allow_tf32 else _NAMES[dtype]} S={tokens} D={head_dim}{' lengths' if padded else ''}"
-    yield Launch(f"{name} forward", _with_tf32(allow_tf32, _forward(tokens, head_dim, dtype, padded)))
-    yield Launch(f"{name} backward", _with_tf32(allow_tf32, _backward(tokens, head_dim, dtype, padded)))
+    name = _name(tokens, head_dim, dtype, padded, allow_tf32)
+    yield Launch(f"{name} forward", with_tf32(allow_tf32, _forward(tokens, head_dim, dtype, padded)))
+    yield Launch(f"{name} backward", with_tf32(allow_tf32, _backward(tokens, head_dim, dtype, padded)))
 
 
-def _with_tf32(allow_tf32: bool, call: Callable[[], object]) -> Callable[[], None]:
-    def launch() -> None:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        try:
-            call()
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-
-    return launch
+def _name(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool, allow_tf32: bool = False) -> str:
+    return f"{precision_name(dtype, allow_tf32)} S={tokens} D={head_dim}{' lengths' if padded else ''}"
 
 
 def _tensors(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> tuple[list[Tensor], Tensor | None]:
@@ -98,31 +89,43 @@ def _tensors(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> tu
     return list(packed.unbind(2)), torch.empty(64, device="meta", dtype=torch.int32) if padded else None
 
 
-def _forward(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Callable[[], object]:
+def _forward(
+    tokens: int, head_dim: int, dtype: torch.dtype, padded: bool, hopper: bool = False
+) -> Callable[[], object]:
     from siglip_kernels.attention.config import is_short
     from siglip_kernels.attention.forward import attention_forward
+    from siglip_kernels.attention.hopper import attention_forward_hopper
     from siglip_kernels.attention.short import attention_short_forward
 
     (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
+    if hopper:
+        return lambda: attention_forward_hopper(q, k, v, lengths, head_dim**-0.5, True)
     if is_short(q, k):
         return lambda: attention_short_forward(q, k, v, lengths, head_dim**-0.5)
     return lambda: attention_forward(q, k, v, lengths, head_dim**-0.5, True)
 
 
 def _backward(
-    tokens: int, head_dim: int, dtype: torch.dtype, padded: bool, needs: str = "queries and keys"
+    tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    padded: bool,
+    needs: str = "queries and keys",
+    hopper: bool = False,
 ) -> Callable[[], object]:
     from siglip_kernels.attention.backward import attention_backward
     from siglip_kernels.attention.config import is_short
+    from siglip_kernels.attention.hopper import attention_backward_hopper
     from siglip_kernels.attention.short import attention_short_backward
 
     (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
     out = torch.empty(q.shape, device="meta", dtype=dtype)
     scale, needs_q, needs_k_or_v = head_dim**-0.5, "queries" in needs, "keys" in needs
-    if is_short(q, k):
+    if not hopper and is_short(q, k):
         return lambda: attention_short_backward(out, q, k, v, lengths, scale, needs_q, needs_k_or_v)
+    backward = attention_backward_hopper if hopper else attention_backward
     statistics = torch.empty(q.shape[0], q.shape[2], tokens, device="meta")
-    return lambda: attention_backward(out, q, k, v, out, statistics, lengths, scale, needs_q, needs_k_or_v)
+    return lambda: backward(out, q, k, v, out, statistics, lengths, scale, needs_q, needs_k_or_v)
 
 
 def hopper_launches() -> Iterator[Launch]:
@@ -139,29 +142,7 @@ def hopper_launches() -> Iterator[Launch]:
         (1024, 128, torch.bfloat16, False),
         (729, 128, torch.float16, True),
     ):
-        name = f"{_NAMES[dtype]} S={tokens} D={head_dim}{' lengths' if padded else ''}"
-        yield Launch(f"{name} forward", _forward_on_hopper(tokens, head_dim, dtype, padded))
-        if (tokens, head_dim) not in ((729, 64), (767, 64)):  # the backward has two consumers always
-            yield Launch(f"{name} backward", _backward_on_hopper(tokens, head_dim, dtype, padded))
-
-
-def _forward_on_hopper(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Callable[[], object]:
-    def launch() -> object:
-        from siglip_kernels.attention.hopper import attention_forward_hopper
-
-        (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
-        return attention_forward_hopper(q, k, v, lengths, head_dim**-0.5, True)
-
-    return launch
-
-
-def _backward_on_hopper(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> Callable[[], object]:
-    def launch() -> object:
-        from siglip_kernels.attention.hopper import attention_backward_hopper
-
-        (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
-        out = torch.empty(q.shape, device="meta", dtype=dtype)
-        statistics = torch.empty(q.shape[0], q.shape[2], tokens, device="meta")
-        return attention_backward_hopper(out, q, k, v, out, statistics, lengths, head_dim**-0.5, True, True)
-
-    return launch
+        name = _name(tokens, head_dim, dtype, padded)
+        yield Launch(f"{name} forward", _forward(tokens, head_dim, dtype, padded, hopper=True))
+        if (tokens, head_dim) not in ((729, 64), (767, 64)):  # the backward always has two consumers
+            yield Launch(f"{name} backward", _backward(tokens, head_dim, dtype, padded, hopper=True))

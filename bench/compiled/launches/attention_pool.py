@@ -1,12 +1,10 @@
-"""What pooling by attention launches: models' widths, a batch and one image."""
+"""Launches of the pooling head's attention: widths of published models, a batch and one image."""
 
 from collections.abc import Iterator
 
 import torch
 
-from bench.compiled.ahead_of_time import Launch
-
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+from bench.compiled.launch import NAMES, Launch
 
 
 def launches() -> Iterator[Launch]:
@@ -19,7 +17,7 @@ def launches() -> Iterator[Launch]:
 def _training(
     batch: int, tokens: int, width: int, heads: int, dtype: torch.dtype, padded: bool = False
 ) -> Iterator[Launch]:
-    name = f"{_NAMES[dtype]} {batch} x {tokens} x {width}{' lengths' if padded else ''}"
+    name = f"{NAMES[dtype]} {batch} x {tokens} x {width}{' lengths' if padded else ''}"
 
     def run(backward: bool) -> None:
         from siglip_kernels.attention_pool.kernels import attention_pool_backward, attention_pool_forward

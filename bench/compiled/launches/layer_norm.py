@@ -1,12 +1,10 @@
-"""What layer normalisation launches: models' widths and others, many rows and few."""
+"""Launches of LayerNorm: widths of published models and others, many rows and few."""
 
 from collections.abc import Iterator
 
 import torch
 
-from bench.compiled.ahead_of_time import Launch
-
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+from bench.compiled.launch import NAMES, Launch
 
 
 def launches() -> Iterator[Launch]:
@@ -25,8 +23,8 @@ def launches() -> Iterator[Launch]:
 def _launch(
     rows: int, width: int, dtype: torch.dtype, parameter_dtype: torch.dtype | None = None, residual: bool = False
 ) -> Launch:
-    name = f"{_NAMES[dtype]} {rows} x {width}"
-    name += f" parameters {_NAMES[parameter_dtype]}" if parameter_dtype else ""
+    name = f"{NAMES[dtype]} {rows} x {width}"
+    name += f" parameters {NAMES[parameter_dtype]}" if parameter_dtype else ""
     return Launch(
         name + (" residual" if residual else ""), lambda: _run(rows, width, dtype, parameter_dtype or dtype, residual)
     )

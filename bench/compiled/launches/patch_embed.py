@@ -1,12 +1,10 @@
-"""What patch embedding launches: the patches of SigLIP's models, a batch and one image."""
+"""Launches of patch embedding: the patches of published models, a batch and one image."""
 
 from collections.abc import Iterator
 
 import torch
 
-from bench.compiled.ahead_of_time import Launch
-
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+from bench.compiled.launch import NAMES, Launch, precision_name, with_tf32
 
 
 def launches() -> Iterator[Launch]:
@@ -36,13 +34,9 @@ def _launch(
         weight = torch.empty(width, 3, patch, patch, dtype=dtype, device="meta")
         tokens = (side // patch) ** 2
         position = torch.empty(1, tokens, width, dtype=position_dtype or dtype, device="meta")
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        try:
-            out_dtype = torch.promote_types(dtype, position.dtype)
-            patch_embed_forward(pixels, weight, weight[:, 0, 0, 0], position.expand(batch, -1, -1), out_dtype)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+        out_dtype = torch.promote_types(dtype, position.dtype)
+        patch_embed_forward(pixels, weight, weight[:, 0, 0, 0], position.expand(batch, -1, -1), out_dtype)
 
-    name = f"{'tf32' if allow_tf32 else _NAMES[dtype]} {batch} x {side} patch {patch} width {width}"
-    return Launch(f"{name} position {_NAMES[position_dtype]}" if position_dtype else name, run)
+    name = f"{precision_name(dtype, allow_tf32)} {batch} x {side} patch {patch} width {width}"
+    name += f" position {NAMES[position_dtype]}" if position_dtype else ""
+    return Launch(name, with_tf32(allow_tf32, run))
