@@ -1,1 +1,1 @@
-"""SigLIP's operations and models side by side with the strongest peers: `python -m bench`."""
+"""Benchmarks of SigLIP's operations and models against the strongest peers: `python -m bench`."""

@@ -1,4 +1,4 @@
-"""Where and with what something is measured: machine, versions, commit, and whether the machine was calm."""
+"""The environment of a measurement: machine, versions, commit, and whether other work disturbed it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def device() -> str:
 
 
 def version(distribution: str) -> str | None:
-    """None where it is not installed."""
+    """The installed version; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -30,7 +30,7 @@ def version(distribution: str) -> str | None:
 
 
 def process_environment(**variables: str) -> dict[str, str]:
-    """This process's, for another one that imports this code from wherever it is started."""
+    """This process's environment variables, with which another process can import this code from any directory."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, **variables}
 
@@ -44,16 +44,16 @@ def _git(*arguments: str) -> str | None:
 
 
 def in_repository() -> bool:
-    """Whether this code is a checkout of the project rather than an installed copy."""
+    """Whether this code is a checkout of the project rather than a copy."""
     return (ROOT / "pyproject.toml").exists() and _git("rev-parse", "--git-dir") is not None
 
 
 @functools.cache
 def commit() -> tuple[str, bool | None]:
-    """The commit of this code, and whether what is tracked differs from it (results and the README do not count).
+    """The commit of this code, and whether tracked files differ from it (results and the README do not count).
 
-    Differences are told apart by a digest behind the commit: 5c8d394+9f86d0. Where the code is without its repository,
-    SIGLIP_BENCH_COMMIT names the commit that it was copied from; else a digest of the code stands for it.
+    A digest of the differences follows the commit: 5c8d394+9f86d0. For a copy without its repository the variable
+    SIGLIP_BENCH_COMMIT names the commit; if it is not set, a digest of the code stands for it.
     """
     if not in_repository():
         named = os.environ.get("SIGLIP_BENCH_COMMIT")
@@ -84,13 +84,13 @@ def hardware() -> str:
 
 
 def is_gpu(hardware: str) -> bool:
-    """Whether a row's `gpu` names one."""
+    """Whether the name of a machine, a row's `gpu`, is that of a GPU."""
     return not hardware.startswith("cpu")
 
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """What every row carries."""
+    """The fields that every row carries."""
     on_gpu = device() == "cuda"
     sha, dirty = commit()
     return {
@@ -121,38 +121,38 @@ def _nvidia_smi(field: str) -> str | None:
 
 
 def _index() -> str:
-    """nvidia-smi counts all GPUs, CUDA the visible ones."""
+    """The current GPU's index among all GPUs, which nvidia-smi counts; CUDA counts the visible ones."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
     return visible or str(torch.cuda.current_device())
 
 
 @functools.cache
 def _nvml() -> Any:
-    """NVIDIA's management library (pip install nvidia-ml-py), or None."""
+    """NVIDIA's management library (pip install nvidia-ml-py); None if it is not usable."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         return pynvml
-    except Exception:  # not installed, no driver, no permission: the note says nothing then
+    except Exception:  # not installed, no driver or no permission
         return None
 
 
-# Reasons why a clock is lower than it could be (NVML's nvmlClocksEventReasons); the others are idle or by request.
+# Reasons for a reduced clock (NVML's nvmlClocksEventReasons); the others mean idle or requested.
 _REASONS = {
     0x04: "power cap", 0x08: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake",
 }  # fmt: skip
 
 
 class Watch:
-    """Notes what else happens on the machine while contenders are timed."""
+    """Watches for other work and throttling while contenders are timed."""
 
     def __init__(self) -> None:
         self.reasons: set[str] = set()
         self.load = 0.0
 
     def look(self) -> None:
-        """Cheap enough for every round."""
+        """Samples the machine's state; cheap enough for every round."""
         if device() == "cpu":
             self.load = max(self.load, os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0.0
             return
@@ -165,14 +165,14 @@ class Watch:
             ask = ask or library.nvmlDeviceGetCurrentClocksThrottleReasons
             active = int(ask(handle))
             others = len(library.nvmlDeviceGetComputeRunningProcesses(handle)) > 1
-        except Exception:  # virtual GPUs answer some questions only
+        except Exception:  # virtual GPUs answer some queries only
             return
         self.reasons.update(f"throttled: {what}" for bit, what in _REASONS.items() if active & bit)
         if others:
             self.reasons.add("busy: other processes compute on this GPU")
 
     def note(self) -> str:
-        """What to say in the rows; empty where all was calm, or where nothing could be asked."""
+        """The disturbance, for the rows; empty if there was none, or if the machine cannot report it."""
         cores = os.cpu_count() or 1
         if self.load > 1.2 * cores:
             return f"busy: load {self.load:.0f} on {cores} cores"

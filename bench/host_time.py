@@ -1,11 +1,11 @@
-"""How long a call keeps the host: PyTorch's dispatcher, Python, and the look-ups of the just-in-time compiler.
+"""Host time of a call: PyTorch's dispatcher, Python, and the look-ups of the just-in-time compiler.
 
     python -m bench.host_time [--only attention] [--json]
 
-A GPU that waits for its next kernel is as slow as the host, whatever its kernels are. Needs no GPU: operations run on
-tiny CPU tensors as if on an H200, and each kernel is compiled and looked up as ever but not launched; what the driver
-takes to launch it, some microseconds, comes on top. CPU time of this process on one thread, so that a busy machine
-disturbs little. Needs Triton, not imported with TRITON_INTERPRET=1.
+At small batch sizes a GPU waits for the host, however fast its kernels are. No GPU is needed: the operations run on
+tiny CPU tensors as if on an H200, and each kernel is compiled and looked up as usual but not launched; the driver's
+launch, some microseconds, comes on top. The CPU time of this process on one thread is measured, which a busy machine
+disturbs little. Needs Triton, which must not have been imported with TRITON_INTERPRET=1.
 """
 
 import argparse
@@ -28,7 +28,7 @@ ROUNDS, CALLS = 15, 40
 
 
 def operations(gradients: bool) -> dict[str, Callable[[], Any]]:
-    """The four of an encoder layer, and layer_norm, in bf16; with gradients: on tensors that want them."""
+    """The four operations of an encoder layer, and layer_norm, in bf16. gradients: whether the tensors require them."""
 
     def tensor(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.bfloat16).requires_grad_(gradients)
@@ -48,18 +48,18 @@ def operations(gradients: bool) -> dict[str, Callable[[], Any]]:
 
 
 def microseconds(call: Callable[[], Any]) -> float:
-    """CPU time of one call: the median of several rounds' averages."""
+    """CPU time of one call in microseconds: the median of several rounds' averages."""
     averages = []
     for _ in range(ROUNDS + 1):
         start = time.process_time()
         for _ in range(CALLS):
             call()
         averages.append((time.process_time() - start) / CALLS * 1e6)
-    return statistics.median(averages[1:])  # the first compiles
+    return statistics.median(averages[1:])  # the first round compiles
 
 
 def rows(only: str = "") -> Iterator[dict[str, Any]]:
-    """A row for each operation in inference, then in training, where the forward pass is timed."""
+    """A row per operation in inference, then in training, where the forward pass is timed."""
     launched: list[str] = []
 
     def record(kernel: str, compiled: Any) -> None:
@@ -82,8 +82,8 @@ def rows(only: str = "") -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Host time of a call, without a GPU.")
-    parser.add_argument("--only", default="", help="only operations whose name contains this")
-    parser.add_argument("--json", action="store_true", help="print a row a line, as JSON")
+    parser.add_argument("--only", default="", help="measure only operations whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON lines")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for row in rows(arguments.only):

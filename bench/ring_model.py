@@ -1,16 +1,17 @@
-"""A calculation on paper, not a measurement: time and bytes of the distributed loss from 8 to 4,096 GPUs.
+"""Calculates, without measuring, time and traffic of the distributed loss on 8 to 4,096 GPUs.
 
     python -m bench.ring_model [--global-batch 32768] [--width 768] [--tflops 590] [--node-gbs 450] [--network-gbs 50]
 
-Assumptions, all of them arguments. A GPU computes at 75 % of the 790 TFLOP/s that a large bf16 matrix product has on
-an H200 (the aim of the single-GPU loss, not yet measured). In a node of eight, NVLink carries 450 GB/s each way for a
-GPU (NVIDIA's H100 and H200 datasheets: 900 GB/s both ways); between nodes each GPU has a 400 Gb/s port (NDR InfiniBand,
-as in NVIDIA's DGX H100), 50 GB/s each way; a message takes 20 µs before its first byte.
+The assumptions are arguments. A GPU computes at 75 % of the 790 TFLOP/s that a large bf16 GEMM reaches on an H200 (the
+goal of the single-GPU loss, not yet measured). In a node of eight, NVLink carries 450 GB/s per GPU in each direction
+(NVIDIA's H100 and H200 datasheets: 900 GB/s in both). Between nodes each GPU has a 400 Gb/s port (NDR InfiniBand, as in
+NVIDIA's DGX H100), 50 GB/s in each direction. A message takes 20 µs before its first byte.
 
 The ring: in each of W steps a GPU computes 6 m² D operations on its m images and one block of m texts, while the next
-block (2 bytes a value) and the last block's gradient sums (4 bytes) travel; a step lasts as long as the slower of the
-two. A ring passes between nodes at every node's edge, so one network hop paces all of it. Nothing hides the last sum.
-The all-gather: all texts arrive before, and all sums leave after, W m² pairs of computation; nothing is hidden.
+block (2 bytes per value) and the last block's gradient sums (4 bytes) travel; a step lasts as long as the slower of the
+two. The ring crosses between nodes at every node's edge, so one network hop sets the pace of all of it. Nothing hides
+the last sum. The all-gather: all texts arrive before, and all sums leave after, W m² pairs of computation; nothing is
+hidden.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """Rates in operations and bytes a second; latency in seconds."""
+    """Rates in operations and bytes per second; latency in seconds."""
 
     width: int
     rate: float = 0.75 * 790e12
@@ -33,7 +34,7 @@ class Assumptions:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one GPU. Times in seconds, sizes in bytes."""
+    """Costs of one GPU. Times in seconds, sizes in bytes."""
 
     gpus: int
     local_batch: int
@@ -41,13 +42,13 @@ class Estimate:
     ring: float
     ring_exposed: float  # communication that computation does not hide
     ring_bytes: int  # sent
-    ring_memory: int  # buffers beyond embeddings, gradients and a block of G
+    ring_memory: int  # buffers besides embeddings, gradients and a block of G
     gather: float
     gather_memory: int
 
 
 def estimate(gpus: int, global_batch: int, assumed: Assumptions) -> Estimate:
-    """One forward and backward pass of the loss of `global_batch` pairs, spread evenly."""
+    """One forward and backward pass of the loss of `global_batch` pairs, divided evenly."""
     local = -(-global_batch // gpus)
     values = local * assumed.width
     bandwidth = assumed.node if gpus <= assumed.gpus_in_a_node else assumed.network
@@ -95,7 +96,7 @@ def table(global_batch: int, assumed: Assumptions) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Paper calculation of the distributed loss; nothing is measured.")
+    parser = argparse.ArgumentParser(description="Calculate the costs of the distributed loss; nothing is measured.")
     parser.add_argument("--global-batch", type=int, nargs="+", default=[32_768, 1_048_576])
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--tflops", type=float, default=0.75 * 790)

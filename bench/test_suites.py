@@ -1,9 +1,9 @@
-"""The suites under pytest-benchmark, so that its own `--benchmark-compare` finds what became slower.
+"""The suites under pytest-benchmark, whose `--benchmark-compare` finds regressions.
 
     pytest bench/ --benchmark-autosave
     pytest bench/ --benchmark-compare --benchmark-compare-fail=median:10%
 
-On a GPU the shapes of a quick run; on a CPU small ones, without Triton. What gives wrong results fails.
+On a GPU the shapes of a quick run; on a CPU small ones, without Triton. A contender with wrong results fails.
 """
 
 from __future__ import annotations
@@ -13,18 +13,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from bench.cases import shapes
 from bench.cases.operations import DTYPES, OPERATIONS, Setting
-from bench.cases.shapes import (
-    AttentionShape,
-    LinearShape,
-    LossShape,
-    MLPShape,
-    ModelShape,
-    NormShape,
-    PatchShape,
-    PoolShape,
-    TrainShape,
-)
 from bench.cases.suites import SUITES
 from bench.environment import device
 from bench.measure.accuracy import Judge
@@ -33,21 +23,21 @@ from bench.measure.run import Request, label
 from bench.peers import Missing, Peer, Unsupported, peers_of
 
 ON_A_CPU = {
-    "attention": ("attention", AttentionShape("base-224-b1", 1, 196, 12, 64)),
-    "linear": ("linear", LinearShape("base-224-out-b1", 196, 768, 768, True)),
-    "mlp": ("mlp", MLPShape("base-224-b1", 196, 768, 3072)),
-    "layer_norm": ("layer_norm", NormShape("base-224-b1", 196, 768)),
-    "pool": ("attention_pool", PoolShape("base-224-b1", 1, 196, 768, 12)),
-    "patch": ("patch_embed", PatchShape("base-224-b1", 1, 224, 16, 768)),
-    "loss": ("sigmoid_loss", LossShape("n1024-d256", 1024, 256)),
-    "model": ("vision_tower", ModelShape("base-224-b1-l1", "base-224", 1, 1)),
-    "train": ("training_step", TrainShape("base-224-b2-l1", "base-224", 2, 1)),
+    "attention": ("attention", shapes.AttentionShape("base-224-b1", 1, 196, 12, 64)),
+    "linear": ("linear", shapes.LinearShape("base-224-out-b1", 196, 768, 768, True)),
+    "mlp": ("mlp", shapes.MLPShape("base-224-b1", 196, 768, 3072)),
+    "layer_norm": ("layer_norm", shapes.NormShape("base-224-b1", 196, 768)),
+    "pool": ("attention_pool", shapes.PoolShape("base-224-b1", 1, 196, 768, 12)),
+    "patch": ("patch_embed", shapes.PatchShape("base-224-b1", 1, 224, 16, 768)),
+    "loss": ("sigmoid_loss", shapes.LossShape("n1024-d256", 1024, 256)),
+    "model": ("vision_tower", shapes.ModelShape("base-224-b1-l1", "base-224", 1, 1)),
+    "train": ("training_step", shapes.TrainShape("base-224-b2-l1", "base-224", 2, 1)),
 }
 
 
 def _settings() -> list[tuple[str, Setting]]:
     if device() == "cuda":
-        return list(dict.fromkeys(Request(list(SUITES), quick=True).settings()))  # without those that come again
+        return list(dict.fromkeys(Request(list(SUITES), quick=True).settings()))  # once each
     return [
         (suite, Setting(OPERATIONS[operation], shape, DTYPES["fp32"], "cpu", direction))
         for suite, (operation, shape) in ON_A_CPU.items()

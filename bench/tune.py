@@ -1,12 +1,12 @@
 """Measures the configurations that an operation may choose from, and writes the winners into the table that it reads.
 
-An operation is tunable when its package has two modules:
+An operation is tunable if its package has two modules:
 
-- `tuned`, with `TUNED: {GPU's name: {shape class: fields of a configuration}}` and nothing else but its docstring;
-- `config`, which looks a shape class up there before it falls back on a heuristic.
+- `tuned`, with `TUNED: {name of a GPU: {shape class: fields of a configuration}}` and only its docstring besides;
+- `config`, which looks a shape class up in the table before it falls back on a heuristic.
 
-Which shape classes a call asks for is seen by recording the look-ups; a candidate is tried by putting it in the table.
-An entry in TUNABLE says how the candidates of a shape class are listed.
+Recording the look-ups shows which shape classes a call needs; putting an entry into the table tries a candidate. An
+entry of TUNABLE says how the candidates of a shape class are listed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Fields = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Tunable:
-    """An operation's package, what exercises it, and what there is to choose from."""
+    """An operation's package, the suites that exercise it, and the candidates of a shape class."""
 
     package: str
     suites: tuple[str, ...]
@@ -55,16 +55,29 @@ class Tunable:
         return Path(file)
 
     def forget(self) -> None:
-        """The next call looks the table up again."""
+        """Clears the caches of `config`, so that the next call reads the table."""
         for value in vars(self.config()).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
 
     @contextlib.contextmanager
     def trying(self, gpu: str, entries: Mapping[Key, Fields]) -> Iterator[None]:
-        """Calls within take these configurations for these shape classes."""
-        table, before = self.table(), self.table().get(gpu)
-        table[gpu] = {**(before or {}), **entries}
+        """Calls inside the context use these configurations for these shape classes."""
+        with self._replaced(gpu, {**self.table().get(gpu, {}), **entries}):
+            yield
+
+    def asked_for(self, gpu: str, call: Callable[[], object]) -> list[Key]:
+        """The shape classes that a call looks up, in order."""
+        recorder = _Recorder(self.table().get(gpu, {}))
+        with self._replaced(gpu, recorder):
+            call()
+        return list(recorder.keys_asked)
+
+    @contextlib.contextmanager
+    def _replaced(self, gpu: str, entries: dict[Key, Fields]) -> Iterator[None]:
+        table = self.table()
+        before = table.get(gpu)
+        table[gpu] = entries
         self.forget()
         try:
             yield
@@ -75,25 +88,9 @@ class Tunable:
                 table[gpu] = before
             self.forget()
 
-    def asked_for(self, gpu: str, call: Callable[[], object]) -> list[Key]:
-        """The shape classes that a call looks up, in order."""
-        table, before = self.table(), self.table().get(gpu)
-        recorder = _Recorder(before or {})
-        table[gpu] = recorder
-        self.forget()
-        try:
-            call()
-        finally:
-            if before is None:
-                del table[gpu]
-            else:
-                table[gpu] = before
-            self.forget()
-        return list(recorder.keys_asked)
-
 
 class _Recorder(dict):
-    """A table that remembers what it was asked for."""
+    """A table that remembers the keys that were looked up."""
 
     def __init__(self, entries: Mapping[Key, Fields]):
         super().__init__(entries)
@@ -105,7 +102,7 @@ class _Recorder(dict):
 
 
 def _attention_candidates(config: Any, key: Key, gpu: Facts) -> Sequence[Any]:
-    return config.candidates(key[0], gpu) if key[1] == 2 else []  # bytes of an element
+    return config.candidates(key[0], gpu) if key[1] == 2 else []  # bytes per element
 
 
 def _linear_candidates(config: Any, key: Key, gpu: Facts) -> Sequence[Any]:
@@ -125,7 +122,7 @@ TUNABLE = {
 
 @dataclass
 class Choice:
-    """What was found best for one shape class."""
+    """The best configuration of one shape class."""
 
     key: Key
     fields: Fields
@@ -135,7 +132,7 @@ class Choice:
 
 
 Timer = Callable[[Mapping[Fields | None, Callable[[], object]], Setting], dict[Fields | None, Timing]]
-"""Times a step for each candidate; None stands for what is chosen without an entry."""
+"""Times a step for each candidate; None stands for the heuristic's choice."""
 
 
 def tune(
@@ -145,10 +142,10 @@ def tune(
     progress: Progress = silent,
     known: Collection[Key] = (),
 ) -> Iterator[Choice]:
-    """The best candidate for every shape class that the settings ask for, each class measured once.
+    """The best candidate for every shape class that the settings need, each class measured once.
 
-    Classes are settled one after the other: a later one is measured with the earlier ones' winners in place. Where the
-    heuristic's own choice is fastest there is nothing to write. known: shape classes that are not measured again.
+    Classes are settled one after the other: a later one is measured with the winners of the earlier ones in place.
+    Nothing is yielded where the heuristic's own choice is fastest. known: shape classes that are not measured.
     """
     tunable = TUNABLE[name]
     winners: dict[Key, Fields] = {}
@@ -178,7 +175,7 @@ def tune(
                         if judge.judge(entry, contender).problem:
                             continue
                         step()
-                except Exception:  # does not compile or does not fit: no candidate on this GPU
+                except Exception:  # it does not compile, or does not fit on this GPU
                     continue
                 steps[fields] = _trying(tunable, gpu.name, entries, step)
             if len(steps) == 1:
@@ -205,14 +202,14 @@ def _trying(
 def time_candidates(
     steps: Mapping[Fields | None, Callable[[], object]], setting: Setting
 ) -> dict[Fields | None, Timing]:
-    """Side by side on the GPU."""
+    """Times the candidates side by side on the GPU."""
     named = {str(fields): Steps([step]) for fields, step in steps.items()}
     times = interleaved(named, clock(setting.device), seconds=0.1)
     return {fields: times[str(fields)] for fields in steps}
 
 
 def settings_of(name: str, device: str, dtypes: Sequence[torch.dtype], quick: bool) -> list[Setting]:
-    """What is measured to tune an operation: its suites' shapes, forward and backward."""
+    """The settings that tune an operation: its suites' shapes, forward and backward."""
     cases = [case for suite in TUNABLE[name].suites for case in SUITES[suite].cases if case.quick or not quick]
     return [
         Setting(OPERATIONS[case.operation], case.shape, dtype, device, direction)
@@ -223,9 +220,9 @@ def settings_of(name: str, device: str, dtypes: Sequence[torch.dtype], quick: bo
 
 
 def write_table(path: Path, gpu: str, entries: Mapping[Key, Fields], target: Path | None = None) -> Path:
-    """Adds a GPU's entries to a `tuned` module, keeping its docstring and the entries that they do not replace.
+    """Adds a GPU's entries to a `tuned` module; its docstring and other entries stay.
 
-    target: another file to write, such as where the package itself may not be written.
+    target: the file to write, if not the module itself, whose package may be read-only. Returns the file's path.
     """
     text = path.read_text()
     node = next(
@@ -246,7 +243,7 @@ def write_table(path: Path, gpu: str, entries: Mapping[Key, Fields], target: Pat
 
 
 def _literal(table: Mapping[str, Mapping[Key, Fields]]) -> str:
-    """The table as ruff formats it: a line for each entry."""
+    """The table as ruff formats it, one line per entry."""
     if not table:
         return "{}"
     lines = ["{"]
@@ -259,7 +256,7 @@ def _literal(table: Mapping[str, Mapping[Key, Fields]]) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """repr with double quotes, as ruff has strings."""
+    """repr with double quotes, as ruff formats strings."""
     if isinstance(value, tuple):
         return f"({', '.join(_quoted(item) for item in value)}{',' * (len(value) == 1)})"
     return '"' + value.replace('"', '\\"') + '"' if isinstance(value, str) else repr(value)

@@ -1,1 +1,1 @@
-"""What is measured: operations, shapes with their FLOPs and bytes, and suites."""
+"""What is measured and checked: operations, shapes with their FLOPs and bytes, and suites."""

@@ -1,6 +1,6 @@
-"""What is compared: for each operation its inputs, drawn anew, its definition, and ours.
+"""The operations: for each its random inputs, its definition, and this project's kernels.
 
-A contender is called as the definition is: by keyword, with the tensors and constants that `Operation.inputs` made.
+A contender is called like the definition: by keyword, with the tensors and constants of `Operation.inputs`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Inputs:
     """Arguments of one call. `tensors` are differentiated, `constants` are not.
 
-    samples: the arguments whose first dimension counts samples (or rows) that do not depend on each other, as the
-    results' does; none where they do.
+    samples: the arguments whose first dimension counts independent samples (or rows), like the outputs'; none if
+    samples depend on each other.
     """
 
     tensors: dict[str, Tensor]
@@ -40,7 +40,7 @@ class Inputs:
         return {**self.tensors, **self.constants}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same with every floating-point tensor changed."""
+        """The arguments with `change` applied to every floating-point tensor."""
 
         def changed(value: Any) -> Any:
             return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -52,7 +52,7 @@ class Inputs:
         )
 
     def last(self, count: int) -> Inputs:
-        """The last samples alone."""
+        """The last `count` samples."""
 
         def cut(arguments: dict[str, Any]) -> dict[str, Any]:
             return {name: value[-count:] if name in self.samples else value for name, value in arguments.items()}
@@ -66,19 +66,19 @@ class Inputs:
 
 @dataclass
 class Contender:
-    """Something that can be measured: a function, and the weights of its own that training differentiates.
+    """Something to measure: a function, and its own weights, which training differentiates.
 
-    environment: variables that its calls, and their backward, read.
+    environment: environment variables that its calls and their backward read.
     """
 
     call: Callable[..., Any]
     parameters: dict[str, Tensor] = field(default_factory=dict)
-    note: str = ""  # what a reader of the row should know, such as the backend that SDPA took
+    note: str = ""  # a remark for the row, such as the backend that SDPA selected
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Its environment."""
+        """Sets its environment variables inside the context."""
         before = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
         try:
@@ -93,7 +93,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a peer is told when it is loaded: it has to serve this operation on these shapes, and nothing else."""
+    """What a peer is loaded for: one operation on one shape, dtype, device and direction."""
 
     operation: Operation
     shape: Shape
@@ -108,10 +108,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of SigLIP, or the model as a whole.
+    """One operation of SigLIP, or the whole model.
 
-    definition: from a Setting and the dtype to compute in, in plain PyTorch.
-    directions: what is measured unless something else is asked for.
+    definition: makes the definition in plain PyTorch from a Setting and the dtype to compute in.
+    directions: those that are measured by default.
     """
 
     name: str
@@ -130,7 +130,7 @@ Draw = Callable[..., Tensor]
 
 
 def _drawing(make: Callable[[Any, Draw], Inputs]) -> Callable[[Any, torch.dtype, str, torch.Generator], Inputs]:
-    """Inputs from a function that is given the shape and `draw(*sizes, scale=1)`."""
+    """Makes `Operation.inputs` from a function of the shape and `draw(*sizes, scale=1)`."""
 
     def inputs(shape: Any, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
         return make(shape, functools.partial(_normal, generator, dtype, device))
@@ -144,7 +144,7 @@ def _weight(draw: Draw, outputs: int, inputs: int) -> Tensor:
 
 @_drawing
 def _attention_inputs(shape: shapes.AttentionShape, draw: Draw) -> Inputs:
-    """Strided views of one packed projection, as a model has them."""
+    """Strided views of one packed projection, as in a model."""
     packed = draw(shape.batch, shape.tokens, 3, shape.heads, shape.head_dim)
     return Inputs(dict(zip("qkv", packed.unbind(2), strict=True)), samples=("q", "k", "v"))
 
@@ -228,7 +228,7 @@ def _patch_inputs(shape: shapes.PatchShape, draw: Draw) -> Inputs:
 
 
 def _loss_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
-    """Normalised embeddings, and the scale and bias that SigLIP starts from, in fp32 as a model has them."""
+    """Normalised embeddings, and SigLIP's initial scale and bias, in fp32 as in a model."""
     embeds = [F.normalize(_normal(generator, torch.float32, device, shape.pairs, shape.width)) for _ in range(2)]
     tensors = {name: value.to(dtype) for name, value in zip(("image_embeds", "text_embeds"), embeds, strict=True)}
     tensors["logit_scale"] = torch.full((), 10.0, device=device)
@@ -237,7 +237,7 @@ def _loss_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, gener
 
 
 def _model_inputs(shape: shapes.ModelShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
-    """Pixels and, where both towers run, texts. The weights are the contenders' own: `model_weights`."""
+    """Pixels and, if both towers run, texts. The weights belong to the contenders: `model_weights`."""
     image = MODELS[shape.model].vision.image
     constants: dict[str, Any] = {"pixel_values": _normal(generator, dtype, device, shape.batch, 3, image, image)}
     if shape.text:
@@ -246,7 +246,7 @@ def _model_inputs(shape: shapes.ModelShape, dtype: torch.dtype, device: str, gen
 
 
 def model_config(shape: shapes.ModelShape) -> dict[str, Any]:
-    """config.json of the shape's model, for transformers and for us."""
+    """config.json of the shape's model, for transformers and for this project."""
 
     def fields(tower: shapes.Tower) -> dict[str, int]:
         layers = shape.layers or tower.layers
@@ -269,14 +269,14 @@ def _model_weights(shape: shapes.ModelShape, dtype: torch.dtype, device: str) ->
 
 
 def model_weights(setting: Setting) -> Mapping[str, Tensor]:
-    """Random weights by transformers' names. Every contender shares these very tensors."""
+    """Random weights by transformers' names. All contenders share the tensors."""
     shape = setting.shape
     assert isinstance(shape, shapes.ModelShape)
     return _model_weights(shapes.ModelShape("", shape.model, 1, shape.layers, True), setting.dtype, setting.device)
 
 
 def project_model(setting: Setting, backend: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """siglip_model's, with the shape's weights: both towers, or the vision tower alone."""
+    """The model of siglip_model with the shape's weights: both towers, or the vision tower alone."""
     import siglip_model
 
     shape = setting.shape
@@ -291,7 +291,7 @@ def project_model(setting: Setting, backend: str, dtype: torch.dtype | None = No
 def as_contender(
     model: nn.Module, setting: Setting, call: Callable[..., Any] | None = None, note: str = ""
 ) -> Contender:
-    """A model as something to measure: its embeddings, or its loss where it is trained."""
+    """A contender that runs a model: its outputs are embeddings or, in training, the loss."""
     call = call or model
     training = isinstance(setting.shape, shapes.TrainShape)
 
@@ -334,6 +334,6 @@ OPERATIONS = {
 
 
 def kernels_for(name: str) -> Callable[..., Any] | None:
-    """Our kernels for an operation, or None where siglip_kernels has none yet."""
+    """This project's kernels for an operation; None if siglip_kernels has none."""
     found = getattr(siglip_kernels, name, None)
-    return found if callable(found) else None  # a module of that name is no operation yet
+    return found if callable(found) else None  # a module of that name is no operation

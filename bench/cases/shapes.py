@@ -1,9 +1,8 @@
-"""What is measured: SigLIP's models and the shapes that they give each operation, with their FLOPs and bytes.
+"""SigLIP's models and the shapes that they give each operation, with their FLOPs and bytes.
 
-FLOPs are what the mathematics asks for (a multiplication and an addition are two), not what an implementation spends:
-padding, recomputation and unfused passes are an implementation's own loss. Bytes are what has to cross memory at least:
-every input read once and every result written once, intermediates not at all. Both are for one direction: "fwd", "bwd"
-or "fwd+bwd".
+FLOPs are those of the mathematics (a multiplication and an addition are two), not of an implementation: padding,
+recomputation and unfused passes do not count. Bytes are the least that must cross memory: every input read once and
+every output written once, no intermediates. Both are for one direction: "fwd", "bwd" or "fwd+bwd".
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ class Tower:
         return self.width // self.heads
 
     def flops(self) -> int:
-        """Of one sample's forward: layers and patches; the head folds to next to nothing."""
+        """FLOPs of one sample's forward: layers and patches; the folded pooling head is negligible."""
         per_token = 8 * self.width**2 + 4 * self.width * self.hidden
         attention = 4 * self.tokens**2 * self.width
         patches = 2 * self.tokens * self.width * 3 * self.patch**2
         return self.layers * (self.tokens * per_token + attention) + patches
 
     def parameters(self) -> int:
-        """Weights of the layers, whose bytes any forward has to read."""
+        """Weights of the layers, which any forward has to read."""
         return self.layers * (4 * self.width**2 + 2 * self.width * self.hidden)
 
 
@@ -77,11 +76,11 @@ class Shape:
     name: str
 
     def sizes(self) -> dict[str, Any]:
-        """Every field, as a row of results has it."""
+        """Every field, for the rows of results."""
         return dataclasses.asdict(self)
 
     def sample(self) -> Self:
-        """The same call on few enough samples for fp64."""
+        """The same call on a number of samples that fp64 can afford."""
         raise NotImplementedError
 
     def flops(self, direction: str) -> int:
@@ -89,7 +88,7 @@ class Shape:
         return {"fwd": forward, "bwd": self._backward_flops(), "fwd+bwd": forward + self._backward_flops()}[direction]
 
     def bytes(self, direction: str, element: int) -> int:
-        """`element`: bytes of one value."""
+        """element: bytes per value."""
         forward, backward = self._forward_values(), self._backward_values()
         return element * {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[direction]
 
@@ -123,7 +122,7 @@ class AttentionShape(Shape):
         return 2 * self._product()  # q kᵀ and p v
 
     def _backward_flops(self) -> int:
-        return 5 * self._product()  # the scores once more, and dv, dp, dq, dk
+        return 5 * self._product()  # the scores again, and dv, dp, dq, dk
 
     def _values(self) -> int:
         return self.batch * self.tokens * self.heads * self.head_dim
@@ -204,7 +203,7 @@ class NormShape(Shape):
         return dataclasses.replace(self, rows=min(self.rows, 4096))
 
     def _forward_flops(self) -> int:
-        return 8 * self.rows * self.width  # of no weight: it is a pass over memory
+        return 8 * self.rows * self.width  # irrelevant: LayerNorm is bound by memory
 
     def _forward_values(self) -> int:
         return 2 * self.rows * self.width
@@ -215,7 +214,7 @@ class NormShape(Shape):
 
 @dataclass(frozen=True)
 class PoolShape(Shape):
-    """The MAP head's attention, folded: no key and no value is formed."""
+    """The pooling head's attention, folded: keys and values are not formed."""
 
     batch: int
     tokens: int
@@ -291,7 +290,7 @@ class LossShape(Shape):
 
 @dataclass(frozen=True)
 class ModelShape(Shape):
-    """A model of MODELS with `layers` layers a tower; 0 for as many as it has."""
+    """A model of MODELS with `layers` layers per tower; 0 for all of its layers."""
 
     model: str
     batch: int

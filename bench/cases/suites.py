@@ -1,4 +1,4 @@
-"""Which shapes each suite measures, in order of importance: on a GPU, in a quick run, and on a CPU."""
+"""The shapes of each suite, in order of importance: on a GPU, in a quick run, and on a CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from bench.cases.shapes import (
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of an operation, and where it is measured unless it is named.
+    """A shape of an operation, and where it is measured by default.
 
     quick: in a quick run on a GPU. cpu: in a "quick" or only in a "full" run on a CPU; "" for neither.
     """
@@ -45,8 +45,8 @@ class Case:
 class Suite:
     """What `python -m bench run NAME` measures.
 
-    hide_launches: whether kernels are timed back to back, or a call as its user waits for it.
-    quick_peers: which of the peers that take minutes to prepare a quick run waits for, when all else is measured.
+    hide_launches: whether kernels are timed back to back; otherwise a call is timed as its user waits for it.
+    quick_peers: the slow peers that a quick run prepares after all other measurements.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Suite:
         patterns: Sequence[str] = (),
         directions: Sequence[str] = (),
     ) -> list[Setting]:
-        """What to measure, most important first. Named shapes are measured whatever the machine."""
+        """The settings, most important first. Named shapes are measured on any machine."""
         chosen = self._named(patterns) if patterns else [case for case in self.cases if _usual(case, device, quick)]
         return [
             Setting(operation, case.shape, DTYPES[dtype], device, direction)
@@ -82,7 +82,7 @@ class Suite:
         for pattern in patterns:
             if "=" in pattern:
                 for name in dict.fromkeys(case.operation for case in self.cases):
-                    with contextlib.suppress(ValueError):  # sizes of another of the suite's operations
+                    with contextlib.suppress(ValueError):  # the sizes belong to another operation of the suite
                         found.append(Case(name, parse(OPERATIONS[name].shape_class, pattern)))
             else:
                 found += [case for case in self.cases if fnmatch.fnmatchcase(case.shape.name, pattern)]
@@ -96,7 +96,7 @@ def _usual(case: Case, device: str, quick: bool) -> bool:
 
 
 def _possible(operation: Operation) -> tuple[str, ...]:
-    """Models have gradients in training_step alone; the loss may compute its gradients in the forward."""
+    """Models have gradients in training_step only; the loss may compute its gradients in the forward."""
     if operation.name in ("vision_tower", "siglip"):
         return ("fwd",)
     return ("fwd", "fwd+bwd") if operation.name in ("sigmoid_loss", "training_step") else DIRECTIONS
@@ -294,13 +294,13 @@ SUITES = {
 
 
 def by_importance(settings: dict[str, list[Setting]]) -> list[tuple[str, Setting]]:
-    """The first of every suite, then the second of every suite, and so on: what is left out is what matters least."""
+    """The first of every suite, then the second, and so on, so that a deadline drops the least important."""
     longest = max((len(found) for found in settings.values()), default=0)
     return [(name, found[place]) for place in range(longest) for name, found in settings.items() if place < len(found)]
 
 
 def dtypes_of(device: str) -> list[str]:
-    """What is measured unless something else is asked for: what models run in on that device."""
+    """The default dtypes: those that models use on the device."""
     return ["bf16"] if device == "cuda" else ["fp32"]
 
 

@@ -1,1 +1,1 @@
-"""What the compiler makes of the kernels, without a GPU: registers, spills, SASS and counted clocks."""
+"""The compiled kernels, inspected without a GPU: registers, spills, machine code and counted clocks."""

@@ -1,10 +1,11 @@
-"""How far a contender is from the definition in fp64, and how far it may be.
+"""A contender's error against the definition in fp64, and the error that it may have.
 
-Ours may be off by twice what the definition is in the same dtype, plus one rounding. Peers round in other places, which
-is their right, so they get ten times; what is beyond that is wrong, and wrong results are not timed.
+This project's kernels may have twice the error of the definition in the same dtype, plus one rounding. Peers
+legitimately round in other places and may have ten times that error. A contender beyond its limit is wrong and is not
+timed.
 
-Forward is judged on the last samples of the very call that is timed, gradients on a call of a few samples, because fp64
-keeps too much for all of them.
+The forward pass is judged on the last samples of the timed call itself, gradients on a call of few samples, because the
+whole call in fp64 would need too much memory.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ PROJECT_FACTOR, PEER_FACTOR = 2.0, 10.0
 SAMPLES = 2
 
 Found = dict[str, list[Tensor]]
-"""Results and gradients by name."""
+"""Outputs and gradients by name."""
 
 
 def as_list(value: Any) -> list[Tensor]:
-    """One result or several."""
+    """One output, or several, as a list."""
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
@@ -42,7 +43,7 @@ def differentiable(inputs: Inputs) -> Inputs:
 
 
 def upstream(results: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """What a backward is given: 1 for a loss, else normal values that `dtype` can hold, the same in every call."""
+    """The gradients that a backward receives: 1 for a loss, else normal values rounded to `dtype`, always the same."""
     generator = torch.Generator(results[0].device).manual_seed(1)
 
     def draw(result: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def upstream(results: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def gradients(contender: Contender, inputs: Inputs, dtype: torch.dtype) -> Found:
-    """Results and gradients of inputs and weights."""
+    """Outputs, and gradients of inputs and weights."""
     inputs = differentiable(inputs)
     weights = [contender.parameters[name] for name in sorted(contender.parameters)]
     leaves = [*inputs.tensors.values(), *weights]
@@ -68,7 +69,7 @@ def gradients(contender: Contender, inputs: Inputs, dtype: torch.dtype) -> Found
 
 
 def distance(found: list[Tensor], true: list[Tensor]) -> float:
-    """‖found − true‖ / ‖true‖, over all tensors; NaN where anything is."""
+    """‖found − true‖ / ‖true‖, over all tensors; NaN if any value is NaN."""
     pairs = list(zip(found, true, strict=True))
     difference = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
     size = sum(float(b.double().square().sum()) for _, b in pairs)
@@ -76,9 +77,9 @@ def distance(found: list[Tensor], true: list[Tensor]) -> float:
 
 
 def allowed_distance(plain: list[Tensor], true: list[Tensor], dtype: torch.dtype, factor: float) -> float:
-    """`factor` times what the same formula in the same dtype is off by, and one rounding.
+    """`factor` times the error of the same formula in the same dtype, plus one rounding.
 
-    A single value, such as a loss, may be right by luck, so it gets at least eight roundings of fp32.
+    A single value, such as a loss, may be exact by chance, so it is allowed at least eight roundings of fp32.
     """
     rounding = torch.finfo(dtype).eps / 2
     if sum(tensor.numel() for tensor in true) == 1:
@@ -87,19 +88,19 @@ def allowed_distance(plain: list[Tensor], true: list[Tensor], dtype: torch.dtype
 
 
 class NoTruth(Exception):
-    """The definition itself cannot be computed here, as for lack of memory in fp64."""
+    """The definition itself cannot be computed, for example for lack of memory in fp64."""
 
 
 @dataclass
 class Verdict:
-    """The worst relative error, and what is wrong with it: "" where nothing is."""
+    """The worst relative error, and the problem if it is too large, else ""."""
 
     error: float
     problem: str = ""
 
 
 class Judge:
-    """Knows the truth of one setting, whose timed calls read `inputs`."""
+    """Judges the contenders of one setting, whose timed calls read `inputs`."""
 
     def __init__(self, setting: Setting, inputs: Inputs):
         self.setting, self.inputs = setting, inputs
@@ -133,7 +134,7 @@ class Judge:
         if how == "sample, gradients":
             return gradients(contender, inputs, self.setting.dtype)
         results = forward(contender, inputs)
-        # Copied, because the next call of a CUDA graph overwrites its results.
+        # Copies, because the next call of a CUDA graph overwrites its outputs.
         return {"results": [(result[-SAMPLES:] if inputs.samples else result).clone() for result in results]}
 
     def _reference(self, how: str, entry: Peer, dtype: torch.dtype) -> Found:

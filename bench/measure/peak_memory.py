@@ -1,4 +1,4 @@
-"""Prints how far this process's memory rises in a call of each contender; `bench.measure.measure` starts it."""
+"""Prints the rise of this process's memory in a call of each contender; `bench.measure.measure` starts it."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from bench.peers import peers_of
 
 
 def peak(setting: Setting, name: str) -> int:
-    """Bytes beyond inputs and weights. What the call returns is part of what it needs."""
+    """Peak bytes of a call beyond inputs and weights; its outputs and gradients count."""
     contender = peers_of(setting.operation.name)[name].prepare(setting)
     sample = replace(setting, shape=setting.shape.sample())
     step_of(contender, sample.inputs(seed=1), sample)()  # loads libraries, starts threads
@@ -26,11 +26,11 @@ def peak(setting: Setting, name: str) -> int:
 
 
 def main() -> None:
-    what = json.loads(sys.argv[1])
-    operation = OPERATIONS[what["operation"]]
-    shape = operation.shape_class(**what["shape"])
-    setting = Setting(operation, shape, DTYPES[what["dtype"]], "cpu", what["direction"])
-    for name in what["peers"]:
+    task = json.loads(sys.argv[1])
+    operation = OPERATIONS[task["operation"]]
+    shape = operation.shape_class(**task["shape"])
+    setting = Setting(operation, shape, DTYPES[task["dtype"]], "cpu", task["direction"])
+    for name in task["peers"]:
         print(json.dumps({name: peak(setting, name)}), flush=True)
         free()
 

@@ -1,4 +1,4 @@
-"""How fast the machine is at the two things that everything is made of: a matrix product and a copy."""
+"""The machine's roofline: the measured rates of a large GEMM and of a large copy, and the least time they allow."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ COPY_BYTES = {"cuda": 2**29, "cpu": 2**26}
 
 @dataclass(frozen=True)
 class Roofline:
-    """Measured in turn with what is compared with them."""
+    """Rates that were measured in turn with the contenders."""
 
-    flops: float  # FLOPs a second of a large product in one dtype
-    bytes: float  # bytes a second, read and written, of a large copy
+    flops: float  # FLOPs per second of a large GEMM in one dtype
+    bytes: float  # bytes per second, read and written, of a large copy
 
     def milliseconds(self, shape: Shape, direction: str, element: int) -> float:
-        """The least that a call can take: the longer of its arithmetic and its traffic."""
+        """The least time of a call: the longer of its arithmetic and its traffic."""
         return 1e3 * max(shape.flops(direction) / self.flops, shape.bytes(direction, element) / self.bytes)
 
 
 class RooflineProbe:
-    """A product of large random matrices and a copy of a large tensor, to be timed in turn with contenders."""
+    """A GEMM of large random matrices and a copy of a large tensor, to be timed in turn with contenders."""
 
-    PRODUCT, COPY = "floor: product", "floor: copy"
+    PRODUCT, COPY = "roofline: GEMM", "roofline: copy"
 
     def __init__(self, device: str, dtype: torch.dtype):
         self.size, self.length = GEMM_SIZE[device], COPY_BYTES[device]
@@ -43,6 +43,6 @@ class RooflineProbe:
         }
 
     def roofline(self, times: Mapping[str, Timing]) -> Roofline:
-        """From the times of `contenders`."""
+        """The roofline from the times of `contenders`."""
         product, copy = times[self.PRODUCT].median, times[self.COPY].median
         return Roofline(2e3 * self.size**3 / product, 2e3 * self.length / copy)

@@ -1,8 +1,8 @@
-"""How time and memory are taken: contenders side by side, rotated inputs, medians with their 20th and 80th percentile.
+"""Measures time and memory: contenders side by side, rotated inputs, medians with 20th and 80th percentiles.
 
 On a GPU the clock is a pair of CUDA events around a burst of calls. Successive calls read successive copies of the
-inputs, together more than twice the L2, so none finds its inputs there. Where launches are to be hidden, the GPU first
-spins for as long as the host needs to queue the burst, so that the events see kernels back to back.
+inputs, together more than twice the L2 cache, so no call finds its inputs there. Where launches are to be hidden, the
+GPU first spins for as long as the host needs to queue the burst, so that the events enclose kernels back to back.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_COPIES = 256
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call."""
+    """Milliseconds per call."""
 
     median: float
     p20: float
@@ -40,7 +40,7 @@ class Timing:
 
 
 class Steps:
-    """One contender's calls, one for each copy of the inputs, taken in turn."""
+    """One contender's calls, one per copy of the inputs, in turn."""
 
     def __init__(self, steps: Sequence[Callable[[], object]]):
         self.steps = steps
@@ -52,7 +52,7 @@ class Steps:
 
 
 Clock = Callable[[Steps], float]
-"""Milliseconds of one call, taken once."""
+"""Measures the milliseconds of one call, once."""
 
 
 def cpu_clock(steps: Steps) -> float:
@@ -62,11 +62,11 @@ def cpu_clock(steps: Steps) -> float:
 
 
 class CudaClock:
-    """Events around a burst of calls, long enough that the events' resolution does not matter."""
+    """CUDA events around a burst of calls that is long relative to their resolution."""
 
     def __init__(self, hide_launches: bool):
         self.hide_launches = hide_launches
-        self.bursts: dict[int, tuple[int, int]] = {}  # of each contender: calls, and cycles to spin before them
+        self.bursts: dict[int, tuple[int, int]] = {}  # by contender: calls, and cycles to spin before them
 
     def _burst(self, steps: Steps) -> tuple[int, int]:
         torch.cuda.synchronize()
@@ -80,7 +80,7 @@ class CudaClock:
             steps()
         queued = time.perf_counter() - start
         torch.cuda.synchronize()
-        # Twice what queueing took, at a clock that no GPU exceeds; a tenth of a second is the most that makes sense.
+        # Twice the queueing time, at a clock that no GPU exceeds, and at most a tenth of a second.
         return calls, int(min(0.1, 2 * queued) * 2.5e9)
 
     def __call__(self, steps: Steps) -> float:
@@ -112,9 +112,9 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times contenders that have run before (compiled, warm).
 
-    Each round takes every contender once, in an order drawn anew, so that clocks and temperature favour none. Rounds
-    go on for `seconds` for each contender, but for no fewer than `least_rounds`. `each_round` is called after each.
-    A contender that raises is told to `failed`, if there is one, and left out from there on.
+    Each round takes every contender once, in random order, so that clocks and temperature favour none. Rounds continue
+    for `seconds` per contender and number at least `least_rounds`. `each_round` is called after each. A contender that
+    raises is reported to `failed`, if given, and dropped.
     """
     order = list(contenders)
     generator = random.Random(0)
@@ -133,7 +133,7 @@ def interleaved(
             times[name].append(milliseconds)
 
     for name in list(order):
-        take(name, counted=False)  # warm
+        take(name, counted=False)  # warms up
     start = time.perf_counter()
     for number in range(MOST_ROUNDS):
         if number >= least_rounds and time.perf_counter() - start > seconds * len(order):
@@ -146,7 +146,7 @@ def interleaved(
 
 
 def copies(bytes_of_one: int, device: str) -> int:
-    """How many copies of the inputs exceed the L2 twice over; on a CPU, whose caches the system shares, two."""
+    """The number of copies of the inputs that exceed twice the L2 cache; two on a CPU, whose caches are shared."""
     if device != "cuda":
         return 2
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
@@ -154,7 +154,7 @@ def copies(bytes_of_one: int, device: str) -> int:
 
 
 def cuda_peak(step: Callable[[], Any]) -> int:
-    """Bytes that the allocator held at most during one call, beyond what it held before."""
+    """Peak bytes of the allocator during one call, beyond what it held before."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -164,7 +164,7 @@ def cuda_peak(step: Callable[[], Any]) -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process ever had (Linux). Not getrusage's: a child inherits its parent's."""
+    """The peak memory of this process (Linux). Unlike getrusage's, it is not inherited from the parent."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -172,5 +172,5 @@ def peak_resident_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Let `peak_resident_bytes` count from what this process has now (Linux)."""
+    """Resets `peak_resident_bytes` to the current memory of this process (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
