@@ -1,4 +1,4 @@
-"""`python -m bench`: wrong arguments list the right ones, and each command says plainly what it cannot do here."""
+"""`python -m bench`: bad arguments list the supported ones, and each command says what this machine cannot do."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def test_bad_arguments_list_the_valid_ones(arguments, bad, listed):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_without_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr("siglip_kernels.device.interpreting", lambda: False)
     checked = bench("check")
@@ -104,7 +104,7 @@ def test_report(tmp_path):
     results = Results.open(tmp_path / "h200-2026-12-01.jsonl")
     for one in (row("triton", 1.0), row("sdpa", 2.0)):
         results.add(one)
-    (tmp_path / "compile-triton-3.6.0.jsonl").write_text('{"op": "attention"}\n')  # is no table of times
+    (tmp_path / "compile-triton-3.6.0.jsonl").write_text('{"op": "attention"}\n')  # has no times
     readme = tmp_path / "page.md"
     readme.write_text("<!-- bench: begin -->\n<!-- bench: end -->\n")
     result = bench("report", "--results", str(tmp_path), "--readme", str(readme))
@@ -117,7 +117,7 @@ def test_report(tmp_path):
     before = (ROOT / "README.md").read_text()
     elsewhere = bench("report", "--results", str(tmp_path), "--no-plots")
     assert elsewhere.exit_code == 0 and "`triton` 1.00" in elsewhere.output
-    assert (ROOT / "README.md").read_text() == before  # it tells of the project's own results
+    assert (ROOT / "README.md").read_text() == before  # it shows the project's own results
     readme.write_text("no marks")
     failed = bench("report", "--results", str(tmp_path), "--readme", str(readme), "--no-plots")
     assert failed.exit_code == 2 and "bench: begin" in failed.stderr
@@ -131,7 +131,9 @@ def test_gpu_checks_runs_and_reports_within_nine_minutes(monkeypatch):
         "bench.cli._check_before_timing",
         lambda suites, until: done.append(("check", until)) or {("mlp", "triton"): "wrong"},
     )
-    monkeypatch.setattr("bench.cli._run", lambda request, where, red, until: done.append(("run", request.quick, red)))
+    monkeypatch.setattr(
+        "bench.cli._run", lambda request, where, failed, until: done.append(("run", request.quick, failed))
+    )
     monkeypatch.setattr("bench.cli._report", lambda *arguments, **more: done.append("report"))
     result = bench("gpu", "--quick")
     assert done == [("check", 9.0), ("run", True, {("mlp", "triton"): "wrong"}), "report"]

@@ -1,4 +1,4 @@
-"""What a call costs the host: measured through the real launches, in a process that does not interpret kernels."""
+"""Host time of a call, measured through the real launches in a process that does not interpret kernels."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_a_row_for_inference_and_for_training():
         ("layer_norm", "inference", 1),
         ("layer_norm", "training", 1),
     ]
-    assert 0 < rows[0]["us"] < rows[1]["us"]  # autograd's part comes on top
+    assert 0 < rows[0]["us"] < rows[1]["us"]  # autograd adds its part
 
 
 def test_microseconds_are_those_of_the_cpu():

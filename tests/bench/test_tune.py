@@ -1,4 +1,4 @@
-"""Tuning with a made-up timer: the winner is found by shape class, and its table is what the operation then reads."""
+"""Tuning with a fake timer: the winner is found by shape class, and the operation then reads its table."""
 
 import contextlib
 import dataclasses
@@ -32,14 +32,14 @@ def attention(tokens):
 
 
 def timer(steps, setting):
-    """Rows of a tile are its milliseconds; every step has to run."""
+    """The time in milliseconds is the number of rows of a tile; every step has to run."""
     assert None in steps
     for step in steps.values():
         step()
     return {fields: Timing(*3 * [99.0 if fields is None else float(fields[0])], rounds=1) for fields in steps}
 
 
-# The settings are on the CPU, where kernels run in the interpreter, and with a GPU there is none.
+# The settings are on the CPU, so kernels run in the interpreter, which a machine with a GPU does not use.
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="tunes in the interpreter")
 
 
@@ -58,13 +58,13 @@ def test_the_fastest_is_chosen_for_each_shape_class(two_candidates):
     for choice in choices:
         assert choice.fields == dataclasses.astuple(FAST)
         assert (choice.milliseconds, choice.heuristic_milliseconds, choice.tried) == (32.0, 99.0, 2)
-    assert before == tuned.TUNED  # trying leaves nothing behind
+    assert before == tuned.TUNED  # trying a candidate leaves the table unchanged
     known = [choice.key for choice in choices[:1]]
     assert [choice.key for choice in tune("attention", wanted, timer, known=known)] == [choices[1].key]
 
 
 @interpreted
-def test_where_the_heuristic_is_fastest_there_is_nothing_to_write(two_candidates):
+def test_nothing_is_written_if_the_heuristic_is_fastest(two_candidates):
     def slower(steps, setting):
         return {fields: Timing(*3 * [1.0 if fields is None else 2.0], rounds=1) for fields in steps}
 
@@ -72,8 +72,8 @@ def test_where_the_heuristic_is_fastest_there_is_nothing_to_write(two_candidates
 
 
 @interpreted
-def test_a_candidate_that_is_wrong_or_does_not_run_is_no_candidate(monkeypatch):
-    unfit = Tile(33, 64, 4, 1)  # no power of two
+def test_a_candidate_that_is_wrong_or_does_not_run_is_skipped(monkeypatch):
+    unfit = Tile(33, 64, 4, 1)  # not a power of two
     monkeypatch.setattr(attention_config, "candidates", lambda kernel, gpu: [unfit, SLOW])
     (choice,) = tune("attention", [attention(65)], timer)
     assert choice.fields == dataclasses.astuple(SLOW) and choice.tried == 1
@@ -94,7 +94,7 @@ def test_the_real_timer_times_every_candidate():
     assert set(times) == {None, (1, 2)} and all(timing.median >= 0 for timing in times.values())
 
 
-def test_the_table_is_written_in_a_directory_of_ones_own(tmp_path):
+def test_the_table_is_written_into_another_directory(tmp_path):
     source = TUNABLE["attention"].path()
     untouched = source.read_text()
     first = {("forward", 2, 80, 1024, 1024): (128, 64, 8, 3, 128), ("forward", 2, 64, 256, 256): (64, 64, 4, 2, None)}
@@ -130,7 +130,7 @@ def test_the_losss_table_is_read():
 
 
 def test_linears_candidates_of_a_key():
-    """The key is what a launch asks for; the launch itself cannot be on tensors of the meta device."""
+    """The key is the one that a launch looks up; the launch itself cannot use tensors of the meta device."""
     gpu, linear = GPUS["h200"], TUNABLE["linear"]
     x, weight = (torch.empty(rows, 1152, dtype=torch.bfloat16, device="meta") for rows in (512, 4304))
 

@@ -1,4 +1,4 @@
-"""Rows, settings and contenders for the bench's tests: tiny, made up, on the CPU."""
+"""Tiny fake rows, settings and contenders on the CPU, for the bench's tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOFLINE = Roofline(flops=1e12, bytes=1e11)
 
 
 class KnownRoofline:
-    """Stands for RooflineProbe where times are not to matter."""
+    """Replaces RooflineProbe where times do not matter."""
 
     contenders: ClassVar[dict] = {}
 
@@ -42,7 +42,7 @@ def contender(name: str, call: Callable[..., Any] = reference.attention, **entry
 
 
 def row(impl: str, milliseconds: float | None = None, **values: Any) -> Row:
-    """A row of one group unless `values` say otherwise."""
+    """A row; without `values` all rows belong to one group."""
     shape = {"name": "so400m-384-b64", "batch": 64, "tokens": 729, "heads": 16, "head_dim": 72}
     facts: dict[str, Any] = dict(suite="attention", op="attention", direction="fwd", shape=shape, dtype="bf16")
     facts |= dict(

@@ -1,7 +1,7 @@
 """The launches of each operation that are compiled ahead of time, one module per operation.
 
 A module has a function `launches()`, which yields `Launch(name, call)`. If the operation has kernels for Hopper, which
-run with SIGLIP_KERNELS_HOPPER=1, `hopper_launches()` yields theirs.
+run with SIGLIP_KERNELS_HOPPER=1, `hopper_launches()` yields their launches.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""FLOPs and bytes against numbers worked out by hand, and against the published roofline of one H200."""
+"""FLOPs and bytes against numbers computed by hand, and against the published roofline of one H200."""
 
 import dataclasses
 
@@ -84,7 +84,7 @@ def test_training_is_three_forwards_of_both_towers_and_the_loss():
     assert TrainShape("", "base-224", 16, layers=2).flops("fwd+bwd") < shape.flops("fwd+bwd") / 5
 
 
-def test_every_case_has_a_name_of_its_own_and_a_sample_that_is_no_larger():
+def test_every_case_has_a_unique_name_and_a_sample_that_is_no_larger():
     for suite in SUITES.values():
         named = [(case.operation, case.shape.name) for case in suite.cases]
         assert len(named) == len(set(named)), suite.name

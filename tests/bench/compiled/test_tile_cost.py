@@ -1,4 +1,4 @@
-"""Counting what a tile costs beyond its main loop, from machine code."""
+"""The cost of a tile outside its main loop, counted from machine code."""
 
 from bench.compiled.sass import measure
 from bench.compiled.tile_cost import epilogues
@@ -28,8 +28,8 @@ PERSISTENT = """
 """
 
 
-def test_the_way_that_does_all_the_work_in_the_fewest_instructions():
-    """Not the tile that is left out, nor the one at the edge, nor the wait once more."""
+def test_the_shortest_path_with_all_the_work():
+    """Neither the skipped tile, nor the one at the edge, nor a repeated wait."""
     (path,) = epilogues(PERSISTENT)
     assert [line.split()[0].split(".")[0] for line in path] == [
         "BRA", "BRA", "MUFU", "STG", "BRA", "FADD", "HGMMA", "SYNCS", "BRA",

@@ -29,7 +29,7 @@ def test_every_kernel_is_checked():
             assert settings(name, quick=True) and len(settings(name, quick=False)) >= 3 and name in TINY
 
 
-def test_the_definition_is_right_and_sdpa_stands_beside_it():
+def test_the_definition_passes_and_sdpa_stands_beside_it():
     checked = check(setting(direction="fwd+bwd"), reference.attention)
     assert checked.ok, checked.problem
     assert checked.sdpa_error is not None and checked.sdpa_error < 1e-5
@@ -43,7 +43,7 @@ def forgets_an_element(q, k, v):
 
 
 def drifting():
-    """Gives other bits each time, in one element and within the budget."""
+    """Gives other bits in each run, in one element and within the budget."""
     calls = iter(range(10))
 
     def kernels(q, k, v):

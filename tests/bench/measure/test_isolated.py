@@ -22,7 +22,7 @@ REQUEST = Request(["loss"], ["pairs=8,width=8"], ["eager", "chunked"])
 
 @pytest.fixture
 def scripted(tmp_path, monkeypatch):
-    """Lets the processes run a few lines, with `task`, `path`, `tell` and `blank` at hand."""
+    """Makes the processes run a few lines, in which `task`, `path`, `tell` and `blank` are defined."""
     path = tmp_path / "h200.jsonl"
 
     def write(lines):
@@ -52,7 +52,7 @@ def begun(seconds=60, kernels='"triton:hopper"', blank="blank"):
         ("sys.exit(3)", "ended with exit code 3"),
     ],
 )
-def test_one_that_hangs_or_crashes_gets_a_row_and_the_next_process_resumes(scripted, fate, reason):
+def test_a_contender_that_hangs_or_crashes_gets_a_row_and_the_next_process_resumes(scripted, fate, reason):
     path = scripted(
         f"""
         if task["failed"]:
@@ -96,7 +96,7 @@ def test_a_row_that_the_process_wrote_itself_is_not_written_twice(scripted):
     )
     outcome, _ = run_isolated(REQUEST, None, Plan(), None, lambda event: None)
     assert [one.reason for one in outcome.rows] == ["crashed: illegal memory access"]
-    assert not path.exists()  # what wrote it is the other process
+    assert not path.exists()  # the other process writes it
 
 
 def test_a_group_that_crashes_while_it_is_timed_is_left_out(scripted):
@@ -112,7 +112,7 @@ def test_a_group_that_crashes_while_it_is_timed_is_left_out(scripted):
     assert outcome.rows == [] and outcome.left_out == ["loss fwd (ended with exit code 1 while it was timed)", "more"]
 
 
-def test_one_that_cannot_be_interrupted_is_stopped_when_time_is_up(scripted, monkeypatch):
+def test_a_process_that_cannot_be_interrupted_is_stopped_at_the_deadline(scripted, monkeypatch):
     monkeypatch.setattr(isolated, "GRACE", 0.5)
     scripted(begun() + "\ntime.sleep(60)")
     start = time.monotonic()
@@ -121,7 +121,7 @@ def test_one_that_cannot_be_interrupted_is_stopped_when_time_is_up(scripted, mon
     assert outcome.rows == [] and len(outcome.left_out) == 2  # both directions; no contender is to blame
 
 
-def test_what_cannot_begin_is_an_error(scripted):
+def test_a_process_that_cannot_begin_is_an_error(scripted):
     scripted("sys.exit(7)")
     with pytest.raises(RuntimeError, match="ended with exit code 7 before it had begun"):
         run_isolated(REQUEST, None, Plan(), None, lambda event: None)
@@ -157,7 +157,7 @@ def test_a_check_that_hangs_or_crashes_fails(scripted, monkeypatch, fate, proble
     assert failures(checked)["attention", "triton:hopper"].endswith(f"(s65 bf16): crashed: {problem}")
 
 
-def test_a_check_that_time_does_not_suffice_for(scripted):
+def test_a_check_beyond_the_deadline(scripted):
     scripted('tell(begun=["s64", "bf16"]); time.sleep(60)')
     start = time.monotonic()
     with pytest.raises(OutOfTime):
@@ -166,7 +166,7 @@ def test_a_check_that_time_does_not_suffice_for(scripted):
 
 
 def test_real_processes(tmp_path):
-    """On this machine, whatever it has: a check in the interpreter and a run."""
+    """On this machine, with or without a GPU: a check in the interpreter and a run."""
     steps = []
     (checked,) = check_isolated(["layer_norm"], quick=True, progress=steps.append)
     assert checked.ok, checked.problem

@@ -73,7 +73,7 @@ WrongGradient.apply_by_name = staticmethod(lambda q, k, v: WrongGradient.apply(q
 
 
 def test_this_project_has_to_be_closer_than_peers():
-    def rounded(q, k, v):  # like a peer that keeps results in a narrower type
+    def rounded(q, k, v):  # like a peer with outputs in a narrower type
         return (reference.attention(q, k, v) * (1 + 6e-7)).contiguous()
 
     rows = rows_of([contender("triton:rounded", rounded), contender("peer", rounded)])
@@ -88,7 +88,7 @@ def raising(error):
     return load
 
 
-def test_each_contender_fails_alone():
+def test_failures_stay_separate():
     entries = [
         contender("oom", raising(torch.OutOfMemoryError("CUDA out of memory"))),
         contender("unsupported", raising(Unsupported("head dim 8"))),
@@ -114,13 +114,13 @@ def test_a_failed_operation_is_not_timed():
     assert rows["eager"].status == "ok"
 
 
-def test_what_fails_while_it_is_timed_fails_alone():
+def test_a_failure_during_timing_stays_separate():
     calls = 0
 
     def soon_out_of_memory(q, k, v):
         nonlocal calls
         calls += 1
-        if calls > 4:  # judged once, run twice, taken once
+        if calls > 4:  # judged once, run twice, timed once
             raise torch.OutOfMemoryError("CUDA out of memory")
         return reference.attention(q, k, v)
 
@@ -142,6 +142,13 @@ def test_a_row_follows_from_its_time():
     assert row.peak_mem_bytes == 1000 and row.reason.startswith("the definition")
     assert row.shape == {"name": "tiny", "batch": 2, "tokens": 17, "heads": 2, "head_dim": 8}
     assert again.impl == "eager#2" and "sdpa#2" not in rows
+
+
+@pytest.mark.parametrize("note", ["", "busy: load 9 on 2 cores"])
+def test_a_disturbance_is_marked(monkeypatch, note):
+    monkeypatch.setattr("bench.measure.measure.Watch.note", lambda watch: note)
+    row = rows_of([contender("eager", note="the definition")])["eager"]
+    assert row.disturbed == bool(note) and row.reason == "; ".join(filter(None, ["the definition", note]))
 
 
 SMALL = {
@@ -187,7 +194,7 @@ def test_inputs_depend_on_the_seed_and_are_never_zeros():
             assert tensor.dim() == 0 or not torch.equal(tensor, second.tensors[name])
 
 
-def test_memory_that_a_cpu_does_not_have_is_not_asked_for():
+def test_memory_that_a_cpu_lacks_is_not_allocated():
     rows = []
     entries = [peers_of("sigmoid_loss")["eager"]]
     vast = setting("sigmoid_loss", LossShape("vast", 2**21, 8))

@@ -1,4 +1,4 @@
-"""Whole runs with a measurement that is made up: order, resuming, and time that is up."""
+"""Whole runs with a fake measurement: order, resuming, and the deadline."""
 
 import time
 from dataclasses import replace
@@ -20,7 +20,7 @@ def no_probe(monkeypatch):
 
 
 class Measurement:
-    """Stands for `measure`: writes a row for each entry and remembers the groups."""
+    """Replaces `measure`: writes a row for each entry and records the groups."""
 
     def __init__(self, stop_after=None, status="ok"):
         self.groups, self.stop_after, self.status = [], stop_after, status
@@ -93,8 +93,8 @@ def test_a_contender_that_broke_the_cuda_context_is_skipped_on_the_next_run(tmp_
     assert [one.impl for one in outcome.rows] == ["sdpa"]
 
 
-def test_time_that_is_up(tmp_path):
-    """Also within a group, past code that catches every Exception; what is left out is named."""
+def test_the_deadline(tmp_path):
+    """It also interrupts a group, even code that catches every Exception; the rest is listed as left out."""
     seen = []
 
     def slow(suite, setting, entries, probe, plan, write, progress):
@@ -115,7 +115,7 @@ def test_time_that_is_up(tmp_path):
     assert {row.suite for row in read([results.path])} == {"loss"}
 
 
-def test_a_deadline_that_somebody_swallows_comes_again(monkeypatch):
+def test_a_deadline_that_was_swallowed_is_raised_again(monkeypatch):
     monkeypatch.setattr(runs, "KEPT_SECONDS", 0.1)
     start, swallowed = time.monotonic(), 0
     with pytest.raises(runs.OutOfTime), deadline(start + 0.1):
@@ -127,7 +127,7 @@ def test_a_deadline_that_somebody_swallows_comes_again(monkeypatch):
     assert swallowed == 1 and time.monotonic() - start < 20
 
 
-def test_a_deadline_that_is_kept_leaves_nothing_behind():
+def test_a_deadline_that_was_met_leaves_no_timer_behind():
     with deadline(time.monotonic() + 0.2):
         pass
     time.sleep(0.3)
@@ -146,7 +146,7 @@ def test_a_quick_run_on_a_gpu_has_every_suite_and_slow_peers_at_its_end(monkeypa
     settings = request.settings()
     assert {suite for suite, _ in settings} == set(SUITES)
     first = list(dict.fromkeys(settings))
-    assert settings[: len(first)] == first  # each once before any comes again
+    assert settings[: len(first)] == first  # each once before any is repeated
     for suite, setting in first:
         assert not any(entry.slow for entry in request.entries(suite, setting))
     again = settings[len(first) :]
@@ -155,7 +155,7 @@ def test_a_quick_run_on_a_gpu_has_every_suite_and_slow_peers_at_its_end(monkeypa
         slow = {entry.name for entry in request.entries(suite, setting, waiting=True) if entry.slow}
         assert slow == set(SUITES[suite].quick_peers)
     assert request.labels()[len(first)].endswith(" with transformers:sdpa:compile")
-    named = Request(["model"], peers=["triton"], quick=True)  # then nobody else is waited for
+    named = Request(["model"], peers=["triton"], quick=True)  # no other peer is waited for then
     assert len(named.settings()) == len(set(named.settings()))
 
 

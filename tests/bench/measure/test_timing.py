@@ -1,4 +1,4 @@
-"""Clocks, rotation, memory and notes, with a GPU that is made up."""
+"""Clocks, rotation, memory and notes of disturbances, with a fake GPU."""
 
 import sys
 import types
@@ -12,7 +12,7 @@ from bench.measure.timing import CudaClock, Steps, Timing, copies, cpu_clock, in
 
 
 class FakeGpu:
-    """A stream of work with a clock of its own, in milliseconds; the host queues in no time at all."""
+    """A stream of work with its own clock, in milliseconds; the host queues instantly."""
 
     def __init__(self, monkeypatch):
         self.now, self.slept, self.log = 0.0, [], []
@@ -84,7 +84,7 @@ def test_rounds_take_every_contender_once_in_changing_order():
     rounds = []
     times = interleaved(contenders, cpu_clock, seconds=0.0, least_rounds=6, each_round=lambda: rounds.append(1))
     assert list(times) == list("abcd") and all(one.rounds == 6 for one in times.values()) and len(rounds) == 6
-    turns = [order[4 * turn : 4 * turn + 4] for turn in range(7)]  # the first is for warmth
+    turns = [order[4 * turn : 4 * turn + 4] for turn in range(7)]  # the first warms up
     assert all(sorted(turn) == list("abcd") for turn in turns)
     assert len({tuple(turn) for turn in turns}) > 2
 

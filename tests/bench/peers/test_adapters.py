@@ -1,4 +1,4 @@
-"""Each optional peer's adapter against a stand-in with the package's own signature, which computes what it promises.
+"""Each optional peer's adapter against a fake with the package's signature, which computes what the package promises.
 
 Signatures are those of siglip-kernel 0.1.2, inf-cl 1.2.1, memeff 0.3.1, open-clip-torch 3.3.0, liger-kernel 0.8.5,
 fa3-fwd 0.0.3, flash-attn 2.8.3 and flash-attn-4 4.0.0b36.
@@ -34,7 +34,7 @@ def stand_in(monkeypatch, **modules):
 
 
 def judged(operation, name, shape, direction="fwd", dtype=torch.bfloat16):
-    """What a GPU would be told, computed on the CPU."""
+    """A setting for a GPU, computed on the CPU."""
     entry = replace(peers_of(operation)[name], cuda=False)
     setting = Setting(OPERATIONS[operation], shape, dtype, "cpu", direction)
     return Judge(setting, setting.inputs()).judge(replace(entry, dtypes=None), entry.prepare(setting))
@@ -107,7 +107,7 @@ class SigLipLoss(torch.nn.Module):
 
 @pytest.mark.parametrize("more", ["", ", chunk_size=0"])
 def test_open_clip(monkeypatch, tmp_path, more):
-    """The version on PyPI has no chunk_size, the main branch has."""
+    """The version on PyPI has no chunk_size, unlike the main branch."""
     (tmp_path / "loss.py").write_text(OPEN_CLIP.format(more=more))
     found = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr("bench.peers.loss.importlib.util.find_spec", lambda name: found)
@@ -157,6 +157,6 @@ def test_flash_attention(monkeypatch, name, module, function):
 
 @pytest.mark.parametrize("shape", [LinearShape("tiny", 5, 8, 6, True), MLPShape("tiny", 5, 8, 12)])
 def test_cublaslt(shape):
-    """On a CPU its GELU is the exact one, which ten times bf16's error still takes."""
+    """On a CPU its GELU is the exact one, which is within ten times the error of bf16."""
     operation = "linear" if isinstance(shape, LinearShape) else "mlp"
     assert judged(operation, "cublaslt", shape).problem == ""

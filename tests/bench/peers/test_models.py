@@ -1,4 +1,4 @@
-"""Whole models of a made-up size: ours and transformers', right by the same weights, forward and trained."""
+"""Small models of this project and of transformers with the same weights, in forward and training."""
 
 import pytest
 import torch
@@ -42,8 +42,8 @@ def test_weights_are_the_same_for_every_contender():
     setting = Setting(OPERATIONS["vision_tower"], ModelShape("tiny-b1", "tiny", 1), torch.float32, "cpu", "fwd")
     entries = peers_of("training_step")
     trained = Setting(OPERATIONS["training_step"], TrainShape("t", "tiny", 2), torch.float32, "cpu", "fwd+bwd")
-    ours, theirs = (entries[name].prepare(trained) for name in ("siglip_model:sdpa", "transformers:sdpa"))
-    assert set(ours.parameters) == set(theirs.parameters)
-    for name, parameter in ours.parameters.items():
-        assert parameter.data_ptr() == theirs.parameters[name].data_ptr(), name
+    project, peer = (entries[name].prepare(trained) for name in ("siglip_model:sdpa", "transformers:sdpa"))
+    assert set(project.parameters) == set(peer.parameters)
+    for name, parameter in project.parameters.items():
+        assert parameter.data_ptr() == peer.parameters[name].data_ptr(), name
     assert model_weights(setting).keys() == model_weights(trained).keys()

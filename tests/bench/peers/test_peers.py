@@ -1,4 +1,4 @@
-"""The registry: who is in it, that nothing is loaded early, and what an absent package says."""
+"""The registry: its entries, lazy loading, and what the row of a missing package says."""
 
 import builtins
 import sys
@@ -19,7 +19,7 @@ OPTIONAL = (
 
 @pytest.fixture
 def nothing_optional(monkeypatch):
-    """As if none of the optional packages were installed."""
+    """Hides all optional packages."""
     from importlib import metadata, util
 
     import_module, find_spec, version = builtins.__import__, util.find_spec, metadata.version
@@ -41,7 +41,7 @@ def nothing_optional(monkeypatch):
     monkeypatch.setattr(metadata, "version", no_version)
 
 
-def test_everyone_is_there():
+def test_every_peer_is_registered():
     wanted = {
         "attention": "triton eager sdpa sdpa:math sdpa:flash sdpa:cudnn sdpa:efficient flex flash_attn_2 flash_attn_3 "
         "flash_attn_4",
@@ -66,17 +66,17 @@ def test_everyone_is_there():
 
 
 def test_without_any_optional_package(nothing_optional):
-    """On a machine that has CUDA: each absent peer says how to install it, and none of the others minds."""
+    """On a machine with CUDA each missing peer says how to install it, and the others are unaffected."""
     shape = LossShape("tiny", 4, 16)
-    told = {}
+    messages = {}
     for name in ("siglip_kernel", "siglip_kernel:chunk_size=1024", "open_clip", "inf_cl", "memeff"):
         entry = peers_of("sigmoid_loss")[name]
         assert entry.version() is None
         with pytest.raises(Missing) as missing:
             entry.prepare(Setting(OPERATIONS["sigmoid_loss"], shape, torch.bfloat16, "cuda", "fwd"))
-        told[name] = str(missing.value)
-    assert told["siglip_kernel"] == "pip install siglip-kernel"
-    assert told["open_clip"] == "pip install open-clip-torch"
+        messages[name] = str(missing.value)
+    assert messages["siglip_kernel"] == "pip install siglip-kernel"
+    assert messages["open_clip"] == "pip install open-clip-torch"
     for operation, name in (
         ("attention", "flash_attn_2"),
         ("attention", "flash_attn_3"),
@@ -93,15 +93,15 @@ def test_without_any_optional_package(nothing_optional):
     assert callable(peers_of("sigmoid_loss")["eager"].prepare(setting("sigmoid_loss", shape)).call)
 
 
-def test_what_is_compiled_for_attention_may_go_back_twice():
-    """As `bwd` is timed; PyTorch gives such a graph's buffers away unless it is told not to."""
+def test_compiled_attention_supports_a_second_backward():
+    """`bwd` repeats the backward of one graph, whose buffers PyTorch donates by default."""
     shape = setting().shape
     with torch._functorch.config.patch(donated_buffer=True):
         peers_of("attention")["flex"].prepare(Setting(OPERATIONS["attention"], shape, torch.bfloat16, "cuda", "bwd"))
         assert not torch._functorch.config.donated_buffer
 
 
-def test_short_sequences_have_no_kernel_for_hopper_alone(monkeypatch):
+def test_short_sequences_have_no_kernel_for_hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     entry = peers_of("attention")["triton:hopper"]
     short, longer = (AttentionShape(f"s{tokens}", 1, tokens, 1, 64) for tokens in (64, 65))
@@ -117,7 +117,7 @@ def test_neighbours_are_marked():
         assert "softmax" in entry.note and entry.truth is not None
 
 
-def test_what_a_peer_cannot_do_is_said():
+def test_unsupported_settings_have_a_reason():
     here = setting()
     with pytest.raises(Unsupported, match="CUDA"):
         peers_of("attention")["flex"].prepare(here)

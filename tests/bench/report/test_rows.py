@@ -44,13 +44,13 @@ def test_a_copy_of_the_code_without_its_repository(monkeypatch, tmp_path):
     for code in ("a = 1", "a = 2", "a = 1"):
         (tmp_path / "bench" / "run.py").write_text(code)
         commits.append(commit.__wrapped__())
-    assert commits[0] == commits[2] != commits[1]  # what another code measured is not settled
+    assert commits[0] == commits[2] != commits[1]  # other code is not settled
     assert commits[0][0].startswith("code ") and commits[0][1] is None
     monkeypatch.setenv("SIGLIP_BENCH_COMMIT", "5c8d394")
     assert commit.__wrapped__() == ("5c8d394", None)
 
 
-def test_a_status_that_is_none():
+def test_an_unknown_status_is_an_error():
     with pytest.raises(ValueError, match="ok, oom, unsupported, missing, error"):
         row("triton", status="fast")
 
@@ -61,24 +61,24 @@ def test_slug():
     assert slug("cpu (AMD EPYC, 2 threads)") == "cpu"
 
 
-def test_what_was_killed_while_writing_is_dropped(tmp_path):
+def test_an_incomplete_last_line_is_dropped(tmp_path):
     results = Results.open(tmp_path / "a.jsonl")
     results.add(row("triton", 1.0))
     whole = results.path.read_text()
     results.path.write_text(whole + whole[: len(whole) // 2])
-    assert read([results.path]) == [row("triton", 1.0)]  # as the report does, which changes no results
+    assert read([results.path]) == [row("triton", 1.0)]  # the report does not change the file
     again = Results.open(results.path)
     assert len(again.rows) == 1
     assert results.path.read_text() == whole
 
 
-def test_a_line_that_is_no_row_is_named(tmp_path):
+def test_a_bad_line_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"suite": "loss", "speed": 1}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: .*speed.*lacking"):
         read([path])
     path.write_text(json.dumps(vars(row("triton")))[:-9] + "\n" + json.dumps(vars(row("triton"))) + "\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1"):  # half a line, but not at the end
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1"):  # an incomplete line before the end
         read([path])
     path.write_text("not json\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1"):

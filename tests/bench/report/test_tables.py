@@ -35,7 +35,7 @@ def test_ties_failures_and_missing_peers(tmp_path):
     rows = write(path, [*FAILED, row("triton", 1.00), row("sdpa", 1.02), row("eager", 3.0), row("triton#2", 1.03)])
     (group,) = groups(rows)
     assert group.noise == pytest.approx(1.03)
-    assert [one.impl for one in group.fastest()] == ["triton", "sdpa"]  # 2 % apart where the noise is 3 %
+    assert [one.impl for one in group.fastest()] == ["triton", "sdpa"]  # 2 % apart, and the noise is 3 %
     page = full_report(rows, [path])
     cells = table_rows(page)
     assert list(cells) == ["triton", "sdpa", "eager", "sdpa:cudnn", "flash_attn_2", "flash_attn_3", "flex"]
@@ -60,13 +60,13 @@ def test_a_group_where_nothing_ran(tmp_path):
     assert "attention fwd | so400m-384-b64 | bf16 | not measured yet |" in text
 
 
-def test_ours_that_is_wrong_is_said_in_the_summary(tmp_path):
+def test_a_failure_of_this_project_is_shown_in_the_summary(tmp_path):
     rows = [row("triton", status="error", reason="not timed: wrong in check"), row("sdpa", 1.0)]
     text = summary(rows, [tmp_path / "h200-2026-12-01.jsonl"], [], tmp_path)
     assert "| not timed: wrong in check | `sdpa` 1.00 |" in text
 
 
-def test_no_gpu_row_is_said(tmp_path):
+def test_the_absence_of_gpu_rows_is_stated(tmp_path):
     rows = [row("chunked", 2.0, **ON_CPU), row("eager", 3.0, **ON_CPU)]
     path = tmp_path / "cpu-2026-12-01.jsonl"
     for text in (summary(rows, [path], [], tmp_path), full_report(rows, [path])):
@@ -84,7 +84,7 @@ def test_gpu_and_cpu_stay_apart(tmp_path):
     assert "**1.50x**" in text
 
 
-def test_neighbours_with_another_loss_are_not_the_best_other(tmp_path):
+def test_a_peer_with_another_loss_is_not_the_best_peer(tmp_path):
     shape = {"name": "n65536-d768", "pairs": 65_536, "width": 768}
     facts = dict(suite="loss", op="sigmoid_loss", direction="fwd+bwd", shape=shape)
     rows = [row("triton", 30.0, **facts), row("eager", 100.0, **facts)]
@@ -93,7 +93,30 @@ def test_neighbours_with_another_loss_are_not_the_best_other(tmp_path):
     assert "| `eager` 100 | 3.33x | `eager` 100 |" in text
 
 
-def test_the_readme_is_written_between_its_marks(tmp_path):
+def test_the_summary_has_three_groups_and_one_plot(tmp_path):
+    rows = []
+    for suite, op, direction, sizes in (
+        ("model", "vision_tower", "fwd", [dict(name=f"base-224-b{batch}", batch=batch) for batch in (1, 16)]),
+        ("model", "vision_tower", "fwd", [dict(name="so400m-384-b64", batch=64)]),
+        ("train", "training_step", "fwd+bwd", [dict(name="base-224-b2", batch=2)]),
+        ("loss", "sigmoid_loss", "fwd+bwd", [dict(name=f"n{pairs}-d768", pairs=pairs) for pairs in (2048, 1024)]),
+        ("loss", "sigmoid_loss", "fwd", [dict(name="n4096-d768", pairs=4096)]),
+        ("attention", "attention", "fwd", [dict(name="so400m-384-b64", batch=64)]),
+    ):
+        facts = dict(suite=suite, op=op, direction=direction)
+        rows += [row("triton", 1.0, shape=shape, **facts) for shape in sizes]
+    path, plots = tmp_path / "h200-2026-12-01.jsonl", ["h200-speed-up-by-batch-size", "h200-loss-memory-by-pairs"]
+    text = summary(rows, [path], [tmp_path / f"{name}.png" for name in plots], tmp_path)
+    lines = [line.split(" | ")[:2] for line in text.splitlines() if "`triton`" in line]
+    assert [name.removeprefix("| ") for name, _ in lines] == [
+        "vision_tower fwd", "training_step fwd+bwd", "sigmoid_loss fwd+bwd",
+    ]  # fmt: skip
+    assert [shape for _, shape in lines] == ["base-224-b16", "base-224-b2", "n2048-d768"]
+    assert text.count("![") == 1 and "![h200 loss memory by pairs](h200-loss-memory-by-pairs.png)" in text
+    assert full_report(rows, [path]).count("| `triton` 1.00 |") == len(groups(rows))
+
+
+def test_the_readme_is_written_between_its_markers(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     insert(readme, "new")
