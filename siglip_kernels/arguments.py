@@ -1,12 +1,13 @@
-"""What every operation asks of its tensors, as autocast casts them, and the derivatives that none of them has.
+"""What all operations share about their arguments: checks, autocast's casts, layouts, derivatives that are not defined.
 
-Traceable: no value is read.
+Everything here is traceable by torch.compile: no value of a tensor is read. A check raises UnsupportedInputError, whose
+message names the operation, the argument, what was given and what is supported.
 """
 
 import math
 import os
 from collections.abc import Callable
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,9 +16,19 @@ from torch.autograd import forward_ad
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KERNEL_DTYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES)
+
+
+class Affine(NamedTuple):
+    """The parameters of a projection x Wᵀ + b, or of a normalisation."""
+
+    weight: Tensor
+    bias: Tensor | None
+
 
 def check_tensor(operation: str, argument: str, value: object) -> None:
-    """A tensor whose elements lie in memory at strides, as kernels read them."""
+    """A dense tensor, whose elements lie in memory at strides."""
     if not isinstance(value, Tensor):
         raise unsupported(operation, argument, f"is {type(value).__name__}", "a tensor")
     if value.is_nested:
@@ -26,25 +37,165 @@ def check_tensor(operation: str, argument: str, value: object) -> None:
         raise unsupported(operation, argument, f"has layout {value.layout}", "torch.strided")
 
 
-def refuse_tangents(operation: str, **arguments: Tensor | None) -> None:
-    """Forward-mode differentiation is an error: PyTorch drops tangents of what a registered operator takes, silently.
+def check_dtype(operation: str, argument: str, tensor: Tensor) -> None:
+    """A dtype for which kernels are compiled."""
+    if tensor.dtype not in KERNEL_DTYPES:
+        raise unsupported(operation, argument, f"has dtype {tensor.dtype}", _KERNEL_DTYPES)
 
-    arguments: all that the operator takes.
+
+def check_same_dtype(operation: str, argument: str, tensor: Tensor, other: str, dtype: torch.dtype) -> None:
+    """The dtype that `other`, an argument or autocast, has."""
+    if tensor.dtype != dtype:
+        got = f"has dtype {tensor.dtype} while {other} has {dtype}"
+        raise unsupported(operation, argument, got, "one dtype, or autocast")
+
+
+def check_same_device(operation: str, argument: str, tensor: Tensor, other: str, device: torch.device) -> None:
+    """The device that the argument `other` is on."""
+    if tensor.device != device:
+        got = f"is on {tensor.device} while {other} is on {device}"
+        raise unsupported(operation, argument, got, "one device")
+
+
+def check_shape(operation: str, argument: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    """This shape; None stands for any extent."""
+    fits = tensor.shape == shape or (  # the first of these is the faster
+        tensor.dim() == len(shape)
+        and all(wanted is None or extent == wanted for extent, wanted in zip(tensor.shape, shape, strict=True))
+    )
+    if not fits:
+        extents = ["any" if extent is None else str(extent) for extent in shape]
+        supported = f"({extents[0]},)" if len(extents) == 1 else f"({', '.join(extents)})"
+        raise unsupported(operation, argument, f"has shape {tuple(tensor.shape)}", supported)
+
+
+def check_input(operation: str, argument: str, x: Tensor, axes: str | None = None) -> None:
+    """A dense tensor of a dtype for which kernels are compiled.
+
+    axes: names of its dimensions, such as "(B, S, width)"; None: at least one dimension.
     """
-    if getattr(forward_ad, "_current_level", 0) < 0:  # nobody differentiates forward; asking each tensor takes longer
+    check_tensor(operation, argument, x)
+    if axes is None:
+        if x.dim() == 0:
+            raise unsupported(operation, argument, "has no dimension", "(..., width)")
+    elif x.dim() != axes.count(",") + 1:
+        raise unsupported(operation, argument, f"has {x.dim()} dimensions", f"{axes.count(',') + 1}: {axes}")
+    check_dtype(operation, argument, x)
+
+
+def check_parameter(
+    operation: str,
+    argument: str,
+    parameter: Tensor | None,
+    shape: tuple[int | None, ...],
+    x: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    other: str = "x",
+    optional: bool = False,
+) -> None:
+    """A dense tensor of this shape, on x's device, in this dtype, x's unless given.
+
+    other: what has this dtype, for the message. optional: None is accepted.
+    """
+    if parameter is None and optional:
         return
-    for argument, tensor in arguments.items():
+    check_tensor(operation, argument, parameter)
+    assert parameter is not None
+    check_same_dtype(operation, argument, parameter, other, x.dtype if dtype is None else dtype)
+    check_same_device(operation, argument, parameter, "x", x.device)
+    check_shape(operation, argument, parameter, shape)
+
+
+def check_projection(
+    operation: str,
+    prefix: str,
+    projection: Affine,
+    shape: tuple[int | None, int],
+    x: Tensor,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A weight (out, in) of this shape and a bias (out,) or None, in this dtype, x's unless autocast gives another.
+
+    prefix: of the arguments' names.
+    """
+    weight, bias = projection
+    other = "x" if dtype is None else "autocast"
+    check_parameter(operation, f"{prefix}weight", weight, shape, x, dtype, other=other)
+    check_parameter(operation, f"{prefix}bias", bias, weight.shape[:1], x, dtype, other=other, optional=True)
+
+
+def check_norm(
+    operation: str,
+    prefix: str,
+    norm: tuple[Tensor | None, Tensor | None],
+    eps: float,
+    x: Tensor,
+    *,
+    optional: bool = False,
+) -> None:
+    """The parameters of a layer normalisation of x: (width,) each, of one dtype, x's or fp32; eps finite, from 0 on.
+
+    prefix: of the arguments' names. optional: either parameter may be None.
+    """
+    other, dtype = "x", None
+    for name, parameter in zip((f"{prefix}weight", f"{prefix}bias"), norm, strict=True):
+        if parameter is None and optional:
+            continue
+        check_tensor(operation, name, parameter)
+        assert parameter is not None
+        if dtype is None:
+            dtype = torch.float32 if parameter.dtype == torch.float32 else x.dtype
+        check_parameter(operation, name, parameter, x.shape[-1:], x, dtype, other=other)
+        other = name
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+        raise unsupported(operation, "eps", f"is {eps!r}", "finite numbers from 0 on")
+
+
+def check_residual(operation: str, residual: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    """None, or a tensor of the result's shape; its dtype may differ from x's."""
+    if residual is None:
+        return
+    check_tensor(operation, "residual", residual)
+    check_dtype(operation, "residual", residual)
+    check_same_device(operation, "residual", residual, "x", x.device)
+    check_shape(operation, "residual", residual, shape)
+
+
+def check_lengths(operation: str, lengths: Tensor | None, other: str, x: Tensor) -> None:
+    """None, or int32 (B,) on the device of x, the argument `other`, (B, ...)."""
+    if lengths is None:
+        return
+    check_tensor(operation, "lengths", lengths)
+    if lengths.dtype != torch.int32:
+        raise unsupported(operation, "lengths", f"has dtype {lengths.dtype}", "int32")
+    if lengths.dim() != 1 or lengths.shape[0] != x.shape[0]:
+        got = f"has shape {tuple(lengths.shape)} while the batch size is {x.shape[0]}"
+        raise unsupported(operation, "lengths", got, "(B,)")
+    check_same_device(operation, "lengths", lengths, other, x.device)
+
+
+def refuse_tangents(operation: str, **arguments: Tensor | Affine | None) -> None:
+    """Raises under forward-mode differentiation: a registered operator would drop its inputs' tangents silently.
+
+    arguments: all differentiable inputs of the operator; of an Affine named `fc1` the inputs are fc1_weight, fc1_bias.
+    """
+    if getattr(forward_ad, "_current_level", 0) < 0:  # no forward mode; asking each tensor would take longer
+        return
+    tensors: dict[str, Tensor | None] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Affine):
+            tensors[f"{name}_weight"], tensors[f"{name}_bias"] = value
+        else:
+            tensors[name] = value
+    for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise unsupported(
-                operation,
-                argument,
-                "has a tangent (forward-mode differentiation)",
-                "reverse mode; for tangents, use siglip_kernels.reference",
-            )
+            got = "has a tangent (forward-mode differentiation)"
+            raise unsupported(operation, name, got, "reverse mode; for tangents, use siglip_kernels.reference")
 
 
 def refuse_second_derivatives(operation: str) -> Callable[..., None]:
-    """The derivative of a backward operator: an error."""
+    """The derivative of a backward operator: it raises."""
 
     def refuse(ctx, *gradients):
         raise unsupported(
@@ -58,7 +209,7 @@ def refuse_second_derivatives(operation: str) -> Callable[..., None]:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype of products where the tensor is, or None where autocast is off."""
+    """The dtype that autocast gives to matrix products on the tensor's device, or None where autocast is off."""
     if not isinstance(tensor, Tensor) or not torch.amp.is_autocast_available(tensor.device.type):
         return None
     if torch.is_autocast_enabled(tensor.device.type):
@@ -71,12 +222,28 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor: ...
 @overload
 def cast(tensor: None, dtype: torch.dtype | None) -> None: ...
 def cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """As autocast casts the inputs of torch.nn.functional.linear: floating point, fp64 excepted. None: not at all."""
+    """As autocast casts the inputs of torch.nn.functional.linear: floating point except fp64. dtype None: no cast."""
     if dtype is None or not isinstance(tensor, Tensor):
         return tensor
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
+
+
+def cast_affine(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Affine:
+    """The parameters of a projection, cast."""
+    return Affine(weight, bias) if dtype is None else Affine(cast(weight, dtype), cast(bias, dtype))
+
+
+@overload
+def cast_norm(parameter: Tensor, dtype: torch.dtype | None) -> Tensor: ...
+@overload
+def cast_norm(parameter: None, dtype: torch.dtype | None) -> None: ...
+def cast_norm(parameter: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """A parameter of a normalisation, in fp32 under autocast. dtype: autocast's; None: no cast."""
+    if dtype is None or not isinstance(parameter, Tensor) or not parameter.is_floating_point():
+        return parameter
+    return parameter.float()
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -90,92 +257,15 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def check_input(operation: str, argument: str, x: Tensor, dimensions: int | None = None) -> None:
-    """x: a tensor of a supported dtype, of so many dimensions, or at least one."""
-    check_tensor(operation, argument, x)
-    if dimensions is not None and x.dim() != dimensions:
-        raise unsupported(operation, argument, f"has {x.dim()} dimensions", f"{dimensions}: (B, S, width)")
-    if x.dim() == 0:
-        raise unsupported(operation, argument, "has no dimension", "(..., width)")
-    if x.dtype not in _DTYPES:
-        raise unsupported(operation, argument, f"has dtype {x.dtype}", "float32, float16, bfloat16")
-
-
-def check_parameter(
-    operation: str,
-    argument: str,
-    parameter: Tensor | None,
-    shape: tuple[int | None, ...],
-    like: Tensor,
-    dtype: torch.dtype,
-    *,
-    optional: bool = False,
-) -> None:
-    """A weight or bias of this shape (None: any extent) and dtype, on the device of `like`."""
-    if parameter is None and optional:
-        return
-    check_tensor(operation, argument, parameter)
-    assert parameter is not None
-    if parameter.dtype != dtype:
-        raise unsupported(
-            operation, argument, f"has dtype {parameter.dtype} while the input has {dtype}", "one dtype, or autocast"
-        )
-    if parameter.device != like.device:
-        got = f"is on {parameter.device} while the input is on {like.device}"
-        raise unsupported(operation, argument, got, "one device")
-    fits = parameter.shape == shape or (  # the first of these is the faster
-        parameter.dim() == len(shape)
-        and all(wanted is None or extent == wanted for extent, wanted in zip(parameter.shape, shape, strict=True))
-    )
-    if not fits:
-        expected = ", ".join("any" if extent is None else str(extent) for extent in shape)
-        raise unsupported(operation, argument, f"has shape {tuple(parameter.shape)}", f"({expected})")
-
-
-def check_norm(
-    operation: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, autocast: bool
-) -> tuple[Tensor, Tensor]:
-    """x and the parameters of its layer normalisation, which autocast makes in fp32: (weight, bias)."""
-    check_input(operation, "x", x)
-    check_tensor(operation, "norm_weight", weight)
-    check_tensor(operation, "norm_bias", bias)
-    if autocast:
-        weight, bias = (p.float() if p.is_floating_point() else p for p in (weight, bias))
-    for name, parameter in (("norm_weight", weight), ("norm_bias", bias)):
-        dtype = torch.float32 if weight.dtype == torch.float32 else x.dtype
-        check_parameter(operation, name, parameter, (x.shape[-1],), x, dtype)
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
-        raise unsupported(operation, "eps", f"is {eps!r}", "finite numbers from 0 on")
-    return weight, bias
-
-
-def check_residual(operation: str, residual: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
-    """The residual has the result's shape; its dtype may be another one."""
-    if residual is None:
-        return
-    check_tensor(operation, "residual", residual)
-    if residual.dtype not in _DTYPES:
-        raise unsupported(operation, "residual", f"has dtype {residual.dtype}", "float32, float16, bfloat16")
-    if residual.device != like.device:
-        got = f"is on {residual.device} while the input is on {like.device}"
-        raise unsupported(operation, "residual", got, "one device")
-    if residual.shape != shape:
-        got = f"has shape {tuple(residual.shape)} while the result has {tuple(shape)}"
-        raise unsupported(operation, "residual", got, "the result's shape")
-
-
 def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for the gradient of any of these."""
+    """Whether autograd records a call on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def require_device(operation: str, argument: str, tensor: Tensor) -> None:
-    """`require_kernels` where no kernel asks for it: traceable, and content with tensors without data."""
+    """`require_kernels` for a call that launches none of them: traceable, and tensors without data are accepted."""
     if tensor.device.type in ("cuda", "meta"):
         return
     if torch.compiler.is_compiling() and tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return  # Triton itself, which knows, cannot be asked by traced code
+        return  # traced code cannot ask Triton, whose own answer counts elsewhere
     require_kernels(operation, argument, tensor)

@@ -1,14 +1,14 @@
-"""The two things that can be wrong with a call: what was asked, and what the machine lacks."""
+"""Exceptions for unsupported input and for backends this machine cannot run."""
 
 
 class UnsupportedInputError(ValueError, NotImplementedError):
-    """An argument that no configuration of the operation supports. A ValueError, so callers need not import it."""
+    """The operation does not support an argument. It is a ValueError, so that callers need not import it."""
 
 
 class MissingBackendError(RuntimeError):
-    """The call is fine but this machine, or this installation, cannot run it."""
+    """The call is valid, but this machine or installation cannot run it."""
 
 
 def unsupported(operation: str, argument: str, got: object, supported: str) -> UnsupportedInputError:
-    """The one form of message for bad input: operation, argument, what came and what is supported."""
+    """An error whose message names the operation, the argument, what was given and what is supported."""
     return UnsupportedInputError(f"{operation}: {argument} {got}; supported: {supported}")

@@ -1,41 +1,54 @@
-"""How a launch tells a kernel where the rows of its tensors are."""
+"""Strides as kernels take them: counted in units of several elements, so that the compiler knows the alignment of rows.
+
+The widest access is 16 bytes, eight elements of two bytes. The compiler marks an integer argument as divisible by 16 or
+not at all, so a stride such as 72 or 4312, which divides by 8 alone, would leave it to assume that a row may start at
+any element: it would load two bytes at a time. Counted in eights and multiplied by a constant 8 (UNIT) inside the
+kernel, the stride carries its alignment in the code.
+"""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+UNITS = (8, 1)
 _LARGEST_TILE = 256  # tokens
+
+
+def stride_unit(strides: Sequence[int], units: tuple[int, ...] = UNITS) -> int:
+    """The first of `units`, whose last is 1, that divides all the strides."""
+    for unit in units:
+        if not any(stride % unit for stride in strides):
+            return unit
+    raise AssertionError("the last unit is 1")
 
 
 @dataclass(frozen=True)
 class Strides:
-    """Strides of (batch, token, head) of each tensor in turn, in units of `unit` elements.
+    """For each tensor in turn the strides of all axes but the last, whose stride is 1."""
 
-    Eight elements are 16 bytes, the widest access, or more. Head dims such as 72 make strides that divide by 8 but not
-    by 16, so the compiler, which asks for 16, would take every row to start anywhere and load two bytes at a time.
-    Counted in eights and multiplied by a constant 8 inside the kernel, it knows.
+    values: tuple[int, ...]  # in units of `unit` elements
+    unit: int
+    wide: bool  # an offset within a tile of tokens, the second axis, can pass 2^31
+
+
+def strides_of(*tensors: Tensor, units: tuple[int, ...] = UNITS) -> Strides:
+    """tensors: of unit stride along the last axis. The stride of an axis of one element has no effect and counts as 0.
+
+    units: what to count in, the largest that divides all the strides; 1 is the last.
     """
-
-    values: tuple[int, ...]
-    unit: int  # 8, or 1 where some stride does not divide by 8
-    wide: bool  # an offset within a tile can pass 2^31
-
-
-def strides_of(*tensors: Tensor) -> Strides:
-    """tensors: (B, S, H, D), read by rows of unit stride. The stride of an axis of one element does not matter: 0."""
-    return _strides(tuple([(tensor.shape, tensor.stride()) for tensor in tensors]))
+    return _strides(tuple([(tensor.shape, tensor.stride()) for tensor in tensors]), units)
 
 
 @functools.lru_cache(maxsize=4096)
-def _strides(layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...]) -> Strides:
-    values = [
-        0 if size == 1 else stride
-        for shape, strides in layouts
-        for size, stride in zip(shape[:3], strides, strict=False)
-    ]
-    wide = any(_LARGEST_TILE * stride >= 2**31 for stride in values[1::3])
-    if any(stride % 8 for stride in values):
-        return Strides(tuple(values), 1, wide)
-    return Strides(tuple(stride // 8 for stride in values), 8, wide)
+def _strides(layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...], units: tuple[int, ...]) -> Strides:
+    values: list[int] = []
+    wide = False
+    for shape, strides in layouts:
+        steps = [0 if size == 1 else stride for size, stride in zip(shape[:-1], strides[:-1], strict=True)]
+        wide = wide or (len(steps) > 1 and _LARGEST_TILE * steps[1] >= 2**31)
+        values += steps
+    unit = stride_unit(values, units)
+    return Strides(tuple([value // unit for value in values]), unit, wide)

@@ -10,7 +10,10 @@ from torch import Tensor
 from siglip_kernels.arguments import (
     autocast_dtype,
     cast,
-    check_tensor,
+    check_input,
+    check_lengths,
+    check_same_device,
+    check_same_dtype,
     refuse_second_derivatives,
     refuse_tangents,
     unit_stride,
@@ -19,24 +22,17 @@ from siglip_kernels.attention.config import is_short
 from siglip_kernels.device import hopper_kernels_enabled, require_kernels
 from siglip_kernels.errors import unsupported
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_HEAD_DIM = 128
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _LARGEST_SCALE = 2.0**127  # times log2(e), it is still finite in fp32
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None) -> None:
-    """Everything that a call can get wrong, except that the machine cannot run it. Traceable: it reads no values."""
+    """Raises for every unsupported argument. Traceable: it reads no values."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_tensor("attention", name, tensor)
-        if tensor.dim() != 4:
-            raise unsupported("attention", name, f"has {tensor.dim()} dimensions", "4: (B, S, H, D)")
-        if tensor.dtype not in _DTYPES:
-            raise unsupported("attention", name, f"has dtype {tensor.dtype}", "float32, float16, bfloat16")
-        if tensor.dtype != q.dtype:
-            raise unsupported("attention", name, f"has dtype {tensor.dtype} while q has {q.dtype}", "one dtype")
-        if tensor.device != q.device:
-            raise unsupported("attention", name, f"is on {tensor.device} while q is on {q.device}", "one device")
+        check_input("attention", name, tensor, "(B, S, H, D)")
+        check_same_dtype("attention", name, tensor, "q", q.dtype)
+        check_same_device("attention", name, tensor, "q", q.device)
     if k.shape[1] != v.shape[1]:
         raise unsupported("attention", "v", f"has {v.shape[1]} tokens while k has {k.shape[1]}", "as many as k")
     for name, tensor in (("k", k), ("v", v)):
@@ -50,16 +46,7 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: fl
         raise unsupported("attention", "scale", f"is a {type(scale).__name__}", "numbers, int or float")
     if scale is not None and not -_LARGEST_SCALE < scale < _LARGEST_SCALE:
         raise unsupported("attention", "scale", f"is {scale}", "finite numbers, smaller than 2^127")
-    if lengths is None:
-        return
-    check_tensor("attention", "lengths", lengths)
-    if lengths.dtype != torch.int32:
-        raise unsupported("attention", "lengths", f"has dtype {lengths.dtype}", "int32")
-    if lengths.dim() != 1 or lengths.shape[0] != q.shape[0]:
-        got = f"has shape {tuple(lengths.shape)} while the batch size is {q.shape[0]}"
-        raise unsupported("attention", "lengths", got, "(B,)")
-    if lengths.device != q.device:
-        raise unsupported("attention", "lengths", f"is on {lengths.device} while q is on {q.device}", "one device")
+    check_lengths("attention", lengths, "q", q)
 
 
 def _scale(scale: float | None, head_dim: int) -> float:

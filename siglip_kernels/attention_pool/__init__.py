@@ -1,4 +1,4 @@
-"""The attention of the MAP head: its algebra in folded.py, the Triton op in api.py, launch.py and kernels.py."""
+"""The attention of the MAP head: its algebra in folded.py, the registered op in api.py, its kernels in kernels.py."""
 
 from siglip_kernels.attention_pool.api import attention_pool
 from siglip_kernels.attention_pool.folded import folded_attention_pool

@@ -1,73 +1,53 @@
-"""The attention_pool op: what it takes, how PyTorch knows it, and the public function.
+"""The attention_pool op: contract, registration, autograd. The algebra is in folded.py, the kernels in kernels.py.
 
-The one pass over the tokens is registered, as `siglip_kernels::attention_pool` and
-`siglip_kernels::attention_pool_backward`; what is left of the head's projections, one row a sample, is PyTorch's.
+The pass over the tokens is registered, as `siglip_kernels::attention_pool` and
+`siglip_kernels::attention_pool_backward`. What the algebra leaves of the head's projections, one row per sample, is
+computed by PyTorch.
 """
 
 import torch
 from torch import Tensor
 
 from siglip_kernels.arguments import (
+    Affine,
     autocast_dtype,
     cast,
-    check_tensor,
+    cast_affine,
+    check_input,
+    check_lengths,
+    check_parameter,
     refuse_second_derivatives,
     refuse_tangents,
     unit_stride,
 )
 from siglip_kernels.attention_pool.config import fits
 from siglip_kernels.attention_pool.fallback import pool_backward, pool_forward
-from siglip_kernels.attention_pool.folded import pool_by
+from siglip_kernels.attention_pool.folded import fold, project, split
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-def _validate(x: Tensor, parameters: dict[str, Tensor], num_heads: int, lengths: Tensor | None) -> None:
-    """Everything that a call can get wrong, except that the machine cannot run it. Traceable: it reads no values."""
-    for name, tensor in {"x": x, **parameters}.items():
-        check_tensor("attention_pool", name, tensor)
-        if tensor.dtype not in _DTYPES:
-            raise unsupported("attention_pool", name, f"has dtype {tensor.dtype}", "float32, float16, bfloat16")
-        if tensor.dtype != x.dtype:
-            got = f"has dtype {tensor.dtype} while x has {x.dtype}"
-            raise unsupported("attention_pool", name, got, "one dtype, or autocast")
-        if tensor.device != x.device:
-            raise unsupported("attention_pool", name, f"is on {tensor.device} while x is on {x.device}", "one device")
-    if x.dim() != 3:
-        raise unsupported("attention_pool", "x", f"has {x.dim()} dimensions", "3: (B, S, width)")
+def _validate(
+    x: Tensor, probe: Tensor, in_proj: Affine, out_proj: Affine, num_heads: int, lengths: Tensor | None
+) -> None:
+    """Raises for every unsupported argument. Traceable: it reads no values."""
+    check_input("attention_pool", "x", x, "(B, S, width)")
     width = x.shape[2]
-    shapes = {
-        "probe": (1, 1, width),
-        "in_proj_weight": (3 * width, width),
-        "in_proj_bias": (3 * width,),
-        "out_proj_weight": (width, width),
-        "out_proj_bias": (width,),
-    }
-    for name, shape in shapes.items():
-        if parameters[name].shape != shape:
-            got = f"has shape {tuple(parameters[name].shape)} while x has width {width}"
-            raise unsupported("attention_pool", name, got, str(shape))
+    check_parameter("attention_pool", "probe", probe, (1, 1, width), x)
+    check_parameter("attention_pool", "in_proj_weight", in_proj.weight, (3 * width, width), x)
+    check_parameter("attention_pool", "in_proj_bias", in_proj.bias, (3 * width,), x)
+    check_parameter("attention_pool", "out_proj_weight", out_proj.weight, (width, width), x)
+    check_parameter("attention_pool", "out_proj_bias", out_proj.bias, (width,), x)
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise unsupported("attention_pool", "num_heads", f"is {num_heads!r}", "positive integers")
     if width == 0 or width % num_heads:
         raise unsupported("attention_pool", "num_heads", f"is {num_heads} while x has width {width}", "divisors of it")
-    if lengths is None:
-        return
-    check_tensor("attention_pool", "lengths", lengths)
-    if lengths.dtype != torch.int32:
-        raise unsupported("attention_pool", "lengths", f"has dtype {lengths.dtype}", "int32")
-    if lengths.dim() != 1 or lengths.shape[0] != x.shape[0]:
-        got = f"has shape {tuple(lengths.shape)} while the batch size is {x.shape[0]}"
-        raise unsupported("attention_pool", "lengths", got, "(B,)")
-    if lengths.device != x.device:
-        raise unsupported("attention_pool", "lengths", f"is on {lengths.device} while x is on {x.device}", "one device")
+    check_lengths("attention_pool", lengths, "x", x)
 
 
 @torch.library.custom_op("siglip_kernels::attention_pool", mutates_args=())
 def _pool(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """`folded.plain_pooling`; and for backward each head's highest score and sum of powers, in base 2, (B, H) fp32."""
+    """`folded.pool_tokens`; for the backward each head's highest score and sum of powers, in base 2, (B, H) fp32."""
     require_kernels("attention_pool", "x", x)
     from siglip_kernels.attention_pool.kernels import attention_pool_forward
 
@@ -145,10 +125,6 @@ _pool.register_autograd(_differentiate, setup_context=_keep)
 _pool_backward.register_autograd(refuse_second_derivatives("attention_pool"))
 
 
-def _pooling(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
-    return _pool(x, folded, scale, lengths)[0]
-
-
 def attention_pool(
     x: Tensor,
     probe: Tensor,
@@ -164,29 +140,26 @@ def attention_pool(
     x: (B, S, width), fp32, fp16 or bf16; probe: (1, 1, width); the others are torch.nn.MultiheadAttention's parameters,
     (3 width, width), (3 width,), (width, width), (width,), all of x's dtype; num_heads divides the width.
     Returns (B, width).
-    lengths: int32 (B,), how many of a sample's tokens are valid (taken into 0..S); the others are never read, and get
-    zeros for their gradient; a sample with 0 gives out_proj_bias.
+    lengths: int32 (B,), how many of a sample's tokens are valid (clamped to 0..S); the others are never read, and their
+    gradient is zero; a sample with 0 gives out_proj_bias.
 
     In fp16 and bf16, with heads (rounded up to a power of two, at least 16) × width up to 18,432, a Triton kernel reads
-    the tokens once, where they lie if their last stride is 1, and makes nothing as large as x in forward. Otherwise the
-    same few products are PyTorch's; fp32 then honours torch.backends.cuda.matmul.allow_tf32. Neither keys nor values
-    nor anything else as large as x is kept for backward. Sums are in fp32. Under autocast all but lengths is cast, as
-    torch.nn.functional.linear casts. Gradients are deterministic (that of the keys' bias is 0:
-    it does not change a softmax); second derivatives with respect to x, and forward-mode
-    derivatives, are refused.
+    the tokens once, in place if their last stride is 1, and the forward allocates nothing as large as x. Otherwise
+    PyTorch computes the same products; fp32 then honours torch.backends.cuda.matmul.allow_tf32. The backward keeps
+    nothing as large as x but x itself: neither keys nor values. Sums are in fp32. Under autocast all tensors but
+    lengths are cast as torch.nn.functional.linear casts them. Gradients are deterministic (that of the keys' bias is 0:
+    it does not change a softmax); second derivatives with respect to x, and forward-mode derivatives, raise an error.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
     are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
-    parameters = {
-        "probe": probe,
-        "in_proj_weight": in_proj_weight,
-        "in_proj_bias": in_proj_bias,
-        "out_proj_weight": out_proj_weight,
-        "out_proj_bias": out_proj_bias,
-    }
     dtype = autocast_dtype(x)
-    x, parameters = cast(x, dtype), {name: cast(tensor, dtype) for name, tensor in parameters.items()}
-    _validate(x, parameters, num_heads, lengths)
-    refuse_tangents("attention_pool", x=x, **parameters)
-    return pool_by(_pooling, x, **parameters, num_heads=num_heads, lengths=lengths)
+    x, probe = cast(x, dtype), cast(probe, dtype)
+    in_proj = cast_affine(in_proj_weight, in_proj_bias, dtype)
+    out_proj = cast_affine(out_proj_weight, out_proj_bias, dtype)
+    _validate(x, probe, in_proj, out_proj, num_heads, lengths)
+    refuse_tangents("attention_pool", x=x, probe=probe, in_proj=in_proj, out_proj=out_proj)
+    q_proj, k_proj, v_proj = split(in_proj)
+    folded = fold(probe, q_proj, k_proj.weight, num_heads)
+    pooled, _, _ = _pool(x, folded, (x.shape[2] // num_heads) ** -0.5, lengths)
+    return project(pooled, v_proj, out_proj, x.shape[1], lengths)

@@ -1,7 +1,7 @@
-"""The layer_norm op: what it takes, how PyTorch knows it, and the public function.
+"""The layer_norm op: contract, registration, autograd. The mathematics and the kernels are in kernels.py.
 
 Two operators are registered, `siglip_kernels::layer_norm` and `siglip_kernels::layer_norm_backward`, each with a
-schema, an implementation that launches kernels, shapes for tracing, and a derivative.
+schema, an implementation that launches kernels, a fake for tracing, and a derivative.
 """
 
 import math
@@ -9,47 +9,26 @@ import math
 import torch
 from torch import Tensor
 
-from siglip_kernels.arguments import as_rows, check_tensor, refuse_second_derivatives, refuse_tangents
+from siglip_kernels.arguments import (
+    as_rows,
+    cast_norm,
+    check_input,
+    check_norm,
+    refuse_second_derivatives,
+    refuse_tangents,
+)
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 2**25
 
 
 def _validate(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """Everything that a call can get wrong, except that the machine cannot run it. Traceable: it reads no values."""
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if name != "x" and tensor is None:
-            continue
-        check_tensor("layer_norm", name, tensor)
-        assert tensor is not None
-        if tensor.dtype not in _DTYPES:
-            raise unsupported("layer_norm", name, f"has dtype {tensor.dtype}", "float32, float16, bfloat16")
-        if tensor.device != x.device:
-            raise unsupported("layer_norm", name, f"is on {tensor.device} while x is on {x.device}", "one device")
-    if x.dim() == 0:
-        raise unsupported("layer_norm", "x", "has no dimension", "(..., width)")
-    width = x.shape[-1]
-    if width > _WIDEST:
-        raise unsupported("layer_norm", "x", f"has width {width}", f"widths up to {_WIDEST}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dim() != 1 or tensor.shape[0] != width:
-            got = f"has shape {tuple(tensor.shape)} while x has width {width}"
-            raise unsupported("layer_norm", name, got, "(width,)")
-        if tensor.dtype not in (x.dtype, torch.float32):
-            raise unsupported(
-                "layer_norm", name, f"has dtype {tensor.dtype} while x has {x.dtype}", "x's dtype or float32"
-            )
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        got = f"has dtype {bias.dtype} while weight has {weight.dtype}"
-        raise unsupported("layer_norm", "bias", got, "one dtype for weight and bias")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise unsupported("layer_norm", "eps", f"is {type(eps).__name__}", "a number")
-    if not 0 <= eps < math.inf:
-        raise unsupported("layer_norm", "eps", f"is {eps}", "finite numbers from 0 on")
+    """Raises for every unsupported argument. Traceable: it reads no values."""
+    check_input("layer_norm", "x", x)
+    if x.shape[-1] > _WIDEST:
+        raise unsupported("layer_norm", "x", f"has width {x.shape[-1]}", f"widths up to {_WIDEST}")
+    check_norm("layer_norm", "", (weight, bias), eps, x, optional=True)
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
@@ -60,7 +39,7 @@ def _contiguous(parameter: Tensor | None) -> Tensor | None:
 def _layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and for backward each row's mean and reciprocal standard deviation, (rows,) fp32."""
+    """y, and for the backward each row's mean and reciprocal standard deviation, (rows,) fp32."""
     require_kernels("layer_norm", "x", x)
     from siglip_kernels.layer_norm.kernels import layer_norm_forward
 
@@ -141,18 +120,18 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """Layer normalisation over the last dimension (Ba et al., arXiv 1607.06450).
 
     x: (..., width), fp32, fp16 or bf16, width up to 2^25. weight, bias: (width,), of one dtype, x's or fp32; either may
-    be None. Returns x's shape, contiguous, in x's dtype; on CUDA under autocast in fp32, as
-    torch.nn.functional.layer_norm does. Statistics and sums are in fp32, and survive a mean far beyond the deviation.
-    Rows may lie apart by any one stride; x is copied only where its rows have no common stride, or no unit stride
-    along them. Gradients are deterministic; second and forward-mode derivatives are refused.
+    be None. Returns (..., width), contiguous, in x's dtype; on CUDA under autocast in fp32, as
+    torch.nn.functional.layer_norm does. Statistics and sums are in fp32, and stay accurate where the mean is much
+    larger than the deviation. x is read in place if its rows have one stride between them and unit stride along them,
+    and copied otherwise. Gradients are deterministic; second and forward-mode derivatives raise an error.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
     are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
     out_dtype = None
     if isinstance(x, Tensor) and x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        out_dtype = torch.float32  # the kernel reads what it gets and writes fp32: no copies in fp32
-        weight, bias = (p.float() if isinstance(p, Tensor) and p.is_floating_point() else p for p in (weight, bias))
+        out_dtype = torch.float32  # the kernel writes it: x itself is not cast
+    weight, bias = cast_norm(weight, out_dtype), cast_norm(bias, out_dtype)
     _validate(x, weight, bias, eps)
     refuse_tangents("layer_norm", x=x, weight=weight, bias=bias)
     return _layer_norm(x, weight, bias, eps, out_dtype or x.dtype)[0]

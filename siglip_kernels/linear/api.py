@@ -1,4 +1,8 @@
-"""linear: x wᵀ + bias + residual, the sum in the product's epilogue."""
+"""linear: y = x Wᵀ + b + residual, the sum in the epilogue of one GEMM.
+
+With g the gradient of y, dx = g W, dW = gᵀ x, db = Σ g over rows, and the residual's gradient is g: two GEMMs without
+a fused epilogue (`gemm.cublas`). A call without a residual is torch.nn.functional.linear, forward and backward.
+"""
 
 import torch
 from torch import Tensor
@@ -7,8 +11,9 @@ from siglip_kernels.arguments import (
     as_rows,
     autocast_dtype,
     cast,
+    cast_affine,
     check_input,
-    check_parameter,
+    check_projection,
     check_residual,
     refuse_second_derivatives,
     refuse_tangents,
@@ -20,7 +25,7 @@ from siglip_kernels.gemm import cublas
 
 @torch.library.custom_op("siglip_kernels::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    """x: (..., in); weight: (out, in); bias: (out,); residual: (..., out). In what x and residual promote to."""
+    """Returns (..., out), in the dtype to which x and residual promote. Arguments: as in `linear`."""
     require_kernels("linear", "x", x)
     from siglip_kernels.gemm.kernels import gemm
 
@@ -37,7 +42,7 @@ def _(x, weight, bias, residual):
 def _linear_backward(
     out_grad: Tensor, x: Tensor | None, weight: Tensor | None, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x (if weight is given), of weight (if x is given) and of bias; one not needed is empty."""
+    """The gradients of x (if weight is given), weight (if x is given) and bias; one that is not needed is empty."""
     require_kernels("linear", "x", out_grad)
     rows = as_rows(out_grad)
     x_grad, weight_grad, bias_grad = (rows.new_empty(0) for _ in range(3))
@@ -91,21 +96,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     """x Wᵀ + bias + residual.
 
     x: (..., in); weight: (out, in); bias: (out,); fp32, fp16 or bf16, all of one dtype and on one CUDA device.
-    residual: (..., out), of any of these dtypes: as in PyTorch, the result is in what the dtypes promote to. Without a
-    residual there is nothing to fuse, and this is torch.nn.functional.linear.
-    fp32 products are IEEE unless torch.backends.cuda.matmul allows TF32; sums are in fp32, rounded once. Rows of unit
-    stride that start at multiples of 16 bytes, and weights that are transposed views, are read where they lie; anything
+    residual: (..., out), of any of these dtypes. Returns (..., out) in the dtype to which x and residual promote.
+    Without a residual this is torch.nn.functional.linear.
+    fp32 products are IEEE unless torch.backends.cuda.matmul allows TF32; sums are in fp32 and rounded once. Rows of
+    unit stride that start at multiples of 16 bytes, and weights that are transposed views, are read in place; anything
     else may be copied. Under autocast x, weight and bias are cast as torch.nn.functional.linear casts them. Gradients
-    are deterministic; with a residual, second and forward-mode derivatives are refused.
+    are deterministic. With a residual, second and forward-mode derivatives raise an error.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
     are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
     dtype = autocast_dtype(x)
-    x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
+    x, projection = cast(x, dtype), cast_affine(weight, bias, dtype)
     check_input("linear", "x", x)
-    check_parameter("linear", "weight", weight, (None, x.shape[-1]), x, x.dtype)
-    check_parameter("linear", "bias", bias, (weight.shape[0],), x, x.dtype, optional=True)
+    check_projection("linear", "", projection, (None, x.shape[-1]), x)
+    weight, bias = projection
     shape = (*x.shape[:-1], weight.shape[0])
     check_residual("linear", residual, shape, x)
     if residual is not None:

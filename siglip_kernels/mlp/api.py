@@ -1,11 +1,11 @@
 """mlp: fc2(gelu(fc1(x))) + residual, and pre_norm_mlp: x + mlp(layer_norm(x)).
 
-Two products, each with all around it in its epilogue: gelu(x W₁ᵀ + b₁), then · W₂ᵀ + b₂ + residual. Of the wide
-intermediate the pre-activation h alone is kept for the backward, whose first product gives in its epilogue both
+Two GEMMs with fused epilogues: gelu(x W₁ᵀ + b₁), then · W₂ᵀ + b₂ + residual. Of the two tensors of the hidden width,
+the backward keeps the pre-activation h alone. The epilogue of its first GEMM gives both
 
-    dh = (dy W₂) ∘ gelu'(h)    and    gelu(h), for dW₂ = dyᵀ gelu(h)
+    dh = (dy W₂) ∘ gelu'(h)    and    gelu(h), for dW₂ = dyᵀ gelu(h).
 
-and so does without the activation; pre_norm_mlp does without the normalised x, too, and normalises it again.
+pre_norm_mlp does not keep the normalised x either: its backward normalises x again.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siglip_kernels.arguments import (
+    Affine,
     as_rows,
     autocast_dtype,
     cast,
+    cast_affine,
+    cast_norm,
     check_input,
     check_norm,
-    check_parameter,
+    check_projection,
     check_residual,
     refuse_second_derivatives,
     refuse_tangents,
@@ -30,23 +33,15 @@ from siglip_kernels.device import require_kernels
 from siglip_kernels.gemm import cublas
 
 
-def _forward(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    residual: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """x: (rows, width). The result (rows, out), and to keep the pre-activation (rows, hidden), or an empty tensor."""
+def _forward(x: Tensor, fc1: Affine, fc2: Affine, residual: Tensor | None, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """x: (rows, width). Returns (rows, out), and with keep the pre-activation (rows, hidden), else an empty tensor."""
     from siglip_kernels.gemm.kernels import gemm
 
-    activation, pre_activation, _, _ = gemm(x, [fc1_weight], [fc1_bias], gelu="forward", keep_pre_activation=keep)
+    activation, pre_activation, _, _ = gemm(x, [fc1.weight], [fc1.bias], gelu="forward", keep_pre_activation=keep)
     if residual is None:
-        out = cublas.product(activation, fc2_weight, fc2_bias)
+        out = cublas.product(activation, *fc2)
     else:
-        out = gemm(activation, [fc2_weight], [fc2_bias], residual=residual)[0]
+        out = gemm(activation, [fc2.weight], [fc2.bias], residual=residual)[0]
     return out, x.new_empty(0) if pre_activation is None else pre_activation
 
 
@@ -57,14 +52,15 @@ def _gradients(
     fc1_weight: Tensor | None,
     fc2_weight: Tensor | None,
     needs: Sequence[bool],
-) -> list[Tensor]:
-    """The gradients of x, fc1_weight, fc1_bias, fc2_weight and fc2_bias, as far as needed; the others are empty.
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The gradients of x, and of the weight and bias of fc1 and fc2; one that is not needed is an empty tensor.
 
-    out_grad: (rows, out). x is called for if fc1_weight's gradient is needed; of the weights, fc1_weight is given where
-    x's gradient is needed, and fc2_weight where any of the first three is.
+    out_grad: (rows, out). x makes (rows, width), if fc1_weight's gradient is needed. fc1_weight is given where x's
+    gradient is needed, and fc2_weight where the gradient of x, fc1_weight or fc1_bias is.
+    needs: of the gradients of x, fc1_weight, fc1_bias, fc2_weight and fc2_bias.
     """
     needs_x, needs_fc1_weight, needs_fc1_bias, needs_fc2_weight, needs_fc2_bias = needs
-    gradients = [out_grad.new_empty(0) for _ in range(5)]
+    x_grad, fc1_weight_grad, fc1_bias_grad, fc2_weight_grad, fc2_bias_grad = (out_grad.new_empty(0) for _ in range(5))
     hidden_grad = activation = None
     if fc2_weight is not None and (needs_x or needs_fc1_weight or needs_fc1_bias):
         from siglip_kernels.gemm.kernels import gemm
@@ -79,19 +75,19 @@ def _gradients(
             keep_column_sums=needs_fc1_bias,
         )
         if column_sums is not None:
-            gradients[2] = column_sums.to(out_grad.dtype)
+            fc1_bias_grad = column_sums.to(out_grad.dtype)
     elif needs_fc2_weight:
         activation = F.gelu(pre_activation, approximate="tanh")
     if activation is not None:
-        gradients[3] = cublas.weight_gradient(out_grad, activation)
-        del activation  # as large as the pre-activation: gone before the next tensors come
+        fc2_weight_grad = cublas.weight_gradient(out_grad, activation)
+        del activation  # as large as the pre-activation: freed before the next tensors are allocated
     if needs_fc2_bias:
-        gradients[4] = cublas.bias_gradient(out_grad)
+        fc2_bias_grad = cublas.bias_gradient(out_grad)
     if hidden_grad is not None and needs_fc1_weight:
-        gradients[1] = cublas.weight_gradient(hidden_grad, x())
+        fc1_weight_grad = cublas.weight_gradient(hidden_grad, x())
     if hidden_grad is not None and needs_x and fc1_weight is not None:
-        gradients[0] = cublas.input_gradient(hidden_grad, fc1_weight)
-    return gradients
+        x_grad = cublas.input_gradient(hidden_grad, fc1_weight)
+    return x_grad, (fc1_weight_grad, fc1_bias_grad), (fc2_weight_grad, fc2_bias_grad)
 
 
 @torch.library.custom_op("siglip_kernels::mlp", mutates_args=())
@@ -104,11 +100,12 @@ def _mlp(
     residual: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and what backward needs besides: the pre-activation (rows, hidden), or an empty tensor."""
+    """The result (..., out), and with keep the pre-activation (rows, hidden), else an empty tensor."""
     require_kernels("mlp", "x", x)
+    fc1, fc2 = Affine(fc1_weight, fc1_bias), Affine(fc2_weight, fc2_bias)
     residual_rows = None if residual is None else as_rows(residual)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        out, kept = _forward(as_rows(x), fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual_rows, keep)
+        out, kept = _forward(as_rows(x), fc1, fc2, residual_rows, keep=keep)
     return out.view(*x.shape[:-1], fc2_weight.shape[0]), kept
 
 
@@ -136,11 +133,12 @@ def _mlp_backward(
         return as_rows(x)
 
     with torch.cuda.device_of(out_grad), torch.autocast(out_grad.device.type, enabled=False):
-        x_grad, *parameters = _gradients(as_rows(out_grad), rows, pre_activation, fc1_weight, fc2_weight, needs)
-    fc1_weight_grad, fc1_bias_grad, fc2_weight_grad, fc2_bias_grad = parameters
+        x_grad, fc1_grads, fc2_grads = _gradients(
+            as_rows(out_grad), rows, pre_activation, fc1_weight, fc2_weight, needs
+        )
     if needs[0]:
         x_grad = x_grad.view(*out_grad.shape[:-1], x_grad.shape[-1])
-    return x_grad, fc1_weight_grad, fc1_bias_grad, fc2_weight_grad, fc2_bias_grad
+    return x_grad, *fc1_grads, *fc2_grads
 
 
 def _fake_parameter_gradients(out_grad, width, hidden, needs):
@@ -186,13 +184,6 @@ _mlp.register_autograd(_differentiate_mlp, setup_context=_keep_for_mlp)
 _mlp_backward.register_autograd(refuse_second_derivatives("mlp"))
 
 
-def _check_weights(operation, x, dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias, out: int | None) -> None:
-    check_parameter(operation, "fc1_weight", fc1_weight, (None, x.shape[-1]), x, dtype)
-    check_parameter(operation, "fc1_bias", fc1_bias, (fc1_weight.shape[0],), x, dtype, optional=True)
-    check_parameter(operation, "fc2_weight", fc2_weight, (out, fc1_weight.shape[0]), x, dtype)
-    check_parameter(operation, "fc2_bias", fc2_bias, (fc2_weight.shape[0],), x, dtype, optional=True)
-
-
 def mlp(
     x: Tensor,
     fc1_weight: Tensor,
@@ -205,21 +196,19 @@ def mlp(
 
     x: (..., width); fc1_weight: (hidden, width); fc1_bias: (hidden,); fc2_weight: (out, hidden); fc2_bias: (out,);
     fp32, fp16 or bf16, all of one dtype and on one CUDA device; either bias may be None. residual: (..., out), of any
-    of these dtypes: as in PyTorch, the result is in what the dtypes promote to.
-    For the backward x and the pre-activation (..., hidden) are kept, where their gradients ask for them; in inference
-    nothing is. Products, sums, strides, autocast, derivatives and errors: as in `linear`.
+    of these dtypes. Returns (..., out) in the dtype to which x and residual promote.
+    Training keeps x and the pre-activation (..., hidden) for the backward, inference nothing. Products, sums, strides,
+    autocast, derivatives and errors: as in `linear`.
     """
     dtype = autocast_dtype(x)
     x = cast(x, dtype)
-    fc1_weight, fc2_weight = cast(fc1_weight, dtype), cast(fc2_weight, dtype)
-    fc1_bias, fc2_bias = cast(fc1_bias, dtype), cast(fc2_bias, dtype)
+    fc1, fc2 = cast_affine(fc1_weight, fc1_bias, dtype), cast_affine(fc2_weight, fc2_bias, dtype)
     check_input("mlp", "x", x)
-    _check_weights("mlp", x, x.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias, None)
-    check_residual("mlp", residual, (*x.shape[:-1], fc2_weight.shape[0]), x)
-    weights = dict(fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    refuse_tangents("mlp", x=x, **weights, residual=residual)
-    keep = wants_gradients(x, fc1_weight, fc1_bias, fc2_weight)
-    return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, keep)[0]
+    check_projection("mlp", "fc1_", fc1, (None, x.shape[-1]), x)
+    check_projection("mlp", "fc2_", fc2, (None, fc1.weight.shape[0]), x)
+    check_residual("mlp", residual, (*x.shape[:-1], fc2.weight.shape[0]), x)
+    refuse_tangents("mlp", x=x, fc1=fc1, fc2=fc2, residual=residual)
+    return _mlp(x, *fc1, *fc2, residual, wants_gradients(x, *fc1, fc2.weight))[0]
 
 
 @torch.library.custom_op("siglip_kernels::pre_norm_mlp", mutates_args=())
@@ -234,7 +223,7 @@ def _pre_norm_mlp(
     fc2_bias: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result, and to keep the means, the reciprocal deviations and the pre-activation, or empty tensors."""
+    """The result, and with keep the means, the reciprocal deviations and the pre-activation, else empty tensors."""
     require_kernels("pre_norm_mlp", "x", x)
     from siglip_kernels.layer_norm.kernels import layer_norm_forward
 
@@ -243,7 +232,8 @@ def _pre_norm_mlp(
         normed, mean, rstd = layer_norm_forward(
             rows, norm_weight.contiguous(), norm_bias.contiguous(), eps, fc1_weight.dtype
         )
-        out, kept = _forward(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, rows, keep)
+        fc1, fc2 = Affine(fc1_weight, fc1_bias), Affine(fc2_weight, fc2_bias)
+        out, kept = _forward(normed, fc1, fc2, residual=rows, keep=keep)
     if not keep:
         mean, rstd = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
     return out.view(x.shape), mean, rstd, kept
@@ -273,7 +263,7 @@ def _pre_norm_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight and fc2_bias.
 
-    One that is not needed is an empty tensor; x's contains the residual's.
+    One that is not needed is an empty tensor. That of x includes the residual's.
     """
     require_kernels("pre_norm_mlp", "x", x)
     from siglip_kernels.layer_norm.kernels import layer_norm_backward, layer_norm_forward
@@ -286,7 +276,7 @@ def _pre_norm_mlp_backward(
 
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         needs_normed = any(needs[:3])
-        normed_grad, *parameters = _gradients(
+        normed_grad, fc1_grads, fc2_grads = _gradients(
             out_rows.to(pre_activation.dtype),
             normed,
             pre_activation,
@@ -302,22 +292,13 @@ def _pre_norm_mlp_backward(
                 norm_weight,
                 mean,
                 rstd,
-                out_rows if needs[0] else None,
+                residual_grad=out_rows if needs[0] else None,
                 needs_x=needs[0],
                 needs_weight=needs[1],
                 needs_bias=needs[2],
             )
-    fc1_weight_grad, fc1_bias_grad, fc2_weight_grad, fc2_bias_grad = parameters
     x_grad = x_grad.view(x.shape) if needs[0] else x_grad
-    return (
-        x_grad,
-        norm_weight_grad,
-        norm_bias_grad,
-        fc1_weight_grad,
-        fc1_bias_grad,
-        fc2_weight_grad,
-        fc2_bias_grad,
-    )
+    return x_grad, norm_weight_grad, norm_bias_grad, *fc1_grads, *fc2_grads
 
 
 @_pre_norm_mlp_backward.register_fake
@@ -377,17 +358,18 @@ def pre_norm_mlp(
 
     x: (..., width); norm_weight, norm_bias: (width,); fc1_weight: (hidden, width); fc1_bias: (hidden,); fc2_weight:
     (width, hidden); fc2_bias: (width,); fp32, fp16 or bf16, all of one dtype (the norm's may be fp32) and on one CUDA
-    device; either bias of the MLP may be None.
-    For the backward x, two numbers a row and the pre-activation (..., hidden) are kept; x is normalised again there.
-    Under autocast the weights of the MLP are cast, x and the norm's are not, and the result is in what PyTorch's
-    addition promotes to. Products, sums, strides, derivatives and errors: as in `linear`.
+    device; either bias of the MLP may be None. Returns (..., width).
+    Training keeps x, two numbers per row and the pre-activation (..., hidden) for the backward, which normalises x
+    again. Under autocast the parameters of the MLP are cast and x is not; the norm's are cast to fp32, and the result
+    is in the dtype to which x and autocast's dtype promote. Products, sums, strides, derivatives and errors: as in
+    `linear`.
     """
     dtype = autocast_dtype(x)
-    fc1_weight, fc2_weight = cast(fc1_weight, dtype), cast(fc2_weight, dtype)
-    fc1_bias, fc2_bias = cast(fc1_bias, dtype), cast(fc2_bias, dtype)
-    norm_weight, norm_bias = check_norm("pre_norm_mlp", x, norm_weight, norm_bias, eps, autocast=dtype is not None)
-    _check_weights("pre_norm_mlp", x, dtype or x.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias, x.shape[-1])
-    weights = dict(fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    refuse_tangents("pre_norm_mlp", x=x, norm_weight=norm_weight, norm_bias=norm_bias, **weights)
-    keep = wants_gradients(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
-    return _pre_norm_mlp(x, norm_weight, norm_bias, eps, fc1_weight, fc1_bias, fc2_weight, fc2_bias, keep)[0]
+    norm = Affine(cast_norm(norm_weight, dtype), cast_norm(norm_bias, dtype))
+    fc1, fc2 = cast_affine(fc1_weight, fc1_bias, dtype), cast_affine(fc2_weight, fc2_bias, dtype)
+    check_input("pre_norm_mlp", "x", x)
+    check_norm("pre_norm_mlp", "norm_", norm, eps, x)
+    check_projection("pre_norm_mlp", "fc1_", fc1, (None, x.shape[-1]), x, dtype)
+    check_projection("pre_norm_mlp", "fc2_", fc2, (x.shape[-1], fc1.weight.shape[0]), x, dtype)
+    refuse_tangents("pre_norm_mlp", x=x, norm=norm, fc1=fc1, fc2=fc2)
+    return _pre_norm_mlp(x, *norm, eps, *fc1, *fc2, wants_gradients(x, *norm, *fc1, fc2.weight))[0]

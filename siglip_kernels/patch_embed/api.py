@@ -1,52 +1,57 @@
-"""The patch_embed op: what it takes, how PyTorch knows it, and the public function.
+"""The patch_embed op: contract, registration, autograd. The mathematics and the kernel are in forward.py.
 
-Forward is registered as `siglip_kernels::patch_embed`. Its derivatives are two matrix products and sums with nothing to
-fuse, so PyTorch makes them, of patches that are copied out of the image for that.
+The forward is registered as `siglip_kernels::patch_embed`. Its derivatives are two GEMMs without a fused epilogue and
+sums, which PyTorch computes, from a copy of the patches.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels.arguments import autocast_dtype, cast, check_tensor, refuse_tangents, unit_stride
+from siglip_kernels.arguments import (
+    autocast_dtype,
+    cast,
+    cast_affine,
+    check_dtype,
+    check_input,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+    refuse_tangents,
+    unit_stride,
+)
 from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def _validate(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> tuple[int, int, int]:
-    """Everything that a call can get wrong, except that the machine cannot run it. Traceable: it reads no values.
+    """Raises for every unsupported argument. Traceable: it reads no values.
 
     Returns the shape of the tokens, (B, S, width).
     """
-    named = {"pixel_values": pixel_values, "weight": weight, "bias": bias, "position": position}
-    for name, tensor in named.items():
+    check_input("patch_embed", "pixel_values", pixel_values, "(B, C, H, W)")
+    for name, tensor in (("weight", weight), ("bias", bias), ("position", position)):
         if name == "bias" and tensor is None:
             continue
         check_tensor("patch_embed", name, tensor)
         assert tensor is not None
-        if tensor.dtype not in _DTYPES:
-            raise unsupported("patch_embed", name, f"has dtype {tensor.dtype}", "float32, float16, bfloat16")
-        if name != "position" and tensor.dtype != pixel_values.dtype:
-            got = f"has dtype {tensor.dtype} while pixel_values have {pixel_values.dtype}"
-            raise unsupported("patch_embed", name, got, "one dtype, or autocast")
-        if tensor.device != pixel_values.device:
-            got = f"is on {tensor.device} while pixel_values are on {pixel_values.device}"
-            raise unsupported("patch_embed", name, got, "one device")
-    if pixel_values.dim() != 4:
-        raise unsupported("patch_embed", "pixel_values", f"has {pixel_values.dim()} dimensions", "4: (B, C, H, W)")
-    batch, channels, height, image_width = pixel_values.shape
+        if name == "position":
+            check_dtype("patch_embed", name, tensor)
+        else:
+            check_same_dtype("patch_embed", name, tensor, "pixel_values", pixel_values.dtype)
+        check_same_device("patch_embed", name, tensor, "pixel_values", pixel_values.device)
+    _, channels, height, image_width = pixel_values.shape
     if weight.dim() != 4 or weight.shape[1] != channels or 0 in weight.shape:
-        got = f"has shape {tuple(weight.shape)} while pixel_values have {channels} channels"
+        got = f"has shape {tuple(weight.shape)} while pixel_values has {channels} channels"
         raise unsupported("patch_embed", "weight", got, "(width, C, patch height, patch width), none of them 0")
     width, _, patch_height, patch_width = weight.shape
     if height < patch_height or image_width < patch_width:
         got = f"has shape {tuple(pixel_values.shape)} while a patch has {patch_height} × {patch_width} pixels"
         raise unsupported("patch_embed", "pixel_values", got, "at least one patch")
-    if bias is not None and bias.shape != (width,):
-        raise unsupported("patch_embed", "bias", f"has shape {tuple(bias.shape)}", f"({width},), as weight has rows")
-    tokens = (batch, (height // patch_height) * (image_width // patch_width), width)
+    if bias is not None:
+        check_shape("patch_embed", "bias", bias, (width,))
+    tokens = _tokens(pixel_values, weight)
     fits = position.dim() <= 3 and all(
         given == 1 or wanted in (1, given)
         for given, wanted in zip(reversed(position.shape), reversed(tokens), strict=False)
@@ -58,7 +63,7 @@ def _validate(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, positio
 
 
 def _spread(position: Tensor, tokens: tuple[int, int, int]) -> Tensor:
-    """position as (B, S, width) with unit last stride, expanded over what it does not depend on."""
+    """position as (B, S, width) with unit last stride, expanded along the axes that it lacks."""
     row = position.expand(*position.shape[:-1], tokens[2]) if position.dim() else position.expand(tokens[2])
     return unit_stride(row).expand(tokens)
 
@@ -82,6 +87,7 @@ def _patch_embed(
 
 
 def _tokens(pixel_values: Tensor, weight: Tensor) -> tuple[int, int, int]:
+    """The shape of the tokens, (B, S, width)."""
     (batch, _, height, image_width), (width, _, patch_height, patch_width) = pixel_values.shape, weight.shape
     return batch, (height // patch_height) * (image_width // patch_width), width
 
@@ -103,7 +109,7 @@ def _differentiate(ctx, out_grad):
         return (None,) * 5
     pixel_values, weight = ctx.saved_tensors
     needs_pixels, needs_weight, needs_bias, needs_position, _ = ctx.needs_input_grad
-    with torch.autocast(out_grad.device.type, enabled=False):  # backward may run under it; dtypes are settled
+    with torch.autocast(out_grad.device.type, enabled=False):  # the forward has chosen the dtypes
         rows = out_grad.flatten(0, 1).to(weight.dtype)  # [B · S, width]
         return (
             _image(rows @ weight.flatten(1), pixel_values.shape, weight.shape) if needs_pixels else None,
@@ -115,7 +121,7 @@ def _differentiate(ctx, out_grad):
 
 
 def _patches(pixel_values: Tensor, weight_shape: torch.Size) -> Tensor:
-    """A copy of the patches, (B · S, C · p · p)."""
+    """A copy of the patches, (B · S, C · p · q)."""
     batch, channels, height, image_width = pixel_values.shape
     _, _, p, q = weight_shape
     down, across = height // p, image_width // q
@@ -124,7 +130,7 @@ def _patches(pixel_values: Tensor, weight_shape: torch.Size) -> Tensor:
 
 
 def _image(patches: Tensor, shape: torch.Size, weight_shape: torch.Size) -> Tensor:
-    """The image of these patches, with zeros beyond the last whole one: the reverse of `_patches`."""
+    """The reverse of `_patches`: the image of these patches, with zeros beyond the last whole one."""
     batch, channels, height, image_width = shape
     _, _, p, q = weight_shape
     down, across = height // p, image_width // q
@@ -140,23 +146,23 @@ def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, posit
     """Non-overlapping patches, each projected to one token, plus its position embedding.
 
     pixel_values: (B, C, H, W), fp32, fp16 or bf16; weight: (width, C, p, q), a convolution's; bias: (width,) or None,
-    all of one dtype. position: (S, width) or what broadcasts with the tokens, of any of these dtypes;
-    S = (H // p) · (W // q), and pixels beyond the last whole patch do not count. Returns (B, S, width) in the dtype to
+    all of one dtype. position: (S, width) or a shape that broadcasts with the tokens, of any of these dtypes;
+    S = (H // p) · (W // q), and pixels beyond the last whole patch are ignored. Returns (B, S, width) in the dtype to
     which the tokens and position promote, rounded once.
 
-    Images are read where they lie if their last stride is 1, whatever the others; else, as with channels_last, they are
-    copied. Sums are in fp32; fp32 products honour torch.backends.cuda.matmul.allow_tf32. Under autocast all but
-    position is cast, as torch.nn.functional.conv2d casts. Gradients are deterministic; forward-mode
-    derivatives are refused.
+    Images are read in place if their last stride is 1, whatever the others are; otherwise, as with channels_last, they
+    are copied. Sums are in fp32; fp32 products honour torch.backends.cuda.matmul.allow_tf32. Under autocast all tensors
+    but position are cast as torch.nn.functional.conv2d casts them. Gradients are deterministic; forward-mode
+    derivatives raise an error.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
     are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
     dtype = autocast_dtype(pixel_values)
-    pixel_values, weight, bias = cast(pixel_values, dtype), cast(weight, dtype), cast(bias, dtype)
+    pixel_values, (weight, bias) = cast(pixel_values, dtype), cast_affine(weight, bias, dtype)
     tokens = _validate(pixel_values, weight, bias, position)
     refuse_tangents("patch_embed", pixel_values=pixel_values, weight=weight, bias=bias, position=position)
     out_dtype = torch.promote_types(pixel_values.dtype, position.dtype)
-    if torch.broadcast_shapes(tokens, position.shape) != tokens:  # one token for several positions, as in the reference
+    if torch.broadcast_shapes(tokens, position.shape) != tokens:  # one token, several positions
         return _patch_embed(pixel_values, weight, bias, None, pixel_values.dtype) + position
     return _patch_embed(pixel_values, weight, bias, position, out_dtype)

@@ -1,7 +1,7 @@
-"""pre_norm_qkv: layer normalisation, then the projections to queries, keys and values as one product.
+"""pre_norm_qkv: layer normalisation, then the projections to queries, keys and values as one GEMM.
 
-Checkpoints keep three weights, and so it is one launch over three weights: a tile of columns belongs to one of them.
-The result is packed, (B, S, 3, H, D). For the backward x and two numbers a row are kept; x is normalised again there.
+Checkpoints hold three weights, so one launch reads three weights: each tile of columns belongs to one of them. The
+result is packed, (B, S, 3, H, D). The backward keeps x and two numbers per row, and normalises x again.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.arguments import (
+    Affine,
     as_rows,
     autocast_dtype,
-    cast,
+    cast_affine,
+    cast_norm,
     check_input,
     check_norm,
-    check_parameter,
-    check_tensor,
+    check_projection,
     refuse_second_derivatives,
     refuse_tangents,
     wants_gradients,
@@ -41,7 +42,7 @@ def _pre_norm_qkv(
     num_heads: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The packed result (B, S, 3, H, D), and to keep the means and reciprocal deviations, or empty tensors."""
+    """The packed result (B, S, 3, H, D), and with keep the means and reciprocal deviations, else empty tensors."""
     require_kernels("pre_norm_qkv", "x", x)
     from siglip_kernels.gemm.kernels import gemm
     from siglip_kernels.layer_norm.kernels import layer_norm_forward
@@ -81,10 +82,10 @@ def _pre_norm_qkv_backward(
     needs_weights: Sequence[bool],
     needs_biases: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, norm_weight and norm_bias, empty where not needed, then those of the weights that are needed,
-    one below the other, and those of the biases that are needed, side by side.
+    """The gradients of x, norm_weight and norm_bias, empty where not needed, then those of the needed weights,
+    concatenated along their rows, and those of the needed biases, concatenated.
 
-    weights: the three, where x's gradient or the norm's is needed, else none.
+    weights: all three, where x's gradient or the norm's is needed, else none.
     """
     require_kernels("pre_norm_qkv", "x", x)
     from siglip_kernels.layer_norm.kernels import layer_norm_backward, layer_norm_forward
@@ -120,7 +121,7 @@ def _pre_norm_qkv_backward(
 
 
 def _some_parts(parts: Tensor, needed: Sequence[bool]) -> Tensor:
-    """[rows, 3, n] -> [rows, needed · n]: all of them are a view."""
+    """[rows, 3, n] -> [rows, needed · n]; a view if all are needed."""
     if all(needed):
         return parts.flatten(1)
     return torch.cat([part for part, need in zip(parts.unbind(1), needed, strict=True) if need] or [parts[:, 0, :0]], 1)
@@ -197,31 +198,26 @@ def pre_norm_qkv(
     x: (B, S, width); norm_weight, norm_bias: (width,); weights of the projections: (H · D, width); biases: (H · D,) or
     None; fp32, fp16 or bf16, all of one dtype (the norm's may be fp32) and on one CUDA device. Returns q, k and v, each
     (B, S, H, D), H = num_heads: views of one packed (B, S, 3, H, D) result.
-    For the backward x and two numbers a row are kept. Under autocast the projections' parameters are cast, x and the
-    norm's are not, and the result is in autocast's dtype. Products, sums, strides, derivatives and errors: as in
-    `linear`.
+    Training keeps x and two numbers per row for the backward. Under autocast the projections' parameters are cast and x
+    is not; the norm's are cast to fp32, and the result is in autocast's dtype. Products, sums, strides, derivatives and
+    errors: as in `linear`.
     """
     dtype = autocast_dtype(x)
-    q_weight, k_weight, v_weight = (cast(weight, dtype) for weight in (q_weight, k_weight, v_weight))
-    q_bias, k_bias, v_bias = (cast(bias, dtype) for bias in (q_bias, k_bias, v_bias))
-    norm_weight, norm_bias = check_norm("pre_norm_qkv", x, norm_weight, norm_bias, eps, autocast=dtype is not None)
-    check_input("pre_norm_qkv", "x", x, dimensions=3)
-    check_tensor("pre_norm_qkv", "q_weight", q_weight)
-    out = q_weight.shape[0] if q_weight.dim() else None
-    for name, weight, bias in (("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias)):
-        check_parameter("pre_norm_qkv", f"{name}_weight", weight, (out, x.shape[-1]), x, dtype or x.dtype)
-        check_parameter("pre_norm_qkv", f"{name}_bias", bias, (out,), x, dtype or x.dtype, optional=True)
+    norm = Affine(cast_norm(norm_weight, dtype), cast_norm(norm_bias, dtype))
+    q_proj = cast_affine(q_weight, q_bias, dtype)
+    k_proj = cast_affine(k_weight, k_bias, dtype)
+    v_proj = cast_affine(v_weight, v_bias, dtype)
+    check_input("pre_norm_qkv", "x", x, "(B, S, width)")
+    check_norm("pre_norm_qkv", "norm_", norm, eps, x)
+    check_projection("pre_norm_qkv", "q_", q_proj, (None, x.shape[-1]), x, dtype)
+    out = q_proj.weight.shape[0]
+    check_projection("pre_norm_qkv", "k_", k_proj, (out, x.shape[-1]), x, dtype)
+    check_projection("pre_norm_qkv", "v_", v_proj, (out, x.shape[-1]), x, dtype)
     is_integer = isinstance(num_heads, int) and not isinstance(num_heads, bool)
-    if not is_integer or num_heads < 1 or q_weight.shape[0] % num_heads != 0:
-        got = f"is {num_heads!r} while the weights have {q_weight.shape[0]} rows"
+    if not is_integer or num_heads < 1 or out % num_heads != 0:
+        got = f"is {num_heads!r} while the weights have {out} rows"
         raise unsupported("pre_norm_qkv", "num_heads", got, "positive divisors of the rows")
-    projections = dict(
-        q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias, v_weight=v_weight, v_bias=v_bias
-    )
-    refuse_tangents("pre_norm_qkv", x=x, norm_weight=norm_weight, norm_bias=norm_bias, **projections)
-    keep = wants_gradients(x, norm_weight, norm_bias, q_weight, k_weight, v_weight)
-    packed = _pre_norm_qkv(
-        x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, keep
-    )[0]
-    q, k, v = packed.unbind(2)
+    refuse_tangents("pre_norm_qkv", x=x, norm=norm, q=q_proj, k=k_proj, v=v_proj)
+    keep = wants_gradients(x, *norm, q_proj.weight, k_proj.weight, v_proj.weight)
+    q, k, v = _pre_norm_qkv(x, *norm, eps, *q_proj, *k_proj, *v_proj, num_heads, keep)[0].unbind(2)
     return q, k, v

@@ -386,15 +386,15 @@ BAD = {
     "mixed": ({"probe": torch.zeros(1, 1, 24).half()}, "probe has dtype torch.float16 while x has torch.float32; supp"),
     "probe": (
         {"probe": torch.zeros(1, 24)},
-        r"probe has shape \(1, 24\) while x has width 24; supported: \(1, 1, 24\)",
+        r"probe has shape \(1, 24\); supported: \(1, 1, 24\)",
     ),
     "projection": (
         {"in_proj_weight": torch.zeros(72, 25)},
-        r"in_proj_weight has shape \(72, 25\) while x has width 24",
+        r"in_proj_weight has shape \(72, 25\); supported: \(72, 24\)",
     ),
     "bias": (
         {"out_proj_bias": torch.zeros(1)},
-        r"out_proj_bias has shape \(1,\) while x has width 24; supported: \(24",
+        r"out_proj_bias has shape \(1,\); supported: \(24,\)",
     ),
     "heads": ({"num_heads": 5}, "num_heads is 5 while x has width 24; supported: divisors of it"),
     "no head": ({"num_heads": 0}, "num_heads is 0; supported: positive integers"),

@@ -341,8 +341,8 @@ BAD = {
     "scalar": ({"x": torch.zeros(())}, r"x has no dimension; supported: \(..., width\)"),
     "fp64": ({"x": torch.zeros(5, 24, dtype=torch.float64)}, "x has dtype torch.float64; supported: float32"),
     "integers": ({"x": torch.zeros(5, 24, dtype=torch.int32)}, "x has dtype torch.int32; supported: float32"),
-    "width": ({"weight": torch.zeros(23)}, r"weight has shape \(23,\) while x has width 24; supported: \(width,\)"),
-    "rank of bias": ({"bias": torch.zeros(1, 24)}, r"bias has shape \(1, 24\) while x has width 24"),
+    "width": ({"weight": torch.zeros(23)}, r"weight has shape \(23,\); supported: \(24,\)"),
+    "rank of bias": ({"bias": torch.zeros(1, 24)}, r"bias has shape \(1, 24\); supported: \(24,\)"),
     "number as weight": ({"weight": 1.0}, "weight is float; supported: a tensor"),
     "narrow weight": ({"weight": torch.zeros(24).half()}, "weight has dtype torch.float16 while x has torch.float32"),
     "mixed parameters": (
@@ -352,7 +352,7 @@ BAD = {
     "device": ({"bias": torch.zeros(24, device="meta")}, "bias is on meta while x is on cpu; supported: one device"),
     "negative eps": ({"eps": -1e-6}, "eps is -1e-06; supported: finite numbers from 0 on"),
     "nan eps": ({"eps": float("nan")}, "eps is nan; supported: finite numbers from 0 on"),
-    "eps of text": ({"eps": "1e-6"}, "eps is str; supported: a number"),
+    "eps of text": ({"eps": "1e-6"}, "eps is '1e-6'; supported: finite numbers from 0 on"),
     "far too wide": (
         {"x": torch.zeros(1).expand(1, 2**25 + 1), "weight": None, "bias": None},
         "x has width 33554433; supported: widths up to 33554432",

@@ -315,8 +315,8 @@ BAD = {
     ),
     "integers": ({"pixel_values": torch.zeros(2, 3, 9, 8, dtype=torch.uint8)}, "pixel_values has dtype torch.uint8"),
     "fp64": ({"position": torch.zeros(4, 6).double()}, "position has dtype torch.float64; supported: float32, float16"),
-    "mixed": ({"weight": torch.zeros(6, 3, 4, 4).half()}, "weight has dtype torch.float16 while pixel_values have"),
-    "channels": ({"weight": torch.zeros(6, 1, 4, 4)}, r"weight has shape \(6, 1, 4, 4\) while pixel_values have 3 ch"),
+    "mixed": ({"weight": torch.zeros(6, 3, 4, 4).half()}, "weight has dtype torch.float16 while pixel_values has"),
+    "channels": ({"weight": torch.zeros(6, 1, 4, 4)}, r"weight has shape \(6, 1, 4, 4\) while pixel_values has 3 ch"),
     "rank of weight": ({"weight": torch.zeros(6, 48)}, r"weight has shape \(6, 48\) while"),
     "no pixel": ({"weight": torch.zeros(6, 3, 0, 4)}, r"weight has shape \(6, 3, 0, 4\)"),
     "too small": ({"pixel_values": torch.zeros(2, 3, 3, 8)}, "while a patch has 4 × 4 pixels; supported: at least one"),
@@ -326,7 +326,7 @@ BAD = {
     "position of rank 4": ({"position": torch.zeros(1, 1, 4, 6)}, r"position has shape \(1, 1, 4, 6\)"),
     "device": (
         {"bias": torch.zeros(6, device="meta")},
-        "bias is on meta while pixel_values are on cpu; supported: one",
+        "bias is on meta while pixel_values is on cpu; supported: one",
     ),
 }
 
