@@ -28,6 +28,7 @@ from torch import Tensor
 from siglip_kernels.attention_pool.config import Tile, choose_tile, chunk_columns, padded_heads, split_tokens
 from siglip_kernels.device import facts
 from siglip_kernels.interpreter import dot, narrow
+from siglip_kernels.strides import strides_of
 
 
 @triton.jit
@@ -277,12 +278,6 @@ def attention_pool_backward_kernel(
             store_chunk(partials, rows, head_is_valid, sums[chunk], chunk * CHUNK, WIDTH, CHUNK)
 
 
-def _strides(*strides: int) -> tuple[list[int], int]:
-    """In units of `unit` elements: 8 where that divides them all, so that the compiler knows of the alignment."""
-    unit = 1 if any(stride % 8 for stride in strides) else 8
-    return [stride // unit for stride in strides], unit
-
-
 def _constants(tile: Tile, width: int, heads: int) -> dict[str, object]:
     return {
         "WIDTH": width,
@@ -309,32 +304,39 @@ def attention_pool_forward(
     gpu = facts(x.device)
     tile = choose_tile("forward", gpu, heads, width)
     splits, span = split_tokens(batch, tokens, tile.tokens, 2 * gpu.multiprocessors)
-    results = parts = [pooled, highest, total]
+    parts = results = (pooled, highest, total)
     if splits > 1:
-        parts = [torch.empty((splits, *one.shape), dtype=torch.float32, device=x.device) for one in results]
-    strides, unit = _strides(x.stride(0), x.stride(1))
+        parts = tuple(torch.empty((splits, *one.shape), dtype=torch.float32, device=x.device) for one in results)
+    strides = strides_of(x)
     attention_pool_forward_kernel[(batch * splits,)](
-        x,
-        folded,
-        lengths,
-        *parts,
-        *strides,
-        batch,
-        tokens,
-        heads,
-        splits,
-        span,
-        scale * math.log2(math.e),
-        UNIT=unit,
+        x=x,
+        folded=folded,
+        lengths=lengths,
+        pooled=parts[0],
+        highest=parts[1],
+        total=parts[2],
+        x_batch_stride=strides.values[0],
+        x_token_stride=strides.values[1],
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        splits=splits,
+        span=span,
+        exponent_scale=scale * math.log2(math.e),
+        UNIT=strides.unit,
         **_constants(tile, width, heads),
     )
     if splits > 1:
         chunk = chunk_columns(width)
         attention_pool_combine_kernel[(batch * heads, -(-width // chunk))](
-            *parts,
-            *results,
-            batch * heads,
-            splits,
+            partial_pooled=parts[0],
+            partial_highest=parts[1],
+            partial_total=parts[2],
+            pooled=pooled,
+            highest=highest,
+            total=total,
+            rows=batch * heads,
+            splits=splits,
             WIDTH=width,
             CHUNK=chunk,
             SPLITS=1 << (splits - 1).bit_length(),
@@ -367,30 +369,33 @@ def attention_pool_backward(
     splits, span = split_tokens(batch, tokens, tile.tokens, gpu.multiprocessors)
     programs = min(batch * splits, gpu.multiprocessors)
     partials = torch.empty((programs, heads, width), dtype=torch.float32, device=x.device) if needs_folded else None
-    strides, unit = _strides(x.stride(0), x.stride(1), pooled_grad.stride(0), pooled_grad.stride(1))
+    strides = strides_of(x, pooled_grad)
     delta, surplus = (torch.empty((batch, splits, heads), dtype=torch.float32, device=x.device) for _ in range(2))
     for first_pass in (True, False):
         attention_pool_backward_kernel[(batch * splits if first_pass else programs,)](
-            pooled_grad,
-            x,
-            folded,
-            pooled,
-            highest,
-            total,
-            lengths,
-            delta if first_pass else delta.sum(1),
-            x_grad if needs_x and not first_pass else None,
-            None if first_pass else partials,
-            surplus,
-            *strides,
-            tokens,
-            heads,
-            splits,
-            span,
-            batch * splits,
-            scale,
-            scale * math.log2(math.e),
-            UNIT=unit,
+            pooled_grad=pooled_grad,
+            x=x,
+            folded=folded,
+            pooled=pooled,
+            highest=highest,
+            total=total,
+            lengths=lengths,
+            delta=delta if first_pass else delta.sum(1),
+            x_grad=x_grad if needs_x and not first_pass else None,
+            partials=None if first_pass else partials,
+            surplus=surplus,
+            x_batch_stride=strides.values[0],
+            x_token_stride=strides.values[1],
+            grad_batch_stride=strides.values[2],
+            grad_head_stride=strides.values[3],
+            tokens=tokens,
+            heads=heads,
+            splits=splits,
+            span=span,
+            items=batch * splits,
+            scale=scale,
+            exponent_scale=scale * math.log2(math.e),
+            UNIT=strides.unit,
             FIRST_PASS=first_pass,
             **{**_constants(tile, width, heads), "maxnreg": 128 if first_pass else tile.registers},
         )

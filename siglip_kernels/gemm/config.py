@@ -135,12 +135,3 @@ def _clocks(shape: Shape, facts: Facts, tile: Tile) -> float:
 def programs(tile: Tile, tiles: int, facts: Facts) -> int:
     """As many programs as are resident at once, each with many tiles."""
     return min(tiles, tile.residents * facts.multiprocessors)
-
-
-def stride_unit(strides: list[int]) -> int:
-    """8 where all strides divide by it, else 1: strides are passed in these units.
-
-    Eight elements are 16 bytes or more, the widest access. The compiler asks for multiples of 16, and would take the
-    rows of a stride such as 4312 to start anywhere; counted in eights and multiplied inside the kernel, it knows.
-    """
-    return 1 if any(stride % 8 for stride in strides) else 8

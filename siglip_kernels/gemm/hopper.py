@@ -7,7 +7,9 @@ at multiples of 16 bytes; any number of rows. Anything else is an error here, an
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -309,22 +311,29 @@ def check_supported(a: Tensor, columns: int) -> None:
             raise unsupported("linear", name, f"is {extent}", "multiples of 8 with SIGLIP_KERNELS_HOPPER=1")
 
 
+def _by_part(values: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """A kernel argument of its three parts, such as weight, weight_second and weight_third; None beyond `values`."""
+    first, second, third = (*values, None, None)[:3]
+    return first, second, third
+
+
 def launch(
     a: Tensor,
     weights: list[Tensor],
-    transposed: bool,
     biases: list[Tensor | None],
+    outs: list[Tensor],
+    *,
+    transposed: bool,
     residual: Tensor | None,
     gelu: str,
     pre_activation: Tensor | None,
     activation: Tensor | None,
-    outs: list[Tensor],
     keep_column_sums: bool,
 ) -> Tensor | None:
-    """Launches the kernel on the arguments of `gemm.gemm` as it has prepared them; returns the column sums, if kept.
+    """Launches the kernel on the arguments of `kernels.gemm` as it has prepared them; returns the column sums, if kept.
 
     a: (M, K); weights: one or three (N, K), transposed: (K, N); biases: (N,) each, or all None; residual,
-    pre_activation, activation and each of outs: (M, N). gelu "forward" writes pre_activation if given, "backward" reads
+    pre_activation, activation and each of outs: (M, N). gelu "forward" writes pre_activation if given; "backward" reads
     it, and writes activation if given.
     """
     rows, depth = a.shape
@@ -345,19 +354,24 @@ def launch(
 
     result_block = [tile.consumer_rows, PIECE.value]
     weight_block = [BLOCK_K.value, tile.columns] if transposed else [tile.columns, BLOCK_K.value]
-    nothing = [None] * (3 - parts)
+    weight, weight_second, weight_third = _by_part([descriptor(weight, weight_block) for weight in weights])
+    bias, bias_second, bias_third = _by_part(biases)
+    out, out_second, out_third = _by_part([descriptor(out, result_block) for out in outs])
     gemm_kernel[(min(tiles, gpu.multiprocessors),)](
-        descriptor(a, [tile.consumer_rows, BLOCK_K.value]),
-        *(descriptor(weight, weight_block) for weight in weights),
-        *nothing,
-        *biases,
-        *nothing,
-        None if added is None else descriptor(added, result_block),
-        None if second_out is None else descriptor(second_out, result_block),
-        *(descriptor(out, result_block) for out in outs),
-        *nothing,
-        partial_sums,
-        rows,
+        a=descriptor(a, [tile.consumer_rows, BLOCK_K.value]),
+        weight=weight,
+        weight_second=weight_second,
+        weight_third=weight_third,
+        bias=bias,
+        bias_second=bias_second,
+        bias_third=bias_third,
+        added=None if added is None else descriptor(added, result_block),
+        second_out=None if second_out is None else descriptor(second_out, result_block),
+        out=out,
+        out_second=out_second,
+        out_third=out_third,
+        column_sums=partial_sums,
+        rows=rows,
         COLUMNS=columns,
         DEPTH=depth,
         PARTS=parts,
@@ -370,7 +384,7 @@ def launch(
         BUFFERS=buffers,
         num_warps=4,
     )
-    # One partial sum for each consumer's rows, in their order: the same bits every time.
+    # One partial sum per consumer's rows, added in their order: the same bits every time.
     return None if partial_sums is None else partial_sums.sum(0)
 
 

@@ -1,9 +1,11 @@
-"""One matrix product for all of the MLP and the projections: out = epilogue(a wᵀ), the epilogue being any of
+"""The GEMM of the MLP and the projections: out = epilogue(a wᵀ), where the epilogue is any of
 
-    + bias    + residual    gelu(·), keeping · for the backward    · ∘ gelu'(h), giving gelu(h) and the column sums, too
+    + bias    + residual    gelu(·), also storing · for the backward
+    · ∘ gelu'(h), also storing gelu(h) and the column sums
 
-A persistent kernel: each program takes tiles of the result in an order that keeps the operands of neighbours in the L2
-(Triton's tutorial 9), through tensor descriptors (the copy engine of sm_90 and later) or, elsewhere, through pointers.
+A persistent kernel: each program computes tiles of the result in an order that keeps the operands of neighbours in the
+L2 (Triton's tutorial 9). Operands are loaded through tensor descriptors (TMA, sm_90 and later), elsewhere through
+pointers.
 """
 
 from typing import Any
@@ -31,7 +33,7 @@ def _load(
     stride,  # of a row, in units of UNIT elements
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    EDGE: tl.constexpr,  # columns from here on read as zeros; None: no tile reaches so far
+    EDGE: tl.constexpr,  # columns from here on read as zeros; None: no tile reaches it
     UNIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
@@ -61,7 +63,7 @@ def _store(
     STRIDE: tl.constexpr,  # of a row, in elements
     DESCRIPTORS: tl.constexpr,
 ):
-    """target[first_row : +ROWS, first_column : +COLUMNS] = value, as far as there is a target."""
+    """target[first_row : +ROWS, first_column : +COLUMNS] = value, within the target's edges."""
     if DESCRIPTORS:
         target.store([first_row, first_column], narrow(value, target.dtype))
     else:
@@ -97,8 +99,11 @@ def _pieces(x, PIECES: tl.constexpr):
 
 @triton.jit
 def _where_it_is_needed(x, like):
-    """x, held by the same threads as `like`. Left to itself the compiler has what depends on x computed twice, where x
-    is loaded and where `like` is. That nothing of like's bits is added here is found out after it has settled that."""
+    """x, held by the same threads as `like`.
+
+    The compiler would otherwise compute what depends on x twice, in x's layout and in that of `like`. It finds out only
+    after it has chosen layouts that none of like's bits are added here.
+    """
     nothing = like.to(tl.uint32, bitcast=True) >> 16 >> 16
     return (x.to(tl.uint32, bitcast=True) | nothing).to(tl.float32, bitcast=True)
 
@@ -145,11 +150,11 @@ def gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PIECES: tl.constexpr,  # the epilogue works on that many runs of columns in turn, for registers and shared memory
-    GROUP: tl.constexpr,  # row tiles that are done together, column tile by column tile
+    PIECES: tl.constexpr,  # runs of columns that the epilogue works on in turn, to limit registers and shared memory
+    GROUP: tl.constexpr,  # row tiles that are computed together, column tile by column tile
     UNIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    FLATTEN: tl.constexpr,  # loads of the next tile start under the epilogue of this one
+    FLATTEN: tl.constexpr,  # loads of the next tile overlap with the epilogue of this one
     PRECISION: tl.constexpr,
 ):
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -222,7 +227,7 @@ def gemm_kernel(
 
 
 def _biases_to_read(biases: list[Tensor | None], columns: int, like: Tensor) -> list[Tensor | None]:
-    """Either all or none: one that is missing beside others is zeros."""
+    """All or none: a missing one beside others becomes zeros."""
     if all(bias is None for bias in biases):
         return biases
     return [like.new_zeros(columns) if bias is None else bias.contiguous() for bias in biases]
@@ -241,13 +246,13 @@ def gemm(
     keep_column_sums: bool = False,
     tile: config.Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Launches the kernel: out, and what else was asked for: the pre-activation, the activation, the column sums.
+    """Launches the kernel. Returns (out, pre_activation, activation, column sums); None for what is not requested.
 
-    a: (M, K); weights: one, or three for three products side by side, each (N, K), also as a transposed view;
-    biases: (N,) or None for each. Returns out (M, number of weights · N), in a's dtype or what adding residual makes.
-    gelu "forward": gelu(·), with keep_pre_activation · itself, too. gelu "backward": · ∘ gelu'(pre_activation),
-    with keep_activation gelu(pre_activation), with keep_column_sums out's columns summed up, fp32 (N,).
-    tile: another than the configuration's, to measure or test it.
+    a: (M, K); weights: one, or three for three products side by side, each (N, K), possibly a transposed view;
+    biases: (N,) or None for each. out: (M, number of weights · N), in the dtype to which a and residual promote.
+    gelu "forward": gelu(·), and with keep_pre_activation also ·. gelu "backward": · ∘ gelu'(pre_activation),
+    with keep_activation also gelu(pre_activation), with keep_column_sums also the sums of out's columns, fp32 (N,).
+    tile: replaces the configuration's, to measure or test it.
     """
     rows = a.shape[0]
     columns, parts = weights[0].shape[0], len(weights)
@@ -266,7 +271,7 @@ def gemm(
     if rows >= 2**31:
         raise unsupported("linear", "x", f"has {rows} rows", "fewer than 2^31: split the batch")
 
-    chosen = plan(
+    chosen = plan(  # by position: a cache looks keywords up more slowly
         layout(a),
         tuple([layout(weight) for weight in weights]),
         None if residual is None else layout(residual),
@@ -291,30 +296,42 @@ def gemm(
 
         a, *weights, residual, kept = inputs
         sums = hopper.launch(
-            a, weights, chosen.transposed, biases, residual, gelu, kept, activation, outs, keep_column_sums
+            a,
+            weights,
+            biases,
+            outs,
+            transposed=chosen.transposed,
+            residual=residual,
+            gelu=gelu,
+            pre_activation=kept,
+            activation=activation,
+            keep_column_sums=keep_column_sums,
         )
         return out, pre_activation, activation, sums
 
     partial_sums = None
     if keep_column_sums:
         partial_sums = torch.empty((chosen.row_tiles, columns), dtype=torch.float32, device=a.device)
-    matrices = [
+    sources = [
         matrix if matrix is None or blocks is None else TensorDescriptor(matrix, *blocks)
         for matrix, blocks in zip((*inputs, activation, *outs), chosen.sources, strict=True)
     ]
-    nothing = [None] * (3 - parts)
+    # By position: host time of a call bounds small batches, and twenty keywords would add about 6 µs to its 70.
+    missing = [None] * (3 - parts)
     gemm_kernel[(chosen.programs,)](
-        *matrices[: 1 + parts],
-        *nothing,
+        sources[0],  # a
+        *sources[1 : 1 + parts],  # weights
+        *missing,
         *biases,
-        *nothing,
-        *matrices[1 + parts :],
-        *nothing,
+        *missing,
+        *sources[1 + parts : 4 + parts],  # residual, pre_activation, activation
+        *sources[4 + parts :],  # outs
+        *missing,
         partial_sums,
-        *chosen.steps,
+        *chosen.steps,  # a, weight, residual, pre_activation
         rows,
         **chosen.constants,
     )
-    # One partial sum for each row tile, in their order: the same bits every time.
+    # One partial sum per row tile, added in their order: the same bits every time.
     sums = None if partial_sums is None else partial_sums.sum(0)
     return out, pre_activation, activation, sums

@@ -1,6 +1,6 @@
-"""What of a launch of gemm.py does not depend on the data: planned once for each case, then looked up.
+"""What of a launch in kernels.py does not depend on the data: planned once per case, then looked up.
 
-For Python to look at sizes, strides and alignments takes longer than a GPU over a small product.
+Inspecting sizes, strides and alignments in Python takes longer than a small GEMM on a GPU.
 """
 
 import functools
@@ -13,6 +13,7 @@ from torch import Tensor
 from siglip_kernels.device import Facts
 from siglip_kernels.gemm import config
 from siglip_kernels.gemm.config import Tile
+from siglip_kernels.strides import stride_unit
 
 
 class Layout(NamedTuple):
@@ -27,18 +28,21 @@ class Layout(NamedTuple):
 
     @property
     def step(self) -> int:
-        """From row to row. Of a single row it does not matter, and aligned is best."""
+        """From row to row. A single row may have any; one that is aligned is chosen."""
         return self.row_stride if self.rows > 1 else -(-self.columns // 8) * 8
 
     @property
     def is_aligned(self) -> bool:
-        """What the copy engine asks: rows that start at multiples of 16 bytes, and at least one element."""
+        """What TMA requires: rows that start at multiples of 16 bytes, and at least one element."""
         return self.offset == 0 and self.step * self.dtype.itemsize % 16 == 0 and self.rows * self.columns > 0
 
     @property
     def is_readable(self) -> bool:
-        """The kernel reads rows of unit stride that do not overlap, at most so far apart that offsets within a tile
-        have 32 bits. Anything else is copied, and what a copy would align."""
+        """Whether the kernel reads the matrix in place; it is copied otherwise.
+
+        It reads rows of unit stride that do not overlap and whose offsets within a tile fit 32 bits. A matrix that a
+        copy would align is copied.
+        """
         unit_stride = self.column_stride == 1 or self.columns == 1
         apart = self.columns <= self.step < 2**31 // config.LARGEST_BLOCK
         aligned = self.is_aligned or self.columns * self.dtype.itemsize % 16 != 0
@@ -66,12 +70,12 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """One case. Of what comes in the order of the kernel's arguments, a, the weights and so on, None is not there."""
+    """One case. Tuples are in the order of the kernel's arguments; None stands for an argument that is not given."""
 
     transposed: bool  # all weights are transposed views: the kernel reads (in, out)
     copied: tuple[bool, ...]  # a, weights, residual, pre-activation: whether the kernel reads a copy
     sources: tuple[Blocks | None, ...]  # a, weights, residual, pre-activation, activation, outs; all None: pointers
-    steps: tuple[int, ...]  # a, weights, residual, pre-activation: from row to row, in units
+    steps: tuple[int, ...]  # a, weights, residual, pre-activation: strides between rows, in units
     row_tiles: int
     programs: int
     constants: dict[str, Any]
@@ -90,7 +94,7 @@ def plan(
     facts: Facts,
     tile: Tile | None,
 ) -> Plan:
-    """The plan of a product; weights are (N, K). tile: another than the configuration's."""
+    """The plan of a GEMM; weights are (N, K). tile: replaces the configuration's."""
     (rows, depth), (columns, parts) = a[:2], (weights[0].rows, len(weights))
     transposed = all(weight.row_stride == 1 and weight.column_stride != 1 for weight in weights)
     if transposed:
@@ -100,7 +104,7 @@ def plan(
         not a.is_readable,
         *((not weight.is_readable or (steps_differ and weight != weight.contiguous())) for weight in weights),
         residual is not None and not residual.is_readable,
-        gelu == "backward" and pre_activation is not None and not pre_activation.is_readable,  # else it is written
+        gelu == "backward" and pre_activation is not None and not pre_activation.is_readable,  # otherwise it is written
     ]
     read = [
         matrix.contiguous() if matrix is not None and copy else matrix
@@ -110,9 +114,9 @@ def plan(
     out = Layout(rows, columns, parts * columns, 1, out_dtype, out_offset)
     activation = Layout(rows, columns, columns, 1, a.dtype, 0) if keep_activation else None
     matrices = [*read, activation, *[out] * parts]
-    there = [matrix for matrix in matrices if matrix is not None]
-    unit = config.stride_unit([matrix.step for matrix in there])
-    aligned = all(matrix.is_aligned for matrix in there)
+    given = [matrix for matrix in matrices if matrix is not None]
+    unit = stride_unit([matrix.step for matrix in given])
+    aligned = all(matrix.is_aligned for matrix in given)
     if tile is None:
         shape = config.Shape(
             rows=rows,

@@ -19,6 +19,7 @@ from torch import Tensor
 from siglip_kernels.device import facts, interpreting
 from siglip_kernels.interpreter import narrow
 from siglip_kernels.layer_norm.config import WIDE_BLOCK, WIDEST_IN_REGISTERS, backward_tile, forward_tile
+from siglip_kernels.strides import strides_of
 
 
 @triton.jit
@@ -296,13 +297,6 @@ def wide_sums_kernel(
     tl.store(sums + 2 * rows + row, tl.sum(product_sum) / WIDTH)
 
 
-def _row_strides(*tensors: Tensor | None) -> tuple[list[int], int]:
-    """Strides between rows in units of `unit` elements: 8 where that divides them all, so that the compiler knows."""
-    strides = [0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0) for tensor in tensors]
-    unit = 1 if any(stride % 8 for stride in strides) else 8
-    return [stride // unit for stride in strides], unit
-
-
 def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,23 +310,25 @@ def layer_norm_forward(
     tile = forward_tile(width, rows, x.element_size(), facts(x.device).multiprocessors)
     wide = width > WIDEST_IN_REGISTERS
     if wide:
-        wide_statistics_kernel[(rows,)](x, mean, rstd, x.stride(0), eps, WIDTH=width, BLOCK=WIDE_BLOCK, num_warps=4)
-    (x_stride,), unit = _row_strides(x)
+        wide_statistics_kernel[(rows,)](
+            x=x, mean=mean, rstd=rstd, x_stride=x.stride(0), eps=eps, WIDTH=width, BLOCK=WIDE_BLOCK, num_warps=4
+        )
+    strides = strides_of(x)
     layer_norm_forward_kernel[(-(-rows // tile.rows), -(-width // tile.main) if wide else 1)](
-        x,
-        weight,
-        bias,
-        y,
-        mean,
-        rstd,
-        x_stride,
-        rows,
-        eps,
+        x=x,
+        weight=weight,
+        bias=bias,
+        y=y,
+        mean=mean,
+        rstd=rstd,
+        x_stride=strides.values[0],
+        rows=rows,
+        eps=eps,
         WIDTH=width,
         MAIN=tile.main,
         TAIL=tile.tail,
         ROWS=tile.rows,
-        UNIT=unit,
+        UNIT=strides.unit,
         WIDE=wide,
         num_warps=tile.warps,
         maxnreg=192,  # left alone, ptxas now and then spills a little for one more program
@@ -372,31 +368,42 @@ def layer_norm_backward(
     if wide:
         sums = torch.empty((3, rows), dtype=torch.float32, device=x.device)
         wide_sums_kernel[(rows,)](
-            y_grad, x, weight, mean, rstd, sums, y_grad.stride(0), x.stride(0), WIDTH=width, BLOCK=WIDE_BLOCK
+            y_grad=y_grad,
+            x=x,
+            weight=weight,
+            mean=mean,
+            rstd=rstd,
+            sums=sums,
+            y_grad_stride=y_grad.stride(0),
+            x_stride=x.stride(0),
+            WIDTH=width,
+            BLOCK=WIDE_BLOCK,
         )
     programs = min(-(-rows // tile.rows), 3 * multiprocessors)  # resident at once, each with many tiles
     weight_partials, bias_partials = (
         torch.empty((programs, width), dtype=torch.float32, device=x.device) if needed else None
         for needed in (needs_weight, needs_bias)
     )
-    strides, unit = _row_strides(y_grad, x, residual_grad)
+    strides = strides_of(y_grad, x) if residual_grad is None else strides_of(y_grad, x, residual_grad)
     layer_norm_backward_kernel[(programs, -(-width // tile.main) if wide else 1)](
-        y_grad,
-        x,
-        weight,
-        mean,
-        rstd,
-        sums,
-        residual_grad,
-        x_grad if needs_x else None,
-        weight_partials,
-        bias_partials,
-        *strides,
-        rows,
+        y_grad=y_grad,
+        x=x,
+        weight=weight,
+        mean=mean,
+        rstd=rstd,
+        sums=sums,
+        residual_grad=residual_grad,
+        x_grad=x_grad if needs_x else None,
+        weight_partials=weight_partials,
+        bias_partials=bias_partials,
+        y_grad_stride=strides.values[0],
+        x_stride=strides.values[1],
+        residual_stride=0 if residual_grad is None else strides.values[2],
+        rows=rows,
         WIDTH=width,
         BLOCK=tile.main,
         ROWS=tile.rows,
-        UNIT=unit,
+        UNIT=strides.unit,
         WIDE=wide,
         STAGES=3,
         num_warps=tile.warps,
@@ -405,11 +412,11 @@ def layer_norm_backward(
     if needs_weight or needs_bias:
         columns = 1024 if interpreting() else 32  # the interpreter takes its time by the program
         layer_norm_parameter_gradients_kernel[(-(-width // columns),)](
-            weight_partials,
-            bias_partials,
-            weight_grad,
-            bias_grad,
-            programs,
+            weight_partials=weight_partials,
+            bias_partials=bias_partials,
+            weight_grad=weight_grad,
+            bias_grad=bias_grad,
+            programs=programs,
             WIDTH=width,
             ROWS=64,
             COLUMNS=columns,

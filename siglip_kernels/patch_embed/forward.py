@@ -1,7 +1,7 @@
-"""Patch embedding, forward: tokens = patches · Wᵀ + bias + position, one matrix product that gathers its patches.
+"""Patch embedding, forward: tokens = patches · Wᵀ + bias + position, one GEMM that gathers its patches.
 
-A patch's pixels lie at (where the patch begins) + (where channel, row and column are within a patch), so a tile of
-patches is addressed by a column vector plus a row vector, and no patch is ever copied.
+A pixel's address is the offset of its patch plus the offset of its channel, row and column within a patch, so a tile of
+patches is addressed by a column vector plus a row vector, and no patch is copied.
 """
 
 import torch
@@ -12,6 +12,10 @@ from torch import Tensor
 from siglip_kernels.device import facts, precision
 from siglip_kernels.interpreter import dot, narrow
 from siglip_kernels.patch_embed.config import choose_tile
+from siglip_kernels.strides import strides_of
+
+# Rows of an image rarely divide by 8 elements: a row of 378 pixels still lets a thread load two at a time.
+_UNITS = (8, 4, 2, 1)
 
 _INTEGERS = [
     "batch_stride", "channel_stride", "row_stride", "position_batch_stride", "position_token_stride", "patches",
@@ -87,11 +91,6 @@ def patch_embed_kernel(
     tl.store(out + ((patch * WIDTH)[:, None] + columns[None, :]), narrow(products, element), mask=mask)
 
 
-def _unit(*strides: int) -> int:
-    """8, 4, 2 or 1: what divides them all, so that the compiler knows of the alignment."""
-    return next(unit for unit in (8, 4, 2, 1) if all(stride % unit == 0 for stride in strides))
-
-
 def patch_embed_forward(
     pixels: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
@@ -106,20 +105,22 @@ def patch_embed_forward(
         return out
     tf32 = precision(pixels.dtype) == "tf32"
     tile = choose_tile(facts(pixels.device), pixels.element_size(), tf32, batch * tokens, width)
-    strides = [stride if size > 1 else 0 for size, stride in zip(pixels.shape[:3], pixels.stride(), strict=False)]
-    position_strides = [0, 0] if position is None else list(position.stride()[:2])
-    unit, position_unit = _unit(*strides), _unit(*position_strides)
+    strides = strides_of(pixels, units=_UNITS)
+    position_strides = strides_of(out if position is None else position, units=_UNITS)
     patch_embed_kernel[(triton.cdiv(batch * tokens, tile.rows) * triton.cdiv(width, tile.columns),)](
-        pixels,
-        weight,
-        bias,
-        position,
-        out,
-        *(stride // unit for stride in strides),
-        *(stride // position_unit for stride in position_strides),
-        batch * tokens,
-        tokens,
-        tokens_across,
+        pixels=pixels,
+        weight=weight,
+        bias=bias,
+        position=position,
+        out=out,
+        batch_stride=strides.values[0],
+        channel_stride=strides.values[1],
+        row_stride=strides.values[2],
+        position_batch_stride=position_strides.values[0],
+        position_token_stride=position_strides.values[1],
+        patches=batch * tokens,
+        tokens=tokens,
+        tokens_across=tokens_across,
         WIDTH=width,
         DEPTH=weight[0].numel(),
         PATCH_HEIGHT=patch_height,
@@ -127,8 +128,8 @@ def patch_embed_forward(
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=tile.depth,
-        UNIT=unit,
-        POSITION_UNIT=position_unit,
+        UNIT=strides.unit,
+        POSITION_UNIT=position_strides.unit,
         PRECISION="tf32" if tf32 else "ieee",
         num_warps=tile.warps,
         num_stages=tile.stages,

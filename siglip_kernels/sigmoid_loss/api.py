@@ -12,6 +12,9 @@ from siglip_kernels import reference
 from siglip_kernels.arguments import (
     autocast_dtype,
     cast,
+    check_dtype,
+    check_same_device,
+    check_same_dtype,
     check_tensor,
     refuse_second_derivatives,
     refuse_tangents,
@@ -25,7 +28,6 @@ from siglip_kernels.sigmoid_loss.engines import make_engine, saved_dtype
 # of common models, and the definition, which can be differentiated twice, is as fast.
 CHUNKED_FROM = 1024
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_WIDTH = 2048
 
 
@@ -220,10 +222,7 @@ def check_chunk_size(operation: str, chunk_size: int) -> None:
 
 def check_kernel_input(operation: str, embeds: Tensor) -> None:
     """What the kernels ask beyond `chunked_sigmoid_loss`."""
-    if embeds.dtype not in KERNEL_DTYPES:
-        raise unsupported(
-            operation, "image_embeds", f"has dtype {embeds.dtype}", "torch.float32, torch.float16, torch.bfloat16"
-        )
+    check_dtype(operation, "image_embeds", embeds)
     width = embeds.shape[1]
     if width % 8 or not 8 <= width <= LARGEST_WIDTH:
         raise unsupported(operation, "image_embeds", f"has width {width}", f"multiples of 8 up to {LARGEST_WIDTH}")
@@ -244,9 +243,7 @@ def check_embeds(operation: str, image_embeds: Tensor, text_embeds: Tensor, *, s
     if image_embeds.shape[1] != text_embeds.shape[1] or (same_length and len(image_embeds) != len(text_embeds)):
         got = f"has shape {tuple(text_embeds.shape)} beside image_embeds' {tuple(image_embeds.shape)}"
         raise unsupported(operation, "text_embeds", got, "equal shapes")
-    if image_embeds.device != text_embeds.device:
-        got = f"is on {text_embeds.device}, image_embeds on {image_embeds.device}"
-        raise unsupported(operation, "text_embeds", got, "one device")
+    check_same_device(operation, "text_embeds", text_embeds, "image_embeds", image_embeds.device)
 
 
 def as_scalar(operation: str, argument: str, value: Tensor | float, embeds: Tensor) -> Tensor:
@@ -278,9 +275,7 @@ def _validated(
     check_embeds(operation, image_embeds, text_embeds)
     dtype = autocast_dtype(image_embeds)
     image_embeds, text_embeds = cast(image_embeds, dtype), cast(text_embeds, dtype)
-    if image_embeds.dtype != text_embeds.dtype:
-        got = f"has dtype {text_embeds.dtype}, image_embeds {image_embeds.dtype}"
-        raise unsupported(operation, "text_embeds", got, "one dtype for both")
+    check_same_dtype(operation, "text_embeds", text_embeds, "image_embeds", image_embeds.dtype)
     scale = as_scalar(operation, "logit_scale", logit_scale, image_embeds)
     bias = as_scalar(operation, "logit_bias", logit_bias, image_embeds)
     return image_embeds, text_embeds, scale, bias

@@ -267,7 +267,7 @@ def test_torch_compile_and_opcheck(loss_function, device):
         (torch.ones(0, 8), torch.ones(0, 8), 1.0, 0.0, "at least one pair"),
         (torch.ones(8), torch.ones(8), 1.0, 0.0, r"\(N, D\)"),
         (torch.ones(2, 8, dtype=torch.int32), torch.ones(2, 8), 1.0, 0.0, "image_embeds has dtype torch.int32"),
-        (torch.ones(2, 8), torch.ones(2, 8).half(), 1.0, 0.0, "one dtype for both"),
+        (torch.ones(2, 8), torch.ones(2, 8).half(), 1.0, 0.0, "text_embeds has dtype torch.float16 while"),
         (torch.ones(2, 8), torch.ones(2, 8), torch.ones(2), 0.0, "logit_scale has shape"),
         (torch.ones(2, 8), torch.ones(2, 8), torch.ones(1), 0.0, "logit_scale has shape"),
         (torch.ones(2, 8), torch.ones(2, 8), 1.0, torch.tensor(1), "logit_bias has dtype"),
