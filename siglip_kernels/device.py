@@ -1,4 +1,4 @@
-"""Facts about the GPU that choose a kernel's configuration. Nothing is asked at import; each device is asked once."""
+"""Cached GPU properties that select kernel configurations; nothing is queried at import."""
 
 import contextlib
 import functools
@@ -13,16 +13,16 @@ from siglip_kernels.errors import MissingBackendError
 
 @dataclass(frozen=True)
 class Facts:
-    """What a configuration depends on."""
+    """The properties of a GPU that a configuration depends on."""
 
     name: str
     capability: tuple[int, int]
     multiprocessors: int
-    shared_memory: int  # bytes that one program may have
+    shared_memory: int  # the most bytes that one program may use
     l2_bytes: int
 
 
-# What the launchers see where kernels are interpreted on the CPU: one multiprocessor, so that loops over tiles do loop.
+# For kernels that are interpreted on the CPU. One multiprocessor, so that a persistent kernel loops over its tiles.
 INTERPRETER = Facts("interpreter", (0, 0), 1, 232_448, 50 * 2**20)
 
 _pretended: Facts | None = None
@@ -34,11 +34,11 @@ def facts(device: torch.device) -> Facts:
         return _pretended
     if device.type != "cuda":
         return INTERPRETER
-    return _ask(torch.cuda.current_device() if device.index is None else device.index)
+    return _query(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
-def _ask(index: int) -> Facts:
+def _query(index: int) -> Facts:
     properties = torch.cuda.get_device_properties(index)
     return Facts(
         properties.name,
@@ -51,7 +51,7 @@ def _ask(index: int) -> Facts:
 
 @contextlib.contextmanager
 def pretend(facts: Facts) -> Iterator[None]:
-    """Answer `facts` for every device and take tensors on any, to compile kernels for a GPU that is not there."""
+    """Report `facts` for every device and accept tensors on any, to compile kernels for a GPU that is not present."""
     global _pretended
     before, _pretended = _pretended, facts
     try:
@@ -62,7 +62,7 @@ def pretend(facts: Facts) -> Iterator[None]:
 
 @functools.cache
 def interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors: TRITON_INTERPRET=1 when they were imported."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when Triton was imported."""
     try:
         import triton
     except ImportError:
@@ -71,7 +71,7 @@ def interpreting() -> bool:
 
 
 def require_kernels(operation: str, argument: str, tensor: torch.Tensor) -> None:
-    """Raises MissingBackendError unless kernels run where the tensor is: on CUDA, or on the CPU in the interpreter."""
+    """Raises MissingBackendError unless kernels run on the tensor's device: CUDA, or the CPU in the interpreter."""
     if tensor.device.type == "cuda" or _pretended is not None:
         return
     if not (tensor.device.type == "cpu" and interpreting()):
@@ -82,7 +82,8 @@ def require_kernels(operation: str, argument: str, tensor: torch.Tensor) -> None
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of fp32 inputs are made: as torch.backends.cuda.matmul says. Without effect on other dtypes.
+    """ "tf32" if products of fp32 inputs may use it, as torch.backends.cuda.matmul says, else "ieee"; for other dtypes
+    "ieee", which has no effect on them.
 
     `fp32_precision` follows the older `allow_tf32`, which PyTorch refuses to read once the newer has been set.
     """
@@ -92,9 +93,14 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def hopper_kernels_enabled() -> bool:
-    """Whether SIGLIP_KERNELS_HOPPER=1 asks for the kernels that are written for Hopper alone. They have not met a GPU
-    yet: without it the portable kernels run everywhere. With it, a call that they do not take is an error, but for what
-    they are not made for: attention over short sequences, normalisation, and products with nothing to fuse."""
+    """Whether SIGLIP_KERNELS_HOPPER=1 selects the kernels that are written for Hopper (sm_90).
+
+    They have not been run on a GPU yet and are off by default: the portable kernels run everywhere. When they are
+    selected, a call that they do not support raises UnsupportedInputError. What they do not cover runs as without them:
+    attention over short sequences, normalisation, and GEMMs without a fused epilogue.
+
+    Raises MissingBackendError for any value but 1, 0 and the empty string.
+    """
     value = os.environ.get("SIGLIP_KERNELS_HOPPER", "")
     if value not in ("", "0", "1"):
         raise MissingBackendError(f"SIGLIP_KERNELS_HOPPER is {value!r}; supported: 1 (Hopper's kernels), 0 or unset")

@@ -1,7 +1,7 @@
-"""Every operation in plain PyTorch: the definition that the kernels are tested against, and the `eager` backend.
+"""Every operation in PyTorch: the specification that the kernels are tested against, and the `eager` backend.
 
-Written to be read and to be right in any floating-point dtype (tests take fp64 for the truth), not to be fast.
-Statistics and probabilities are at least fp32 whatever the inputs are.
+Written for clarity and for correctness in any floating-point dtype (tests compare with fp64), not for speed. Statistics
+and probabilities are in at least fp32 whatever the inputs are.
 """
 
 import torch
@@ -23,10 +23,10 @@ def attention_with_weights(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`attention`, and the probabilities (B, H, Sq, Sk) behind it.
+    """`attention`, and its probabilities (B, H, Sq, Sk).
 
-    mask: broadcastable to (B, H, Sq, Sk); bool (True takes part) or floating point (added to the scores).
-    dropout: the probability with which each of the probabilities is dropped.
+    mask: broadcastable to (B, H, Sq, Sk); bool (True: attended to) or floating point (added to the scores).
+    dropout: the rate at which probabilities are dropped.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale  # [B, H, Sq, Sk]
@@ -41,7 +41,7 @@ def attention_with_weights(
         padding = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]  # [B, Sk]
         padding = padding[:, None, None, :]
         scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
-        # Filled again after the softmax: a sample without any valid key then gives zeros, not an average of padding.
+        # Masked again after the softmax: a sample without any valid key then gives zeros, not an average of padding.
         weights = scores.softmax(-1, dtype=_at_least_fp32(q.dtype)).masked_fill(padding, 0)
     weights = weights.to(q.dtype)
     if dropout:
@@ -160,7 +160,7 @@ def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor, position: Te
     """Non-overlapping patches, each projected to one token, plus its position embedding.
 
     pixel_values: (B, C, H, W); weight: (width, C, p, p), a convolution's; bias: (width,);
-    position: (S, width) or broadcastable, S = (H // p) · (W // p). Pixels beyond the last whole patch do not count.
+    position: (S, width) or broadcastable, S = (H // p) · (W // p). Pixels beyond the last whole patch are ignored.
     Returns (B, S, width).
     """
     tokens = F.conv2d(pixel_values, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)

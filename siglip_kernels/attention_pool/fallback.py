@@ -1,5 +1,5 @@
-"""Pooling by PyTorch's products, where the kernels do not fit: fp32, whose IEEE products get no tensor core and whose
-tiles would take twice the registers, and more heads or columns than `config.LARGEST`.
+"""Pooling in PyTorch, for inputs that the kernels do not support (`config.fits`): fp32, whose IEEE products have no
+tensor core and whose tiles would take twice the registers, and more heads × columns than `config.LARGEST`.
 """
 
 import math
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pool_forward(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """pooled (B, H, width), and of the scores in base 2 the highest and the sum of powers, (B, H) fp32."""
+    """pooled (B, H, width), and of the scores in base 2 the highest and the sum of powers, each (B, H) fp32."""
     x, scores = _scores(x, folded, scale, lengths)
     highest = scores.amax(1, keepdim=True)
     highest = highest.masked_fill(highest == float("-inf"), 0)  # a sample without a token
@@ -42,7 +42,7 @@ def pool_backward(
 
 
 def _scores(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x with zeros, and fp32 scores (B, S, H) in base 2 with -inf, where a token is not valid."""
+    """x, and fp32 scores (B, S, H) in base 2; where a token is not valid they are zero and -inf."""
     padding = None
     if lengths is not None:
         padding = (torch.arange(x.shape[1], device=x.device) >= lengths[:, None])[:, :, None]  # [B, S, 1]

@@ -1,24 +1,24 @@
 """Pooling by attention in one pass over the tokens: pooledₕ = Σₛ aₛₕ xₛ with aₛₕ = softmaxₛ(scale · xₛ·fₕ).
 
 fₕ is a head's query folded with the projection of keys (folded.py). A tile of tokens is read once, as CHUNKS blocks of
-CHUNK columns: all of them make the scores (heads × tokens, a softmax in running form as in attention/forward.py), and
-all of them are then summed by these weights into as many accumulators (heads × CHUNK, fp32). Backward, with the
-gradients gₕ of pooledₕ,
+CHUNK columns. All blocks contribute to the scores (heads × tokens, with a running softmax as in attention/forward.py);
+each is then summed by these weights into its accumulator (heads × CHUNK, fp32). Backward, with the gradients gₕ of
+pooledₕ,
 
     dscoreₛₕ = aₛₕ (xₛ·gₕ - δₕ),    dxₛ = Σₕ aₛₕ gₕ + scale · dscoreₛₕ fₕ,    dfₕ = scale · Σₛ dscoreₛₕ (xₛ - pooledₕ).
 
-δₕ = Σₛ aₛₕ xₛ·gₕ is pooledₕ·gₕ, but made anew from the same products in a pass of its own: where one token has all of
-the weight its dscore is 0 because two equal numbers cancel, and any other rounding of one of them would be multiplied
-by a large fₕ. And all dscoreₛₕ of a sample add up to 0 but for rounding, which a large mean of the tokens would
-multiply: so dfₕ counts tokens by how far they are from their average.
+δₕ = Σₛ aₛₕ xₛ·gₕ equals pooledₕ·gₕ, but is recomputed from the same products in a separate pass: where one token has
+all of the weight, its dscore is 0 because two equal numbers cancel, and any other rounding of one of them would be
+multiplied by a large fₕ. All dscoreₛₕ of a sample add up to 0 up to rounding, which a large mean of the tokens would
+multiply: dfₕ therefore sums the tokens' deviations from their average pooledₕ.
 """
 
 import math
 
 import torch
 
-# Tuples that grow by an element a chunk, as the loops over chunks are unrolled, are beyond the type checker, and
-# beyond Triton in the form that the linter prefers.
+# The loops over chunks are unrolled and grow tuples by one element per chunk. The type checker does not support that,
+# and Triton does not support the form that the linter prefers.
 # mypy: disable-error-code="misc, assignment"
 # ruff: noqa: RUF005
 import triton
@@ -33,7 +33,7 @@ from siglip_kernels.strides import strides_of
 
 @triton.jit
 def load_chunk(pointer, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """[rows, CHUNK] from column FIRST on. offsets, valid: [rows]. Zeros where a row or a column is not there."""
+    """[rows, CHUNK] from column FIRST on, and zeros outside of the matrix. offsets, valid: [rows]."""
     columns = FIRST + tl.arange(0, CHUNK)
     mask = valid[:, None]
     if FIRST + CHUNK > WIDTH:
@@ -101,7 +101,7 @@ def attention_pool_forward_kernel(
         tiles = ()
         for chunk in tl.static_range(CHUNKS):
             tile = load_chunk(x, offsets, valid, chunk * CHUNK, WIDTH, CHUNK)
-            # Added up outside the products: they then need not wait for each other.
+            # Added outside the products, so that these do not wait for each other.
             scores += dot(folds[chunk], tl.trans(tile), None, "ieee")
             tiles = tiles + (tile,)
         scores = tl.where(valid[None, :], scores * exponent_scale, float("-inf"))
@@ -139,9 +139,9 @@ def attention_pool_combine_kernel(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,  # a power of two, at least `splits`
-    BLOCK: tl.constexpr,  # splits that are added up at a time
+    BLOCK: tl.constexpr,  # splits that are added at a time
 ):
-    # A program owns CHUNK columns of one head of one sample, and adds splits up in one order always.
+    # A program owns CHUNK columns of one head of one sample, and adds the splits in a fixed order.
     row = tl.program_id(0).to(tl.int64)
     rows = tl.cast(rows, tl.int64)
     split = tl.arange(0, SPLITS)
@@ -155,18 +155,18 @@ def attention_pool_combine_kernel(
     tl.store(total + row, whole)
     normaliser = 1.0 / tl.where(whole == 0.0, 1.0, whole)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    there = columns < WIDTH
+    column_is_valid = columns < WIDTH
     sums = tl.zeros([BLOCK, CHUNK], tl.float32)
     for first in tl.range(0, splits, BLOCK):
         some = (first + tl.arange(0, BLOCK)).to(tl.int64)
         parts = some * rows + row
         share = tl.load(partial_total + parts, mask=some < splits, other=0.0)
         share *= tl.exp2(tl.load(partial_highest + parts, mask=some < splits, other=float("-inf")) - top)
-        mask = (some < splits)[:, None] & there[None, :]
+        mask = (some < splits)[:, None] & column_is_valid[None, :]
         sums += share[:, None] * tl.load(partial_pooled + (parts[:, None] * WIDTH + columns), mask=mask, other=0.0)
     element: tl.constexpr = pooled.dtype.element_ty
     out = narrow(tl.sum(sums, 0) * normaliser, element)
-    tl.store(pooled + row * WIDTH + columns, out, mask=there)
+    tl.store(pooled + row * WIDTH + columns, out, mask=column_is_valid)
 
 
 _BACKWARD_INTEGERS = (

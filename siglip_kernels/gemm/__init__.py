@@ -1,1 +1,1 @@
-"""The GEMM with fused epilogues that linear, mlp, qkv and the sigmoid loss share."""
+"""The GEMM with fused epilogues of linear, mlp and qkv, and the Hopper pipeline that the sigmoid loss shares."""

@@ -1,9 +1,8 @@
-"""Products with nothing to fuse: cuBLAS through PyTorch, whose own epilogue adds a bias. This is the one place.
+"""GEMMs without a fused epilogue, dispatched to cuBLAS through PyTorch; cuBLAS adds a bias in its own epilogue.
 
-The derivatives of a product are products: for y = x wᵀ + b and the gradient g of y, dx = g w, dw = gᵀ x, db = Σ g over
-rows. Sums are in fp32 and in a fixed order. torch.backends.cuda.matmul says whether fp32 may be TF32, and, with
-allow_bf16_reduced_precision_reduction and allow_fp16_reduced_precision_reduction, whether cuBLAS may add up parts of a
-sum in two bytes.
+With g the gradient of y = x wᵀ + b, dx = g w, dw = gᵀ x, db = Σ g over rows. Sums are in fp32 and in a fixed order.
+torch.backends.cuda.matmul says whether fp32 products may use TF32, and, with allow_bf16_reduced_precision_reduction and
+allow_fp16_reduced_precision_reduction, whether cuBLAS may add partial sums in bf16 and fp16.
 """
 
 import torch

@@ -1,8 +1,9 @@
-"""The tanh form of GELU (Hendrycks & Gimpel, arXiv 1606.08415) and its derivative, as parts of kernels.
+"""The tanh approximation of GELU (Hendrycks & Gimpel, arXiv 1606.08415) and its derivative, as parts of kernels.
 
     gelu(x) = x/2 (1 + tanh u) = x σ(2u),    u = √(2/π) (x + 0.044715 x³)
 
-so one exponential and one reciprocal. Far from zero both are x or 0 and x or 1; there x³ must not overflow into NaN.
+so one exponential and one reciprocal. Far from zero gelu is 0 or x and its derivative 0 or 1; there x³ must not
+overflow and give NaN.
 """
 
 import triton

@@ -1,9 +1,10 @@
-"""The matrix product with its epilogues for Hopper (sm_90), in Gluon: out = epilogue(a wᵀ), the epilogue being any of
+"""The GEMM for Hopper (sm_90), in Gluon: out = epilogue(a wᵀ), where the epilogue is any of
 
-    + bias    + residual    gelu(·), keeping · for the backward    · ∘ gelu'(h), giving gelu(h) and the column sums, too
+    + bias    + residual    gelu(·), also storing · for the backward
+    · ∘ gelu'(h), also storing gelu(h) and the column sums
 
-It takes fp16 and bf16 and matrices whose extents N and K are multiples of 8, as the copy engine wants rows that start
-at multiples of 16 bytes; any number of rows. Anything else is an error here, and work for `gemm.py`.
+It supports fp16 and bf16, any number of rows, and extents N and K that are multiples of 8, because TMA requires rows
+that start at multiples of 16 bytes. Anything else raises UnsupportedInputError here; kernels.py supports it.
 """
 
 import math
@@ -38,7 +39,7 @@ from siglip_kernels.gemm.hopper_pipeline import (
 
 @dataclass(frozen=True)
 class Tile:
-    """The work of one program at a time: two consumers, one above the other."""
+    """The block of the result that a program computes at a time: the rows of two consumers, one above the other."""
 
     consumer_rows: int
     columns: int
@@ -48,29 +49,29 @@ class Tile:
         return CONSUMERS.value * self.consumer_rows
 
     def stages(self, buffers: int, out_dtype: torch.dtype, shared_memory: int) -> int:
-        """As many stages of 2-byte operands as fit beside the epilogue's buffers, and a little for the rest."""
+        """As many stages of 2-byte operands as fit beside the epilogue's buffers and 1 KiB for the barriers."""
         epilogue = buffers * self.rows * PIECE.value * out_dtype.itemsize + 1024
         return (shared_memory - epilogue) // ((self.rows + self.columns) * BLOCK_K.value * 2)
 
 
 WIDE, TALL, SMALL = Tile(64, 256), Tile(128, 128), Tile(64, 128)
-GROUP = 8  # row tiles whose results are computed together, so that their operands stay in the L2
+GROUP = 8  # row tiles that are computed together, so that their operands stay in the L2
 
 
 def tile_for(rows: int, columns: int, depth: int, parts: int, gelu: str, out_dtype: torch.dtype, gpu: Facts) -> Tile:
     """The tile that takes the fewest clocks by a rough count: whole waves of tiles, each bound by its matrix work (2048
-    multiply-adds a clock) or by what it reads from the L2 (40 bytes a clock). Not measured.
+    multiply-adds per clock) or by its reads from the L2 (40 bytes per clock). Not measured.
 
-    so400m, 64 images of 729 tokens: N = 4304 is 17 tiles of 256 or 34 of 128 (either way 1.1 % more than asked for),
+    so400m, 64 images of 729 tokens: N = 4304 is 17 tiles of 256 or 34 of 128 (either way 1.1 % more than required),
     and 48 waves; N = 1152 is nine tiles of 128 but four and a half of 256, 13 waves of TALL tiles, 14 of WIDE ones.
 
     Counted by `python -m bench.compiled.sass` and `python -m bench.compiled.tile_cost`, each with `linear_hopper
-    linear`, triton 3.7.1: clocks of one warp on its quarter of a multiprocessor, where a consumer has one. A block of
-    depth is 512 clocks of the tensor pipe for each consumer, 320 (WIDE) or 384 (TALL) of shared memory for its operands
-    and at most 67 of any other pipe: bound by the tensor pipe, as the portable loop is between its epilogues. (TMA
-    writes both consumers' blocks in another 384. Should they have to share the 128 bytes a clock, WIDE would be just at
+    linear`, triton 3.7.1: clocks of one warp on its quarter of a multiprocessor, where each consumer has one. A block
+    of depth takes 512 clocks of the tensor pipe per consumer, 320 (WIDE) or 384 (TALL) of shared memory for its
+    operands and at most 67 of any other pipe: the tensor pipe is the bound, as in the portable loop between its
+    epilogues. (TMA writes both consumers' blocks in another 384. If both share the 128 bytes per clock, WIDE is just at
     that bound and TALL 12 % beyond it: the first thing to measure.) Epilogues, here and in the portable kernel, where
-    both of a quarter's warps have theirs while the tensor cores stand still:
+    both warps of a quarter run theirs while the tensor cores are idle:
 
     | epilogue          | exponentials | issue | portable: exponentials | issue |
     |-------------------|--------------|-------|------------------------|-------|
@@ -80,11 +81,11 @@ def tile_for(rows: int, columns: int, depth: int, parts: int, gelu: str, out_dty
     | GELU, kept        | 2056         | 1710  | 2056                   | 2645  |
     | GELU's derivative | 2056         | 3469  | 2056                   | 4026  |
 
-    Four stages hold 2048 clocks of work for the other consumer: GELU hides under it. With K = 1152 a tile is 18 blocks,
-    18,432 clocks, and this the bound; the portable kernel's is 18,432 + 2 × 2483: 79 % of the peak. The derivative's
-    three stages hold 1536: of 3469 clocks 1933 stay in sight of each consumer, 83 % at the least, the portable 70 %.
+    Four stages hold 2048 clocks of work for the other consumer, which hides GELU. With K = 1152 a tile is 18 blocks,
+    18,432 clocks, and this is the bound; the portable kernel's is 18,432 + 2 × 2483: 79 % of the peak. The derivative's
+    three stages hold 1536: of its 3469 clocks 1933 stay exposed per consumer, at least 83 %; the portable kernel 70 %.
     """
-    if out_dtype == torch.float32:  # whose buffers leave no room for stages of larger tiles
+    if out_dtype == torch.float32:  # its buffers leave no room for the stages of larger tiles
         return SMALL
 
     def clocks(tile: Tile) -> int:
@@ -93,7 +94,7 @@ def tile_for(rows: int, columns: int, depth: int, parts: int, gelu: str, out_dty
         l2 = (tile.rows + tile.columns) * 2 / 40
         return math.ceil(tiles / gpu.multiprocessors) * round(depth * max(matrix, l2) + 1500)
 
-    # The backward's epilogue holds two results at once: with 64 values a thread, of 128 rows, they would spill.
+    # The backward's epilogue holds two results at once: with 64 values per thread, of 128 rows, they would spill.
     return min((WIDE, SMALL) if gelu == "backward" else (WIDE, TALL, SMALL), key=clocks)
 
 
@@ -175,7 +176,7 @@ def _consumer(
         first_column = column_tile % PART_TILES * BLOCK_N
 
         if added is not None:
-            # Into the buffers that the last tile was sent from; it arrives under the products.
+            # Into the buffers that the last tile was sent from; the load overlaps with the products.
             tma.store_wait(pendings=0)
             mbarrier.expect(landed.index(consumer), PIECES * added.block_type.nbytes)
             for piece in gl.static_range(PIECES):
@@ -199,8 +200,8 @@ def _consumer(
         pieces = pieces_of(total, PIECE)
         for piece in gl.static_range(PIECES):
             column = first_column + piece * PIECE
-            # The condition keeps pieces apart, too: all at once would take more registers than there are. The shape is
-            # COLUMNS, but the compiler must not know.
+            # The condition also keeps the pieces apart: all at once would not fit the registers. out.shape[1] equals
+            # COLUMNS, which the compiler must not know.
             if column < out.shape[1]:
                 value = pieces[piece]
                 # Of two results for each piece, the second has a buffer of its own.
@@ -235,7 +236,7 @@ def _consumer(
                     tma.store_wait(pendings=1)
                 _send(value, buffer, choose(part, out, out_second, out_third, PARTS), first_row, column)
         if added is None and second_out is None and first_column + BLOCK_N > COLUMNS:
-            # The buffers take turns, and a tile at the edge may have stopped in the middle of a turn.
+            # The buffers alternate, and a tile at the edge may have stopped between the two.
             tma.store_wait(pendings=0)
         done += 1  # noqa: SIM113 - the range is the kernel's
     tma.store_wait(pendings=0)
@@ -266,8 +267,8 @@ def gemm_kernel(
     CONSUMER_ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUP: gl.constexpr,  # row tiles that are done together, column tile by column tile
-    BUFFERS: gl.constexpr,  # of a consumer, for what `added` brings and what results leave from
+    GROUP: gl.constexpr,  # row tiles that are computed together, column tile by column tile
+    BUFFERS: gl.constexpr,  # per consumer, which `added` is loaded into and results are stored from
 ):
     """Persistent: program p owns the tiles p, p + programs, ... of 2 CONSUMER_ROWS by BLOCK_N."""
     a_blocks, b_blocks, filled, emptied, lead = make_ring(a, weight, STAGES)
@@ -300,10 +301,10 @@ def gemm_kernel(
 
 
 def check_supported(a: Tensor, columns: int) -> None:
-    """Raises unless the kernel takes a product of `a` (M, K) that has so many columns."""
+    """Raises UnsupportedInputError unless the kernel supports the product of `a` (M, K) and a weight (columns, K)."""
     gpu = facts(a.device)
     if gpu.capability != (9, 0):
-        raise unsupported("linear", "x", f"is on {gpu.name}", "Hopper (sm_90), as SIGLIP_KERNELS_HOPPER=1 asks for")
+        raise unsupported("linear", "x", f"is on {gpu.name}", "Hopper (sm_90) with SIGLIP_KERNELS_HOPPER=1")
     if a.dtype not in (torch.float16, torch.bfloat16):
         raise unsupported("linear", "x", f"has dtype {a.dtype}", "float16, bfloat16 with SIGLIP_KERNELS_HOPPER=1")
     for name, extent in (("in_features", a.shape[1]), ("out_features", columns)):
@@ -392,8 +393,8 @@ _GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.f
 
 
 def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    """What the copy engine needs to know of a matrix with rows of unit stride. One that does not start at a multiple of
-    16 bytes, or whose rows do not, is copied."""
+    """The tensor descriptor of a matrix with rows of unit stride, or of a copy if not all rows start at multiples of 16
+    bytes."""
     stride = matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // 8) * 8
     if matrix.data_ptr() % 16 or stride * matrix.element_size() % 16:
         matrix = matrix.clone(memory_format=torch.contiguous_format)

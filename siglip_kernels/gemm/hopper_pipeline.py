@@ -1,11 +1,11 @@
-"""The main loop of every matrix product on Hopper: a b from shared memory, by wgmma, while a producer refills that.
+"""The main loop of every GEMM on Hopper: wgmma multiplies a and b from shared memory, which a producer refills.
 
-A thread block is three partitions. The producer, one warp, copies blocks of both operands into a ring of stages (TMA).
-Two consumers, a warpgroup each, take the upper and the lower half of a tile's rows from the same stages. A stage has
+A thread block has three partitions. The producer, one warp, copies blocks of both operands into a ring of stages (TMA).
+Two consumers, a warpgroup each, read the upper and the lower half of a tile's rows from the same stages. A stage has
 two barriers: `filled` counts the bytes that have landed, `emptied` the consumers that have read it.
 
-The consumers are not in step: the second starts each tile `lag` blocks behind the first. So one of them works on its
-epilogue while the other has the tensor cores to itself, and the loads of the next tile are under way all the time.
+The consumers are staggered: the second starts each tile LAG blocks behind the first. One of them works on its epilogue
+while the other has the tensor cores to itself, and the loads of the next tile are always under way.
 """
 
 from triton.experimental import gluon
@@ -18,16 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 BLOCK_K = gl.constexpr(64)  # 128 bytes of fp16 or bf16: the widest row that shared memory swizzles
-PIECE = gl.constexpr(64)  # columns that an epilogue works on at a time, for the same reason
+PIECE = gl.constexpr(64)  # columns that an epilogue works on at a time, also 128 bytes of fp16 or bf16
 
 CONSUMERS = gl.constexpr(2)
 THREADS = gl.constexpr(128)  # of a consumer
-THREAD_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one element for each
+THREAD_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one element per thread
 
 
 @gluon.constexpr_function
 def accumulator_layout(columns):
-    """How wgmma spreads an accumulator of that many columns over a warpgroup."""
+    """How wgmma distributes an accumulator of this many columns over a warpgroup."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
@@ -77,7 +77,7 @@ def make_ring(
 def load_tiles(
     a,
     b,
-    b_second,  # b's are side by side, PARTS of them; None where there is none
+    b_second,  # PARTS operands b side by side; None beyond them
     b_third,
     a_blocks,
     b_blocks,
@@ -164,7 +164,8 @@ def multiply_tile(
     """A consumer's share of one tile: accumulator + a b, and the new step."""
     blocks = gl.cdiv(depth, BLOCK_K)
     LAG: gl.constexpr = STAGES // 2
-    # With fewer blocks than stages the first consumer could be two tiles, two phases of `lead`, ahead: they look alike.
+    # With fewer blocks than stages the first consumer could be two tiles, two phases of `lead`, ahead, and a barrier
+    # cannot tell a phase from the one after the next.
     staggered = blocks >= STAGES
     if consumer == 1:
         mbarrier.wait(lead.index(0), tile_number & 1, pred=staggered)
@@ -186,13 +187,13 @@ def multiply_tile(
 
 @gluon.jit
 def reciprocal(x):
-    """1 / x for 1 <= x <= inf, by one instruction: a division would look after the whole range of its operands."""
+    """1 / x for 1 <= x <= inf, by one instruction: a division handles the whole range of its operands."""
     return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def sum_in_thread(x):
-    """The sum of what each thread of a warpgroup holds of an accumulator of 64 rows: (THREADS,). None is exchanged."""
+    """Per thread of a warpgroup the sum of its elements of an accumulator of 64 rows: (THREADS,), without exchange."""
     # Rows: warp, half, lane; columns: run of eight, lane, pair.
     x = gl.reshape(x, [4, 2, 8, x.shape[1] // 8, 4, 2])
     x = gl.reshape(gl.permute(x, (0, 2, 4, 1, 3, 5)), [THREADS, x.shape[3] * 4])
@@ -201,7 +202,7 @@ def sum_in_thread(x):
 
 @gluon.jit
 def pieces_of(x, COLUMNS: gl.constexpr):
-    """The columns of an accumulator in runs of that many, from left to right, without leaving the registers."""
+    """The columns of an accumulator in runs of COLUMNS, from left to right, without leaving the registers."""
     if x.shape[1] == COLUMNS:
         return (x,)
     else:

@@ -1,7 +1,7 @@
-"""Measured tiles, one table for each GPU by its full name.
+"""Measured tiles, one table per GPU, by its full name.
 
 {(class of rows, then the other fields of `config.Shape`): the fields of `config.Tile`}
-A GPU that is not here, or a shape that its table lacks, is not tuned yet and gets `config.py`'s heuristic.
+GPUs and shapes without an entry use the heuristic in `config.py`.
 """
 
 Key = tuple[int, int, int, int, int, int, str, bool, bool]

@@ -1,17 +1,15 @@
-"""Tiles of layer normalisation."""
+"""Tiles of layer normalisation: heuristics, not measured."""
 
 import functools
 from dataclasses import dataclass
 
 WIDEST_IN_REGISTERS = 8192  # columns; a wider row is read twice
-
-
-WIDE_BLOCK = 2048
+WIDE_BLOCK = 2048  # columns of such a row at a time
 
 
 @dataclass(frozen=True)
 class Tile:
-    """`rows` rows in one or two blocks of columns; tail may be 0."""
+    """`rows` rows, as one or two blocks of columns, `main` and `tail`; tail may be 0."""
 
     rows: int
     main: int
@@ -21,12 +19,12 @@ class Tile:
 
 @functools.cache
 def forward_tile(width: int, rows: int, element_bytes: int, multiprocessors: int) -> Tile:
-    """Not measured. As many rows as 72 elements a thread hold, unless that leaves multiprocessors without work."""
+    """Not measured. As many rows as fit 72 elements per thread, unless that leaves multiprocessors idle."""
     if width > WIDEST_IN_REGISTERS:
         return Tile(4, WIDE_BLOCK, 0, 4)
     for tile_rows in (64, 32, 16, 8, 4, 2, 1):
         main, tail = _split(width)
-        if tile_rows * tail * element_bytes < 128 * 16:  # a thread would not read 16 bytes of it at a time
+        if tile_rows * tail * element_bytes < 128 * 16:  # less than 16 bytes per thread
             main, tail = _power_of_two(width), 0
         if tile_rows * (main + tail) <= 72 * 128 and -(-rows // tile_rows) >= 2 * multiprocessors:
             break
@@ -35,7 +33,7 @@ def forward_tile(width: int, rows: int, element_bytes: int, multiprocessors: int
 
 @functools.cache
 def backward_tile(width: int, rows: int, multiprocessors: int) -> Tile:
-    """Not measured. 32 elements a thread, of x and of dy: with a second block of columns it would spill."""
+    """Not measured. 32 elements per thread, of x and of dy: with a second block of columns it would spill."""
     if width > WIDEST_IN_REGISTERS:
         return Tile(1, WIDE_BLOCK, 0, 4)
     block = _power_of_two(width)

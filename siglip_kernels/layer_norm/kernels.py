@@ -1,12 +1,13 @@
 """Layer normalisation (Ba et al., arXiv 1607.06450) of rows: y = (x - μ)·rstd·γ + β, rstd = (σ² + eps)^-1/2.
 
-A row is read once and stays in registers, in forward as a wide and a narrow block of columns (MAIN, TAIL): 1152 is
-1024 + 128 and not 2048. Rows too wide for that (WIDE) have their sums made by a kernel of its own first, and are then
-worked on one block of columns at a time by the same kernels.
+A row is read once and stays in registers, in the forward as a wide and a narrow block of columns (MAIN, TAIL): 1152 is
+1024 + 128, not 2048. For rows too wide for that (WIDE) a separate kernel first computes the sums; the same kernels then
+process one block of columns at a time.
 
-Statistics are made in two steps: the mean m as a sum in fp32, then Σ(x - m) and Σ(x - m)². The first of these would be
-0 if m were exact; it says by how much m was rounded, which counts where the mean is large beside the deviation.
-Backward does the same with the stored mean. With x̂ = (x - μ)·rstd and g = γ·dy, and averages ⟨·⟩ over the row,
+Statistics are computed in two steps: the mean m as a sum in fp32, then Σ(x - m) and Σ(x - m)². The first of these would
+be 0 if m were exact; it measures the rounding error of m, which matters where the mean is large compared with the
+deviation. The backward does the same with the stored mean. With x̂ = (x - μ)·rstd and g = γ·dy, and averages ⟨·⟩ over
+the row,
 
     dx = rstd·(g - ⟨g⟩ - x̂·⟨g·x̂⟩),    dγ = Σ dy·x̂,    dβ = Σ dy    (sums over all rows).
 """
@@ -24,7 +25,7 @@ from siglip_kernels.strides import strides_of
 
 @triton.jit
 def load_rows(pointer, offsets, valid, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
-    """[rows, columns] in fp32. offsets, valid: [rows]. FULL: every column is there; else zeros beyond WIDTH."""
+    """[rows, columns] in fp32. offsets, valid: [rows]. FULL: no column is beyond WIDTH, where zeros are read."""
     mask = valid[:, None]
     if not FULL:
         mask = mask & (columns < WIDTH)[None, :]
@@ -117,7 +118,7 @@ def layer_norm_forward_kernel(
         main = centre(main, average, columns, WIDTH, FULL)
         if TAIL > 0:
             tail = centre(tail, average, tail_columns, WIDTH, TAIL_FULL)
-        rest = row_sums(main, tail, TAIL) / WIDTH  # by how much the average was rounded
+        rest = row_sums(main, tail, TAIL) / WIDTH  # the average's rounding error
         variance = tl.maximum(row_sums(main * main, tail * tail, TAIL) / WIDTH - rest * rest, 0.0)
         scale = 1.0 / tl.sqrt_rn(variance + eps)
         main -= rest[:, None]
@@ -178,7 +179,7 @@ def layer_norm_backward_kernel(
             g_average = tl.load(sums + rows.to(tl.int64) + row, mask=valid, other=0.0)
             projection = tl.load(sums + 2 * rows.to(tl.int64) + row, mask=valid, other=0.0)
         else:
-            rest = tl.sum(normed, 1) / WIDTH  # by how much the stored mean was rounded
+            rest = tl.sum(normed, 1) / WIDTH  # the stored mean's rounding error
             g_average = tl.sum(g, 1) / WIDTH
             projection = tl.sum(g * normed, 1) / WIDTH
         projection -= rest * g_average
@@ -222,7 +223,7 @@ def layer_norm_parameter_gradients_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    # A program owns COLUMNS columns, and adds in one order always.
+    # A program owns COLUMNS columns, and adds in a fixed order.
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if weight_partials is not None:
         sum_of_partials(weight_partials, weight_grad, programs, columns, WIDTH, ROWS, COLUMNS)
@@ -246,13 +247,13 @@ def wide_statistics_kernel(
     squares = 0.0  # Σ(x - average)² so far
     for first in tl.range(0, WIDTH, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        there = columns < WIDTH
+        valid = columns < WIDTH
         count = tl.minimum(WIDTH - first, BLOCK).to(tl.float32)
-        block = tl.load(x + row * x_stride + columns, mask=there, other=0.0).to(tl.float32)
+        block = tl.load(x + row * x_stride + columns, mask=valid, other=0.0).to(tl.float32)
         block_average = tl.sum(block) / count
-        deviation = tl.where(there, block - block_average, 0.0)
+        deviation = tl.where(valid, block - block_average, 0.0)
         block_average += tl.sum(deviation) / count
-        deviation = tl.where(there, block - block_average, 0.0)
+        deviation = tl.where(valid, block - block_average, 0.0)
         step = block_average - average
         average += step * (count / (first + count))
         squares += tl.sum(deviation * deviation) + step * step * (first * (count / (first + count)))
@@ -283,12 +284,12 @@ def wide_sums_kernel(
     product_sum = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, WIDTH, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        there = columns < WIDTH
-        block = tl.load(x + row * x_stride + columns, mask=there, other=0.0).to(tl.float32)
-        g = tl.load(y_grad + row * y_grad_stride + columns, mask=there, other=0.0).to(tl.float32)
+        valid = columns < WIDTH
+        block = tl.load(x + row * x_stride + columns, mask=valid, other=0.0).to(tl.float32)
+        g = tl.load(y_grad + row * y_grad_stride + columns, mask=valid, other=0.0).to(tl.float32)
         if weight is not None:
-            g *= tl.load(weight + columns, mask=there, other=0.0).to(tl.float32)
-        normed = tl.where(there, (block - average) * scale, 0.0)
+            g *= tl.load(weight + columns, mask=valid, other=0.0).to(tl.float32)
+        normed = tl.where(valid, (block - average) * scale, 0.0)
         normed_sum += normed
         g_sum += g
         product_sum += g * normed
@@ -300,8 +301,8 @@ def wide_sums_kernel(
 def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, rstd) of x (rows, width). weight, bias: (width,), contiguous. y is contiguous, in x's dtype unless
-    out_dtype says otherwise; mean and rstd are fp32 (rows,)."""
+    """(y, mean, rstd) of x (rows, width). weight, bias: (width,), contiguous. y is contiguous, in out_dtype, x's unless
+    given; mean and rstd are fp32 (rows,)."""
     rows, width = x.shape
     y = torch.empty((rows, width), dtype=out_dtype or x.dtype, device=x.device)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -331,7 +332,7 @@ def layer_norm_forward(
         UNIT=strides.unit,
         WIDE=wide,
         num_warps=tile.warps,
-        maxnreg=192,  # left alone, ptxas now and then spills a little for one more program
+        maxnreg=192,  # otherwise ptxas sometimes spills for the sake of one more resident program
     )
     return y, mean, rstd
 
@@ -351,7 +352,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x_grad, weight_grad, bias_grad). y_grad, x, residual_grad: (rows, width); residual_grad is added to x_grad.
 
-    x_grad has x's dtype, the others parameter_dtype: unless given, weight's. One not needed is an empty tensor.
+    x_grad has x's dtype, the others parameter_dtype, weight's unless given. One that is not needed is an empty tensor.
     """
     rows, width = x.shape
     if parameter_dtype is None:
@@ -379,7 +380,7 @@ def layer_norm_backward(
             WIDTH=width,
             BLOCK=WIDE_BLOCK,
         )
-    programs = min(-(-rows // tile.rows), 3 * multiprocessors)  # resident at once, each with many tiles
+    programs = min(-(-rows // tile.rows), 3 * multiprocessors)  # resident at once; each processes many tiles
     weight_partials, bias_partials = (
         torch.empty((programs, width), dtype=torch.float32, device=x.device) if needed else None
         for needed in (needs_weight, needs_bias)
@@ -407,10 +408,10 @@ def layer_norm_backward(
         WIDE=wide,
         STAGES=3,
         num_warps=tile.warps,
-        maxnreg=192,  # left alone, ptxas now and then spills a little for one more program
+        maxnreg=192,  # otherwise ptxas sometimes spills for the sake of one more resident program
     )
     if needs_weight or needs_bias:
-        columns = 1024 if interpreting() else 32  # the interpreter takes its time by the program
+        columns = 1024 if interpreting() else 32  # the interpreter's time grows with the number of programs
         layer_norm_parameter_gradients_kernel[(-(-width // columns),)](
             weight_partials=weight_partials,
             bias_partials=bias_partials,

@@ -1,4 +1,4 @@
-"""A projection: y = x Wᵀ + b + residual."""
+"""A projection, y = x Wᵀ + b + residual; kernels in gemm/."""
 
 from siglip_kernels.linear.api import linear
 

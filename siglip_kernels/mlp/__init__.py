@@ -1,4 +1,4 @@
-"""The MLP of a transformer layer, with or without the LayerNorm in front of it."""
+"""The MLP of a transformer layer, with and without the layer normalisation before it; kernels in gemm/."""
 
 from siglip_kernels.mlp.api import mlp, pre_norm_mlp
 

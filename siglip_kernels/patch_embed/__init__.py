@@ -1,4 +1,4 @@
-"""Patch embedding: api.py, and its kernel in forward.py."""
+"""Patch embedding: the registered op in api.py, its kernel in forward.py."""
 
 from siglip_kernels.patch_embed.api import patch_embed
 

@@ -1,4 +1,4 @@
-"""Tiles of the patch embedding's GEMM."""
+"""Tiles of the patch embedding's GEMM: a heuristic, not measured."""
 
 import functools
 from dataclasses import dataclass
@@ -8,16 +8,18 @@ from siglip_kernels.device import Facts
 
 @dataclass(frozen=True)
 class Tile:
-    rows: int
+    """The block of the result that a program computes, and how."""
+
+    rows: int  # patches
     columns: int
     depth: int
     warps: int
-    stages: int
+    stages: int  # how deep the loads of the loop are pipelined
 
 
 @functools.cache
 def choose_tile(gpu: Facts, element_bytes: int, tf32: bool, patches: int, width: int) -> Tile:
-    """Not measured. The largest tile that does not spill, unless a smaller one gives more multiprocessors work."""
+    """Not measured. The largest tile that does not spill, unless a smaller one occupies more multiprocessors."""
     if gpu.capability == (0, 0):
         return Tile(64, 64, 64, 4, 1)
     if element_bytes == 4:

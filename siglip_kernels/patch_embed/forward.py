@@ -14,7 +14,7 @@ from siglip_kernels.interpreter import dot, narrow
 from siglip_kernels.patch_embed.config import choose_tile
 from siglip_kernels.strides import strides_of
 
-# Rows of an image rarely divide by 8 elements: a row of 378 pixels still lets a thread load two at a time.
+# A row of pixels often does not divide by 8: 378 divides by 2, and a thread loads two at a time.
 _UNITS = (8, 4, 2, 1)
 
 _INTEGERS = [
@@ -37,7 +37,7 @@ def patch_embed_kernel(
     position_token_stride,
     patches,  # B · S
     tokens,  # S
-    tokens_across,  # patches side by side in a row of the image
+    tokens_across,  # patches per row of the image
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,  # C · PATCH_HEIGHT · PATCH_WIDTH
     PATCH_HEIGHT: tl.constexpr,
@@ -54,35 +54,35 @@ def patch_embed_kernel(
     program = tl.program_id(0)
     patch = (program // COLUMN_TILES).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = program % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
-    patch_is_there = patch < patches
-    column_is_there = columns < WIDTH
+    patch_is_valid = patch < patches
+    column_is_valid = columns < WIDTH
     sample = patch // tokens
     token = patch % tokens
-    beginnings = sample * batch_stride * UNIT + token // tokens_across * PATCH_HEIGHT * row_stride * UNIT
-    beginnings += token % tokens_across * PATCH_WIDTH
+    starts = sample * batch_stride * UNIT + token // tokens_across * PATCH_HEIGHT * row_stride * UNIT
+    starts += token % tokens_across * PATCH_WIDTH
 
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.range(0, DEPTH, BLOCK_K):
         depth = first + tl.arange(0, BLOCK_K)
-        depth_is_there = depth < DEPTH
+        depth_is_valid = depth < DEPTH
         channel = (depth // (PATCH_HEIGHT * PATCH_WIDTH)).to(tl.int64)
         row = (depth // PATCH_WIDTH % PATCH_HEIGHT).to(tl.int64)
         within = channel * channel_stride * UNIT + row * row_stride * UNIT + depth % PATCH_WIDTH
         patch_tile = tl.load(
-            pixels + (beginnings[:, None] + within[None, :]),
-            mask=patch_is_there[:, None] & depth_is_there[None, :],
+            pixels + (starts[:, None] + within[None, :]),
+            mask=patch_is_valid[:, None] & depth_is_valid[None, :],
             other=0.0,
         )
         weight_tile = tl.load(
             weight + (columns[:, None] * DEPTH + depth[None, :]),
-            mask=column_is_there[:, None] & depth_is_there[None, :],
+            mask=column_is_valid[:, None] & depth_is_valid[None, :],
             other=0.0,
         )
         products = dot(patch_tile, tl.trans(weight_tile), products, PRECISION)
 
-    mask = patch_is_there[:, None] & column_is_there[None, :]
+    mask = patch_is_valid[:, None] & column_is_valid[None, :]
     if bias is not None:
-        products += tl.load(bias + columns, mask=column_is_there, other=0.0).to(tl.float32)[None, :]
+        products += tl.load(bias + columns, mask=column_is_valid, other=0.0).to(tl.float32)[None, :]
     if position is not None:
         offsets = sample * position_batch_stride * POSITION_UNIT + token * position_token_stride * POSITION_UNIT
         added = tl.load(position + (offsets[:, None] + columns[None, :]), mask=mask, other=0.0)
