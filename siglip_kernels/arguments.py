@@ -90,12 +90,13 @@ def check_parameter(
     x: Tensor,
     dtype: torch.dtype | None = None,
     *,
-    other: str = "x",
+    x_name: str = "x",
+    other: str | None = None,
     optional: bool = False,
 ) -> None:
     """A dense tensor of this shape, on x's device, in this dtype, x's unless given.
 
-    other: what has this dtype, for the message. optional: None is accepted.
+    For the message, x_name: the argument x; other: what has this dtype. optional: None is accepted.
     """
     if parameter is None and optional:
         return
@@ -104,8 +105,8 @@ def check_parameter(
     dtype = x.dtype if dtype is None else dtype
     # Valid arguments take no further calls: at small batch sizes the GPU waits for the host.
     if parameter.dtype != dtype or parameter.device != x.device:
-        check_same_dtype(operation, argument, parameter, other, dtype)
-        check_same_device(operation, argument, parameter, "x", x.device)
+        check_same_dtype(operation, argument, parameter, other or x_name, dtype)
+        check_same_device(operation, argument, parameter, x_name, x.device)
     if parameter.shape != shape:
         check_shape(operation, argument, parameter, shape)
 

@@ -19,10 +19,7 @@ _LARGEST_TILE = 256  # tokens
 
 def stride_unit(strides: Sequence[int], units: tuple[int, ...] = UNITS) -> int:
     """The first of `units`, whose last is 1, that divides all the strides."""
-    for unit in units:
-        if not any(stride % unit for stride in strides):
-            return unit
-    raise AssertionError("the last unit is 1")
+    return next(unit for unit in units if all(stride % unit == 0 for stride in strides))
 
 
 @dataclass(frozen=True)

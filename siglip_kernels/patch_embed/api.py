@@ -14,9 +14,8 @@ from siglip_kernels.arguments import (
     cast_affine,
     check_dtype,
     check_input,
+    check_parameter,
     check_same_device,
-    check_same_dtype,
-    check_shape,
     check_tensor,
     refuse_tangents,
     unit_stride,
@@ -31,26 +30,19 @@ def _validate(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, positio
     Returns the shape of the tokens, (B, S, width).
     """
     check_input("patch_embed", "pixel_values", pixel_values, "(B, C, H, W)")
-    for name, tensor in (("weight", weight), ("bias", bias), ("position", position)):
-        if name == "bias" and tensor is None:
-            continue
-        check_tensor("patch_embed", name, tensor)
-        assert tensor is not None
-        if name == "position":
-            check_dtype("patch_embed", name, tensor)
-        else:
-            check_same_dtype("patch_embed", name, tensor, "pixel_values", pixel_values.dtype)
-        check_same_device("patch_embed", name, tensor, "pixel_values", pixel_values.device)
     _, channels, height, image_width = pixel_values.shape
-    if weight.dim() != 4 or weight.shape[1] != channels or 0 in weight.shape:
-        got = f"has shape {tuple(weight.shape)} while pixel_values has {channels} channels"
-        raise unsupported("patch_embed", "weight", got, "(width, C, patch height, patch width), none of them 0")
+    shape = (None, channels, None, None)
+    check_parameter("patch_embed", "weight", weight, shape, pixel_values, x_name="pixel_values")
     width, _, patch_height, patch_width = weight.shape
+    if 0 in weight.shape:
+        raise unsupported("patch_embed", "weight", f"has shape {tuple(weight.shape)}", "extents from 1 on")
+    check_parameter("patch_embed", "bias", bias, (width,), pixel_values, x_name="pixel_values", optional=True)
+    check_tensor("patch_embed", "position", position)
+    check_dtype("patch_embed", "position", position)
+    check_same_device("patch_embed", "position", position, "pixel_values", pixel_values.device)
     if height < patch_height or image_width < patch_width:
         got = f"has shape {tuple(pixel_values.shape)} while a patch has {patch_height} × {patch_width} pixels"
         raise unsupported("patch_embed", "pixel_values", got, "at least one patch")
-    if bias is not None:
-        check_shape("patch_embed", "bias", bias, (width,))
     tokens = _tokens(pixel_values, weight)
     fits = position.dim() <= 3 and all(
         given == 1 or wanted in (1, given)

@@ -260,7 +260,7 @@ def test_nothing_to_do(shape, dtype, device):
             assert torch.equal(results[0][name], expected), name
 
 
-def test_plain_pooling_is_the_same(device):
+def test_folded_attention_pool_is_the_same(device):
     inputs, out_grad = random_inputs(3, 20, 48, torch.float32, device)
     for lengths in (None, torch.tensor([0, 7, 20], dtype=torch.int32, device=device)):
         functions = (
