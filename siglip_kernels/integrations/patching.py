@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from siglip_kernels.arguments import KERNEL_DTYPES
 from siglip_kernels.device import facts, interpreting
 from siglip_kernels.errors import MissingBackendError, unsupported
 from siglip_kernels.fusable import has_own_forward, is_fusable, is_unhooked
 from siglip_kernels.integrations.report import Left, Replaced, Report
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETING = interpreting()  # here, because torch.compile cannot trace the question
 
 
@@ -145,11 +145,11 @@ def runs(x: Tensor, *parameters: Tensor) -> bool:
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return False
     device, dtype = x.device.type, x.dtype
-    if not (device == "cuda" or (device == "cpu" and _INTERPRETING)) or dtype not in _DTYPES:
+    if not (device == "cuda" or (device == "cpu" and _INTERPRETING)) or dtype not in KERNEL_DTYPES:
         return False
     autocast = torch.is_autocast_enabled(device)
     for parameter in parameters:
-        if parameter.dtype != dtype and not (autocast and parameter.dtype in _DTYPES):
+        if parameter.dtype != dtype and not (autocast and parameter.dtype in KERNEL_DTYPES):
             return False
     return True
 
@@ -219,7 +219,7 @@ def _note(model: nn.Module) -> str:
             f"its parameters are on {', '.join(devices)}, where it computes as before; the kernels take over when it "
             "is on a CUDA device"
         )
-    wide = sorted({str(parameter.dtype) for parameter in model.parameters()} - {str(dtype) for dtype in _DTYPES})
+    wide = sorted({str(parameter.dtype) for parameter in model.parameters()} - {str(dtype) for dtype in KERNEL_DTYPES})
     if wide:
         notes.append(f"parameters of {', '.join(wide)} are computed as before")
     return "; ".join(notes)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from siglip_kernels.arguments import autocast_dtype, cast, refuse_tangents, wants_gradients
+from siglip_kernels.arguments import KERNEL_DTYPES, autocast_dtype, cast, refuse_tangents, wants_gradients
 from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.api import (
     as_scalar,
@@ -20,7 +20,7 @@ from siglip_kernels.sigmoid_loss.distributed import GlobalLoss, Peers, Wanted, a
 from siglip_kernels.sigmoid_loss.engines import kernels_available, make_engine
 
 _ROUTES = {"ring": ring, "bidir": ring, "shift": ring, "reduce": ring, "gather": gather}
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 class SigLipLoss(nn.Module):
