@@ -145,8 +145,8 @@ def attention_pool(
 
     In fp16 and bf16, with heads (rounded up to a power of two, at least 16) × width up to 18,432, a Triton kernel reads
     the tokens once, in place if their last stride is 1, and the forward allocates nothing as large as x. Otherwise
-    PyTorch computes the same products; fp32 then honours torch.backends.cuda.matmul.allow_tf32. The backward keeps
-    nothing as large as x but x itself: neither keys nor values. Sums are in fp32. Under autocast all tensors but
+    PyTorch computes the same products; fp32 then honours torch.backends.cuda.matmul.allow_tf32. Training keeps nothing
+    as large as x but x itself: neither keys nor values. Sums are in fp32. Under autocast all tensors but
     lengths are cast as torch.nn.functional.linear casts them. Gradients are deterministic (that of the keys' bias is 0:
     it does not change a softmax); second derivatives with respect to x, and forward-mode derivatives, raise an error.
 

@@ -1,11 +1,11 @@
 """mlp: fc2(gelu(fc1(x))) + residual, and pre_norm_mlp: x + mlp(layer_norm(x)).
 
 Two GEMMs with fused epilogues: gelu(x W₁ᵀ + b₁), then · W₂ᵀ + b₂ + residual. Of the two tensors of the hidden width,
-the backward keeps the pre-activation h alone. The epilogue of its first GEMM gives both
+training keeps the pre-activation h alone. The epilogue of the first GEMM of the backward gives both
 
     dh = (dy W₂) ∘ gelu'(h)    and    gelu(h), for dW₂ = dyᵀ gelu(h).
 
-pre_norm_mlp does not keep the normalised x either: its backward normalises x again.
+Nor does pre_norm_mlp keep the normalised x: its backward normalises x again.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """pre_norm_qkv: layer normalisation, then the projections to queries, keys and values as one GEMM.
 
 Checkpoints hold three weights, so one launch reads three weights: each tile of columns belongs to one of them. The
-result is packed, (B, S, 3, H, D). The backward keeps x and two numbers per row, and normalises x again.
+result is packed, (B, S, 3, H, D). Training keeps x and two numbers per row; the backward normalises x again.
 """
 
 from collections.abc import Sequence
