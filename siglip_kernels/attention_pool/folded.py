@@ -5,8 +5,8 @@ The probe is the same for every image, so its query q = W_q·probe + b_q is one 
   values  Σₛ aₛ (W_v xₛ + b_v) = W_v (Σₛ aₛ xₛ) + b_v, because Σₛ aₛ = 1.
 So keys and values are never formed: 4·width² FLOPs per token become 4·width·heads. Exact up to rounding.
 
-Three steps: `fold` makes fₕ = W_kᵀ qₕ; one pass over the tokens makes pooledₕ = Σₛ aₛₕ xₛ (`pool_tokens` here, a kernel
-in api.py); `project` applies W_v, b_v and the output projection.
+Three steps: `fold` makes fₕ = W_kᵀ qₕ; one pass over the tokens makes pooledₕ = Σₛ aₛₕ xₛ (`pool_tokens`, or the
+operator of api.py); `project` applies W_v, b_v and the output projection.
 """
 
 import torch
