@@ -1,7 +1,7 @@
-"""The attention op: what it takes, how PyTorch knows it, and the public function.
+"""The attention op: validation, registration with PyTorch, autograd, and the public function.
 
 Two operators are registered, `siglip_kernels::attention` and `siglip_kernels::attention_backward`, each with a schema,
-an implementation that launches kernels, shapes for tracing, and a derivative. Triton is imported by the first launch.
+an implementation that launches kernels, a fake for tracing, and a derivative. The first launch imports Triton.
 """
 
 import torch
@@ -57,7 +57,7 @@ def _scale(scale: float | None, head_dim: int) -> float:
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None, keep_for_backward: bool
 ) -> tuple[Tensor, Tensor]:
-    """out, and what backward needs besides: the log-sum-exp, or an empty tensor where that is nothing."""
+    """out, and the log-sum-exp if the backward needs it, else an empty tensor."""
     require_kernels("attention", "q", q)
     from siglip_kernels.attention.forward import attention_forward
     from siglip_kernels.attention.short import attention_short_forward
@@ -100,7 +100,7 @@ def _attention_backward(
         if is_short(q, k):
             return attention_short_backward(out_grad, q, k, v, lengths, scale, needs_q, needs_k_or_v)
         if log_sum_exp.shape != (q.shape[0], q.shape[2], q.shape[1]):
-            raise unsupported("attention", "keep_for_backward", "was False", "True where gradients are asked for")
+            raise unsupported("attention", "keep_for_backward", "was False", "True where gradients are required")
         if hopper_kernels_enabled():
             from siglip_kernels.attention.hopper import attention_backward_hopper
 
@@ -147,15 +147,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, le
     """Softmax attention without dropout or mask: softmax(scale · q kᵀ) v.
 
     q: (B, Sq, H, D); k, v: (B, Sk, H, D), fp32, fp16 or bf16. Returns (B, Sq, H, D), contiguous, in q's dtype.
-    D is a multiple of 8 up to 128. Views are read where they lie, packed or expanded ones too; only a tensor whose last
-    stride is not 1 is copied. fp32 products are IEEE unless torch.backends.cuda.matmul allows TF32; sums are in fp32.
-    scale: D**-0.5 unless given. lengths: int32 (B,), how many of a sample's keys are valid (taken into 0..Sk); the
-    others are never read, and a sample with 0 gives zeros. So does Sk = 0.
+    D is a multiple of 8 up to 128. Views, packed and expanded ones included, are read in place; only a tensor whose
+    last stride is not 1 is copied. fp32 products are IEEE unless torch.backends.cuda.matmul allows TF32; sums are fp32.
+    scale: default D**-0.5. lengths: int32 (B,), the number of valid keys per sample, clamped to 0..Sk; other keys are
+    never read, and a sample without keys gives zeros. So does Sk = 0.
     Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
-    Gradients are deterministic; second and forward-mode derivatives are refused.
+    Gradients are deterministic.
 
-    Raises UnsupportedInputError (a ValueError) for other types, shapes and dtypes, and MissingBackendError for tensors
-    that are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    Raises UnsupportedInputError (a ValueError) for other types, shapes and dtypes and for second and forward-mode
+    derivatives, and MissingBackendError for tensors that are not on a CUDA device, unless they are on the CPU and
+    Triton was imported with TRITON_INTERPRET=1.
     """
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)

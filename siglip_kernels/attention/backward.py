@@ -1,19 +1,19 @@
-"""Attention, backward: two kernels, one that owns queries and one that owns keys, so that nothing is added atomically.
+"""Attention, backward, in two kernels without atomics: programs of one own queries, programs of the other own keys.
 
 With P = softmax(scale · q kᵀ) and delta = rowsum(dO ∘ O) (FlashAttention-2, arXiv 2307.08691, algorithm 2):
 
     dV = Pᵀ dO        dS = P ∘ (dO Vᵀ − delta)        dQ = scale · dS K        dK = scale · dSᵀ Q
 
-Both kernels compute P anew from the log-sum-exp. The first writes delta, which the second reads.
+Both kernels recompute P from the log-sum-exp. The first writes delta, which the second reads.
 
-dS is a difference, and where one key takes all the weight, or values are much alike, it should vanish. In half
-precision delta is taken from the rounded O, as in FlashAttention, and a difference that may be nothing but the rounding
-of fp32 sums counts as zero. Where one key of a row has more than half of the weight, which forward marks, dS is so much
-smaller than what it is the difference of that the rounding of O would show: tiles with such a row, and fp32 always, go
-over the keys once more beforehand, to make delta exact: the rows of dS sum to zero, so what they sum to is the error of
-delta. In fp32 that pass also gives rowsum(P), by which P is divided: among scores of 1e4 the log-sum-exp has three
-decimals. And products and sums are rounded apart, as eager rounds them. So fp32 takes nine products of tiles where half
-precision takes seven.
+dS is a difference that should vanish where one key takes all the weight or where values are nearly equal. In half
+precision, delta is computed from the rounded O, as in FlashAttention, and a difference that is within the rounding of
+fp32 sums counts as zero. Where one key of a row has more than half of the weight (the forward marks such rows), dS is
+so small beside its two terms that the rounding of O would show. Tiles with such a row, and fp32 always, therefore take
+an additional pass over the keys to make delta exact: rows of dS sum to zero, so the sum of a computed row is the error
+of delta. In fp32 that pass also gives rowsum(P), by which P is divided, because among scores of 1e4 the log-sum-exp has
+only three decimals. Products and sums are also rounded separately in fp32, as eager rounds them. In total fp32 takes
+nine products of tiles, half precision seven.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ _INTEGERS = [*_STRIDES, "heads", "query_tokens", "key_tokens", "query_tiles", "k
 def score_gradients(weights, weights_grad, row_delta, EXACT: tl.constexpr):
     """P ∘ (dP − delta). In half precision a difference that may be the rounding of two fp32 sums counts as zero.
 
-    NaN and inf are not small: they stay, or a loss scaler would not see that a gradient has overflowed.
+    NaN and inf are kept: a loss scaler has to see that a gradient has overflowed.
     """
     difference = weights_grad - row_delta
     if not EXACT:
@@ -49,9 +49,9 @@ def score_gradients(weights, weights_grad, row_delta, EXACT: tl.constexpr):
 
 @triton.jit
 def products_by_key(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
-    """a bᵀ, [keys, queries], bit for bit what the first kernel has made its sums of, or P and delta would be off.
+    """a bᵀ [keys, queries], bit for bit as the first kernel computes it [queries, keys]: delta and P depend on that.
 
-    A GPU adds a product's terms in the order of the columns; numpy's order depends on which factor is the first.
+    A GPU adds the terms of a product in the order of the columns; numpy's order depends on which factor comes first.
     """
     if INTERPRETED:
         return tl.trans(inner_products(b_main, b_tail, a_main, a_tail, TAIL, PRECISION))
@@ -66,7 +66,7 @@ def sums_of_rows(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """A pass over the keys: rowsum(dS), delta's error because it ought to be 0, and rowsum(P), which ought to be 1."""
+    """One pass over the keys: rowsum(dS), which should be 0 and is delta's error, and rowsum(P), which should be 1."""
     excess = tl.zeros([BLOCK_Q], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     keys = tl.arange(0, BLOCK_K)
@@ -92,7 +92,7 @@ def attention_backward_queries_kernel(
     out,  # (B, Sq, H, D), contiguous
     log_sum_exp,  # (B, H, Sq) fp32, as the forward kernel keeps it
     q_grad,  # (B, Sq, H, D), contiguous; written
-    delta,  # (B, H, Sq) fp32; written. If EXACT: (B, H, 2, Sq), delta and what P is to be multiplied by
+    delta,  # (B, H, Sq) fp32; written. If EXACT: (B, H, 2, Sq), delta and the factors that normalise P
     lengths,  # (B,) int32
     q_batch_stride,  # strides in UNIT elements
     q_token_stride,
@@ -120,12 +120,12 @@ def attention_backward_queries_kernel(
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     HAS_LENGTHS: tl.constexpr,
-    ONLY_DELTA: tl.constexpr,  # nobody asks for the queries' gradient
+    ONLY_DELTA: tl.constexpr,  # q_grad is not required
     EXACT: tl.constexpr,  # delta by a pass of its own, and P divided by its sum
-    PASS_STAGES: tl.constexpr,  # how deep that pass's loads are pipelined
+    PASS_STAGES: tl.constexpr,  # depth of the pipeline that loads that pass's tiles
     PRECISION: tl.constexpr,
 ):
-    # A program owns BLOCK_Q queries of one head of one sample, and goes through the keys.
+    # A program owns BLOCK_Q queries of one head of one sample and loops over the keys.
     program = tl.program_id(0)
     sequence = program // query_tiles
     first_query = (program % query_tiles) * BLOCK_Q
@@ -195,7 +195,7 @@ def attention_backward_queries_kernel(
             weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
             if EXACT:
                 weights *= normaliser[:, None]
-            if first_key + BLOCK_K > limit:  # the last tile alone pays for the mask
+            if first_key + BLOCK_K > limit:  # only the last tile needs the mask
                 weights = tl.where(key_is_valid[None, :], weights, 0.0)
             v_main, v_tail = load_tile(v_tile, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
             weights_grad = inner_products(
@@ -263,7 +263,7 @@ def attention_backward_keys_kernel(
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # A program owns BLOCK_K keys of one head of one sample, and goes through the queries. Its scores are transposed.
+    # A program owns BLOCK_K keys of one head of one sample and loops over the queries. Its scores are transposed.
     program = tl.program_id(0)
     sequence = program // key_tiles
     first_key = (program % key_tiles) * BLOCK_K
@@ -290,7 +290,7 @@ def attention_backward_keys_kernel(
     query_limit = query_tokens
     if HAS_LENGTHS:
         limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
-        query_limit = tl.where(first_key < limit, query_tokens, 0)  # nothing but zeros for a tile of padding
+        query_limit = tl.where(first_key < limit, query_tokens, 0)  # a tile of padding only has gradients of zero
 
     queries = tl.arange(0, BLOCK_Q)
     keys = tl.arange(0, BLOCK_K)
@@ -304,7 +304,7 @@ def attention_backward_keys_kernel(
     v_grad_main = tl.zeros([BLOCK_K, MAIN], tl.float32)
     v_grad_tail = tl.zeros([BLOCK_K, TAIL if TAIL > 0 else 16], tl.float32)
     for first_query in tl.range(0, query_limit, BLOCK_Q):
-        # A query beyond the last has zeros for q and its gradient, and 2^(0 − inf) = 0 for each weight.
+        # Beyond the last query, q and out_grad are zeros, and every weight is 2^(0 − inf) = 0.
         query_is_valid = queries < query_tokens - first_query
         q_main, q_tail = load_tile(q + first_query * q_step, q_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
         row_log_sum_exp = tl.load(log_sum_exp + first_query + queries, mask=query_is_valid, other=float("inf"))
@@ -339,14 +339,14 @@ def attention_backward_keys_kernel(
             PRECISION,
         )
 
-    # Padding has been multiplied along as zeros, with weights that mean nothing: its gradients are zeros.
+    # Padded keys were loaded as zeros, and their weights are meaningless: their gradients are set to zero.
     real = key_is_valid[:, None]
     contiguous = (batch * key_tokens + first_key) * heads * HEAD_DIM + head * HEAD_DIM
-    key_is_there = keys < key_tokens - first_key
+    key_exists = keys < key_tokens - first_key
     store_tile(
         k_grad + contiguous,
         keys * row,
-        key_is_there,
+        key_exists,
         tl.where(real, k_grad_main * scale, 0.0),
         tl.where(real, k_grad_tail * scale, 0.0),
         HEAD_DIM,
@@ -356,7 +356,7 @@ def attention_backward_keys_kernel(
     store_tile(
         v_grad + contiguous,
         keys * row,
-        key_is_there,
+        key_exists,
         tl.where(real, v_grad_main, 0.0),
         tl.where(real, v_grad_tail, 0.0),
         HEAD_DIM,
@@ -377,7 +377,7 @@ def attention_backward(
     needs_q: bool,
     needs_k_or_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the kernels. out_grad, q, k, v: unit stride along D. A gradient that nobody needs is an empty tensor."""
+    """Launches the kernels. out_grad, q, k, v: unit stride along D. A gradient not needed is an empty tensor."""
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]
     q_grad = torch.empty(q.shape if needs_q else 0, dtype=q.dtype, device=q.device)
@@ -424,7 +424,7 @@ def attention_backward(
             BLOCK_K=tile.keys,
             WIDE=strides.wide or heads * head_dim * tile.queries >= 2**31,
             ONLY_DELTA=not needs_q,
-            PASS_STAGES=tile.stages if facts(q.device).capability[0] == 9 else 1,  # it would spill elsewhere
+            PASS_STAGES=tile.stages if facts(q.device).capability[0] == 9 else 1,  # more spills elsewhere
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,

@@ -1,7 +1,7 @@
-"""Which tile sizes, warps and pipeline stages a launch gets: a heuristic, and above it a table of measured ones.
+"""Tile sizes, warps and pipeline stages of a launch: measured entries of `tuned.py`, otherwise a heuristic.
 
-Nothing is tuned inside a call. `python -m bench tune attention` measures `candidates` on the GPU that it runs on and
-writes the fastest into `tuned.py`.
+No call tunes: `python -m bench tune attention` measures `candidates` on the current GPU and writes the fastest into
+`tuned.py`.
 """
 
 import functools
@@ -17,20 +17,20 @@ from siglip_kernels.errors import unsupported
 
 @dataclass(frozen=True)
 class Tile:
-    """The work of one program at a time: `queries` × `keys` scores."""
+    """One step of a program computes `queries` × `keys` scores."""
 
     queries: int
     keys: int
     warps: int
-    stages: int  # how deep the loads of the loop are pipelined
-    registers: int | None = None  # the most a thread may have, so that two programs fit a multiprocessor
+    stages: int  # depth of the pipeline that loads the loop's tiles
+    registers: int | None = None  # limit per thread, so that two programs fit on a multiprocessor
 
 
 @functools.cache
 def split_head_dim(head_dim: int) -> tuple[int, int]:
     """(MAIN, TAIL): head_dim as a power of two and a narrower power of two, at least 16 columns each; TAIL may be 0.
 
-    72 -> (64, 16), 88 -> (64, 32). Where the two would be as wide as one of the next power of two: 56 -> (64, 0).
+    72 -> (64, 16), 88 -> (64, 32). Where both would be as wide together as the next power of two: 56 -> (64, 0).
     """
     main = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - main
@@ -41,7 +41,7 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
 
 def length_class(tokens: int) -> int:
-    """Lengths that share a tuned entry: up to 16, 64, 128, 256, 512, 1024, and longer ones."""
+    """Lengths that share a tuned entry: up to 16, 64, 128, 256, 512, 1024, or longer."""
     return next((limit for limit in (16, 64, 128, 256, 512, 1024) if tokens <= limit), 2048)
 
 
@@ -55,13 +55,13 @@ def tile(kernel: str, facts: Facts, element_bytes: int, head_dim: int, query_tok
 
 
 def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> Tile:
-    """Not measured. The largest tiles without a spill, then two or three programs a multiprocessor, which hide each
-    other's exponentials behind matrix work; `python -m bench.compiled.ahead_of_time attention` shows both.
+    """Not measured. The largest tiles without a spill, then two or three programs per multiprocessor, which hide each
+    other's exponentials behind products; `python -m bench.compiled.ahead_of_time attention` shows both.
     """
     if facts.capability == (0, 0):
-        return Tile(128, 128, 4, 1)  # the interpreter takes its time by the operation
+        return Tile(128, 128, 4, 1)  # the interpreter's time is per operation, not per element
     narrow = columns <= 80
-    if element_bytes == 4:  # IEEE products are made one multiply-add at a time, out of registers
+    if element_bytes == 4:  # IEEE products are computed by multiply-adds, whose operands are in registers
         if kernel == "forward":
             return Tile(32, 32, 8, 1)
         if kernel == "backward_queries":
@@ -80,8 +80,8 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
     return Tile(32, 64, 4 if narrow else 8, 2)
 
 
-# (queries, keys, warps) of what is worth measuring, by major compute capability; others get those of 8. At head dims
-# 64 and 72 none spills.
+# (queries, keys, warps) worth measuring, by major compute capability, 8 being the default. None spills at head dims 64
+# and 72.
 _CANDIDATES = {
     "forward": {
         8: ((64, 32, 4), (64, 64, 4), (128, 32, 4), (64, 64, 8), (64, 128, 8), (128, 32, 8), (128, 64, 8)),
@@ -102,39 +102,41 @@ _CANDIDATES = {
 
 
 def candidates(kernel: str, gpu: Facts | None = None) -> list[Tile]:
-    """What tuning measures beside the heuristic's choice for two-byte elements, on the current GPU or the one given."""
+    """The tiles that tuning measures besides the heuristic's for two-byte elements. gpu: the current one by default."""
     sizes = _CANDIDATES[kernel]
     major = (gpu or facts(torch.device("cuda"))).capability[0]
     return [Tile(*size, stages) for size in sizes.get(major, sizes[8]) for stages in (2, 3)]
 
 
 def short_block(element_bytes: int) -> int:
-    """The most rows of a short sequence; longer ones go to the kernels that loop over tiles."""
+    """The most tokens of a short sequence; longer ones go to the kernels that loop over tiles."""
     return 64 if element_bytes == 2 else 16
 
 
 def is_short(q: Tensor, k: Tensor) -> bool:
-    """Whether a whole sequence is one tile: attention/short.py."""
+    """Whether a whole sequence fits one tile, for the kernels of short.py."""
     return max(q.shape[1], k.shape[1]) <= short_block(q.element_size())
 
 
 def short(
     kernel: str, facts: Facts, element_bytes: int, head_dim: int, block: int, sequences: int
 ) -> tuple[int, int, int]:
-    """(programs, warps, stages) for short sequences, each a tile of `block` rows: as many programs as are resident at
-    once, each with many sequences."""
+    """(programs, warps, stages) for short sequences, each a tile of `block` rows.
+
+    As many programs as are resident at once; each loops over many sequences.
+    """
     columns = sum(split_head_dim(head_dim))
-    most_for_4_warps = 80 if facts.capability[0] == 9 else 64  # more would spill, in backward on every other chip
+    most_for_4_warps = 80 if facts.capability[0] == 9 else 64  # more spills: off Hopper, in backward everywhere
     wide = columns > most_for_4_warps and (kernel == "short_backward" or facts.capability[0] >= 10)
-    share = short_block(element_bytes) // block  # the fewer rows, the fewer warps, and the more programs
-    room = kernel == "short_forward" or (facts.capability[0] >= 9 and share == 1)  # for the next one's loads
+    share = short_block(element_bytes) // block  # fewer rows: fewer warps and more programs
+    room = kernel == "short_forward" or (facts.capability[0] >= 9 and share == 1)  # to prefetch the next sequence
     stages = 2 if element_bytes == 2 and room else 1
     warps = max(1, (8 if wide and element_bytes == 2 else 4) // share)
     return min(sequences, 4 * share * facts.multiprocessors), warps, stages
 
 
 def grid(programs: int) -> int:
-    """The one axis of a grid, which may be as long as 2^31 - 1."""
+    """The length of a one-dimensional grid, at most 2^31 - 1. Raises UnsupportedInputError beyond."""
     if programs >= 2**31:
         raise unsupported("attention", "q", f"needs {programs} programs", "fewer than 2^31: split the batch")
     return programs

@@ -1,8 +1,8 @@
-"""Attention, forward: out = softmax(scale · q kᵀ) v, exactly, with one pass over the keys.
+"""Attention, forward: out = softmax(scale · q kᵀ) v, exactly, in one pass over the keys.
 
-The running maximum and sum of Milakov & Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867), in
-tiles as in FlashAttention-2 (Dao, arXiv 2307.08691). Exponentials are powers of two: log2(e) is folded into the scale,
-so that a score costs one multiply-add and one exp2.
+Tiles keep the running maximum and sum of Milakov & Gimelshein, "Online normalizer calculation for softmax" (arXiv
+1805.02867), as in FlashAttention-2 (Dao, arXiv 2307.08691). Exponentials are powers of two: log2(e) is folded into the
+scale, so that a score costs one multiply-add and one exp2.
 """
 
 import math
@@ -26,7 +26,7 @@ _INTEGERS = [*_STRIDES, "heads", "query_tokens", "key_tokens", "query_tiles"]
 
 @triton.jit
 def mark(log_sum_exp, rows):
-    """Tells backward by the last bit of a row's log-sum-exp whether it is one of `rows`."""
+    """log_sum_exp with its last bit set where `rows` is true and cleared elsewhere: a flag for the backward."""
     bits = log_sum_exp.to(tl.int32, bitcast=True)
     return ((bits & -2) | rows.to(tl.int32)).to(tl.float32, bitcast=True)
 
@@ -43,8 +43,8 @@ def attention_forward_kernel(
     k,  # (B, Sk, H, D)
     v,  # (B, Sk, H, D)
     out,  # (B, Sq, H, D), contiguous
-    # (B, H, Sq) fp32: log2 of the sum of 2^(score · exponent_scale), +inf where there is no key. In half precision the
-    # last bit is a mark: one key has more than half of the weight.
+    # (B, H, Sq) fp32: log2 of the sum of 2^(score · exponent_scale), +inf for a row without keys. In half precision the
+    # last bit marks rows where one key has more than half of the weight.
     log_sum_exp,
     lengths,  # (B,) int32
     q_batch_stride,  # strides in UNIT elements
@@ -73,7 +73,7 @@ def attention_forward_kernel(
     KEEP_LOG_SUM_EXP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # A program owns BLOCK_Q queries of one head of one sample. The tiles of a head are neighbours: they share k and v.
+    # A program owns BLOCK_Q queries of one head of one sample. Adjacent programs share a head and its k and v in L2.
     program = tl.program_id(0)
     sequence = program // query_tiles
     first_query = (program % query_tiles) * BLOCK_Q
@@ -111,11 +111,12 @@ def attention_forward_kernel(
         v_tile = v + first_key * v_step
         k_main, k_tail = load_tile(k_tile, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
         scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)  # [BLOCK_Q, BLOCK_K]
-        if first_key + BLOCK_K > limit:  # the last tile alone pays for the mask
+        if first_key + BLOCK_K > limit:  # only the last tile needs the mask
             scores = tl.where(key_is_valid[None, :], scores, float("inf") if NEGATIVE_SCALE else float("-inf"))
         extreme = tl.min(scores, 1) if NEGATIVE_SCALE else tl.max(scores, 1)
         new_max = tl.maximum(running_max, extreme * exponent_scale)
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # scores of -inf alone, from infinite inputs
+        # Infinite inputs can make every score of a row -inf, and -inf - (-inf) would be NaN.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         correction = tl.exp2(running_max - shift)
         weights = tl.exp2(scores * exponent_scale - shift[:, None])
         running_sum = running_sum * correction + tl.sum(weights, 1)
@@ -150,8 +151,11 @@ def attention_forward_kernel(
 
 
 def exponent_scale(scale: float) -> float:
-    """What turns q·k into a power of two. A scale of 0 makes all keys equal, as does one that underflows every score,
-    fp32's smallest normal number; 0 itself would make NaN of the scores that a mask has set to -inf."""
+    """scale · log2(e), the factor that turns q·k into an exponent of two.
+
+    Its magnitude is at least fp32's smallest normal number, with which every score underflows and all keys have the
+    same weight, as with a scale of 0; 0 itself would turn scores that a mask has set to -inf into NaN.
+    """
     exponent = scale * math.log2(math.e)
     return exponent if abs(exponent) >= 2**-126 else math.copysign(2**-126, -1 if scale < 0 else 1)
 
@@ -159,7 +163,7 @@ def exponent_scale(scale: float) -> float:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, keep_log_sum_exp: bool
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernel. q, k, v: unit stride along D. Returns out, and log_sum_exp or an empty tensor."""
+    """Launches the kernel. q, k, v: unit stride along D. Returns out, and log_sum_exp if kept, else an empty tensor."""
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

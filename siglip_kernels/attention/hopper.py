@@ -1,4 +1,4 @@
-"""Attention, forward, on Hopper: when hopper_kernel.py can take a call, with which tiles, and its launch."""
+"""Attention on Hopper: launchers of the Gluon kernels in hopper_forward.py and hopper_backward.py, and their tiles."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,28 +20,30 @@ from siglip_kernels.device import Facts, facts
 from siglip_kernels.errors import unsupported
 
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_KEYS = 128  # of a step
+_KEYS = 128  # per step of the forward kernel
 
 
 @dataclass(frozen=True)
 class ForwardTile:
-    """The work of one program at a time: `consumers` × 64 queries by `keys` keys."""
+    """One step of a program computes the scores of `consumers` × 64 queries with `keys` keys."""
 
-    consumers: int
+    consumers: int  # warpgroups
     keys: int
-    stages: int
-    consumer_registers: int  # of a thread
+    stages: int  # of keys and values in shared memory
+    consumer_registers: int  # per thread
     producer_registers: int
 
 
 def forward_tile(head_dim: int, query_tokens: int, last: int, has_lengths: bool) -> ForwardTile:
-    """Not measured on a GPU. As few tiles of queries as two or three consumers allow. Three only where all fits 160
-    registers a thread: beyond 64 columns the accumulators spill, and wgmma wait for each other; and without lengths so
-    do the scores of a first step (last_keys) as wide as all the others.
+    """The tile of `attention_forward_hopper_kernel`. Not measured on a GPU.
 
-    Counted by `python -m bench.compiled.sass attention_hopper attention` with triton 3.7.1:
-    clocks of a quarter of a multiprocessor for 16 × 128 scores, and what share of the tensor pipe's peak the busiest
-    pipe allows, here and in the portable kernel, whose loop issues no exponential beneath its products.
+    Two or three consumers, whichever makes fewer tiles of queries. Three need all to fit 160 registers per thread:
+    beyond 64 columns the accumulators spill, and then wgmmas are serialised; so do, without lengths, the scores of a
+    first step (`last_keys`) that is as wide as the others.
+
+    Counted by `python -m bench.compiled.sass attention_hopper attention` with triton 3.7.1: clocks of a quarter of a
+    multiprocessor for 16 × 128 scores, and the share of the tensor pipe's peak that the busiest pipe allows, here and
+    in the portable kernel, whose loop issues no exponential beneath its products.
 
     | D      | tensor | exponentials | fma | alu | issue | share | portable         |
     |--------|--------|--------------|-----|-----|-------|-------|------------------|
@@ -50,8 +52,8 @@ def forward_tile(head_dim: int, query_tokens: int, last: int, has_lengths: bool)
     | 96     | 768    | 528          | 184 | 230 | 483   | 100 % | 91 % at 88 (issue) |
     | 128    | 1024   | 528          | 200 | 230 | 465   | 100 % | 100 %            |
 
-    So all exponentials stay on the special-function units: at 64, where those are the bound, an eighth of them as a
-    polynomial would win at most 3 %, for half of the clocks in which nothing is issued.
+    So all exponentials stay on the special-function units: at D = 64, where those are the bound, computing an eighth of
+    them by a polynomial would gain at most 3 % and take half of the free issue slots.
     """
     columns = sum(config.split_head_dim(head_dim))
     units = -(-query_tokens // ROWS.value)
@@ -63,10 +65,11 @@ def forward_tile(head_dim: int, query_tokens: int, last: int, has_lengths: bool)
 
 
 def last_keys(key_tokens: int, keys: int, has_lengths: bool) -> tuple[int, int]:
-    """(LAST, FIRST_PART): how many columns the step with the last keys has, and the first of its parts.
+    """(LAST, FIRST_PART): the columns of the step with the last keys, and of the first of its one or two parts.
 
-    As many as they need, in one or two powers of two, at least 16 each: 729 keys are 5 tiles of 128 and 32 + 64. With
-    lengths any number may be left: a whole tile. (0, 0) where whole tiles are all there is.
+    Each part is a power of two of at least 16 columns, and both are as narrow as the keys left over by whole tiles
+    allow: 729 keys are 5 tiles of 128 and 32 + 64. With lengths any number may be left over, so LAST is a whole tile.
+    (0, 0) where no keys are left over.
     """
     if has_lengths:
         return keys, keys
@@ -76,7 +79,7 @@ def last_keys(key_tokens: int, keys: int, has_lengths: bool) -> tuple[int, int]:
 
 
 def require_hopper(q: Tensor) -> Facts:
-    """The facts of q's device, where the Hopper kernels can take it."""
+    """The facts of q's device. Raises UnsupportedInputError unless that is a Hopper and q is fp16 or bf16."""
     gpu = facts(q.device)
     if gpu.capability != (9, 0):
         raise unsupported("attention", "q", f"is on {gpu.name}", "Hopper (sm_90), as SIGLIP_KERNELS_HOPPER=1 asks for")
@@ -102,19 +105,18 @@ def boxes(tokens: int, **tensors: Tensor) -> dict[str, TensorDescriptor | None]:
 
 
 def readable_by_tma(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where TMA cannot read it: rows that do not start at multiples of 16 bytes, or repeat."""
+    """The tensor, or a copy where TMA cannot read it: rows not aligned to 16 bytes, or expanded axes."""
     if tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 and stride > 0 for stride in tensor.stride()[:3]):
         return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)  # .contiguous() would keep what only starts off
+    return tensor.clone(memory_format=torch.contiguous_format)  # .contiguous() would keep a misaligned start
 
 
 def attention_forward_hopper(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, keep_log_sum_exp: bool
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernel: forward.attention_forward's contract, for fp16 and bf16.
+    """Launches the kernel, with the contract of `forward.attention_forward` for fp16 and bf16.
 
-    q, k, v: unit stride along D. Strides that do not divide by 8, and expanded axes, are copied first: TMA cannot read
-    them. Raises UnsupportedInputError for fp32, and where the device is no Hopper.
+    q, k, v: unit stride along D; copied first where `readable_by_tma` says so. Raises as `require_hopper` does.
     """
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]
@@ -156,18 +158,18 @@ def attention_forward_hopper(
 
 @dataclass(frozen=True)
 class BackwardTile:
-    """Two consumers of 64 rows each, and how much of the other axis is loaded at once."""
+    """Two consumers own 64 rows of scores each; one step computes `columns` columns."""
 
-    columns: int  # tokens of a stage
+    columns: int  # tokens per stage
     stages: int
-    slots: int  # for each consumer's rows
+    slots: int  # buffers for each consumer's rows: with two, the next tile's are loaded early
 
 
 def backward_tile(kernel: str, head_dim: int) -> BackwardTile:
-    """Of "queries" or "keys". Not measured on a GPU: the widest without a spill, in 227 KB of shared memory.
+    """The tile of the kernel that owns "queries" or "keys". Not measured on a GPU.
 
-    Counted as in `forward_tile`: clocks of a quarter of a multiprocessor for 16 rows of scores, as many columns as a
-    stage has tokens. "operands" are those that wgmma reads from shared memory.
+    The widest that does not spill and fits 227 KB of shared memory. Counted as in `forward_tile`: clocks of a quarter
+    of a multiprocessor for 16 rows × `columns` of scores. "operands": those that wgmma reads from shared memory.
 
     | D      | kernel  | tensor | operands | exponentials | alu | issue | share | portable        |
     |--------|---------|--------|----------|--------------|-----|-------|-------|-----------------|
@@ -180,8 +182,8 @@ def backward_tile(kernel: str, head_dim: int) -> BackwardTile:
     | 128    | queries | 768    | 640      | 256          | 166 | 326   | 100 % | 100 %           |
     |        | keys    | 512    | 512      | 128          | 208 | 296   | 100 % | 86 % (operands) |
 
-    No pipe but the tensor pipe is the bound, here or there; what the portable kernels lack is exponentials beneath
-    their products, loads that take no registers and no instructions of the same warps, and a program that goes on.
+    The tensor pipe is the bound here and, except in one row, in the portable kernels. What those lack is exponentials
+    beneath their products, loads without registers and instructions of the same warps, and persistent programs.
     """
     columns = sum(config.split_head_dim(head_dim))
     slots = 2 if columns <= 96 else 1
@@ -202,8 +204,10 @@ def attention_backward_hopper(
     needs_q: bool,
     needs_k_or_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the kernels: backward.attention_backward's contract, for fp16 and bf16. What TMA cannot read is copied
-    first, as in hopper.py. Raises UnsupportedInputError for fp32, and where the device is no Hopper."""
+    """Launches the kernels, with the contract of `backward.attention_backward` for fp16 and bf16.
+
+    Copies and raises as `attention_forward_hopper` does.
+    """
     gpu = require_hopper(q)
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]

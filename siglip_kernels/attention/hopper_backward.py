@@ -1,12 +1,12 @@
-"""Attention, backward, for Hopper (sm_90) in Gluon: backward.py's two kernels, specialised by warps like the forward.
+"""Attention, backward, for Hopper (sm_90) in Gluon: backward.py's two kernels, warp-specialised like the forward.
 
-One kernel owns queries and makes dQ and delta, the other owns keys and makes dK and dV, so that nothing is added
-atomically. In both a producer loads by TMA and two consumers own ROWS rows each; a consumer's exponentials lie beneath
-its second product, and all else beneath the other consumer's.
+Programs of one kernel own queries and compute dQ and delta, programs of the other own keys and compute dK and dV, so
+that atomics are not needed. In both, a producer loads by TMA and two consumers own ROWS rows each; a consumer's
+exponentials run beneath its own second product, and all its other work beneath the other consumer's products.
 
-As in the forward the first step over the keys takes the last ones, in a box that ends with the last valid key; where
-keys are rows, an invalid one spoils its own row alone, whose gradient is set to zero. Queries beyond the last are
-zeros, with weights of 2^(0 − inf) = 0.
+As in the forward, the first step over the keys takes the last ones, in a box that ends with the last valid key. Where
+keys are rows, an invalid key affects its own row only, whose gradients are set to zero. Beyond the last query, tiles
+are zeros, and weights are 2^(0 − inf) = 0.
 """
 
 from triton.experimental import gluon
@@ -37,13 +37,13 @@ from siglip_kernels.attention.hopper_forward import (
 CONSUMERS = gl.constexpr(2)
 
 
-# The portable kernels' function, from the same source: Gluon compiles only functions of its own.
+# The portable kernels' function, from the same source.
 score_gradients = gluon.jit(portable_score_gradients.fn)
 
 
 @gluon.jit
 def store_parts(tensors, staging, CONSUMER: gl.constexpr, out, batch, row, head):
-    """Each part of the columns, by TMA."""
+    """Starts the store of each part of the columns."""
     store_rows(tensors[0], staging[0], CONSUMER, out[0], batch, row, head, 0)
     if len(out) == 2:
         store_rows(tensors[1], staging[1], CONSUMER, out[1], batch, row, head, tensors[0].block_type.shape[3])
@@ -51,7 +51,7 @@ def store_parts(tensors, staging, CONSUMER: gl.constexpr, out, batch, row, head)
 
 @gluon.jit
 def valid_keys(batch, lengths, key_tokens):
-    """How many keys of a sample count."""
+    """The number of valid keys of a sample."""
     limit = key_tokens
     if lengths is not None:
         limit = gl.minimum(gl.maximum(gl.load(lengths + batch), 0), key_tokens)
@@ -60,7 +60,7 @@ def valid_keys(batch, lengths, key_tokens):
 
 @gluon.jit
 def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT barriers that say full, and as many that say empty after ARRIVALS."""
+    """COUNT barriers for full stages, and COUNT for empty ones, which complete after ARRIVALS."""
     full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
@@ -74,7 +74,7 @@ def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def load_for_queries(tensors, shared, barriers, numbers, lengths, ONLY_DELTA: gl.constexpr):
-    """The producer: queries, output and its gradient of each tile, then all keys and values, the last ones first."""
+    """The producer: loads each tile's queries, output and its gradient, then all keys and values, last ones first."""
     q, out_grad, out, k, v = tensors
     q_tiles, out_grad_tiles, out_tiles, k_stages, v_stages, _staging = shared
     q_full, q_empty, grad_full, grad_empty, out_full, out_empty, k_full, k_empty, v_full, v_empty = barriers
@@ -112,7 +112,7 @@ def add_keys(
     q_grad, q_tiles, out_grad_tiles, mine, k_stages, v_stages, stage, phase, k_full, k_empty, v_full, v_empty,
     log_sum_exp, delta, exponent_scale, counted, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """q_grad + dS K for one stage of keys. If MASKED, only its last `counted` keys count."""
+    """q_grad + dS K for one stage of keys. If MASKED, all but its last `counted` keys are masked."""
     KEYS: gl.constexpr = k_stages[0].shape[2]
     mbarrier.wait(k_full.index(stage), phase)
     mbarrier.wait(v_full.index(stage), phase)
@@ -123,7 +123,7 @@ def add_keys(
     if MASKED:
         keys = gl.arange(0, KEYS, gl.SliceLayout(0, product_layout(KEYS)))
         weights = gl.where((keys >= KEYS - counted)[None, :], weights, 0.0)
-    # Known to be true, and a branch: without one the assembler moves the wait before the exponentials.
+    # Already complete. The branch of this wait keeps the assembler from moving the next wait before the exponentials.
     mbarrier.wait(v_full.index(stage), phase)
     weights_grad = warpgroup_mma_wait(0, deps=(weights_grad,))
     mbarrier.arrive(v_empty.index(stage), count=1)
@@ -135,7 +135,7 @@ def add_keys(
 
 @gluon.jit
 def row_products(a, b, mine, COLUMNS: gl.constexpr):
-    """Of two tiles in shared memory: each row of one with the same row of the other."""
+    """The dot product of each row of one tile in shared memory with the same row of the other."""
     layout: gl.constexpr = product_layout(COLUMNS)
     left = a.index(mine).reshape([ROWS, COLUMNS]).load(layout).to(gl.float32)
     return gl.sum(left * b.index(mine).reshape([ROWS, COLUMNS]).load(layout).to(gl.float32), 1)
@@ -146,7 +146,7 @@ def own_queries(
     CONSUMER: gl.constexpr, q_grad_tensors, shared, barriers, numbers, log_sum_exp, delta, lengths,
     ONLY_DELTA: gl.constexpr,
 ):  # fmt: skip
-    """A consumer: ROWS queries of each tile."""
+    """A consumer of ROWS queries of each tile."""
     q_tiles, out_grad_tiles, out_tiles, k_stages, v_stages, staging = shared
     q_full, q_empty, grad_full, grad_empty, out_full, out_empty, k_full, k_empty, v_full, v_empty = barriers
     heads, query_tokens, key_tokens, query_tiles, tiles, scale, exponent_scale = numbers
@@ -209,7 +209,7 @@ _INTEGERS = ["heads", "query_tokens", "key_tokens", "query_tiles", "key_tiles", 
 @gluon.jit(do_not_specialize=_INTEGERS)
 def attention_backward_queries_hopper_kernel(
     q_main,  # tensor descriptors of (B, Sq, H, D), boxes of ROWS tokens
-    q_tail,  # or None, where the head's columns are in one part; and so below
+    q_tail,  # None where the head's columns are one part; likewise below
     out_grad_main,
     out_grad_tail,
     out_main,
@@ -232,7 +232,7 @@ def attention_backward_queries_hopper_kernel(
     exponent_scale,  # scale · log2(e)
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
-    ONLY_DELTA: gl.constexpr,  # nobody asks for the queries' gradient
+    ONLY_DELTA: gl.constexpr,  # q_grad is not required
 ):
     q = parts_of(q_main, q_tail)
     out_grad = parts_of(out_grad_main, out_grad_tail)
@@ -273,7 +273,7 @@ def attention_backward_queries_hopper_kernel(
 
 @gluon.jit
 def load_for_keys(tensors, shared, barriers, numbers, lengths):
-    """The producer: keys and values of each tile, then all queries and gradients of the output."""
+    """The producer: loads the keys and values of each tile, then all queries and gradients of the output."""
     k, v, q, out_grad = tensors
     k_tiles, v_tiles, q_stages, out_grad_stages, _k_staging, _v_staging = shared
     k_full, k_empty, v_full, v_empty, q_full, q_empty, grad_full, grad_empty = barriers
@@ -295,7 +295,7 @@ def load_for_keys(tensors, shared, barriers, numbers, lengths):
             load_rows(k, k_tiles, mine, k_full, k_empty, slot_phase, batch, first_key + i * ROWS, head)
             load_rows(v, v_tiles, mine, v_full, v_empty, slot_phase, batch, first_key + i * ROWS, head)
         slot, slot_phase = following(slot, slot_phase, SLOTS)
-        # A tile of padding alone has gradients of zero.
+        # A tile of padding only has gradients of zero.
         end = gl.where(first_key < valid_keys(batch, lengths, key_tokens), query_tokens, 0)
         for row in range(0, end, QUERIES):
             load_rows(q, q_stages, stage, q_full, q_empty, phase, batch, row, head)
@@ -317,7 +317,7 @@ def where_real(out, real):
 def own_keys(
     CONSUMER: gl.constexpr, k_grad_tensors, v_grad_tensors, shared, barriers, numbers, log_sum_exp, delta, lengths,
 ):  # fmt: skip
-    """A consumer: ROWS keys of each tile. Its scores are transposed."""
+    """A consumer of ROWS keys of each tile. Its scores are transposed."""
     k_tiles, v_tiles, q_stages, out_grad_stages, k_staging, v_staging = shared
     k_full, k_empty, v_full, v_empty, q_full, q_empty, grad_full, grad_empty = barriers
     heads, query_tokens, key_tokens, key_tiles, tiles, scale, exponent_scale = numbers
@@ -355,7 +355,8 @@ def own_keys(
             weights_grad = issue_scores(v_tiles, out_grad_stages, mine, stage, 0, QUERIES)
             scores = warpgroup_mma_wait(PARTS, deps=(scores,))
             weights = gl.exp2(scores * exponent_scale - column_log_sum_exp[None, :])
-            # Known to be true, and a branch: without one the assembler moves the wait before the exponentials.
+            # Already complete. The branch of this wait keeps the assembler from moving the next wait before the
+            # exponentials.
             mbarrier.wait(grad_full.index(stage), phase)
             v_grad = issue_products(weights.to(element), out_grad_stages, stage, v_grad, 0)
             weights_grad = warpgroup_mma_wait(PARTS, deps=(weights_grad,))
@@ -381,7 +382,7 @@ def own_keys(
 @gluon.jit(do_not_specialize=_INTEGERS)
 def attention_backward_keys_hopper_kernel(
     k_main,  # tensor descriptors of (B, Sk, H, D), boxes of ROWS tokens
-    k_tail,  # or None, where the head's columns are in one part; and so below
+    k_tail,  # None where the head's columns are one part; likewise below
     v_main,
     v_tail,
     q_main,  # of (B, Sq, H, D), boxes of QUERIES tokens

@@ -1,17 +1,18 @@
-"""Attention, forward, for Hopper (sm_90) in Gluon: what portable Triton cannot say.
+"""Attention, forward, for Hopper (sm_90): a warp-specialised kernel in Gluon, which portable Triton cannot express.
 
-One persistent program a multiprocessor, specialised by warps: a producer fills stages of keys and values by TMA, and
-two or three consumer warpgroups own ROWS queries each of one head. The scheme is FlashAttention-3's (Shah et al., arXiv
-2407.08608): a consumer issues the scores of the next keys and the values' product of the last ones together, hands the
-matrix units on to the next consumer, and makes its exponentials while those work for the others and for itself.
+One persistent program per multiprocessor: a producer warp fills stages of keys and values by TMA, and two or three
+consumer warpgroups own ROWS queries each of one head. The schedule is FlashAttention-3's (Shah et al., arXiv
+2407.08608): a consumer issues the scores of the next keys together with the product of the last values, hands the
+tensor cores to the next consumer, and computes its exponentials while they work for the others and for itself.
 
-- Heads are the outer loop and tiles of queries the inner one: programs that run at the same time share keys and values
-  in the L2, and a program that goes on to its next tile finds the first keys of it loaded already.
-- The first step of a tile takes the last keys, and just as many columns as they need, a multiple of 16. Its box ends
-  with the last valid key rather than beginning with a full tile's, so that no invalid key is ever read; all later steps
-  are whole and have no mask.
-- Head dim 72 is 64 + 16 columns (config.split_head_dim): TMA fills what the head lacks with zeros, and clips it.
-- A score costs one multiply-add with the scale and the maximum folded in, then one exponential of base 2.
+- Heads are the outer loop, tiles of queries the inner one: programs that run at the same time share keys and values in
+  L2, and when a program starts its next tile, the first keys are already loaded.
+- The first step of a tile takes the last keys, in just as many columns as they need, a multiple of 16. Its box ends
+  with the last valid key instead of starting where a whole tile would, so that no invalid key is ever read; all later
+  steps are whole and need no mask.
+- Head dim 72 is 64 + 16 columns (config.split_head_dim): TMA fills columns beyond the head with zeros on loads, and
+  drops them on stores.
+- A score costs one multiply-add, with the scale and the maximum folded in, and one exponential of base 2.
 """
 
 from triton.experimental import gluon
@@ -24,25 +25,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-ROWS = gl.constexpr(64)  # queries of a consumer warpgroup: the height of a wgmma
-SLOTS = gl.constexpr(2)  # for each consumer's queries: the next tile's are loaded while it works
+ROWS = gl.constexpr(64)  # queries per consumer warpgroup: the height of a wgmma
+SLOTS = gl.constexpr(2)  # buffers for each consumer's queries: the next tile's are loaded while it works
 
 
 @gluon.constexpr_function
 def product_layout(columns):
-    """Of what a warpgroup's wgmma makes: 64 rows and so many columns."""
+    """The layout of a wgmma's result of 64 rows and this many columns."""
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
 @gluon.constexpr_function
 def operand_layout(columns):
-    """Of a left factor in registers, for a product with so many columns."""
+    """The layout of a left operand in registers, for a product of this many columns."""
     return gl.DotOperandLayout(operand_index=0, parent=product_layout(columns), k_width=2)
 
 
 @gluon.jit
 def read_problem(tile, lengths, numbers, KEYS: gl.constexpr, LAST: gl.constexpr):
-    """(sample, head, which tile of queries, number of valid keys, number of whole tiles of keys) of a tile."""
+    """(sample, head, index of the tile of queries, number of valid keys, number of whole tiles of keys) of a tile."""
     heads, _query_tokens, key_tokens, query_tiles, _tiles, _exponent_scale = numbers
     sequence = tile // query_tiles
     batch = sequence // heads
@@ -62,7 +63,8 @@ def following(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_rows(tensors, stages, index, full, empty, phase, batch, row, head):
-    """The tokens of one stage, each part of their columns, as soon as the stage is empty."""
+    """Waits until a stage is empty and starts the loads of its tokens, one per part of the columns."""
+    # Passes at once on a new barrier, whose previous phase counts as complete.
     mbarrier.wait(empty.index(index), phase ^ 1)
     two: gl.constexpr = len(tensors) == 2
     main_bytes: gl.constexpr = tensors[0].block_type.nbytes
@@ -77,7 +79,7 @@ def load_rows(tensors, stages, index, full, empty, phase, batch, row, head):
 
 @gluon.jit
 def load_tiles(q, k, v, shared, barriers, numbers, lengths, LAST: gl.constexpr):
-    """The producer: queries of each tile, then its keys and values, the last ones first."""
+    """The producer: loads the queries of each tile, then its keys and values, the last ones first."""
     q_tiles, k_stages, v_stages, _staging = shared
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = barriers
     CONSUMERS: gl.constexpr = q_tiles[0].shape[0] // SLOTS
@@ -105,7 +107,7 @@ def load_tiles(q, k, v, shared, barriers, numbers, lengths, LAST: gl.constexpr):
 
 @gluon.jit
 def rows_of(stages, index, FIRST: gl.constexpr, COUNT: gl.constexpr):
-    """Some rows of a stage, as a matrix [COUNT, columns]."""
+    """COUNT rows of a stage from FIRST on, as a matrix [COUNT, columns]."""
     ALL: gl.constexpr = stages.shape[2]
     tile = stages.index(index).reshape([ALL, stages.shape[4]])
     return tile if COUNT == ALL else tile.slice(FIRST, COUNT)
@@ -113,7 +115,7 @@ def rows_of(stages, index, FIRST: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def issue_scores(q_tiles, k_stages, mine, stage, FIRST: gl.constexpr, COUNT: gl.constexpr):
-    """q kᵀ with COUNT of the stage's keys, from FIRST on; not waited for. [ROWS, COUNT]"""
+    """Starts q kᵀ [ROWS, COUNT] with COUNT of the stage's keys from FIRST on."""
     nothing = gl.zeros([ROWS, COUNT], gl.float32, product_layout(COUNT))
     keys = rows_of(k_stages[0], stage, FIRST, COUNT).permute((1, 0))
     scores = warpgroup_mma(rows_of(q_tiles[0], mine, 0, ROWS), keys, nothing, use_acc=False, is_async=True)
@@ -125,7 +127,7 @@ def issue_scores(q_tiles, k_stages, mine, stage, FIRST: gl.constexpr, COUNT: gl.
 
 @gluon.jit
 def multiply_add(weights, v_stages, stage, out, FIRST: gl.constexpr):
-    """out + weights · (the stage's values from FIRST on); not waited for. [ROWS, columns]"""
+    """Starts out + weights · (the stage's values from FIRST on), [ROWS, columns]."""
     values = rows_of(v_stages, stage, FIRST, weights.shape[1])
     left = gl.convert_layout(weights, operand_layout(v_stages.shape[4]))
     return warpgroup_mma(left, values, out, is_async=True)
@@ -143,7 +145,7 @@ def issue_products(weights, v_stages, stage, out, FIRST: gl.constexpr):
 
 @gluon.jit
 def wait_for_all(out):
-    """Each part of the columns, once all products are made."""
+    """Each part of the columns, once all products are complete."""
     if len(out) == 1:
         return (warpgroup_mma_wait(0, deps=out),)
     else:
@@ -174,19 +176,19 @@ def scaled(out, factor):
 
 @gluon.jit
 def largest_exponent(scores, exponent_scale, NEGATIVE_SCALE: gl.constexpr):
-    """Of each row."""
+    """The largest exponent of each row."""
     return (gl.min(scores, 1) if NEGATIVE_SCALE else gl.max(scores, 1)) * exponent_scale
 
 
 @gluon.jit
 def finite(largest):
-    """What to subtract from a row's exponents: 0 where all are -inf, for want of keys or from infinite inputs."""
+    """What to subtract from a row's exponents: 0 where all are -inf, without keys or from infinite inputs."""
     return gl.where(largest == float("-inf"), 0.0, largest)
 
 
 @gluon.jit
 def weigh(scores, exponent_scale, largest):
-    """2^(score · exponent_scale - largest): a multiply-add and an exponential an element. And each row's sum."""
+    """2^(score · exponent_scale - largest), a multiply-add and an exponential per element, and each row's sum."""
     largest = gl.convert_layout(largest, gl.SliceLayout(1, scores.type.layout))
     weights = gl.exp2(scores * exponent_scale - largest[:, None])
     return weights, gl.sum(weights, 1)
@@ -198,10 +200,10 @@ def attend_to_last_keys(
     exponent_scale, limit, first_key, LAST: gl.constexpr, FIRST_PART: gl.constexpr,
     NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
-    """The first step: LAST columns of scores, in one part or two, of which those from first_key on count. The others,
-    all in the first part, belong to whole tiles or, before the first token, to none.
+    """The first step: LAST columns of scores, in one part or two.
 
-    Returns the running maximum, sum and products.
+    Keys before first_key are masked: they belong to whole tiles or, before the first token, do not exist. All of them
+    are in the first part. Returns the running maximum, sum and products.
     """
     KEYS: gl.constexpr = k_stages[0].shape[2]
     SKIPPED: gl.constexpr = KEYS - LAST
@@ -255,7 +257,7 @@ def attend(
     CONSUMER: gl.constexpr, out_tensors, shared, barriers, numbers, log_sum_exp, lengths, LAST: gl.constexpr,
     FIRST_PART: gl.constexpr, NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
-    """A consumer: ROWS queries of each tile. At each of its turns it issues its products, then lets the next one."""
+    """A consumer of ROWS queries of each tile. In its turn it issues its products, then passes the turn on."""
     q_tiles, k_stages, v_stages, staging = shared
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
     CONSUMERS: gl.constexpr = q_tiles[0].shape[0] // SLOTS
@@ -272,7 +274,7 @@ def attend(
     phase = gl.to_tensor(0)
     slot = gl.to_tensor(0)
     q_phase = gl.to_tensor(0)
-    turn_phase = gl.to_tensor(1 if CONSUMER == 0 else 0)  # the first consumer's first turn is given to it by nobody
+    turn_phase = gl.to_tensor(1 if CONSUMER == 0 else 0)  # the first consumer starts with the turn
     for tile in range(gl.program_id(0), numbers[4], gl.num_programs(0)):
         batch, head, query_tile, limit, whole = read_problem(tile, lengths, numbers, KEYS, LAST)
         mine = slot * CONSUMERS + CONSUMER
@@ -319,7 +321,8 @@ def attend(
                 running_max = new_max
                 weights, row_sum = weigh(scores, exponent_scale, finite(running_max))
                 running_sum = running_sum * correction + row_sum
-                # Known to be true, and a branch: without one the assembler moves the wait before the exponentials.
+                # Already complete. The branch of this wait keeps the assembler from moving the next wait before the
+                # exponentials.
                 mbarrier.wait(v_full.index(stage), phase)
                 out = wait_for_all(out)
                 mbarrier.arrive(v_empty.index(stage), count=1)
@@ -364,7 +367,7 @@ def parts_of(main, tail):
 
 @gluon.jit
 def allocate(tensors, COUNT: gl.constexpr):
-    """Shared memory for so many boxes of each part."""
+    """Shared memory for COUNT boxes of each part of the columns."""
     main_shape: gl.constexpr = [COUNT] + tensors[0].block_type.shape  # noqa: RUF005 - Gluon knows no [*shape]
     main = gl.allocate_shared_memory(tensors[0].dtype, main_shape, tensors[0].layout)
     if len(tensors) == 1:
@@ -380,14 +383,14 @@ _INTEGERS = ["heads", "query_tokens", "key_tokens", "query_tiles", "tiles"]
 @gluon.jit(do_not_specialize=_INTEGERS)
 def attention_forward_hopper_kernel(
     q_main,  # tensor descriptors of (B, Sq, H, D), boxes of (1, ROWS, 1, MAIN) and (1, ROWS, 1, TAIL)
-    q_tail,  # or None, where the head's columns are in one part; and so below
+    q_tail,  # None where the head's columns are one part; likewise below
     k_main,  # of (B, Sk, H, D), boxes of KEYS tokens
     k_tail,
-    v_main,  # likewise
+    v_main,  # of (B, Sk, H, D), boxes of KEYS tokens
     v_tail,
     out_main,  # of (B, Sq, H, D), as those of q
     out_tail,
-    log_sum_exp,  # (B, H, Sq) fp32, or None: log2 of the sum of 2^(score · exponent_scale), +inf where there is no key
+    log_sum_exp,  # (B, H, Sq) fp32, or None: log2 of the sum of 2^(score · exponent_scale), +inf for a row without keys
     lengths,  # (B,) int32, or None
     heads,
     query_tokens,
@@ -395,8 +398,8 @@ def attention_forward_hopper_kernel(
     query_tiles,  # of one head
     tiles,
     exponent_scale,  # scale · log2(e)
-    LAST: gl.constexpr,  # keys of the first step, which takes the last ones; 0 where whole tiles are all there is
-    FIRST_PART: gl.constexpr,  # of those, in the first of one or two parts: it holds the columns without a key
+    LAST: gl.constexpr,  # columns of the first step, which takes the last keys; 0: all keys are in whole tiles
+    FIRST_PART: gl.constexpr,  # of those, in the first of one or two parts, which holds the masked ones
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,

@@ -1,9 +1,9 @@
-"""Attention over short sequences (the text tower's 64 tokens): forward in one tile, backward in one kernel.
+"""Attention over short sequences, such as the text tower's 64 tokens: forward and backward in one kernel each.
 
-A whole sequence, one head of one sample, is a tile. A program goes through many of them, so that the next one's loads
-run behind this one's products. No two share a tile: zero times the NaN of one would be NaN in the other. The softmax of
-a row is there at once, so backward needs neither `out` nor a log-sum-exp: it computes P anew, has delta =
-rowsum(P ∘ dP), and writes all three gradients from one reading of q, k, v and dO.
+A tile is a whole sequence: one head of one sample. A program loops over many sequences, so that the loads of the next
+overlap with the products of the current one. Sequences do not share a tile, because 0 · NaN from another would be NaN.
+The softmax of a row is complete at once, so the backward needs neither `out` nor a log-sum-exp: it recomputes P, takes
+delta = rowsum(P ∘ dP), and writes all three gradients after reading q, k, v and dO once.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ _INTEGERS = [*stride_names("q", "k", "v", "out_grad"), "sequences", "heads", "qu
 
 @triton.jit
 def locate(sequence, heads, key_tokens, lengths, HAS_LENGTHS: tl.constexpr):
-    """Batch and head of a sequence (int64), and how many keys it has."""
+    """Batch and head of a sequence (int64), and its number of valid keys."""
     batch = (sequence // heads).to(tl.int64)
     limit = key_tokens
     if HAS_LENGTHS:
@@ -40,7 +40,7 @@ def probabilities(
     q_main, q_tail, k_main, k_tail, key_is_valid, limit, exponent_scale,
     TAIL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Softmax over the keys of a tile: (unnormalised weights, what to multiply their rows by)."""
+    """Softmax over the keys of a tile: unnormalised weights, and the factors that normalise their rows."""
     scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)
     scores = tl.where(key_is_valid[None, :], scores, float("inf") if NEGATIVE_SCALE else float("-inf"))
     extreme = tl.min(scores, 1) if NEGATIVE_SCALE else tl.max(scores, 1)
@@ -152,7 +152,7 @@ def attention_short_backward_kernel(
     # A program owns every num_programs-th sequence.
     token = tl.arange(0, BLOCK)
     query_is_valid = token < query_tokens
-    key_is_there = token < key_tokens
+    key_exists = token < key_tokens
     for sequence in tl.range(tl.program_id(0), sequences, tl.num_programs(0)):
         batch, head, limit = locate(sequence, heads, key_tokens, lengths, HAS_LENGTHS)
         key_is_valid = token < limit
@@ -179,10 +179,10 @@ def attention_short_backward_kernel(
                 tl.trans(narrow(weights, out_grad_main.dtype)),
                 out_grad_main, out_grad_tail, zeros_main, zeros_tail, TAIL, PRECISION,
             )  # fmt: skip
-            # Padding weighs nothing, or NaN in the row of a query that has it: its gradients are zeros.
+            # The weights of padded keys are 0, or NaN in the row of a NaN query: their gradients are set to zero.
             grad_main = tl.where(key_is_valid[:, None], grad_main, 0.0)
             grad_tail = tl.where(key_is_valid[:, None], grad_tail, 0.0)
-            store_tile(v_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+            store_tile(v_grad, key_offsets, key_exists, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
         weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION)
         delta = tl.sum(weights * weights_grad, 1)
         scores_grad = score_gradients(weights, weights_grad, delta[:, None], k_main.dtype == tl.float32)
@@ -199,7 +199,7 @@ def attention_short_backward_kernel(
             )
             grad_main = tl.where(key_is_valid[:, None], grad_main * scale, 0.0)
             grad_tail = tl.where(key_is_valid[:, None], grad_tail * scale, 0.0)
-            store_tile(k_grad, key_offsets, key_is_there, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+            store_tile(k_grad, key_offsets, key_exists, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
 
 
 def attention_short_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
@@ -222,7 +222,7 @@ def attention_short_backward(
     needs_q: bool,
     needs_k_or_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the kernel. out_grad, q, k, v: unit stride along D. A gradient that is not needed is an empty tensor."""
+    """Launches the kernel. out_grad, q, k, v: unit stride along D. A gradient not needed is an empty tensor."""
     q_grad = torch.empty(q.shape if needs_q else 0, dtype=q.dtype, device=q.device)
     k_grad, v_grad = (torch.empty(k.shape if needs_k_or_v else 0, dtype=q.dtype, device=q.device) for _ in range(2))
     if q_grad.numel() + k_grad.numel() == 0:

@@ -1,8 +1,8 @@
-"""What the attention kernels share: a head's tile as a wide and a narrow block, its loads, stores and products.
+"""Tiles of a head, shared by the attention kernels: loads, stores and products.
 
-Rows are tokens. A tile [rows, D] is two blocks, [rows, MAIN] and [rows, TAIL], so that head dim 72 costs 64 + 16
-columns of matrix work rather than 128; the columns of TAIL beyond D are zeros. TAIL = 0: there is one block, and what
-stands for the other is never used.
+Rows are tokens. A tile [rows, D] is held as two blocks, [rows, MAIN] and [rows, TAIL], so that head dim 72 costs
+64 + 16 columns of products and not 128; the columns of TAIL beyond D are zeros. With TAIL = 0 there is one block, and
+the variable for the other is never used.
 """
 
 import triton
@@ -18,7 +18,7 @@ def stride_names(*tensors: str) -> list[str]:
 
 @triton.jit
 def load_block(pointer, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[rows, WIDTH] from column FIRST on. offsets, valid: [rows]. Zeros where a row or a column is not there."""
+    """[rows, WIDTH] from column FIRST on. offsets, valid: [rows]. Zeros in invalid rows and beyond HEAD_DIM."""
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = pointer + (offsets[:, None] + columns[None, :])
     if FIRST + WIDTH <= HEAD_DIM:
@@ -63,7 +63,7 @@ def store_tile(
 
 @triton.jit
 def inner_products(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
-    """a bᵀ of two tiles, [rows of a, rows of b], fp32: every row of one with every row of the other."""
+    """a bᵀ of two tiles, fp32 [rows of a, rows of b]."""
     products = dot(a_main, tl.trans(b_main), None, PRECISION)
     if TAIL > 0:
         products = dot(a_tail, tl.trans(b_tail), products, PRECISION)
@@ -72,7 +72,7 @@ def inner_products(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr, PRECISION
 
 @triton.jit
 def accumulate(weights, b_main, b_tail, main, tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
-    """(main, tail) + weights b, for weights [n, rows of b] in b's dtype and a tile (main, tail) of n rows in fp32."""
+    """(main, tail) + weights b, for weights [n, rows of b] in b's dtype and a tile (main, tail) of n rows, fp32."""
     main = dot(weights, b_main, main, PRECISION)
     if TAIL > 0:
         tail = dot(weights, b_tail, tail, PRECISION)
