@@ -1,4 +1,4 @@
-"""Attention's forward kernel for Hopper, emulated: numbers, ragged shapes, lengths, strides, and when it is chosen."""
+"""Attention's forward kernel for Hopper, emulated: numbers, ragged shapes, lengths, strides, dispatch."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Fresh memory is full of NaN."""
+    """torch.empty is filled with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -54,7 +54,7 @@ def scores_of(q, k, scale):
 
 
 def check(q, k, v, seed=0, scale=None, lengths=None):
-    """‖kernel − fp64‖ ≤ 2 ‖same-dtype eager − fp64‖ + one rounding; the statistics as fp32 makes them."""
+    """‖kernel − fp64‖ ≤ 2 ‖same-dtype eager − fp64‖ + one rounding; the log-sum-exp within fp32 rounding."""
     out, log_sum_exp = run(q, k, v, seed, scale, lengths)
     truth = reference.attention(q.double(), k.double(), v.double(), scale=scale, lengths=lengths)
     eager = reference.attention(q, k, v, scale=scale, lengths=lengths)
@@ -86,7 +86,7 @@ def test_the_lengths_of_models(tokens, head_dim):
 
 @pytest.mark.parametrize(("query_tokens", "key_tokens", "head_dim"), [(150, 300, 72), (190, 257, 64), (260, 130, 128)])
 def test_every_interleaving_gives_the_same(query_tokens, key_tokens, head_dim):
-    """Three heads on two programs; 190 queries at head dim 64 are three consumers' work. Bitwise."""
+    """Bitwise, for three heads on two programs; 190 queries at head dim 64 take three consumers."""
     inputs = random_inputs(1, query_tokens, key_tokens, 3, head_dim)
     first = run(*inputs, seed=100)
     assert not first[0].isnan().any()
@@ -162,7 +162,7 @@ def test_extreme_logits(size):
 
 @pytest.mark.parametrize("keys", [slice(128, 150), slice(0, 128)])
 def test_keys_that_are_infinitely_far_weigh_nothing(keys):
-    """A step whose scores are all -inf, the first or a later one."""
+    """All scores of a step are -inf, in the first step or a later one."""
     q, k, v = random_inputs(1, 70, 150, 1, 64)
     q, k = q.abs(), k.clone()
     k[0, keys, 0, 0] = float("-inf")
@@ -180,7 +180,7 @@ def test_equal_rows_and_an_outlier():
 
 @interpreted
 def test_through_the_public_operation_with_gradients(monkeypatch):
-    """The forward emulated, the backward from its statistics."""
+    """The portable backward takes the log-sum-exp of the emulated forward."""
     inputs = [x.requires_grad_() for x in random_inputs(1, 70, 130, 1, 72)]
     out_grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(3)).bfloat16()
     monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "0")
@@ -211,7 +211,7 @@ def test_chosen_only_where_asked_for(monkeypatch):
 
 
 def test_columns_follow_the_keys():
-    """729 keys cost 736 columns, 577 cost 592; FlashAttention-3's tiles of 144 make 864 and 720 of them."""
+    """729 keys cost 736 columns and 577 cost 592; FlashAttention-3's tiles of 144 would cost 864 and 720."""
     for tokens, columns in ((729, 736), (577, 592), (576, 576), (1024, 1024), (196, 208), (1, 16), (127, 128)):
         last, first_part = last_keys(tokens, 128, False)
         whole = tokens // 128 if last == 0 else (tokens - 1) // 128
@@ -255,7 +255,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch):
-    """Each of these compiles; each is found under every seed."""
+    """Each of these compiles, and each is found under every seed."""
     module = with_fault(hopper_forward, *BROKEN[broken], tmp_path)
     monkeypatch.setattr(hopper, "attention_forward_hopper_kernel", module.attention_forward_hopper_kernel)
     q, k, v = random_inputs(1, 70, 690, 5, 72)

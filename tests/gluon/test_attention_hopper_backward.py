@@ -13,7 +13,7 @@ from siglip_kernels.attention.hopper import attention_backward_hopper, attention
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Fresh memory is full of NaN."""
+    """torch.empty is filled with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -67,7 +67,7 @@ def test_the_length_of_a_model(head_dim):
 
 
 def test_every_interleaving_gives_the_same():
-    """Three heads on two programs, bitwise."""
+    """Bitwise, for three heads on two programs."""
     inputs = random_inputs(1, 150, 200, 3, 72)
     out_grad = gradient_of(inputs[0])
     first = run(*inputs, out_grad, seed=100)
@@ -88,7 +88,7 @@ def test_every_other_head_dim(head_dim):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_keys_beyond_the_length_are_nothing(head_dim):
-    """Neither read nor given a gradient other than zero."""
+    """Padding is not read, and its gradients are zero."""
     q, k, v = random_inputs(6, 66, 300, 1, head_dim)
     lengths = torch.tensor([0, 1, 63, 128, 257, 300], dtype=torch.int32)
     hidden = torch.arange(300) >= lengths[:, None]
@@ -209,7 +209,7 @@ def test_a_fault_in_the_kernels_is_found(broken, plant):
 
 
 def test_a_barrier_is_named_as_its_kernel_names_it(plant):
-    """Of ten that one function makes, and calls full and empty, a fault says which."""
+    """A fault names its barrier, although one function allocates ten and calls each of them full or empty."""
     plant("the output is not waited for")
     q, k, v = random_inputs(1, 65, 65, 1, 72)
     with pytest.raises(Fault, match=r"barrier out_full\[.*loads allocate\(out, SLOTS \* CONSUMERS\)\.main\["):

@@ -220,7 +220,7 @@ def test_boxes_are_filled_and_clipped_at_the_edges(row, column, padding):
 
 @pytest.mark.parametrize("base", [torch.zeros(1, 64).half().expand(64, 64), torch.zeros(64, 68).half()[:, 1:65]])
 def test_what_tma_cannot_read_is_refused(base):
-    """Rows that repeat, though their stride of 0 divides by all; a descriptor made in the kernel from anywhere."""
+    """Expanded rows, although their stride of 0 is a multiple of 16 bytes, and a misaligned start."""
     layout = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float16)
     with pytest.raises(Fault, match="TMA cannot read strides"):
         emulate(address_kernel, (1,), x=base, row=base.stride(0), LAYOUT=layout)
@@ -233,7 +233,7 @@ def address_kernel(x, row, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def products_kernel(a, b, out, M: gl.constexpr, N: gl.constexpr, FROM_REGISTERS: gl.constexpr):
-    """Two products in flight: the first is waited for alone, and the second does not use its accumulator."""
+    """Two products in flight: the wait for the first leaves the second pending, which has an accumulator of its own."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
     rows = gl.arange(0, M, gl.SliceLayout(1, layout))
@@ -288,7 +288,7 @@ def test_descriptors_made_in_the_kernel():
 
 @gluon.jit
 def late_kernel(x, out, rounds):
-    """Two loads of each round overtake each other: each barrier tells of its own only."""
+    """Two loads of each round overtake each other: each barrier signals its own only."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows = gl.arange(0, 16, gl.SliceLayout(1, layout))
     columns = gl.arange(0, 64, gl.SliceLayout(0, layout))
@@ -361,7 +361,7 @@ assert "wgmma.mma_async" in compiled["unfenced_kernel"]
 
 
 def test_the_kernels_of_these_tests_compile_for_hopper():
-    """What the emulator is proven with is Gluon as the compiler takes it. In a process with Triton's compiler."""
+    """The compiler accepts the kernels that the emulator is tested with. In a process that does not interpret."""
     import os
 
     here = Path(__file__).parent

@@ -165,7 +165,7 @@ def test_without_a_fault_the_totals_are_right(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("planted", IN_TOTALS)
 def test_a_race_in_global_memory_is_found(planted, seed):
-    """Whatever ran first: in the emulator one after another, sums that they share come out right."""
+    """Found although the sums are right, because the emulator runs programs one after another."""
     with pytest.raises(Fault, match="in no order between them") as caught, emulating(seed):
         pipelines.totals(3, planted)
     check(caught.value, IN_TOTALS[planted], programs=3)

@@ -1,4 +1,4 @@
-"""The product's kernel for Hopper, emulated: epilogues, tiles, ragged shapes, interleavings, and when it is chosen."""
+"""The GEMM kernel for Hopper, emulated: epilogues, tiles, ragged shapes, interleavings, dispatch."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ TILES = {"wide": hopper.WIDE, "tall": hopper.TALL, "small": hopper.SMALL}
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """The switch is on, and fresh memory is full of NaN."""
+    """SIGLIP_KERNELS_HOPPER is on, and torch.empty is filled with NaN."""
     monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -46,7 +46,7 @@ def pin(monkeypatch):
 
 
 def operands(rows: int, columns: int, depth: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
-    """x, three weights, two biases, something of the result's shape."""
+    """x, three weights, two biases, and a residual of the result's shape."""
     generator = torch.Generator().manual_seed(rows + columns + depth)
 
     def random(*shape: int) -> Tensor:
@@ -101,7 +101,7 @@ def test_forward_epilogues(rows, columns, depth, tile, pin):
 @pytest.mark.parametrize("tile", ["wide", "small"])
 @pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES, ids=str)
 def test_backward_epilogue(rows, columns, depth, tile, pin):
-    """dY·W2 with the weight as it lies, times GELU's derivative; the activation again; the bias's gradient."""
+    """dY·W2 without a transposed copy of W2, times GELU's derivative; the recomputed activation; the bias gradient."""
     pin(tile)
     dtype = torch.float16 if (rows + columns) % 3 == 0 else torch.bfloat16
     out_grad, w, _, _, _, _, h = operands(rows, columns, depth, dtype)
@@ -128,7 +128,7 @@ def test_a_residual_stream_in_fp32():
 
 @pytest.mark.parametrize("depth", [64, 200, 456])
 def test_every_interleaving_gives_the_same(depth, pin):
-    """Bitwise, with fewer blocks of depth than stages, and with more."""
+    """Bitwise, with fewer steps along the depth than stages, and with more."""
     pin("wide")
     x, w, _, _, b, _, h = operands(300, 264, depth)
 
@@ -156,7 +156,7 @@ def test_rows_that_lie_apart_or_nowhere_near_a_boundary():
 
 
 def test_extreme_pre_activations():
-    """As the portable kernel: finite where GELU is, NaN where it comes in."""
+    """Like the portable kernel: finite where GELU is, NaN where an input is."""
     x = torch.zeros(64, 64, dtype=torch.bfloat16)
     bias = torch.tensor([-3e38, -1e4, -100.0, -10.0, 10.0, 100.0, 1e4, 3e38], dtype=torch.bfloat16)
     with on_hopper():
@@ -179,7 +179,7 @@ def test_integers_are_exact():
 
 
 def test_through_the_public_operations_with_gradients(monkeypatch):
-    """linear with a residual, the MLP and the projections: against the portable kernels, which meet their own tests."""
+    """linear with a residual, the MLP and the projections, against the portable kernels."""
     x, w1, _, _, b1, _, _ = operands(70, 136, 72)
     w2, b2 = w1.T.contiguous(), b1[:72].clone()
     inputs = [t.clone().requires_grad_() for t in (x, w1, b1, w2, b2)]
@@ -271,7 +271,7 @@ IN_EPILOGUE = {
 
 
 def broken_kernel(path: Path, line: str, replacement: str, in_pipeline: bool):
-    """gemm_kernel with one line changed, in it or in the main loop that it imports."""
+    """gemm_kernel with one line changed, in the kernel or in the main loop that it imports."""
     sources = {"broken_pipeline": Path(hopper_pipeline.__file__), "broken_hopper": Path(hopper.__file__)}
     modules = {}
     for name, source in sources.items():
@@ -289,7 +289,7 @@ def broken_kernel(path: Path, line: str, replacement: str, in_pipeline: bool):
 
 @pytest.mark.parametrize("broken", [*IN_PIPELINE, *IN_EPILOGUE])
 def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch, pin):
-    """Each of these compiles; each is found by a fault or by its numbers, under every seed."""
+    """Each of these compiles, and each is found by a fault or by its numbers, under every seed."""
     line, replacement = (IN_PIPELINE | IN_EPILOGUE)[broken]
     kernel = broken_kernel(tmp_path, line, replacement, broken in IN_PIPELINE)
     monkeypatch.setattr(hopper, "gemm_kernel", kernel)

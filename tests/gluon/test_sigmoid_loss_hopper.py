@@ -1,4 +1,4 @@
-"""The loss's kernels for Hopper, emulated: sums and gradients, ragged shapes, interleavings, when they are chosen."""
+"""The loss's kernels for Hopper, emulated: sums and gradients, ragged shapes, interleavings, dispatch."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """The switch is on, and fresh memory is full of NaN."""
+    """SIGLIP_KERNELS_HOPPER is on, and torch.empty is filled with NaN."""
     monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -37,7 +37,7 @@ def on_hopper(seed: int = 0):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Makes blocks of G that small, so that few pairs are several."""
+    """A function that sets the size of blocks of G, so that few pairs span several."""
 
     def shrink(size: int) -> None:
         class SmallBlocks(hopper_engine.HopperEngine):
@@ -66,12 +66,12 @@ def results(function, x: Tensor, y: Tensor, t: float, b: float, dtype: torch.dty
 
 
 def check(x: Tensor, y: Tensor, t: float, b: float, seed: int = 0) -> dict[str, Tensor]:
-    """Errors are at most twice eager's of the same dtype, and one rounding of the result's dtype."""
+    """‖result − fp64‖ ≤ 2 ‖same-dtype eager − fp64‖ + one rounding of the result's dtype."""
     with on_hopper(seed):
         ours = results(sigmoid_loss, x, y, t, b, x.dtype)
     truth = results(reference.sigmoid_loss, x, y, t, b, torch.float64)
     eager = results(reference.sigmoid_loss, x, y, t, b, x.dtype)
-    # dt and db are sums of N² terms of either sign: one rounding is one of what was summed, not of what is left.
+    # dt and db are sums of N² terms of either sign: one rounding is relative to the sum of their magnitudes.
     products = x.double() @ y.double().T
     probability = torch.sigmoid(products * t + b)
     probability.diagonal().sub_(1).abs_()
@@ -92,7 +92,7 @@ def test_within_the_error_budget(pairs, width, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_several_blocks(dtype, small_blocks):
-    """Sums that are continued, blocks at the edge, positives in some blocks alone."""
+    """Sums over several launches, blocks at the edge, blocks without positives."""
     small_blocks(256)
     check(*embeddings(600, 72, dtype), 10.0, -10.0)
 
@@ -114,7 +114,7 @@ def test_adversarial_inputs():
 
 
 def test_exact_where_the_answer_is():
-    """At t = b = 0 every probability is a half: the loss is N log 2, dL/db = (N - 2) / 2, integers stay integers."""
+    """At t = b = 0 every probability is 1/2: the loss is N log 2, dL/db = (N - 2) / 2, and products are integers."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(-3, 4, (130, 16), generator=generator).bfloat16() for _ in range(2))
     with on_hopper():
@@ -126,7 +126,7 @@ def test_exact_where_the_answer_is():
 
 
 def test_many_small_terms_keep_their_sum():
-    """Of 2 million pairs, each e^-15 from right: little beside the 1 in log(1 + e^-15)."""
+    """2 million pairs whose loss is e^-15 each, which is small beside the 1 in log(1 + e^-15)."""
     x = torch.zeros(1500, 8, dtype=torch.bfloat16)
     with on_hopper(), torch.no_grad():
         ours = sigmoid_loss(x, x, 1.0, -15.0)
@@ -135,7 +135,7 @@ def test_many_small_terms_keep_their_sum():
 
 
 def test_every_interleaving_gives_the_same(small_blocks):
-    """Bitwise: the order of every sum is fixed."""
+    """Bitwise, because the order of every sum is fixed."""
     small_blocks(256)
     x, y = embeddings(330, 72, torch.bfloat16)
 
@@ -149,7 +149,7 @@ def test_every_interleaving_gives_the_same(small_blocks):
 
 
 @pytest.mark.parametrize("wanted", ["image", "text", "scalars", "nothing"])
-def test_only_what_is_asked_for(wanted):
+def test_only_the_required_gradients(wanted):
     x, y = embeddings(70, 24, torch.bfloat16)
     t, b = torch.tensor(10.0), torch.tensor(-5.0)
     with on_hopper():
@@ -192,7 +192,7 @@ def test_nothing_falls_back():
         sigmoid_loss(x.float(), y.float(), 10.0, -10.0)
 
 
-# A line of the kernels, and what breaks it. The main loop's faults are planted by test_linear_hopper.py.
+# Lines of the kernels and their faulty replacements. test_linear_hopper.py plants the main loop's faults.
 BROKEN = {
     "G is sent without a fence": ("        fence_async_shared()\n        tma.async", "        tma.async"),
     "G is written while it is sent": ("        tma.store_wait(pendings=BUFFERS - 1)\n", "        pass\n"),
@@ -200,7 +200,7 @@ BROKEN = {
         "middle of a turn.\n        tma.store_wait(pendings=0)", "middle of a turn.\n        pass"
     ),
     "the last G is not waited for": ("    if logit_grad_target is not None:\n        tma.store_wait(pendings=0)\n", ""),
-    "sums start anew": ("gl.store(totals, gl.load(totals) + loss_total)", "gl.store(totals, loss_total)"),
+    "sums start from zero": ("gl.store(totals, gl.load(totals) + loss_total)", "gl.store(totals, loss_total)"),
     "images past the last count": ("inside = (rows < images)[:, None] & ", "inside = "),
     "texts past the last count": (" | (first_column + BLOCK_N > texts)", ""),
     "positives are not seen": ("if has_positives | at_edge:", "if at_edge:"),
@@ -209,11 +209,11 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch, small_blocks):
-    """Each of these compiles; each is found by a fault or by its numbers, under every seed."""
+    """Each of these compiles, and each is found by a fault or by its numbers, under every seed."""
     module = with_fault(hopper_kernels, *BROKEN[broken], tmp_path)
     monkeypatch.setattr(hopper_engine, "logit_grad_kernel", module.logit_grad_kernel)
     for seed in range(2):
         with pytest.raises((Fault, AssertionError)):
-            for size in (256, 512):  # whose last tiles are whole, and cut
+            for size in (256, 512):  # the last tiles are whole, and cut
                 small_blocks(size)
                 check(*embeddings(520, 24, torch.bfloat16), 1.0, -1.0, seed=seed)

@@ -37,9 +37,9 @@ def run(
 
 
 def eager_errors(inputs: list[Tensor], truth: list[Tensor], orders: int, **options: object) -> Tensor:
-    """‖same-dtype eager − fp64‖ of output and gradients: the worst of so many orders of the head dim's columns.
+    """‖same-dtype eager − fp64‖ of output and gradients, the largest over `orders` permutations of the head dim.
 
-    The order changes nothing but roundings. Where a few rows carry all of the error, one order alone may be lucky.
+    A permutation changes nothing but roundings. Where a few rows carry all of the error, one order may be lucky.
     """
     dtype, head_dim = inputs[0].dtype, inputs[0].shape[-1]
     errors = []
@@ -64,7 +64,7 @@ def check_budget(inputs: list[Tensor], orders: int = 1, **options: object) -> li
         if not allowed.isfinite():  # eager's logits overflow fp16, and the kernel's do not
             assert dtype == torch.float16
             allowed = 8 * torch.finfo(dtype).eps * exact.norm().cpu()
-        if exact.norm() == 0:  # one key: terms that cancel exactly in eager's order, and to fp32 rounding in any other
+        if exact.norm() == 0:  # one key: terms cancel exactly in eager's order, in others up to fp32 rounding
             allowed = torch.finfo(torch.float32).eps * (inputs[2].double().norm() * inputs[3].double().norm()).cpu()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}, norm {exact.norm():.3g}"
     return found
@@ -76,7 +76,7 @@ _TOKENS, _HEAD_DIMS = (1, 17, 63, 64, 65, 196), (64, 72, 80, 88)
 @pytest.mark.parametrize(
     ("tokens", "head_dim", "dtype"),
     [
-        (tokens, head_dim, DTYPES[(i + j) % 3])  # every length and every head dim meets every dtype
+        (tokens, head_dim, DTYPES[(i + j) % 3])  # every length and every head dim is run in every dtype
         for i, tokens in enumerate(_TOKENS)
         for j, head_dim in enumerate(_HEAD_DIMS)
     ],
@@ -115,7 +115,7 @@ def test_head_dims_are_split_and_not_rounded_up():
 
 
 @pytest.mark.parametrize(("query_tokens", "key_tokens"), [(1, 130), (130, 1), (65, 129), (7, 40), (40, 7)])
-def test_as_many_keys_as_there_are(query_tokens, key_tokens, device):
+def test_numbers_of_queries_and_keys_differ(query_tokens, key_tokens, device):
     check_budget(random_inputs(2, query_tokens, key_tokens, 2, 72, torch.bfloat16, device))
     check_budget(random_inputs(1, query_tokens, key_tokens, 2, 72, torch.float16, device))
 
@@ -177,7 +177,7 @@ def test_lengths_may_be_a_view(tokens, device):
 
 
 def views(kind: str, tokens: int, device: str, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of head dim 72 as views of some other layout."""
+    """q, k, v of head dim 72 as views of another layout."""
     make = lambda *shape: torch.randn(shape, device=device).to(dtype)  # noqa: E731
     if kind == "packed":
         return make(2, tokens, 3, 2, 72).unbind(2)
@@ -278,7 +278,7 @@ def test_one_huge_outlier(tokens, dtype, device):
 @pytest.mark.parametrize("seed", [4, 31, 39])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_one_key_with_nearly_all_of_the_weight(seed, dtype, device):
-    """The outlier's rows have dS next to nothing, which is multiplied by 3e4: an error of delta's would show."""
+    """In the outlier's rows dS is nearly zero and is multiplied by 3e4, which shows an error of delta."""
     torch.manual_seed(seed)
     inputs = random_inputs(1, 70, 70, 2, 64, dtype, device)
     inputs[1][0, 35, 0, 3] = 3e4
@@ -288,7 +288,7 @@ def test_one_key_with_nearly_all_of_the_weight(seed, dtype, device):
 @pytest.mark.parametrize("tokens", [16, 64, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_integers_whose_answer_is_exact(tokens, dtype, device):
-    """Orthogonal keys and a large scale pick one value; equal keys average a power of two of them."""
+    """Orthogonal keys and a large scale select one value; equal keys average a power of two of values."""
     k = torch.eye(tokens, 64, device=device)[None, :, None] if tokens <= 64 else None
     v = torch.randint(-8, 8, (1, tokens, 1, 64), device=device).to(dtype)
     if k is not None:
@@ -311,7 +311,7 @@ def test_not_a_number_is_not_hidden(tokens, device):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("which", range(4))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_not_finite_stays_so_in_eager_s_places(which, value, dtype, device):
+def test_results_are_finite_exactly_where_eager_s_are(which, value, dtype, device):
     for tokens in (7, 70):
         inputs = random_inputs(2, tokens, tokens, 2, 24, dtype, device)
         inputs[which][0, 3, 1, 5] = value
@@ -356,7 +356,7 @@ def test_results_do_not_depend_on_the_rest_of_the_batch(tokens, device):
 
 
 @pytest.mark.parametrize("tokens", [20, 70])
-def test_only_the_gradients_asked_for(tokens, device):
+def test_only_the_required_gradients(tokens, device):
     q, k, v, out_grad = random_inputs(1, tokens, tokens, 2, 72, torch.float16, device)
     everything = run(attention, (q, k, v, out_grad), torch.float16)[1:]
     for chosen in range(3):
@@ -365,7 +365,7 @@ def test_only_the_gradients_asked_for(tokens, device):
         assert torch.equal(gradient, everything[chosen])
 
 
-def test_nothing_is_kept_for_a_backward_that_nobody_wants(device):
+def test_nothing_is_kept_without_a_backward(device):
     q, k, v, _ = random_inputs(1, 130, 130, 2, 72, torch.float16, device)
     operator = torch.ops.siglip_kernels.attention
     assert operator(q, k, v, None, None, False)[1].numel() == 0
@@ -397,7 +397,7 @@ def test_nothing_to_do(shape, device):
 
 
 def test_more_heads_than_a_grid_axis_is_long(device, monkeypatch):
-    """65,535 is the limit of a grid's other axes: every launch has one axis, as long as it takes."""
+    """A grid's other axes are limited to 65,535, so every launch uses the first only."""
     from siglip_kernels.attention import backward, forward, short
 
     grids = []
@@ -432,7 +432,7 @@ def test_more_programs_than_32_bits_count():
 
 
 def test_offsets_beyond_32_bits(device):
-    """Strides so long that the second sample, and the last token, begin after 2^31 elements."""
+    """Strides with which the second sample, or the last token, starts beyond 2^31 elements."""
     if device == "cpu":
         try:
             storage = _sparse_storage(2**31 + 2**20)
@@ -441,7 +441,7 @@ def test_offsets_beyond_32_bits(device):
     else:
         storage = torch.zeros(2**31 + 2**20, dtype=torch.float16, device=device)
     for tokens in (3, 70):
-        far = 2**31 // (tokens - 1) // 8 * 8  # of tokens: the last begins at 2^31 or so
+        far = 2**31 // (tokens - 1) // 8 * 8  # the stride of tokens: the last starts near 2^31
         for strides, batch in (((2**31, 16, 8, 1), 2), ((16, far, 8, 1), 1)):
             near = torch.randn(batch, tokens, 2, 8, device=device).half()
             view = storage.as_strided(near.shape, strides)
@@ -455,7 +455,7 @@ def test_offsets_beyond_32_bits(device):
 
 
 def _sparse_storage(size: int) -> Tensor:
-    """fp16 zeros that take no memory until they are touched. The file goes when the tensor does."""
+    """fp16 zeros that take no memory until they are written. The file is deleted with the tensor."""
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(2 * size)
         return torch.from_file(file.name, size=size, dtype=torch.float16, shared=True)

@@ -1,4 +1,4 @@
-"""Attention's kernels, compiled for GPUs that are not there: spills, matrix instructions, widths of loads, variants."""
+"""Attention's kernels compiled without a GPU: spills, matrix instructions, widths of loads, variants."""
 
 import pytest
 
@@ -15,7 +15,7 @@ KERNELS = {
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """What calls get: bf16, fp16, fp32 and TF32 on one GPU, 16 bits on the others. The command compiles everything."""
+    """All dtypes on one GPU, half precision on the others. `bench.compiled.ahead_of_time` compiles everything."""
     module = "attention"
     return rows_in_a_subprocess(module, "h200", only="S=") + rows_in_a_subprocess(module, "a100", "b200", only="16 S=")
 
@@ -67,12 +67,12 @@ def test_half_precision_uses_the_matrix_instructions_of_its_gpu(rows, gpu, instr
 
 
 def columns(row: Row) -> set[int]:
-    """How wide the products are that wgmma makes: the n of m64n80k16."""
+    """The widths of wgmma's products: the n of m64n80k16."""
     return {int(name.split("n", 1)[1].split("k")[0]) for name in row.matrix}
 
 
 def test_head_dim_72_costs_80_columns(rows):
-    """Out of 64 keys or queries, and of 64 + 16 columns of the head: five steps of 16 along it, never six or eight."""
+    """Products are 64 keys or queries wide, or 64 + 16 columns: five steps of 16 along the head, not six or eight."""
     for kernel, products_along_it, products_across_it in (
         ("attention_forward_kernel", 1, 1),
         ("attention_backward_queries_kernel", 2 + 2, 1),  # two of them in the pass that makes delta exact
@@ -92,7 +92,7 @@ def test_head_dim_72_costs_80_columns(rows):
 
 
 def test_accesses_are_as_wide_as_the_alignment_allows(rows):
-    """No element by itself: what is narrower than 8 bytes is a statistic, a length or a product's tail in fp32."""
+    """Elements are never loaded one by one; what is narrower than 8 bytes is a statistic, a length or an fp32 tail."""
     for row in rows:
         widths = {int(access.split()[1]) for access in row.accesses}
         assert 16 in widths and 2 not in widths and 1 not in widths, str(row)
@@ -122,7 +122,7 @@ print(len(compiled))
 
 @pytest.mark.parametrize(("row", "variants"), [(72, 1), (75, 2)])
 def test_one_compilation_for_every_shape_that_aligns(run_python, row, variants):
-    """Batches, lengths, heads and strides change nothing; strides that do not divide by 8 make a variant."""
+    """Batch, length, heads and strides do not recompile a kernel; strides that do not divide by 8 are a variant."""
     done = run_python(_VARIANTS.format(row=row))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == variants

@@ -45,7 +45,7 @@ def test_no_spill_and_shared_memory_that_fits(rows):
 
 
 def test_registers_go_from_the_producer_to_the_consumers(rows):
-    """What a thread starts with times the threads is the register file; setmaxnreg then moves them."""
+    """All threads start with equal shares of the register file; setmaxnreg moves them."""
     for row in rows:
         assert row.registers * row.warps * 32 <= 65_536
         three = "S=729 D=64" in row.launch
@@ -54,14 +54,14 @@ def test_registers_go_from_the_producer_to_the_consumers(rows):
 
 
 def test_products_are_as_wide_as_the_head(rows):
-    """Values by the head's columns, 80 of them at head dim 72."""
+    """Products with values are as wide as the head's columns, 80 at head dim 72."""
     for row in rows:
         widths = {int(name.split("n", 1)[1].split("k")[0]) for name in row.matrix}
         assert widths <= {128, 64, 32, 16} and widths >= set(columns(row.launch)), str(row)
 
 
 def test_everything_moves_by_tma(rows):
-    """Besides, only statistics are loaded and stored, and lengths loaded, four bytes each."""
+    """Without TMA, only statistics are loaded and stored and lengths loaded, four bytes each."""
     for row in rows:
         assert row.accesses["tma"] >= 6
         assert set(row.accesses) <= {"tma", "st 4", "ld 4"}, str(row)
@@ -74,7 +74,7 @@ def test_one_inner_loop_for_each_consumer(loops):
 
 
 def wgmma(loop: Loop) -> dict[int, int]:
-    """{width: how many of them}"""
+    """{width: count}"""
     return {int(name.split("x")[1]): n for name, n in loop.instructions.items() if name.startswith("HGMMA")}
 
 
@@ -85,8 +85,8 @@ def wgmma(loop: Loop) -> dict[int, int]:
 def test_products_run_together_and_exponentials_beneath_them(
     loops, kernel, many, few, wide_heads, along_the_head, across_it, waits
 ):
-    """A step has many tokens at once, for wide heads fewer. Products along the head sum over its columns, those across
-    it make them."""
+    """Wide heads have fewer tokens per step. Products with scores as the result sum over the head's columns; the others
+    have them as the result."""
     for loop in loops:
         if loop.kernel != kernel:
             continue
@@ -96,13 +96,13 @@ def test_products_run_together_and_exponentials_beneath_them(
         for width in head:
             expected[width] += across_it * tokens // 16
         assert wgmma(loop) == expected, str(loop)
-        assert loop.waits == waits, str(loop)  # one for each product at most; not one for each wgmma
+        assert loop.waits == waits, str(loop)  # at most one per product, not one per wgmma
         corrections = 2 if kernel == FORWARD else 0
         assert loop.exponentials_under_way == loop.instructions["MUFU"] == tokens // 2 + corrections, str(loop)
 
 
 def test_the_tensor_pipe_can_be_kept_busy(loops):
-    """A score costs one multiply-add, and no multiplication by the scale of its own."""
+    """A score costs one multiply-add, without a separate multiplication by the scale."""
     for loop in loops:
         assert loop.share >= 0.96, str(loop)
         assert not {"STL", "LDL", "LDS", "STS"} & set(loop.instructions), str(loop)
@@ -131,7 +131,7 @@ LOOP = """
 
 
 def test_counting():
-    """An outer loop, and a block moved out of the way, are no inner loops."""
+    """Neither an outer loop nor a block that is placed out of line is an inner loop."""
     (found,) = inner_loops(".L_x_0:\n        /*0000*/                   NOP ;" + LOOP)
     loop = measure("launch", "kernel", found)
     assert loop.clocks == {"tensor": 64, "shared": 48, "mufu": 24, "fma": 1, "alu": 0, "lsu": 4, "issue": 11}

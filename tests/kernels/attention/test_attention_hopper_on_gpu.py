@@ -1,4 +1,4 @@
-"""Attention's Hopper kernels on a Hopper GPU, by the portable kernels' error budget. Elsewhere: tests/gluon."""
+"""Attention's Hopper kernels on a Hopper GPU, within the portable kernels' error budget. tests/gluon emulates them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How PyTorch knows attention: operators, compilation, autocast, and what bad input gets."""
+"""Attention as an operator of PyTorch: registration, compilation, autocast, errors."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_a_forward_that_kept_nothing_has_no_backward(device):
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
-def test_products_of_fp32_follow_the_newer_setting_too(asked, expected, device):
+def test_products_of_fp32_follow_the_newer_setting(asked, expected, device):
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     settings.fp32_precision = asked

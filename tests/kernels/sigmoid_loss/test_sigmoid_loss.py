@@ -1,4 +1,4 @@
-"""The sigmoid loss, in Triton and chunked, against its definition in fp64, and all the ways to use its gradients."""
+"""The sigmoid loss, in Triton and chunked, against its definition in fp64, and the uses of its gradients."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(params=LOSSES)
 def loss_function(request, monkeypatch):
-    # Blocks so small that every size below is several of them.
+    # Small blocks, so that every size below spans several of them.
     monkeypatch.setattr(torch_engine, "_CPU_BLOCK", (48, 40))
     return LOSSES[request.param]
 
@@ -46,13 +46,13 @@ def results(function, x: Tensor, y: Tensor, t: float, b: float, dtype: torch.dty
 
 
 def check_budget(function, x: Tensor, y: Tensor, t: float, b: float, dtype: torch.dtype) -> None:
-    """Errors are at most twice eager's of the same dtype, and one rounding of the result's dtype."""
+    """‖result − fp64‖ ≤ 2 ‖same-dtype eager − fp64‖ + one rounding of the result's dtype."""
     x, y = x.to(dtype), y.to(dtype)
     true = results(reference.sigmoid_loss, x, y, t, b, torch.float64)
     eager = results(reference.sigmoid_loss, x, y, t, b, dtype)
     ours = results(function, x, y, t, b, dtype)
     pairs = len(x)
-    # dt and db are sums of N² terms of either sign: one rounding is one of what was summed, not of what is left.
+    # dt and db are sums of N² terms of either sign: one rounding is relative to the sum of their magnitudes.
     probability = torch.sigmoid(x.double() @ y.double().T * t + b)
     probability.diagonal().sub_(1).abs_()
     sizes = {
@@ -102,7 +102,7 @@ def test_adversarial_inputs(loss_function, dtype, device):
 
 
 def test_exact_where_the_answer_is(loss_function, device):
-    """At t = b = 0 every probability is a half: the loss is N log 2, dL/db = (N - 2) / 2, integers stay integers."""
+    """At t = b = 0 every probability is 1/2: the loss is N log 2, dL/db = (N - 2) / 2, and products are integers."""
     x = torch.randint(-3, 4, (130, 16), device=device).float()
     y = torch.randint(-3, 4, (130, 16), device=device).float()
     ours = results(loss_function, x, y, 0.0, 0.0, torch.float32)
@@ -116,7 +116,7 @@ def test_exact_where_the_answer_is(loss_function, device):
 
 @pytest.mark.parametrize("engine", LOSSES)
 def test_fp16_gradients_at_the_scale_of_65536_pairs(engine, device):
-    """A slice of a large batch, where g/N = 4.5e-5 / 65536 vanishes in fp16; a GradScaler's 2^16 brings it back."""
+    """A slice of a large batch, where g/N = 4.5e-5 / 65536 underflows in fp16 before a GradScaler's 2^16."""
     pairs, share = 65_536, 96
     x, y = (v.half() for v in embeddings(share, 64, device))
     scale, bias = torch.tensor(10.0, device=device), torch.tensor(-10.0, device=device)
@@ -127,7 +127,7 @@ def test_fp16_gradients_at_the_scale_of_65536_pairs(engine, device):
     workspace = blocks.workspace(made, share, share, x.device)
     blocks.accumulate(
         made, x, y, scale, bias, blocks.NO_POSITIVES, totals, True, workspace, image, text, factor
-    )  # all of them negatives
+    )  # all pairs are negatives
     g = torch.sigmoid(10 * x.double() @ y.double().T - 10)
     assert (g / pairs).half().eq(0).any()
     saved = made.scale(image.total, scale, factor, torch.empty(x.shape, dtype=made.saved_dtype, device=device))
@@ -215,7 +215,7 @@ def test_graph_used_twice_scaled_and_accumulated(loss_function, device):
     assert torch.equal(torch.autograd.grad(loss_function(x, y, 10.0, -5.0), x)[0], once)
 
 
-def test_double_backward_says_that_it_cannot(loss_function, device):
+def test_double_backward_is_refused(loss_function, device):
     x, y = (v.requires_grad_() for v in embeddings(5, 8, device))
     (gradient,) = torch.autograd.grad(loss_function(x, y, 2.0, 0.0), x, create_graph=True)
     with pytest.raises(UnsupportedInputError, match="sigmoid_loss: create_graph asks for second derivatives"):
@@ -290,7 +290,7 @@ def test_what_only_the_kernels_refuse(device):
         chunked_sigmoid_loss(x, x, 1.0, 0.0, chunk_size=-1)
 
 
-def test_cpu_tensors_without_the_interpreter_are_told_what_to_use(monkeypatch):
+def test_the_error_for_cpu_tensors_names_an_alternative(monkeypatch):
     monkeypatch.setattr(engines, "interpreting", lambda: False)
     x = torch.ones(2, 8)
     with pytest.raises(MissingBackendError, match="chunked_sigmoid_loss"):
@@ -307,10 +307,10 @@ siglip_kernels.chunked_sigmoid_loss(x, x, 1.0, 0.0).backward()
 try:
     siglip_kernels.sigmoid_loss(x, x, 1.0, 0.0)
 except siglip_kernels.MissingBackendError:
-    print("told so")
+    print("refused")
 """
     done = run_python(code)
-    assert done.stdout.split() == ["told", "so"], done.stderr
+    assert done.stdout.split() == ["refused"], done.stderr
 
 
 def test_plain_loss_chunks_large_batches(monkeypatch):
@@ -356,7 +356,7 @@ print(peak_resident_bytes() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_chunked_training_holds_no_array_of_logits(run_python):
-    """All logits are 67 MB; a block and its temporaries are 12 MB, embeddings and gradients 2 MB."""
+    """All logits take 67 MB; a block and its temporaries 12 MB, embeddings and gradients 2 MB."""
     peaks = {}
     calls = {
         "chunked": "chunked_sigmoid_loss(x, y, 10.0, -10.0, chunk_size=256)",
@@ -367,4 +367,4 @@ def test_chunked_training_holds_no_array_of_logits(run_python):
         assert done.returncode == 0, done.stderr
         peaks[loss] = int(done.stdout)
     assert peaks["chunked"] < 50e6
-    assert peaks["eager"] > 134e6  # the measurement does see arrays of logits
+    assert peaks["eager"] > 134e6  # the measurement sees arrays of logits

@@ -1,4 +1,4 @@
-"""The sigmoid loss's kernels, compiled for GPUs that are not there: no spills, tensor cores, one compilation."""
+"""The sigmoid loss's kernels compiled without a GPU: no spills, tensor cores, one compilation."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_half_precision_products_use_tensor_cores(rows, gpu, instruction):
     assert all(any(name.startswith(instruction) for name in row.matrix) for row in matrix)
 
 
-def test_tiles_arrive_by_the_copy_engine_or_sixteen_bytes_at_a_time(rows):
+def test_tiles_are_loaded_by_tma_or_sixteen_bytes_at_a_time(rows):
     for row in rows:
         if row.kernel != "scale_kernel" and "tf32" not in row.launch:
             assert "cp.async 16" in row.accesses if row.gpu == "a100" else "tma" in row.accesses, str(row)

@@ -1,4 +1,4 @@
-"""The loss of the global batch over processes (gloo): against one process in fp64, open_clip, and in trouble."""
+"""The loss of the global batch over processes (gloo), against one process in fp64 and open_clip, and its errors."""
 
 import datetime
 import importlib.util
@@ -29,7 +29,7 @@ def own(values: Tensor, rank: int, sizes: tuple[int, ...]) -> Tensor:
 
 
 def open_clip_loss():
-    """open_clip's module of losses alone: the package itself imports torchvision."""
+    """Only open_clip's module of losses: the package itself imports torchvision."""
     found = importlib.util.find_spec("open_clip")
     if found is None or found.origin is None:
         return None
@@ -40,14 +40,14 @@ def open_clip_loss():
 
 
 def start_ranks(work, sizes: tuple[int, ...], path: Path, *arguments):
-    """Starts them from one server that has imported what is slow to import."""
+    """Starts processes from a server that has already imported the slow modules."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "triton", "siglip_kernels"])
     arguments = (work, sizes, str(path), arguments)
     return multiprocessing.start_processes(_rank, arguments, len(sizes), join=False, start_method="forkserver")
 
 
 def run_ranks(work, sizes: tuple[int, ...], path: Path, *arguments) -> list:
-    """Runs work(rank, sizes, *arguments) in a process for each rank; what it returned, by rank."""
+    """Runs work(rank, sizes, *arguments) in one process per rank and returns the results by rank."""
     context = start_ranks(work, sizes, path, *arguments)
     while not context.join():
         pass
@@ -76,7 +76,7 @@ def loss_and_gradients(loss_function, rank: int, sizes: tuple[int, ...], weight:
 
 
 def truth(sizes: tuple[int, ...], weights: list[float]) -> list[list[Tensor]]:
-    """What every rank should get, from all pairs at once in fp64."""
+    """The expected results of every rank, from all pairs at once in fp64."""
     x, y = (v.double().requires_grad_() for v in batch(sizes))
     scales = [torch.tensor(SCALE, dtype=torch.float64, requires_grad=True) for _ in sizes]
     biases = [torch.tensor(BIAS, dtype=torch.float64, requires_grad=True) for _ in sizes]
@@ -164,7 +164,7 @@ def test_mean_over_ranks_is_the_loss_of_the_whole_batch(ranks):
 def test_equals_open_clip(ranks, implementation):
     sizes, found = ranks
     if len(set(sizes)) > 1:
-        true = truth(sizes, [1.0] * len(sizes))  # open_clip's own needs equal batches
+        true = truth(sizes, [1.0] * len(sizes))  # open_clip requires equal batches
     elif ("theirs", implementation) not in found[0]:
         pytest.skip("open_clip is not installed")
     for rank, results in enumerate(found):
@@ -189,7 +189,7 @@ def _data_parallel(rank: int, sizes: tuple[int, ...]) -> list[Tensor]:
     model = torch.nn.parallel.DistributedDataParallel(_Towers())
     loss = SigLipLoss(rank=rank, world_size=len(sizes))
     model.zero_grad()
-    for _ in range(2):  # a second step: the exchange leaves nothing behind
+    for _ in range(2):  # a second step: an exchange leaves no state behind
         model.zero_grad()
         loss(*model(*(own(v, rank, sizes) for v in batch(sizes)))).backward()
     return [parameter.grad for parameter in model.parameters()]
@@ -242,7 +242,7 @@ def test_world_of_one_is_the_local_loss():
     assert torch.equal(SigLipLoss()(x, y, SCALE, BIAS), SigLipLoss(chunk_size=100)(x, y, SCALE, BIAS))
 
 
-def test_no_process_group_is_said():
+def test_without_a_process_group():
     x, y = batch((4,))
     with pytest.raises(RuntimeError, match="init_process_group"):
         SigLipLoss(rank=0, world_size=2)(x, y, SCALE, BIAS)

@@ -39,13 +39,13 @@ def test_wgmma_as_wide_as_the_embeddings_allow(rows):
 
 
 def test_only_sums_are_loaded_and_stored_without_tma(rows):
-    """fp32 gradients by two numbers at a time, the sums of a thread, t and b."""
+    """Without TMA: fp32 gradients two numbers at a time, each thread's sums, t and b."""
     for row in rows:
         assert set(row.accesses) <= {"tma", "ld 4", "ld 8", "st 4", "st 8"} and row.accesses["tma"] >= 3, str(row)
 
 
 def test_the_epilogue_nearly_hides_under_the_other_consumers_products():
-    """A pair costs one exponential and one reciprocal, and less than twenty instructions."""
+    """A pair costs one exponential, one reciprocal and fewer than twenty instructions."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     module = ["sigmoid_loss_hopper", "--only", "bf16 D=768 train", "--json"]
     command = [sys.executable, "-m", "bench.compiled.tile_cost", *module]
