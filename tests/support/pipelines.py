@@ -1,9 +1,9 @@
-"""Small Gluon kernels with every device of the big ones, and a fault of choice planted in each.
+"""Small Gluon kernels with the techniques of the package's kernels; FAULT plants one of several faults in each.
 
-FAULT = "none" is right; any other value breaks one rule. `product_kernel` is a persistent product c = a bᵀ: a producer
-fills two stages by TMA, a consumer multiplies them by asynchronous wgmma and stores by TMA from a staging buffer. In
-`exchange_kernel` two partitions pass tiles by ordinary loads and stores, in `squares_kernel` two consumers share each
-stage, `unfenced_kernel` has no partitions, and `totals_kernel` adds to numbers in global memory.
+FAULT = "none" is correct, any other value breaks one rule. `product_kernel` is a persistent product c = a bᵀ: a
+producer fills two stages by TMA, a consumer multiplies them by asynchronous wgmma and stores by TMA from a staging
+buffer. In `exchange_kernel` two partitions pass tiles by ordinary loads and stores, in `squares_kernel` two consumers
+share each stage, `unfenced_kernel` has no partitions, and `totals_kernel` adds to numbers in global memory.
 """
 
 import torch
@@ -142,10 +142,11 @@ def tiles_of(tensor: Tensor) -> TensorDescriptor:
 
 
 def product(a: Tensor, b: Tensor, programs: int = 1, fault: str = "none") -> Tensor:
-    """c = a bᵀ for a (M, K) and b (N, K), N at most TILE, bf16: the launcher."""
+    """Launches product_kernel: c = a bᵀ for a (M, K) and b (N, K), N at most TILE, bf16."""
     c = torch.full((a.shape[0], b.shape[0]), float("nan"), dtype=a.dtype)
     rows, k_tiles = -(-a.shape[0] // TILE.value), -(-a.shape[1] // TILE.value)
-    product_kernel[(programs,)](tiles_of(a), tiles_of(b), tiles_of(c), rows, k_tiles, FAULT=fault, num_warps=4)
+    a, b, target = tiles_of(a), tiles_of(b), tiles_of(c)
+    product_kernel[(programs,)](a=a, b=b, c=target, row_tiles=rows, k_tiles=k_tiles, FAULT=fault, num_warps=4)
     return c
 
 
@@ -184,7 +185,7 @@ def exchange_kernel(
     rounds,
     FAULT: gl.constexpr,
 ):
-    """Two partitions that pass tiles through shared memory by ordinary loads and stores."""
+    """Two partitions pass tiles through shared memory by ordinary loads and stores."""
     tile = gl.allocate_shared_memory(gl.int32, [TILE, TILE], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     read = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -214,7 +215,7 @@ def load_for_both(source, stages, full, empty, rounds):
 
 @gluon.jit
 def square(READER: gl.constexpr, target, stages, staging, full, empty, rounds, FAULT: gl.constexpr):
-    """Half of the columns of x xᵀ, negated by way of shared memory, and stored by TMA from two buffers in turn."""
+    """Half of the columns of -x xᵀ, staged in shared memory and stored by TMA from two buffers in turn."""
     HALF: gl.constexpr = TILE // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     for i in range(rounds):
@@ -274,7 +275,7 @@ def squares_kernel(
 
 
 def squares(x: Tensor, fault: str = "none") -> Tensor:
-    """-t tᵀ for each TILE × TILE tile t of x (n · TILE, TILE): two readers of every stage."""
+    """-t tᵀ for each TILE × TILE tile t of x (n · TILE, TILE), with two readers of every stage."""
     out = torch.full_like(x, float("nan"))
     half = [TILE.value, TILE.value // 2]
     layout = gl.NVMMASharedLayout.get_default_for(half, gl.bfloat16)
@@ -285,7 +286,7 @@ def squares(x: Tensor, fault: str = "none") -> Tensor:
 
 @gluon.jit
 def unfenced_kernel(x, out, FAULT: gl.constexpr):
-    """x xᵀ, from shared memory that was written by ordinary stores."""
+    """x xᵀ from shared memory that ordinary stores have written."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
     rows = gl.arange(0, TILE, gl.SliceLayout(1, layout))
     columns = gl.arange(0, TILE, gl.SliceLayout(0, layout))
@@ -310,7 +311,7 @@ def unfenced(x: Tensor, fault: str = "none") -> Tensor:
 
 @gluon.jit
 def add_half(HALF: gl.constexpr, totals, written, FAULT: gl.constexpr):
-    """Adds to a total of its own; the second half also sums up both, once the first has written."""
+    """Adds to its own total; the second half also sums both, after the first has written."""
     row = totals if FAULT == "programs share a total" else totals + 3 * gl.program_id(0)
     mine = row if FAULT == "partitions share a total" else row + HALF
     gl.store(mine, gl.load(mine) + 10 * gl.program_id(0) + HALF + 1)

@@ -1,7 +1,7 @@
 """mbarriers: arrivals, phases and expected bytes, and the knowledge that passes through them.
 
-A phase completes when its arrivals are there and as many bytes have landed as were expected. A wait for a parity passes
-if the phase before the current one has that parity: the hardware knows no more than one bit, nor does a wait here.
+A phase completes when all arrivals have come and all expected bytes have landed. A wait for a parity passes if the
+phase before the current one has that parity; like the hardware, it sees one bit only.
 """
 
 from collections import Counter
@@ -42,8 +42,8 @@ class Barrier:
         self.phase = 0  # the current one, not complete yet
         self.bytes = 0  # still to come in this phase
         self.observed = -1  # the latest phase whose completion a wait has seen
-        self.incoming: dict[int, int] = {}  # what those who arrived know
-        self.released: dict[int, int] = {}  # what a wait learns
+        self.incoming: dict[int, int] = {}  # the knowledge of the partitions that arrived
+        self.released: dict[int, int] = {}  # the knowledge that a wait passes on
         self.arrivals: Counter[str] = Counter()
         self.completed_by: Counter[str] = Counter()
 
@@ -77,7 +77,7 @@ class Barrier:
         self.settle()
 
     def settle(self) -> None:
-        """Completes the phase if all is there."""
+        """Completes the phase if all arrivals and bytes have come."""
         if self.pending:
             return
         if self.bytes < 0:
@@ -91,7 +91,7 @@ class Barrier:
             self.block.fault(BYTE_COUNT, message, self.name)
         if self.observed < self.phase - 1:
             message = (
-                f"phase {self.phase} completes before anybody has waited for phase {self.phase - 1}: an arrival too "
+                f"phase {self.phase} completes before any wait for phase {self.phase - 1}: an arrival too "
                 f"many, or a wait too few; {self._who(self.arrivals)}"
             )
             self.block.fault(OVER_ARRIVAL, message, self.name)
@@ -111,17 +111,17 @@ class Barrier:
         learn(me.clock, self.released)
         seen = self.phase - 1
         me.last_waits.pop(self, None)
-        me.last_waits[self] = seen  # the most recent last
+        me.last_waits[self] = seen  # the most recent comes last
         self.observed = max(self.observed, seen)
         self.block.loads = [load for load in self.block.loads if load.barrier is not self or load.phase > seen]
 
     def _stuck(self, me: Partition, parity: int) -> Fault:
-        """Why a wait never ends."""
+        """The fault of a wait that never ends."""
         state = f"{me.name} waits for parity {parity} of {self.name}, which is in phase {self.phase} with "
         state += f"{self.count - self.pending} of {self.count} arrivals and {self.bytes} bytes to come"
         kind = DEADLOCK
         if self.pending == 0:
-            kind, state = BYTE_COUNT, f"{state}, which nobody sends"
+            kind, state = BYTE_COUNT, f"{state}, which no copy sends"
         elif self.pending < self.count:
             kind, state = UNDER_ARRIVAL, f"{state}; {self._who(self.arrivals)}"
         elif self.bytes:
@@ -134,16 +134,16 @@ class Barrier:
 
     @staticmethod
     def _who(arrivals: Counter[str]) -> str:
-        return "arrived: " + (", ".join(f"{name} ×{n}" for name, n in arrivals.items()) or "nobody")
+        return "arrived: " + (", ".join(f"{name} ×{n}" for name, n in arrivals.items()) or "none")
 
     def explain(self, phase: int) -> str:
-        """For messages: a phase that a wait has seen, and who had arrived."""
+        """For messages: a phase that a wait has seen, and the partitions that had arrived."""
         if phase < 0:
             return f"{self.name} before its first phase"
         return f"{self.name} phase {phase}" + (f" ({self._who(self.completed_by)})" if phase == self.phase - 1 else "")
 
     def check_end(self) -> None:
-        """At the end of the kernel no phase is half way."""
+        """Faults if the kernel ends in the middle of a phase."""
         if self.initialised and (self.pending != self.count or self.bytes):
             message = f"the kernel ends in phase {self.phase} with {self.count - self.pending} of {self.count} arrivals"
             kind = BYTE_COUNT if self.bytes else UNDER_ARRIVAL

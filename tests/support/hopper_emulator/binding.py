@@ -1,8 +1,8 @@
-"""Gives a kernel's own Python functions the emulator's stand-ins for what they name.
+"""Replaces Gluon's functions by the emulator's in a kernel's own Python functions.
 
-A @gluon.jit function is run by copying its code with other globals: wherever the kernel names a function of Gluon,
-directly or through a module, the emulator's is found. Layouts, dtypes and @gluon.constexpr_function are Python anyway
-and stay. What has no stand-in is an error when it is called.
+A @gluon.jit function runs as a copy of its code with other globals: wherever the kernel names a function of Gluon,
+directly or through a module, it finds the emulator's. Layouts, dtypes and @gluon.constexpr_function are plain Python
+and stay. Calling a function without a stand-in is an error.
 """
 
 import inspect
@@ -25,7 +25,7 @@ def _named(*functions: Any) -> dict[str, Any]:
 
 _STAND_INS: dict[types.ModuleType, dict[str, Any]] = {
     gl: language.FUNCTIONS,
-    tl: language.FUNCTIONS,  # a function of Triton's that Gluon compiles as well
+    tl: language.FUNCTIONS,  # in functions of portable kernels that Gluon compiles as well
     hopper: _named(
         memory.fence_async_shared, matrix.warpgroup_mma, matrix.warpgroup_mma_wait, matrix.warpgroup_mma_init
     ),
@@ -49,7 +49,7 @@ _bound: dict[Any, Any] = {}
 
 
 class _Module:
-    """A module of Gluon as a kernel sees it."""
+    """A module of Triton or Gluon as a kernel sees it."""
 
     def __init__(self, module: types.ModuleType):
         self._module = module
@@ -60,7 +60,7 @@ class _Module:
 
 
 def stand_in(thing: Any, name: str) -> Any:
-    """What a kernel gets for something that it names."""
+    """The value that a kernel finds under a name."""
     if id(thing) in _BY_IDENTITY:
         return _BY_IDENTITY[id(thing)]
     if isinstance(thing, types.ModuleType):
@@ -87,7 +87,7 @@ def bind(kernel: Any) -> Any:
     defaults = tuple(unwrap(default) for default in raw.__defaults__ or ())
     bound = types.FunctionType(raw.__code__, names, raw.__name__, defaults, raw.__closure__)
     bound.__kwdefaults__ = {name: unwrap(default) for name, default in (raw.__kwdefaults__ or {}).items()}
-    _bound[raw] = bound  # before its names are looked at: it may name itself
+    _bound[raw] = bound  # before its names are resolved: it may name itself
     for name in _names(raw.__code__):
         if name in names:
             names[name] = stand_in(names[name], name)

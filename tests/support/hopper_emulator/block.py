@@ -1,9 +1,9 @@
-"""One thread block while it runs: its scheduler, its agents and what they know of each other.
+"""One running thread block: its scheduler, its agents and what they know of each other.
 
-Agents are partitions and barriers. Each has a clock, and a partition knows of every agent how far it has come (a
-vector clock, as in race detectors: Flanagan & Freund, "FastTrack", PLDI 2009). Knowledge passes through barriers alone:
-an arrival leaves the partition's knowledge with the barrier, a wait takes the barrier's. An access of one agent is
-ordered before another's exactly if the other knows of it, whatever the interleaving that happened to run.
+Agents are partitions and barriers. Each has a clock, and each partition has a vector clock of all agents, as in race
+detectors (Flanagan & Freund, "FastTrack", PLDI 2009). Knowledge passes through barriers only: an arrival adds the
+partition's knowledge to the barrier's, a wait takes the barrier's. An access of one agent is ordered before another's
+exactly if the other knows of it, independent of the interleaving that happened to run.
 """
 
 import random
@@ -44,7 +44,7 @@ class Block:
 
     @property
     def partition(self) -> Partition:
-        """Whose turn it is."""
+        """The partition whose turn it is."""
         return self.scheduler.current
 
     def pause(self) -> None:
@@ -58,14 +58,14 @@ _running: list[Block] = []
 
 
 def current() -> Block:
-    """The block that runs now."""
+    """The running block."""
     if not _running:
         raise RuntimeError("a Gluon function was called outside of emulate()")
     return _running[-1]
 
 
 class running:
-    """Within it, `current()` is the block."""
+    """A context in which `current()` is the block."""
 
     def __init__(self, block: Block):
         self.block = block

@@ -32,7 +32,9 @@ class Descriptor:
         *steps, last = tensor.stride()
         if last != 1 or tensor.data_ptr() % 16 or any(n <= 0 or n * tensor.element_size() % 16 for n in steps):
             got = f"strides {tensor.stride()} of {tensor.dtype} from {tensor.data_ptr() % 16} bytes past a boundary"
-            raise ValueError(f"TMA cannot read {got}; it wants multiples of 16 bytes, no repetition, unit last stride")
+            raise ValueError(
+                f"TMA cannot read {got}; supported: multiples of 16 bytes, no expanded axes, unit last stride"
+            )
 
     @classmethod
     def of_host(cls, host: Any) -> "Descriptor":
@@ -41,7 +43,7 @@ class Descriptor:
         return cls(tensor, host.block_shape, host.layout, host.padding)
 
     def window(self, coordinates: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Where a box at the coordinates lies: in the tensor, and in the box, as far as it is inside the tensor."""
+        """The part of a box at the coordinates that is inside the tensor: where it is in the tensor and in the box."""
         inside, box = [], []
         for start, length, extent in zip(coordinates, self.block_shape, self.tensor.shape, strict=True):
             low = min(max(start, 0), extent)
@@ -67,7 +69,7 @@ def _check(descriptor: Descriptor, coordinates: Any, shared: View) -> list[int]:
 
 
 class _Load:
-    """In flight until it lands; then its barrier counts its bytes."""
+    """A TMA load, in flight until it lands; then its barrier counts its bytes."""
 
     def __init__(self, descriptor: Descriptor, coordinates: list[int], shared: View, barrier: Any):
         self.block, self.barrier, self.phase = current(), barrier, barrier.phase
@@ -102,7 +104,9 @@ def async_copy_global_to_shared(
     if (latest := block.global_writes.of(tensor_desc.tensor)) is not None:
         block.global_writes.check(latest[inside], "lets TMA load from")
     load = _Load(tensor_desc, coordinates, result, barrier.one)
-    result.record_write(barrier.one.number, load.phase + 1)  # as if at once: nobody may look before the phase is over
+    result.record_write(
+        barrier.one.number, load.phase + 1
+    )  # as if at once: no access is legal before the phase is over
     barrier.one.loads.append(load)
     block.loads.append(load)
     block.scheduler.in_flight.append(load.land)

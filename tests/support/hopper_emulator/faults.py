@@ -1,24 +1,24 @@
-"""What the emulator finds: a fault of the kernel, or a feature of Gluon that the emulator does not have."""
+"""The emulator's exceptions: a fault of the kernel, or a feature of Gluon that is not modelled."""
 
-# Kinds of fault. Each message says more; tests and readers tell them apart by these.
+# Kinds of fault.
 DEADLOCK = "deadlock"
-WRONG_PHASE = "wrong phase"  # a wait that passed on an older phase than the data that it was meant for
+WRONG_PHASE = "wrong phase"  # a wait that passed on a phase older than that of the data
 OVER_ARRIVAL = "over-arrival"
 UNDER_ARRIVAL = "under-arrival"
 BYTE_COUNT = "byte miscount"
 UNWRITTEN = "read of never-written shared memory"
-NOT_AWAITED = "access without a wait"  # reads of another's write, or of a result, with no synchronisation between
+NOT_AWAITED = "access without a wait"  # reads of another's write, or of a result, without synchronisation
 IN_USE = "write to memory in use"
 IN_FLIGHT = "operations in flight at the end"
 NOT_FENCED = "missing fence"
 OUT_OF_BOUNDS = "out of bounds"
-RACE = "race in global memory"  # between programs, or partitions with no synchronisation between
-ILLEGAL = "illegal operation"  # what the hardware or the compiler would refuse
+RACE = "race in global memory"  # between programs, or between partitions without synchronisation
+ILLEGAL = "illegal operation"  # what the hardware or the compiler would reject
 ERROR = "error"  # an exception of the kernel's own code
 
 
 class Fault(AssertionError):
-    """The kernel broke a rule: which (`kind`), and where: program, partition, barrier ("" if none), step."""
+    """A broken rule (`kind`), and where: program, partition, barrier ("" if none), step."""
 
     def __init__(self, kind: str, message: str, partition: str, step: int, barrier: str = "", program: tuple = ()):
         self.message = message
@@ -28,4 +28,4 @@ class Fault(AssertionError):
 
 
 class UnsupportedByEmulator(NotImplementedError):
-    """The kernel uses something of Gluon that is not modelled."""
+    """The kernel uses a feature of Gluon that is not modelled."""

@@ -1,5 +1,7 @@
-"""Global memory: who has written what in this launch. Nobody else may read it or write it again, but in a partition of
-the same program that knows of it: programs run in any order, and the sum of two reads and writes may lose one of them.
+"""Global memory: the latest write of each element in a launch.
+
+Only a partition of the same program that knows of a write may read the element or write it again: programs run in any
+order, and of two programs that add to a number one may overwrite the other's sum.
 """
 
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 class GlobalWrites:
     def __init__(self) -> None:
         self._writes: list[tuple[Any, ...]] = [()]  # program, partition's number and name, time
-        self._latest: dict[tuple[int, int], Tensor] = {}  # by storage: of each element, or 0
+        self._latest: dict[tuple[int, int], Tensor] = {}  # by storage: the index of each element's latest write, or 0
 
     def of(self, tensor: Tensor) -> Tensor | None:
         """The latest write of each element of a view, itself a view; None if its storage has not been written."""
@@ -21,7 +23,7 @@ class GlobalWrites:
         return None if latest is None else latest.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def of_written(self, tensor: Tensor) -> Tensor:
-        """The same for one that is about to be written."""
+        """The same for a view that is about to be written."""
         if _key(tensor) not in self._latest:
             length = tensor.untyped_storage().nbytes() // tensor.element_size()
             self._latest[_key(tensor)] = torch.zeros(length, dtype=torch.int32)
@@ -30,7 +32,7 @@ class GlobalWrites:
         return latest
 
     def check(self, touched: Tensor, verb: str) -> None:
-        """touched: the latest writes of what the running partition reads or writes."""
+        """Faults on a race. touched: the latest writes of the elements that the running partition reads or writes."""
         block = current()
         me = block.partition
         for number in touched.unique().tolist():
@@ -42,7 +44,7 @@ class GlobalWrites:
                 block.fault(RACE, f"{me.name} {verb} global memory that {who} has written, in no order between them")
 
     def begin(self) -> int:
-        """The number of a write that the running partition makes."""
+        """The index of a new write by the running partition."""
         me = current().partition
         self._writes.append((current().program, me.number, me.name, me.clock[me.number]))
         return len(self._writes) - 1

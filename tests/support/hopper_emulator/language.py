@@ -83,7 +83,7 @@ def to_tensor(value: Any) -> Value:
 
 
 def hint(value: Any, *facts: Any) -> Any:
-    """assume, max_contiguous: nothing to compute."""
+    """assume, max_contiguous: no effect."""
     return value
 
 
@@ -131,7 +131,7 @@ def where(condition: Any, x: Any, y: Any) -> Value:
 
 
 def fma(x: Any, y: Any, z: Any) -> Value:
-    """One rounding, by way of fp64."""
+    """A multiply-add with a single rounding, computed in fp64."""
     a, b, c = wrap(x), wrap(y), wrap(z)
     dtype = common_dtype(common_dtype(a.data.dtype, b.data.dtype), c.data.dtype)
     return Value((a.data.double() * b.data.double() + c.data.double()).to(dtype), a.layout or b.layout or c.layout)
@@ -141,7 +141,7 @@ def cdiv(x: Any, y: Any) -> Any:
     return (x + y - 1) // y
 
 
-# Inline PTX that kernels use: torch functions of the operands.
+# The inline PTX that kernels use, as torch functions of the operands.
 _INLINE: dict[str, Callable[..., torch.Tensor]] = {
     "ex2.approx.ftz.f32": torch.exp2,
     "ex2.approx.f32": torch.exp2,
@@ -159,7 +159,7 @@ def inline_asm_elementwise(asm: str, constraints: str, args: Any, dtype: Any, is
     """One instruction of the table above: "ex2.approx.ftz.f32 $0, $1;"."""
     instruction = re.fullmatch(r"\s*([\w.]+)\s+\$0((?:,\s*\$\d+)+)\s*;?\s*", str(unwrap(asm)))
     if not instruction or instruction[1] not in _INLINE or unwrap(pack) != 1:
-        raise Unsupported(f"the inline assembly {unwrap(asm)!r}; language.py has a table of what is known")
+        raise Unsupported(f"the inline assembly {unwrap(asm)!r}; language.py has a table of supported instructions")
     operands = [wrap(arg) for arg in args]
     result = _INLINE[instruction[1]](*(operand.data for operand in operands))
     return Value(result.to(torch_dtype(dtype)), operands[0].layout)
@@ -189,7 +189,7 @@ def _reduction(function: Callable[[torch.Tensor, int], torch.Tensor]) -> Callabl
 def _largest(x: torch.Tensor, axis: int) -> torch.Tensor:
     if not x.is_floating_point():
         return x.amax(axis)
-    numbers = x.masked_fill(x.isnan(), float("-inf")).amax(axis)  # NaN counts only where there is nothing else
+    numbers = x.masked_fill(x.isnan(), float("-inf")).amax(axis)  # NaN only where all are NaN
     return numbers.masked_fill(x.isnan().all(axis), float("nan"))
 
 
@@ -198,7 +198,7 @@ def _sum(x: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def reduce(input: Any, axis: Any, combine_fn: Callable[..., Any], keep_dims: bool = False) -> Any:
-    """Pairs of halves, so that an order which no hardware promises is not relied upon."""
+    """Reduces halves pairwise: no kernel may rely on an order that hardware does not guarantee."""
     several = isinstance(input, tuple)
     parts = [part.data for part in (input if several else (input,))]
     layout = _reduced_layout(input[0] if several else input, unwrap(axis))
@@ -246,7 +246,7 @@ def num_ctas() -> int:
 
 
 def thread_barrier(*, cluster: bool = False) -> None:
-    """The threads of a partition are one here."""
+    """No effect: a partition is a single thread here."""
     if cluster:
         raise Unsupported("clusters")
     current().pause()
@@ -258,7 +258,7 @@ def static_assert(condition: Any, message: str = "") -> None:
 
 
 def static_print(*values: Any, **options: Any) -> None:
-    """Of no effect."""
+    """No effect."""
 
 
 def device_assert(condition: Any, message: str = "", mask: Any = None) -> None:
@@ -270,7 +270,7 @@ def device_assert(condition: Any, message: str = "", mask: Any = None) -> None:
 
 
 def emulated_range(*bounds: Any, **options: Any) -> Any:
-    """`range` inside a kernel: its variable is an int32 tensor, or int64 where a bound is."""
+    """`range` inside a kernel: its variable is an int32 tensor, or int64 if a bound is."""
     ends = [wrap(bound) for bound in bounds]
     dtype = functools.reduce(common_dtype, (end.data.dtype for end in ends))
     return (Value(torch.tensor(i, dtype=dtype)) for i in range(*(int(end) for end in ends)))
@@ -295,8 +295,8 @@ def allocate_shared_memory(element_ty: Any, shape: Any, layout: Any, value: Valu
 
 
 def _assigned_name(frame: Any) -> str:
-    """A name for messages: what the line assigns to or, where a function of the kernel allocates for its callers, what
-    the caller's line does: q_full, not full, for `q_full, q_empty = make_barriers(...)`; else q_tiles.main."""
+    """A name for messages: the variable that the line assigns, or, if a function of the kernel allocates for its
+    callers, the caller's: q_full, not full, for `q_full, q_empty = make_barriers(...)`; otherwise q_tiles.main."""
     name = ", ".join(_targets(_line(frame)))
     caller = frame.f_back
     if caller is None or caller.f_globals.get("range") is not emulated_range:
@@ -348,7 +348,7 @@ def _live(partition: Partition, function: Callable[..., Any], args: Any) -> Any:
 
 
 def check_end(partition: Partition) -> None:
-    """A partition ends with nothing in flight that it alone can wait for."""
+    """Faults if a partition ends with operations in flight that only it can wait for."""
     if partition.matrix_queue:
         current().fault(IN_FLIGHT, f"{len(partition.matrix_queue)} wgmma without a warpgroup_mma_wait")
     if partition.store_queue:

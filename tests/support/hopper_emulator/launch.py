@@ -1,37 +1,37 @@
-"""Runs Gluon kernels for Hopper on the CPU as they stand: numbers, and the protocol of their barriers.
+"""Runs unmodified Gluon kernels for Hopper on the CPU: their results, and the protocol of their barriers.
 
-    with emulating(seed=3):            # every launch of a @gluon.jit kernel within it is emulated:
+    with emulating(seed=3):            # launches of @gluon.jit kernels are emulated:
         attention_forward(q, k, v)     # the launcher's own code, with CPU tensors
 
-    emulate(kernel, grid, seed=3, q=tensor_descriptor, out=tensor, BLOCK=64)   # or one kernel by itself
+    emulate(kernel, grid, seed=3, q=tensor_descriptor, out=tensor, BLOCK=64)   # or a single kernel
 
-The kernel's own Python functions are executed, those that are compiled for sm_90, with stand-ins for `gl` (binding.py,
+It executes the kernel's own Python functions, those that are compiled for sm_90, with stand-ins for `gl` (binding.py,
 language.py, values.py). What hardware may do late is done late, and what it may do in any order is done in a random
-order that the seed determines: run several seeds. A broken rule raises `Fault` with its kind (faults.py), program,
+order that the seed determines, so run several seeds. A broken rule raises `Fault` with its kind (faults.py), program,
 partition, barrier and step.
 
 Modelled
 - warp-specialised partitions, one thread each, under a scheduler that varies the interleaving (scheduler.py);
 - mbarriers: counts, phases, parity waits, expected bytes (barriers.py);
-- TMA loads that land late, in any order, with zeros (or NaN) out of bounds, and only then count their bytes; TMA stores
-  that read their source when store_wait makes them, and clip (copies.py);
-- shared memory, element by element: never-written elements, who has written and read what, and whether whoever comes
-  next could know, whatever happened to run first; writes of the generic proxy that no fence has made visible to the
-  asynchronous one (memory.py, block.py);
-- asynchronous warpgroup_mma, from registers or shared memory, that reads its operands at the wait which finishes it,
-  and whose result is no tensor before (matrix.py);
+- TMA loads that land late and in any order, fill zeros (or NaN) out of bounds, and count their bytes only then; TMA
+  stores that read their source at the store_wait that completes them, and clip (copies.py);
+- shared memory, per element: whether it was ever written, by whom it was written and read, whether the next access is
+  ordered after those whatever the interleaving, and writes of the generic proxy that no fence has made visible to the
+  asynchronous proxy (memory.py, block.py);
+- asynchronous warpgroup_mma, from registers or shared memory, that reads its operands at the wait that completes it,
+  and whose result cannot be used before (matrix.py);
 - Triton's types: promotion, integers that wrap and truncate, bf16 and fp16 rounded to nearest even (values.py);
-- pointers with masks and bounds; in global memory, what two programs, or two partitions with no synchronisation
-  between, both write, or the one reads after the other (global_memory.py);
+- pointers with masks and bounds; races in global memory: between two programs, or between two partitions without
+  synchronisation (global_memory.py);
 - static and dynamic ranges; reductions; constexpr functions and aggregates.
 
 Not modelled
-- the agreement of layouts, registers, shared memory's size: the compiler says (bench/compiled/ahead_of_time.py);
-- threads within a partition: the compiler puts a barrier among its warps around each mbarrier operation;
-- time, banks, caches; the order of additions inside a matrix product; approximations of exp2 and the like;
+- the agreement of layouts, registers, the size of shared memory: the compiler checks (bench/compiled/ahead_of_time.py);
+- threads within a partition: the compiler synchronises its warps around each mbarrier operation;
+- time, banks, caches; the order of additions within a matrix product; approximations of exp2 and the like;
 - a generic read that a later TMA load overwrites counts as ordered by barriers alone, without a proxy fence;
-- programs that talk to each other: they run one after another, in a random order; a TMA store is seen in global memory
-  when its source has been read;
+- communication between programs: they run one after another, in a random order; global memory shows a TMA store when
+  its source has been read;
 - clusters, multicast, cp.async, atomics, unsigned integers, fp32 (TF32) matrix products: UnsupportedByEmulator.
 """
 
@@ -55,8 +55,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
 def emulate(kernel: Any, grid: tuple[int, ...], /, *, seed: int = 0, num_warps: int = 4, **arguments: Any) -> None:
-    """Runs a @gluon.jit kernel. Tensors become pointers, TensorDescriptors descriptors, and numbers scalars unless the
-    parameter is a gl.constexpr."""
+    """Runs a @gluon.jit kernel on the arguments of a launch, tensors and TensorDescriptors on the CPU among them."""
     grid = (*grid, 1, 1)[:3]
     programs = list(itertools.product(*(range(n) for n in grid)))
     random.Random(seed).shuffle(programs)
@@ -89,7 +88,7 @@ def _check_end(block: Block) -> None:
     check_end(block.scheduler.main)
     if block.loads:
         load = block.loads[0]
-        message = f"{len(block.loads)} TMA loads that nobody waited for, one of {load.issuer} into {load.shared.name}"
+        message = f"{len(block.loads)} TMA loads without a wait, one of {load.issuer} into {load.shared.name}"
         block.fault(IN_FLIGHT, message, load.barrier.name, load.issuer)
     for barrier in block.barriers:
         barrier.check_end()
@@ -97,7 +96,7 @@ def _check_end(block: Block) -> None:
 
 @contextlib.contextmanager
 def emulating(seed: int = 0) -> Iterator[None]:
-    """Within it, launches of Gluon kernels are emulated: kernel[grid](...), as launchers write them."""
+    """Launches kernel[grid](...) of Gluon kernels, with arguments by position or keyword, are emulated."""
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool = False, **named: Any) -> None:
         parameters = inspect.signature(kernel.fn).parameters

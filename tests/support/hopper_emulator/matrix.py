@@ -1,7 +1,7 @@
-"""Asynchronous matrix products of a warpgroup, which read shared memory as late as they may.
+"""Asynchronous matrix products of a warpgroup, which read shared memory as late as allowed.
 
-A product that is issued reads its operands when the wait comes that makes it finish, not before: a stage that is handed
-back too early is found in use. Its result is no tensor before that wait.
+An issued product reads its operands at the wait that completes it, so that a stage that is released too early is found
+in use. Its result cannot be used before that wait.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ _OPERANDS = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5
 
 
 class Accumulator:
-    """The result of an asynchronous product: no value before its wait."""
+    """The result of an asynchronous product before its wait."""
 
     not_awaited = True
 

@@ -1,8 +1,8 @@
-"""Shared memory: allocations, views of them, and who may touch which element when.
+"""Shared memory: allocations, views of them, and the checks of each access.
 
-Beside its data every element has who wrote it last and when, when each partition read it last, whether it was written
-through the generic proxy and not fenced since, and how many asynchronous operations are still going to read it. So each
-access is checked against the knowledge of who makes it (block.py), element by element.
+Besides its data, every element records who wrote it last and when, when each partition read it last, whether it was
+written through the generic proxy without a fence since, and how many pending asynchronous operations will read it. Each
+access is checked, element by element, against the knowledge of its partition (block.py).
 """
 
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ class Allocation:
         self.read_time: dict[int, Tensor] = {}  # by partition
         self.unfenced = torch.zeros(size, dtype=torch.bool)
         self.pending_reads = torch.zeros(size, dtype=torch.int16)
-        self.pending: list[tuple[View, str]] = []  # what makes them, for messages
+        self.pending: list[tuple[View, str]] = []  # views and names of the operations, for messages
         block.allocations.append(self)
 
 
@@ -90,7 +90,7 @@ class View:
         return View(self.block, self.allocation, window, dtype, layout, self.name)
 
     def _keep_alive(self) -> None:
-        """Nothing is freed here."""
+        """No effect: the emulator frees nothing."""
 
     def load(self, layout: Any = None) -> Value:
         self.block.pause()
@@ -111,15 +111,15 @@ class View:
         self.of(self.allocation.unfenced).fill_(True)
 
     def of(self, shadow: Tensor) -> Tensor:
-        """The same elements of a tensor that is as large as the allocation."""
+        """The view's elements of a tensor with the size of the allocation."""
         return shadow.as_strided(self.window.size(), self.window.stride(), self.window.storage_offset())
 
-    # What may be read and written
+    # Checks of reads and writes
 
     def check_read(self, me: Partition, verb: str, asynchronously: bool = False) -> None:
-        """me reads now, or lets the asynchronous proxy read from now on."""
+        """Faults unless me may read now, or let the asynchronous proxy read from now on."""
         if (self.of(self.allocation.writer) == _NOBODY).any():
-            message = f"{me.name} {verb} {self.name}, which nobody has written; {self._last_wait(me)}"
+            message = f"{me.name} {verb} {self.name}, which was never written; {self._last_wait(me)}"
             self.block.fault(UNWRITTEN, message, self._last_barrier(me))
         self._check_writes_are_known(me, verb)
         if asynchronously and self.of(self.allocation.unfenced).any():
@@ -175,7 +175,7 @@ class View:
         self.of(self.allocation.write_time).fill_(time)
 
     def begin_use(self, user: str) -> tuple["View", str]:
-        """An asynchronous operation will read it at some time from now on."""
+        """Registers an asynchronous operation that will read the view at some later time."""
         self.of(self.allocation.pending_reads).add_(1)
         use = (self, user)
         self.allocation.pending.append(use)
@@ -204,7 +204,7 @@ class View:
 
 
 def fence_async_shared(cluster: bool = False) -> None:
-    """What the partition has written, or knows to be written, becomes visible to the asynchronous proxy."""
+    """Makes all writes that the partition has made or knows of visible to the asynchronous proxy."""
     block = current()
     block.pause()
     me = block.partition

@@ -1,9 +1,9 @@
-"""Who runs next. Each warp-specialised partition is a thread, one of which runs at a time.
+"""Schedules warp-specialised partitions: each is a thread, and one of them runs at a time.
 
-At every synchronising or memory operation a partition pauses; a seeded generator picks the next of those that can go
-on, and how many of the copies in flight land. The seed also chooses the habits of the run, since faults hide in
-different ones: copies that land at once, now and then, or not before nobody can go on without them; partitions that
-alternate, or one that runs as far as it can. The same seed gives the same run.
+At every synchronising or memory operation a partition pauses. A seeded generator picks the next among those that are
+ready, and how many of the copies in flight land. The seed also chooses the style of the run, because different styles
+reveal different faults: copies land at once, now and then, or only when no partition can continue without them;
+partitions alternate, or one runs as far as it can. The same seed gives the same run.
 """
 
 import random
@@ -24,8 +24,8 @@ class Partition:
         self.matrix_queue: list[Any] = []  # wgmma not yet waited for, oldest first
         self.store_queue: list[Any] = []  # TMA stores, likewise
         self.last_waits: dict[Any, int] = {}  # barrier: the phase that its last wait saw
-        self.can_go_on: Callable[[], bool] | None = None
-        self.waits_for: Callable[[], Fault] | None = None  # the fault, if that never comes
+        self.is_ready: Callable[[], bool] | None = None
+        self.waits_for: Callable[[], Fault] | None = None  # makes the fault of a wait that never ends
         self.turn = threading.Semaphore(0)
 
 
@@ -45,7 +45,7 @@ class Scheduler:
         self.staying = generator.choice((0.0, 0.0, 0.5, 0.95))
 
     def run(self, bodies: list[tuple[Partition, Callable[[], Any]]]) -> list[Any]:
-        """Runs partitions to their ends; their results."""
+        """Runs partitions to their ends and returns their results."""
         results: list[Any] = [None] * len(bodies)
         self.alive = [partition for partition, _ in bodies]
         self.everyone = list(self.alive)
@@ -64,7 +64,7 @@ class Scheduler:
         return results
 
     def pause(self, until: Callable[[], bool] | None = None, otherwise: Callable[[], Fault] | None = None) -> None:
-        """Lets others run. Goes on when `until()` holds; where that can never be, `otherwise()` is the fault."""
+        """Lets others run until `until()` holds. Raises `otherwise()` if that never happens."""
         me = self.current
         if me is self.main:
             self._advance()
@@ -72,7 +72,7 @@ class Scheduler:
                 if not self._land_one():
                     raise otherwise() if otherwise else self._deadlock([me])
             return
-        me.can_go_on, me.waits_for = until, otherwise
+        me.is_ready, me.waits_for = until, otherwise
         following = self._choose()
         if following is not me:
             following.turn.release()
@@ -80,7 +80,7 @@ class Scheduler:
             if self.error:
                 raise _Abandoned
         self.current = me
-        me.can_go_on = me.waits_for = None
+        me.is_ready = me.waits_for = None
 
     def _live(self, me: Partition, body: Callable[[], Any], results: list[Any], index: int) -> None:
         me.turn.acquire()
@@ -132,12 +132,12 @@ class Scheduler:
         return False
 
     def _ready(self) -> list[Partition]:
-        return [partition for partition in self.alive if not partition.can_go_on or partition.can_go_on()]
+        return [partition for partition in self.alive if not partition.is_ready or partition.is_ready()]
 
     def _deadlock(self, waiting: list[Partition]) -> Fault:
-        """One fault for all that wait: the most telling of theirs, with the others' in its message."""
+        """The most specific fault of the waiting partitions, with the messages of the others."""
         faults = [partition.waits_for() for partition in waiting if partition.waits_for]
         first = min(faults, key=lambda fault: fault.kind == DEADLOCK)
         others = "".join(f"; {fault.message}" for fault in faults if fault is not first)
-        message = f"nobody can go on: {first.message}{others}"
+        message = f"no partition can continue: {first.message}{others}"
         return Fault(first.kind, message, first.partition, self.step, first.barrier, self.block.program)

@@ -1,8 +1,8 @@
-"""Tensors, scalars and pointers of a kernel: torch tensors that follow Triton's rules for types and integers.
+"""Tensors, scalars and pointers of a kernel: torch tensors under Triton's rules for types and integers.
 
-bf16 and fp16 are torch's: rounded to nearest even, computed in their own type like Triton's. Integers wrap at their
-width, division and remainder truncate. A layout is carried along, and dropped where only the compiler can tell it; that
-the layouts of operands agree is for the compiler to check.
+bf16 and fp16 are torch's: rounded to nearest even, and computed in their own type as in Triton. Integers wrap at their
+width; division and remainder truncate. Layouts are carried along, and dropped where only the compiler knows them; the
+compiler checks that the layouts of operands agree.
 """
 
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ def unwrap(x: Any) -> Any:
 
 
 def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """Of two tensors: the wider float, else the wider integer. fp16 with bf16 gives fp32."""
+    """The common dtype of two tensors: the wider float, else the wider integer; fp32 for fp16 with bf16."""
     if a == b:
         return a
     if a.is_floating_point and b.is_floating_point:
@@ -61,7 +61,7 @@ def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
 
 
 def scalar_dtype(number: Any, beside: torch.dtype) -> torch.dtype:
-    """What a Python number becomes beside a tensor: the tensor's type if that can hold its kind."""
+    """The dtype of a Python number beside a tensor: the tensor's if that can hold its kind."""
     if isinstance(number, bool) or beside.is_floating_point:
         return beside
     if isinstance(number, int):
@@ -78,7 +78,7 @@ def _integer_dtype(number: int) -> torch.dtype:
 
 
 def wrap(x: Any) -> "Value":
-    """A number as a scalar of the type that Triton gives it; a Value as it is."""
+    """A number as a scalar of the type that Triton gives it; a Value unchanged."""
     x = unwrap(x)
     if isinstance(x, Value):
         return x
@@ -265,7 +265,7 @@ class Pointer:
 
     @classmethod
     def to_tensor(cls, tensor: Tensor) -> "Pointer":
-        """The pointer that a kernel gets for a tensor. It may reach all of the storage that the tensor views."""
+        """The pointer that a kernel gets for a tensor, which may access the whole storage of the tensor."""
         length = tensor.untyped_storage().nbytes() // tensor.element_size()
         flat = tensor.detach().as_strided((length,), (1,), 0)
         return cls(flat, Value(torch.tensor(tensor.storage_offset(), dtype=torch.int64)))
@@ -311,7 +311,9 @@ class Pointer:
         loaded = self.storage[torch.where(allowed, places, 0)]
         if mask is not None:
             filler = wrap(other).data if other is not None else torch.tensor(float("nan"))
-            loaded = torch.where(allowed, loaded, filler.to(loaded.dtype))  # without `other`, anything may come
+            loaded = torch.where(
+                allowed, loaded, filler.to(loaded.dtype)
+            )  # without `other`, masked elements are undefined
         return Value(loaded, self.offset.layout)
 
     def store(self, value: Any, mask: Any) -> None:
