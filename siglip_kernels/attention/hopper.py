@@ -20,6 +20,41 @@ from siglip_kernels.device import Facts, facts
 from siglip_kernels.errors import unsupported
 
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def require_hopper(q: Tensor) -> Facts:
+    """The facts of q's device. Raises UnsupportedInputError unless that is a Hopper and q is fp16 or bf16."""
+    gpu = facts(q.device)
+    if gpu.capability != (9, 0):
+        raise unsupported("attention", "q", f"is on {gpu.name}", "Hopper (sm_90), as SIGLIP_KERNELS_HOPPER=1 asks for")
+    if q.dtype not in _ELEMENTS:
+        got = f"has dtype {q.dtype}"
+        raise unsupported("attention", "q", got, "float16, bfloat16 with SIGLIP_KERNELS_HOPPER=1")
+    return gpu
+
+
+def boxes(tokens: int, **tensors: Tensor) -> dict[str, TensorDescriptor | None]:
+    """The kernels' arguments for tensors (B, S, H, D): two descriptors each, with boxes of `tokens` tokens of one head.
+
+    {name}_main and {name}_tail are the two parts of a head's columns; the tail is None where there is one part.
+    """
+    descriptors: dict[str, TensorDescriptor | None] = {}
+    for name, tensor in tensors.items():
+        for part, columns in zip(("main", "tail"), config.split_head_dim(tensor.shape[3]), strict=True):
+            box = [1, tokens, 1, columns]
+            layout = gl.NVMMASharedLayout.get_default_for(box, _ELEMENTS[tensor.dtype])
+            descriptor = TensorDescriptor.from_tensor(tensor, box, layout) if columns else None
+            descriptors[f"{name}_{part}"] = descriptor
+    return descriptors
+
+
+def readable_by_tma(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where TMA cannot read it: rows not aligned to 16 bytes, or expanded axes."""
+    if tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 and stride > 0 for stride in tensor.stride()[:3]):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # .contiguous() would keep a misaligned start
+
+
 _KEYS = 128  # per step of the forward kernel
 
 
@@ -76,39 +111,6 @@ def last_keys(key_tokens: int, keys: int, has_lengths: bool) -> tuple[int, int]:
     left = key_tokens % keys
     wide, narrow = config.split_head_dim(left) if left else (0, 0)
     return wide + narrow, narrow or wide
-
-
-def require_hopper(q: Tensor) -> Facts:
-    """The facts of q's device. Raises UnsupportedInputError unless that is a Hopper and q is fp16 or bf16."""
-    gpu = facts(q.device)
-    if gpu.capability != (9, 0):
-        raise unsupported("attention", "q", f"is on {gpu.name}", "Hopper (sm_90), as SIGLIP_KERNELS_HOPPER=1 asks for")
-    if q.dtype not in _ELEMENTS:
-        got = f"has dtype {q.dtype}"
-        raise unsupported("attention", "q", got, "float16, bfloat16 with SIGLIP_KERNELS_HOPPER=1")
-    return gpu
-
-
-def boxes(tokens: int, **tensors: Tensor) -> dict[str, TensorDescriptor | None]:
-    """The kernels' arguments for tensors (B, S, H, D): two descriptors each, with boxes of `tokens` tokens of one head.
-
-    {name}_main and {name}_tail are the two parts of a head's columns; the tail is None where there is one part.
-    """
-    descriptors: dict[str, TensorDescriptor | None] = {}
-    for name, tensor in tensors.items():
-        for part, columns in zip(("main", "tail"), config.split_head_dim(tensor.shape[3]), strict=True):
-            box = [1, tokens, 1, columns]
-            layout = gl.NVMMASharedLayout.get_default_for(box, _ELEMENTS[tensor.dtype])
-            descriptor = TensorDescriptor.from_tensor(tensor, box, layout) if columns else None
-            descriptors[f"{name}_{part}"] = descriptor
-    return descriptors
-
-
-def readable_by_tma(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where TMA cannot read it: rows not aligned to 16 bytes, or expanded axes."""
-    if tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 and stride > 0 for stride in tensor.stride()[:3]):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)  # .contiguous() would keep a misaligned start
 
 
 def attention_forward_hopper(

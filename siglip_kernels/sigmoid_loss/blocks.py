@@ -86,17 +86,34 @@ class GradientSum:
         engine: Engine,
         block: Tensor,
         operand: Tensor,
-        transposed: bool,
         rows: slice,
         logit_scale: Tensor,
         factor: float,
+        *,
+        transposed: bool,
     ) -> None:
         """Adds block · operand, or blockᵀ · operand if transposed, to these rows."""
         if self.result is not None:
-            engine.product(block, operand, transposed, None, self.result[rows], logit_scale, factor)
+            engine.product(
+                logit_grad=block,
+                operand=operand,
+                transposed=transposed,
+                previous=None,
+                out=self.result[rows],
+                logit_scale=logit_scale,
+                factor=factor,
+            )
         elif self.total is not None:
             total = self.total[rows]
-            engine.product(block, operand, transposed, total if self.started else None, total, None, 1.0)
+            engine.product(
+                logit_grad=block,
+                operand=operand,
+                transposed=transposed,
+                previous=total if self.started else None,
+                out=total,
+                logit_scale=None,
+                factor=1.0,
+            )
 
 
 def accumulate(
@@ -121,12 +138,21 @@ def accumulate(
     for start in range(0, len(y), engine.columns):
         columns = slice(start, min(start + engine.columns, len(y)))
         block = None if logit_grad is None else logit_grad[: len(x), : columns.stop - start]
-        engine.logit_grad(x, y[columns], logit_scale, logit_bias, diagonal - start, totals, gradients, block)
+        engine.logit_grad(
+            x=x,
+            y=y[columns],
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            diagonal=diagonal - start,
+            totals=totals,
+            gradients=gradients,
+            out=block,
+        )
         if block is not None and image is not None:
-            image.add(engine, block, y[columns], False, slice(None), logit_scale, factor)
+            image.add(engine, block, y[columns], slice(None), logit_scale, factor, transposed=False)
             image.started = True
         if block is not None and text is not None:
-            text.add(engine, block, x, True, columns, logit_scale, factor)
+            text.add(engine, block, x, columns, logit_scale, factor, transposed=True)
     if text is not None:
         text.started = True
 
@@ -184,18 +210,18 @@ def loss_and_gradients(
         elif image_gradient:
             image = GradientSum(result=dx[rows])
         accumulate(
-            engine,
-            x[rows],
-            y,
-            logit_scale,
-            logit_bias,
-            start,
-            totals,
-            scalar_gradients,
-            logit_grad,
-            image,
-            text,
-            factor,
+            engine=engine,
+            x=x[rows],
+            y=y,
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            diagonal=start,
+            totals=totals,
+            scalar_gradients=scalar_gradients,
+            logit_grad=logit_grad,
+            image=image,
+            text=text,
+            factor=factor,
         )
         if image is not None and image.total is not None:
             engine.scale(image.total, logit_scale, factor, dx[rows])

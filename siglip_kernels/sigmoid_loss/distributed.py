@@ -90,18 +90,18 @@ class Pass:
         for start in range(0, len(self.x), engine.rows):
             rows = slice(start, min(start + engine.rows, len(self.x)))
             accumulate(
-                engine,
-                self.x[rows],
-                texts,
-                self.logit_scale,
-                self.logit_bias,
-                start if source == self.peers.rank else NO_POSITIVES,
-                self.totals,
-                self.wanted.scalars,
-                self.logit_grad,
-                None if self.image is None else GradientSum(self.image[rows], self.image_started),
-                text,
-                self.factor,
+                engine=engine,
+                x=self.x[rows],
+                y=texts,
+                logit_scale=self.logit_scale,
+                logit_bias=self.logit_bias,
+                diagonal=start if source == self.peers.rank else NO_POSITIVES,
+                totals=self.totals,
+                scalar_gradients=self.wanted.scalars,
+                logit_grad=self.logit_grad,
+                image=None if self.image is None else GradientSum(self.image[rows], self.image_started),
+                text=text,
+                factor=self.factor,
             )
         self.image_started = True
 

@@ -163,9 +163,10 @@ def test_only_wanted_gradients_are_made(loss_function, device, monkeypatch):
     made = []
     accumulate = blocks.accumulate
 
-    def spy(*arguments):
-        made.append((arguments[7], arguments[9] is not None, arguments[10] is not None))
-        return accumulate(*arguments)
+    def spy(**arguments):
+        image, text = arguments["image"], arguments["text"]
+        made.append((arguments["scalar_gradients"], image is not None, text is not None))
+        return accumulate(**arguments)
 
     monkeypatch.setattr(blocks, "accumulate", spy)
     x, y = embeddings(20, 8, device)
