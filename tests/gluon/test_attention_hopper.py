@@ -54,7 +54,7 @@ def scores_of(q, k, scale):
 
 
 def check(q, k, v, seed=0, scale=None, lengths=None):
-    """‖kernel − fp64‖ ≤ 2 ‖same-dtype eager − fp64‖ + one rounding; the log-sum-exp within fp32 rounding."""
+    """‖kernel − fp64‖ ≤ 2 ‖same-dtype eager − fp64‖ + one rounding; the statistics as fp32 makes them."""
     out, log_sum_exp = run(q, k, v, seed, scale, lengths)
     truth = reference.attention(q.double(), k.double(), v.double(), scale=scale, lengths=lengths)
     eager = reference.attention(q, k, v, scale=scale, lengths=lengths)

@@ -66,7 +66,7 @@ def results(function, x: Tensor, y: Tensor, t: float, b: float, dtype: torch.dty
 
 
 def check(x: Tensor, y: Tensor, t: float, b: float, seed: int = 0) -> dict[str, Tensor]:
-    """‖result − fp64‖ ≤ 2 ‖same-dtype eager − fp64‖ + one rounding of the result's dtype."""
+    """Errors are at most twice eager's of the same dtype, and one rounding of the result's dtype."""
     with on_hopper(seed):
         ours = results(sigmoid_loss, x, y, t, b, x.dtype)
     truth = results(reference.sigmoid_loss, x, y, t, b, torch.float64)

@@ -37,9 +37,9 @@ def run(
 
 
 def eager_errors(inputs: list[Tensor], truth: list[Tensor], orders: int, **options: object) -> Tensor:
-    """‖same-dtype eager − fp64‖ of output and gradients, the largest over `orders` permutations of the head dim.
+    """‖same-dtype eager − fp64‖ of output and gradients: the worst of so many orders of the head dim's columns.
 
-    A permutation changes nothing but roundings. Where a few rows carry all of the error, one order may be lucky.
+    The order changes nothing but roundings. Where a few rows carry all of the error, one order alone may be lucky.
     """
     dtype, head_dim = inputs[0].dtype, inputs[0].shape[-1]
     errors = []
@@ -64,7 +64,7 @@ def check_budget(inputs: list[Tensor], orders: int = 1, **options: object) -> li
         if not allowed.isfinite():  # eager's logits overflow fp16, and the kernel's do not
             assert dtype == torch.float16
             allowed = 8 * torch.finfo(dtype).eps * exact.norm().cpu()
-        if exact.norm() == 0:  # one key: terms cancel exactly in eager's order, in others up to fp32 rounding
+        if exact.norm() == 0:  # one key: terms that cancel exactly in eager's order, and to fp32 rounding in any other
             allowed = torch.finfo(torch.float32).eps * (inputs[2].double().norm() * inputs[3].double().norm()).cpu()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}, norm {exact.norm():.3g}"
     return found

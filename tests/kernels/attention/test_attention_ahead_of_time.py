@@ -15,7 +15,7 @@ KERNELS = {
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """All dtypes on one GPU, half precision on the others. `bench.compiled.ahead_of_time` compiles everything."""
+    """What calls get: bf16, fp16, fp32 and TF32 on one GPU, 16 bits on the others. The command compiles everything."""
     module = "attention"
     return rows_in_a_subprocess(module, "h200", only="S=") + rows_in_a_subprocess(module, "a100", "b200", only="16 S=")
 

@@ -46,7 +46,7 @@ def results(function, x: Tensor, y: Tensor, t: float, b: float, dtype: torch.dty
 
 
 def check_budget(function, x: Tensor, y: Tensor, t: float, b: float, dtype: torch.dtype) -> None:
-    """‖result − fp64‖ ≤ 2 ‖same-dtype eager − fp64‖ + one rounding of the result's dtype."""
+    """Errors are at most twice eager's of the same dtype, and one rounding of the result's dtype."""
     x, y = x.to(dtype), y.to(dtype)
     true = results(reference.sigmoid_loss, x, y, t, b, torch.float64)
     eager = results(reference.sigmoid_loss, x, y, t, b, dtype)
