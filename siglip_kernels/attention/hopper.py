@@ -26,7 +26,7 @@ def require_hopper(q: Tensor) -> Facts:
     """The facts of q's device. Raises UnsupportedInputError unless that is a Hopper and q is fp16 or bf16."""
     gpu = facts(q.device)
     if gpu.capability != (9, 0):
-        raise unsupported("attention", "q", f"is on {gpu.name}", "Hopper (sm_90), as SIGLIP_KERNELS_HOPPER=1 asks for")
+        raise unsupported("attention", "q", f"is on {gpu.name}", "Hopper (sm_90) with SIGLIP_KERNELS_HOPPER=1")
     if q.dtype not in _ELEMENTS:
         got = f"has dtype {q.dtype}"
         raise unsupported("attention", "q", got, "float16, bfloat16 with SIGLIP_KERNELS_HOPPER=1")

@@ -229,10 +229,10 @@ def test_rows_follow_the_queries():
     assert forward_tile(72, 729, 96, False).consumers == forward_tile(64, 767, 128, False).consumers == 2
 
 
-# A line of the kernel, and what breaks it. (Keys handed back too early are no fault: the producer's wait for the stage
+# A line of the kernel, and what breaks it. (Keys released too early are no fault: the producer's wait for the stage
 # of values before them comes later.)
 BROKEN = {
-    "values are handed back before they are read": (
+    "values are released before they are read": (
         "                out = wait_for_all(out)\n                mbarrier.arrive(v_empty.index(stage), count=1)\n",
         "                mbarrier.arrive(v_empty.index(stage), count=1)\n                out = wait_for_all(out)\n",
     ),
@@ -240,7 +240,7 @@ BROKEN = {
     "the producer does not wait": ("    mbarrier.wait(empty.index(index), phase ^ 1)\n", ""),
     "the producer counts the main part alone": ("main_bytes + tail_bytes)", "main_bytes)"),
     "a consumer does not wait for its queries": ("        mbarrier.wait(q_full.index(mine), q_phase)\n", ""),
-    "queries are never handed back": ("        mbarrier.arrive(q_empty.index(mine), count=1)\n", ""),
+    "queries are never released": ("        mbarrier.arrive(q_empty.index(mine), count=1)\n", ""),
     "the phase of the ring does not turn": ("gl.where(wraps, phase ^ 1, phase)", "phase"),
     "a turn is not passed on": (
         "out, 0)\n                mbarrier.arrive(next_turn, count=1)\n", "out, 0)\n"
@@ -249,7 +249,7 @@ BROKEN = {
     "the output is stored without a fence": ("    fence_async_shared()\n    tma.async", "    tma.async"),
     "the last store is not waited for": ("query_tokens)\n    tma.store_wait(0)\n", "query_tokens)\n"),
     "one consumer is enough to empty a stage": ("k_empty.index(i), count=CONSUMERS)", "k_empty.index(i), count=1)"),
-    "the first consumer waits for a turn from nobody": ("1 if CONSUMER == 0 else 0", "0"),
+    "the first consumer waits for a turn that never comes": ("1 if CONSUMER == 0 else 0", "0"),
 }  # fmt: skip
 
 

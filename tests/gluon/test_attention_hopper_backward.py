@@ -157,14 +157,14 @@ def test_through_the_public_operation(monkeypatch):
 
 
 BROKEN = {
-    "keys are handed back before they are read": (
+    "keys are released before they are read": (
         "    q_grad = wait_for_all(issue_products(scores_grad, k_stages, stage, q_grad, 0))\n"
         "    mbarrier.arrive(k_empty.index(stage), count=1)\n",
         "    q_grad = issue_products(scores_grad, k_stages, stage, q_grad, 0)\n"
         "    mbarrier.arrive(k_empty.index(stage), count=1)\n"
         "    q_grad = wait_for_all(q_grad)\n",
     ),
-    "queries are handed back before they are read": (
+    "queries are released before they are read": (
         "            v_grad = wait_for_all(v_grad)\n            k_grad = wait_for_all(k_grad)\n"
         "            mbarrier.arrive(grad_empty.index(stage), count=1)\n"
         "            mbarrier.arrive(q_empty.index(stage), count=1)\n",
@@ -172,14 +172,14 @@ BROKEN = {
         "            mbarrier.arrive(q_empty.index(stage), count=1)\n"
         "            v_grad = wait_for_all(v_grad)\n            k_grad = wait_for_all(k_grad)\n",
     ),
-    "a product is used before it is made": ("_wait(PARTS, deps=(weights_grad,))", "_wait(3, deps=(weights_grad,))"),
+    "a product is used before it is complete": ("_wait(PARTS, deps=(weights_grad,))", "_wait(3, deps=(weights_grad,))"),
     "the output is not waited for": ("        mbarrier.wait(out_full.index(mine), slot_phase)\n", ""),
-    "the output's gradient is handed back with the output": (
+    "the output's gradient is released with the output": (
         "        mbarrier.arrive(out_empty.index(mine), count=1)\n",
         "        mbarrier.arrive(out_empty.index(mine), count=1)\n"
         "        mbarrier.arrive(grad_empty.index(mine), count=1)\n",
     ),
-    "values are never handed back": ("        mbarrier.arrive(v_empty.index(mine), count=1)\n", ""),
+    "values are never released": ("        mbarrier.arrive(v_empty.index(mine), count=1)\n", ""),
     "the last store is not waited for": (
         "    tma.store_wait(0)\n\n\n_INTEGERS",
         "\n\n_INTEGERS",

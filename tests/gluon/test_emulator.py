@@ -1,4 +1,4 @@
-"""The emulator computes what Gluon on Hopper computes: types, rounding, copies, products, and launches as they are."""
+"""The emulator computes what Gluon on Hopper computes: types, rounding, copies, products, and unmodified launches."""
 
 import subprocess
 import sys

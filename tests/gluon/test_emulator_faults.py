@@ -67,7 +67,7 @@ IN_PRODUCT = {
     "too many bytes expected": ({BYTE_COUNT}, {CONSUMER}, r"full\[0\]"),
     "expected twice": ({OVER_ARRIVAL}, {PRODUCER}, r"full\[0\]"),
     "a load into the wrong stage": ({UNWRITTEN, IN_USE, NOT_AWAITED}, {PRODUCER, CONSUMER}, ANY_BARRIER),
-    "a load that nobody waits for": ({IN_FLIGHT}, {PRODUCER}, r"full\[[01]\]"),
+    "a load without a wait": ({IN_FLIGHT}, {PRODUCER}, r"full\[[01]\]"),
     "consumer waits for the wrong phase": ({WRONG_PHASE, UNWRITTEN}, {CONSUMER}, r"full\[0\]"),
     "consumer waits for one phase too early": ({WRONG_PHASE, OVER_ARRIVAL, DEADLOCK}, {CONSUMER}, ANY_BARRIER),
     "consumer waits for the wrong barrier": ({NOT_AWAITED, UNWRITTEN}, {CONSUMER}, r"full\[[01]\]"),
@@ -80,8 +80,8 @@ IN_PRODUCT = {
     "read after its release": ({IN_USE, WRONG_PHASE}, {PRODUCER, CONSUMER}, ANY_BARRIER),
     "staging overwritten": ({IN_USE}, {CONSUMER}, r"full\[1\]"),
     "no fence before the store": ({NOT_FENCED}, {CONSUMER}, NO_BARRIER),
-    "a wgmma that nobody waits for": ({IN_FLIGHT}, {CONSUMER}, NO_BARRIER),
-    "a store that nobody waits for": ({IN_FLIGHT}, {CONSUMER}, NO_BARRIER),
+    "a wgmma without a wait": ({IN_FLIGHT}, {CONSUMER}, NO_BARRIER),
+    "a store without a wait": ({IN_FLIGHT}, {CONSUMER}, NO_BARRIER),
     "a barrier without init": ({ILLEGAL}, {PRODUCER, CONSUMER}, r"full\[1\]"),
     "count too high": ({UNDER_ARRIVAL}, {PRODUCER, CONSUMER}, r"empty\[[01]\]"),
     "no fence after init": ({NOT_FENCED}, {PRODUCER}, r"full\[0\]"),
@@ -90,15 +90,15 @@ IN_EXCHANGE = {
     "never written": ({UNWRITTEN}, {"read_tiles"}, "written"),
     "read without a wait": ({NOT_AWAITED, UNWRITTEN}, {"read_tiles"}, NO_BARRIER),
     "overwritten before it is read": ({IN_USE, NOT_AWAITED, OVER_ARRIVAL}, {"write_tiles"}, "written|"),
-    "handed back too early": ({IN_USE, NOT_AWAITED}, {"write_tiles", "read_tiles"}, "written|read"),
+    "released too early": ({IN_USE, NOT_AWAITED}, {"write_tiles", "read_tiles"}, "written|read"),
     "stored outside of the tensor": ({OUT_OF_BOUNDS}, {"read_tiles"}, NO_BARRIER),
 }  # fmt: skip
 
 
 READERS = {"square[0]", "square[1]"}
 IN_SQUARES = {
-    "one hands back for both": ({IN_USE}, {"load_for_both"}, r"empty\[0\]"),
-    "one hands back twice": ({IN_USE, WRONG_PHASE}, {"load_for_both", *READERS}, ANY_BARRIER),
+    "one releases for both": ({IN_USE}, {"load_for_both"}, r"empty\[0\]"),
+    "one releases twice": ({IN_USE, WRONG_PHASE}, {"load_for_both", *READERS}, ANY_BARRIER),
     "one forgets the last": ({UNDER_ARRIVAL}, {"main"}, r"empty\[0\]"),
     "both use one buffer": ({IN_USE, NOT_AWAITED}, READERS, r"full\[[01]\]"),
     "one store too many in flight": ({IN_USE}, READERS, r"full\[0\]"),
@@ -190,7 +190,7 @@ def test_the_same_seed_finds_the_same_fault_and_others_differ():
     assert len({found(seed) for seed in SEEDS}) > 1
 
 
-def test_a_deadlock_names_everybody_who_waits():
+def test_a_deadlock_names_all_who_wait():
     expected = r"multiply waits for parity 1 of full\[[01]\].*load_tiles waits for parity 0 of"
     with pytest.raises(Fault, match=expected), emulating(0):
         pipelines.product(*operands(200, 64, 5 * 64), 1, "never released")

@@ -68,7 +68,7 @@ def results(function, x: Tensor, y: Tensor, t: float, b: float, dtype: torch.dty
 def check(x: Tensor, y: Tensor, t: float, b: float, seed: int = 0) -> dict[str, Tensor]:
     """Errors are at most twice eager's of the same dtype, and one rounding of the result's dtype."""
     with on_hopper(seed):
-        ours = results(sigmoid_loss, x, y, t, b, x.dtype)
+        found = results(sigmoid_loss, x, y, t, b, x.dtype)
     truth = results(reference.sigmoid_loss, x, y, t, b, torch.float64)
     eager = results(reference.sigmoid_loss, x, y, t, b, x.dtype)
     # dt and db are sums of N² terms of either sign: one rounding is relative to the sum of their magnitudes.
@@ -76,12 +76,12 @@ def check(x: Tensor, y: Tensor, t: float, b: float, seed: int = 0) -> dict[str, 
     probability = torch.sigmoid(products * t + b)
     probability.diagonal().sub_(1).abs_()
     sizes = {"scale": (probability * products.abs()).sum() / len(x), "bias": probability.sum() / len(x)}
-    for name, value in ours.items():
+    for name, value in found.items():
         assert value.isfinite().all(), name
         error, allowed = (value.double() - truth[name]).norm(), 2 * (eager[name].double() - truth[name]).norm()
         size = max(float(truth[name].norm()), float(sizes.get(name, 0)))
         assert error <= allowed + torch.finfo(value.dtype).eps * size + torch.finfo(value.dtype).tiny, name
-    return ours
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -118,20 +118,20 @@ def test_exact_where_the_answer_is():
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(-3, 4, (130, 16), generator=generator).bfloat16() for _ in range(2))
     with on_hopper():
-        ours = results(sigmoid_loss, x, y, 0.0, 0.0, torch.bfloat16)
-    assert torch.allclose(ours["loss"], 130 * torch.tensor(2.0).log(), rtol=1e-6)
-    assert ours["bias"] == 64.0 and not ours["image"].any() and not ours["text"].any()
+        found = results(sigmoid_loss, x, y, 0.0, 0.0, torch.bfloat16)
+    assert torch.allclose(found["loss"], 130 * torch.tensor(2.0).log(), rtol=1e-6)
+    assert found["bias"] == 64.0 and not found["image"].any() and not found["text"].any()
     products = x.float() @ y.float().T
-    assert torch.allclose(ours["scale"], (products.sum() - 2 * products.trace()) / 260, rtol=1e-6)
+    assert torch.allclose(found["scale"], (products.sum() - 2 * products.trace()) / 260, rtol=1e-6)
 
 
 def test_many_small_terms_keep_their_sum():
     """2 million pairs whose loss is e^-15 each, which is small beside the 1 in log(1 + e^-15)."""
     x = torch.zeros(1500, 8, dtype=torch.bfloat16)
     with on_hopper(), torch.no_grad():
-        ours = sigmoid_loss(x, x, 1.0, -15.0)
+        found = sigmoid_loss(x, x, 1.0, -15.0)
     truth = reference.sigmoid_loss(x.double(), x.double(), torch.tensor(1.0).double(), torch.tensor(-15.0).double())
-    assert abs(ours.double() / truth - 1) < 1e-6
+    assert abs(found.double() / truth - 1) < 1e-6
 
 
 def test_every_interleaving_gives_the_same(small_blocks):

@@ -50,7 +50,7 @@ def load_tiles(a, b, a_stages, b_stages, full, empty, row_tiles, k_tiles, FAULT:
             else:
                 tma.async_copy_global_to_shared(b, [0, k * TILE], full.index(stage), b_stages.index(stage))
             step += 1
-    if FAULT == "a load that nobody waits for":
+    if FAULT == "a load without a wait":
         stage = step % STAGES
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(stage), a.block_type.nbytes)
@@ -97,9 +97,9 @@ def multiply(c, a_stages, b_stages, c_stage, full, empty, row_tiles, k_tiles, FA
         if FAULT != "no fence before the store":
             fence_async_shared()
         tma.async_copy_shared_to_global(c, [tile * TILE, 0], c_stage)
-    if FAULT == "a wgmma that nobody waits for":
+    if FAULT == "a wgmma without a wait":
         warpgroup_mma(c_stage, c_stage, gl.zeros((TILE, TILE), gl.float32, layout), is_async=True)
-    if FAULT != "a store that nobody waits for":
+    if FAULT != "a store without a wait":
         tma.store_wait(0)
 
 
@@ -168,10 +168,10 @@ def read_tiles(out, tile, written, read, rounds, FAULT: gl.constexpr):
     for i in range(rounds):
         if FAULT != "read without a wait":
             mbarrier.wait(written, i & 1)
-        if FAULT == "handed back too early":
+        if FAULT == "released too early":
             mbarrier.arrive(read, count=1)
         values = gl.max(tile.load(layout), 0)
-        if FAULT != "handed back too early":
+        if FAULT != "released too early":
             mbarrier.arrive(read, count=1)
         if FAULT == "stored outside of the tensor":
             gl.store(out + (i + 1) * TILE + offsets, values)
@@ -225,10 +225,10 @@ def square(READER: gl.constexpr, target, stages, staging, full, empty, rounds, F
         nothing = gl.zeros((TILE, HALF), gl.float32, layout)
         product = warpgroup_mma(stages.index(stage), half, nothing, use_acc=False, is_async=True)
         product = warpgroup_mma_wait(0, deps=(product,))
-        if FAULT == "one hands back for both":
+        if FAULT == "one releases for both":
             if READER == 0:
                 mbarrier.arrive(empty.index(stage), count=2)
-        elif FAULT == "one hands back twice":
+        elif FAULT == "one releases twice":
             if READER == 0:
                 mbarrier.arrive(empty.index(stage), count=1)
                 mbarrier.arrive(empty.index(stage), count=1)

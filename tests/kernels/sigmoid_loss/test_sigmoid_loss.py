@@ -50,7 +50,7 @@ def check_budget(function, x: Tensor, y: Tensor, t: float, b: float, dtype: torc
     x, y = x.to(dtype), y.to(dtype)
     true = results(reference.sigmoid_loss, x, y, t, b, torch.float64)
     eager = results(reference.sigmoid_loss, x, y, t, b, dtype)
-    ours = results(function, x, y, t, b, dtype)
+    found = results(function, x, y, t, b, dtype)
     pairs = len(x)
     # dt and db are sums of N² terms of either sign: one rounding is relative to the sum of their magnitudes.
     probability = torch.sigmoid(x.double() @ y.double().T * t + b)
@@ -59,7 +59,7 @@ def check_budget(function, x: Tensor, y: Tensor, t: float, b: float, dtype: torc
         "scale": (probability * (x.double() @ y.double().T).abs()).sum() / pairs,
         "bias": probability.sum() / pairs,
     }
-    for name, value in ours.items():
+    for name, value in found.items():
         assert value.isfinite().all(), name
         error, allowed = (value.double() - true[name]).norm(), 2 * (eager[name].double() - true[name]).norm()
         if not allowed.isfinite():
@@ -105,13 +105,13 @@ def test_exact_where_the_answer_is(loss_function, device):
     """At t = b = 0 every probability is 1/2: the loss is N log 2, dL/db = (N - 2) / 2, and products are integers."""
     x = torch.randint(-3, 4, (130, 16), device=device).float()
     y = torch.randint(-3, 4, (130, 16), device=device).float()
-    ours = results(loss_function, x, y, 0.0, 0.0, torch.float32)
-    assert torch.allclose(ours["loss"], 130 * torch.tensor(2.0).log(), rtol=1e-6)
-    assert ours["bias"] == 64.0
-    assert not ours["image"].any()
-    assert not ours["text"].any()
+    found = results(loss_function, x, y, 0.0, 0.0, torch.float32)
+    assert torch.allclose(found["loss"], 130 * torch.tensor(2.0).log(), rtol=1e-6)
+    assert found["bias"] == 64.0
+    assert not found["image"].any()
+    assert not found["text"].any()
     products = x @ y.T
-    assert torch.allclose(ours["scale"], (products.sum() - 2 * products.trace()) / 260, rtol=1e-6)
+    assert torch.allclose(found["scale"], (products.sum() - 2 * products.trace()) / 260, rtol=1e-6)
 
 
 @pytest.mark.parametrize("engine", LOSSES)
@@ -149,8 +149,8 @@ def test_both_ways_of_loading_tiles(descriptors, dtype, device, monkeypatch):
 @pytest.mark.usefixtures("poisoned_empty")
 def test_every_element_is_written(loss_function, device):
     x, y = embeddings(261, 24, device)
-    ours = results(loss_function, x, y, 3.0, -1.0, torch.float32)
-    assert all(value.isfinite().all() for value in ours.values())
+    found = results(loss_function, x, y, 3.0, -1.0, torch.float32)
+    assert all(value.isfinite().all() for value in found.values())
 
 
 def test_bitwise_reproducible(loss_function, device):

@@ -109,11 +109,11 @@ def _cases(rank: int, sizes: tuple[int, ...]) -> dict:
     for implementation in ("bidir", "shift", "reduce", "gather"):
         for chunk_size in (0, 2):
             loss = SigLipLoss(False, rank, len(sizes), implementation, chunk_size)
-            found["ours", implementation, chunk_size] = loss_and_gradients(loss, rank, sizes, 1.0)
-        theirs = open_clip_loss()
-        if theirs is not None and len(set(sizes)) == 1:
-            loss = theirs(rank=rank, world_size=len(sizes), dist_impl=implementation)
-            found["theirs", implementation] = loss_and_gradients(loss, rank, sizes, 1.0)
+            found["siglip_kernels", implementation, chunk_size] = loss_and_gradients(loss, rank, sizes, 1.0)
+        open_clip = open_clip_loss()
+        if open_clip is not None and len(set(sizes)) == 1:
+            loss = open_clip(rank=rank, world_size=len(sizes), dist_impl=implementation)
+            found["open_clip", implementation] = loss_and_gradients(loss, rank, sizes, 1.0)
     x, y = (own(v, rank, sizes) for v in batch(sizes))
     loss = SigLipLoss(rank=rank, world_size=len(sizes), average_loss=True)
     found["average"] = loss(x, y, SCALE, BIAS)
@@ -146,8 +146,8 @@ def test_equals_one_process_in_fp64(ranks, implementation, weights):
     true = truth(sizes, [1.5 if weights == "same" else 1.0 + rank for rank in range(len(sizes))])
     for rank, results in enumerate(found):
         for backend in ("chunked", "triton") if len(sizes) == 2 else ("chunked",):
-            for ours, expected in zip(results[weights, implementation, backend], true[rank], strict=True):
-                assert (ours - expected).norm() <= 1e-5 * expected.norm()
+            for result, expected in zip(results[weights, implementation, backend], true[rank], strict=True):
+                assert (result - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_mean_over_ranks_is_the_loss_of_the_whole_batch(ranks):
@@ -165,13 +165,13 @@ def test_equals_open_clip(ranks, implementation):
     sizes, found = ranks
     if len(set(sizes)) > 1:
         true = truth(sizes, [1.0] * len(sizes))  # open_clip requires equal batches
-    elif ("theirs", implementation) not in found[0]:
+    elif ("open_clip", implementation) not in found[0]:
         pytest.skip("open_clip is not installed")
     for rank, results in enumerate(found):
-        expected = true[rank] if len(set(sizes)) > 1 else results["theirs", implementation]
+        expected = true[rank] if len(set(sizes)) > 1 else results["open_clip", implementation]
         for chunk_size in (0, 2):
-            for ours, other in zip(results["ours", implementation, chunk_size], expected, strict=True):
-                assert (ours - other).norm() <= 1e-5 * other.norm()
+            for result, other in zip(results["siglip_kernels", implementation, chunk_size], expected, strict=True):
+                assert (result - other).norm() <= 1e-5 * other.norm()
 
 
 def test_bad_input_of_one_rank_ends_all_of_them(ranks):
@@ -213,8 +213,8 @@ def test_data_parallel_gradients_are_those_of_the_whole_batch(ranks):
     model = _Towers().double()
     SigLipLoss()(*model(*(v.double() for v in batch(sizes)))).backward()
     for results in found:
-        for ours, parameter in zip(results["data parallel"], model.parameters(), strict=True):
-            assert (ours - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
+        for result, parameter in zip(results["data parallel"], model.parameters(), strict=True):
+            assert (result - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
 
 
 def _dies(rank: int, sizes: tuple[int, ...]) -> str:
