@@ -1,6 +1,6 @@
 """What the towers of all three libraries share: LayerNorm, and the two halves of a pre-norm encoder layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -118,16 +118,39 @@ def add_pre_norm_mlp(x: Tensor, norm: Any, fc1: Any, activation: Callable[[Tenso
     return add_linear(x, fc2, activation(fc1(norm(x))))
 
 
-def describe_pre_norm_mlp(
-    norm: tuple[str, nn.Module], fc1: tuple[str, nn.Module], activation: Any, fc2: tuple[str, nn.Module]
-) -> tuple[tuple[str, ...], list[str]]:
-    """Operations and remarks of `add_pre_norm_mlp`; each module comes with its path."""
+Description = tuple[tuple[str, ...], tuple[str, ...]]  # the operations that compute a module, and remarks
+Named = tuple[str, nn.Module]  # a module with its path inside the module that a report describes
+
+
+def joined(*parts: Description) -> Description:
+    """The descriptions of a module's parts as one, each operation once."""
+    operations = dict.fromkeys(operation for part, _ in parts for operation in part)
+    return tuple(operations), tuple(remark for _, remarks in parts for remark in remarks)
+
+
+def describe_called(norm: nn.Module, *remarks: str) -> Description:
+    """Half of a block whose attention or MLP is called, after its LayerNorm."""
+    return ("layer_norm",) * is_replaced(norm, LayerNorm), remarks
+
+
+def describe_pre_norm_attention(norm: Named, projections: Sequence[Named], out: Named, *remarks: str) -> Description:
+    """x + out(attention(projections(norm(x)))), fused where the modules allow it."""
+    before = why_not_fusable_norm(*norm)
+    for projection in projections:
+        before += why_not_fusable(*projection, nn.Linear)
+    after = why_not_fusable(*out, *LINEARS)
+    projected = ("layer_norm",) * is_replaced(norm[1], LayerNorm) if before else ("pre_norm_qkv",)
+    return (*projected, "attention", *(() if after else ("linear",))), (*before, *after, *remarks)
+
+
+def describe_pre_norm_mlp(norm: Named, fc1: Named, activation: Any, fc2: Named) -> Description:
+    """`add_pre_norm_mlp`."""
     remarks = why_not_fusable(*fc1, nn.Linear) + why_not_fusable(*fc2, nn.Linear) + why_not_tanh_gelu(activation)
     remarks += why_not_fusable_norm(*norm)
     if not remarks:
-        return ("pre_norm_mlp",), []
+        return ("pre_norm_mlp",), ()
     operations = ("layer_norm",) * is_replaced(norm[1], LayerNorm) + ("linear",) * is_fusable(fc2[1], nn.Linear)
-    return operations, remarks
+    return operations, tuple(remarks)
 
 
 def why_not_patches(path: str, convolution: Any) -> list[str]:

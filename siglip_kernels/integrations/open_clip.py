@@ -29,19 +29,20 @@ from siglip_kernels.integrations.blocks import (
     LayerNorm,
     add_linear,
     add_pre_norm_mlp,
+    describe_called,
+    describe_pre_norm_attention,
     describe_pre_norm_mlp,
     is_fusable_attention,
     is_fusable_norm,
+    joined,
     pre_norm_packed_qkv,
     takes_norm,
-    why_not_fusable_norm,
     why_not_head_dim,
 )
 from siglip_kernels.integrations.patching import (
     Accelerated,
     accelerate_modules,
     full_name,
-    is_replaced,
     original_class,
     require_version,
     restore,
@@ -101,23 +102,20 @@ class ResidualAttentionBlock(Accelerated):
 
     @staticmethod
     def describe(module):
-        operations: tuple[str, ...] = ("layer_norm",) * is_replaced(module.ln_1, LayerNorm)
-        remarks: list[str] = []
-        if not (_is_self_attention(module.attn) and type(module.ls_1) is nn.Identity):
-            remarks.append("attn is wrapped, hooked, scaled or of another form than SigLIP's, and is called as it is")
+        attention, mlp, norm1, norm2 = module.attn, module.mlp, module.ln_1, module.ln_2
+        if not (_is_self_attention(attention) and type(module.ls_1) is nn.Identity):
+            remark = "attn is wrapped, hooked, scaled or of another form than SigLIP's, and is called as it is"
+            first = describe_called(norm1, remark)
+        elif remarks := why_not_head_dim(attention.head_dim):
+            first = describe_called(norm1, *remarks)
         else:
-            remarks += why_not_head_dim(module.attn.head_dim)
-            if not remarks:
-                remarks = why_not_fusable_norm("ln_1", module.ln_1)
-                operations = (*(operations if remarks else ("pre_norm_qkv",)), "attention", "linear")
-        if not (type(module.ls_2) is nn.Identity and _is_known_mlp(module.mlp)):
-            operations += ("layer_norm",) * is_replaced(module.ln_2, LayerNorm)
-            remarks.append("mlp is wrapped, hooked or scaled, and is called as it is")
+            first = describe_pre_norm_attention(("ln_1", norm1), [], ("attn.out_proj", attention.out_proj))
+        if type(module.ls_2) is nn.Identity and _is_known_mlp(mlp):
+            fc1, fc2 = ("mlp.c_fc", mlp.c_fc), ("mlp.c_proj", mlp.c_proj)
+            second = describe_pre_norm_mlp(("ln_2", norm2), fc1, mlp.gelu, fc2)
         else:
-            fc1, fc2 = ("mlp.c_fc", module.mlp.c_fc), ("mlp.c_proj", module.mlp.c_proj)
-            second = describe_pre_norm_mlp(("ln_2", module.ln_2), fc1, module.mlp.gelu, fc2)
-            operations, remarks = operations + second[0], remarks + second[1]
-        return tuple(dict.fromkeys(operations)), tuple(remarks)
+            second = describe_called(norm2, "mlp is wrapped, hooked or scaled, and is called as it is")
+        return joined(first, second)
 
     def forward(self: Any, q_x: Tensor, k_x: Any = None, v_x: Any = None, attn_mask: Any = None) -> Tensor:
         if not runs(q_x) or k_x is not None or v_x is not None:

@@ -129,11 +129,11 @@ def restore(model: nn.Module) -> None:
 # Which parameters an operation may take ------------------------------------------------------------------------------
 
 
-def why_not_fusable(path: str, module: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """The remark of a report on a module that has to be called, or nothing."""
-    if is_fusable(module, kind):
+def why_not_fusable(path: str, module: nn.Module, *kinds: type[nn.Module]) -> list[str]:
+    """A report's remark on a module that has to be called, or an empty list."""
+    if is_fusable(module, *kinds):
         return []
-    if type(module) is not kind:
+    if type(module) not in kinds:
         return [f"{path} is a {full_name(type(module))} and is called as it is"]
     if not is_unhooked(module):
         return [f"{path} has hooks or a forward of its own and is called as it is"]

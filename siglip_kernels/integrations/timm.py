@@ -18,13 +18,15 @@ from siglip_kernels.integrations.blocks import (
     LayerNorm,
     add_linear,
     add_pre_norm_mlp,
+    describe_called,
+    describe_pre_norm_attention,
     describe_pre_norm_mlp,
     fuses_mlp,
     is_fusable_norm,
+    joined,
     mlp,
     pre_norm_packed_qkv,
     why_not_fusable,
-    why_not_fusable_norm,
     why_not_head_dim,
     why_not_patches,
     why_not_tanh_gelu,
@@ -170,24 +172,20 @@ class Block(Accelerated):
 
     @staticmethod
     def describe(module):
-        attention, norm = module.attn, module.norm1
-        remarks: list[str] = []
-        operations: tuple[str, ...] = ("layer_norm",) * is_replaced(norm, LayerNorm)
-        if not (is_replaced(attention, Attention) and is_unhooked(attention) and type(module.ls1) is nn.Identity):
-            remarks.append("its attention has hooks, a LayerScale or is not replaced, and is called as it is")
+        attention, mlp, norm1, norm2 = module.attn, module.mlp, module.norm1, module.norm2
+        if is_replaced(attention, Attention) and is_unhooked(attention) and type(module.ls1) is nn.Identity:
+            qkv, proj = ("attn.qkv", attention.qkv), ("attn.proj", attention.proj)
+            remarks = Attention.describe(attention)[1]
+            first = describe_pre_norm_attention(("norm1", norm1), [qkv], proj, *remarks)
         else:
-            remarks = why_not_fusable_norm("norm1", norm) + why_not_fusable("attn.qkv", attention.qkv, nn.Linear)
-            proj = why_not_fusable("attn.proj", attention.proj, nn.Linear)
-            operations = (*(operations if remarks else ("pre_norm_qkv",)), "attention", *(() if proj else ("linear",)))
-            remarks += proj + list(Attention.describe(attention)[1])
-        if not (type(module.ls2) is nn.Identity and _is_known_mlp(module.mlp)):
-            operations += ("layer_norm",) * is_replaced(module.norm2, LayerNorm)
-            remarks.append("its MLP has hooks, dropout, a LayerScale or is not replaced, and is called as it is")
+            remark = "its attention has hooks, a LayerScale or is not replaced, and is called as it is"
+            first = describe_called(norm1, remark)
+        if type(module.ls2) is nn.Identity and _is_known_mlp(mlp):
+            second = describe_pre_norm_mlp(("norm2", norm2), ("mlp.fc1", mlp.fc1), mlp.act, ("mlp.fc2", mlp.fc2))
         else:
-            fc1, fc2 = ("mlp.fc1", module.mlp.fc1), ("mlp.fc2", module.mlp.fc2)
-            second = describe_pre_norm_mlp(("norm2", module.norm2), fc1, module.mlp.act, fc2)
-            operations, remarks = operations + second[0], remarks + second[1]
-        return tuple(dict.fromkeys(operations)), tuple(remarks)
+            remark = "its MLP has hooks, dropout, a LayerScale or is not replaced, and is called as it is"
+            second = describe_called(norm2, remark)
+        return joined(first, second)
 
     def forward(self: Any, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
         if not runs(x):
@@ -230,8 +228,8 @@ class AttentionPool(Accelerated):
         if not _is_known_mlp(module.mlp):
             return ("attention_pool",), ("its MLP has hooks or dropout, and is called as it is",)
         fc1, fc2 = ("mlp.fc1", module.mlp.fc1), ("mlp.fc2", module.mlp.fc2)
-        operations, remarks = describe_pre_norm_mlp(("norm", module.norm), fc1, module.mlp.act, fc2)
-        return ("attention_pool", *operations), tuple(remarks)
+        mlp = describe_pre_norm_mlp(("norm", module.norm), fc1, module.mlp.act, fc2)
+        return joined((("attention_pool",), ()), mlp)
 
     def forward(self: Any, x: Tensor, attn_mask: Any = None) -> Tensor:
         if attn_mask is not None or not _is_poolable(self) or not runs(x, self.latent, self.q.weight, self.kv.weight):

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 import siglip_kernels
 from siglip_kernels.fusable import is_fusable, is_unhooked
 from siglip_kernels.integrations.blocks import (
-    LayerNorm,
     add_linear,
     add_pre_norm_mlp,
+    describe_called,
+    describe_pre_norm_attention,
     describe_pre_norm_mlp,
     fuses_mlp,
     is_fusable_attention,
     is_fusable_norm,
+    joined,
     mlp,
-    why_not_fusable_norm,
     why_not_head_dim,
     why_not_patches,
     why_not_tanh_gelu,
@@ -117,27 +118,21 @@ class EncoderLayer(Accelerated):
 
     @staticmethod
     def describe(module):
-        attention, norm = module.self_attn, module.layer_norm1
-        remarks: list[str] = []
-        if not (is_replaced(attention, Attention) and is_unhooked(attention)):
-            operations: tuple[str, ...] = ("layer_norm",) * is_replaced(norm, LayerNorm)
-            remarks.append("self_attn has hooks or is not replaced, and is called as it is")
+        attention, mlp = module.self_attn, module.mlp
+        norm1, norm2 = module.layer_norm1, module.layer_norm2
+        if is_replaced(attention, Attention) and is_unhooked(attention):
+            names = ("q_proj", "k_proj", "v_proj", "out_proj")
+            *projections, out = [(f"self_attn.{name}", getattr(attention, name)) for name in names]
+            remarks = Attention.describe(attention)[1]
+            first = describe_pre_norm_attention(("layer_norm1", norm1), projections, out, *remarks)
         else:
-            remarks += why_not_fusable_norm("layer_norm1", norm)
-            for name in ("q_proj", "k_proj", "v_proj"):
-                remarks += why_not_fusable(f"self_attn.{name}", getattr(attention, name), nn.Linear)
-            operations = ("layer_norm",) * is_replaced(norm, LayerNorm) if remarks else ("pre_norm_qkv",)
-            out_proj = why_not_fusable("self_attn.out_proj", attention.out_proj, nn.Linear)
-            operations = (*operations, "attention", *(() if out_proj else ("linear",)))
-            remarks += out_proj + list(Attention.describe(attention)[1])
-        if not _is_known_mlp(module.mlp):
-            operations += ("layer_norm",) * is_replaced(module.layer_norm2, LayerNorm)
-            remarks.append("mlp has hooks or is not replaced, and is called as it is")
+            first = describe_called(norm1, "self_attn has hooks or is not replaced, and is called as it is")
+        if _is_known_mlp(mlp):
+            fc1, fc2 = ("mlp.fc1", mlp.fc1), ("mlp.fc2", mlp.fc2)
+            second = describe_pre_norm_mlp(("layer_norm2", norm2), fc1, mlp.activation_fn, fc2)
         else:
-            fc1, fc2 = ("mlp.fc1", module.mlp.fc1), ("mlp.fc2", module.mlp.fc2)
-            second = describe_pre_norm_mlp(("layer_norm2", module.layer_norm2), fc1, module.mlp.activation_fn, fc2)
-            operations, remarks = operations + second[0], remarks + second[1]
-        return tuple(dict.fromkeys(operations)), tuple(remarks)
+            second = describe_called(norm2, "mlp has hooks or is not replaced, and is called as it is")
+        return joined(first, second)
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, *arguments: Any, **named: Any):
         if arguments:  # transformers before 4.56, which passes it by place when it checkpoints
@@ -213,8 +208,8 @@ class PoolingHead(Accelerated):
         if not _is_known_mlp(module.mlp):
             return ("attention_pool",), ("mlp has hooks or is not replaced, and is called as it is",)
         fc1, fc2 = ("mlp.fc1", module.mlp.fc1), ("mlp.fc2", module.mlp.fc2)
-        operations, remarks = describe_pre_norm_mlp(("layernorm", module.layernorm), fc1, module.mlp.activation_fn, fc2)
-        return ("attention_pool", *operations), tuple(remarks)
+        mlp = describe_pre_norm_mlp(("layernorm", module.layernorm), fc1, module.mlp.activation_fn, fc2)
+        return joined((("attention_pool",), ()), mlp)
 
     def forward(self: Any, hidden_state: Tensor, attention_mask: Any = None) -> Tensor:
         padding = read_key_padding(attention_mask, *hidden_state.shape[:2])
