@@ -1,4 +1,4 @@
-"""A SigLIP that reads like the paper and is compatible with transformers in names, checkpoints and results."""
+"""SigLIP in PyTorch, compatible with Hugging Face transformers in names, checkpoints and results."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,8 @@ __all__ = [
     "pipeline",
 ]
 
-# Imported when first asked for: who only runs the model pays for no image or tokenizer library, and the command
-# `siglip` answers before PyTorch is there.
+# Imported on first use: running the model alone imports no image or tokenizer library, and the command `siglip` prints
+# its help without importing PyTorch.
 _LAZY = {
     "AutoModel": "auto",
     "AutoProcessor": "auto",

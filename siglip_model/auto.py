@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from siglip_model.checkpoints.hub import HUB_ARGUMENTS
+from siglip_model.checkpoints.files import load_config_dict, split_hub_arguments
 from siglip_model.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from siglip_model.model import SiglipModel
 from siglip_model.pretrained import PreTrainedModel
@@ -20,14 +20,12 @@ MODELS: dict[str, type[PreTrainedModel]] = {
 
 
 class AutoModel:
-    """`AutoModel.from_pretrained(...)`: SiglipModel, or the tower that was saved alone."""
+    """`AutoModel.from_pretrained(...)` returns a SiglipModel, or a tower that was saved alone."""
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
-        """Arguments as `SiglipModel.from_pretrained`. Raises ValueError for a model_type that is not SigLIP's."""
-        from siglip_model.checkpoints.files import load_config_dict
-
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        """Arguments: see `SiglipModel.from_pretrained`. Raises ValueError for a model_type that is not SigLIP's."""
+        hub, _ = split_hub_arguments(kwargs)
         model_type = load_config_dict(pretrained_model_name_or_path, **hub).get("model_type")
         if model_type not in MODELS:
             raise ValueError(
@@ -38,11 +36,11 @@ class AutoModel:
 
 
 class AutoProcessor:
-    """`AutoProcessor.from_pretrained(...)`: SiglipProcessor."""
+    """`AutoProcessor.from_pretrained(...)` returns a SiglipProcessor."""
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """Arguments as `SiglipProcessor.from_pretrained`."""
+        """Arguments: see `SiglipProcessor.from_pretrained`."""
         from siglip_model.processor import SiglipProcessor
 
         return SiglipProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)

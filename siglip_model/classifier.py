@@ -1,4 +1,4 @@
-"""The vision tower with a linear classifier on the mean of its tokens."""
+"""Image classification on the vision tower."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from siglip_model.vision_tower import SiglipVisionModel
 
 
 class SiglipForImageClassification(PreTrainedModel):
-    """The vision tower with a linear classifier on the mean of its tokens (the pooling head takes no part)."""
+    """The vision tower with a linear classifier on the mean of its tokens; the pooling head is not used."""
 
     config_class = SiglipConfig
     main_input_name = "pixel_values"
@@ -46,9 +46,9 @@ class SiglipForImageClassification(PreTrainedModel):
     ) -> ImageClassifierOutput | tuple:
         """Classify images.
 
-        pixel_values: (B, C, H, W). labels: (B,) class indices, (B, num_labels) floating point for several classes an
-        image, or (B,) floating point for num_labels = 1; config.problem_type says which loss and is inferred and
-        written there if it is None.
+        pixel_values: (B, C, H, W). labels: (B,) class indices; (B, num_labels) floating point for several classes per
+        image; (B,) floating point for num_labels = 1. config.problem_type selects the loss; if it is None, it is
+        inferred from the labels and set. Returns logits (B, num_labels).
         """
         if labels is not None and not isinstance(labels, Tensor):
             raise unsupported("SiglipForImageClassification", "labels", f"is {type(labels).__name__}", "a tensor")

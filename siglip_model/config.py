@@ -11,14 +11,13 @@ from typing import Any, ClassVar, Self
 import torch
 
 from siglip_model.checkpoints.atomic import atomic_write
-from siglip_model.checkpoints.files import load_config_dict
-from siglip_model.checkpoints.hub import HUB_ARGUMENTS
+from siglip_model.checkpoints.files import load_config_dict, split_hub_arguments
 
 
 class PretrainedConfig:
-    """Typed fields (the class annotations) plus whatever else a config.json carries, which is kept and written back.
+    """Typed fields (the class annotations), and all other entries of a config.json, which are kept and written back.
 
-    Raises TypeError for a field of the wrong type and ValueError for numbers that contradict each other.
+    Raises TypeError for a field of the wrong type and ValueError for values out of range or inconsistent sizes.
     """
 
     model_type: ClassVar[str] = ""
@@ -83,7 +82,7 @@ class PretrainedConfig:
             raise ValueError(f"{type(self).__name__}: attention_dropout is {self.attention_dropout}; supported: [0, 1)")  # type: ignore[attr-defined]
 
     def _set_labels(self, num_labels: int | None, id2label: dict | None, label2id: dict | None) -> None:
-        """Labels by id: int keys in memory, string keys in JSON; `num_labels` without names gives LABEL_0 ..."""
+        """Labels by id: int keys in memory, string keys in JSON. Without names they are LABEL_0, LABEL_1, ..."""
         self.label2id: dict[str, int]
         if id2label is not None:
             self.id2label = {int(index): label for index, label in id2label.items()}
@@ -109,16 +108,16 @@ class PretrainedConfig:
         return self.return_dict
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything this configuration holds, as config.json has it (keys of id2label as strings)."""
+        """All values in the form of config.json, where the keys of id2label are strings."""
         values = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        values = {name: _plain(value) for name, value in values.items()}
+        values = {name: _as_json(value) for name, value in values.items()}
         values["id2label"] = {str(index): label for index, label in self.id2label.items()}
         values["model_type"] = self.model_type
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Self:
-        """Build from a config.json's content; a full SigLIP config yields the tower's own part."""
+        """Build from the content of a config.json. A tower takes its part of a whole SigLIP configuration."""
         values = copy.deepcopy(values)
         if cls.base_config_key and values.get("model_type") == SiglipConfig.model_type:
             values = values.get(cls.base_config_key) or {}
@@ -129,9 +128,13 @@ class PretrainedConfig:
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, **kwargs: Any) -> Self:
-        """Read config.json of a directory or a hub repository; other keyword arguments override its fields."""
-        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        return cls.from_dict(load_config_dict(path_or_id, **hub), **kwargs)
+        """Read config.json of a directory or Hub repository.
+
+        revision, cache_dir, local_files_only, token: as in huggingface_hub. Other arguments override fields.
+        Raises CheckpointError for a missing or invalid config.json, and for another kind of model.
+        """
+        hub, overrides = split_hub_arguments(kwargs)
+        return cls.from_dict(load_config_dict(path_or_id, **hub), **overrides)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json."""
@@ -153,7 +156,7 @@ class PretrainedConfig:
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     if isinstance(value, PretrainedConfig):
         return value.to_dict()
     if isinstance(value, torch.dtype):
@@ -190,7 +193,7 @@ class SiglipTextConfig(PretrainedConfig):
 
 
 class SiglipVisionConfig(PretrainedConfig):
-    """The vision tower. Defaults: google/siglip-base-patch16-224. Sizes in pixels, of square images and patches."""
+    """The vision tower. Defaults: google/siglip-base-patch16-224. image_size and patch_size: sides in pixels."""
 
     model_type = "siglip_vision_model"
     base_config_key = "vision_config"
@@ -237,5 +240,5 @@ class SiglipConfig(PretrainedConfig):
     def from_text_vision_configs(
         cls, text_config: SiglipTextConfig, vision_config: SiglipVisionConfig, **kwargs: Any
     ) -> SiglipConfig:
-        """Both towers' configurations in one; they are copied."""
+        """One configuration from copies of both towers'."""
         return cls(text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), **kwargs)

@@ -1,4 +1,4 @@
-"""SigLIP (Zhai et al. 2023, arXiv 2303.15343): two towers, one temperature, one bias; and the image classifier."""
+"""SigLIP (Zhai et al. 2023, arXiv 2303.15343): two towers, one temperature, one bias."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from siglip_model.vision_tower import SiglipVisionModel
 
 
 class SiglipModel(UsesBackend, PreTrainedModel):
-    """Image and text towers that meet in one space."""
+    """An image tower and a text tower that embed into one space."""
 
     config_class = SiglipConfig
 
@@ -44,11 +44,11 @@ class SiglipModel(UsesBackend, PreTrainedModel):
     def use_global_loss(
         self, enable: bool = True, *, group: dist.ProcessGroup | None = None, dist_impl: str = "ring"
     ) -> None:
-        """Let `return_loss` be that of the global batch of torch.distributed's processes, for DDP and FSDP.
+        """Compute the loss of `return_loss` over the global batch across ranks, for DDP and FSDP.
 
-        Every image then meets the texts of every rank, where transformers' loss is local to the rank. Gradients that
-        DDP or FSDP average are those of one process with the whole batch. group, dist_impl: as in `SigLipLoss`.
-        Raises RuntimeError where torch.distributed has no process group.
+        Every image is then compared with the texts of every rank; transformers' loss is local to the rank. The
+        gradients that DDP or FSDP average equal those of one process with the whole batch. group, dist_impl: as in
+        `SigLipLoss`. Raises RuntimeError if torch.distributed has no process group.
         """
         if not enable:
             self.global_loss = None
@@ -76,7 +76,7 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         return self.vision_model(pixel_values, interpolate_pos_encoding, **self._tuples(kwargs))
 
     def _tuples(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A tower's arguments, where whether it returns a tuple is asked of this model's configuration."""
+        """A tower's arguments, with this model's `return_dict` as default instead of the tower's."""
         return {"return_dict": self.config.return_dict, **kwargs}
 
     def forward(
@@ -93,9 +93,9 @@ class SiglipModel(UsesBackend, PreTrainedModel):
     ) -> SiglipOutput | tuple:
         """Compare every image with every text.
 
-        input_ids (T, L), attention_mask, position_ids: as SiglipTextModel; pixel_values (I, C, H, W),
-        interpolate_pos_encoding: as SiglipVisionModel. return_loss: also the sigmoid loss, which pairs image i with
-        text i; it needs I = T.
+        input_ids (T, L), attention_mask, position_ids: see SiglipTextModel; pixel_values (I, C, H, W),
+        interpolate_pos_encoding: see SiglipVisionModel. return_loss: also return the sigmoid loss, which pairs image i
+        with text i and needs I = T. Raises ValueError for inputs that the towers do not support.
         """
         asked = {
             "output_attentions": self._default(output_attentions, "attentions"),
@@ -109,7 +109,7 @@ class SiglipModel(UsesBackend, PreTrainedModel):
     def compare(
         self, vision: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling, return_loss: bool | None = None
     ) -> SiglipOutput:
-        """What `forward` does with the towers' outputs."""
+        """The part of `forward` after the towers."""
         image_embeds = unit_length(pooled(vision))  # [I, D]
         text_embeds = unit_length(pooled(text))  # [T, D]
         logits_per_text = self.logits_per_text(text_embeds, image_embeds)  # [T, I]
@@ -139,14 +139,15 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         text_length: int | None = None,
         attention_mask: bool = False,
     ) -> CapturedSiglip:
-        """Record the forward pass into CUDA graphs, so that a small batch costs its kernels, not their launches.
+        """Record the forward pass into CUDA graphs: at small batch sizes inference is bound by launch overhead.
 
-        Returns an object with the model's `get_image_features`, `get_text_features` and, for both and the logits, call.
-        batch_size: of the images and, unless text_batch_size says otherwise, of the texts. image_size: (height, width)
-        or one number, if not the configuration's; the position embedding is then interpolated. text_length: tokens, if
-        not max_position_embeddings. attention_mask: whether calls may give one. Calls of other shapes raise ValueError.
-        No gradients. Weights may change in place (an optimizer's step, load_state_dict); after the model was moved or
-        cast, calls raise RuntimeError. Not for several threads or streams at once.
+        Returns an object with the model's `get_image_features` and `get_text_features`; calling it returns both and the
+        logits. Outputs are fresh copies without gradients.
+        batch_size: number of images, and of texts unless text_batch_size is given. image_size: (height, width) or one
+        number, by default the configuration's; otherwise the position embedding is interpolated. text_length: tokens,
+        by default max_position_embeddings. attention_mask: whether calls may pass one. Inputs of any other shape raise
+        ValueError. Weights may change in place (an optimizer's step, load_state_dict); calls after moving or casting
+        the model raise RuntimeError. Not safe for concurrent threads or streams.
         Raises MissingBackendError unless the model is on a CUDA device, ValueError in training mode.
         """
         return CapturedSiglip(

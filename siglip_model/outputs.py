@@ -1,4 +1,4 @@
-"""What the models return: dataclasses that also index as the tuples and dicts of transformers' ModelOutput."""
+"""What the models return: dataclasses that can be indexed like transformers' ModelOutput."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from siglip_kernels.errors import unsupported
 
 @dataclass
 class ModelOutput:
-    """Fields by attribute, by name or by position; a field that is None takes no part in the latter two."""
+    """Fields by attribute, by name or by position; the latter two skip fields that are None."""
 
     def __init_subclass__(cls) -> None:
-        # So that DDP, FSDP and torch.compile look inside.
+        # DDP, FSDP and torch.compile find the tensors through pytree.
         pytree.register_pytree_node(
             cls,
             lambda output: ([getattr(output, field.name) for field in fields(output)], None),
@@ -66,7 +66,8 @@ class BaseModelOutputWithPooling(ModelOutput):
     """A tower's output.
 
     last_hidden_state: (B, S, width), after the final LayerNorm. pooler_output: (B, projection), or None without a head.
-    hidden_states: the embeddings and each layer's output, before the final LayerNorm. attentions: (B, H, S, S) a layer.
+    hidden_states: the embeddings and each layer's output, before the final LayerNorm. attentions: per layer
+    (B, H, S, S).
     """
 
     last_hidden_state: Tensor | None = None
@@ -77,7 +78,7 @@ class BaseModelOutputWithPooling(ModelOutput):
 
 @dataclass
 class SiglipOutput(ModelOutput):
-    """loss: scalar. logits_per_image: (images, texts); logits_per_text: its transpose. Embeds are of unit length."""
+    """loss: scalar. logits_per_image: (images, texts); logits_per_text: its transpose. The embeds have unit length."""
 
     loss: Tensor | None = None
     logits_per_image: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What every model class shares: backend, device, files, and transformers' calling habits."""
+"""What every model class shares: backend, device, dtype, files, and transformers' calling conventions."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from torch.overrides import TorchFunctionMode
 
 from siglip_kernels.errors import unsupported
 from siglip_model import backends
-from siglip_model.checkpoints.hub import HUB_ARGUMENTS
+from siglip_model.checkpoints.files import split_hub_arguments
 from siglip_model.config import PretrainedConfig
 from siglip_model.devices import resolve_device_map
 from siglip_model.encoder import Encoder
 from siglip_model.layers import UsesBackend
 from siglip_model.outputs import ModelOutput
 
-DEFAULT_BACKEND = "sdpa"  # transformers' default too; "auto" is there for the asking
+DEFAULT_BACKEND = "sdpa"  # as in transformers
 
 
 class PreTrainedModel(nn.Module):
-    """Base of the models. `backend` names who computes: eager, sdpa, flash_attention_2, triton or auto."""
+    """Base class of the models.
+
+    backend (alias attn_implementation): eager, sdpa, flash_attention_2, triton, or auto.
+    """
 
     config_class: ClassVar[type[PretrainedConfig]]
     base_model_prefix: ClassVar[str] = ""
     main_input_name: ClassVar[str] = "input_ids"
-    new_parameters: ClassVar[tuple[str, ...]] = ()  # prefixes that a checkpoint may lack
+    new_parameters: ClassVar[tuple[str, ...]] = ()  # prefixes of parameters that a checkpoint may lack
 
     def __init__(self, config: PretrainedConfig, *, backend: str | None = None, attn_implementation: str | None = None):
         super().__init__()
@@ -40,18 +43,18 @@ class PreTrainedModel(nn.Module):
         self._requested_backend = _one_of(
             "backend", backend, "attn_implementation", attn_implementation, DEFAULT_BACKEND
         )
-        # Before any weight is made: an impossible backend should not cost a minute first.
+        # Before any weight is allocated and initialised, which takes up to a minute.
         self._backend = backends.resolve(self._requested_backend, torch.get_default_device())
 
     def post_init(self) -> None:
-        """The last line of every subclass's __init__: weights (unless on the meta device, where files follow)."""
+        """Initialise the weights, unless they are on the meta device and will be loaded. Each __init__ ends with it."""
         if next(self.parameters()).device.type != "meta":
             with torch.no_grad():
                 self.init_weights()
         self._apply_backend()
 
     def init_weights(self) -> None:
-        """Initialise as transformers does (big_vision's scheme); parts that know their own scheme are asked."""
+        """Initialise as transformers does (big_vision's scheme), each submodule by its own `init_weights`."""
         for module in self.modules():
             if module is not self and not isinstance(module, PreTrainedModel) and hasattr(module, "init_weights"):
                 module.init_weights()  # type: ignore[operator]
@@ -60,17 +63,17 @@ class PreTrainedModel(nn.Module):
 
     @property
     def backend(self) -> str:
-        """The name of the backend in use: what "auto" became, too."""
+        """The name of the backend in use; "auto" is resolved."""
         return self._backend.name
 
     def set_backend(self, name: str) -> None:
-        """Switch who computes. Raises ValueError for an unknown name, MissingBackendError for what cannot run here."""
+        """Switch the backend. Raises ValueError for an unknown name, MissingBackendError if it cannot run here."""
         self._backend = backends.resolve(name, self.device)
         self._requested_backend = name
         self._apply_backend()
 
     def set_attn_implementation(self, name: str) -> None:
-        """transformers' word for `set_backend`."""
+        """transformers' name for `set_backend`."""
         self.set_backend(name)
 
     def _apply_backend(self) -> None:
@@ -82,12 +85,12 @@ class PreTrainedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if self._requested_backend == "auto":  # a move to another device may change the answer
+        if self._requested_backend == "auto":  # a move to another device may change the backend
             self.set_backend("auto")
         return self
 
     def get_input_embeddings(self) -> Any:
-        """The module that first sees `main_input_name`."""
+        """The module that receives `main_input_name` first."""
         raise NotImplementedError(f"{type(self).__name__} has no input embeddings")
 
     # Device, dtype, sizes ----------------------------------------------------------------------------------------
@@ -112,10 +115,10 @@ class PreTrainedModel(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Recompute every n-th layer in the backward pass instead of keeping its activations, when training.
+        """In training, recompute every n-th layer in the backward pass instead of keeping its activations.
 
-        activation_checkpointing_kwargs: for torch.utils.checkpoint.checkpoint, beside use_reentrant=False.
-        Raises ValueError for every_n_layers < 1 and offload=True, which transformers' Trainer can ask for.
+        activation_checkpointing_kwargs: for torch.utils.checkpoint.checkpoint, added to use_reentrant=False.
+        Raises ValueError for every_n_layers < 1 and for offload=True, which transformers' Trainer can pass.
         """
         if every_n_layers < 1:
             raise unsupported("activation_checkpointing_enable", "every_n_layers", f"is {every_n_layers}", "1 and more")
@@ -129,7 +132,7 @@ class PreTrainedModel(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """transformers' older word for `activation_checkpointing_enable`."""
+        """transformers' older name for `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -165,23 +168,25 @@ class PreTrainedModel(nn.Module):
     ) -> Self:
         """Load a checkpoint that transformers or this package saved, in evaluation mode.
 
-        pretrained_model_name_or_path: a directory, or a repository of the Hugging Face hub.
+        pretrained_model_name_or_path: a directory or a Hugging Face Hub id.
+        config: replaces the checkpoint's config.json.
         backend (alias attn_implementation): eager, sdpa, flash_attention_2, triton or auto.
-        dtype (alias torch_dtype): of the weights; "auto", as None, is the checkpoint's own.
-        device_map: one device; "auto" is CUDA where there is one.
-        ignore_mismatched_sizes: initialise weights anew whose shapes are others in the checkpoint (it says which),
-            such as the classifier for another number of labels; otherwise they are an error.
-        revision, cache_dir, local_files_only, token: as in huggingface_hub. Others override the configuration's fields.
-        Raises OSError naming file, tensor and shapes for anything missing, foreign or damaged.
+        dtype (alias torch_dtype): of the weights; None and "auto" keep the checkpoint's dtype.
+        device_map: one device; "auto" is CUDA where available.
+        ignore_mismatched_sizes: re-initialise tensors whose shape differs from the checkpoint's, e.g. a classification
+            head for another number of labels, with a warning that names them. Otherwise they raise an error.
+        revision, cache_dir, local_files_only, token: as in huggingface_hub. Other arguments override config fields.
+        Raises CheckpointError (an OSError and ValueError), naming file, tensor and shapes, for missing, unexpected or
+        damaged tensors, TypeError for unknown arguments, MissingBackendError if the backend cannot run here.
         """
         from siglip_model.checkpoints.loading import load_into
 
         backend = _one_of("backend", backend, "attn_implementation", attn_implementation, None)
         dtype = _one_of("dtype", _as_dtype(dtype), "torch_dtype", _as_dtype(torch_dtype), None)
-        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        hub, kwargs = split_hub_arguments(kwargs)
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError(f"{cls.__name__}: use_safetensors is False; supported: True (no pickle is ever opened)")
-        kwargs.pop("low_cpu_mem_usage", None)  # always so
+        kwargs.pop("low_cpu_mem_usage", None)  # always the case
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         for name in kwargs:
@@ -207,14 +212,18 @@ class PreTrainedModel(nn.Module):
         return model.eval()
 
     def init_new_parameters(self, names: list[str]) -> None:
-        """Initialise these parameters as `init_weights` does, and no others."""
-        models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]  # itself and its towers
+        """Initialise only these parameters, as `init_weights` does."""
+        models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]  # self and its towers
         with torch.no_grad(), _InitialisingOnly([self.get_parameter(name) for name in names]):
             for model in models:
                 model.init_weights()
 
     def save_pretrained(self, save_directory: str | Path, *, max_shard_size: str = "50GB", **kwargs: Any) -> None:
-        """Write config.json and model.safetensors (or shards) as transformers does; killed half-way, the old stay."""
+        """Write config.json and model.safetensors, or shards, as transformers does.
+
+        max_shard_size: bytes, or a string such as "5GB". state_dict: tensors to write instead of the model's.
+        The files of an older checkpoint are replaced atomically: interrupted, a whole checkpoint remains.
+        """
         from siglip_model.checkpoints.saving import save_checkpoint
 
         if kwargs.pop("safe_serialization", True) is False:
@@ -224,7 +233,7 @@ class PreTrainedModel(nn.Module):
             raise TypeError(f"save_pretrained got unexpected arguments: {', '.join(kwargs)}")
         config = self.config.to_dict()
         config["architectures"] = [type(self).__name__]
-        config.pop("torch_dtype", None)  # the name before transformers 5, from a file of those days
+        config.pop("torch_dtype", None)  # the name before transformers 5, kept from an older file
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         save_checkpoint(
             save_directory,
@@ -235,7 +244,7 @@ class PreTrainedModel(nn.Module):
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Skips torch.nn.init, whose values the files replace: on the meta device it would import the compiler (1.3 s)."""
+    """Skips torch.nn.init: loading replaces its values, and on the meta device it imports the compiler (1.3 s)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -244,7 +253,7 @@ class _WithoutInitialisation(TorchFunctionMode):
 
 
 class _InitialisingOnly(TorchFunctionMode):
-    """Skips what works in place on other tensors than these."""
+    """Skips in-place operations on all tensors but these."""
 
     def __init__(self, tensors: list[Tensor]):
         super().__init__()
@@ -260,7 +269,7 @@ class _InitialisingOnly(TorchFunctionMode):
 
 
 def finish(output: ModelOutput, model: PreTrainedModel, return_dict: bool | None) -> Any:
-    """The output itself, or the tuple of it where the caller or the configuration asks for tuples."""
+    """The output, or its tuple if return_dict (by default the configuration's) is False."""
     return output if (model.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
