@@ -1,7 +1,8 @@
-"""CUDA graphs: a forward pass recorded once and replayed, so that a small batch costs its kernels, not their launches.
+"""CUDA graphs: a forward pass is recorded once and replayed, which removes the launch overhead of small batches.
 
-`capture` of a model makes these objects. What a graph reads and writes has fixed addresses: a call copies its arguments
-there, replays, and returns copies of the results. One graph, one shape; weights may be changed in place, not moved.
+The models' `capture` returns these objects. A graph reads and writes tensors at fixed addresses: a call copies its
+arguments there, replays, and returns copies of the results. A graph has one shape; weights may change in place but not
+move.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from siglip_model.outputs import BaseModelOutputWithPooling, SiglipOutput
 if TYPE_CHECKING:
     from siglip_model.pretrained import PreTrainedModel
 
-_WARM_UPS = 3  # compile, choose algorithms and allocate workspaces: nothing of that may happen in a capture
+_WARM_UPS = 3  # compilation, autotuning and allocation of workspaces must not happen during the capture
 
 Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
-"""Takes a function of tensors with fixed addresses; returns its results, and what computes them there again."""
+"""Runs a function of tensors with fixed addresses; returns its results and a function that recomputes them in place."""
 
 
 class CudaGraphRecorder:
-    """Records into CUDA graphs of one memory pool: they are replayed one after the other, never at the same time."""
+    """Records CUDA graphs that share one memory pool, so they must never be replayed concurrently."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
-        # A stream of its own. `torch.cuda.graph` would take one that the whole process shares: it may belong to another
-        # device, and a graph's end frees cuBLAS's workspace of its stream under every other graph that was captured on
-        # it (pytorch/pytorch#193402). Not that of the warm-ups: its workspace lies outside of the pool.
+        # A stream of its own. By default `torch.cuda.graph` uses one stream of the process: it may belong to another
+        # device, and the end of a graph frees cuBLAS's workspace of that stream, which other graphs captured on it
+        # still use (pytorch/pytorch#193402). Not the stream of the warm-ups, whose workspace lies outside the pool.
         self.stream = torch.cuda.Stream(device)
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
@@ -47,21 +48,21 @@ class CudaGraphRecorder:
                 for _ in range(_WARM_UPS):
                     function()
             torch.cuda.current_stream().wait_stream(side)
-            # thread_local: a data loader's thread may use the device meanwhile.
+            # thread_local: a data loader's thread may use the device during the capture.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 results = function()
         return results, graph.replay
 
 
 def _autocast_without_cache(device: torch.device) -> torch.autocast:
-    """autocast as it is, but without keeping cast weights, which it would free while a graph still reads them."""
+    """The current autocast without its weight cache, which would free cast weights that a graph still reads."""
     kind = device.type
     enabled = torch.is_autocast_enabled(kind)
     return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled, cache_enabled=False)
 
 
 class _Weights:
-    """The addresses that a graph reads. Keeps what is there alive, and notices when the model reads elsewhere."""
+    """The weights that a graph reads. Keeps them alive and detects that the model has others now."""
 
     def __init__(self, modules: Iterable[torch.nn.Module]):
         self._tensors = [
@@ -83,7 +84,7 @@ class _Weights:
 
 
 def _recorder(model: PreTrainedModel, **sizes: int) -> CudaGraphRecorder:
-    """For a model that can be captured with these sizes."""
+    """A recorder for the model. Raises if it, or one of the sizes, cannot be captured."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise unsupported("capture", name, f"is {size!r}", "integers from 1")
@@ -98,12 +99,12 @@ def _recorder(model: PreTrainedModel, **sizes: int) -> CudaGraphRecorder:
 
 
 def _buffer(model: PreTrainedModel, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # to be written to within that mode and without
+    with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
         return torch.zeros(shape, dtype=dtype, device=model.device)
 
 
 def _check(name: str, tensor: Any, buffer: Tensor) -> None:
-    """Whether a graph that reads `buffer` can take the tensor instead."""
+    """Raises ValueError unless the tensor can be copied to `buffer`, apart from its dtype."""
     if not isinstance(tensor, Tensor):
         raise _refused(name, f"is {type(tensor).__name__}", "a tensor")
     if tensor.shape != buffer.shape:
@@ -117,7 +118,7 @@ def _refused(name: str, got: str, supported: str) -> Exception:
 
 
 class _Recording:
-    """A function and the tensors that it reads, recorded."""
+    """A recorded function with the tensors that it reads and returns."""
 
     def __init__(self, function: Callable[..., Any], inputs: dict[str, Tensor], record: Recorder):
         self.inputs = inputs
@@ -131,7 +132,7 @@ class _Recording:
             self._replay()
 
     def copy_results(self) -> Any:
-        """What the last replay computed; the next one leaves it alone."""
+        """Copies of what the last replay computed, which the next one does not overwrite."""
         return pytree.tree_map_only(Tensor, torch.clone, self.results)
 
 
@@ -164,11 +165,11 @@ class CapturedVision:
         if not pixel_values.is_floating_point():
             raise _refused("pixel_values", f"has dtype {pixel_values.dtype}", "floating point")
         self.recording.replay(pixel_values=pixel_values)
-        self._weights.check()  # while the GPU works
+        self._weights.check()  # after the launch, so that it overlaps with the GPU's work
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> Any:
-        """pixel_values: floating point, of the captured shape, cast to the weights' dtype. The model's output."""
+        """pixel_values: floating point, of the captured shape, cast to the weights' dtype. Returns as the model."""
         self.replay(pixel_values)
         return self.recording.copy_results()
 
@@ -191,7 +192,7 @@ class CapturedText:
             got = f"is True with the backend {ops.name}, whose masked attention makes the host wait for the GPU"
             raise unsupported("capture", "attention_mask", got, "True with triton, sdpa and eager")
         ids = _buffer(model, (batch_size, length), torch.int64)
-        # A backend may read a mask's values, which no graph can: what it makes of the mask is the graph's input.
+        # A backend may read a mask's values, which a graph cannot: the converted mask is the graph's input.
         self._convert_mask = ops.attention_mask
         self._no_padding = self._convert_mask(ids + 1) if attention_mask else {}
 
@@ -218,13 +219,13 @@ class CapturedText:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        """input_ids: int64 or int32 of the captured shape; attention_mask: of the same, if captured with one."""
+        """input_ids: int64 or int32 of the captured shape; attention_mask: of that shape, if captured with one."""
         self.replay(input_ids, attention_mask)
         return self.recording.copy_results()
 
 
 class CapturedSiglip:
-    """A whole SigLIP for images of one shape and texts of one shape, together or apart."""
+    """A SiglipModel for images of one shape and texts of one shape, together or separately."""
 
     def __init__(
         self,
@@ -236,7 +237,7 @@ class CapturedSiglip:
         attention_mask: bool,
         record: Recorder | None = None,
         *,
-        compare: Callable[[Any, Any], SiglipOutput],  # the model's, from the towers' outputs
+        compare: Callable[[Any, Any], SiglipOutput],  # SiglipModel.compare
     ):
         vision_model: PreTrainedModel = model.vision_model  # type: ignore[assignment]
         text_model: PreTrainedModel = model.text_model  # type: ignore[assignment]
@@ -244,23 +245,23 @@ class CapturedSiglip:
         record = record or _recorder(model, batch_size=batch_size, text_batch_size=texts)
         self._vision = CapturedVision(vision_model, batch_size, image_size, record)
         self._text = CapturedText(text_model, texts, text_length, attention_mask, record)
-        self._weights = _Weights([model])  # its own: the towers see to theirs
+        self._weights = _Weights([model])  # its own parameters: the towers check theirs
         vision, text = self._vision.recording.results, self._text.recording.results
         self._comparison = _Recording(lambda: compare(vision, text), {}, record)
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """As the model's. pixel_values: floating point, of the captured shape, cast to the weights' dtype."""
+        """See the model's. pixel_values: floating point, of the captured shape, cast to the weights' dtype."""
         return self._vision(pixel_values)
 
     @torch.no_grad()
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        """As the model's. input_ids: int64 or int32 of the captured shape; attention_mask: if captured with one."""
+        """See the model's. input_ids: int64 or int32 of the captured shape; attention_mask: if captured with one."""
         return self._text(input_ids, attention_mask)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None) -> SiglipOutput:
-        """As the model's forward, without loss."""
+        """See the model's forward; without loss."""
         self._vision.replay(pixel_values)
         self._text.replay(input_ids, attention_mask)
         self._comparison.replay()

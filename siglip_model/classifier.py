@@ -67,7 +67,7 @@ class SiglipForImageClassification(PreTrainedModel):
         return finish(ImageClassifierOutput(loss, logits, vision.hidden_states, vision.attentions), self, return_dict)
 
     def capture(self, batch_size: int = 1, *, image_size: int | tuple[int, int] | None = None) -> CapturedVision:
-        """Record the forward pass into a CUDA graph; returns what is called with pixel_values. See SiglipModel."""
+        """Record the forward pass into a CUDA graph, to be called with pixel_values. See `SiglipModel.capture`."""
         return CapturedVision(self, batch_size, image_size)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:

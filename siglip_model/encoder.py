@@ -46,7 +46,7 @@ class Attention(UsesBackend, nn.Module):
     def forward(
         self, x: Tensor, mask: MaskArguments, return_weights: bool = False, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x: (B, S, width), normalised. Returns (B, S, width) and, if asked for, the weights (B, H, S, S)."""
+        """x: (B, S, width), normalised. Returns (B, S, width) and, with return_weights, the weights (B, H, S, S)."""
         heads = (self.num_heads, -1)
         q = self.q_proj(x).unflatten(-1, heads)
         k = self.k_proj(x).unflatten(-1, heads)
@@ -56,7 +56,7 @@ class Attention(UsesBackend, nn.Module):
     def attend(
         self, projected: Projected, mask: MaskArguments, return_weights: bool, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """What `forward` does with queries, keys and values."""
+        """The part of `forward` after the projections."""
         q, k, v = projected
         if self.training and self.dropout:
             mask = {**mask, "dropout": self.dropout}
@@ -81,7 +81,7 @@ class Attention(UsesBackend, nn.Module):
 
 
 class EncoderLayer(UsesBackend, nn.Module):
-    """Four operations: normalise and project to q, k and v; attend; project, add; normalise, MLP, add."""
+    """Four operations: LayerNorm and q, k, v; attention; projection and residual; LayerNorm, MLP and residual."""
 
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
@@ -119,6 +119,8 @@ class EncoderLayer(UsesBackend, nn.Module):
 
 
 class Encoder(nn.Module):
+    """The layers, with activation checkpointing."""
+
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
@@ -128,10 +130,10 @@ class Encoder(nn.Module):
     def forward(
         self, x: Tensor, mask: MaskArguments, output_hidden_states: bool, output_attentions: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """x: (B, S, width). Returns the last hidden state, all of them (layers + 1), each layer's attention weights."""
+        """x: (B, S, width). Returns the last hidden state, all layers + 1 of them, and attention weights per layer."""
         checkpointing = self.checkpointing if self.training else None
         if checkpointing is not None and checkpointing.get("use_reentrant") and self._is_trained_alone(x):
-            x = x.detach().requires_grad_()  # or reentrant checkpoints, which look at their input, would give none
+            x = x.detach().requires_grad_()  # reentrant checkpoints give no gradients if their input needs none
         hidden_states = [x]
         attentions = []
         for number, layer in enumerate(self.layers):
@@ -148,6 +150,6 @@ class Encoder(nn.Module):
         )
 
     def _is_trained_alone(self, x: Tensor) -> bool:
-        """Whether layers need gradients and what is before them does not: adapters, frozen embeddings."""
-        trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which makes no reentrant checkpoints
+        """Whether the layers need gradients and their input does not, as with adapters and frozen embeddings."""
+        trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # where no checkpoint is reentrant
         return trains and not x.requires_grad and any(parameter.requires_grad for parameter in self.parameters())

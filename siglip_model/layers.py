@@ -1,4 +1,4 @@
-"""Leaves of the model: torch's own modules and parameters, computed by the backend's operations."""
+"""The smallest modules: subclasses of torch's, with the same parameters, that call the backend's operations."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 
 
 class UsesBackend:
-    """A module with operations of its own; `set_backend` on the model reaches every one of them."""
+    """A module that calls operations of a backend. `set_backend` of the model sets `ops` on all of them."""
 
     ops: Backend = SDPA
 
 
 class Linear(UsesBackend, nn.Linear):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if wraps_tensors(self.weight):  # brings a product of its own
+        if wraps_tensors(self.weight):  # a quantised weight overrides F.linear
             return reference.linear(x, self.weight, self.bias, residual)
         return self.ops.linear(x, self.weight, self.bias, residual)
 
 
 def add_linear(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + linear(x). Whoever stands between sees what he would in transformers: the product alone."""
+    """residual + linear(x). Wrappers and hooks see what they see in transformers: linear(x) without the residual."""
     return linear(x, residual) if is_fusable(linear, Linear) else residual + linear(x)
 
 
@@ -75,7 +75,7 @@ class MLP(UsesBackend, nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def has_fusable_weights(self) -> bool:
-        """Whether a backend may compute it from its weights, as one operation."""
+        """Whether a backend may compute the MLP from its weights, as one operation."""
         return self.activation in TANH_GELU and is_fusable(self.fc1, Linear) and is_fusable(self.fc2, Linear)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -92,7 +92,7 @@ class MLP(UsesBackend, nn.Module):
 
 
 def add_pre_norm_mlp(ops: Backend, norm: nn.Module, mlp: nn.Module, x: Tensor) -> Tensor:
-    """x + mlp(norm(x)): one operation, or the modules where someone stands between."""
+    """x + mlp(norm(x)) as one operation, or by calling modules that were replaced, wrapped or hooked."""
     if not is_fusable(mlp, MLP):
         return x + mlp(norm(x))
     if not (mlp.ops is ops and mlp.has_fusable_weights() and is_fusable(norm, LayerNorm)):
@@ -102,6 +102,6 @@ def add_pre_norm_mlp(ops: Backend, norm: nn.Module, mlp: nn.Module, x: Tensor) -
 
 
 def lecun_normal_(weight: Tensor) -> None:
-    """Variance 1/fan_in before truncation at two, transformers' way (it corrects for a truncation at two sigma)."""
+    """Variance 1/fan_in. As in transformers, it is corrected for truncation at two sigma but truncated at ±2."""
     fan_in = weight[0].numel()
     nn.init.trunc_normal_(weight, std=math.sqrt(1 / fan_in) / 0.87962566103423978)

@@ -25,7 +25,7 @@ class TextEmbeddings(nn.Module):
         tokens, positions = input_ids.shape[-1], self.position_embedding.weight
         if tokens > len(positions):
             raise ValueError(
-                f"SiglipTextModel: input_ids has {tokens} tokens a text; supported: at most max_position_embeddings "
+                f"SiglipTextModel: input_ids has {tokens} tokens per text; supported: at most max_position_embeddings "
                 f"= {len(positions)} (tokenize with truncation=True, max_length={len(positions)})"
             )
         x = _looked_up(self.token_embedding, input_ids, "input_ids")
@@ -39,13 +39,13 @@ class TextEmbeddings(nn.Module):
 def _looked_up(embedding: nn.Module, ids: Tensor, name: str) -> Tensor:
     try:
         return embedding(ids)
-    except IndexError as error:  # from the CPU; a GPU stops with an assertion of its own, to look first would cost time
+    except IndexError as error:  # on the CPU; a GPU fails with a device-side assertion, and a check would synchronise
         got = f"goes from {ids.min()} to {ids.max()}"
         raise unsupported("SiglipTextModel", name, got, f"0 to {len(embedding.weight) - 1}") from error  # type: ignore[arg-type]
 
 
 def _check_ids(name: str, ids: Tensor | None) -> None:
-    """Raises ValueError for what an embedding does not take."""
+    """Raises ValueError for ids that an embedding does not support."""
     if not isinstance(ids, Tensor):
         got = "is None" if ids is None else f"is {type(ids).__name__}"
     elif ids.dtype not in (torch.int64, torch.int32) or ids.dim() < 1 or ids.shape[-1] < 1:
@@ -56,7 +56,7 @@ def _check_ids(name: str, ids: Tensor | None) -> None:
 
 
 class SiglipTextModel(UsesBackend, PreTrainedModel):
-    """SigLIP's text encoder with its projection."""
+    """SigLIP's text encoder with the projection to the shared space."""
 
     config_class = SiglipTextConfig
     base_model_prefix = "text_model"
@@ -84,9 +84,9 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         """Encode texts.
 
         input_ids: integers (B, L), L up to max_position_embeddings; SigLIP is trained with padding="max_length".
-        attention_mask: (B, L), non-zero where a token may be attended to, or what the backend takes beyond that; or
-        what the backend's `attention_mask` has made of it, so that a CUDA graph need not read it.
-        position_ids: integers (B, L) or (1, L), 0 … L - 1 unless given.
+        attention_mask: (B, L), non-zero where a token may be attended to; eager and sdpa also support four dimensions.
+            Or the keyword arguments that the backend's `attention_mask` returned, which a CUDA graph reads.
+        position_ids: integers (B, L) or (1, L); by default 0 … L - 1.
         Raises ValueError for ids that are missing, too long, not integers or (on the CPU) out of range, and for masks
         and positions of other shapes.
         """
@@ -107,7 +107,7 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
             self._default(output_attentions, "attentions"),
         )
         x = self.final_layer_norm(x)
-        # The last position is the text's, padding or not: SigLIP is trained that way.
+        # The last position is the text's embedding even if it is padding: SigLIP is trained that way.
         return finish(BaseModelOutputWithPooling(x, self.head(x[:, -1]), hidden_states, attentions), self, return_dict)
 
     def _mask(self, attention_mask: Tensor | MaskArguments | None, batch: int, tokens: int) -> MaskArguments:
@@ -131,7 +131,7 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
     def capture(
         self, batch_size: int = 1, *, text_length: int | None = None, attention_mask: bool = False
     ) -> CapturedText:
-        """Record the forward pass into a CUDA graph; returns what is called with input_ids. See SiglipModel."""
+        """Record the forward pass into a CUDA graph, to be called with input_ids. See `SiglipModel.capture`."""
         return CapturedText(self, batch_size, text_length, attention_mask)
 
     def init_weights(self) -> None:

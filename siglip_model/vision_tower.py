@@ -1,4 +1,4 @@
-"""The vision tower: a ViT whose tokens one learned probe attends to (the MAP head)."""
+"""The vision tower: a ViT whose tokens are pooled by attention from one learned probe (the MAP head)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class PoolingHead(UsesBackend, nn.Module):
         super().__init__()
         width = config.hidden_size
         self.probe = Parameter(torch.zeros(1, 1, width))
-        # Holds the parameters, under the names that checkpoints have; the backend computes (see `is_fusable`).
+        # Holds the parameters under the names of checkpoints. The backend computes, unless the module is not fusable.
         self.attention = nn.MultiheadAttention(width, config.num_attention_heads, batch_first=True)
         self.layernorm = LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
@@ -125,7 +125,7 @@ class SiglipVisionModel(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Everything before the pooling head; arguments as in `forward`."""
+        """The part of `forward` before the pooling head."""
         if not isinstance(pixel_values, Tensor):
             got = "is None" if pixel_values is None else f"is {type(pixel_values).__name__}"
             raise unsupported("SiglipVisionModel", "pixel_values", got, "a tensor (batch, channels, height, width)")
@@ -147,7 +147,7 @@ class SiglipVisionModel(PreTrainedModel):
 
         pixel_values: floating point (B, C, H, W), cast to the weights' dtype.
         interpolate_pos_encoding: resample the position embedding (bicubic) for images of another size.
-        Raises ValueError for another rank, channel count or (without interpolation) number of patches.
+        Raises ValueError for another number of dimensions, of channels or (without interpolation) of patches.
         """
         output = self.encode(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states)
         if self.head is not None:
@@ -155,7 +155,7 @@ class SiglipVisionModel(PreTrainedModel):
         return finish(output, self, return_dict)
 
     def capture(self, batch_size: int = 1, *, image_size: int | tuple[int, int] | None = None) -> CapturedVision:
-        """Record the forward pass into a CUDA graph; returns what is called with pixel_values. See SiglipModel."""
+        """Record the forward pass into a CUDA graph, to be called with pixel_values. See `SiglipModel.capture`."""
         return CapturedVision(self, batch_size, image_size)
 
     def init_weights(self) -> None:

@@ -1,4 +1,4 @@
-"""Writing a file so that a reader, or a process killed half-way, meets the old content or the new, never a mixture."""
+"""Atomic replacement of a file: a reader sees the old content or the new one, even if the writer is killed."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ from pathlib import Path
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Replace the file at ``path`` by ``data``: a temporary file in the same directory, fsync, rename.
 
-    The directory must exist. A file that is replaced keeps its permissions; a new one gets those that the umask says.
+    The directory must exist. A replaced file keeps its permissions; a new one gets those of the umask. Raises OSError.
     """
     path = Path(path)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -27,7 +27,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Return once the file's bytes are on the disk."""
+    """Flush the file's content to the disk."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -36,7 +36,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Return once the directory's entries (renames, removals) are on the disk (nothing to do on Windows)."""
+    """Flush the directory's entries (renames, removals) to the disk. Does nothing on Windows."""
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -47,7 +47,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def ordinary_mode(path: Path) -> int:
-    """The permissions for what replaces ``path``: those it has, or, if it is new, what the umask allows."""
+    """The permissions of a file that replaces ``path``: the existing ones, or those of the umask."""
     if path.exists():
         return path.stat().st_mode & 0o777
     mask = os.umask(0)

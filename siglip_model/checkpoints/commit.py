@@ -1,23 +1,24 @@
-"""A checkpoint's directory, and how several of its files are replaced as if they were one.
+"""A checkpoint's directory, and the atomic replacement of all its files.
 
 A checkpoint is ``config.json`` with either ``model.safetensors`` or ``model.safetensors.index.json`` and its shards
-(where both are there, ``model.safetensors`` counts, as in transformers). No system call renames several files at once,
-so a save goes through two hidden directories beside them:
+(with both, ``model.safetensors`` counts, as in transformers). No system call renames several files at once, so a save
+uses two hidden directories beside them:
 
-1. Everything new is written to ``.save-partial`` and synced to the disk. The old files are untouched.
-2. ``.save-partial`` is renamed ``.save-complete``. This one rename is the commit.
-3. The files move from ``.save-complete`` to their places: shards, then (a sharded checkpoint) an old
-   ``model.safetensors`` goes, then index or ``model.safetensors``, then ``config.json``; then what the old checkpoint
-   alone had is removed, then the empty ``.save-complete``.
+1. All new files are written to ``.save-partial`` and synced to the disk. The old files are untouched.
+2. ``.save-partial`` is renamed to ``.save-complete``. This one rename is the commit.
+3. The files move from ``.save-complete`` to their places: first the shards; then, for a sharded checkpoint, an old
+   ``model.safetensors`` is removed; then the index or ``model.safetensors`` moves, then ``config.json``. Finally the
+   files that only the old checkpoint had and the empty ``.save-complete`` are removed.
 
-`current_file` reads from ``.save-complete`` what is still there and all else from its place. Killed during 1, that is
-the old checkpoint, whole. Killed during 3, it is the new one: every new file is in one of the two places, each move
-being atomic; an old file with a new file's name is hidden until it is replaced; an old ``model.safetensors`` is hidden
-while the new index waits and gone before that index moves; an old index is hidden by the new ``model.safetensors``
-wherever that is; old shards are named by no index that is read. The next save finishes 3 before it begins.
+`current_file` reads a file from ``.save-complete`` if it is still there, else from its place. If a save is killed
+during 1, this is the whole old checkpoint. If it is killed during 3, it is the new one: each move is atomic, so every
+new file is in one of the two places; an old file with a new file's name is hidden until it is replaced; an old
+``model.safetensors`` is hidden while the new index waits, and removed before that index moves; an old index is hidden
+by the new ``model.safetensors`` in either place; no index that is read names old shards. The next save finishes 3
+before it begins.
 
-Readers that do not know of ``.save-complete`` see the old files until 3, and a mixture only between its renames; where
-``config.json`` stays the same and both checkpoints are single files, 3 is one rename, and atomic for everybody.
+Readers that do not know ``.save-complete`` see the old files until 3, and a mixture only between its renames. If
+``config.json`` does not change and both checkpoints are single files, 3 is one rename and atomic for all readers.
 """
 
 import os
@@ -39,21 +40,21 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def current_file(directory: Path, name: str) -> Path | None:
-    """Where a file of the checkpoint is now, even if the last save was killed before it had put everything in place."""
+    """The current path of one of the checkpoint's files, even if the last save was killed after its commit."""
     complete = directory / _COMPLETE
     if (complete / name).is_file():
         return complete / name
     if name == WEIGHTS_NAME and (complete / INDEX_NAME).is_file():
-        return None  # an old single file, which the new index replaces
+        return None  # the single file is old: the new index replaces it
     return directory / name if (directory / name).is_file() else None
 
 
 @contextmanager
 def replacing_checkpoint(directory: Path) -> Iterator[Path]:
-    """Give an empty directory to write the new checkpoint's files to; on leaving they replace the old ones, together.
+    """Yield an empty directory for the new checkpoint's files; on exit they replace the old ones together.
 
-    If the body raises, the old files stay as they are. Where the system has file locks (not on Windows), savers of one
-    directory wait for each other.
+    If the body raises, the old files stay. Concurrent saves to one directory wait for each other, except on Windows,
+    which has no ``fcntl``.
     """
     with _locked(directory):
         _finish(directory)
@@ -63,7 +64,7 @@ def replacing_checkpoint(directory: Path) -> Iterator[Path]:
         try:
             yield partial
             for path in partial.iterdir():
-                path.chmod(ordinary_mode(directory / path.name))  # safetensors makes its files private
+                path.chmod(ordinary_mode(directory / path.name))  # safetensors creates its files as private
                 sync_file(path)
             sync_directory(partial)
             os.rename(partial, directory / _COMPLETE)
@@ -75,7 +76,7 @@ def replacing_checkpoint(directory: Path) -> Iterator[Path]:
 
 
 def _finish(directory: Path) -> None:
-    """Step 3: put the files of a committed save in their places, whether it is this save or an earlier, killed one."""
+    """Step 3: move the files of a committed save, this one or an earlier one that was killed, to their places."""
     complete = directory / _COMPLETE
     if not complete.is_dir():
         return
@@ -96,7 +97,7 @@ def _finish(directory: Path) -> None:
 
 
 def _remove_superseded(directory: Path) -> None:
-    """Remove the index and shards that a single file has replaced, or the shards of another number of shards."""
+    """Remove an index and shards that a single file has replaced, and shards that the index does not name."""
     if (directory / WEIGHTS_NAME).is_file():
         (directory / INDEX_NAME).unlink(missing_ok=True)
         needed = ""
@@ -118,7 +119,7 @@ def _locked(directory: Path) -> Iterator[None]:
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some network file systems cannot lock; one saver alone needs no lock
+        with suppress(OSError):  # some network file systems cannot lock; a single saver needs no lock
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

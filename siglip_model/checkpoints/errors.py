@@ -1,5 +1,5 @@
-"""What can be wrong with a checkpoint's files."""
+"""The exception for a checkpoint's files."""
 
 
 class CheckpointError(OSError, ValueError):
-    """A checkpoint that is absent, incomplete, damaged or not for this model; the message names file and tensor."""
+    """A checkpoint is missing, incomplete, damaged or does not fit the model; the message names file and tensor."""

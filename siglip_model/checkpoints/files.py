@@ -1,4 +1,4 @@
-"""Files of a checkpoint, in a directory or on the hub: found, read as JSON, and written atomically."""
+"""A checkpoint's files, in a directory or on the Hub: finding them, reading JSON, writing atomically."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from siglip_model.checkpoints.hub import HUB_ARGUMENTS, resolve_file
 
 
 def split_hub_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`(those that say where on the hub, all others)`."""
+    """(revision, cache_dir, local_files_only and token, as far as given; all other arguments)."""
     hub = {name: value for name, value in arguments.items() if name in HUB_ARGUMENTS}
     return hub, {name: value for name, value in arguments.items() if name not in HUB_ARGUMENTS}
 
 
 def find_file(path_or_id: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path | None:
-    """The path of one file, None if the directory or repository has none. Raises OSError as `resolve_file`."""
+    """The path of one file, or None if the directory or repository lacks it. Raises OSError as `resolve_file`."""
     return resolve_file(path_or_id, name, **hub)
 
 
 def find_json(path_or_id: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> dict[str, Any] | None:
-    """The JSON object in one file, None if there is none. Raises CheckpointError, naming the file, if it is damaged."""
-
+    """The JSON object in one file, or None without the file. Raises CheckpointError, naming the file, if damaged."""
     path = find_file(path_or_id, name, hub)
     return None if path is None else read_json_object(path)
 
@@ -38,7 +37,7 @@ def to_json(content: dict[str, Any]) -> bytes:
 
 
 def write_file(directory: str | os.PathLike[str], name: str, data: bytes) -> str:
-    """Create the directory if need be, and replace the file in it atomically. Returns the file's path.
+    """Create the directory if it does not exist, and replace the file in it atomically. Returns the file's path.
 
     Raises NotADirectoryError if `directory` is a file.
     """
@@ -51,7 +50,7 @@ def write_file(directory: str | os.PathLike[str], name: str, data: bytes) -> str
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; CheckpointError naming the file if it holds anything else."""
+    """The JSON object in a file. Raises CheckpointError, naming the file, if it holds anything else."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
@@ -62,7 +61,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def listed(items: Iterable[str], most: int = 5) -> str:
-    """The first few, and how many more."""
+    """The first items, and the number of the others."""
     items = list(items)
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
@@ -78,10 +77,10 @@ def load_config_dict(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> dict[str, Any]:
-    """The content of config.json of a directory or a hub repository (see `resolve_file`).
+    """The content of config.json of a directory or Hub repository (see `resolve_file`).
 
     Raises:
-        CheckpointError: there is no config.json, it is not a JSON object, or it describes another kind of model.
+        CheckpointError: config.json is missing, is not a JSON object, or describes another kind of model.
     """
     hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     path = resolve_file(path_or_id, CONFIG_NAME, **hub)  # type: ignore[arg-type]

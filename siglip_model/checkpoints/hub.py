@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint are: in a directory, or in a repository of the Hugging Face hub."""
+"""Resolving a checkpoint's files, in a directory or in a repository of the Hugging Face Hub."""
 
 import logging
 import os
@@ -11,16 +11,17 @@ from typing import NoReturn
 
 from siglip_model.checkpoints.commit import current_file
 
-# One or two parts ("gpt2", "google/siglip-base-patch16-224") of letters, digits, "_", "-" and ".", as the hub allows.
+# One or two parts ("gpt2", "google/siglip-base-patch16-224") of letters, digits, "_", "-" and ".", as the Hub allows.
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
-# huggingface_hub tries for 20 s before it gives a connection up: not again for each of a checkpoint's files.
+# huggingface_hub retries a connection for 20 s. After a failure the cache alone is used for a while, so that the other
+# files of the checkpoint do not wait again.
 _SECONDS_BETWEEN_ATTEMPTS = 60.0
 _last_failure = -_SECONDS_BETWEEN_ATTEMPTS
 
 
 def is_local(path_or_id: str | os.PathLike[str]) -> bool:
-    """Whether the argument names something on this machine: the hub is then never asked, not even if it is absent."""
+    """Whether the argument is a path. The Hub is then not queried, even if the path does not exist."""
     if isinstance(path_or_id, os.PathLike):
         return True
     if path_or_id.startswith((".", "~", os.sep)) or "\\" in path_or_id or Path(path_or_id).is_absolute():
@@ -37,14 +38,14 @@ def resolve_file(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Path | None:
-    """The path of one file of a directory or of a hub repository; None if that directory or repository lacks the file.
+    """The path of one file of a directory or Hub repository; None if that directory or repository lacks the file.
 
-    A repository's file is downloaded once into huggingface_hub's cache (``HF_HOME``, ``cache_dir``); with
-    ``local_files_only`` or ``HF_HUB_OFFLINE=1``, and for a minute after a connection failed, the network is not touched
-    and the cache alone is looked at.
+    A repository's file is downloaded once into huggingface_hub's cache (``HF_HOME``, ``cache_dir``). With
+    ``local_files_only`` or ``HF_HUB_OFFLINE=1``, and for a minute after a connection failed, only the cache is read.
 
     Raises:
-        OSError: there is no such directory, no such repository or revision, or no network and nothing in the cache.
+        OSError: no such directory, repository or revision; or no network and nothing in the cache.
+        TypeError: the argument is neither a str nor a PathLike.
     """
     if not isinstance(path_or_id, (str, os.PathLike)):
         raise TypeError(f"expected a directory or a hub id, as str or PathLike; got {type(path_or_id).__name__}")
@@ -76,7 +77,7 @@ def _resolve_on_hub(
     local_files_only = local_files_only or time.monotonic() - _last_failure < _SECONDS_BETWEEN_ATTEMPTS
     cache = None if cache_dir is None else os.path.expanduser(cache_dir)
     try:
-        with _without_retry_warnings():  # what comes of the retries is said once, below
+        with _without_retry_warnings():  # one error below reports their outcome
             return Path(
                 hf_hub_download(
                     repository,
@@ -89,7 +90,7 @@ def _resolve_on_hub(
             )
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError):
-            return None  # the hub answered: the repository has no such file
+            return None  # the Hub answered: the repository has no such file
         download_error: Exception = error
     except Exception as error:  # requests', httpx' and huggingface_hub's errors have no common base
         download_error = error
@@ -97,7 +98,7 @@ def _resolve_on_hub(
     no_connection = isinstance(download_error, LocalEntryNotFoundError) or _is_network_error(download_error)
     if no_connection and not local_files_only:
         _last_failure = time.monotonic()
-    # No answer from the hub. What an earlier run has left in the cache may still answer the question.
+    # No answer from the Hub: look into the cache.
     try:
         cached = try_to_load_from_cache(repository, filename, cache_dir=cache, revision=revision)
         if cached is not None:
@@ -106,8 +107,8 @@ def _resolve_on_hub(
             repository, revision=revision, cache_dir=cache, local_files_only=True, allow_patterns=[filename]
         )
         if no_connection:
-            return None  # the repository is cached and, as far as the cache knows, has no such file
-    except Exception:  # nothing cached, or not this file: the first error says what happened
+            return None  # the repository is cached, and the cache knows no such file
+    except Exception:  # the file is not cached: the first error is the cause
         _raise_clearly(download_error, repository, filename, revision)
     _raise_clearly(download_error, repository, filename, revision)
 
@@ -124,7 +125,7 @@ def _without_retry_warnings() -> Iterator[None]:
 
 
 def _raise_clearly(error: Exception, repository: str, filename: str, revision: str | None) -> NoReturn:
-    """One sentence for each way in which the hub can fail to give a file."""
+    """Raises OSError with one sentence per way in which the Hub can fail."""
     from huggingface_hub import errors
 
     where = repository if revision is None else f"{repository} (revision {revision})"
@@ -142,7 +143,7 @@ def _raise_clearly(error: Exception, repository: str, filename: str, revision: s
     elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) or _is_network_error(error):
         message = (
             f"{repository!r} is not an existing directory, and {filename} of the hub repository {where} is neither "
-            f"cached nor to be had without a network: run `hf download {repository}` where there is one, or give the "
+            f"cached nor reachable without a network: run `hf download {repository}` with a network, or pass the "
             "directory of a downloaded checkpoint"
         )
     else:

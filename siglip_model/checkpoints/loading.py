@@ -1,4 +1,4 @@
-"""Checkpoints into models: every tensor is matched, checked and read before the model gets any of them."""
+"""Loading checkpoints into models: every tensor is matched, checked and read before the model receives any."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from siglip_model.checkpoints.weights import WEIGHT_DTYPES, StoredWeights, find_
 
 logger = logging.getLogger(__name__)
 
-# What the checkpoints of a whole model and of a classifier have at their root.
+# The names and prefixes at the root of a whole model's checkpoint and of a classifier's.
 _ROOTS = ("text_model.", "vision_model.", "classifier.", "logit_scale", "logit_bias")
 
 
@@ -30,17 +30,17 @@ def load_state_dict(
 ) -> dict[str, torch.Tensor]:
     """All weights of a checkpoint by their names in the file, each checked to be floating-point and finite.
 
-    On the CPU and without conversion the tensors are private mappings of the file: nothing is copied before it is
-    written to. (So the file may be replaced or deleted meanwhile, as `save_checkpoint` does, but not overwritten in
-    place.) Otherwise one tensor after the other is converted and moved: the peak is the result and the largest of them.
+    On the CPU and without conversion the tensors are private memory mappings of the file, copied on write. (The file
+    may be replaced or deleted afterwards, as `save_checkpoint` does, but not overwritten in place.) Otherwise tensors
+    are converted and moved one by one: peak memory is the result and the largest tensor.
 
     Args:
-        path_or_id: a directory or a hub id; revision, cache_dir, local_files_only and token as in `resolve_file`.
-        dtype: float64, float32, float16 or bfloat16, or such a name; None or "auto": that of the file's first tensor.
-        device: where to.
+        path_or_id: a directory or a Hub id; revision, cache_dir, local_files_only and token as in `resolve_file`.
+        dtype: float64, float32, float16 or bfloat16, or its name; None or "auto": that of the file's first tensor.
+        device: of the returned tensors.
 
     Raises:
-        CheckpointError: naming file and tensor: weights absent, damaged, integer, non-finite, or too large for dtype.
+        CheckpointError: naming file and tensor: weights missing, damaged, integer, non-finite, or too large for dtype.
         MissingBackendError: this machine has no such device.
     """
     hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
@@ -63,20 +63,20 @@ def load_into(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> None:
-    """Give a model, on the meta device or any, the weights of a checkpoint; if anything is wrong, it gets none.
+    """Load the weights of a checkpoint into a model on any device, meta included; after an error it is unchanged.
 
-    A tower takes its part of a whole model's checkpoint, and its own with or without the prefix ``text_model.`` or
-    ``vision_model.``; a classifier takes a whole model's without the text tower. ``position_ids`` in old files are
+    A tower loads its part of a whole model's checkpoint, and its own with or without the prefix ``text_model.`` or
+    ``vision_model.``; a classifier loads a whole model's without the text tower. ``position_ids`` in old files are
     ignored. Memory as in `load_state_dict`.
 
     Args:
-        model: its ``state_dict()`` says which tensors are expected; its ``config.dtype`` is what "auto" means.
-        path_or_id: a directory or a hub id; revision, cache_dir, local_files_only and token as in `resolve_file`.
-        dtype: one for the whole model, or its name; None or "auto": the config's, else that of the file's first tensor.
-        device: where to.
-        new_parameters: prefixes such as ``("classifier.",)`` of which the checkpoint may have nothing at all; they are
-            initialised by ``model.init_new_parameters(names)``, and a warning names them.
-        ignore_mismatched_sizes: tensors of other shapes than the model's are initialised likewise.
+        model: its ``state_dict()`` defines the expected tensors; its ``config.dtype`` is the dtype of "auto".
+        path_or_id: a directory or a Hub id; revision, cache_dir, local_files_only and token as in `resolve_file`.
+        dtype: of the whole model, or its name; None or "auto": the config's, else that of the file's first tensor.
+        device: of the loaded weights.
+        new_parameters: prefixes such as ``("classifier.",)``. Where the checkpoint has no parameter with the prefix,
+            ``model.init_new_parameters(names)`` initialises them, and a warning names them.
+        ignore_mismatched_sizes: initialise tensors whose shape differs from the model's in the same way.
 
     Raises:
         CheckpointError: naming file, tensor and shapes: missing, unexpected and misshapen tensors, and as
@@ -121,7 +121,7 @@ def load_into(
 def _misshapen(
     expected: Mapping[str, tuple[int, ...]], stored_names: Mapping[str, str], weights: StoredWeights
 ) -> dict[str, str]:
-    """The model's names of tensors that have another shape in the checkpoint, each with words that say so."""
+    """The model's names of tensors that have another shape in the checkpoint, each with a description."""
     found = {}
     for name, stored_name in stored_names.items():
         tensor = weights.tensors[stored_name]
@@ -131,10 +131,12 @@ def _misshapen(
 
 
 def _usable(device: torch.device | str) -> torch.device:
-    """The device, tried before gigabytes are read for it."""
+    """The device, tested before gigabytes are read."""
     device = torch.device(device)
     if device.type == "meta":
-        raise unsupported("loading a checkpoint", "device", "is meta", "a device that holds values, as cpu or cuda")
+        raise unsupported(
+            "loading a checkpoint", "device", "is meta", "a device that holds values, such as cpu or cuda"
+        )
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -152,26 +154,26 @@ def _resolve_dtype(dtype: object, configured: object, weights: StoredWeights) ->
         if isinstance(found, torch.dtype) and found in supported.values():
             return found
         raise unsupported("loading a checkpoint", argument, f"is {value!r}", f"auto, {', '.join(supported)}")
-    # One dtype for all, even where the file mixes them, as in transformers: that of the first floating-point tensor.
+    # As in transformers, one dtype even if the file mixes them: that of the first floating-point tensor.
     stored = (tensor.dtype for name, tensor in weights.tensors.items() if not _is_position_ids(name))
     return next((WEIGHT_DTYPES[name] for name in stored if name in WEIGHT_DTYPES), torch.float32)
 
 
 def _is_position_ids(name: str) -> bool:
-    """The constants 0, 1, 2 ..., which some files hold although the model computes them."""
+    """Whether these are the constants 0, 1, 2 ... of older files, which the model computes."""
     return name.rpartition(".")[2] == "position_ids"
 
 
 def _match_names(expected: Mapping[str, object], stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Model's names → stored names; and stored names that the model neither has nor may ignore."""
+    """The model's names → stored names; and stored names that the model neither has nor may ignore."""
     candidates = [name for name in stored if not _is_position_ids(name)]
     prefix = ""
-    if "embeddings.token_embedding.weight" in expected:  # a tower alone
+    if "embeddings.token_embedding.weight" in expected:  # the model is a single tower
         prefix = "text_model."
     elif "embeddings.patch_embedding.weight" in expected:
         prefix = "vision_model."
     if not any(name.startswith(prefix) for name in candidates):
-        prefix = ""  # the tower's own checkpoint, without prefix
+        prefix = ""  # the checkpoint of a tower, without prefix
     if prefix:
         ignorable = tuple(root for root in _ROOTS if root != prefix)
     elif "classifier.weight" in expected:
@@ -197,7 +199,7 @@ def _check_fit(
     new_names: Iterable[str],
     weights: StoredWeights,
 ) -> None:
-    """Raise one error that names every kind of misfit."""
+    """Raise one error for all missing, unexpected and misshapen tensors."""
     stored = weights.tensors
     missing = [f"{name} {expected[name]}" for name in expected if name not in stored_names and name not in new_names]
     unexpected = [f"{name} {stored[name].shape}" for name in strays]
@@ -205,17 +207,15 @@ def _check_fit(
     kinds = (
         ("missing", missing),
         ("unexpected", unexpected),
-        ("misshapen (ignore_mismatched_sizes=True initialises them anew)", misshapen),
+        ("misshapen (ignore_mismatched_sizes=True re-initialises them)", misshapen),
     )
     problems = [f"{kind}: {listed(names)}" for kind, names in kinds if names]
     if problems:
-        raise CheckpointError(
-            f"{weights.source} does not fit {model} as its config describes it; {'; '.join(problems)}"
-        )
+        raise CheckpointError(f"{weights.source} does not fit {model} with its config; {'; '.join(problems)}")
 
 
 def _restore_buffers(model: torch.nn.Module, device: torch.device) -> None:
-    """Non-persistent buffers are in no file; ``position_ids`` (0, 1, 2 ...) are computed. Nothing stays on meta."""
+    """Move non-persistent buffers, which no file holds, to the device; from meta, compute ``position_ids``."""
     for module_name, module in model.named_modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             if not buffer.is_meta:
@@ -224,4 +224,4 @@ def _restore_buffers(model: torch.nn.Module, device: torch.device) -> None:
                 positions = torch.arange(buffer.shape[-1], dtype=buffer.dtype, device=device)
                 setattr(module, name, positions.expand(buffer.shape))
             else:
-                raise RuntimeError(f"{module_name}.{name} is in no checkpoint, and nothing computes it")
+                raise RuntimeError(f"{module_name}.{name} is a buffer that no checkpoint holds and nothing computes")

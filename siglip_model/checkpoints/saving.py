@@ -1,4 +1,4 @@
-"""Saving a model's tensors and config as transformers does: safetensors, in shards where they are large, and JSON."""
+"""Saving a model's tensors and config as transformers does: safetensors, sharded if they are large, and JSON."""
 
 import json
 import os
@@ -23,21 +23,21 @@ def save_checkpoint(
     *,
     max_shard_size: int | str = "50GB",
 ) -> None:
-    """Write ``config.json`` and the weights, in place of those that the directory has; all or nothing.
+    """Write ``config.json`` and the weights in place of the directory's, all or nothing.
 
-    The directory is made if need be; other files in it are left alone. Killed at any moment, it holds the old
-    checkpoint or the new one, whole (`checkpoint_directory` says how). While saving, both lie on the disk.
+    The directory is created if it does not exist; other files in it stay. If the process is killed at any moment, the
+    directory holds the whole old or the whole new checkpoint (see `commit`). During the save both are on the disk.
 
     Args:
-        directory: where to.
+        directory: of the checkpoint.
         model_state_dict: names to floating-point tensors of any strides and device. Tensors that share memory are
-            written once for each name.
-        config_dict: what becomes ``config.json``; a ``torch.dtype`` in it is written by its name.
-        max_shard_size: bytes, as an int or like "5GB" (10^9 bytes). More than this goes into several files with an
-            index; a tensor that alone is larger gets its own.
+            written once per name.
+        config_dict: the content of ``config.json``; a ``torch.dtype`` is written by its name.
+        max_shard_size: bytes, as an int or a string such as "5GB" (5 · 10^9 bytes). Larger weights are split into
+            several files with an index; a tensor larger than this has a file of its own.
 
     Raises:
-        CheckpointError: the directory's name belongs to a file; a tensor is on the meta device or not floating-point.
+        CheckpointError: the directory is a file; a tensor is on the meta device or not floating-point.
         TypeError, ValueError: the config cannot be written as JSON, or ``max_shard_size`` is not a positive size.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
@@ -52,7 +52,7 @@ def save_checkpoint(
         if tensor.is_meta:
             raise CheckpointError(f"cannot save {name}: it is on the meta device and has no values")
     config = _to_json(config_dict)
-    # The factory, since it counts tensors that share memory once for each name, as they are written.
+    # The factory counts tensors that share memory once per name, as they are written.
     shards = split_state_dict_into_shards_factory(
         dict(model_state_dict),
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -85,7 +85,7 @@ def _write_tensors(path: Path, names: list[str], tensors: Mapping[str, torch.Ten
             tensor = tensor.clone()  # safetensors refuses tensors that share memory
         storages.add(tensor.untyped_storage().data_ptr())
         to_write[name] = tensor
-    # transformers refuses files whose metadata do not tell the framework.
+    # transformers refuses files whose metadata does not name the framework.
     save_file(to_write, path, metadata={"format": "pt"})
 
 
@@ -104,7 +104,7 @@ def _size_in_bytes(size: int | str) -> int:
 
 
 def _to_json(content: Mapping[str, Any]) -> bytes:
-    """As transformers writes it: two spaces, sorted keys, a newline at the end."""
+    """As transformers writes it: two spaces, sorted keys, a final newline."""
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False, default=_dtype_name)
     return (text + "\n").encode()
 

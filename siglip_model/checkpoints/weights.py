@@ -1,6 +1,6 @@
-"""Safetensors files, one or sharded: what their headers say, and their tensors, mapped rather than copied, and checked.
+"""Safetensors files, single or sharded: reading headers, and memory-mapping and checking tensors.
 
-Pickles (``pytorch_model.bin``) are never opened, since opening one can run any code that is in it.
+Pickles (``pytorch_model.bin``) are never opened, since unpickling can run arbitrary code.
 """
 
 import math
@@ -28,7 +28,7 @@ save_file({name: tensor.clone() for name, tensor in tensors.items()}, 'model.saf
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file, not read yet. `dtype` is safetensors' word: F32, BF16, I64 ..."""
+    """One tensor of a file, not read yet. dtype: safetensors' name, such as F32, BF16, I64."""
 
     path: Path
     shape: tuple[int, ...]
@@ -37,7 +37,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """All tensors of a checkpoint by name. `source` is the one file that stands for all of them in messages."""
+    """All tensors of a checkpoint by name.
+
+    source: the file that messages name, the single file or the index. identities: detect that a file was replaced.
+    """
 
     source: Path
     tensors: dict[str, StoredTensor]
@@ -61,7 +64,7 @@ def find_weights(path_or_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> 
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensors to files")
     for name, file_name in weight_map.items():
-        # An index is somebody else's text: it must not lead out of its directory, nor to a pickle.
+        # An index is untrusted input: it must lead neither out of its directory nor to a pickle.
         if not (isinstance(file_name, str) and re.fullmatch(r"[^/\\]+\.safetensors", file_name)):
             raise CheckpointError(f"{index} has {name} in {file_name!r}, which names no safetensors file beside it")
     tensors: dict[str, StoredTensor] = {}
@@ -86,7 +89,7 @@ def find_weights(path_or_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> 
 def read_tensors(
     weights: StoredWeights, stored_names: Mapping[str, str], dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Tensors by new name, given new → stored names. See `checkpoint.load_state_dict` for memory and errors."""
+    """Tensors by new name, from new → stored names. See `loading.load_state_dict` for memory and errors."""
     from safetensors import safe_open
 
     for stored_name in stored_names.values():
@@ -99,8 +102,8 @@ def read_tensors(
     tensors: dict[str, torch.Tensor] = {}
     for name, stored_name in stored_names.items():
         path = weights.tensors[stored_name].path
-        # Opened anew for each tensor: pages once read stay in memory for as long as their mapping lives, and so the
-        # mapping of a tensor that is converted or moved ends with it.
+        # Opened again for each tensor: pages stay in memory as long as their mapping lives, so the mapping of a tensor
+        # that is converted or moved has to end with it.
         with safe_open(path, framework="pt") as file:
             tensor = file.get_tensor(stored_name)
         _check_values(path, stored_name, tensor, dtype)
@@ -127,12 +130,12 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`") from error
         size = f"{path.stat().st_size:,} bytes"
         raise CheckpointError(
-            f"{path} ({size}) is no whole safetensors file, truncated or corrupted: {error}"
+            f"{path} ({size}) is not a valid safetensors file (truncated or corrupted): {error}"
         ) from error
 
 
 def _check_values(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """Look at every value, without a copy: NaN and infinity both show in the least or the greatest."""
+    """Check all values without a copy: NaN and infinity both appear in the minimum or the maximum."""
     if tensor.numel() == 0:
         return
     least, greatest = (value.item() for value in tensor.aminmax())
@@ -144,14 +147,14 @@ def _check_values(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtyp
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Changes when the file is replaced or written to."""
+    """A value that changes when the file is replaced or written to."""
     status = path.stat()
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _explain_absence(path_or_id: str | os.PathLike[str]) -> str:
     absence = f"{path_or_id} has neither {WEIGHTS_NAME} nor {INDEX_NAME}"
-    why = "a pickle, which is never opened here since it can run code. Where you trust its origin, convert it: "
+    why = "a pickle, which is never opened here since it can run code. If you trust its origin, convert it: "
     if not is_local(path_or_id):
         return f"{absence} (offline: in the cache). If it has only pytorch_model.bin, that is {why}{_CONVERT}"
     names = sorted(path.name for path in Path(path_or_id).expanduser().iterdir())

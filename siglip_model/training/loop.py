@@ -1,7 +1,7 @@
 """Training with the sigmoid loss (Zhai et al. 2023, arXiv 2303.15343): AdamW, warm-up and cosine, averaged weights.
 
-One process. Everything random in a step is a function of the seed and the step's number, so an interrupted run,
-started again, goes on with the very batches, moments and averages that it would have had.
+One process. All randomness of a step is a function of the seed and the step's number, so a run that is interrupted
+resumes with exactly the batches, moments and averages that it would have had.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LOG = "training_log.jsonl"
 class TrainingConfig:
     """How to train. A step is one update of the weights, from `accumulate` batches.
 
-    The sigmoid loss is that of each batch by itself: accumulated batches do not see each other's negatives.
+    The loss is computed per batch: accumulated batches share no negatives. Raises ValueError for values out of range.
     """
 
     steps: int
@@ -47,7 +47,7 @@ class TrainingConfig:
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
     accumulate: int = 1
-    average_decay: float = 0.998  # exponential moving average of the weights; 0 keeps none
+    average_decay: float = 0.998  # of the exponential moving average of the weights; 0 turns it off
     bfloat16: bool = False  # autocast
     seed: int = 0
     log_every: int = 20
@@ -67,10 +67,10 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """N texts, and one or more pictures of each.
+    """N texts, and one or more images of each.
 
-    input_ids: int64 (N, length). pixel_values: (V, N, C, H, W), picture [v, n] belongs to text n; (N, C, H, W) is
-    one view. Several views of one text cost the text tower only once.
+    input_ids: int64 (N, length). pixel_values: (V, N, C, H, W), where image [v, n] belongs to text n, or (N, C, H, W)
+    for one view. The text tower runs once for all views. Raises ValueError for shapes that do not match.
     """
 
     input_ids: Tensor
@@ -86,7 +86,7 @@ class Batch:
 
 
 BatchSource = Callable[[int, torch.Generator], Batch]
-"""Gives a batch from its number (0, 1, ...) and a generator seeded for that number."""
+"""Returns a batch from its number (0, 1, ...) and a generator seeded by that number."""
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
@@ -98,7 +98,7 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
 
 
 def initialise_logits(model: SiglipModel) -> None:
-    """The paper's start: t' = log 10 and b = -10, so that the many negatives do not dominate the first steps."""
+    """The paper's initial t' = log 10 and b = -10, with which the many negatives do not dominate the first steps."""
     with torch.no_grad():
         model.logit_scale.fill_(math.log(10))
         model.logit_bias.fill_(-10)
@@ -116,7 +116,7 @@ def make_optimizer(model: SiglipModel, config: TrainingConfig) -> torch.optim.Ad
 
 
 def batch_loss(model: SiglipModel, batch: Batch, bfloat16: bool = False) -> Tensor:
-    """The sigmoid loss of a batch, mean over its views. Towers in bfloat16 if asked; similarities and loss in fp32."""
+    """The sigmoid loss, a scalar: the mean over the views. bfloat16: autocast of the towers; the loss stays in fp32."""
     pixel_values = batch.pixel_values if batch.pixel_values.ndim == 5 else batch.pixel_values[None]
     views = len(pixel_values)
     device = batch.input_ids.device.type
@@ -161,12 +161,12 @@ def train(
 ) -> SiglipModel:
     """Train `model` in place and return it, in eval mode, with its averaged weights.
 
-    directory: keeps the state of the run (weights, moments, averages; replaced in one piece every `save_every` steps)
-        and a log of one JSON object a line. If it holds the state of an interrupted run with the same configuration,
-        that run goes on; of another configuration or model: ValueError.
-    after_save: to measure progress.
-    stop_after: leave, as if interrupted, after this many steps; the weights are then the last, not the averaged ones.
-    Raises FloatingPointError when the loss is no longer finite.
+    directory: holds the state of the run (weights, moments, averages; replaced atomically every `save_every` steps)
+        and a log in JSON lines. A state of an interrupted run with the same configuration is resumed.
+    after_save: called after each save, to measure progress.
+    stop_after: stop after this many steps, as if interrupted; the model then has the last weights, not the averages.
+    Raises ValueError if the directory holds the state of another configuration or model, FloatingPointError when the
+    loss is not finite.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def train(
             for micro in range(config.accumulate):
                 number = step * config.accumulate + micro
                 seed = _seed_of_batch(config.seed, number)
-                torch.manual_seed(seed)  # for a model with dropout
+                torch.manual_seed(seed)  # of dropout
                 batch = batches(number, torch.Generator().manual_seed(seed))
                 batch = Batch(batch.input_ids.to(device), batch.pixel_values.to(device))
                 loss = batch_loss(model, batch, config.bfloat16) / config.accumulate
@@ -229,12 +229,12 @@ def train(
 
 
 def _seed_of_batch(seed: int, number: int) -> int:
-    """Multipliers far apart (Knuth's), so that runs with neighbouring seeds do not share batches."""
+    """Knuth's multiplier spreads seeds, so that runs with neighbouring seeds share no batches."""
     return (seed * 2654435761 + number * 40503 + 1) % 2**63
 
 
 def _forget_after(log: Path, step: int) -> None:
-    """Drop the lines that an interrupted run wrote after its last saving: their steps are done again."""
+    """Drop the log lines of steps after the last save, which will be repeated."""
     if log.exists():
         lines = log.read_text().splitlines(keepends=True)
         log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
@@ -259,20 +259,20 @@ def _save_state(
     temporary = path.with_name(path.name + ".part")
     save_file(tensors, temporary, metadata={"step": str(step), "config": json.dumps(_identity(config))})
     sync_file(temporary)
-    temporary.replace(path)  # atomic: an interruption leaves the previous state whole
+    temporary.replace(path)  # atomic: an interruption keeps the previous state
     sync_directory(path.parent)
 
 
 def _load_state(
     path: Path, model: SiglipModel, optimizer: torch.optim.AdamW, average: AveragedModel, config: TrainingConfig
 ) -> int:
-    """Restore a saved state, if there is one, and return the number of steps done."""
+    """Restore the saved state, if any, and return the number of completed steps."""
     if not path.exists():
         return 0
     try:
         state = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not the state of a run: {error}; remove it to start anew") from error
+        raise ValueError(f"{path} is not the state of a run: {error}; remove it to start again") from error
     with state as file:
         metadata = file.metadata()
         saved, wanted = json.loads(metadata["config"]), json.loads(json.dumps(_identity(config)))
@@ -305,5 +305,5 @@ def _load_state(
 
 
 def _identity(config: TrainingConfig) -> dict[str, Any]:
-    """What must be equal for a run to go on; how often it logs and saves may change."""
+    """What must be equal for a run to resume; how often it logs and saves may change."""
     return {key: value for key, value in asdict(config).items() if key not in ("log_every", "save_every")}

@@ -189,7 +189,7 @@ def test_models_copy_and_pickle_with_their_backend() -> None:
     "change, message",
     [
         ({"input_ids": None}, "input_ids is None"),
-        ({"input_ids": torch.zeros(2, 17, dtype=torch.long)}, "17 tokens a text; supported: at most .* 16"),
+        ({"input_ids": torch.zeros(2, 17, dtype=torch.long)}, "17 tokens per text; supported: at most .* 16"),
         ({"input_ids": torch.zeros(2, 16)}, "input_ids has shape .* torch.float32; supported: integers"),
         ({"input_ids": torch.zeros(2, 16, dtype=torch.int8)}, "input_ids has shape .* torch.int8; supported: integers"),
         ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"input_ids has shape \(2, 0\) .* at least one token"),

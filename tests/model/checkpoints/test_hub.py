@@ -93,7 +93,7 @@ def test_cached_repository_without_network(cache, revision):
 def test_offline_mode_of_huggingface_hub(cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert resolve_file("owner/name", "config.json", cache_dir=cache) is not None
-    with pytest.raises(OSError, match="neither cached nor to be had without a network: run `hf download owner/other`"):
+    with pytest.raises(OSError, match="neither cached nor reachable without a network: run `hf download owner/other`"):
         resolve_file("owner/other", "config.json", cache_dir=cache)
 
 

@@ -52,7 +52,7 @@ def test_only_other_shapes_are_drawn_anew(name: str, checkpoint: Path, caplog: p
     change, expected_new = MODELS[name]
     path = checkpoint / ("classifier" if "Classification" in name else "whole")
     kind, config = getattr(siglip_model, name), changed_config(name, change)
-    with pytest.raises(ValueError, match="misshapen .ignore_mismatched_sizes=True initialises them anew."):
+    with pytest.raises(ValueError, match="misshapen .ignore_mismatched_sizes=True re-initialises them."):
         kind.from_pretrained(path, config=config)
     torch.manual_seed(1)
     model = kind.from_pretrained(path, config=config, ignore_mismatched_sizes=True)
