@@ -1,5 +1,5 @@
-"""The kernels inside other people's models: `transformers`, `open_clip`, `timm`. Each imports its library, none of the
-others, and changes nothing until one of its functions is called.
+"""The kernels inside existing models of `transformers`, `open_clip` and `timm`. Each module imports only its library
+and changes nothing until one of its functions is called.
 
-`accelerate(model)` changes instances, says what it changed, and `restore(model)` undoes it.
+`accelerate(model)` changes instances and returns a report of what it changed; `restore(model)` undoes it.
 """

@@ -1,4 +1,4 @@
-"""What the towers of all three libraries share: LayerNorm, and the two halves of a pre-norm encoder layer."""
+"""Shared by the towers of all three libraries: LayerNorm, and the two halves of a pre-norm encoder layer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ _TANH_GELUS = {
 
 
 def is_tanh_gelu(activation: Any) -> bool:
-    """Whether it is the activation inside `siglip_kernels.mlp`, and nobody looks at it."""
+    """Whether it is the activation that `siglip_kernels.mlp` computes, without hooks."""
     if isinstance(activation, nn.Module) and not is_unhooked(activation):
         return False
     if type(activation) is nn.GELU:
@@ -37,7 +37,7 @@ def why_not_tanh_gelu(activation: Any) -> list[str]:
     if is_tanh_gelu(activation):
         return []
     shown = repr(activation) if isinstance(activation, nn.Module) else getattr(activation, "__name__", activation)
-    return [f"the activation {shown} is called as it is; the fused MLP has GELU's tanh form in it"]
+    return [f"the activation {shown} is called normally; the fused MLP computes GELU's tanh form"]
 
 
 def why_not_head_dim(head_dim: int) -> list[str]:
@@ -47,7 +47,7 @@ def why_not_head_dim(head_dim: int) -> list[str]:
 
 
 class LayerNorm(Accelerated):
-    """torch.nn.LayerNorm and its subclasses that compute the same."""
+    """Replaces torch.nn.LayerNorm and subclasses that compute the same."""
 
     @staticmethod
     def describe(module):
@@ -64,27 +64,27 @@ class LayerNorm(Accelerated):
 
 
 def takes_norm(x: Tensor, norm: Any) -> bool:
-    """Whether `layer_norm` takes x and the parameters of a LayerNorm, whose dtype may be fp32 beside any of x."""
+    """Whether `layer_norm` supports x with the parameters of a LayerNorm, which may be fp32 whatever x's dtype is."""
     return has_ordinary_parameters(norm) and (
         runs(x, norm.weight, norm.bias) or (runs(x) and norm.weight.dtype == torch.float32)
     )
 
 
 def is_fusable_norm(norm: Any, x: Tensor) -> bool:
-    """Whether an operation that begins with a LayerNorm may take this one's parameters."""
+    """Whether an operation that starts with a LayerNorm may take this one's parameters."""
     return is_replaced(norm, LayerNorm) and is_unhooked(norm) and takes_norm(x, norm)
 
 
 def why_not_fusable_norm(path: str, norm: Any) -> list[str]:
     if is_replaced(norm, LayerNorm) and is_unhooked(norm):
         return []
-    return [f"{path} ({type(norm).__name__}) has hooks or is not replaced, and is called as it is"]
+    return [f"{path} ({type(norm).__name__}) has hooks or is not replaced, and is called normally"]
 
 
 def pre_norm_packed_qkv(
     x: Tensor, norm: Any, weight: Tensor, bias: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """siglip_kernels.pre_norm_qkv, the projections packed in one. weight: (3 · H · D, width); bias: (3 · H · D,)."""
+    """siglip_kernels.pre_norm_qkv with packed projections. weight: (3 · H · D, width); bias: (3 · H · D,)."""
     (q, k, v), (q_bias, k_bias, v_bias) = weight.chunk(3), bias.chunk(3)
     return siglip_kernels.pre_norm_qkv(x, norm.weight, norm.bias, norm.eps, q, q_bias, k, k_bias, v, v_bias, heads)
 
@@ -154,13 +154,13 @@ def describe_pre_norm_mlp(norm: Named, fc1: Named, activation: Any, fc2: Named) 
 
 
 def why_not_patches(path: str, convolution: Any) -> list[str]:
-    """Why a convolution is not `siglip_kernels.patch_embed`, or nothing."""
+    """Remarks on why `siglip_kernels.patch_embed` cannot compute a convolution, or an empty list."""
     if not is_fusable(convolution, nn.Conv2d):
         return why_not_fusable(path, convolution, nn.Conv2d)
-    side_by_side = convolution.stride == convolution.kernel_size and convolution.padding in ("valid", (0, 0))
-    if side_by_side and convolution.dilation == (1, 1) and convolution.groups == 1:
+    adjacent = convolution.stride == convolution.kernel_size and convolution.padding in ("valid", (0, 0))
+    if adjacent and convolution.dilation == (1, 1) and convolution.groups == 1:
         return []
-    return [f"{path} does not cut the image into patches side by side"]
+    return [f"{path} does not cut the image into adjacent patches without overlap"]
 
 
 def is_fusable_attention(attention: Any) -> bool:

@@ -1,8 +1,8 @@
-"""Attention masks that say which keys are valid, as what the kernels take: how many keys are valid.
+"""Converts attention masks that mark valid keys to what the kernels support: the number of valid keys.
 
-Softmax attention does not care about the order of its keys, so a mask whose valid keys are not all at the front is
-served, too: keys and values are reordered. Any other mask (causal, windows, biases) cannot be expressed and is told
-apart by reading it, once for each forward.
+Softmax attention does not depend on the order of its keys, so a mask whose valid keys are not all at the front is also
+supported: keys and values are reordered. Any other mask (causal, windows, biases) is not; it is recognised by reading
+the mask once per forward.
 """
 
 from typing import Any, NamedTuple
@@ -14,9 +14,12 @@ import siglip_kernels
 
 
 class KeyPadding(NamedTuple):
-    """mask: what was read. lengths: valid keys per sample, int32 (B,), or (1,) where all samples have the same.
-    order: int64 (B or 1, K), valid keys first, or None where they already are. hides_all: whether a sample is known to
-    have no valid key; our attention gives it zeros, others an average of its padding."""
+    """What a mask says about keys.
+
+    mask: the mask itself. lengths: valid keys per sample, int32 (B,), or (1,) if all samples have the same.
+    order: int64 (B or 1, K), valid keys first, or None if they already are. hides_all: whether a sample is known to
+    have no valid key; siglip_kernels.attention then returns zeros, PyTorch's an average of the padding.
+    """
 
     mask: Tensor
     lengths: Tensor
@@ -40,11 +43,11 @@ def attend(projected: tuple[Tensor, Tensor, Tensor], scale: float | None, paddin
 
 
 def read_key_padding(mask: Any, batch: int, keys: int) -> Any:
-    """A KeyPadding if `mask` is a tensor that says nothing but which of a sample's keys are valid, else `mask` itself.
+    """A KeyPadding if `mask` is a tensor that only marks which keys of a sample are valid, else `mask` itself.
 
-    mask: (B or 1, K), not 0 where valid; or (B or 1, 1, Q or 1, K), bool (True is valid) or added to the scores (0 or
-    at most the dtype's smallest number). While torch.compile traces or a CUDA graph is captured values cannot be read:
-    then two kinds are recognised that need no reading, (B or 1, K) and bool (B or 1, 1, 1, K).
+    mask: (B or 1, K), non-zero where valid; or (B or 1, 1, Q or 1, K), bool (True is valid) or added to the scores (0,
+    or at most the dtype's smallest number). Values cannot be read while torch.compile traces or a CUDA graph is
+    captured; then only (B or 1, K) and bool (B or 1, 1, 1, K) are recognised, which need no reading.
     """
     if not isinstance(mask, Tensor) or mask.dim() == 0 or mask.shape[0] not in (1, batch) or mask.shape[-1] != keys:
         return mask
@@ -69,7 +72,7 @@ def from_valid_keys(valid: Tensor, mask: Tensor) -> KeyPadding:
     """valid: bool (B, K)."""
     lengths = valid.sum(-1, dtype=torch.int32)
     at_front, hides_all = False, False
-    if can_read_values(valid):  # both at once: reading makes the host wait
+    if can_read_values(valid):  # both in one read, which synchronises
         facts = torch.stack([(valid[:, 1:] <= valid[:, :-1]).all(), (lengths == 0).any()])
         at_front, hides_all = facts.tolist()
     order = None if at_front else torch.argsort((~valid).to(torch.uint8), dim=-1, stable=True)
@@ -77,17 +80,17 @@ def from_valid_keys(valid: Tensor, mask: Tensor) -> KeyPadding:
 
 
 def is_served(padding: Any) -> bool:
-    """Whether what `read_key_padding` returned can be attended with as the libraries do."""
+    """Whether `attend` with what `read_key_padding` returned gives the library's result."""
     return padding is None or (isinstance(padding, KeyPadding) and not padding.hides_all)
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether the host may look at values here: not while they are traced or captured."""
+    """Whether the host may read values: not while they are traced or captured."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not Tensor:
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def as_given(mask: Any) -> Any:
-    """What `read_key_padding` was given."""
+    """The mask that was passed to `read_key_padding`."""
     return mask.mask if isinstance(mask, KeyPadding) else mask

@@ -54,13 +54,13 @@ __all__ = ["SigLipLoss", "accelerate", "register_loss", "restore", "restore_loss
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Replace, on this instance, what the towers of a SigLIP model compute: the timm tower (see
+    """Compute the towers of a SigLIP model instance with the kernels: the timm tower (see
     `siglip_kernels.integrations.timm`) and the blocks and LayerNorms of open_clip's text transformer.
 
-    The results are those of before but for rounding. A causal text transformer, such as CLIP's, is left as it is.
+    Results differ only by rounding. A causal text transformer, such as CLIP's, is not changed.
 
-    Returns what was replaced and what was not, and why. `restore(model)` undoes it.
-    Raises MissingBackendError, and changes nothing, for an open_clip that is not 3 or without Triton.
+    Returns a report of what was replaced and what was not, and why. `restore(model)` undoes it.
+    Raises MissingBackendError, and changes nothing, unless open_clip is version 3 and Triton is installed.
     """
     version = require_version("open_clip", "open_clip_torch", (3,), (4,))
     require_version("open_clip", "timm", *siglip_timm.VERSIONS)
@@ -82,14 +82,14 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def _text_transformers(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if full_name(type(module)) == f"{_OURS}.TextTransformer"]
+    return [path for path, module in model.named_modules() if full_name(type(module)) == f"{_MODULE}.TextTransformer"]
 
 
-_OURS = "open_clip.transformer"
+_MODULE = "open_clip.transformer"
 
 
 class TextLayerNorm(LayerNorm):
-    """open_clip's LayerNorm and LayerNormFp32, whose result has the input's dtype under autocast, too."""
+    """Replaces open_clip's LayerNorm and LayerNormFp32, whose result has the input's dtype even under autocast."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if takes_norm(x, self):
@@ -98,13 +98,13 @@ class TextLayerNorm(LayerNorm):
 
 
 class ResidualAttentionBlock(Accelerated):
-    """The pre-norm block of open_clip's transformer; with a mask or another's keys its attention is PyTorch's."""
+    """Replaces the pre-norm block of open_clip's transformer; PyTorch computes masked and cross-attention."""
 
     @staticmethod
     def describe(module):
         attention, mlp, norm1, norm2 = module.attn, module.mlp, module.ln_1, module.ln_2
         if not (_is_self_attention(attention) and type(module.ls_1) is nn.Identity):
-            remark = "attn is wrapped, hooked, scaled or of another form than SigLIP's, and is called as it is"
+            remark = "attn is wrapped, hooked, scaled or not of SigLIP's form, and is called normally"
             first = describe_called(norm1, remark)
         elif remarks := why_not_head_dim(attention.head_dim):
             first = describe_called(norm1, *remarks)
@@ -114,7 +114,7 @@ class ResidualAttentionBlock(Accelerated):
             fc1, fc2 = ("mlp.c_fc", mlp.c_fc), ("mlp.c_proj", mlp.c_proj)
             second = describe_pre_norm_mlp(("ln_2", norm2), fc1, mlp.gelu, fc2)
         else:
-            second = describe_called(norm2, "mlp is wrapped, hooked or scaled, and is called as it is")
+            second = describe_called(norm2, "mlp is wrapped, hooked or scaled, and is called normally")
         return joined(first, second)
 
     def forward(self: Any, q_x: Tensor, k_x: Any = None, v_x: Any = None, attn_mask: Any = None) -> Tensor:
@@ -154,30 +154,30 @@ def _is_known_mlp(module: Any) -> bool:
 
 
 _REPLACEMENTS: dict[str, type[Accelerated]] = {
-    f"{_OURS}.ResidualAttentionBlock": ResidualAttentionBlock,
-    f"{_OURS}.LayerNorm": TextLayerNorm,
-    f"{_OURS}.LayerNormFp32": TextLayerNorm,
+    f"{_MODULE}.ResidualAttentionBlock": ResidualAttentionBlock,
+    f"{_MODULE}.LayerNorm": TextLayerNorm,
+    f"{_MODULE}.LayerNormFp32": TextLayerNorm,
 }
 
 _LEFT = {
-    "open_clip.hf_model.HFTextEncoder": "a model of transformers: its own integration takes it",
-    f"{_OURS}.CustomResidualAttentionBlock": "blocks with normalised, scaled or cosine attention are not SigLIP's",
+    "open_clip.hf_model.HFTextEncoder": "a model of transformers, for siglip_kernels.integrations.transformers",
+    f"{_MODULE}.CustomResidualAttentionBlock": "blocks with normalised, scaled or cosine attention are not SigLIP's",
 }
 
 
 # The loss ------------------------------------------------------------------------------------------------------------
 
-_THEIRS = open_clip.loss.SigLipLoss
+_ORIGINAL_LOSS = open_clip.loss.SigLipLoss
 
 
 def register_loss() -> None:
-    """Make open_clip's `create_loss`, and so its training script under --siglip, take siglip_kernels.SigLipLoss."""
+    """Make open_clip's `create_loss`, and so its training script with --siglip, use siglip_kernels.SigLipLoss."""
     open_clip.factory.SigLipLoss = SigLipLoss
 
 
 def restore_loss() -> None:
     """Undo `register_loss`."""
-    open_clip.factory.SigLipLoss = _THEIRS
+    open_clip.factory.SigLipLoss = _ORIGINAL_LOSS
 
 
 def train(arguments: list[str]) -> None:

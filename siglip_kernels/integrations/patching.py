@@ -1,11 +1,11 @@
-"""Another forward for one instance of a library's module, and the way back.
+"""Replacing the forward of single instances of a library's modules, and undoing it.
 
-The instance's class becomes a subclass of its own class, made here, with the same name: parameters, buffers, hooks,
-`state_dict`, `isinstance`, gradient checkpointing and whatever asks for the class's name stay as they were, copies and
-pickles keep their class, and undoing it is giving the class back. Nothing is stored on the instance.
+The instance's class becomes a subclass of its class, with the same name: parameters, buffers, hooks, `state_dict`,
+`isinstance`, gradient checkpointing and lookups of the class's name work as before, copies and pickles keep the new
+class, and `restore` sets the old class again. Nothing is stored on the instance.
 
-Every replacement decides at each call whether the kernels may compute it; where not (a tensor on the CPU, dropout, a
-wrapped or hooked linear layer), it computes what its library computes.
+Every replacement decides at each call whether the kernels may compute it. If not (a tensor on the CPU, dropout, a
+wrapped or hooked linear layer), the library's forward does.
 """
 
 import functools
@@ -26,9 +26,9 @@ _INTERPRETING = interpreting()  # here, because torch.compile cannot trace the q
 
 
 class Accelerated(nn.Module):
-    """A replacement: mixed in before a library's class by `accelerated_class`, it overrides `forward`.
+    """Base of the replacements, which `accelerated_class` mixes in before a library's class to override `forward`.
 
-    original: the library's class. replacement: the class that was mixed in. own: the class made of both.
+    original: the library's class. replacement: the mixed-in class. own: the class made of both.
     """
 
     original: ClassVar[Any] = None
@@ -37,7 +37,7 @@ class Accelerated(nn.Module):
 
     @staticmethod
     def describe(module: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The operations that would compute the module, none if it is not served, and remarks on what they leave."""
+        """The operations that would compute the module, none if it is unsupported, and remarks on the rest of it."""
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -64,7 +64,7 @@ def _make(replacement: type[Accelerated], original: Any) -> Any:
 
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        if not isinstance(self, replacement):  # a hook that keeps a module's forward got this one before `restore`
+        if not isinstance(self, replacement):  # a hook stored this forward before `restore`
             return original.forward(self, *args, **kwargs)
         return replacement.forward(self, *args, **kwargs)
 
@@ -94,28 +94,27 @@ def original_class(module: Any) -> type[nn.Module]:
 
 
 def is_replaced(module: nn.Module, replacement: type[Accelerated] = Accelerated) -> bool:
-    """Whether the module's class is one made here, of this replacement, and nobody has subclassed that in turn."""
+    """Whether the module's class was made here with this replacement, and not subclassed again since."""
     return isinstance(module, replacement) and type(module).own is type(module)
 
 
 def _drop_shadow(module: Any) -> None:
-    """Removes from the instance a forward that is only its class's, and would outlive a change of class."""
+    """Removes a forward on the instance that is its class's, and would hide that of a new class."""
     if "forward" in module.__dict__ and not has_own_forward(module):
         del module.__dict__["forward"]
 
 
 def put_back(module: Any) -> None:
-    """Gives the module its library's class, if it has another."""
+    """Sets the class of a replaced module to its library's again."""
     _drop_shadow(module)
     if is_replaced(module):
         module.__class__ = type(module).original
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: every module gets its library's class back. A model that was not accelerated stays as it is.
+    """Undo `accelerate`: every module gets its library's class again. Other models are not changed.
 
-    Raises UnsupportedInputError, before anything changes, if a module was wrapped in between by something that makes
-    subclasses, such as FSDP2.
+    Raises UnsupportedInputError, before anything changes, if a module was subclassed since, as FSDP2 does.
     """
     _check_module("restore", model)
     for path, module in model.named_modules():
@@ -126,7 +125,7 @@ def restore(model: nn.Module) -> None:
         put_back(module)
 
 
-# Which parameters an operation may take ------------------------------------------------------------------------------
+# What the kernels may compute -----------------------------------------------------------------------------------------
 
 
 def why_not_fusable(path: str, module: nn.Module, *kinds: type[nn.Module]) -> list[str]:
@@ -134,14 +133,14 @@ def why_not_fusable(path: str, module: nn.Module, *kinds: type[nn.Module]) -> li
     if is_fusable(module, *kinds):
         return []
     if type(module) not in kinds:
-        return [f"{path} is a {full_name(type(module))} and is called as it is"]
+        return [f"{path} is a {full_name(type(module))} and is called normally"]
     if not is_unhooked(module):
-        return [f"{path} has hooks or a forward of its own and is called as it is"]
-    return [f"{path} lacks a weight or bias, or has one that is made of other tensors, and is called as it is"]
+        return [f"{path} has hooks or a forward of its own and is called normally"]
+    return [f"{path} lacks a weight or bias, or has one that is made of other tensors, and is called normally"]
 
 
 def runs(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether the kernels take x together with these parameters, here and now."""
+    """Whether the kernels support x together with these parameters: their device, dtypes and the current autocast."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return False
     device, dtype = x.device.type, x.dtype
@@ -168,15 +167,15 @@ def accelerate_modules(
     replacements: Callable[[str, nn.Module], type[Accelerated] | str | None],
     nothing_found: str,
 ) -> Report:
-    """Replaces what can be replaced in `model`, and tells about it.
+    """Replaces what can be replaced in `model`, and returns a report.
 
-    replacements: for a module's path and the module, its replacement; or why it stays; or None, if it is no SigLIP's.
+    replacements: from a module's path and the module, its replacement; or why it is left; or None outside SigLIP.
     """
     _check_module("accelerate", model)
     _require_kernels(model)
     replaced: list[Replaced] = []
     left: list[Left] = []
-    for path, module in reversed(list(model.named_modules())):  # children first: parents ask what they have become
+    for path, module in reversed(list(model.named_modules())):  # children first: parents check what they have become
         found = replacements(path, module)
         if found is None:
             continue
@@ -186,7 +185,7 @@ def accelerate_modules(
             continue
         _drop_shadow(module)
         if has_own_forward(module):
-            left.append(Left(path, name, "a forward was set on the instance, by hand or by hooks that move weights"))
+            left.append(Left(path, name, "a forward was set on the instance, e.g. by hooks that move weights"))
             continue
         operations, remarks = found.describe(module)
         if not operations:
@@ -216,17 +215,17 @@ def _note(model: nn.Module) -> str:
     notes = []
     if "cuda" not in devices and not _INTERPRETING:
         notes.append(
-            f"its parameters are on {', '.join(devices)}, where it computes as before; the kernels take over when it "
-            "is on a CUDA device"
+            f"its parameters are on {', '.join(devices)}, where the library computes; the kernels are used once it is "
+            "on a CUDA device"
         )
     wide = sorted({str(parameter.dtype) for parameter in model.parameters()} - {str(dtype) for dtype in KERNEL_DTYPES})
     if wide:
-        notes.append(f"parameters of {', '.join(wide)} are computed as before")
+        notes.append(f"the library computes parameters of {', '.join(wide)}")
     return "; ".join(notes)
 
 
 def require_version(library: str, distribution: str, at_least: tuple[int, ...], below: tuple[int, ...]) -> str:
-    """The library's version, or MissingBackendError that names it if it is not one of those that were looked at."""
+    """The library's version. Raises MissingBackendError, naming it, if it is not supported."""
     version = importlib.metadata.version(distribution)
     numbers = tuple(_leading_numbers(version))
     if not at_least <= numbers < below:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Replaced:
     """A module that now calls the kernels.
 
-    operations: those of siglip_kernels that compute it now.
-    remarks: what of it PyTorch still computes, and why.
+    operations: the operations of siglip_kernels that compute it.
+    remarks: which parts PyTorch still computes, and why.
     """
 
     path: str
@@ -21,7 +21,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Left:
-    """A module of a SigLIP tower that stays as it was, and why."""
+    """A module of a SigLIP tower that was not replaced, and why."""
 
     path: str
     module: str
@@ -30,9 +30,9 @@ class Left:
 
 @dataclass(frozen=True)
 class Report:
-    """What was replaced and what was not; `print(report)` shows it with equal layers on one line.
+    """What was replaced and what was not; `print(report)` shows equal layers on one line.
 
-    note: what holds for the whole model, such as the device that it waits for.
+    note: on the whole model, such as that it is not on a CUDA device yet.
     """
 
     model: str
@@ -49,14 +49,14 @@ class Report:
             lines.append(f"  {path} ({module}): {operations}")
             lines += [f"    but: {remark}" for remark in remarks]
         if self.left:
-            lines.append("left as they were:")
+            lines.append("not replaced:")
             left = [(entry.path, (entry.module, entry.reason)) for entry in self.left]
             lines += [f"  {path} ({module}): {reason}" for path, (module, reason) in _collapsed(left)]
         return "\n".join(lines)
 
 
 def _collapsed(rows: Iterable[tuple[str, tuple]]) -> list[tuple[str, tuple]]:
-    """Rows that differ only in the numbers of their paths, as one: layers.0.mlp, layers.1.mlp → layers.0-1.mlp."""
+    """Merges rows that differ only in the numbers of their paths: layers.0.mlp, layers.1.mlp → layers.0-1.mlp."""
     groups: dict[tuple, list[tuple[int, ...]]] = {}
     for path, what in rows:
         numbers = tuple(int(number) for number in re.findall(r"\d+", path))

@@ -8,7 +8,7 @@ siglip_timm.restore(model)
 
 from typing import Any
 
-import timm  # noqa: F401  so that importing this integration without timm says so
+import timm  # noqa: F401  so that importing this integration fails without timm
 import torch
 from torch import Tensor, nn
 
@@ -47,16 +47,16 @@ __all__ = ["accelerate", "restore"]
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Replace, on this instance, what timm's VisionTransformers in it compute: attention, MLP, LayerNorm, the attention
-    pool and the patch embedding.
+    """Compute timm's VisionTransformers in this model instance with the kernels: attention, MLP, LayerNorm, attention
+    pool and patch embedding.
 
-    The results are those of before but for rounding, and what the kernels cannot compute (see
-    `siglip_kernels.integrations.transformers.accelerate`) is computed by timm. timm's SigLIP has the exact GELU unless
-    made with act_layer="gelu_tanh": PyTorch computes that activation, the layers beside it are ours.
-    torch.jit.script compiles no replacement: restore the model before it.
+    Results differ only by rounding; timm computes what the kernels cannot (see
+    `siglip_kernels.integrations.transformers.accelerate`). timm's SigLIP has the exact GELU unless it is created with
+    act_layer="gelu_tanh": PyTorch computes the exact one, the kernels compute the linear layers around it.
+    torch.jit.script cannot compile replacements: restore the model first.
 
-    Returns what was replaced and what was not, and why. `restore(model)` undoes it.
-    Raises MissingBackendError, and changes nothing, for a timm that is not 1.0 or without Triton.
+    Returns a report of what was replaced and what was not, and why. `restore(model)` undoes it.
+    Raises MissingBackendError, and changes nothing, unless timm is version 1 and Triton is installed.
     """
     version = require_version("timm", "timm", *VERSIONS)
     towers = paths_of_towers(model)
@@ -82,7 +82,7 @@ def _is_tower(kind: type) -> bool:
 
 
 def replacement(towers: list[str], path: str, module: nn.Module) -> type[Accelerated] | str | None:
-    """What becomes of a module; see `accelerate_modules`."""
+    """The replacement of a module; see `accelerate_modules`."""
     if not any(not tower or path.startswith(f"{tower}.") for tower in towers):
         return None
     kind = original_class(module)
@@ -91,11 +91,11 @@ def replacement(towers: list[str], path: str, module: nn.Module) -> type[Acceler
     known = [full_name(base) for base in kind.__mro__ if full_name(base) in REPLACEMENTS]
     if known and known[0] == full_name(kind):
         return REPLACEMENTS[known[0]]
-    return f"{full_name(kind)} is a subclass of {known[0]} with code of its own" if known else None
+    return f"{full_name(kind)} is a subclass of {known[0]} with its own code" if known else None
 
 
 def drops_nothing(module: Any) -> bool:
-    """Whether a dropout, a stochastic depth or what stands in their place passes its input on unchanged."""
+    """Whether a dropout, a stochastic depth or an identity in its place returns its input unchanged."""
     if not is_unhooked(module):
         return False
     kind = type(module)
@@ -107,7 +107,7 @@ def drops_nothing(module: Any) -> bool:
 
 
 class Attention(Accelerated):
-    """timm's Attention, without normalised queries and keys, gates and masks."""
+    """Replaces timm's Attention without masks, gates and normalised queries and keys."""
 
     @staticmethod
     def describe(module):
@@ -115,7 +115,7 @@ class Attention(Accelerated):
         if remarks:
             return (), tuple(remarks)
         rate = module.attn_drop.p
-        return ("attention",), ((f"attention drops {rate}: in training timm's applies it",) if rate else ())
+        return ("attention",), ((f"attention dropout is {rate}: in training timm computes attention",) if rate else ())
 
     def attends(self: Any, x: Tensor, attn_mask: Any, is_causal: bool) -> bool:
         return runs(x) and attn_mask is None and not is_causal and drops_nothing(self.attn_drop) and _is_simple(self)
@@ -138,13 +138,13 @@ def _why_not_simple(attention: Any) -> list[str]:
 
 
 def _masks(attn_mask: Any, is_causal: bool) -> dict[str, Any]:
-    """The arguments to hand on; older versions do not know them."""
+    """The arguments to pass on, if given: older versions do not have them."""
     given = {} if attn_mask is None else {"attn_mask": attn_mask}
     return {**given, "is_causal": True} if is_causal else given
 
 
 class MLP(Accelerated):
-    """timm's Mlp of linear layers."""
+    """Replaces timm's Mlp of linear layers."""
 
     @staticmethod
     def describe(module):
@@ -159,7 +159,7 @@ class MLP(Accelerated):
 
 
 def _only_linears(module: Any) -> bool:
-    """Whether an Mlp is fc2(act(fc1(x))) now, dropping nothing and normalising nothing."""
+    """Whether an Mlp computes fc2(act(fc1(x))) without dropout and normalisation."""
     return drops_nothing(module.drop1) and drops_nothing(module.norm) and drops_nothing(module.drop2)
 
 
@@ -168,7 +168,7 @@ def _is_known_mlp(module: nn.Module) -> bool:
 
 
 class Block(Accelerated):
-    """timm's pre-norm Block, halves with LayerScale or active stochastic depth by their modules."""
+    """Replaces timm's pre-norm Block; halves with LayerScale or active stochastic depth call their modules."""
 
     @staticmethod
     def describe(module):
@@ -178,12 +178,12 @@ class Block(Accelerated):
             remarks = Attention.describe(attention)[1]
             first = describe_pre_norm_attention(("norm1", norm1), [qkv], proj, *remarks)
         else:
-            remark = "its attention has hooks, a LayerScale or is not replaced, and is called as it is"
+            remark = "its attention has hooks, a LayerScale or is not replaced, and is called normally"
             first = describe_called(norm1, remark)
         if type(module.ls2) is nn.Identity and _is_known_mlp(mlp):
             second = describe_pre_norm_mlp(("norm2", norm2), ("mlp.fc1", mlp.fc1), mlp.act, ("mlp.fc2", mlp.fc2))
         else:
-            remark = "its MLP has hooks, dropout, a LayerScale or is not replaced, and is called as it is"
+            remark = "its MLP has hooks, dropout, a LayerScale or is not replaced, and is called normally"
             second = describe_called(norm2, remark)
         return joined(first, second)
 
@@ -217,16 +217,16 @@ class Block(Accelerated):
 
 
 class AttentionPool(Accelerated):
-    """timm's AttentionPoolLatent with one latent: SigLIP's MAP head."""
+    """Replaces timm's AttentionPoolLatent with one latent: SigLIP's MAP head."""
 
     @staticmethod
     def describe(module):
         if not _is_poolable(module):
-            return (), ("its layers are wrapped, hooked or of another form than SigLIP's",)
+            return (), ("its layers are wrapped, hooked or not of SigLIP's form",)
         if module.mlp is None:
             return ("attention_pool",), ()
         if not _is_known_mlp(module.mlp):
-            return ("attention_pool",), ("its MLP has hooks or dropout, and is called as it is",)
+            return ("attention_pool",), ("its MLP has hooks or dropout, and is called normally",)
         fc1, fc2 = ("mlp.fc1", module.mlp.fc1), ("mlp.fc2", module.mlp.fc2)
         mlp = describe_pre_norm_mlp(("norm", module.norm), fc1, module.mlp.act, fc2)
         return joined((("attention_pool",), ()), mlp)
@@ -264,13 +264,13 @@ def _is_poolable(pool: Any) -> bool:
 
 
 class PatchEmbed(Accelerated):
-    """timm's PatchEmbed; positions are added after it."""
+    """Replaces timm's PatchEmbed; timm adds the positions afterwards."""
 
     @staticmethod
     def describe(module):
         remarks = why_not_patches("proj", module.proj)
         if not (module.flatten and type(module.norm) is nn.Identity and not module.dynamic_img_pad):
-            remarks = [*remarks, "it has a norm, pads images or keeps their two dimensions"]
+            remarks = [*remarks, "it has a norm, pads images or does not flatten them"]
         return ((), tuple(remarks)) if remarks else (("patch_embed",), ())
 
     def forward(self: Any, x: Tensor) -> Tensor:

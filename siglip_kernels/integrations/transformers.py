@@ -1,11 +1,11 @@
-"""SigLIP in transformers, on our kernels.
+"""SigLIP in transformers, computed by the kernels.
 
     from siglip_kernels.integrations import transformers as siglip_transformers
 
-    report = siglip_transformers.accelerate(model)   # any model with a SigLIP or SigLIP 2 tower in it
+    report = siglip_transformers.accelerate(model)   # any model that contains a SigLIP or SigLIP 2 tower
     siglip_transformers.restore(model)
 
-or attention alone, in any model: `register()`, then `attn_implementation="siglip_triton"`.
+For attention alone, in any model: `register()`, then `attn_implementation="siglip_triton"`.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ _VERSIONS = ((4, 50), (6,))
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Replace, on this instance, what SigLIP and SigLIP 2 towers compute, wherever in the model they are.
+    """Compute the SigLIP and SigLIP 2 towers anywhere in this model instance with the kernels.
 
     Attention, MLP, LayerNorm, MAP head, patch embedding and the loss of SiglipModel(return_loss=True) call the kernels;
-    a language model beside the tower stays untouched. Parameters, `state_dict`, `save_pretrained`, hooks, gradient
-    checkpointing, PEFT before or after, torch.compile and DDP work as before; the results are those of before but for
-    rounding. What the kernels cannot compute (tensors that are not on a CUDA device, float64, dropout in training,
-    calls with output_attentions=True, masks that are no padding or hide a whole sample) is computed by transformers.
-    So a model may be accelerated on the CPU and moved afterwards. Calling it again changes nothing but the report,
-    which tells of the model as it is then. FSDP2 makes classes of its own: accelerate before `fully_shard`.
+    a language model beside the tower is not changed. Parameters, `state_dict`, `save_pretrained`, hooks, gradient
+    checkpointing, PEFT before or after, torch.compile and DDP work as before; results differ only by rounding.
+    transformers computes what the kernels cannot: tensors that are not on a CUDA device, float64, dropout in training,
+    calls with output_attentions=True, masks other than padding or that hide a whole sample. So a model may be
+    accelerated on the CPU and moved afterwards. A second call only returns a new report. FSDP2 makes its own
+    subclasses: accelerate before `fully_shard`.
 
-    Returns what was replaced and what was not, and why.
-    Raises MissingBackendError, and changes nothing, if this version of transformers is not one that the package knows
-    or Triton is not installed.
+    Returns a report of what was replaced and what was not, and why. `restore(model)` undoes it.
+    Raises MissingBackendError, and changes nothing, if this version of transformers is not supported or Triton is not
+    installed.
     """
     version = _require_version()
     towers = () if not isinstance(model, nn.Module) else tuple(_paths_of_towers(model))
@@ -70,7 +70,7 @@ def accelerate(model: nn.Module) -> Report:
             return LEFT[name]
         known = [full_name(base) for base in kind.__mro__ if full_name(base) in REPLACEMENTS]
         if known:
-            return f"{name} is a subclass of {known[0]} with code of its own"
+            return f"{name} is a subclass of {known[0]} with its own code"
         in_tower = any(path == tower or not tower or path.startswith(f"{tower}.") for tower in towers)
         return LayerNorm if in_tower and kind is nn.LayerNorm else None
 
@@ -92,11 +92,11 @@ def _require_version() -> str:
 
 
 def register() -> None:
-    """Make attn_implementation="siglip_triton" known to transformers, for every model that it lets choose attention.
+    """Register attn_implementation="siglip_triton" with transformers, for every model with selectable attention.
 
-    It computes bidirectional attention, with or without a mask of padding. Causal attention, sliding windows, soft
-    caps, sinks, biases, dropout and other masks are refused by name. A vision-language model takes it for its tower:
-    attn_implementation={"vision_config": "siglip_triton"}.
+    It computes bidirectional attention, with or without a padding mask. Causal attention, sliding windows, soft caps,
+    sinks, biases, dropout and other masks raise an error that names them. For the tower of a vision-language model
+    pass attn_implementation={"vision_config": "siglip_triton"}.
 
     Raises MissingBackendError for a version of transformers without the mask interface (before 4.53).
     """
@@ -110,7 +110,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, padding_mask)
 
 
-# What changes attention's result and is not supported, under the names by which transformers hands it over.
+# Unsupported arguments that change attention's result, under transformers' names.
 _UNSUPPORTED = (
     "sliding_window",
     "softcap",
@@ -143,8 +143,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query, key, value: (B, H, S, D). Returns (B, S, H, D), and no weights.
 
-    attention_mask: what `padding_mask` returned, or a mask that says which keys are valid (see `key_padding`).
-    Fewer heads of keys than of queries (grouped queries) are repeated.
+    attention_mask: what `padding_mask` returned, or a mask that marks valid keys (see `key_padding`).
+    With grouped queries, keys and values are repeated. Raises UnsupportedInputError for what the kernels lack.
     """
     kind = type(module).__name__
     if dropout:
@@ -158,7 +158,7 @@ def attention_forward(
         raise unsupported(NAME, "is_causal", f"is True in {kind}", _BIDIRECTIONAL)
     padding = read_key_padding(getattr(attention_mask, _READ, attention_mask), key.shape[0], key.shape[2])
     if not (padding is None or isinstance(padding, KeyPadding)):
-        got = f"of {kind} is no mask of padding ({_shown(attention_mask)})"
+        got = f"of {kind} is not a padding mask ({_shown(attention_mask)})"
         raise unsupported(NAME, "attention_mask", got, "(batch, keys), the same for all queries; use 'sdpa' or 'eager'")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -168,10 +168,10 @@ def attention_forward(
 
 
 _BIDIRECTIONAL = (
-    "bidirectional attention; for the tower of a vision-language model alone give "
+    "bidirectional attention; for the tower of a vision-language model alone pass "
     f'attn_implementation={{"vision_config": "{NAME}"}}'
 )
-_READ = "_siglip_key_padding"  # an attribute of the masks made by `padding_mask`: they are read once for all layers
+_READ = "_siglip_key_padding"  # attribute of the masks from `padding_mask`, which are read once for all layers
 
 
 def _shown(mask: Any) -> str:
@@ -186,9 +186,9 @@ def padding_mask(
     kv_offset: int = 0,
     **arguments: Any,
 ) -> Tensor | None:
-    """transformers' mask interface: bool (B, 1, 1, K), True where a key is valid, or None if all are.
+    """transformers' mask interface. Returns bool (B, 1, 1, K), True where a key is valid, or None if all are.
 
-    attention_mask: (B, K), not 0 where valid. Only bidirectional masks are made; others are refused by name.
+    attention_mask: (B, K), non-zero where valid. Raises UnsupportedInputError for masks that are not bidirectional.
     """
     if getattr(mask_function, "__name__", "") != "bidirectional_mask_function":
         raise unsupported(NAME, "mask_function", f"is {_name_of_mask(mask_function)}", _BIDIRECTIONAL)
@@ -210,7 +210,7 @@ def padding_mask(
 
 
 def _name_of_mask(function: Any) -> str:
-    """and_masks(sliding_window_bidirectional_overlay, bidirectional_mask_function), as transformers composes them."""
+    """Such as and_masks(sliding_window_bidirectional_overlay, bidirectional_mask_function), composed by transformers."""
     name = getattr(function, "__qualname__", type(function).__name__).split(".<locals>")[0]
     held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     parts = [_name_of_mask(part) for value in held if isinstance(value, tuple) for part in value if callable(part)]

@@ -1,7 +1,7 @@
 """Replacements for the modules of SigLIP towers in transformers, 4.50 to 5.
 
-They fit every class that is SigLIP's in shape and attributes, whatever its name: SigLIP, SigLIP 2, and the towers of
-Idefics 2, Idefics 3 and SmolVLM, which are copies.
+They fit all classes with the structure and attributes of SigLIP's: SigLIP, SigLIP 2, and the towers of Idefics 2,
+Idefics 3 and SmolVLM, which are copies.
 """
 
 import inspect
@@ -38,13 +38,15 @@ from siglip_kernels.integrations.patching import (
 
 
 class Attention(Accelerated):
-    """SiglipAttention: its linear layers, whatever they have become, around our attention."""
+    """Replaces SiglipAttention: calls its linear layers, wrapped or not, around siglip_kernels.attention."""
 
     @staticmethod
     def describe(module):
         refusal = why_not_head_dim(module.head_dim)
         if not _is_softmax_attention(module.config):
-            refusal.append(f"its attention is {module.config._attn_implementation!r}, which may compute another result")
+            refusal.append(
+                f"its attention is {module.config._attn_implementation!r}, which may not be softmax attention"
+            )
         if refusal:
             return (), tuple(refusal)
         if not module.dropout:
@@ -54,7 +56,7 @@ class Attention(Accelerated):
         )
 
     def attends(self: Any, x: Tensor, padding: Any, arguments: dict[str, Any]) -> bool:
-        """Whether our attention can compute this call; it has no weights of attention to return."""
+        """Whether siglip_kernels.attention can compute this call; it returns no attention weights."""
         return (
             runs(x)
             and is_served(padding)
@@ -87,12 +89,12 @@ _SOFTMAX_ATTENTIONS = {
 
 
 def _is_softmax_attention(config: Any) -> bool:
-    """Whether what the config asks for computes what ours does; what somebody registered of their own may not."""
+    """Whether the configured implementation is softmax attention; one that a user registered may not be."""
     return config._attn_implementation in _SOFTMAX_ATTENTIONS
 
 
 class MLP(Accelerated):
-    """SiglipMLP."""
+    """Replaces SiglipMLP."""
 
     @staticmethod
     def describe(module):
@@ -107,9 +109,9 @@ class MLP(Accelerated):
 
 
 class EncoderLayer(Accelerated):
-    """SiglipEncoderLayer: four operations, or its modules where somebody stands between."""
+    """Replaces SiglipEncoderLayer: four operations, or calls of modules that were replaced, wrapped or hooked."""
 
-    returns_tuple = False  # as transformers before 4.56 does
+    returns_tuple = False  # True for transformers before 4.56
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -126,16 +128,16 @@ class EncoderLayer(Accelerated):
             remarks = Attention.describe(attention)[1]
             first = describe_pre_norm_attention(("layer_norm1", norm1), projections, out, *remarks)
         else:
-            first = describe_called(norm1, "self_attn has hooks or is not replaced, and is called as it is")
+            first = describe_called(norm1, "self_attn has hooks or is not replaced, and is called normally")
         if _is_known_mlp(mlp):
             fc1, fc2 = ("mlp.fc1", mlp.fc1), ("mlp.fc2", mlp.fc2)
             second = describe_pre_norm_mlp(("layer_norm2", norm2), fc1, mlp.activation_fn, fc2)
         else:
-            second = describe_called(norm2, "mlp has hooks or is not replaced, and is called as it is")
+            second = describe_called(norm2, "mlp has hooks or is not replaced, and is called normally")
         return joined(first, second)
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, *arguments: Any, **named: Any):
-        if arguments:  # transformers before 4.56, which passes it by place when it checkpoints
+        if arguments:  # transformers before 4.56 passes it by position when it checkpoints
             named["output_attentions"] = arguments[0]
         if not runs(hidden_states) or named.get("output_attentions"):
             return super().forward(hidden_states, as_given(attention_mask), **named)
@@ -176,12 +178,12 @@ class EncoderLayer(Accelerated):
 
 
 def _is_known_mlp(module: nn.Module) -> bool:
-    """Whether a SiglipMLP's linear layers may be called in its stead; one with another activation was not replaced."""
+    """Whether a SiglipMLP may be computed from its layers. One with another activation was not replaced but qualifies."""
     return is_unhooked(module) and (is_replaced(module, MLP) or REPLACEMENTS.get(full_name(type(module))) is MLP)
 
 
 class Encoder(Accelerated):
-    """SiglipEncoder: reads the mask once for all layers."""
+    """Replaces SiglipEncoder: reads the mask once for all layers."""
 
     @staticmethod
     def describe(module):
@@ -198,15 +200,15 @@ def _takes_key_padding(layer: nn.Module) -> bool:
 
 
 class PoolingHead(Accelerated):
-    """SiglipMultiheadAttentionPoolingHead, and SigLIP 2's, which takes a mask."""
+    """Replaces SiglipMultiheadAttentionPoolingHead, and SigLIP 2's, which takes a mask."""
 
     @staticmethod
     def describe(module):
         if not is_fusable_attention(module.attention):
             kind = full_name(type(module.attention))
-            return (), (f"its attention, a {kind}, is wrapped, hooked or of another form than SigLIP's",)
+            return (), (f"its attention, a {kind}, is wrapped, hooked or not of SigLIP's form",)
         if not _is_known_mlp(module.mlp):
-            return ("attention_pool",), ("mlp has hooks or is not replaced, and is called as it is",)
+            return ("attention_pool",), ("mlp has hooks or is not replaced, and is called normally",)
         fc1, fc2 = ("mlp.fc1", module.mlp.fc1), ("mlp.fc2", module.mlp.fc2)
         mlp = describe_pre_norm_mlp(("layernorm", module.layernorm), fc1, module.mlp.activation_fn, fc2)
         return joined((("attention_pool",), ()), mlp)
@@ -241,7 +243,7 @@ class PoolingHead(Accelerated):
 
 
 class VisionEmbeddings(Accelerated):
-    """SiglipVisionEmbeddings."""
+    """Replaces SiglipVisionEmbeddings."""
 
     @staticmethod
     def describe(module):
@@ -257,7 +259,7 @@ class VisionEmbeddings(Accelerated):
         count = (height // convolution.kernel_size[0]) * (width // convolution.kernel_size[1])
         if not runs(pixels, convolution.weight) or not (interpolate_pos_encoding or count == self.num_positions):
             return super().forward(pixel_values, interpolate_pos_encoding)
-        if interpolate_pos_encoding:  # it asks the embeddings for their shape alone
+        if interpolate_pos_encoding:  # which reads only the shape of the embeddings
             shape_of_embeddings = convolution.bias.detach().expand(1, count, -1)
             position = self.interpolate_pos_encoding(shape_of_embeddings, height, width)
         else:
@@ -266,7 +268,7 @@ class VisionEmbeddings(Accelerated):
 
 
 class NaflexVisionEmbeddings(Accelerated):
-    """Siglip2VisionEmbeddings: patches come cut and padded, positions are resized for each image."""
+    """Replaces Siglip2VisionEmbeddings: the input is padded patches, and positions are resized per image."""
 
     @staticmethod
     def describe(module):
@@ -287,7 +289,7 @@ class NaflexVisionEmbeddings(Accelerated):
 
 
 class _TakesArguments(Accelerated):
-    """A whole model: its arguments have names, however they are given."""
+    """Base of the replacements of whole models, whose arguments may be passed by position or by name."""
 
     argument_names: tuple[str, ...] = ()
 
@@ -298,14 +300,15 @@ class _TakesArguments(Accelerated):
             cls.argument_names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
     def by_name(self, arguments: tuple, named: dict[str, Any]) -> dict[str, Any] | None:
-        """All arguments by name, or None if there are too many or one is given twice."""
+        """All arguments by name, or None if there are too many or one is passed twice."""
         placed = dict(zip(self.argument_names, arguments, strict=False))
         return {**named, **placed} if len(placed) == len(arguments) and not placed.keys() & named.keys() else None
 
 
 class MaskedTower(_TakesArguments):
-    """The towers that take a mask. Compiled, transformers would make it one for each query, which cannot be told from
-    other masks without reading it; made one for all queries here, it is served by lengths in the graph, too."""
+    """Replaces the towers that take a mask. Under torch.compile, transformers expands it to one row per query, which
+    cannot be distinguished from other masks without reading it. Here it keeps one row for all queries, which the graph
+    converts to lengths."""
 
     @staticmethod
     def describe(module):
@@ -323,7 +326,7 @@ class MaskedTower(_TakesArguments):
 
 
 class Model(_TakesArguments):
-    """SiglipModel and Siglip2Model: the loss, from embeddings instead of logits. Logits are returned all the same."""
+    """Replaces the loss of SiglipModel and Siglip2Model: from embeddings instead of logits, which are still returned."""
 
     @staticmethod
     def describe(module):
@@ -347,9 +350,8 @@ class Model(_TakesArguments):
             scale, bias = self.logit_scale.to(text.device).exp(), self.logit_bias.to(text.device)
             return siglip_kernels.sigmoid_loss(image, text, scale.reshape(()), bias.reshape(()))
         logits = output.logits_per_text
-        signs = 2 * torch.eye(len(logits), device=logits.device) - torch.ones_like(
-            logits
-        )  # transformers' way, errors too
+        # transformers' formula, which raises its error for unequal numbers of images and texts.
+        signs = 2 * torch.eye(len(logits), device=logits.device) - torch.ones_like(logits)
         return -nn.functional.logsigmoid(signs * logits).sum(-1).mean()
 
 
@@ -359,7 +361,7 @@ _WIDEST_LOSS = 2048
 def _tower(package: str, prefix: str, attention: str, mlp: str) -> dict[str, type[Accelerated]]:
     classes = {
         f"{attention}Attention": Attention,
-        f"{attention}SdpaAttention": Attention,  # these two in transformers before 4.51
+        f"{attention}SdpaAttention": Attention,  # this and the next in transformers before 4.51
         f"{attention}FlashAttention2": Attention,
         mlp: MLP,
         f"{prefix}EncoderLayer": EncoderLayer,
@@ -368,7 +370,7 @@ def _tower(package: str, prefix: str, attention: str, mlp: str) -> dict[str, typ
     return {f"transformers.models.{package}.modeling_{package}.{name}": kind for name, kind in classes.items()}
 
 
-# By name, so that no model's file is imported because another model is used.
+# By name, so that using one model does not import the files of the others.
 REPLACEMENTS: dict[str, type[Accelerated]] = {
     **_tower("siglip", "Siglip", "Siglip", "SiglipMLP"),
     **_tower("siglip2", "Siglip2", "Siglip2", "Siglip2MLP"),
@@ -386,7 +388,7 @@ REPLACEMENTS: dict[str, type[Accelerated]] = {
     "transformers.models.siglip2.modeling_siglip2.Siglip2Model": Model,
 }
 
-# Modules whose LayerNorms are SigLIP's, own or nested.
+# Modules whose LayerNorms, direct or nested, are replaced.
 TOWERS = frozenset(
     f"transformers.models.{package}.modeling_{package}.{name}"
     for package, names in {
@@ -401,7 +403,7 @@ TOWERS = frozenset(
 
 LEFT = {
     f"transformers.models.{package}.modeling_{package}.{name}VisionEmbeddings": (
-        "its positions differ from image to image; siglip_kernels.patch_embed adds the same to all"
+        "its positions differ per image; siglip_kernels.patch_embed adds the same positions to all"
     )
     for package, name in (("idefics2", "Idefics2"), ("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
 }

@@ -68,7 +68,7 @@ def test_on_the_cpu_the_model_computes_as_before_until_it_is_moved():
         "except RuntimeError as error: print(type(error).__name__, error)"
     )
     note, same, refusal = run(code)
-    assert "its parameters are on cpu, where it computes as before; the kernels take over" in note
+    assert "its parameters are on cpu, where the library computes; the kernels are used" in note
     assert same == "True True"
     assert refusal.startswith("MissingBackendError attention: q is on cpu")
 

@@ -139,7 +139,7 @@ def test_other_masks_are_refused():
     causal = torch.ones(8, 8).tril().bool().expand(3, 1, 8, 8)
     biases = torch.randn(3, 1, 1, 8)
     for mask in (causal, biases):
-        refused(model, inputs()["input_ids"], attention_mask=mask, match="is no mask of padding")
+        refused(model, inputs()["input_ids"], attention_mask=mask, match="is not a padding mask")
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 8), (4, 8), (3, 1, 8, 1), (3, 1, 1, 7)])
@@ -148,7 +148,7 @@ def test_masks_that_do_not_fit_are_refused(shape):
 
     q = torch.zeros(3, 2, 8, 8)
     module = siglip().vision_model.encoder.layers[0].self_attn
-    with pytest.raises(UnsupportedInputError, match="is no mask of padding"):
+    with pytest.raises(UnsupportedInputError, match="is not a padding mask"):
         attention_forward(module, q, q, q, torch.ones(shape, dtype=torch.bool))
 
 

@@ -78,7 +78,7 @@ def test_other_forms_of_its_pool(arguments):
     model.attn_pool = AttentionPoolLatent(16, num_heads=2, norm_layer=nn.LayerNorm, **arguments)
     report = check(model)
     assert [entry.reason for entry in report.left if entry.path == "attn_pool"] == [
-        "its layers are wrapped, hooked or of another form than SigLIP's"
+        "its layers are wrapped, hooked or not of SigLIP's form"
     ]
 
 
