@@ -210,7 +210,7 @@ def padding_mask(
 
 
 def _name_of_mask(function: Any) -> str:
-    """Such as and_masks(sliding_window_bidirectional_overlay, bidirectional_mask_function), composed by transformers."""
+    """With what transformers composed: and_masks(sliding_window_bidirectional_overlay, bidirectional_mask_function)."""
     name = getattr(function, "__qualname__", type(function).__name__).split(".<locals>")[0]
     held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     parts = [_name_of_mask(part) for value in held if isinstance(value, tuple) for part in value if callable(part)]

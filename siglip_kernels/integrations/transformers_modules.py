@@ -44,9 +44,8 @@ class Attention(Accelerated):
     def describe(module):
         refusal = why_not_head_dim(module.head_dim)
         if not _is_softmax_attention(module.config):
-            refusal.append(
-                f"its attention is {module.config._attn_implementation!r}, which may not be softmax attention"
-            )
+            implementation = module.config._attn_implementation
+            refusal.append(f"its attention is {implementation!r}, which may not be softmax attention")
         if refusal:
             return (), tuple(refusal)
         if not module.dropout:
@@ -178,7 +177,7 @@ class EncoderLayer(Accelerated):
 
 
 def _is_known_mlp(module: nn.Module) -> bool:
-    """Whether a SiglipMLP may be computed from its layers. One with another activation was not replaced but qualifies."""
+    """Whether a SiglipMLP may be computed from its layers, even if another activation kept it from being replaced."""
     return is_unhooked(module) and (is_replaced(module, MLP) or REPLACEMENTS.get(full_name(type(module))) is MLP)
 
 
@@ -326,7 +325,7 @@ class MaskedTower(_TakesArguments):
 
 
 class Model(_TakesArguments):
-    """Replaces the loss of SiglipModel and Siglip2Model: from embeddings instead of logits, which are still returned."""
+    """Replaces the loss of SiglipModel and Siglip2Model: from embeddings, not from the logits, which are returned."""
 
     @staticmethod
     def describe(module):
