@@ -1,4 +1,4 @@
-"""An accelerated model in the hands of torch.compile, DDP, PEFT, transformers' pipeline and Trainer."""
+"""An accelerated model under torch.compile, DDP, PEFT, transformers' pipeline and Trainer."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_text_with_padding_compiles_without_a_break(flipped):
 
 
 def test_padded_patches_compile():
-    """With the break that transformers has, too, where it reads the shapes."""
+    """With the graph break that transformers has where it reads the shapes."""
     model, arguments = siglip2().vision_model, naflex_inputs()
     del arguments["input_ids"]
     expected = model(**arguments).pooler_output
@@ -100,7 +100,7 @@ LORA = dict(r=4, target_modules=["q_proj", "v_proj", "fc1"], init_lora_weights=F
 
 @pytest.mark.parametrize("first", ["peft", "accelerate"])
 def test_lora(first):
-    """LoRA is part of the result, whichever came first, and is trained; merged, the layers are fused again."""
+    """LoRA changes the result and is trained, whether it came before or after; merged, the layers are fused again."""
     torch.manual_seed(0)
     model, pixels = siglip().vision_model, inputs()["pixel_values"]
     if first == "accelerate":
@@ -130,7 +130,7 @@ def test_lora(first):
 
 def test_quantised_and_parametrised_linears_are_called():
     class Int8Linear(nn.Linear):
-        """A weight of eight bits and a product of its own, as quantised layers have."""
+        """An 8-bit weight with its own product, as in quantised layers."""
 
         def __init__(self, linear):
             super().__init__(linear.in_features, linear.out_features)
@@ -179,7 +179,7 @@ def test_zero_shot_pipeline_on_the_shipped_checkpoint():
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Pictures and texts, with a column that the model does not take."""
+    """Images and texts, with a column that the model does not take."""
 
     def __init__(self):
         self.columns = inputs(batch=4)
@@ -192,7 +192,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def test_trainer(tmp_path):
-    """It asks the signature which columns to hand over, wraps, checkpoints and saves."""
+    """It reads the signature to choose columns, wraps, checkpoints and saves."""
     losses, models = [], []
     for accelerated in (False, True):
         model = siglip()

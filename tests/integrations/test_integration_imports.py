@@ -1,4 +1,4 @@
-"""Which library is imported when, and what happens where it, Triton or a GPU is missing: in fresh processes."""
+"""Which library is imported when, and what happens if it, Triton or a GPU is missing, in new processes."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def test_each_integration_imports_its_library_alone():
         "print(sorted({'timm', 'open_clip'} & set(sys.modules)), 'transformers' in sys.modules)\n"
         "from transformers import AttentionInterface; print('siglip_triton' in AttentionInterface())"
     )
-    assert run(code) == ["[] True", "False"]  # registered when it is asked for
+    assert run(code) == ["[] True", "False"]  # registered on demand
 
 
 def test_a_missing_library_is_named():

@@ -29,7 +29,7 @@ TEXT = dict(
     pool_type="last",
     norm_kwargs=dict(eps=1e-6),
 )
-# As in open_clip's files of these names, but for the sizes.
+# open_clip's configurations of these names, with smaller sizes.
 SO400M = dict(embed_dim=144, init_logit_bias=-10, vision_cfg=TOWER, text_cfg={**TEXT, "mlp_ratio": 3.7362})
 BASE = dict(embed_dim=144, init_logit_bias=-10, vision_cfg=TOWER, text_cfg=TEXT)
 SIGLIP2 = {**BASE, "text_cfg": {**TEXT, "act_kwargs": dict(approximate="tanh")}}
@@ -92,7 +92,7 @@ def test_bfloat16_beside_norms_in_float32():
 
 
 def test_autocast():
-    """open_clip's precision amp_bf16. Its LayerNorms give back the dtype that they were given."""
+    """open_clip's precision amp_bf16. Its LayerNorms return the dtype of their input."""
     model, everything = siglip(SIGLIP2, layers=1), contrastive()
 
     def call(model):
@@ -183,7 +183,7 @@ def test_the_training_script_takes_the_loss_and_gives_it_back():
 
 
 def test_the_training_script_with_both(monkeypatch, capsys):
-    """In a stand-in for open_clip_train.main, which asks for packages of its own: it has its names and its order."""
+    """With a stand-in for open_clip_train.main, which needs further packages: same names, same order."""
     seen = []
 
     def main(arguments):

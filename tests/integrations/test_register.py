@@ -1,4 +1,4 @@
-"""attn_implementation="siglip_triton" in transformers' models: served, or refused by name."""
+"""attn_implementation="siglip_triton" in transformers' models: computed, or an error that names the reason."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""accelerate and restore on transformers' own models: results, gradients, and everything that must not change."""
+"""accelerate and restore on transformers' models: results, gradients, and everything that must not change."""
 
 import contextlib
 import copy
@@ -68,7 +68,7 @@ def test_siglip2_with_padded_patches():
 
 
 def test_padded_patches_are_served_by_lengths(monkeypatch):
-    """Not by a mask: our attention and pooling see how many patches are valid."""
+    """Without a mask: attention and pooling of siglip_kernels receive the number of valid patches."""
     import siglip_kernels
 
     seen = []
@@ -107,7 +107,7 @@ def test_masks_of_padded_text(implementation):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_samples_that_are_nothing_but_padding(implementation):
-    """Eager attention and the head average their padding, sdpa gives zeros: as before, and the others beside them."""
+    """Eager attention and the head average their padding, sdpa gives zeros: as before, and so do the other samples."""
     model, arguments = siglip2(), naflex_inputs()
     model.set_attn_implementation(implementation)
     arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
@@ -206,7 +206,7 @@ def test_arguments_that_do_not_fit_are_the_errors_that_they_were():
 
 
 def test_attention_of_ones_own_is_called():
-    """What was registered under another name may compute anything."""
+    """An implementation that was registered under another name may compute anything."""
 
     def sharpened(module, query, key, value, mask, scaling, **arguments):
         out = nn.functional.scaled_dot_product_attention(query, key, value, scale=3 * scaling)
@@ -277,7 +277,7 @@ def test_saved_as_before(tmp_path):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
-    """The layer is computed again for the backward, by the kernels, and the gradients are those without it."""
+    """The kernels recompute the layer for the backward, and the gradients are those without checkpointing."""
     model, call = siglip().vision_model.train(), pooled(inputs()["pixel_values"])
     if reentrant:  # which needs an input with a gradient
         model.embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
@@ -291,7 +291,7 @@ def test_gradient_checkpointing(reentrant):
 
 
 def test_hooks_see_what_they_saw():
-    """On every module inside a layer: called once a forward, with transformers' values, and able to change them."""
+    """On every module inside a layer: called once per forward, with transformers' values, and able to change them."""
     model, pixels = siglip().vision_model, inputs()["pixel_values"]
     layer = model.encoder.layers[0]
     names = ("layer_norm1", "self_attn", "self_attn.q_proj", "self_attn.out_proj", "layer_norm2", "mlp", "mlp.fc1")
@@ -330,7 +330,7 @@ def test_hooks_on_all_modules_see_what_they_saw(kind):
 
 
 def test_restored_below_what_keeps_a_modules_forward():
-    """As accelerate's hooks do, which call the forward that they found and give it back."""
+    """accelerate's hooks call the forward that they found and set it again."""
     model, call = siglip().vision_model, pooled(inputs()["pixel_values"])
     before = run(model, call)
     accelerate(model)

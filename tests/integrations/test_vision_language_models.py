@@ -1,4 +1,4 @@
-"""SigLIP as the eye of a vision-language model: its tower is found, the language model is not touched."""
+"""SigLIP in vision-language models: the tower is replaced, the language model is not changed."""
 
 import pytest
 import torch

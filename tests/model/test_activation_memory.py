@@ -1,4 +1,4 @@
-"""What a layer of so400m keeps for its backward, in bytes: counted as autograd saves it, each storage once, no weights.
+"""What one layer of so400m keeps for its backward, in bytes: each storage that autograd saves, once, without weights.
 
 Fake tensors (shapes without values) go through the same autograd as real ones; at a length that the CPU can compute the
 two counts are compared.
@@ -40,7 +40,7 @@ def saved_bytes(backend: str, tokens: int, *, batch: int = 1, dtype: torch.dtype
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage  # held, so that its address stays its own
+            storages[storage._cdata] = storage  # kept alive, so that its address is not reused
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -64,7 +64,7 @@ def tensors_hidden_in_graph(out: Tensor) -> list[Tensor]:
 
 
 def test_three_quarters_of_sdpa_and_a_small_part_of_eager() -> None:
-    """729 tokens, bf16: triton keeps 11.3k elements a token, sdpa 17.9k, eager 52.8k."""
+    """729 tokens, bf16: triton keeps 11.3k elements per token, sdpa 17.9k, eager 52.8k."""
     kept = {backend: saved_bytes(backend, 729, fake=True) for backend in ("eager", "sdpa", "triton")}
     assert kept["triton"] <= 0.64 * kept["sdpa"]
     assert kept["triton"] <= 0.22 * kept["eager"]

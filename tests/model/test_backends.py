@@ -1,4 +1,4 @@
-"""Choosing who computes: names, aliases, what is missing said plainly, and never a silent fallback."""
+"""Choosing a backend: names, aliases, errors that say what is missing, and no silent fallback."""
 
 import copy
 import pickle
@@ -124,7 +124,7 @@ def test_flash_attention_refuses_cpu_tensors_and_fp32() -> None:
 
 
 class FakeCuda:
-    """A tensor that says it is on a GPU: enough to see the next check speak."""
+    """A tensor that claims to be on a GPU: enough to reach the next check."""
 
     is_cuda = True
 

@@ -1,5 +1,5 @@
-"""CUDA graphs of the model. Without a GPU a recorder that runs the function again stands in for the graph: what is
-copied, checked, cloned and refused around it is the same."""
+"""CUDA graphs of the model. Without a GPU, a recorder that reruns the function replaces the graph: copies, checks,
+clones and errors around it are the same."""
 
 import contextlib
 from collections.abc import Callable
@@ -24,7 +24,7 @@ CONFIG = siglip_model.SiglipConfig(
 
 
 class RerunRecorder:
-    """As a graph: results have fixed addresses, and a replay reads the inputs where they were and overwrites them."""
+    """Like a graph: results have fixed addresses; a replay reads the same inputs and overwrites the results."""
 
     def __init__(self) -> None:
         self.replays = 0
@@ -82,7 +82,7 @@ def test_the_same_results_as_the_model(backend: str) -> None:
             assert worst_difference(fast(texts, images), original(texts, images)) < TOLERANCE
             assert worst_difference(fast.get_image_features(images), original.get_image_features(images)) < TOLERANCE
             assert worst_difference(fast.get_text_features(texts), original.get_text_features(texts)) < TOLERANCE
-    output = fast(input_ids=ids(3), pixel_values=pixels(2))  # as a processor's batch is given
+    output = fast(input_ids=ids(3), pixel_values=pixels(2))  # as a processor returns them
     assert isinstance(output, siglip_model.model.SiglipOutput)
     assert not output.logits_per_image.requires_grad
 
@@ -139,7 +139,7 @@ def test_masks(backend: str) -> None:
     masks = torch.ones(2, 2, 16, dtype=torch.long, device=DEVICE)
     masks[0, 1, 5:] = 0
     masks[1, 0, 11:] = 0
-    for mask in (*masks, None, masks[0].bool()):  # a mask is forgotten after its call
+    for mask in (*masks, None, masks[0].bool()):  # a mask must not affect the next call
         with torch.no_grad():
             expected = original(ids(2), pixels(2), mask)
         assert worst_difference(fast(ids(2), pixels(2), mask), expected) < TOLERANCE
@@ -184,7 +184,7 @@ def test_what_does_not_fit_the_graph_is_named(call: Callable[[Any], Any], messag
     before = fast(ids(), pixels())
     with pytest.raises(ValueError, match=message):
         call(fast)
-    assert worst_difference(fast(ids(), pixels()), before) == 0  # and the graph is none the worse
+    assert worst_difference(fast(ids(), pixels()), before) == 0  # and the graph still works
 
 
 def test_weights_may_change_in_place() -> None:
@@ -261,7 +261,7 @@ def test_training_mode_is_refused() -> None:
 
 
 def test_each_capture_has_a_stream_of_its_own_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.cuda's own default serves the process's first device, and shares cuBLAS's workspace between graphs."""
+    """torch.cuda's default stream is of the process's first device, and shares cuBLAS's workspace between graphs."""
     captured_on = []
 
     class Stream:
@@ -299,7 +299,7 @@ def test_a_graph_outlives_another() -> None:
     fast = original.capture()
     expected = fast(ids(), pixels()).logits_per_image
     for _ in range(3):
-        fast = original.capture()  # the one before ends when this is there
+        fast = original.capture()  # which destroys the previous one
         torch.cuda.empty_cache()
         torch.testing.assert_close(fast(ids(), pixels()).logits_per_image, expected)
 

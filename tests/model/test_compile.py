@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) over the whole model: no break, same results and gradients, to train and to infer."""
+"""torch.compile(fullgraph=True) of the whole model: no graph break, same results and gradients."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ def test_batches_of_any_size_from_one_compilation() -> None:
     compiled = torch.compile(original, fullgraph=True, backend=compiler, dynamic=True)
     compilations = []
     with torch.no_grad():
-        for size in (4, 2, 5):  # not the number of channels: equal sizes are taken for one
+        for size in (4, 2, 5):  # not 3, the number of channels: equal sizes share a symbol
             pixels = batch(size)["pixel_values"]
             assert worst_difference(compiled(pixels), original(pixels)) < 1e-5
             compilations.append(compiler.frame_count)
@@ -102,7 +102,7 @@ def test_classification_and_checkpointing() -> None:
 
 
 def test_the_default_compiler() -> None:
-    """Inductor, with the code that it generates: once, for inference, since its C++ takes long to compile."""
+    """Inductor with its generated code: once, for inference, since its C++ takes long to compile."""
     layer = model("sdpa").vision_model.encoder.layers[0]
     x = torch.randn(2, 9, 64, device=DEVICE)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Configurations against transformers': the same fields, defaults and files."""
+"""Configurations have the fields, defaults and files of transformers'."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Fresh weights are drawn as transformers draws them: the same spread for every tensor."""
+"""New weights have the distribution of transformers': the same standard deviation for every tensor."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_shapes(name: str) -> None:
-    """Names and shapes of every tensor of two published checkpoints, without their memory."""
+    """Names and shapes of all tensors of two published checkpoints, on the meta device."""
     text, vision, parameters = PUBLISHED[name]
     with torch.device("meta"):
         ours = siglip_model.SiglipModel(siglip_model.SiglipConfig(text_config=text, vision_config=vision))

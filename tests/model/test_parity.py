@@ -1,4 +1,4 @@
-"""The model against transformers: every output field, every gradient, in fp32, at most 1e-5 apart."""
+"""The model against transformers: every output field and every gradient, in fp32, within 1e-5."""
 
 from pathlib import Path
 
@@ -163,7 +163,7 @@ def test_classification(problem: str, given: bool) -> None:
         output.loss.backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        if expected[name].grad is None:  # the pooling head takes no part
+        if expected[name].grad is None:  # the pooling head is not used
             assert parameter.grad is None, name
         else:
             bound = TOLERANCE * max(1.0, expected[name].grad.abs().max().item())
@@ -301,7 +301,7 @@ def test_bf16_loss_is_fp32_as_there() -> None:
     torch.testing.assert_close(loss, theirs(**inputs, return_loss=True).loss, rtol=2e-2, atol=0)
 
 
-# A parity test is worth something only if it fails when the model is wrong ------------------------------------------
+# The parity tests must fail when the model is wrong ------------------------------------------------------------------
 
 
 def wrong_gelu(monkeypatch: pytest.MonkeyPatch, model: siglip_model.SiglipModel) -> None:

@@ -1,4 +1,4 @@
-"""The whole model with our kernels, on the GPU or in Triton's interpreter: what `eager` does, and as exactly."""
+"""The whole model with the Triton kernels, on a GPU or in the interpreter: the results of `eager`, as accurate."""
 
 import logging
 from dataclasses import fields
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreting(), reason="
 
 
 def model(backend: str, kind: str = "SiglipModel", *, text: dict | None = None, vision: dict | None = None) -> Any:
-    """A tiny one with the same random weights whatever the backend. text, vision: changes of the configuration."""
+    """A tiny model with the same random weights under every backend. text, vision: changes of the configuration."""
     torch.manual_seed(0)
     config = siglip_model.SiglipConfig(
         text_config={**TINY_TEXT, **ONE_LAYER, **(text or {})},
@@ -247,7 +247,7 @@ def test_gradient_of_the_pixels() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    """Results have the dtypes that eager's have, and are as near to fp32's."""
+    """Results have the dtypes of eager's, and are as close to fp32's."""
     found = {}
     for backend in ("eager", "triton"):
         ours = model(backend)
@@ -301,7 +301,7 @@ def test_the_backend_changes_at_any_time() -> None:
 
 
 def test_every_operation_is_ours() -> None:
-    """A kernel stands behind each; none is PyTorch's by an oversight."""
+    """Each operation is a kernel; none is PyTorch's by mistake."""
     for field in fields(backends.TRITON):
         if field.type == "Operation":
             assert getattr(backends.TRITON, field.name) is not getattr(backends.EAGER, field.name)
@@ -309,7 +309,7 @@ def test_every_operation_is_ours() -> None:
 
 
 def test_images_of_one_patch() -> None:
-    """transformers adds all positions to it; so does everyone here."""
+    """transformers adds all positions to it, and so does every backend."""
     pixels = batch(image_size=16)["pixel_values"]
     with torch.no_grad():
         outputs = [model(backend).get_image_features(pixels) for backend in ("triton", "eager")]

@@ -1,4 +1,4 @@
-"""Who wraps, replaces or hooks a module is called, under every backend; elsewhere a layer is four operations."""
+"""Wrapped, replaced or hooked modules are called under every backend; otherwise a layer is four operations."""
 
 import copy
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def replace_module(model: Any, name: str, make: Callable[[Any], nn.Module]) -> N
 
 
 class Counted(nn.Module):
-    """Somebody's wrapper. It passes on what it gets."""
+    """A wrapper that passes on its arguments."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -149,7 +149,7 @@ def test_a_wrapper_around_any_module(name: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_plain_torch_modules_take_the_places(backend: str) -> None:
-    """nn.Linear knows no residual; some libraries put their own class of its signature there."""
+    """nn.Linear takes no residual; some libraries put a class with its signature there."""
 
     def plain(module: nn.Linear) -> nn.Linear:
         new = nn.Linear(module.in_features, module.out_features, device=DEVICE)
@@ -184,7 +184,7 @@ def test_parametrized_and_pruned_weights_count(backend: str) -> None:
 def test_a_forward_set_on_the_instance_is_called() -> None:
     changed = model()
     norm = changed.vision_model.encoder.layers[0].layer_norm2
-    norm.forward = lambda x: torch.zeros_like(x)  # as accelerate does to move weights in
+    norm.forward = lambda x: torch.zeros_like(x)  # as accelerate does to load weights on demand
     expected = model()
     expected.load_state_dict(changed.state_dict())
     for parameter in expected.vision_model.encoder.layers[0].layer_norm2.parameters():
@@ -202,7 +202,7 @@ def test_missing_biases() -> None:
 
 
 class Quantised(Tensor):
-    """A weight that wraps others and brings its product, as torchao's do."""
+    """A weight that wraps another tensor and overrides F.linear, as torchao's do."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Quantised":
@@ -250,13 +250,14 @@ def test_lora_of_peft(backend: str) -> None:
     assert (out - expected).abs().max() > 1e-3
     out.sum().backward()
     assert all(p.grad is not None for n, p in tuned.named_parameters() if "lora_" in n and "fc" in n)
-    close(run(tuned.merge_and_unload()), out)  # merged, the weights are ours again, and their product the same
+    close(run(tuned.merge_and_unload()), out)  # merged, the layers are fused again, with the same result
 
 
 def test_hooks_see_what_they_see_in_transformers() -> None:
     theirs = transformers_model({**TINY_TEXT, **ONE_LAYER}, {**TINY_VISION, **ONE_LAYER}).to(DEVICE)
     ours = our_model(theirs, "sdpa").to(DEVICE)
-    visible = [name for name in MODULES if name != "vision_model.head.attention.out_proj"]  # nn's attention hides it
+    hidden = "vision_model.head.attention.out_proj"  # nn.MultiheadAttention takes its parameters
+    visible = [name for name in MODULES if name != hidden]
     seen: list[dict[str, Tensor]] = []
     for each in (theirs, ours):
         outputs: dict[str, Tensor] = {}
@@ -289,7 +290,7 @@ def test_a_wrapped_tower_of_a_classifier_is_called() -> None:
 
 
 def counting(ops: backends.Backend, calls: list[str]) -> backends.Backend:
-    """The backend, with its calls written down."""
+    """The backend, with its calls recorded."""
 
     def counted(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -330,7 +331,7 @@ def test_a_layer_is_four_operations() -> None:
 
 
 def test_the_names_of_transformers() -> None:
-    """What libraries look for by name, they find."""
+    """Libraries that look modules up by name find them."""
     theirs = transformers.SiglipModel(
         transformers.SiglipConfig(text_config={**TINY_TEXT, **ONE_LAYER}, vision_config={**TINY_VISION, **ONE_LAYER})
     )

@@ -1,4 +1,4 @@
-"""transformers' models with random weights, and ours holding the same ones."""
+"""transformers' models with random weights, and models of siglip_model with the same weights."""
 
 import torch
 import torchvision_operators  # noqa: F401  processes that a test starts import no conftest.py
@@ -32,14 +32,14 @@ SO400M_LIKE = (
         intermediate_size=4304,
         num_hidden_layers=2,
         num_attention_heads=16,
-        image_size=72,  # five patches of 14 and two pixels over, as 384 has six over
+        image_size=72,  # five patches of 14 and two remaining pixels, as 384 leaves six
         patch_size=14,
     ),
 )
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter away from its initial value, so that none can be ignored; tokens small, so that eps matters."""
+    """Moves every parameter from its initial value, so that none can be ignored; small tokens make eps matter."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

@@ -18,7 +18,7 @@ WORDS = [
 
 
 def save_tiny_checkpoint(folder: Path, *, seed: int = 0, text_positions: int = 64, logit_scale: float = 2.0) -> Path:
-    """Writes the checkpoint to `folder` and returns it. Scores are spread over (0, 1), not crowded at one end."""
+    """Writes the checkpoint to `folder` and returns it. Its scores are spread over (0, 1)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(_sentencepiece_model())
     tokenizer = transformers.SiglipTokenizer(str(folder / "spiece.model"), model_input_names=["input_ids"])
@@ -32,9 +32,7 @@ def save_tiny_checkpoint(folder: Path, *, seed: int = 0, text_positions: int = 6
     model = transformers.SiglipModel(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if (
-                "head" not in name and parameter.dim() > 1
-            ):  # livelier than a fresh initialisation, so that inputs matter
+            if "head" not in name and parameter.dim() > 1:  # larger than initial weights, so that inputs matter
                 parameter.mul_(10.0 if "token" in name else 3.0)
         model.logit_scale.fill_(logit_scale)
         model.logit_bias.fill_(-0.5)
@@ -69,6 +67,6 @@ def shared_tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def random_image(seed: int, size: tuple[int, int] = (48, 40), mode: str = "RGB") -> Image.Image:
-    """A smooth random picture: coarse noise enlarged, so that JPEG and resizing leave it recognisable."""
+    """A smooth random image: enlarged coarse noise, so that JPEG and resizing keep its content."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)

@@ -1,4 +1,4 @@
-"""SigLIP models of transformers, as small as a test of their mechanics needs, with the head dims that matter else."""
+"""SigLIP models of transformers, as small as tests of their mechanics allow, with selectable head dims."""
 
 import torch
 from budget import randomise
@@ -39,7 +39,7 @@ def inputs(batch=3, side=32, tokens=8):
 
 
 def naflex_inputs(shapes=((4, 4), (2, 3), (3, 5)), patches=16, tokens=8):
-    """Images of these heights and widths in patches, padded, with a mask of the padding."""
+    """Padded images of these heights and widths in patches, with a padding mask."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.tensor([height * width for height, width in shapes])
     return dict(

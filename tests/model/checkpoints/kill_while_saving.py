@@ -1,4 +1,4 @@
-"""Saves one checkpoint over another in children that are killed, each at a later moment; prints what each kill left.
+"""Saves one checkpoint over another in children that are killed, each later than the last; prints what each kill left.
 
 Run as: python kill_while_saving.py FOLDER OLD_TENSORS OLD_SHARD_SIZE NEW_TENSORS NEW_SHARD_SIZE SAME_CONFIG ...
 with the last five repeated for each case.
@@ -28,7 +28,7 @@ def tensors(count, value):
 
 
 def save_and_die(folder, checkpoint, shard_size, moment, report):
-    """Save, and be killed at the given moment, having reported it; exit with 0 if the save is over before it comes."""
+    """Save, and be killed at the given moment after reporting it; exit with 0 if the save ends earlier."""
     left = moment
     saving = True
     save_file = safetensors.torch.save_file
@@ -100,7 +100,7 @@ def kill_at_every_moment(base, old_count, old_size, new_count, new_size, same_co
             result = {"event": report.read(), "killed": os.WIFSIGNALED(status), "found": found(folder, checkpoints)}
         if not result["killed"] and status != 0:
             raise RuntimeError(f"the save failed in the child: status {status}")
-        # A loader that knows nothing of the protocol: config.json and model.safetensors where they are.
+        # A loader that does not know the protocol: config.json and model.safetensors where they are.
         if same_config and (folder / "model.safetensors").is_file():
             weights = safetensors.torch.load_file(folder / "model.safetensors")
             result["plain"] = "old" if weights["tensor.0"][0, 0] == 1 else "new"

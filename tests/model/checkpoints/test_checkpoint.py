@@ -44,7 +44,7 @@ def test_tower(name, layout, saved, oracle, tmp_path):
     folder = tmp_path / "tower"
     if layout == "whole":
         folder = saved
-    elif layout == "saved again":  # transformers 5 writes the prefix back that it took off
+    elif layout == "saved again":  # transformers 5 restores the prefix that it removed
         getattr(transformers, name).from_pretrained(saved).save_pretrained(folder)
     else:
         tower.save_pretrained(folder)
@@ -208,7 +208,7 @@ def test_values_that_the_dtype_cannot_hold(checkpoint):
 
 # ---- memory ----
 
-# Prints how much each load adds to the peak. The smaller comes first, for a peak never falls.
+# Prints how much each load adds to the peak. The smaller one is first, since a peak never falls.
 _MEASURE = """
 import re, sys
 import safetensors, torch

@@ -1,4 +1,4 @@
-"""Saving: the files that transformers writes, all or nothing, whenever the saving process dies."""
+"""Saving writes the files that transformers writes, all or nothing, whenever the process dies."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_shared_strided_and_empty_tensors(tmp_path):
 
 
 def test_saving_what_was_loaded_from_there(tmp_path):
-    """The loaded tensors are mappings of the very files that are replaced."""
+    """The loaded tensors are memory mappings of the files that are replaced."""
     tensors = {f"tensor.{index}": torch.randn(100, 100) for index in range(5)}
     save_checkpoint(tmp_path, tensors, CONFIG)
     for size in ("100KB", "50KB", WHOLE, WHOLE, "50KB"):
@@ -147,7 +147,7 @@ def test_failing_disk_changes_nothing(tmp_path, monkeypatch, function):
 
 
 def test_all_is_on_the_disk_before_the_commit(tmp_path, monkeypatch):
-    """A machine that loses power must not find the commit without the files."""
+    """After a power loss the commit must not exist without its files."""
     synced, committed = set(), []
     fsync, rename = os.fsync, os.rename
 
@@ -166,7 +166,7 @@ def test_all_is_on_the_disk_before_the_commit(tmp_path, monkeypatch):
     assert tmp_path.stat().st_ino in synced
 
 
-# Tensors and bytes a shard of the old checkpoint and of the new one; whether config.json is the same.
+# Tensors and bytes per shard of the old checkpoint and of the new one; whether config.json is the same.
 TRANSITIONS = {
     "the next step of a training": (3, WHOLE, 3, WHOLE, 1),
     "another model": (3, WHOLE, 4, WHOLE, 0),
@@ -179,7 +179,7 @@ TRANSITIONS = {
 
 @pytest.fixture(scope="module")
 def kills(tmp_path_factory):
-    """What every kill left, by transition. One process forks all, since importing torch is what takes time."""
+    """What every kill left, by transition. One process forks all children, since importing torch takes long."""
     script = Path(__file__).with_name("kill_while_saving.py")
     numbers = [str(number) for transition in TRANSITIONS.values() for number in transition]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Finding a checkpoint's files in directories and in huggingface_hub's cache, and what is said when they are absent."""
+"""Finding a checkpoint's files in directories and in huggingface_hub's cache, and the errors if they are missing."""
 
 import os
 from pathlib import Path
@@ -152,7 +152,7 @@ def test_failed_connection_is_not_tried_again_for_each_file(cache, monkeypatch):
 
 def _fail_with(monkeypatch, error):
     def download(*args, **kwargs):
-        raise error.__new__(error)  # the hub's own errors want an HTTP response, which no test needs
+        raise error.__new__(error)  # huggingface_hub's errors require an HTTP response
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
 

@@ -1,4 +1,4 @@
-"""`ignore_mismatched_sizes=True`: weights of other shapes are drawn anew as for a fresh model, and nothing else is."""
+"""`ignore_mismatched_sizes=True` initialises exactly the tensors whose shape differs, as in a new model."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def changed_config(name: str, change: dict) -> siglip_model.SiglipConfig:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_only_other_shapes_are_drawn_anew(name: str, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_other_shapes_are_initialised_again(name: str, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     change, expected_new = MODELS[name]
     path = checkpoint / ("classifier" if "Classification" in name else "whole")
     kind, config = getattr(siglip_model, name), changed_config(name, change)
@@ -59,7 +59,7 @@ def test_only_other_shapes_are_drawn_anew(name: str, checkpoint: Path, caplog: p
     prefix = {"SiglipTextModel": "text_model.", "SiglipVisionModel": "vision_model."}.get(name, "")
     stored = load_state_dict(path)
     new = {key for key, value in model.state_dict().items() if not torch.equal(value, stored[prefix + key])}
-    # What the checkpoint held too is not drawn: new are the named ones alone.
+    # What the checkpoint holds is loaded: only the named tensors are new.
     assert new == expected_new
     for key in expected_new:
         assert prefix + key in caplog.text
@@ -83,7 +83,7 @@ def test_a_classifier_for_other_labels_as_in_transformers(checkpoint: Path) -> N
 
 
 def test_every_weight_has_an_initialisation(checkpoint: Path) -> None:
-    """Even a model of another width: nothing is left as it lay in memory, and LayerNorms are 1 and 0."""
+    """Even for a model of another width no memory stays uninitialised, and LayerNorms are 1 and 0."""
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = siglip_model.SiglipConfig(
         text_config={**TINY_TEXT, **tower}, vision_config={**TINY_VISION, **tower, "image_size": 32}

@@ -36,7 +36,7 @@ def test_unexpected_tensor(checkpoint):
     rewrite(checkpoint, lambda tensors: tensors.update({"vision_model.extra": torch.ones(3, 4)}))
     fails(checkpoint, checkpoint / "model.safetensors", "unexpected: vision_model.extra (3, 4)")
     fails(checkpoint, "unexpected: vision_model.extra (3, 4)", name="SiglipVisionModel")
-    siglip_model.SiglipTextModel.from_pretrained(checkpoint)  # the other tower is not its business
+    siglip_model.SiglipTextModel.from_pretrained(checkpoint)  # the text tower ignores the other tower's tensors
 
 
 def test_unexpected_tensor_beside_the_towers(checkpoint):

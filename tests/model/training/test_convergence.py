@@ -18,12 +18,12 @@ pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreting(), reason="
 
 
 def trained(backend: str) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and final weights: AdamW on colours, each with a word of its own, noise anew in each step."""
+    """Losses and final weights: AdamW on colours, each with its own token, with new noise in each step."""
     torch.manual_seed(0)
     model = siglip_model.SiglipModel(siglip_model.SiglipConfig(text_config=TEXT, vision_config=VISION), backend=backend)
     initialise_logits(model)
     model.to(DEVICE).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4)  # noise in gradients of 0 moves nothing
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4)  # rounding in gradients of 0 moves no weight
     generator = torch.Generator().manual_seed(1)
     colours = torch.rand(12, 3, 1, 1, generator=generator) * 2 - 1
     losses = []

@@ -70,7 +70,7 @@ def one_of_two(rank: int, folder: str) -> None:
     def save(name: str, model: torch.nn.Module, losses: list[float]) -> None:
         weights = whole(model)
         shared = torch.tensor(losses)
-        dist.all_reduce(shared)  # a process's loss is of its own images; their mean is the loss of the batch
+        dist.all_reduce(shared)  # a rank's loss is of its own images; the mean is the loss of the batch
         losses = (shared / 2).tolist()
         if rank == 0:
             torch.save({"weights": weights, "losses": losses}, f"{folder}/{name}.pt")
@@ -85,7 +85,7 @@ def one_of_two(rank: int, folder: str) -> None:
         tower.gradient_checkpointing_enable()
     save("fsdp, checkpointed", model, train(sharded(model.train(), (EncoderLayer,)), half))
 
-    model = fresh()  # parts of a layer as shards of their own: an operation must not reach past their hooks
+    model = fresh()  # parts of a layer are sharded alone: an operation must not bypass their hooks
     model.use_global_loss()
     save("fsdp of parts", model, train(sharded(model, (Linear, Attention, torch.nn.MultiheadAttention)), half))
 
@@ -116,7 +116,7 @@ def test_two_processes_train_as_one(name: str, together: Path, alone: tuple[dict
     found = torch.load(together / f"{name}.pt", weights_only=True)
     assert found["weights"].keys() == weights.keys()
     before = fresh().state_dict()
-    assert max((weights[key] - before[key]).abs().max().item() for key in weights) > 1e-3  # it learnt something
+    assert max((weights[key] - before[key]).abs().max().item() for key in weights) > 1e-3  # it learned
     for key, expected in weights.items():
         torch.testing.assert_close(found["weights"][key], expected, rtol=0, atol=2e-6, msg=key)
     assert found["losses"] == pytest.approx(losses, rel=1e-5)

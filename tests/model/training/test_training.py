@@ -1,4 +1,4 @@
-"""Training: it learns, its schedule is what it says, and an interrupted run ends where an uninterrupted one does."""
+"""Training learns, follows its schedule, and ends an interrupted run where an uninterrupted one ends."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def tiny_model(seed: int = 0, **vision: object) -> SiglipModel:
 
 
 def coloured_squares(number: int, generator: torch.Generator) -> Batch:
-    """Twelve colours, each with a token of its own, in two noisy views; six of them a batch."""
+    """Six of twelve colours, each with its own token, in two noisy views."""
     chosen = torch.randperm(len(COLOURS), generator=generator)[:6]
     input_ids = torch.ones(6, 4, dtype=torch.int64)
     input_ids[:, 0] = chosen + 3
