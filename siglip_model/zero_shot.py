@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from siglip_model.devices import resolve_device
-from siglip_model.images.batches import _batches, _value_or_raise, read_ahead
+from siglip_model.images.batches import Failure, read_batches
 from siglip_model.images.files import load_image
 from siglip_model.outputs import pooled, unit_length
+from siglip_model.text.prompts import TEMPLATE, fill_template
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
 
 TASK = "zero-shot-image-classification"
-TEMPLATE = "This is a photo of {}."
 LABEL_TOKENS = 64  # SigLIP was trained on texts padded to this length
 LABELS_AT_ONCE = 128  # bounds the memory of the text tower, whatever the number of labels
 
@@ -121,11 +121,12 @@ class ZeroShotImageClassificationPipeline:
         wait = self.timeout if timeout is None else timeout
 
         def results(items: Iterable[Any]) -> Iterator[list[Prediction]]:
-            with closing(
-                read_ahead(items, lambda item: self.prepare(item, wait), workers=workers, window=2 * size)
-            ) as prepared:
-                for batch in _batches((_value_or_raise(pixels, error) for _, pixels, error in prepared), size):
-                    for row in self.score(torch.cat(batch), label_embeds).tolist():
+            batches = read_batches(items, lambda item: self.prepare(item, wait), batch_size=size, workers=workers)
+            with closing(batches):
+                for batch in batches:
+                    if isinstance(batch, Failure):
+                        raise batch.error
+                    for row in self.score(torch.cat(batch.values), label_embeds).tolist():
                         yield rank(row, labels)
 
         if isinstance(source, (list, tuple)):
@@ -328,19 +329,6 @@ def _checked_labels(candidate_labels: Any) -> list[Any]:
     if not labels:
         raise ValueError("candidate_labels is empty; supported: a list of one or more labels")
     return labels
-
-
-def fill_template(labels: Sequence[Any], template: str) -> list[str]:
-    try:
-        sentences = [template.format(label) for label in labels]
-        if template.format("\0one") == template.format("\0two"):
-            raise ValueError("it has no {} for the label")
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"hypothesis_template is {template!r} ({error}); supported: a text with {{}} where the label goes, and"
-            " {{ and }} for braces that stay"
-        ) from error
-    return sentences
 
 
 def _count(name: str, value: Any, at_least: int) -> int:

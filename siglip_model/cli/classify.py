@@ -14,7 +14,6 @@ from typer.core import TyperCommand
 
 from siglip_model.cli import terminal
 from siglip_model.cli.options import (
-    TEMPLATE,
     BackendOption,
     BatchSizeOption,
     DeviceOption,
@@ -22,17 +21,19 @@ from siglip_model.cli.options import (
     JsonOption,
     ModelOption,
     TemplateOption,
-    count_images,
     errors_in_one_line,
     exit_with,
+    find_images,
     load_classifier,
     workers,
 )
 from siglip_model.demo import CHECKPOINT
-from siglip_model.images.batches import read_ahead
-from siglip_model.images.files import list_images, load_image
+from siglip_model.images.batches import Batch, Failure, read_batches
+from siglip_model.images.files import load_image
+from siglip_model.text.prompts import TEMPLATE
 
 if TYPE_CHECKING:
+    from siglip_model.cli.plot import PlotRow
     from siglip_model.zero_shot import ZeroShotImageClassificationPipeline
 
 
@@ -50,7 +51,7 @@ class LabelListCommand(TyperCommand):
 
 
 def repeat_label_option(args: Sequence[str], takes_value: Iterable[str]) -> list[str]:
-    """`--labels a b` as `--labels a --labels b`; where no image came before it, --labels owns one word only."""
+    """`--labels a b` as `--labels a --labels b`; before the first image, --labels owns a single word."""
     words = iter(args)
     result: list[str] = []
     any_image = in_labels = False
@@ -71,7 +72,7 @@ def repeat_label_option(args: Sequence[str], takes_value: Iterable[str]) -> list
 
 
 def split_labels(values: Iterable[str]) -> list[str]:
-    """The labels in the values of --labels: commas part them, `\\,` is a comma inside one. Each label once."""
+    """The labels in the values of --labels, each once. Commas separate labels; `\\,` is a comma within one."""
     labels: dict[str, None] = {}
     for value in values:
         for label in value.replace("\\,", "\0").split(","):
@@ -88,15 +89,15 @@ def classify(
         typer.Option(
             "--labels",
             metavar="LABEL...",
-            help='Parted by spaces or commas: "a cat" "a dog", or "a cat, a dog". Write \\, for a comma in a label.',
+            help='Separated by spaces or commas: "a cat" "a dog", or "a cat, a dog". Write \\, for a comma in a label.',
             show_default=False,
         ),
     ],
     template: TemplateOption = TEMPLATE,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Write a picture of the images beside their bars.")
+        Path | None, typer.Option(metavar="FILE.png", help="Plot the images beside bars of their scores.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Show only this many labels of each image.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Show the k best labels per image.")] = None,
     model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
@@ -104,7 +105,7 @@ def classify(
     batch_size: BatchSizeOption = 16,
     as_json: JsonOption = False,
 ) -> None:
-    """Score each image against the labels. A score is the probability of its label alone: they need not add to 1."""
+    """Score each image against the labels. Each score is an independent probability: they need not sum to 1."""
     with errors_in_one_line():
         from siglip_model.cli import plot as plotting
 
@@ -113,42 +114,35 @@ def classify(
             raise ValueError("--labels has no label; give one or more")
         if plot is not None and (problem := plotting.plot_problem(plot)):
             raise ValueError(f"--plot {problem}")
-        total = count_images(images)
+        paths = find_images(images)
         classifier = load_classifier(model, backend, dtype, device)
         label_embeds = classifier.encode_labels(chosen, template)
-        run = _ClassifyRun(classifier, chosen, label_embeds, top_k)
-        rows_at_most = plotting.ROWS_AT_MOST if plot is not None else 0
-        stopped = False
-        with terminal.progress(total, "classify", hidden=as_json) as progress:
+        interrupted = False
+        with closing(paths), terminal.progress(len(paths), "classify", hidden=as_json) as progress:
+            run = _ClassifyRun(
+                classifier, chosen, label_embeds, top_k, progress, plotting.ROWS_AT_MOST if plot is not None else 0
+            )
             try:
-                run.over(list_images(images), batch_size, progress, keep_thumbnails=rows_at_most)
-            except KeyboardInterrupt:  # what is done is shown
-                stopped = True
-        results = [result for result in run.results if result is not None]
+                run.over(paths, batch_size)
+            except KeyboardInterrupt:  # the finished results are still printed
+                interrupted = True
+        results = [result for _, result in sorted(run.results.items())]
         if as_json:
             print(json.dumps(results, indent=2))
         else:
             terminal.print_predictions(results)
-        if plot is not None and run.thumbnails:
-            plotting.plot_predictions(
-                [
-                    plotting.PlotRow(picture, os.path.basename(result["image"]), result["predictions"])
-                    for picture, result in run.thumbnails.values()
-                ],
-                plot,
-            )
-            shown = len(run.thumbnails)
-            left_out = sum("predictions" in result for result in results) - shown
-            terminal.say(
-                f"wrote {plot}"
-                + (f" with the first {shown} images; it has no room for {left_out} more" * bool(left_out))
-            )
+        rows = run.plot_rows()
+        if plot is not None and rows:
+            plotting.plot_predictions(rows, plot)
+            omitted = sum("predictions" in result for result in results) - len(rows)
+            remark = f" with the first {len(rows)} images; {omitted} more do not fit" if omitted else ""
+            terminal.say(f"wrote {plot}{remark}")
         failed = sum("error" in result for result in results)
-        exit_with(stopped, failed, len(results), total)
+        exit_with(interrupted, failed, len(results), len(paths))
 
 
 class _ClassifyRun:
-    """Images through the classifier in batches; `results` keeps their order, whichever of them fail."""
+    """Images through the classifier in batches; `results` are the finished ones, by place in the input."""
 
     def __init__(
         self,
@@ -156,58 +150,62 @@ class _ClassifyRun:
         labels: Sequence[str],
         label_embeds: Any,
         top_k: int | None,
+        progress: terminal.ProgressReport,
+        thumbnails_at_most: int,
     ) -> None:
         self.classifier = classifier
         self.labels = labels
         self.label_embeds = label_embeds
         self.top_k = top_k
-        self.results: list[dict[str, Any] | None] = []
-        self.thumbnails: dict[int, tuple[Any, dict[str, Any]]] = {}
+        self.progress = progress
+        self.thumbnails_at_most = thumbnails_at_most
+        self.results: dict[int, dict[str, Any]] = {}
+        self.thumbnails: dict[int, Any] = {}
 
-    def over(
-        self, paths: Iterable[str], batch_size: int, progress: terminal.ProgressReport, keep_thumbnails: int
-    ) -> None:
+    def over(self, paths: Iterable[str], batch_size: int) -> None:
+        batches = read_batches(enumerate(paths), self._read, batch_size=batch_size, workers=workers())
+        with closing(batches):
+            for batch in batches:
+                if isinstance(batch, Failure):
+                    self._fail(*batch.item, str(batch.error))
+                else:
+                    self._score(batch)
+
+    def _read(self, item: tuple[int, str]) -> Any:
         from siglip_model.cli.plot import thumbnail
 
-        def prepare(item: tuple[int, str]) -> tuple[Any, Any]:
-            image = load_image(item[1])
-            small = thumbnail(image) if item[0] < keep_thumbnails else None
-            return self.classifier.prepare(image), small
+        index, path = item
+        image = load_image(path)
+        if index < self.thumbnails_at_most:
+            self.thumbnails[index] = thumbnail(image)
+        return self.classifier.prepare(image)
 
-        batch: list[tuple[int, str, Any, Any]] = []
-        ready = read_ahead(enumerate(paths), prepare, workers=workers(), window=2 * batch_size)
-        with closing(ready):
-            for (index, path), prepared, error in ready:
-                self.results.append(None)
-                if prepared is None:
-                    self._fail(index, path, str(error), progress)
-                else:
-                    batch.append((index, path, *prepared))
-                if len(batch) == batch_size:
-                    self._score(batch, progress)
-                    batch = []
-            if batch:
-                self._score(batch, progress)
-
-    def _score(self, batch: Sequence[tuple[int, str, Any, Any]], progress: terminal.ProgressReport) -> None:
+    def _score(self, batch: Batch[tuple[int, str], Any]) -> None:
         import torch
 
         from siglip_model.zero_shot import rank
 
-        scores = self.classifier.score(torch.cat([pixels for _, _, pixels, _ in batch]), self.label_embeds)
+        scores = self.classifier.score(torch.cat(batch.values), self.label_embeds)
         finite = scores.isfinite().all(dim=-1).tolist()
-        for (index, path, _, small), row, is_finite in zip(batch, scores.tolist(), finite, strict=True):
-            if not is_finite:
-                self._fail(index, path, f"{path}: its scores are not finite in {self.classifier.dtype}", progress)
-                continue
-            result = {"image": path, "predictions": rank(row, self.labels)[: self.top_k]}
-            self.results[index] = result
-            if small is not None:
-                self.thumbnails[index] = (small, result)
-            progress.advance()
+        for (index, path), row, is_finite in zip(batch.items, scores.tolist(), finite, strict=True):
+            if is_finite:
+                self.results[index] = {"image": path, "predictions": rank(row, self.labels)[: self.top_k]}
+                self.progress.advance()
+            else:
+                self._fail(index, path, f"{path}: its scores are not finite in {self.classifier.dtype}")
 
-    def _fail(self, index: int, path: str, error: str, progress: terminal.ProgressReport) -> None:
+    def _fail(self, index: int, path: str, error: str) -> None:
         reason = " ".join(error.split())
         self.results[index] = {"image": path, "error": reason}
-        progress.say(f"failed: {reason}")
-        progress.advance()
+        self.progress.say(f"failed: {reason}")
+        self.progress.advance()
+
+    def plot_rows(self) -> list[PlotRow]:
+        """The first images that were scored, beside their predictions."""
+        from siglip_model.cli.plot import PlotRow
+
+        return [
+            PlotRow(self.thumbnails[index], os.path.basename(result["image"]), result["predictions"])
+            for index, result in sorted(self.results.items())
+            if index in self.thumbnails and "predictions" in result
+        ]

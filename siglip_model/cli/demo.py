@@ -11,7 +11,6 @@ import typer
 from siglip_model.cli import terminal
 from siglip_model.cli.options import (
     GOOGLE_EXAMPLE,
-    TEMPLATE,
     BackendOption,
     BatchSizeOption,
     DeviceOption,
@@ -24,6 +23,7 @@ from siglip_model.cli.options import (
 )
 from siglip_model.demo import CHECKPOINT, PICTURES
 from siglip_model.images.files import load_image
+from siglip_model.text.prompts import TEMPLATE
 
 
 def demo(
@@ -34,11 +34,11 @@ def demo(
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 16,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Write a picture of the images beside their bars.")
+        Path | None, typer.Option(metavar="FILE.png", help="Plot the images beside bars of their scores.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Name the pictures that come with this package, and see whether the names are right."""
+    """Try zero-shot classification on eight bundled images."""
     with errors_in_one_line():
         from siglip_model.cli import plot as plotting
         from siglip_model.demo.classify import classify_demo_pictures, score_on_card

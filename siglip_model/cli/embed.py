@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +19,9 @@ from siglip_model.cli.options import (
     DtypeOption,
     JsonOption,
     ModelOption,
-    count_images,
     errors_in_one_line,
     exit_with,
+    find_images,
     load_classifier,
     workers,
 )
@@ -32,12 +32,12 @@ def embed(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGES_OR_FOLDER", help="Files, folders (searched through) or URLs.", show_default=False
+            metavar="IMAGES_OR_FOLDER", help="Files, folders (searched recursively) or URLs.", show_default=False
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the embeddings go.", show_default=False)],
-    normalize: Annotated[bool, typer.Option(help="Rows of unit length, or the pooled output as it is.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew, even if the file is there.")] = False,
+    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Output file.", show_default=False)],
+    normalize: Annotated[bool, typer.Option(help="Scale rows to unit length, or keep the pooled output.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite the output instead of resuming.")] = False,
     model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
@@ -45,10 +45,10 @@ def embed(
     batch_size: BatchSizeOption = 16,
     as_json: JsonOption = False,
 ) -> None:
-    """Embed images into one file: `embeddings` (n, width), and each row's file name.
+    """Embed images into one file: `embeddings` (n, width), and the file name of each row.
 
-    Started again it goes on where it stopped: images that are done are skipped, failed and changed ones tried again.
-    Rows are float32, or the --dtype. In Python: siglip_model.embed.run.load_embeddings(FILE).
+    The same command resumes an interrupted run: finished images are skipped, failed and changed ones are retried.
+    Rows are stored as float32, or as --dtype. Read the file with siglip_model.embed.load_embeddings(FILE).
     """
     with errors_in_one_line():
         import torch
@@ -57,11 +57,15 @@ def embed(
 
         if problem := out_problem(out):
             raise ValueError(f"--out: {problem}")
-        total = count_images(inputs)
+        images = find_images(inputs)
         classifier = load_classifier(model, backend, dtype, device)
         failures: list[dict[str, str]] = []
-        stopped = False
-        with terminal.progress(total, "embed", hidden=as_json) as progress, _termination_as_ctrl_c():
+        interrupted = False
+        with (
+            closing(images),
+            terminal.progress(len(images), "embed", hidden=as_json) as progress,
+            _termination_as_ctrl_c(),
+        ):
 
             def on_image(path: str, outcome: str, error: str) -> None:
                 if outcome == "failed":
@@ -74,7 +78,7 @@ def embed(
                 summary = embed_images(
                     classifier.model,
                     classifier.image_processor,
-                    inputs,
+                    images,
                     out,
                     normalize=normalize,
                     dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype),
@@ -85,7 +89,7 @@ def embed(
                     on_image=on_image,
                 )
             except EmbeddingInterrupted as interruption:
-                summary, stopped = interruption.summary, True
+                summary, interrupted = interruption.summary, True
         if as_json:
             report = {name: getattr(summary, name) for name in summary.__dataclass_fields__}
             report["images_per_second"] = round(summary.images_per_second, 2)
@@ -96,15 +100,15 @@ def embed(
             print(
                 f"{out}: {summary.rows} row{'s' * (summary.rows != 1)} of {summary.width};"
                 f" {summary.embedded} embedded now ({summary.images_per_second:.1f} images/s),"
-                f" {summary.skipped} done before, {summary.failed} failed"
+                f" {summary.skipped} already present, {summary.failed} failed"
             )
         done = summary.embedded + summary.failed + summary.skipped
-        exit_with(stopped, summary.failed, done, total, "; the same command goes on from here" * stopped)
+        exit_with(interrupted, summary.failed, done, len(images), "; run the same command again to resume")
 
 
 @contextmanager
 def _termination_as_ctrl_c() -> Iterator[None]:
-    """A batch system that ends the job (SIGTERM) leaves what is done as usable as Ctrl-C does."""
+    """SIGTERM, which batch systems send, ends the run as Ctrl-C does: finished rows are written."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -1,6 +1,6 @@
-"""The command `siglip`: classify pictures, embed them, see the demo, ask what this machine can run.
+"""The command `siglip`: zero-shot classification, bulk embedding, a demo, and what this machine supports.
 
-Exit codes: 0 all went well, 1 some images failed (each is named on stderr), 2 wrong use or setup, 130 stopped.
+Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Score pictures against labels, and embed them, with SigLIP.",
-    epilog="Exit codes: 0 all went well, 1 some images failed, 2 wrong use or setup, 130 stopped by Ctrl-C.",
+    help="Score images against labels, and embed images, with SigLIP.",
+    epilog="Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 130 interrupted.",
 )
 app.command(cls=LabelListCommand)(classify)
 app.command()(embed)
@@ -35,8 +35,8 @@ app.command()(info)
 def main() -> None:
     """The entry point of `siglip`."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show must not end the run
+        if hasattr(stream, "reconfigure"):  # an unprintable file name must not end the run
             stream.reconfigure(errors="backslashreplace")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the error that ends them is shown
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides its retries; the final error is reported
     warnings.showwarning = lambda message, *details, **more: terminal.say(f"warning: {' '.join(str(message).split())}")
     app()

@@ -11,57 +11,61 @@ import typer
 
 from siglip_model.cli import terminal
 from siglip_model.demo import CHECKPOINT
-from siglip_model.images.files import IMAGE_SUFFIXES, is_url, list_images
+from siglip_model.images.files import IMAGE_SUFFIXES, ImageList, is_url
 
 if TYPE_CHECKING:
     from siglip_model.zero_shot import ZeroShotImageClassificationPipeline
 
 
 GOOGLE_EXAMPLE = 'siglip classify IMAGE --model google/siglip-so400m-patch14-384 --labels "2 cats" "a plane"'
-SOME_FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
-
-TEMPLATE = "This is a photo of {}."
+SOME_FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
-TemplateOption = Annotated[str, typer.Option("--template", metavar="TEXT", help="The sentence around a label.")]
+TemplateOption = Annotated[
+    str, typer.Option("--template", metavar="TEXT", help="Sentence in which {} stands for the label.")
+]
 ModelOption = Annotated[
     str,
-    typer.Option("--model", metavar="FOLDER|HUB_ID", help="A checkpoint; by default the demo's.", show_default=False),
+    typer.Option(
+        "--model",
+        metavar="FOLDER|HUB_ID",
+        help="Checkpoint; the bundled demo checkpoint by default.",
+        show_default=False,
+    ),
 ]
 BackendOption = Annotated[
-    str, typer.Option("--backend", metavar="NAME", help="What computes; `siglip info` lists them, and which can here.")
+    str, typer.Option("--backend", metavar="NAME", help="Compute backend; `siglip info` lists those available.")
 ]
 DtypeOption = Annotated[
     str,
     typer.Option(
         "--dtype",
         metavar="NAME",
-        help="What it computes in: float32, float16, bfloat16, or auto: what the checkpoint says.",
+        help="Compute dtype: float32, float16, bfloat16, or auto (as stored in the checkpoint's configuration).",
     ),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; by default a GPU if there is one.")
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; the first GPU by default, else the CPU.")
 ]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images that go through the model together.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
-def count_images(inputs: Sequence[str]) -> int:
-    """How many images the inputs stand for. ValueError if that is none, or if not one of the inputs is there."""
-    present = [entry for entry in inputs if is_url(entry) or os.path.lexists(entry)]
-    if not present:
+def find_images(inputs: Sequence[str]) -> ImageList:
+    """The images that the inputs stand for. Raises ValueError if there are none, or if none of the inputs exists."""
+    if not any(is_url(entry) or os.path.lexists(entry) for entry in inputs):
         raise ValueError(f"no such file or folder: {', '.join(inputs[:3])}{' ...' * (len(inputs) > 3)}")
-    total = sum(1 for _ in list_images(inputs))
-    if total == 0:
+    images = ImageList(inputs)
+    if len(images) == 0:
         raise ValueError(f"no images in {', '.join(inputs[:3])}; looked for names ending in {' '.join(IMAGE_SUFFIXES)}")
-    return total
+    return images
 
 
 def load_classifier(model: str, backend: str, dtype: str, device: str | None) -> ZeroShotImageClassificationPipeline:
     from siglip_model.zero_shot import TASK, pipeline
 
     if model == str(CHECKPOINT) and not (CHECKPOINT / "config.json").exists():
-        raise ValueError(f"the package's own checkpoint is not there ({CHECKPOINT}); name one with --model")
+        raise ValueError(f"the bundled checkpoint is missing ({CHECKPOINT}); choose one with --model")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
     place = int(device) if device is not None and device.lstrip("-").isdigit() else device
@@ -69,13 +73,14 @@ def load_classifier(model: str, backend: str, dtype: str, device: str | None) ->
 
 
 def workers() -> int:
-    """Threads that open images beside the model: decoding leaves Python's lock, a few of them feed a GPU."""
+    """Number of threads that open images ahead of the model. Decoding releases the GIL, so a few feed a GPU."""
     return max(2, min(8, (os.cpu_count() or 2) // 2))
 
 
-def exit_with(stopped: bool, failed: int, done: int, total: int, remark: str = "") -> None:
-    if stopped:
-        terminal.say(f"stopped after {done} of {total} images{remark}")
+def exit_with(interrupted: bool, failed: int, done: int, total: int, remark: str = "") -> None:
+    """Reports an incomplete run on stderr and exits with its code; returns if all images succeeded."""
+    if interrupted:
+        terminal.say(f"interrupted after {done} of {total} images{remark}")
         raise typer.Exit(INTERRUPTED)
     if failed:
         terminal.say(f"{failed} of {total} images failed")
@@ -84,16 +89,16 @@ def exit_with(stopped: bool, failed: int, done: int, total: int, remark: str = "
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """What a user can get wrong ends in one line and exit code 2. SIGLIP_TRACEBACK=1 shows where it came from."""
+    """Reports usage and setup errors in one line, with exit code 2. SIGLIP_TRACEBACK=1 shows the traceback."""
     try:
         yield
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt:
-        terminal.say("stopped")
+        terminal.say("interrupted")
         raise typer.Exit(INTERRUPTED) from None
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         if os.environ.get("SIGLIP_TRACEBACK"):
             raise
         terminal.say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
-        raise typer.Exit(WRONG_USE) from None
+        raise typer.Exit(USAGE_ERROR) from None

@@ -85,7 +85,7 @@ def plot_problem(path: str | os.PathLike[str]) -> str | None:
         return f"{text} ends in {'.' + suffix if suffix else 'no suffix'}; supported: .{', .'.join(supported)}"
     folder = os.path.dirname(os.path.abspath(text))
     if not os.path.isdir(folder):
-        return f"the folder {folder} does not exist; make it first"
+        return f"the folder {folder} does not exist; create it first"
     return None
 
 

@@ -1,15 +1,13 @@
-"""The pictures that the package brings along, named by the model: what `siglip demo` shows."""
+"""Zero-shot classification of the bundled images: what `siglip demo` shows."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from siglip_model.zero_shot import ZeroShotImageClassificationPipeline
+    from siglip_model.zero_shot import Prediction, ZeroShotImageClassificationPipeline
 
 
 def classify_demo_pictures(
@@ -18,33 +16,25 @@ def classify_demo_pictures(
     hypothesis_template: str,
     batch_size: int = 16,
 ) -> list[dict[str, Any]]:
-    """Each picture of `folder` against the names of all of them.
+    """Scores each image of `folder` against the names of all of them.
 
-    Returns, in the order of the names, {"image": path, "name": its true name, "right": whether that came first,
-    "predictions": [{"score", "label"}, ...] best first}. Raises FileNotFoundError where there are no pictures.
+    Returns, in the order of the names, {"image": path, "name": its true name, "right": whether that name ranks first,
+    "predictions": [{"score", "label"}, ...] best first}. Raises FileNotFoundError if there are no images.
     """
-    from siglip_model.zero_shot import rank
-
-    pictures = sorted(Path(folder).glob("*.png"))
-    if not pictures:
-        raise FileNotFoundError(f"no pictures in {folder}; this installation lacks them")
-    names = [picture_name(picture) for picture in pictures]
-    label_embeds = classifier.encode_labels(names, hypothesis_template)
-    scores: list[list[float]] = []
-    for start in range(0, len(pictures), batch_size):
-        pixels = torch.cat([classifier.prepare(picture) for picture in pictures[start : start + batch_size]])
-        scores += classifier.score(pixels, label_embeds).tolist()
-    results = []
-    for picture, name, row in zip(pictures, names, scores, strict=True):
-        predictions = rank(row, names)
-        right = predictions[0]["label"] == name
-        results.append({"image": str(picture), "name": name, "right": right, "predictions": predictions})
-    return results
+    images = [str(path) for path in sorted(Path(folder).glob("*.png"))]
+    if not images:
+        raise FileNotFoundError(f"no images in {folder}; this installation lacks them")
+    names = [image_name(image) for image in images]
+    ranked = classifier(images, names, hypothesis_template=hypothesis_template, batch_size=batch_size)
+    return [
+        {"image": image, "name": name, "right": predictions[0]["label"] == name, "predictions": predictions}
+        for image, name, predictions in zip(images, names, cast("list[list[Prediction]]", ranked), strict=True)
+    ]
 
 
-def picture_name(picture: Path) -> str:
-    """A picture's true name is its file's: red-apple.png shows a red apple."""
-    return picture.stem.replace("-", " ").replace("_", " ")
+def image_name(path: str) -> str:
+    """The true name of an image, from its file name: red-apple.png shows a red apple."""
+    return Path(path).stem.replace("-", " ").replace("_", " ")
 
 
 def score_on_card(checkpoint: str | Path) -> str | None:

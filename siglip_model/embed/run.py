@@ -1,4 +1,4 @@
-"""Embedding any number of images into one file, in constant memory; stopped, it goes on where it was."""
+"""Embeds any number of images into one file, in constant memory; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 
 from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError, Embeddings, load_embeddings
 from siglip_model.embed.journal import EmbeddingJournal
-from siglip_model.images.batches import read_ahead
-from siglip_model.images.files import is_url, list_images, load_image
+from siglip_model.images.batches import Batch, Failure, read_batches
+from siglip_model.images.files import ImageList, is_url, list_images, load_image
 from siglip_model.outputs import pooled, unit_length
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ __all__ = [
     "load_embeddings",
 ]
 
-COMMIT_SECONDS = 2.0  # what a kill can cost
-SAMPLED_VALUES = 4096  # of each parameter, in the model's digest
+COMMIT_SECONDS = 2.0  # the most work that a kill can lose
+SAMPLED_VALUES = 4096  # per parameter, in the model's digest
 
 
 @dataclass(frozen=True)
 class EmbedSummary:
-    """What a run did: `embedded`, `failed` and `skipped` (done earlier) images, and how many rows the file now has."""
+    """Counts of a run: images `embedded`, `failed` and `skipped` (embedded earlier), and the rows of the file."""
 
     out: str
     embedded: int
@@ -56,7 +56,7 @@ class EmbedSummary:
 
 
 class EmbeddingInterrupted(KeyboardInterrupt):
-    """Ctrl-C came; what was done is in the file, which `summary` describes."""
+    """The run was interrupted (Ctrl-C); the file holds the finished rows, described by `summary`."""
 
     def __init__(self, summary: EmbedSummary) -> None:
         super().__init__("embedding was interrupted")
@@ -79,22 +79,23 @@ def embed_images(
 ) -> EmbedSummary:
     """Writes the embeddings of all images to `out`, a .safetensors file that `load_embeddings` reads.
 
-    inputs: images, folders (searched through) and URLs. normalize: rows of unit length; else the pooled output as is.
-    dtype: what rows are stored in, float32, float16 or bfloat16. num_workers: threads that open images in advance.
-    Images that `out`, or the journal of a run that was stopped, has already are skipped, unless the file has changed;
-    failed ones are tried again. `overwrite` starts anew.
-    on_image(path, outcome, error): told of every image; the outcome is "embedded", "skipped" or "failed".
+    inputs: images, folders (searched recursively) and URLs, or an ImageList. normalize: scale rows to unit length;
+    otherwise rows are the pooled output. dtype: storage dtype, float32, float16 or bfloat16. num_workers: threads
+    that open images ahead of the model.
+    Images that `out`, or the journal of an interrupted run, already holds are skipped unless their file has changed;
+    failed images are retried. overwrite: replace the output instead of resuming.
+    on_image(path, outcome, error): called for every image; the outcome is "embedded", "skipped" or "failed".
 
     Raises EmbeddingFileError if `out` was made with another model or other settings, or is another kind of file;
-    ValueError for a dtype that is not supported or a model without a pooled output; EmbeddingInterrupted on Ctrl-C,
-    after writing what is done.
+    ValueError for an unsupported dtype or a model without a pooling head; EmbeddingInterrupted on Ctrl-C, after the
+    finished rows were written.
     """
     codes = {value: code for code, value in TENSOR_DTYPES.items()}
     if dtype not in codes:
         raise ValueError(f"embed_images: dtype is {dtype}; supported: {', '.join(str(name) for name in codes)}")
     if batch_size < 1:
         raise ValueError(f"embed_images: batch_size is {batch_size}; supported: a whole number from 1")
-    if not model.config.vision_config.vision_use_head:  # before the journal is made
+    if not model.config.vision_config.vision_use_head:  # checked before the journal is created
         raise ValueError("embed_images: the model has no pooling head (vision_use_head is false), so no embedding")
     model.eval()
     settings = {
@@ -113,14 +114,14 @@ def embed_images(
         return run.finish(complete=True)
     except KeyboardInterrupt:
         raise EmbeddingInterrupted(run.finish(complete=False)) from None
-    except sqlite3.Error as error:  # a full disk, most likely; what was committed stays
-        raise EmbeddingFileError(f"{journal.part}: {error}; run again to go on from there") from error
+    except sqlite3.Error as error:  # most likely a full disk; committed rows are kept
+        raise EmbeddingFileError(f"{journal.part}: {error}; run the same command again to resume") from error
     finally:
         journal.close()
 
 
 class _Run:
-    """One run over the inputs: what it works with, and its counts."""
+    """One run over the inputs, with its counts."""
 
     def __init__(
         self,
@@ -139,46 +140,40 @@ class _Run:
         self.on_image = on_image
         self.embedded = self.failed = self.skipped = 0
         self.started = self.committed = time.monotonic()
-        self.under_way: set[str] = set()  # listed, not yet in the journal: a twin must wait for neither
+        self.in_flight: set[str] = set()  # read but not yet in the journal, so that a repeated path is skipped
 
     def over(self, inputs: Iterable[str | os.PathLike[str]], batch_size: int, workers: int) -> None:
-        batch: list[tuple[str, str, torch.Tensor]] = []
-        with closing(
-            read_ahead(self._todo(inputs), self._prepare, workers=workers, window=2 * batch_size + workers)
-        ) as images:
-            for (path, stamp), pixels, error in images:
-                if pixels is None:
-                    self._note(path, stamp, error=_one_line(error))
+        paths = inputs if isinstance(inputs, ImageList) else list_images(inputs)
+        batches = read_batches(self._todo(paths), self._read, batch_size=batch_size, workers=workers)
+        with closing(batches):
+            for batch in batches:
+                if isinstance(batch, Failure):
+                    self._note(*batch.item, error=_one_line(batch.error))
                 else:
-                    batch.append((path, stamp, pixels))
-                if len(batch) == batch_size:
                     self._embed(batch)
-                    batch = []
-            if batch:
-                self._embed(batch)
 
-    def _todo(self, inputs: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, str]]:
-        for path in list_images(inputs):
+    def _todo(self, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+        for path in paths:
             stamp = _stamp(path)
-            if path in self.under_way or self.journal.has(path, stamp):
+            if path in self.in_flight or self.journal.has(path, stamp):
                 self.skipped += 1
                 self.on_image(path, "skipped", "")
             else:
-                self.under_way.add(path)
+                self.in_flight.add(path)
                 yield path, stamp
 
-    def _prepare(self, item: tuple[str, str]) -> torch.Tensor:
+    def _read(self, item: tuple[str, str]) -> torch.Tensor:
         return self.image_processor(images=[load_image(item[0])], return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
-    def _embed(self, batch: list[tuple[str, str, torch.Tensor]]) -> None:
-        pixel_values = torch.cat([pixels for _, _, pixels in batch]).to(self.model.device, self.model.dtype)
+    def _embed(self, batch: Batch[tuple[str, str], torch.Tensor]) -> None:
+        pixel_values = torch.cat(batch.values).to(self.model.device, self.model.dtype)
         rows = pooled(self.model.get_image_features(pixel_values)).float()
         if self.normalize:
             rows = unit_length(rows)
         rows = rows.to(self.dtype).cpu().contiguous()
         finite = rows.isfinite().all(dim=-1).tolist()
-        for (path, stamp, _), row, is_finite in zip(batch, rows, finite, strict=True):
+        for (path, stamp), row, is_finite in zip(batch.items, rows, finite, strict=True):
             if is_finite:
                 self._note(path, stamp, embedding=row.view(torch.uint8).numpy().tobytes())
             else:
@@ -189,7 +184,7 @@ class _Run:
 
     def _note(self, path: str, stamp: str, *, embedding: bytes | None = None, error: str | None = None) -> None:
         self.journal.add(path, stamp, embedding=embedding, error=error)
-        self.under_way.discard(path)
+        self.in_flight.discard(path)
         if error is None:
             self.embedded += 1
         else:
@@ -197,7 +192,7 @@ class _Run:
         self.on_image(path, "embedded" if error is None else "failed", error or "")
 
     def finish(self, *, complete: bool) -> EmbedSummary:
-        """Puts the rows in place. The journal goes once they are all there; a run that was stopped leaves it."""
+        """Writes the file from the journal; a complete run then deletes the journal, an interrupted one keeps it."""
         self.journal.commit()
         rows, _ = self.journal.counts()
         if rows:
@@ -217,7 +212,7 @@ class _Run:
 
 
 def model_digest(model: SiglipModel) -> str:
-    """Tells one vision tower from another in a moment: a hash of its parameters, by sample."""
+    """A hash of samples of the vision tower's parameters: distinguishes models quickly."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.vision_model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
@@ -233,7 +228,7 @@ def _settings_of(image_processor: Any) -> str:
 
 
 def _stamp(path: str) -> str:
-    """Changes whenever the file does. URLs have none: they are taken to stay as they are."""
+    """Size and modification time of a file. Empty for URLs, which are assumed not to change."""
     if is_url(path):
         return ""
     try:
@@ -243,18 +238,18 @@ def _stamp(path: str) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def _one_line(error: Exception | None) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def out_problem(out: Path) -> str | None:
-    """What stands in the way of writing `out`, found before any work is done; None if nothing does."""
+    """Why `out` cannot be written, found before any work is done; None if it can."""
     if out.is_dir():
         return f"{out} is a folder; supported: a file name ending in .safetensors"
     if out.suffix != ".safetensors":
         return f"{out} does not end in .safetensors"
     if not out.parent.is_dir():
-        return f"the folder {out.parent} does not exist; make it first"
+        return f"the folder {out.parent} does not exist; create it first"
     if not os.access(out.parent, os.W_OK):
-        return f"the folder {out.parent} cannot be written to"
+        return f"the folder {out.parent} is not writable"
     return None

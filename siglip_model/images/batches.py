@@ -1,25 +1,65 @@
-"""Images in batches, opened ahead of the model by threads."""
+"""Images in batches, read ahead of the model by threads. Imports no PyTorch: the commands load it late."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    import torch
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Batch(Generic[Item, Value]):
+    """Items that were read, with their values, in the order of the input."""
+
+    items: list[Item]
+    values: list[Value]
+
+
+@dataclass(frozen=True)
+class Failure(Generic[Item]):
+    """One item that could not be read."""
+
+    item: Item
+    error: Exception
+
+
+def read_batches(
+    items: Iterable[Item], read: Callable[[Item], Value], *, batch_size: int, workers: int
+) -> Generator[Batch[Item, Value] | Failure[Item], None, None]:
+    """Reads each item and yields the values in batches of `batch_size`; only the last batch may be smaller.
+
+    An item for which `read` raises an Exception is left out of its batch and yielded as a Failure at once. Memory
+    holds a bounded number of values, whatever the number of items. Close the generator to stop its threads early.
+    """
+    batch: Batch[Item, Value] = Batch([], [])
+    ahead = read_ahead(items, read, workers=workers, window=2 * batch_size + workers)
+    try:
+        for item, value, error in ahead:
+            if error is not None:
+                yield Failure(item, error)
+                continue
+            batch.items.append(item)
+            batch.values.append(value)  # type: ignore[arg-type]  # there is a value wherever there is no error
+            if len(batch.items) == batch_size:
+                yield batch
+                batch = Batch([], [])
+        if batch.items:
+            yield batch
+    finally:
+        ahead.close()
 
 
 def read_ahead(
-    items: Iterable[Item], function: Callable[[Item], Result], *, workers: int, window: int
-) -> Generator[tuple[Item, Result | None, Exception | None], None, None]:
-    """`(item, function(item), None)` for each item in its order, or `(item, None, error)` where it raised.
+    items: Iterable[Item], function: Callable[[Item], Value], *, workers: int, window: int
+) -> Generator[tuple[Item, Value | None, Exception | None], None, None]:
+    """Yields `(item, function(item), None)` for each item in order, or `(item, None, error)` where it raised.
 
-    With `workers` threads, up to `window` items are under way while the caller is busy; with 0 each is computed when
-    asked for. Items are drawn in the caller's thread.
+    With `workers` threads, up to `window` items are in flight while the caller is busy; with 0 threads each item is
+    computed when it is requested. Items are drawn in the caller's thread.
     """
     if workers == 0:
         for item in items:
@@ -28,7 +68,7 @@ def read_ahead(
     from concurrent.futures import Future, ThreadPoolExecutor
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="read_ahead")
-    pending: deque[Future[tuple[Item, Result | None, Exception | None]]] = deque()
+    pending: deque[Future[tuple[Item, Value | None, Exception | None]]] = deque()
     try:
         for item in items:
             pending.append(pool.submit(_attempt, item, function))
@@ -40,26 +80,8 @@ def read_ahead(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _attempt(item: Item, function: Callable[[Item], Result]) -> tuple[Item, Result | None, Exception | None]:
+def _attempt(item: Item, function: Callable[[Item], Value]) -> tuple[Item, Value | None, Exception | None]:
     try:
         return item, function(item), None
     except Exception as error:
         return item, None, error
-
-
-def _batches(items: Iterable[torch.Tensor], size: int) -> Iterator[list[torch.Tensor]]:
-    batch: list[torch.Tensor] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _value_or_raise(value: torch.Tensor | None, error: Exception | None) -> torch.Tensor:
-    if error is not None:
-        raise error
-    assert value is not None  # read_ahead gives one or the other
-    return value

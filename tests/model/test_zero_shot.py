@@ -16,8 +16,7 @@ from PIL import Image
 from tiny_checkpoint import random_image, save_tiny_checkpoint, shared_tiny_checkpoint
 
 from siglip_model.devices import resolve_device
-from siglip_model.images.batches import read_ahead
-from siglip_model.images.files import UnreadableImageError, list_images, load_image
+from siglip_model.images.files import UnreadableImageError, load_image
 from siglip_model.model import SiglipModel
 from siglip_model.processor import SiglipProcessor
 from siglip_model.zero_shot import LABELS_AT_ONCE, TASK, pipeline, rank
@@ -331,43 +330,6 @@ def test_an_ordinal_without_an_accelerator_is_the_cpu_with_a_warning():
         assert resolve_device(-1) == torch.device("cpu")
         assert resolve_device("cpu") == torch.device("cpu")
         assert (resolve_device(None).type == "cpu") is not torch.accelerator.is_available()
-
-
-def test_folders_are_listed_in_order_through_links_but_not_round_in_circles(tmp_path):
-    (tmp_path / "b" / "deep").mkdir(parents=True)
-    (tmp_path / ".hidden").mkdir()
-    for name in ("z.PNG", "a.jpg", "b/deep/x y.webp", "b/ü\n.gif", "notes.txt", ".c.png", ".hidden/d.png", "no_suffix"):
-        (tmp_path / name).touch()
-    (tmp_path / "b" / "round").symlink_to(tmp_path)
-    (tmp_path / "c.png").symlink_to(tmp_path / "gone")
-    elsewhere = tmp_path.with_name(tmp_path.name + "_elsewhere")
-    elsewhere.mkdir()
-    (elsewhere / "far.tiff").touch()
-    (tmp_path / "link").symlink_to(elsewhere)
-    names = [path.removeprefix(f"{tmp_path}/") for path in list_images([tmp_path])]
-    assert names == ["a.jpg", "b/deep/x y.webp", "b/ü\n.gif", "c.png", "link/far.tiff", "z.PNG"]
-    assert list(list_images(["https://x.org/a.png", str(tmp_path / "notes.txt")])) == [
-        "https://x.org/a.png",
-        str(tmp_path / "notes.txt"),
-    ]
-
-
-@pytest.mark.parametrize("workers", [0, 3])
-def test_reading_ahead_keeps_order_errors_and_its_window(workers):
-    drawn = []
-
-    def numbers():
-        for number in range(50):
-            drawn.append(number)
-            yield number
-
-    stream = read_ahead(numbers(), lambda number: 60 // (number - 7), workers=workers, window=4)
-    first = next(stream)
-    assert first == (0, 60 // -7, None)
-    assert len(drawn) <= 1 + 4
-    rest = list(stream)
-    assert [number for number, _, _ in rest] == list(range(1, 50))
-    assert [number for number, _, error in rest if isinstance(error, ZeroDivisionError)] == [7]
 
 
 def test_an_image_that_is_not_decoded_yet_can_be_used_again(ours):

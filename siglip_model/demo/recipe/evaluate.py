@@ -25,8 +25,8 @@ from siglip_model.demo.recipe.emoji import (
     spoken,
 )
 from siglip_model.outputs import pooled
+from siglip_model.text.prompts import TEMPLATE
 
-TEMPLATE = "This is a photo of {}."
 PIXELS = 128  # drawn at this size on white, then resized by the checkpoint's own image processor
 CANDIDATES = 10
 TRIALS = 10  # per picture

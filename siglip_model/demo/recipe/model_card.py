@@ -10,8 +10,9 @@ from siglip_model.demo.recipe.emoji import (
     VALIDATION_DESIGN,
     Emoji,
 )
-from siglip_model.demo.recipe.evaluate import CANDIDATES, PIXELS, TEMPLATE, TRIALS, Score
+from siglip_model.demo.recipe.evaluate import CANDIDATES, PIXELS, TRIALS, Score
 from siglip_model.demo.recipe.vocabulary import PROMPTS
+from siglip_model.text.prompts import TEMPLATE
 from siglip_model.training.loop import TrainingConfig
 
 _CARD = """---

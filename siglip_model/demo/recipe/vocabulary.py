@@ -7,8 +7,10 @@ from pathlib import Path
 
 import sentencepiece
 
+from siglip_model.text.prompts import TEMPLATE
+
 PROMPTS = (  # and how often each is chosen in training
-    ("This is a photo of {}.", 0.4),
+    (TEMPLATE, 0.4),
     ("{}", 0.2),
     ("a photo of a {}", 0.1),
     ("a picture of {}", 0.1),

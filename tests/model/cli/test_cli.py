@@ -316,7 +316,7 @@ def test_ctrl_c_leaves_what_is_done_usable(siglip, many, tmp_path, checkpoint):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert one_line(stderr) and "of 40 images; the same command goes on from here" in stderr
+    assert one_line(stderr) and "of 40 images; run the same command again to resume" in stderr
     rows = len(load_embeddings(out).files)
     assert 6 <= rows < 40
     report = json.loads(siglip("embed", many, "--out", out, "--json").stdout)
@@ -339,7 +339,7 @@ cli.main()
 def test_ctrl_c_while_pytorch_is_imported(images):
     command = [sys.executable, "-c", STOPPED_START, "classify", str(images / "0.png"), "--labels", "a"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "siglip: stopped\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "siglip: interrupted\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -355,7 +355,7 @@ def test_signals_end_an_embedding_with_130_and_what_is_done(siglip, many, tmp_pa
     monkeypatch.setattr(embed_run._Run, "_note", note_and_stop)
     result = siglip("embed", many, "--out", out, "--batch-size", 2, "--json")
     report = json.loads(result.stdout)
-    assert result.exit_code == 130 and one_line(result.stderr) and "stopped after 6 of 40" in result.stderr
+    assert result.exit_code == 130 and one_line(result.stderr) and "interrupted after 6 of 40" in result.stderr
     assert (report["rows"], report["complete"]) == (6, False) and len(load_embeddings(out).files) == 6
     assert signal.getsignal(signal.SIGTERM) is handler
 
@@ -370,7 +370,7 @@ def test_ctrl_c_while_classifying_prints_what_is_done(siglip, many, monkeypatch)
 
     monkeypatch.setattr(classify._ClassifyRun, "_score", score_and_stop)
     result = siglip("classify", many, "--labels", "a", "--batch-size", 2, "--json")
-    assert result.exit_code == 130 and "stopped after 4 of 40 images" in result.stderr
+    assert result.exit_code == 130 and "interrupted after 4 of 40 images" in result.stderr
     names = [os.path.basename(entry["image"]) for entry in json.loads(result.stdout)]
     assert names == ["00.png", "01.png", "02.png", "03.png"]
 
@@ -433,7 +433,7 @@ def test_demo_marks_right_and_wrong_and_names_the_way_on(siglip, own_demo, tmp_p
 def test_demo_without_pictures(siglip, own_demo, monkeypatch, tmp_path):
     monkeypatch.setattr(demo_command, "PICTURES", tmp_path / "none")
     result = siglip(*own_demo)
-    assert result.exit_code == 2 and one_line(result.stderr) and "no pictures in" in result.stderr
+    assert result.exit_code == 2 and one_line(result.stderr) and "no images in" in result.stderr
 
 
 @pytest.mark.skipif(not (CHECKPOINT / "config.json").exists(), reason="the demo's checkpoint is not built yet")

@@ -25,8 +25,9 @@ from siglip_model.demo.recipe.emoji import (
     on_white,
     read_design,
 )
-from siglip_model.demo.recipe.evaluate import TEMPLATE, all_logits, score_logits
+from siglip_model.demo.recipe.evaluate import all_logits, score_logits
 from siglip_model.demo.recipe.vocabulary import write_tokenizer
+from siglip_model.text.prompts import TEMPLATE
 
 
 def write_package(folder: Path, design, icons, *, aliases=None, characters=None, hidden=()) -> None:
