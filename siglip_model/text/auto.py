@@ -1,4 +1,4 @@
-"""The tokenizer that a checkpoint's files ask for."""
+"""Selects the tokenizer class from a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from siglip_model.text.tokenizer import Tokenizer
 
 
 def load_tokenizer(path_or_id: str | os.PathLike[str], **arguments: Any) -> Tokenizer:
-    """The tokenizer that a directory or hub repository asks for: SigLIP's, or Gemma's for SigLIP 2.
+    """The tokenizer of a directory or Hub repository: SigLIP's, or Gemma's for SigLIP 2.
 
-    tokenizer_config.json's tokenizer_class decides; without one, spiece.model or tokenizer.json does.
-    Raises CheckpointError for a class that is not supported, and if there are no tokenizer files.
+    The class follows tokenizer_class of tokenizer_config.json; without one, spiece.model or tokenizer.json decides.
+    Raises CheckpointError for an unsupported class, and if there are no tokenizer files.
     """
     from siglip_model.text.gemma import TOKENIZER_FILE, class_for
 

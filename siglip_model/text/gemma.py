@@ -1,4 +1,4 @@
-"""Gemma's tokenizer, which SigLIP 2 uses: a byte-pair encoding in tokenizer.json, run by the `tokenizers` library."""
+"""Gemma's tokenizer, used by SigLIP 2: byte-pair encoding from tokenizer.json, run by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments, to_json, write_file
-from siglip_model.text.tokenizer import Tokenizer
+from siglip_model.text.tokenizer import EncodeOptions, Tokenizer
 from siglip_model.text.tokenizer_config import NAMED_TOKENS, AddedToken, call_defaults, constructor_arguments
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 class TokenizersTokenizer(Tokenizer):
-    """Any tokenizer.json, behind the same interface as `SiglipTokenizer`, as transformers' Rust tokenizers behave.
+    """Any tokenizer.json, with the interface of `SiglipTokenizer` and the behaviour of transformers' Rust tokenizers.
 
-    `tokenizer_file`: the path of tokenizer.json. Raises CheckpointError naming it if it is missing or damaged.
+    tokenizer_file: the path of tokenizer.json. Raises CheckpointError naming it if it is missing or damaged.
     """
 
     tokenizer_class: ClassVar[str] = "TokenizersBackend"
@@ -65,12 +65,12 @@ class TokenizersTokenizer(Tokenizer):
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             split_special_tokens=split_special_tokens,
         )
-        self._lock = threading.Lock()  # truncation is a setting of the library's object, made anew for each call
+        self._lock = threading.Lock()  # truncation is state of the library's object, set for each call
         self._tokenizer = self._build(content)
         self._add_tokens(added_tokens_decoder or {})
 
     def _adapt(self, content: dict[str, Any]) -> dict[str, Any]:
-        """tokenizer.json as this class reads it."""
+        """The content of tokenizer.json as this class interprets it."""
         return content
 
     def _build(self, content: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -79,13 +79,13 @@ class TokenizersTokenizer(Tokenizer):
         try:
             built = tokenizers.Tokenizer.from_str(json.dumps(self._adapt(content)))
         except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{self.tokenizer_file} is not a tokenizer.json that can be used: {error}") from error
+            raise CheckpointError(f"{self.tokenizer_file} is not a usable tokenizer.json: {error}") from error
         built.no_truncation()
         built.no_padding()
         return built
 
     def _add_tokens(self, given: Mapping[int | str, Any]) -> None:
-        """What tokenizer.json lacks of the configuration's added tokens and of the special tokens."""
+        """Adds the configuration's added tokens and special tokens that tokenizer.json lacks."""
         import tokenizers
 
         added = {index: AddedToken.from_json(token) for index, token in given.items()}
@@ -128,7 +128,7 @@ class TokenizersTokenizer(Tokenizer):
         if index is None:
             index = None if self.unk_token is None else self._tokenizer.token_to_id(self.unk_token)
         if index is None:
-            raise KeyError(f"token {token!r} is not in the vocabulary, and there is no unknown token")
+            raise KeyError(f"token {token!r} is not in the vocabulary, and the tokenizer has no unknown token")
         return index
 
     def _id_to_token(self, index: int) -> str:
@@ -159,10 +159,10 @@ class TokenizersTokenizer(Tokenizer):
     def _length_counts_padding(self, batched: bool) -> bool:
         return True
 
-    def _encode(self, text: Any, pair: Any, **options: Any) -> dict[str, Any]:
-        if options["return_overflowing_tokens"]:
+    def _encode(self, text: Any, pair: Any, options: EncodeOptions) -> dict[str, Any]:
+        if options.return_overflowing_tokens:
             raise ValueError(f"{type(self).__name__}: return_overflowing_tokens is True; supported: False")
-        words = options["is_split_into_words"]
+        words = options.is_split_into_words
         for part in (text, pair):
             if words and isinstance(part, (list, tuple)) and all(isinstance(word, str) for word in part):
                 continue
@@ -172,16 +172,14 @@ class TokenizersTokenizer(Tokenizer):
                     + ("a list of words (is_split_into_words is True)" if words else "a string")
                 )
         with self._lock:
-            if options["truncation"] != "do_not_truncate":
+            if options.limit is not None:
                 self._tokenizer.enable_truncation(
-                    max_length=options["max_length"],
-                    strategy=options["truncation"],
-                    direction=self.truncation_side,
+                    max_length=options.limit, strategy=options.truncation, direction=self.truncation_side
                 )
-            self._tokenizer.encode_special_tokens = options["split_special_tokens"]
+            self._tokenizer.encode_special_tokens = options.split_special_tokens
             try:
                 encoding = self._tokenizer.encode(
-                    text, pair, is_pretokenized=words, add_special_tokens=options["add_special_tokens"]
+                    text, pair, is_pretokenized=words, add_special_tokens=options.add_special_tokens
                 )
             except Exception as error:  # the library raises bare Exceptions
                 raise ValueError(f"{type(self).__name__}: {error}") from error
@@ -206,16 +204,16 @@ class TokenizersTokenizer(Tokenizer):
         return self._tokenizer.decode([ids] if isinstance(ids, int) else ids, skip_special_tokens=skip_special_tokens)
 
     def _clean_up(self, text: str) -> str:
-        # Byte-pair encodings keep their own spaces: transformers leaves them alone, too.
+        # Byte-pair encodings preserve spaces, so transformers does not clean up their text.
         return text if type(self._tokenizer.model).__name__ == "BPE" else super()._clean_up(text)
 
     # ---- files
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | os.PathLike[str], **arguments: Any) -> TokenizersTokenizer:
-        """The tokenizer of a directory or a hub repository: tokenizer.json and, if there, tokenizer_config.json.
+        """Loads a directory or Hub repository: tokenizer.json and, if present, tokenizer_config.json.
 
-        Arguments: those of the constructor, which win over the files, and revision, cache_dir, local_files_only, token.
+        arguments: those of the constructor, which override the files; revision, cache_dir, local_files_only, token.
         """
         hub, given = split_hub_arguments(arguments)
         tokenizer_file = find_file(path_or_id, TOKENIZER_FILE, hub)
@@ -232,12 +230,12 @@ class TokenizersTokenizer(Tokenizer):
     def save_vocabulary(
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
     ) -> tuple[str, ...]:
-        """Write tokenizer.json alone, atomically. Returns its path."""
+        """Writes tokenizer.json alone, atomically. Returns its path."""
         name = (filename_prefix + "-" if filename_prefix else "") + TOKENIZER_FILE
         return (write_file(save_directory, name, self._tokenizer.to_str(pretty=True).encode()),)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Write tokenizer.json and tokenizer_config.json, which transformers 5 loads too. Returns their paths."""
+        """Writes tokenizer.json and tokenizer_config.json, which transformers 5 loads. Returns their paths."""
         vocabulary = self.save_vocabulary(save_directory)
         config = {
             **{name: self._named_tokens.get(name) for name in NAMED_TOKENS if self._named_tokens.get(name)},
@@ -257,9 +255,9 @@ class TokenizersTokenizer(Tokenizer):
 
 
 class GemmaTokenizer(TokenizersTokenizer):
-    """Gemma's: spaces become "▁", nothing is prefixed, unknown characters fall back to bytes; case is kept.
+    """Gemma's tokenizer: spaces become "▁", no prefix is added, unknown characters fall back to bytes, case is kept.
 
-    Whatever tokenizer.json says of normalising, splitting and decoding, transformers' GemmaTokenizer is followed.
+    Normaliser, pre-tokenizer and decoder are those of transformers' GemmaTokenizer, not those of tokenizer.json.
     """
 
     tokenizer_class = "GemmaTokenizer"
@@ -295,14 +293,14 @@ class GemmaTokenizer(TokenizersTokenizer):
 
 
 class Siglip2Tokenizer(GemmaTokenizer):
-    """Gemma's tokenizer behind lower-casing, as SigLIP 2 was trained."""
+    """Gemma's tokenizer on lower-cased text, as SigLIP 2 was trained."""
 
     tokenizer_class = "Siglip2Tokenizer"
     _lower_case = True
 
 
 def class_for(name: str) -> type[TokenizersTokenizer] | None:
-    """The class for a tokenizer_config.json's tokenizer_class (without "Fast"); None if it is not supported."""
+    """The class for a tokenizer_class (without "Fast") of tokenizer_config.json; None if it is unsupported."""
     classes: dict[str, type[TokenizersTokenizer]] = {
         "": TokenizersTokenizer,
         "GemmaTokenizer": GemmaTokenizer,
@@ -317,5 +315,5 @@ def _read_document(path: str) -> dict[str, Any]:
     from siglip_model.checkpoints.files import read_json_object
 
     if not Path(path).is_file():
-        raise CheckpointError(f"{path}: there is no such file")
+        raise CheckpointError(f"{path}: no such file")
     return read_json_object(Path(path))

@@ -1,4 +1,4 @@
-"""How one call of a tokenizer pads and truncates: transformers' arguments, resolved once."""
+"""How a tokenizer call pads and truncates: transformers' arguments, resolved once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ NO_LIMIT = 10**20
 
 @dataclass(frozen=True)
 class Lengths:
+    """Padding and truncation of one call, resolved: `padding` from PADDING, `truncation` from TRUNCATION."""
+
     padding: str
     truncation: str
     max_length: int | None
@@ -32,9 +34,10 @@ class Lengths:
         *,
         model_max_length: int,
     ) -> Lengths:
-        """`max_length` alone truncates; where one is needed and none given, it is the model's, if that has a limit.
+        """Resolves a call's arguments as transformers does.
 
-        Raises ValueError for values that are not supported, and for lengths that contradict each other.
+        `max_length` alone implies truncation. A missing `max_length` is the model's, if the model has a limit.
+        Raises ValueError for unsupported values and for contradictory lengths.
         """
         if max_length is not None and padding is False and truncation is None:
             truncation = "longest_first"
@@ -64,7 +67,7 @@ class Lengths:
         return cls(padding, truncation, max_length, pad_to_multiple_of, one_of("padding_side", padding_side, SIDES))
 
     def pad(self, fields: dict[str, Any], longest: int, pad_id: int | None, with_mask: bool) -> None:
-        """Pad a sample's lists in place, in a batch whose longest has `longest` tokens, and add its attention mask."""
+        """Pads a sample's lists in place and adds its attention mask. longest: tokens of the batch's longest sample."""
         count = len(fields["input_ids"])
         if with_mask and "attention_mask" not in fields:
             fields["attention_mask"] = [1] * count
@@ -85,7 +88,7 @@ class Lengths:
 
 
 def one_of(argument: str, value: Any, allowed: tuple[str, ...], others: str = "") -> str:
-    """The one of `allowed` that equals the value (transformers' enumerations equal their string). Raises ValueError."""
+    """The element of `allowed` that equals the value, a string or transformers' enumeration. Raises ValueError."""
     for name in allowed:
         if isinstance(value, str) and value == name:
             return name

@@ -1,4 +1,4 @@
-"""SigLIP's tokenizer: lower case, no ASCII punctuation, SentencePiece, `</s>` at the end; equal to transformers'."""
+"""SigLIP's tokenizer: lower-cases, drops ASCII punctuation, applies SentencePiece, appends `</s>`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments, to_json, write_file
-from siglip_model.text.tokenizer import Tokenizer
+from siglip_model.text.tokenizer import EncodeOptions, Tokenizer
 from siglip_model.text.tokenizer_config import NAMED_TOKENS, AddedToken, call_defaults, constructor_arguments
 
 UNDERLINE = "▁"  # SentencePiece's mark for a space
@@ -22,11 +22,11 @@ _NO_DUMMY_PREFIX = bytes((0x1A, 0x02, 0x18, 0x00))
 
 
 class SiglipTokenizer(Tokenizer):
-    """SentencePiece behind transformers' interface, token for token (see `Tokenizer.__call__` for the arguments).
+    """SentencePiece with transformers' interface and tokens (see `Tokenizer.__call__` for the arguments).
 
-    `vocab_file`: a SentencePiece model, usually spiece.model. `model_input_names`: without "attention_mask", as in
-    published checkpoints, no mask is returned, and the model attends to padding, as it did when it was trained.
-    Raises CheckpointError naming the file if it is missing or no SentencePiece model.
+    vocab_file: a SentencePiece model, usually spiece.model. model_input_names: without "attention_mask", as in
+    published checkpoints, no mask is returned and the model attends to padding, as it did in training.
+    Raises CheckpointError naming the file if it is missing or not a SentencePiece model.
     """
 
     vocab_file_name: ClassVar[str] = "spiece.model"
@@ -88,11 +88,12 @@ class SiglipTokenizer(Tokenizer):
             raise CheckpointError(f"{self.vocab_file} is not a SentencePiece model, or is damaged: {error}") from error
         if not loaded or self.sp_model.get_piece_size() == 0:
             raise CheckpointError(f"{self.vocab_file} is not a SentencePiece model, or is damaged")
-        # Text is encoded behind the unknown token's characters, so that no leading space is lost; this many pieces go.
+        # Text is encoded behind the unknown token's characters, which preserves leading spaces; this many pieces are
+        # dropped afterwards.
         self._prefix_length = len(self.sp_model.encode(self.unk_token))
 
     def _add_tokens(self, given: dict[int, AddedToken]) -> None:
-        """Special tokens that the vocabulary lacks get the next ids."""
+        """Special tokens outside the vocabulary get the next ids."""
         self._added_by_id = dict(given)
         self._added_ids = {token.content: index for index, token in given.items()}
         next_id = len(self.get_vocab())
@@ -120,7 +121,7 @@ class SiglipTokenizer(Tokenizer):
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """Tokens that are never split, by id: the special ones, and those that the checkpoint added."""
+        """Tokens that are never split, by id: special tokens and those that the checkpoint added."""
         return dict(sorted(self._added_by_id.items()))
 
     @property
@@ -145,9 +146,9 @@ class SiglipTokenizer(Tokenizer):
     # ---- text to tokens
 
     def canonicalize_text(self, text: str, *, keep_punctuation_exact_string: str | None = None) -> str:
-        """Lower case (if `do_lower_case`), without ASCII punctuation, white space single and stripped.
+        """Lower-cases (if `do_lower_case`), removes ASCII punctuation, collapses and strips white space.
 
-        `keep_punctuation_exact_string`: e.g. "{}", whose occurrences stay.
+        keep_punctuation_exact_string: a string, such as "{}", whose occurrences are kept.
         """
         if self.do_lower_case:
             text = text.lower()
@@ -161,9 +162,9 @@ class SiglipTokenizer(Tokenizer):
     def tokenize(
         self, text: str, add_special_tokens: bool = False, *, split_special_tokens: bool | None = None
     ) -> list[str]:
-        """The pieces of a text. Special tokens that are written out stay whole, unless `split_special_tokens`.
+        """The pieces of a text. Special tokens within the text stay whole unless `split_special_tokens`.
 
-        `add_special_tokens` is there for the signature's sake: as in transformers, none is ever added here.
+        add_special_tokens: ignored, as in transformers; no special token is added here.
         """
         if not isinstance(text, str):
             raise TypeError(f"tokenize: text is of type {type(text).__name__}; supported: str")
@@ -183,7 +184,7 @@ class SiglipTokenizer(Tokenizer):
         return frozenset(token for token in (*self._added_ids, *self.all_special_tokens) if token)
 
     def _segments(self, text: str, whole: frozenset[str]) -> list[str]:
-        """The text cut around the tokens that stay whole, the longest first where several begin."""
+        """Splits the text around the tokens that stay whole; the longest match wins."""
         pattern = "|".join(re.escape(token) for token in sorted(whole, key=len, reverse=True))
         segments = [segment for segment in re.split(f"({pattern})", text) if segment] if whole else [text]
         for i, segment in enumerate(segments):
@@ -208,7 +209,7 @@ class SiglipTokenizer(Tokenizer):
     def _pieces(self, segment: str) -> list[str]:
         text = str(self.unk_token) + self.canonicalize_text(segment)
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError("text holds a lone surrogate, which is no character; supported: valid Unicode")
+            raise ValueError("text contains a lone surrogate; supported: valid Unicode")
         pieces = self.sp_model.encode(text, out_type=str)
         return pieces[self._prefix_length :] if len(pieces) >= self._prefix_length else pieces
 
@@ -217,7 +218,7 @@ class SiglipTokenizer(Tokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """`A </s>`, or `A </s> B </s>`; a sequence that ends with `</s>` already gets no second one."""
+        """`A </s>`, or `A </s> B </s>`; a sequence that already ends with `</s>` gets no second one."""
         return self._with_end(token_ids_0) + ([] if token_ids_1 is None else self._with_end(token_ids_1))
 
     def _with_end(self, ids: list[int]) -> list[int]:
@@ -233,7 +234,7 @@ class SiglipTokenizer(Tokenizer):
     ) -> list[int]:
         """1 for the `</s>` that ends each sequence, 0 for its tokens.
 
-        As in transformers, sequences that end with `</s>` already are counted as if they were given another.
+        As in transformers, a sequence that already ends with `</s>` is counted as if it received another.
         """
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
@@ -243,7 +244,7 @@ class SiglipTokenizer(Tokenizer):
     def create_token_type_ids_from_sequences(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """Zeros, one for each token of the sequences and for the `</s>` of each."""
+        """Zeros, one per token of the sequences and per `</s>`."""
         return [0] * len(self.get_special_tokens_mask(token_ids_0, token_ids_1))
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
@@ -258,20 +259,20 @@ class SiglipTokenizer(Tokenizer):
             return not is_split_into_words
         return isinstance(text[0], (list, tuple) if is_split_into_words else (str, list, tuple))
 
-    def _encode(self, text: Any, pair: Any, **options: Any) -> dict[str, Any]:
+    def _encode(self, text: Any, pair: Any, options: EncodeOptions) -> dict[str, Any]:
         first = self._ids(text, options)
         second = None if pair is None else self._ids(pair, options)
-        if options["return_overflowing_tokens"] and options["truncation"] == "longest_first" and second is not None:
+        if options.return_overflowing_tokens and options.truncation == "longest_first" and second is not None:
             raise ValueError(
                 "return_overflowing_tokens=True with a pair and truncation 'longest_first'; supported: 'only_first', "
                 "'only_second'"
             )
-        added = self.num_special_tokens_to_add(second is not None) if options["add_special_tokens"] else 0
-        excess = len(first) + len(second or ()) + added - (options["max_length"] or 0)
+        added = self.num_special_tokens_to_add(second is not None) if options.add_special_tokens else 0
+        excess = len(first) + len(second or ()) + added - options.limit if options.limit else 0
         overflowing: list[int] = []
-        if options["truncation"] != "do_not_truncate" and options["max_length"] and excess > 0:
-            first, second, overflowing = self._truncate(first, second, excess, options["truncation"], options["stride"])
-        if options["add_special_tokens"]:
+        if excess > 0:
+            first, second, overflowing = self._truncate(first, second, excess, options.truncation, options.stride)
+        if options.add_special_tokens:
             fields: dict[str, Any] = {
                 "input_ids": self.build_inputs_with_special_tokens(first, second),
                 "token_type_ids": self.create_token_type_ids_from_sequences(first, second),
@@ -280,31 +281,37 @@ class SiglipTokenizer(Tokenizer):
         else:
             ids = first + (second or [])
             fields = {"input_ids": ids, "token_type_ids": [0] * len(ids), "special_tokens_mask": [0] * len(ids)}
-        if options["return_overflowing_tokens"] and overflowing:
+        if options.return_overflowing_tokens and overflowing:
             fields |= {"overflowing_tokens": overflowing, "num_truncated_tokens": excess}
         return fields
 
-    def _ids(self, text: Any, options: dict[str, Any]) -> list[int]:
-        """Ids of a text, of words, of tokens, or ids as they are."""
-        split = {"split_special_tokens": options["split_special_tokens"]}
+    def _ids(self, text: Any, options: EncodeOptions) -> list[int]:
+        """Ids of a text, of words or of tokens; ids are returned unchanged."""
         if isinstance(text, str):
-            return self.convert_tokens_to_ids(self.tokenize(text, **split))
+            return self._ids_of_words([text], options)
         if isinstance(text, (list, tuple)) and text:
             if all(isinstance(item, int) for item in text):
                 return list(text)
             if all(isinstance(item, str) for item in text):
-                if options["is_split_into_words"]:
-                    text = [token for word in text for token in self.tokenize(word, **split)]
-                return self.convert_tokens_to_ids(text)
+                if options.is_split_into_words:
+                    return self._ids_of_words(text, options)
+                return [self._token_to_id(token) for token in text]
         raise ValueError(
             f"SiglipTokenizer: got a text of type {type(text).__name__}; supported: a string, a list of token ids, "
             "a list of tokens as the pair of another, or with is_split_into_words=True a list of words"
         )
 
+    def _ids_of_words(self, words: Sequence[str], options: EncodeOptions) -> list[int]:
+        return [
+            self._token_to_id(token)
+            for word in words
+            for token in self.tokenize(word, split_special_tokens=options.split_special_tokens)
+        ]
+
     def _truncate(
         self, first: list[int], second: list[int] | None, excess: int, strategy: str, stride: int
     ) -> tuple[list[int], list[int] | None, list[int]]:
-        """Drop `excess` ids at `truncation_side`; also returns what a single sequence lost, with `stride` ids more."""
+        """Drops `excess` ids at `truncation_side`. Also returns what a single sequence lost, plus `stride` ids."""
         right = self.truncation_side == "right"
 
         def cut(ids: list[int], count: int) -> list[int]:
@@ -319,7 +326,7 @@ class SiglipTokenizer(Tokenizer):
         if second and strategy == "only_second":
             return first, cut(second, excess), lost(second)
         if second is not None and strategy == "longest_first":
-            # The longer one down to the other's length, then both in equal parts.
+            # First the longer one down to the other's length, then both equally.
             from_longer = min(abs(len(second) - len(first)), excess)
             half = (excess - from_longer) // 2
             if len(first) > len(second):
@@ -343,16 +350,16 @@ class SiglipTokenizer(Tokenizer):
         return (text + self.sp_model.decode(pieces)).strip()
 
     def _decode_ids(self, ids: int | list[int], skip_special_tokens: bool) -> str:
-        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens)  # an id alone is never skipped
+        tokens = self.convert_ids_to_tokens(ids, skip_special_tokens)  # a single id is never skipped
         return self.convert_tokens_to_string([tokens] if isinstance(tokens, str) else tokens)
 
     # ---- files
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | os.PathLike[str], **arguments: Any) -> SiglipTokenizer:
-        """The tokenizer of a directory or a hub repository: spiece.model and, if there, tokenizer_config.json.
+        """Loads a directory or Hub repository: spiece.model and, if present, tokenizer_config.json.
 
-        Arguments: those of the constructor, which win over the files, and revision, cache_dir, local_files_only, token.
+        arguments: those of the constructor, which override the files; revision, cache_dir, local_files_only, token.
         Raises CheckpointError for a missing or damaged file, naming it; OSError as `resolve_file`.
         """
         hub, given = split_hub_arguments(arguments)
@@ -369,12 +376,12 @@ class SiglipTokenizer(Tokenizer):
     def save_vocabulary(
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
     ) -> tuple[str, ...]:
-        """Write the SentencePiece model alone, atomically. Returns its path."""
+        """Writes the SentencePiece model alone, atomically. Returns its path."""
         name = (filename_prefix + "-" if filename_prefix else "") + self.vocab_file_name
         return (write_file(save_directory, name, self._model_bytes),)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Write spiece.model and tokenizer_config.json, which transformers 4 and 5 load too. Returns their paths."""
+        """Writes spiece.model and tokenizer_config.json, which transformers 4 and 5 load. Returns their paths."""
         vocabulary = self.save_vocabulary(save_directory)
         return (write_file(save_directory, self.config_name, to_json(self._to_config())), *vocabulary)
 
@@ -410,7 +417,7 @@ def _read_model(path: str) -> bytes:
 
 
 def _legacy_files(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 4's older files say: special_tokens_map.json, added_tokens.json, tokenizer.json."""
+    """Settings from transformers 4's older files: special_tokens_map.json, added_tokens.json, tokenizer.json."""
     settings = find_json(path_or_id, "special_tokens_map.json", hub) or {}
     added: dict[int, AddedToken] = {}
     special = [AddedToken.from_json(token).content for name in NAMED_TOKENS if (token := settings.get(name))]

@@ -1,10 +1,11 @@
-"""What every tokenizer here shares: special tokens, the calling convention of transformers, padding and decoding."""
+"""The base of all tokenizers: special tokens, transformers' calling convention, padding and decoding."""
 
 from __future__ import annotations
 
 import abc
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,13 +36,31 @@ def _named_token_id(name: str) -> property:
     return property(read, doc=f"The id of the {name.removesuffix('_token')} token, None if there is none.")
 
 
-class Tokenizer(abc.ABC):
-    """Text to token ids and back, called as transformers' tokenizers are.
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How one text, or one pair of texts, becomes ids: the arguments of a call, resolved."""
 
-    A concrete tokenizer says how one text becomes ids (`_encode`), maps tokens to ids and back, and joins tokens.
+    add_special_tokens: bool
+    truncation: str  # one of padding.TRUNCATION
+    max_length: int | None
+    stride: int
+    is_split_into_words: bool
+    split_special_tokens: bool
+    return_overflowing_tokens: bool
+
+    @property
+    def limit(self) -> int | None:
+        """The most ids that a text, or a pair, may have; None without truncation."""
+        return None if self.truncation == "do_not_truncate" else self.max_length
+
+
+class Tokenizer(abc.ABC):
+    """Text to token ids and back, with the calling convention of transformers' tokenizers.
+
+    A subclass encodes one text (`_encode`), maps tokens to ids and back, and joins tokens into text.
     """
 
-    # Defaults of a class; each instance has its own.
+    # Defaults of the class; each instance has its own values.
     model_input_names: Sequence[str] = ("input_ids", "attention_mask")
     padding_side: str = "right"
     config_name: ClassVar[str] = "tokenizer_config.json"
@@ -81,64 +100,56 @@ class Tokenizer(abc.ABC):
         self.clean_up_tokenization_spaces = bool(clean_up_tokenization_spaces)
         self.split_special_tokens = split_special_tokens
         self.name_or_path = ""
-        # What a checkpoint's tokenizer_config.json says about calls; SiglipProcessor takes it as its defaults.
+        # Call arguments from a checkpoint's tokenizer_config.json: SiglipProcessor's defaults.
         self.call_defaults: dict[str, Any] = {}
 
-    # ---- what a concrete tokenizer provides
+    # ---- what a subclass provides
 
     @abc.abstractmethod
-    def _encode(
-        self,
-        text: Any,
-        pair: Any,
-        *,
-        add_special_tokens: bool,
-        truncation: str,
-        max_length: int | None,
-        stride: int,
-        is_split_into_words: bool,
-        split_special_tokens: bool,
-        return_overflowing_tokens: bool,
-    ) -> dict[str, Any]:
-        """One text, or one pair: input_ids, token_type_ids, special_tokens_mask, truncated and with special tokens."""
+    def _encode(self, text: Any, pair: Any, options: EncodeOptions) -> dict[str, Any]:
+        """input_ids, token_type_ids and special_tokens_mask of one text or one pair, truncated, not padded."""
 
     @abc.abstractmethod
-    def _is_batch(self, text: Any, is_split_into_words: bool) -> bool: ...
+    def _is_batch(self, text: Any, is_split_into_words: bool) -> bool:
+        """Whether `text` holds several texts, or is one text."""
 
     @abc.abstractmethod
-    def _token_to_id(self, token: str) -> int: ...
+    def _token_to_id(self, token: str) -> int:
+        """The token's id, or the unknown token's."""
 
     @abc.abstractmethod
-    def _id_to_token(self, index: int) -> str: ...
+    def _id_to_token(self, index: int) -> str:
+        """The token of an id. Raises IndexError outside the vocabulary."""
 
     @abc.abstractmethod
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Tokens joined into text."""
 
     @abc.abstractmethod
-    def _decode_ids(self, ids: int | list[int], skip_special_tokens: bool) -> str: ...
+    def _decode_ids(self, ids: int | list[int], skip_special_tokens: bool) -> str:
+        """Ids joined into text, before any clean-up of spaces."""
 
     @property
     @abc.abstractmethod
     def vocab_size(self) -> int:
-        """Number of pieces of the vocabulary, without tokens that were added to it."""
+        """Size of the vocabulary without added tokens."""
 
     @abc.abstractmethod
     def get_vocab(self) -> dict[str, int]:
-        """Every token, added ones too, with its id."""
+        """Every token, including added ones, with its id."""
 
     @abc.abstractmethod
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """How many special tokens a text, or a pair of texts, is given."""
+        """Number of special tokens that a text, or a pair of texts, receives."""
 
     @abc.abstractmethod
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Write the tokenizer's files, each atomically. Returns their paths."""
+        """Writes the tokenizer's files, each atomically. Returns their paths."""
 
     # ---- vocabulary
 
     def __len__(self) -> int:
-        """Number of tokens, added ones too."""
+        """Number of tokens, including added ones."""
         return len(self.get_vocab())
 
     def __bool__(self) -> bool:
@@ -165,7 +176,7 @@ class Tokenizer(abc.ABC):
         return [self._token_to_id(token) for token in self.all_special_tokens]
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """The id of a token, or a list of ids; the unknown token's id for what the vocabulary lacks."""
+        """The id of a token, or the ids of a list of tokens; the unknown token's id outside the vocabulary."""
         if isinstance(tokens, str):
             return self._token_to_id(tokens)
         return [self._token_to_id(token) for token in tokens]
@@ -203,30 +214,30 @@ class Tokenizer(abc.ABC):
     ) -> BatchFeature:
         """Token ids of a text, of a list of texts, of a pair of texts or of a list of pairs.
 
-        padding: False, True or "longest" (to the longest of the batch), "max_length" (to `max_length`, else to
+        padding: False, True or "longest" (to the longest in the batch), "max_length" (to `max_length`, else to
             `model_max_length`), on `padding_side`, to a multiple of `pad_to_multiple_of`.
         truncation: None or False, True or "longest_first", "only_first", "only_second", to `max_length`, else to
-            `model_max_length`. `max_length` alone truncates.
-        return_tensors: "pt" (int64 tensors), "np", or None for lists. A single text gets a batch axis with tensors.
-        return_attention_mask, return_token_type_ids: None means what `model_input_names` says.
-        verbose: there for transformers' sake; nothing is printed either way.
+            `model_max_length`. `max_length` alone implies truncation.
+        return_tensors: "pt" (int64 tensors), "np", or None for lists. With tensors a single text gets a batch axis.
+        return_attention_mask, return_token_type_ids: by default, whether `model_input_names` lists them.
+        verbose: ignored, accepted for compatibility.
 
-        Returns input_ids and what else was asked for. Raises TypeError for an unknown argument, ValueError for a value
-        that is not supported and for lengths that make no tensor.
+        Returns input_ids and the other requested fields. Raises TypeError for an unknown argument, ValueError for an
+        unsupported value and for lengths that differ where a tensor was requested.
         """
         if text is None:
             raise ValueError(f"{type(self).__name__}: text is None; supported: a string or a list of strings")
         kind = check_tensor_kind(return_tensors)
         lengths = self._lengths(padding, truncation, max_length, pad_to_multiple_of, padding_side)
-        options: dict[str, Any] = {
-            "add_special_tokens": add_special_tokens,
-            "truncation": lengths.truncation,
-            "max_length": lengths.max_length,
-            "stride": stride,
-            "is_split_into_words": is_split_into_words,
-            "split_special_tokens": self.split_special_tokens if split_special_tokens is None else split_special_tokens,
-            "return_overflowing_tokens": return_overflowing_tokens,
-        }
+        options = EncodeOptions(
+            add_special_tokens=add_special_tokens,
+            truncation=lengths.truncation,
+            max_length=lengths.max_length,
+            stride=stride,
+            is_split_into_words=is_split_into_words,
+            split_special_tokens=self.split_special_tokens if split_special_tokens is None else split_special_tokens,
+            return_overflowing_tokens=return_overflowing_tokens,
+        )
         if return_attention_mask is None:
             return_attention_mask = "attention_mask" in self.model_input_names
         if return_token_type_ids is None:
@@ -239,7 +250,7 @@ class Tokenizer(abc.ABC):
         samples = self._pairs(text, text_pair, is_split_into_words) if batched else [(text, text_pair)]
         encoded = []
         for sample, pair in samples:
-            fields = self._encode(sample, pair, **options)
+            fields = self._encode(sample, pair, options)
             encoded.append({name: value for name, value in fields.items() if name not in unwanted})
         if return_length and not self._length_counts_padding(batched):
             for fields in encoded:
@@ -263,15 +274,15 @@ class Tokenizer(abc.ABC):
             batch[name] = [fields[name] for fields in encoded if name in fields]
         return batch if kind is None else self._to_tensors(batch, kind)
 
-    # transformers' Python tokenizers leave a single text without a token unpadded, and give lengths before the padding
-    # of a batch; its Rust ones do neither.
+    # transformers' Python tokenizers do not pad a single text without tokens, and report the lengths of a batch before
+    # padding; its Rust tokenizers pad it, and report lengths after padding.
     _pads_a_single_empty_text: ClassVar[bool] = False
 
     def _length_counts_padding(self, batched: bool) -> bool:
         return not batched
 
     def encode(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
-        """`input_ids` alone: a list of ids, or what `return_tensors` says. Arguments as for calling the tokenizer."""
+        """`input_ids` alone, as a list or as `return_tensors` requests. Takes the arguments of `__call__`."""
         return self(text, text_pair, **options)["input_ids"]
 
     def _pairs(self, text: Any, text_pair: Any, is_split_into_words: bool) -> list[tuple[Any, Any]]:
@@ -282,8 +293,8 @@ class Tokenizer(abc.ABC):
             return [self._split_pair(item, is_split_into_words) for item in text]
         if not isinstance(text_pair, (list, tuple)) or len(text_pair) != len(text):
             raise ValueError(
-                f"{type(self).__name__}: text is a list of {len(text)}; text_pair must be a list of as many, got "
-                f"{len(text_pair) if isinstance(text_pair, (list, tuple)) else type(text_pair).__name__}"
+                f"{type(self).__name__}: text is a list of {len(text)}; text_pair must be a list of the same length, "
+                f"got {len(text_pair) if isinstance(text_pair, (list, tuple)) else type(text_pair).__name__}"
             )
         return [
             (item, pair) if pair is not None else self._split_pair(item, is_split_into_words)
@@ -291,7 +302,7 @@ class Tokenizer(abc.ABC):
         ]
 
     def _split_pair(self, item: Any, is_split_into_words: bool) -> tuple[Any, Any]:
-        """An item of a batch that is itself a list: a pair of texts, or a list with a text alone."""
+        """Splits an item of a batch that is itself a list: a pair of texts, or a list of one text."""
         if not isinstance(item, (list, tuple)) or not item or isinstance(item[0], int):
             return item, None
         parts = (str, list, tuple)
@@ -336,9 +347,10 @@ class Tokenizer(abc.ABC):
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> BatchFeature:
-        """Pad what was tokenized before: a dict of lists (one text, or a batch) or a list of dicts (for collating).
+        """Pads tokenized texts: a dict of lists (one text, or a batch) or a list of dicts (for collating).
 
-        Arrays and tensors are accepted, and then returned unless `return_tensors` says otherwise. The input is kept.
+        Arrays and tensors are accepted, and returned unless `return_tensors` requests another kind. The input is not
+        modified. Other arguments as for `__call__`.
         """
         if isinstance(encoded_inputs, (list, tuple)) and encoded_inputs and isinstance(encoded_inputs[0], Mapping):
             encoded_inputs = {name: [sample[name] for sample in encoded_inputs] for name in encoded_inputs[0]}
@@ -386,7 +398,7 @@ class Tokenizer(abc.ABC):
     def decode(
         self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
     ) -> Any:
-        """The text of an id, of a list, array or tensor of ids; a list of texts of a list of lists or a 2-D tensor."""
+        """The text of one id or of a list, array or tensor of ids; a list of texts for nested lists or a 2-D tensor."""
         ids = _to_lists(token_ids)
         if isinstance(ids, list) and ids and isinstance(ids[0], list):
             return [self._decode_one(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
@@ -395,7 +407,7 @@ class Tokenizer(abc.ABC):
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
     ) -> list[str]:
-        """A list of texts, as `decode`; one sequence alone gives a list of one."""
+        """Like `decode`, always as a list of texts."""
         texts = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
         return [texts] if isinstance(texts, str) else texts
 
@@ -411,9 +423,9 @@ class Tokenizer(abc.ABC):
     def get_special_tokens_mask(
         self, token_ids_0: Any, token_ids_1: Any = None, already_has_special_tokens: bool = False
     ) -> list[int]:
-        """1 for every special token of ids that have theirs already, 0 for the others."""
+        """1 for every special token of a finished sequence, 0 for the other tokens."""
         if not already_has_special_tokens:
-            raise NotImplementedError(f"{type(self).__name__} knows special tokens only of finished sequences")
+            raise NotImplementedError(f"{type(self).__name__} supports already_has_special_tokens=True only")
         if token_ids_1 is not None:
             raise ValueError("token_ids_1 is given; with already_has_special_tokens=True, token_ids_0 holds both texts")
         special = set(self.all_special_ids)

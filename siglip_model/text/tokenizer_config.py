@@ -1,4 +1,4 @@
-"""Tokens that are never split, and what a checkpoint's tokenizer_config.json says."""
+"""Added tokens, and the settings in a checkpoint's tokenizer_config.json."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The order in which transformers lists them.
+# In the order of transformers.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is never split: `lstrip`, `rstrip` take the white space beside it, `single_word` wants it apart."""
+    """A token that is never split. lstrip, rstrip: absorb adjacent white space. single_word: match whole words only."""
 
     content: str
     lstrip: bool = False
@@ -37,7 +37,7 @@ class AddedToken:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-# Arguments of a call that a tokenizer_config.json may hold, and that SiglipProcessor then takes as its defaults.
+# Call arguments that tokenizer_config.json may hold; SiglipProcessor takes them as defaults.
 CALL_ARGUMENTS = (
     "add_special_tokens", "padding", "truncation", "max_length", "stride", "is_split_into_words", "pad_to_multiple_of",
     "return_token_type_ids", "return_attention_mask", "return_special_tokens_mask", "return_length",
@@ -49,13 +49,13 @@ def call_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def constructor_arguments(cls: type, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's settings that the constructor knows, of transformers 4 or 5, and over them what the caller gave."""
+    """Constructor arguments: a file's settings (transformers 4 or 5), overridden by those given by the caller."""
     config = dict(config)
     if not config.get("extra_special_tokens"):  # transformers 4 wrote the older name, or an empty object
         config["extra_special_tokens"] = config.pop("additional_special_tokens", None)
     if isinstance(config["extra_special_tokens"], Mapping):
         config["extra_special_tokens"] = list(config["extra_special_tokens"].values())
-    # null says something of these only
+    # null is meaningful only for these
     nullable = (*NAMED_TOKENS, "model_max_length")
     known = inspect.signature(cls).parameters
     read = {name: value for name, value in config.items() if name in known and (value is not None or name in nullable)}
