@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices and usable backends, as `siglip info` shows them."""
+"""`siglip info`: versions, devices and available backends of this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIBRARIES = ("torch", "triton", "flash-attn", "transformers", "sentencepiece", "
 
 
 def describe_machine() -> dict[str, dict[str, str | None]]:
-    """Three groups of name -> text. versions: None where not installed; backends: None where usable, else why not."""
+    """Three groups of name -> text. versions: None if not installed. backends: None if available, else the reason."""
     import torch
 
     from siglip_model import backends
@@ -51,10 +51,8 @@ def _devices() -> dict[str, str | None]:
 
 
 def info(as_json: JsonOption = False) -> None:
-    """Versions, devices, and which backends this machine supports, or why not."""
+    """Show versions, devices, and which backends are available, with the reason for those that are not."""
     with errors_in_one_line():
-        from siglip_model.cli.info import describe_machine
-
         facts = describe_machine()
         if as_json:
             print(json.dumps(facts, indent=2))

@@ -1,4 +1,4 @@
-"""A picture of images beside the bars of their scores, for people who would rather look."""
+"""Plots images beside bars of their scores."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
 
-THUMBNAIL = 640  # pixels of the longer side: more than a page shows, and memory stays small however large the photo
+THUMBNAIL = 640  # pixels of the longer side: enough for a page, and bounds memory for large photos
 BEST, OTHERS, INK, FAINT = "#2f6fdb", "#b9cdf0", "#1f2733", "#8a94a3"
 ROW_INCHES, WIDTH_INCHES, DOTS_PER_INCH = 3.0, 9.0, 144
-ROWS_AT_MOST = 100  # 43,200 pixels high; the renderer ends at 65,536
-# Looked for in this order after matplotlib's own font, which has neither Chinese nor emoji
+ROWS_AT_MOST = 100  # 43,200 pixels high; the renderer's limit is 65,536
+# Fallbacks, in this order, for matplotlib's default font, which has neither Chinese nor emoji
 FURTHER_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
     "Malgun Gothic", "WenQuanYi Micro Hei", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari",
@@ -35,17 +35,17 @@ class PlotRow:
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """A copy small enough to be kept until the picture is made."""
+    """A copy small enough to keep until the plot is drawn."""
     small = image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     return small
 
 
 def plot_predictions(rows: Sequence[PlotRow], path: str | os.PathLike[str]) -> None:
-    """Writes one row per image, the image left and its bars right, to `path` (.png, .pdf, .svg ... by its suffix).
+    """Writes one row per image, the image left of its bars, to `path` (.png, .pdf, .svg ... by suffix).
 
-    All rows share one axis, from 0 to the first round number above the largest score (SigLIP's scores need not add up
-    to 1, and are often small). Raises ValueError for no rows, more than ROWS_AT_MOST or a suffix that is not supported.
+    All rows share one axis, from 0 to the first round number above the largest score (SigLIP's scores need not sum to
+    1 and are often small). Raises ValueError for no rows, more than ROWS_AT_MOST rows or an unsupported suffix.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -71,11 +71,11 @@ def plot_predictions(rows: Sequence[PlotRow], path: str | os.PathLike[str]) -> N
             warnings.simplefilter("always")
             figure.savefig(path)
     if any("missing from font" in str(warning.message) for warning in caught):
-        warnings.warn("the plot shows boxes for characters that are in no installed font", stacklevel=2)
+        warnings.warn("the plot shows boxes for characters that no installed font has", stacklevel=2)
 
 
 def plot_problem(path: str | os.PathLike[str]) -> str | None:
-    """Why no plot can be written to `path`, found before any work is done; None if it can."""
+    """Why no plot can be written to `path`, found before any work is done; None if one can."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     text = os.fspath(path)
@@ -103,7 +103,7 @@ def _draw_bars(axes: Axes, predictions: Sequence[Mapping[str, Any]], limit: floa
     places = range(len(predictions))
     scores = [float(entry["score"]) for entry in predictions]
     colors = [BEST if place == 0 else OTHERS for place in places]
-    axes.barh(places, [limit] * len(scores), color="#f3f5f8", height=0.62)  # the track that a bar runs in
+    axes.barh(places, [limit] * len(scores), color="#f3f5f8", height=0.62)  # the bar's background
     axes.barh(places, scores, color=colors, height=0.62)
     for place, score in zip(places, scores, strict=True):
         axes.annotate(
@@ -118,7 +118,7 @@ def _draw_bars(axes: Axes, predictions: Sequence[Mapping[str, Any]], limit: floa
             fontweight="bold" if place == 0 else "normal",
         )
     axes.set_xlim(0, limit)
-    # At least five places, so that one label alone is a bar and not a wall
+    # Room for at least five bars, so that the bar of a single label does not fill the axes
     spare = max(0, 5 - len(predictions)) / 2
     axes.set_ylim(len(predictions) - 0.4 + spare, -0.6 - spare)
     axes.set_yticks(list(places), [_wrapped(str(entry["label"])) for entry in predictions], fontsize=10.5, color=INK)
@@ -131,7 +131,7 @@ def _draw_bars(axes: Axes, predictions: Sequence[Mapping[str, Any]], limit: floa
 
 
 def format_score(score: float) -> str:
-    """0.873, 0.0013, or 4e-05 where more decimals would say nothing."""
+    """0.873, 0.0013, or 4e-05 for scores below 0.0001."""
     if score == 0 or score >= 0.01:
         return f"{score:.3f}"
     return f"{score:.4f}" if score >= 0.0001 else f"{score:.0e}"

@@ -1,4 +1,4 @@
-"""What the commands show: tables with bars on stdout, a progress bar and messages on stderr."""
+"""Output of the commands: tables with bars on stdout, a progress bar and messages on stderr."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ def say(message: str) -> None:
 
 
 class ProgressReport:
-    """Where a long run tells how far it is: a bar on a terminal, silence elsewhere. Messages always come through."""
+    """Progress of a long run: a bar on a terminal, nothing elsewhere. Messages are always printed."""
 
     def __init__(self, bar: Any = None, task: Any = None) -> None:
         self.bar, self.task, self.counted = bar, task, 0
 
     def advance(self, counts: bool = True) -> None:
+        """One image is finished; `counts` includes it in images/s."""
         if self.bar is not None:
             self.counted += counts
             elapsed = self.bar.tasks[self.task].elapsed or 0
@@ -29,7 +30,7 @@ class ProgressReport:
     def say(self, message: str) -> None:
         if self.bar is None:
             say(message)
-        else:  # above the bar, which stays whole
+        else:  # printed above the bar
             self.bar.console.print(f"siglip: {message}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -53,7 +54,7 @@ def print_predictions(results: Sequence[dict[str, Any]]) -> None:
     console = Console(highlight=False)
     for result in results:
         if "error" in result:
-            continue  # told already, on stderr
+            continue  # already reported on stderr
         console.print(Text(os.path.basename(result["image"]), style="bold"))
         console.print(_bars(result["predictions"], console.width))
 
@@ -82,7 +83,7 @@ def print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
 
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", width=min(console.width, 100))
-    table.add_column("picture", ratio=2)
+    table.add_column("image", ratio=2)
     table.add_column("")
     for title in ("best name", "second", "third"):
         table.add_column(title, ratio=3)
@@ -105,7 +106,7 @@ def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
 
 
 def print_machine(facts: Mapping[str, Mapping[str, str | None]]) -> None:
-    """What `describe_machine` found, a line each."""
+    """Prints the result of `describe_machine`, one line per entry."""
     from rich.console import Console
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Bulk embedding: any number of images into one safetensors file, resumable and in constant memory."""
+"""Bulk embedding: any number of images into one safetensors file, resumable, in constant memory."""
 
 from siglip_model.embed.file import EmbeddingFileError, Embeddings, load_embeddings
 from siglip_model.embed.run import EmbeddingInterrupted, EmbedSummary, embed_images

@@ -1,4 +1,4 @@
-"""The embeddings' file: a safetensors file with the names of its rows."""
+"""The embedding file: a safetensors file that also names its rows."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import BinaryIO
 import torch
 
 PRODUCER = "siglip embed"
-
-
-HEADER_LIMIT = 100_000_000  # the format's own
-
-
+HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors format
 TENSOR_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class EmbeddingFileError(ValueError):
-    """The output, or the journal beside it, cannot be continued; the message says why and what to do."""
+    """The output file or its journal cannot be used; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What a file of embeddings holds: row i of `embeddings` (n, width) is the image `files[i]`."""
+    """The content of an embedding file.
+
+    embeddings: (n, width); row i belongs to the image `files[i]`. failed: path -> error of images without a row.
+    settings: what the rows were made with, as text.
+    """
 
     embeddings: torch.Tensor
     files: list[str]
@@ -36,7 +36,7 @@ class Embeddings:
 
 
 def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
-    """Reads a file that `siglip embed` wrote. Raises EmbeddingFileError if it is another kind of file."""
+    """Reads a file that `siglip embed` wrote. Raises EmbeddingFileError for any other kind of file."""
     from safetensors import safe_open
 
     _read_header(Path(path))
@@ -64,7 +64,7 @@ def _lines(file: BinaryIO, start: int, offsets: list[int]) -> Iterator[dict[str,
 
 
 def _read_header(path: Path) -> dict:
-    """The header of a file that `write` made, with `__start__`, where its data begins. Refuses any other file."""
+    """The header of a file written by `siglip embed`, plus `__start__`, the offset of its data. Rejects other files."""
     problem = "it was not written by `siglip embed`"
     try:
         size = path.stat().st_size
@@ -77,7 +77,7 @@ def _read_header(path: Path) -> dict:
             header["__start__"] = 8 + length
             if header["__start__"] + header["failed"]["data_offsets"][1] == size:
                 return header
-            problem = "it is cut short"
+            problem = "it is truncated"
     except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError):
         pass
-    raise EmbeddingFileError(f"{path} is there already and {problem}; take another --out, or --overwrite to replace it")
+    raise EmbeddingFileError(f"{path} already exists and {problem}; choose another --out, or --overwrite to replace it")

@@ -1,12 +1,12 @@
-"""Embeddings on disk: a journal that survives being killed, and the .safetensors file that it becomes.
+"""Embeddings on disk: a journal that survives a kill, and the .safetensors file written from it.
 
 A .safetensors file states its shapes first and cannot grow, so rows are collected in a journal beside it, `FILE.part`:
 an SQLite database, whose transactions are atomic, so that a killed run loses at most its last seconds and a second
-process is locked out. The finished file is streamed out of the journal row by row, then put in place in one step.
+process is locked out. The finished file is streamed from the journal row by row and moved into place atomically.
 
-The file holds three tensors. `embeddings` (n, width). `files`, bytes: one line of JSON a row, {"file", "stamp"}, where
-the stamp (size-modification time) tells whether the file has changed since. `failed`, bytes: one line of JSON an image
-that could not be read, {"file", "error"}. `load_embeddings` reads all of it.
+The file holds three tensors. `embeddings` (n, width). `files`, bytes: one line of JSON per row, {"file", "stamp"},
+where the stamp (size and modification time) shows whether the file has changed. `failed`, bytes: one line of JSON per
+image that could not be read, {"file", "error"}. `load_embeddings` reads all three.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from siglip_model.embed.file import PRODUCER, TENSOR_DTYPES, EmbeddingFileError,
 
 
 class EmbeddingJournal:
-    """The rows so far. Opened, it holds what `FILE.part` or, failing that, FILE held; `write` makes FILE of it.
+    """The finished rows. Starts with the rows of `FILE.part`, else with those of FILE; `write` writes FILE.
 
-    settings: what must be the same for rows to belong together, as text; `dtype` ("F32", ...) and `width` among them.
-    Raises EmbeddingFileError where earlier rows were made with other settings, FILE is no such file, or another process
-    is at work on it.
+    settings: everything that must agree between the rows of one file, as text, including `dtype` ("F32", ...) and
+    `width`. overwrite: start without earlier rows.
+    Raises EmbeddingFileError if earlier rows were made with other settings, if FILE is another kind of file, or if
+    another process is writing it.
     """
 
     def __init__(self, out: str | os.PathLike[str], settings: Mapping[str, str], *, overwrite: bool = False) -> None:
         self.out = Path(out)
         self.part = self.out.with_name(self.out.name + ".part")
         self.settings = dict(settings)
-        self.up_to_date = False  # whether FILE, finished, holds just what the journal does
+        self.up_to_date = False  # whether FILE is complete and equal to the journal
         continues_file = self.out.exists() and not self.part.exists() and not overwrite
         if continues_file:
             metadata = _read_header(self.out)["__metadata__"]
@@ -58,10 +59,11 @@ class EmbeddingJournal:
             raise
         except sqlite3.Error as error:
             self.close()
-            if "locked" in str(error):
+            # The low byte of an extended result code is the primary one.
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise EmbeddingFileError(f"{self.out}: another run is writing it ({self.part} is locked)") from error
             raise EmbeddingFileError(
-                f"{self.part}: not the journal of an earlier run ({error}); remove it to start again"
+                f"{self.part}: not the journal of an earlier run ({error}); delete it to start over"
             ) from error
         except BaseException:
             self.close()
@@ -71,10 +73,10 @@ class EmbeddingJournal:
         self._database = sqlite3.connect(self.part, timeout=0, isolation_level=None)
         self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._database.execute("PRAGMA synchronous = NORMAL")
-        self._database.execute("PRAGMA cache_size = -8000")  # 8 MB, whatever the number of rows
+        self._database.execute("PRAGMA cache_size = -8000")  # 8 MB, independent of the number of rows
         self._database.execute("BEGIN EXCLUSIVE")
         self._database.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT)")
-        # The path as bytes: names need not be valid Unicode. The hidden rowid keeps the order in which rows went in.
+        # Paths are bytes, because names need not be valid Unicode. The implicit rowid keeps the order of insertion.
         self._database.execute(
             "CREATE TABLE IF NOT EXISTS images (path BLOB PRIMARY KEY, stamp TEXT, error TEXT, embedding BLOB)"
         )
@@ -87,8 +89,8 @@ class EmbeddingJournal:
         ]
         if changed:
             raise EmbeddingFileError(
-                f"{where} was begun with other settings ({'; '.join(changed)}); nothing was mixed."
-                " Take another --out, or --overwrite to start again"
+                f"{where} was made with other settings ({'; '.join(changed)}); it was not changed."
+                " Choose another --out, or --overwrite to start over"
             )
 
     def _copy_from_file(self) -> None:
@@ -106,29 +108,29 @@ class EmbeddingJournal:
         return int(self.settings["width"]) * TENSOR_DTYPES[self.settings["dtype"]].itemsize
 
     def has(self, path: str, stamp: str) -> bool:
-        """Whether the image is embedded, and has not changed since."""
+        """Whether the image is embedded and its file unchanged."""
         query = "SELECT 1 FROM images WHERE path = ? AND stamp = ? AND embedding IS NOT NULL"
         return self._database.execute(query, (os.fsencode(path), stamp)).fetchone() is not None
 
     def add(self, path: str, stamp: str, *, embedding: bytes | None = None, error: str | None = None) -> None:
-        """Notes an image's row, or why it has none. What was noted of it earlier goes."""
+        """Records an image's row or its error, replacing any earlier record of the image."""
         self.up_to_date = False
         self._database.execute(
             "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?)", (os.fsencode(path), stamp, error, embedding)
         )
 
     def commit(self) -> None:
-        """Makes everything so far survive a kill."""
+        """Makes all records so far durable."""
         self._database.execute("COMMIT")
         self._database.execute("BEGIN EXCLUSIVE")
 
     def counts(self) -> tuple[int, int]:
-        """(images embedded, images failed), of this run and earlier ones."""
+        """(images embedded, images failed), including earlier runs."""
         total, embedded = self._database.execute("SELECT COUNT(*), COUNT(embedding) FROM images").fetchone()
         return embedded, total - embedded
 
     def write(self, *, complete: bool) -> None:
-        """Makes FILE, whole or not at all, of the rows so far. Memory does not grow with their number."""
+        """Writes FILE atomically from the rows so far, in constant memory."""
         if complete and self.up_to_date:
             return
         rows, _ = self.counts()
@@ -146,7 +148,7 @@ class EmbeddingJournal:
             "failed": {"dtype": "U8", "shape": [sizes[2]], "data_offsets": ends[1:3]},
         }
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # so that the rows are aligned
+        text += b" " * (-len(text) % 8)  # aligns the rows
         unfinished = self.out.with_name(f".{self.out.name}.{os.getpid()}.unfinished")
         try:
             with open(unfinished, "wb") as file:
@@ -183,6 +185,6 @@ class EmbeddingJournal:
             database.close()
 
     def remove(self) -> None:
-        """Closes the journal and deletes it: FILE holds everything."""
+        """Closes and deletes the journal."""
         self.close()
         self.part.unlink(missing_ok=True)

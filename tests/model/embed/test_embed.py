@@ -243,7 +243,7 @@ def test_files_of_others_are_not_touched(embed):
 def test_a_file_that_was_cut_short_is_told_apart(embed):
     embed()
     embed.out.write_bytes(embed.out.read_bytes()[:-10])
-    with pytest.raises(EmbeddingFileError, match="cut short"):
+    with pytest.raises(EmbeddingFileError, match="truncated"):
         embed()
 
 
