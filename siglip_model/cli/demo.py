@@ -41,7 +41,7 @@ def demo(
     """Try zero-shot classification on eight bundled images."""
     with errors_in_one_line():
         from siglip_model.cli import plot as plotting
-        from siglip_model.demo.classify import classify_demo_pictures, score_on_card
+        from siglip_model.demo.classify import classify_demo_pictures, ten_way_score
 
         if plot is not None and (problem := plotting.plot_problem(plot)):
             raise ValueError(f"--plot {problem}")
@@ -60,9 +60,11 @@ def demo(
             return
         terminal.print_demo(results, right)
         if model == str(CHECKPOINT):
-            score = score_on_card(CHECKPOINT)
+            score = ten_way_score(CHECKPOINT)
             measured = (
-                f" On all pictures of that design it picks the right one of ten names in {score}." if score else ""
+                ""
+                if score is None
+                else f" On all images of that design it ranks the right name first among ten in {score:.1%}."
             )
-            print(f"The pictures are of a design that this small model never saw in training.{measured}")
-        print(f"With a checkpoint of Google's instead: {GOOGLE_EXAMPLE}")
+            print(f"This small model was not trained on the design of these images.{measured}")
+        print(f"With a Google checkpoint: {GOOGLE_EXAMPLE}")

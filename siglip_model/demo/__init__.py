@@ -1,10 +1,13 @@
-"""The small checkpoint that ships with the package, its pictures, and the commands that rebuild and measure it.
+"""The demo checkpoint and images that ship with the package.
 
-python -m siglip_model.demo.recipe.build --help       # emoji of several designs -> checkpoint
-python -m siglip_model.demo.recipe.evaluate --help    # the score in its model card
+From a checkout, the recipe rebuilds and measures them:
+
+python -m siglip_model.demo.recipe.build --help       # train the checkpoint on emoji of several designs
+python -m siglip_model.demo.recipe.evaluate --help    # measure the scores in its model card
 """
 
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 PICTURES = Path(__file__).parent / "pictures"
+SCORE_FILE = "score.json"  # in the checkpoint's folder: what the model card reports

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from siglip_model.demo import SCORE_FILE
 
 if TYPE_CHECKING:
     from siglip_model.zero_shot import Prediction, ZeroShotImageClassificationPipeline
@@ -37,11 +39,9 @@ def image_name(path: str) -> str:
     return Path(path).stem.replace("-", " ").replace("_", " ")
 
 
-def score_on_card(checkpoint: str | Path) -> str | None:
-    """What the checkpoint's model card claims for the choice among ten names, such as "91.2%"; None if it does not."""
+def ten_way_score(checkpoint: str | Path) -> float | None:
+    """The checkpoint's measured accuracy among ten names, in [0, 1]; None if it has no score file."""
     try:
-        card = Path(checkpoint, "README.md").read_text(encoding="utf-8")
-    except OSError:
+        return float(json.loads(Path(checkpoint, SCORE_FILE).read_text())["ten_way"])
+    except FileNotFoundError:
         return None
-    row = re.search(r"^\| ten-way[^|]*\|[* ]*(?P<score>[\d.]+%)[* ]*\|", card, re.MULTILINE)
-    return None if row is None else row["score"]

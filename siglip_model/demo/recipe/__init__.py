@@ -1,1 +1,1 @@
-"""How the demo checkpoint and its pictures were made; not part of the wheel."""
+"""Rebuilds and measures the demo checkpoint and its images; not part of the wheel."""

@@ -1,4 +1,4 @@
-"""Variations of a batch of drawings: geometry, background and colour, each drawn from one generator."""
+"""Random augmentation of a batch of drawings: geometry, background and colour."""
 
 import math
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def augment(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """pictures: uint8 (n, 4, h, w), RGBA. Returns float32 (n, 3, size, size) in [-1, 1], as the image processor's.
+    """pictures: uint8 (n, 4, h, w), RGBA. Returns float32 (n, 3, size, size) in [-1, 1], like the image processor.
 
-    No mirroring: left and right arrows have names of their own.
+    No mirroring, because left and right arrows have different names.
     """
 
     def uniform(*shape: int, low: float, high: float) -> Tensor:
@@ -35,13 +35,13 @@ def augment(pictures: Tensor, size: int, generator: torch.Generator) -> Tensor:
         -2,
     )
     grid = F.affine_grid(affine, [count, 4, size, size], align_corners=False)
-    # A smooth warp, for designers draw the same thing in different proportions.
+    # A smooth warp: designs draw the same thing in different proportions.
     warp = torch.randn(count, 2, 4, 4, generator=generator) * uniform(count, 1, 1, 1, low=0.0, high=0.06)
     grid = grid + F.interpolate(warp, size=(size, size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
     rgba = F.grid_sample(rgba, grid, mode="bilinear", padding_mode="zeros", align_corners=False).clamp(0, 1)
     colour, alpha = rgba[:, :3], rgba[:, 3:]
 
-    # A matrix near the identity turns and mixes hues; some pictures lose most of their colour.
+    # A matrix near the identity rotates and mixes hues; some images lose most of their colour.
     grey = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)
     saturation = uniform(count, 1, 1, low=0.6, high=1.4)
     saturation = torch.where(uniform(count, 1, 1, low=0, high=1) < 0.05, torch.zeros(()), saturation)

@@ -1,7 +1,7 @@
-"""Rebuild the small checkpoint: python -m siglip_model.demo.recipe.build --emoji FOLDER --out FOLDER
+"""Rebuilds the demo checkpoint: python -m siglip_model.demo.recipe.build --emoji FOLDER --out FOLDER
 
-Fetches and draws the emoji, makes the tokenizer, trains, measures on the unseen design and writes the model card.
-An interrupted run, started again with the same arguments, goes on.
+Fetches and draws the emoji, trains tokenizer and model, measures on the test design and writes the model card.
+The same command resumes an interrupted run.
 """
 
 import json
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from siglip_model import SiglipModel
 
 SIZE, PATCH, WIDTH, HEADS = 64, 16, 160, 5
-DRAWN = 80  # pixels of the drawings, a little more than SIZE so that augmentation can zoom in
+DRAWN = 80  # pixels of the drawings: more than SIZE, so that augmentation can zoom in
 
 
 class EmojiBatches:
-    """Batch number -> names drawn without replacement, each in one prompt and in pictures of several designs."""
+    """Batch number -> names drawn without replacement, each with one prompt and images of several designs."""
 
     def __init__(self, emoji: Emoji, prompts: Tensor, names_per_batch: int, views: int) -> None:
         """prompts: int64 (len(PROMPTS), names, length), the token ids of every name in every prompt."""
         self.prompts, self.names_per_batch, self.views = prompts, names_per_batch, views
         self.prompt_weights = torch.tensor([weight for _, weight in PROMPTS])
         self.pictures = torch.cat([emoji.pictures[design.name] for design in TRAINING_DESIGNS])
-        # picture_of[n, d]: which picture shows name n in design d, or -1.
+        # picture_of[n, d]: index of the image of name n in design d, or -1.
         self.picture_of = torch.full((len(emoji.names), len(TRAINING_DESIGNS)), -1)
         start = 0
         for column, design in enumerate(TRAINING_DESIGNS):
@@ -54,7 +54,7 @@ class EmojiBatches:
             torch.rand(pictures.shape, generator=generator).masked_fill(pictures < 0, -1).argsort(1, descending=True)
         )
         available = (pictures >= 0).sum(1, keepdim=True)
-        # Designs in random order; where there are fewer than views, they come round again, varied otherwise.
+        # Designs in random order; where there are fewer than `views` they repeat, augmented differently.
         columns = order.gather(1, torch.arange(self.views)[None] % available)  # [N, V]
         chosen = pictures.gather(1, columns).T  # [V, N]
         pixels = augment(self.pictures[chosen.flatten()], SIZE, generator).unflatten(0, chosen.shape)
@@ -91,7 +91,7 @@ def make_model(vocabulary: int, seed: int) -> "SiglipModel":
 
 
 def _validation(emoji: Emoji, prompts: Tensor, log: Path) -> AfterSave:
-    """Logs the score on the validation design, with the averaged weights. prompts: int64 (names, length)."""
+    """Logs the score of the averaged weights on the validation design. prompts: int64 (names, length)."""
     pictures = emoji.pictures[VALIDATION_DESIGN.name].float() / 255
     pictures = pictures[:, :3] * pictures[:, 3:] + 1 - pictures[:, 3:]  # on white
     pixels = F.interpolate(pictures, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
@@ -110,16 +110,20 @@ def _validation(emoji: Emoji, prompts: Tensor, log: Path) -> AfterSave:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the checkpoint and, under training/, the state of the run go.")],
-    emoji: Annotated[Path, typer.Option(help="Unpacked emoji packages; what is missing is fetched.")] = Path("emoji"),
-    steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 3000,
-    names_per_batch: Annotated[int, typer.Option(help="Texts in a batch.")] = 128,
-    views: Annotated[int, typer.Option(help="Pictures of each text in a batch.")] = 4,
-    learning_rate: Annotated[float, typer.Option()] = 1.5e-3,
-    seed: Annotated[int, typer.Option()] = 0,
-    bfloat16: Annotated[bool, typer.Option(help="Autocast; pays on processors that have it.")] = True,
-    save_every: Annotated[int, typer.Option(help="Steps between savings and validations.")] = 250,
-    stop_after: Annotated[int | None, typer.Option(help="Leave after this many steps, to go on later.")] = None,
+    out: Annotated[Path, typer.Option(help="Output folder: the checkpoint and, under training/, the run's state.")],
+    emoji: Annotated[Path, typer.Option(help="Unpacked emoji packages; missing ones are fetched.")] = Path("emoji"),
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
+    names_per_batch: Annotated[int, typer.Option(help="Texts per batch.")] = 128,
+    views: Annotated[int, typer.Option(help="Images per text in a batch.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation and batches.")] = 0,
+    bfloat16: Annotated[
+        bool, typer.Option(help="Train under bfloat16 autocast; faster where the processor supports it.")
+    ] = True,
+    save_every: Annotated[int, typer.Option(help="Steps between saved states and validations.")] = 250,
+    stop_after: Annotated[
+        int | None, typer.Option(help="Exit after this many steps; the same command resumes.")
+    ] = None,
 ) -> None:
     """Draw, train, measure, write the model card."""
     from siglip_model import SiglipModel, SiglipProcessor, SiglipTokenizer
@@ -140,11 +144,11 @@ def main(
     model = make_model(len(tokenizer), seed)
     parameters = model.num_parameters()
     pictures = sum(len(data.pictures[design.name]) for design in TRAINING_DESIGNS)
-    print(f"{len(data.names)} names, {pictures} training pictures, {parameters:,} parameters")
+    print(f"{len(data.names)} names, {pictures} training images, {parameters:,} parameters")
     config = TrainingConfig(
         steps=steps, learning_rate=learning_rate, bfloat16=bfloat16, seed=seed, save_every=save_every
     )
-    model.set_backend("eager")  # with few tokens the plain form is the fastest in bfloat16 on a CPU
+    model.set_backend("eager")  # the fastest in bfloat16 on a CPU with so few tokens
     batches = EmojiBatches(data, prompts, names_per_batch, views)
     validation = _validation(data, prompts[0], work / "validation.jsonl")
     train(model, batches, config, work, after_save=validation, stop_after=stop_after)
@@ -152,6 +156,7 @@ def main(
         return
     model.save_pretrained(out)
     score = evaluate(SiglipModel.from_pretrained(out), SiglipProcessor.from_pretrained(out), emoji)
+    score.save(out)
     write_card(
         out,
         score,
@@ -163,8 +168,8 @@ def main(
         texts=names_per_batch,
         views=views,
     )
-    print(f"{TEST_DESIGN.name}, never trained on: {score}")
-    print(f"The checkpoint is in {out}; {work} is no longer needed.")
+    print(f"{TEST_DESIGN.name} (not trained on): {score}")
+    print(f"The checkpoint is in {out}; {work} can be deleted.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Emoji as picture-name pairs: which designs, which names, and how they are drawn.
+"""Emoji as image-name pairs: the designs, the names, and how the images are drawn.
 
-The designs come as npm packages of SVGs in the Iconify JSON format; a picture's name is its icon's id. One design,
-Twemoji, is never trained on: it is the test. OpenMoji is never trained on either: settings are chosen by it.
+The designs are npm packages of SVGs in the Iconify JSON format; the name of an image is its icon's id. Two designs are
+not trained on: Twemoji is the test set, OpenMoji the validation set.
 """
 
 import io
@@ -26,7 +26,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Design:
-    """One designer's emoji, as the npm package @iconify-json/`name` of exactly `version`."""
+    """One set of emoji: the npm package @iconify-json/`name`, pinned to `version`."""
 
     name: str
     version: str
@@ -50,7 +50,7 @@ VALIDATION_DESIGN = Design("openmoji", "1.2.29", "CC-BY-SA-4.0", "OpenMoji", "ht
 TEST_DESIGN = Design("twemoji", "1.2.5", "CC-BY-4.0", "Twitter", "https://github.com/jdecked/twemoji")
 DESIGNS = (*TRAINING_DESIGNS, VALIDATION_DESIGN, TEST_DESIGN)
 
-MINIMUM_TRAINING_DESIGNS = 2  # a name that fewer of them draw is neither trained nor tested
+MINIMUM_TRAINING_DESIGNS = 2  # a name that fewer designs draw is left out of training and test
 
 _SKIN_TONE = re.compile(r"skin-tone|tone\d|(^|-)(light|medium|dark)(-(light|medium|dark))*$")
 _COUNTRY_FLAG = re.compile(r"^flag-")
@@ -58,10 +58,10 @@ _COUNTRY_FLAG = re.compile(r"^flag-")
 
 @dataclass
 class IconSet:
-    """What an unpacked package says: the SVG of every icon, and the other ids that mean the same."""
+    """The content of an unpacked package: the SVG of every icon, and the synonyms of its ids."""
 
     design: Design
-    icons: dict[str, dict[str, Any]]  # id -> body and, where they differ from the set's, width and height
+    icons: dict[str, dict[str, Any]]  # id -> body and, where it differs from the set's, size
     synonyms: dict[str, str]  # other id -> id
     code_points: dict[str, str]  # Unicode sequence -> id
     size: tuple[int, int]
@@ -81,16 +81,18 @@ class IconSet:
 
 
 def download(folder: Path, designs: Iterable[Design] = DESIGNS) -> None:
-    """Fetch the packages that `folder` lacks with `npm pack` and unpack their JSON files to folder/NAME-VERSION/.
+    """Fetches missing packages with `npm pack` and unpacks their JSON files to folder/NAME-VERSION/.
 
-    Raises RuntimeError where npm is missing or fails.
+    Raises RuntimeError if npm is missing or fails.
     """
     npm = shutil.which("npm")
     for design in designs:
         if _find_package(folder, design) is not None:
             continue
         if npm is None:
-            raise RuntimeError(f"{design.package}@{design.version} is not in {folder}, and there is no npm to fetch it")
+            raise RuntimeError(
+                f"{design.package}@{design.version} is not in {folder}, and npm is not installed to fetch it"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         command = [npm, "pack", "--silent", f"{design.package}@{design.version}"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -109,7 +111,7 @@ def download(folder: Path, designs: Iterable[Design] = DESIGNS) -> None:
 
 
 def _find_package(folder: Path, design: Design) -> Path | None:
-    """The directory under `folder`, however it is called, that holds this design in this version."""
+    """The directory below `folder`, of any name, that holds this design in this version."""
     for manifest in sorted([*folder.glob("*/package.json"), *folder.glob("*/package/package.json")]):
         content = json.loads(manifest.read_text())
         if content.get("name") == design.package and content.get("version") == design.version:
@@ -118,13 +120,13 @@ def _find_package(folder: Path, design: Design) -> Path | None:
 
 
 def read_design(folder: Path, design: Design) -> IconSet:
-    """Read one unpacked package. Raises FileNotFoundError where `folder` does not hold exactly this version."""
+    """Reads an unpacked package. Raises FileNotFoundError if `folder` does not hold exactly this version."""
     package = _find_package(folder, design)
     if package is None:
         raise FileNotFoundError(f"{folder} holds no unpacked {design.package} in version {design.version}")
     content = json.loads((package / "icons.json").read_text())
     visible = {name: icon for name, icon in content["icons"].items() if not icon.get("hidden")}
-    # An alias that also flips or turns its parent is another picture, not another name.
+    # An alias that flips or rotates its parent is a different image, not a synonym.
     synonyms = {name: alias["parent"] for name, alias in content.get("aliases", {}).items() if set(alias) == {"parent"}}
     characters = json.loads((package / "chars.json").read_text())
     code_points = {key.replace("-fe0f", ""): name for key, name in characters.items() if name in visible}
@@ -132,7 +134,7 @@ def read_design(folder: Path, design: Design) -> IconSet:
 
 
 class _Groups:
-    """Disjoint sets of ids that mean the same thing."""
+    """Disjoint sets of synonymous ids (union-find)."""
 
     def __init__(self) -> None:
         self.parent: dict[str, str] = {}
@@ -147,10 +149,10 @@ class _Groups:
 
 
 def choose_names(sets: list[IconSet]) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """The names, and for each design which of its icons shows which name: {design: {name: icon id}}.
+    """The names, and for each design the icon that shows each name: {design: {name: icon id}}.
 
     A name is an id of the test design, without skin tones and country flags, that at least two training designs draw.
-    Designs spell some ids differently. An icon belongs to a name if it has its id, else if it stands for the same
+    Designs spell some ids differently. An icon belongs to a name if the ids are equal, else if both stand for the same
     Unicode sequence, else if the packages' alias tables connect the two ids and no third meaning.
     """
     test = next(icons for icons in sets if icons.design == TEST_DESIGN)
@@ -189,7 +191,7 @@ def spoken(name: str) -> str:
 
 
 def draw(svg: str, pixels: int) -> Image.Image:
-    """Render an SVG into a square RGBA image of `pixels` x `pixels`."""
+    """Renders an SVG into a square RGBA image of `pixels` x `pixels`."""
     try:
         import resvg_py
     except ModuleNotFoundError as error:
@@ -198,14 +200,14 @@ def draw(svg: str, pixels: int) -> Image.Image:
     image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     if image.size == (pixels, pixels):
         return image
-    square = Image.new("RGBA", (pixels, pixels))  # keeps the picture's proportions
+    square = Image.new("RGBA", (pixels, pixels))  # keeps the aspect ratio
     image.thumbnail((pixels, pixels))
     square.paste(image, ((pixels - image.width) // 2, (pixels - image.height) // 2))
     return square
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An RGBA image laid on white, as RGB."""
+    """An RGBA image composited over white, as RGB."""
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
 
@@ -216,7 +218,7 @@ def _draw_array(svg: str, pixels: int) -> np.ndarray:
 
 @dataclass
 class Emoji:
-    """All pictures, grouped by design; `name_of[design][i]` is the index of picture i's name."""
+    """All images, grouped by design; `name_of[design][i]` is the index of the name of image i."""
 
     names: list[str]  # as spoken
     pictures: dict[str, Tensor]  # uint8 (n, 4, pixels, pixels), RGBA
@@ -224,7 +226,7 @@ class Emoji:
 
 
 def load_emoji(folder: Path, pixels: int, cache: Path | None = None, workers: int = 2) -> Emoji:
-    """Read the packages under `folder` and draw every chosen icon; `cache` is a file that keeps the drawings."""
+    """Reads the packages in `folder` and draws every chosen icon. cache: a file that stores the drawings."""
     sets = [read_design(folder, design) for design in DESIGNS]
     names, shown = choose_names(sets)
     index = {name: i for i, name in enumerate(names)}
@@ -233,7 +235,7 @@ def load_emoji(folder: Path, pixels: int, cache: Path | None = None, workers: in
         pictures = load_file(cache)
         expected = {design: (len(ids), 4, pixels, pixels) for design, ids in name_of.items()}
         if {design: tuple(array.shape) for design, array in pictures.items()} != expected:
-            raise ValueError(f"{cache} holds other pictures than these packages give; delete it")
+            raise ValueError(f"{cache} does not match these packages; delete it")
         return Emoji([spoken(name) for name in names], pictures, name_of)
     pictures = {}
     with ProcessPoolExecutor(workers) as pool:

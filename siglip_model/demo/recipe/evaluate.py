@@ -1,10 +1,11 @@
-"""Measure a checkpoint on a design that it never saw.
+"""Measures a checkpoint on a design that it was not trained on.
 
 python -m siglip_model.demo.recipe.evaluate [CHECKPOINT] --emoji FOLDER
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from siglip_model.demo import CHECKPOINT
+from siglip_model.demo import CHECKPOINT, SCORE_FILE
 from siglip_model.demo.recipe.emoji import (
     DESIGNS,
     TEST_DESIGN,
@@ -27,14 +28,14 @@ from siglip_model.demo.recipe.emoji import (
 from siglip_model.outputs import pooled
 from siglip_model.text.prompts import TEMPLATE
 
-PIXELS = 128  # drawn at this size on white, then resized by the checkpoint's own image processor
+PIXELS = 128  # drawn at this size on white, then resized by the checkpoint's image processor
 CANDIDATES = 10
 TRIALS = 10  # per picture
 
 
 @dataclass(frozen=True)
 class Score:
-    """names: how many there are to choose from. The others are fractions in [0, 1]."""
+    """names: number of candidates; pictures: number of images. The others are fractions in [0, 1]."""
 
     names: int
     pictures: int
@@ -45,14 +46,19 @@ class Score:
     def __str__(self) -> str:
         return (
             f"{self.ten_way:.1%} right among {CANDIDATES} random names; among all {self.names} names "
-            f"top-1 {self.top1:.1%}, top-5 {self.top5:.1%} ({self.pictures} pictures)"
+            f"top-1 {self.top1:.1%}, top-5 {self.top5:.1%} ({self.pictures} images)"
         )
+
+    def save(self, folder: Path) -> None:
+        """Writes the score beside the checkpoint, for `siglip demo`."""
+        rounded = {name: round(value, 3) for name, value in asdict(self).items()}
+        (folder / SCORE_FILE).write_text(json.dumps(rounded, indent=2) + "\n")
 
 
 def score_logits(logits: Tensor, right: Tensor, seed: int = 0) -> Score:
-    """logits: (pictures, names); right: int64 (pictures,), the index of each picture's name. Ties count as wrong.
+    """logits: (images, names); right: int64 (images,), the index of each image's name. Ties count as wrong.
 
-    Ten-way: for every picture, ten times, nine other names are drawn without replacement, all equally likely.
+    Ten-way: for every image, nine other names are drawn ten times, uniformly without replacement.
     """
     pictures, names = logits.shape
     true = logits.gather(1, right[:, None])  # [pictures, 1]
@@ -62,7 +68,7 @@ def score_logits(logits: Tensor, right: Tensor, seed: int = 0) -> Score:
     wins = 0
     for _ in range(TRIALS):
         keys = torch.rand(pictures, names, generator=generator).scatter(1, right[:, None], -1.0)
-        drawn = keys.topk(CANDIDATES - 1, dim=1).indices  # never the right one: its key is the lowest
+        drawn = keys.topk(CANDIDATES - 1, dim=1).indices  # never the right name, whose key is the lowest
         wins += int((others.gather(1, drawn) < true).all(1).sum())
     fraction = [float((better < k).float().mean()) for k in (1, 5)]
     return Score(names, pictures, wins / (TRIALS * pictures), *fraction)
@@ -70,7 +76,7 @@ def score_logits(logits: Tensor, right: Tensor, seed: int = 0) -> Score:
 
 @torch.inference_mode()
 def all_logits(model: Any, processor: Any, images: Sequence[Image.Image], names: Sequence[str]) -> Tensor:
-    """The model's logits (images, names), through the processor, as a user would compute them."""
+    """The model's logits (images, names), computed through the processor as a user would."""
     texts, pictures = [], []
     prompts = [TEMPLATE.format(name) for name in names]
     for start in range(0, len(prompts), 256):
@@ -86,7 +92,7 @@ def all_logits(model: Any, processor: Any, images: Sequence[Image.Image], names:
 
 
 def evaluate(model: Any, processor: Any, emoji: Path, design: str = TEST_DESIGN.name, seed: int = 0) -> Score:
-    """Score a model on every picture that `design` has of the names."""
+    """Scores a model on every image that `design` has of the names."""
     sets = {icons.design.name: icons for icons in (read_design(emoji, each) for each in DESIGNS)}
     names, shown = choose_names(list(sets.values()))
     images = [on_white(draw(sets[design].svg(icon), PIXELS)) for icon in shown[design].values()]
@@ -96,16 +102,16 @@ def evaluate(model: Any, processor: Any, emoji: Path, design: str = TEST_DESIGN.
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="The checkpoint's folder.")] = CHECKPOINT,
-    emoji: Annotated[Path, typer.Option(help="Unpacked emoji packages; what is missing is fetched.")] = Path("emoji"),
-    design: Annotated[str, typer.Option(help="Whose pictures.")] = TEST_DESIGN.name,
-    seed: Annotated[int, typer.Option(help="Draws the random names.")] = 0,
+    emoji: Annotated[Path, typer.Option(help="Unpacked emoji packages; missing ones are fetched.")] = Path("emoji"),
+    design: Annotated[str, typer.Option(help="Design to measure on.")] = TEST_DESIGN.name,
+    seed: Annotated[int, typer.Option(help="Seed of the random names.")] = 0,
 ) -> None:
-    """Print how often the checkpoint finds the right name."""
+    """Print how often the checkpoint ranks the right name first."""
     from siglip_model import SiglipModel, SiglipProcessor
 
     if design not in {each.name for each in DESIGNS}:
         raise typer.BadParameter(
-            f"{design}; there are {', '.join(each.name for each in DESIGNS)}", param_hint="--design"
+            f"{design}; supported: {', '.join(each.name for each in DESIGNS)}", param_hint="--design"
         )
     download(emoji)
     model = SiglipModel.from_pretrained(checkpoint)

@@ -1,4 +1,4 @@
-"""The model card of the small checkpoint, from the numbers of the run that made it."""
+"""Writes the model card of the demo checkpoint from the numbers of its training run."""
 
 import textwrap
 from pathlib import Path
@@ -21,15 +21,15 @@ pipeline_tag: zero-shot-image-classification
 tags: [siglip, emoji]
 ---
 
-# A small SigLIP that knows emoji
+# A small SigLIP trained on emoji
 
-A SigLIP of {parameters:,} parameters ({size} x {size} pixels, {pieces} pieces of text) trained from nothing on emoji,
-so that there is something to run without downloading anything. It knows drawings of {names} things by their English
-names. It is no general model: for photographs take a checkpoint of Google's, which loads with the same line of code.
+A SigLIP of {parameters:,} parameters ({size} x {size} pixels, {pieces} text pieces), trained from scratch on emoji so
+that the package can be tried without a download. It knows drawings of {names} things by their English names. It is not
+a general model: for photographs use a Google checkpoint, which loads with the same line of code.
 
-## Measured on a design that it never saw
+## Results on a design that was not trained on
 
-{test_package} {test_version}: {pictures} pictures, one for each of {names} names.
+{test_package} {test_version}: {pictures} images, one for each of {names} names.
 
 | measure | result |
 |---|---|
@@ -37,34 +37,34 @@ names. It is no general model: for photographs take a checkpoint of Google's, wh
 | top-5 among all {names} names | **{top5:.1%}** |
 | top-1 among all {names} names | {top1:.1%} |
 
-Text: "{template}". Pictures drawn at {pixels} pixels on white, then through the checkpoint's own image processor.
-Ten-way: for each picture {trials} times, nine other names are drawn without replacement, all equally likely, with
-seed 0; a tie counts as wrong. Measured with the averaged weights after the last step, in float32. Nothing in this run
-was chosen by pictures of this design; the model's size and the recipe follow an earlier trial, which was measured on
-it too. The list of names comes from it (names only): its icons without skin tones and flags of countries and regions,
-as far as at least {minimum} of the training designs draw them.
+Text: "{template}". Images are drawn at {pixels} pixels on white, then pass through the checkpoint's image processor.
+Ten-way: for each image, nine other names are drawn {trials} times, uniformly without replacement, with seed 0; ties
+count as wrong. Measured with the averaged weights after the last step, in float32. Nothing in this run was selected on
+images of this design; the model's size and the recipe come from an earlier trial that was also measured on it. The
+list of names comes from this design (names only): its icons, except skin tones and flags of countries and regions,
+that at least {minimum} training designs draw.
 
     python -m siglip_model.demo.recipe.evaluate CHECKPOINT --emoji FOLDER
 
 ## Training
 
-{training_pictures} pictures of {training_designs} designs. AdamW with {steps} steps, warm-up {warmup} and a cosine
-from {rate:g}, betas {betas}, weight decay {decay}, gradients clipped to norm {clip:g}, {precision}, seed {seed}; the
-paper's sigmoid loss with t' = log 10, b = -10 at the start; a batch is {texts} names and {views} pictures of each, of
-different designs where there are so many (the loss is the mean over the {views}); averaged weights (decay {average}).
-Prompts: {prompts}. Augmentation: rotation, scale, aspect, shear, shift, a smooth warp, background, hue, saturation,
-brightness, blur; no mirroring. {validation} is not trained on: the run's validation log is about it.
+{training_pictures} images of {training_designs} designs. AdamW with {steps} steps, {warmup} of them warm-up, a cosine
+schedule from {rate:g}, betas {betas}, weight decay {decay}, gradients clipped to norm {clip:g}, {precision}, seed
+{seed}; the paper's sigmoid loss, initialised with t' = log 10 and b = -10; a batch is {texts} names with {views} images
+each, of different designs where there are enough (the loss is the mean over the {views}); averaged weights (decay
+{average}). Prompts: {prompts}. Augmentation: rotation, scale, aspect, shear, shift, a smooth warp, background, hue,
+saturation, brightness, blur; no mirroring. {validation} is not trained on: the run's validation log is measured on it.
 
     python -m siglip_model.demo.recipe.build --emoji FOLDER --out FOLDER \\
         --steps {steps} --names-per-batch {texts} --views {views} --learning-rate {rate:g} --seed {seed}
 
-The command fetches the pinned packages itself (npm). An interrupted run goes on where it was. With another processor,
-number of threads or version of PyTorch rounding differs, so that weights and score will not be exactly these.
+The command fetches the pinned packages itself (npm) and resumes if interrupted. Another processor, number of threads or
+version of PyTorch rounds differently, so weights and scores will differ slightly.
 
 ## Licences and attribution
 
-The weights are under Apache-2.0, as the project. They were made from these designs, whose pictures they do not
-contain:
+The weights are licensed under Apache-2.0, like the project. They were trained on these designs, whose images they do
+not contain:
 
 | design | package | author | licence | use |
 |---|---|---|---|---|
@@ -84,9 +84,9 @@ def write_card(
     texts: int,
     views: int,
 ) -> None:
-    """Write README.md into `folder`. size: pixels of the model's input; texts, views: of a batch."""
+    """Writes README.md into `folder`. size: pixels of the model's input; texts, views: per batch."""
     uses = [(design, "training") for design in TRAINING_DESIGNS]
-    uses += [(VALIDATION_DESIGN, "validation"), (TEST_DESIGN, "test; the bundled pictures")]
+    uses += [(VALIDATION_DESIGN, "validation"), (TEST_DESIGN, "test; the bundled images")]
     rows = [
         f"| {d.name} ({d.source}) | {d.package} {d.version} | {d.author} | {d.licence} | {use} |" for d, use in uses
     ]
@@ -127,7 +127,7 @@ def write_card(
 
 
 def _wrap(paragraph: str) -> str:
-    """Prose at 120 columns; tables, headings, commands and the front matter as they are."""
+    """Wraps prose at 120 columns; tables, headings, commands and front matter are kept."""
     if paragraph.startswith(("---", "#", "|", "    ")):
         return paragraph
     return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)

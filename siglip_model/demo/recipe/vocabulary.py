@@ -1,4 +1,4 @@
-"""The tokenizer's vocabulary: SentencePiece pieces of the names and prompts, laid out as the published one is."""
+"""The demo's tokenizer: SentencePiece trained on names and prompts, laid out like published checkpoints."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import sentencepiece
 
 from siglip_model.text.prompts import TEMPLATE
 
-PROMPTS = (  # and how often each is chosen in training
+PROMPTS = (  # (prompt, probability in training)
     (TEMPLATE, 0.4),
     ("{}", 0.2),
     ("a photo of a {}", 0.1),
@@ -18,16 +18,16 @@ PROMPTS = (  # and how often each is chosen in training
     ("an emoji of {}", 0.1),
 )
 PIECES = 1200
-LENGTH = 64  # tokens of a text, padding included: what the zero-shot pipeline pads to
+LENGTH = 64  # tokens per text, including padding, as in the zero-shot pipeline
 
 
 def canonical(text: str) -> str:
-    """As SigLIP's tokenizer does: lower case, no ASCII punctuation, single blanks."""
+    """Text as SigLIP's tokenizer normalises it: lower case, no ASCII punctuation, single spaces."""
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
 def write_tokenizer(names: list[str], folder: Path) -> None:
-    """Train the pieces and write spiece.model and tokenizer_config.json into `folder`."""
+    """Trains the pieces and writes spiece.model and tokenizer_config.json into `folder`."""
     texts = [canonical(name) for name in names]
     texts += [canonical(prompt.format(name)) for prompt, _ in PROMPTS for name in names[::10]]
     model = io.BytesIO()
@@ -39,11 +39,11 @@ def write_tokenizer(names: list[str], folder: Path) -> None:
         hard_vocab_limit=False,
         character_coverage=1.0,
         required_chars=string.ascii_lowercase + string.digits,
-        pad_id=0,  # there, but not used: texts are padded with the end token
+        pad_id=0,  # unused: texts are padded with the end token
         eos_id=1,
         unk_id=2,
         bos_id=-1,
-        normalization_rule_name="identity",  # canonicalising is the tokenizer's; the usual table is 230 kB
+        normalization_rule_name="identity",  # the tokenizer normalises; the default table is 230 kB
         num_threads=1,
         minloglevel=2,
     )
@@ -75,7 +75,7 @@ def write_tokenizer(names: list[str], folder: Path) -> None:
 
 
 def write_image_processor(size: int, folder: Path) -> None:
-    """Write preprocessor_config.json: bicubic resize to a square, pixels to [-1, 1], as published checkpoints do."""
+    """Writes preprocessor_config.json: bicubic resize to a square, pixels to [-1, 1], as in published checkpoints."""
     config = {
         "do_convert_rgb": True,
         "do_normalize": True,

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from siglip_model import SiglipModel, SiglipProcessor, SiglipTokenizer
-from siglip_model.demo import CHECKPOINT, PICTURES
+from siglip_model.demo import CHECKPOINT, PICTURES, SCORE_FILE
 from siglip_model.demo.recipe.augmentation import augment
-from siglip_model.demo.recipe.build import EmojiBatches
+from siglip_model.demo.recipe.build import SIZE, EmojiBatches
 from siglip_model.demo.recipe.bundle import NAMES
 from siglip_model.demo.recipe.emoji import (
     DESIGNS,
@@ -25,9 +25,11 @@ from siglip_model.demo.recipe.emoji import (
     on_white,
     read_design,
 )
-from siglip_model.demo.recipe.evaluate import all_logits, score_logits
+from siglip_model.demo.recipe.evaluate import Score, all_logits, score_logits
+from siglip_model.demo.recipe.model_card import write_card
 from siglip_model.demo.recipe.vocabulary import write_tokenizer
 from siglip_model.text.prompts import TEMPLATE
+from siglip_model.training.loop import TrainingConfig
 
 
 def write_package(folder: Path, design, icons, *, aliases=None, characters=None, hidden=()) -> None:
@@ -76,7 +78,7 @@ def test_another_version_of_a_package_is_not_taken(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=re.escape(f"{TEST_DESIGN.package} in version {TEST_DESIGN.version}")):
         read_design(tmp_path, TEST_DESIGN)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="no npm"):
+    with pytest.raises(RuntimeError, match="npm is not installed"):
         download(tmp_path, [TEST_DESIGN])
 
 
@@ -212,6 +214,30 @@ def test_the_checkpoint_stays_small_and_its_card_tells_score_and_licences(shippe
     ten_way, top5 = (float(x) for x in re.findall(r"\*\*([\d.]+)%\*\*", card))
     assert ten_way >= 90 and top5 >= 55
     assert int(re.search(r"each of (\d+) names", card)[1]) >= 1500
+    score = json.loads((CHECKPOINT / SCORE_FILE).read_text())  # what `siglip demo` reports
+    assert [f"{score[name]:.1%}" for name in ("ten_way", "top5")] == [f"{ten_way}%", f"{top5}%"]
     for design in DESIGNS:
         assert f"{design.package} {design.version} | {design.author} | {design.licence}" in card
     assert f"{shipped[0].num_parameters():,} parameters" in card
+
+
+def test_the_shipped_card_is_what_the_recipe_writes(shipped, tmp_path):
+    model, processor = shipped
+    shipped_card = (CHECKPOINT / "README.md").read_text()
+    score = Score(**json.loads((CHECKPOINT / SCORE_FILE).read_text()))
+    images = int(re.search(r"^(\d+) images of", shipped_card, re.MULTILINE)[1])  # all other numbers are known
+    drawings = {design.name: torch.empty(0) for design in TRAINING_DESIGNS} | {"noto": torch.empty(images, 0)}
+    write_card(
+        tmp_path,
+        score,
+        Emoji([], drawings, {}),
+        TrainingConfig(steps=3000, learning_rate=1.5e-3, bfloat16=True, seed=0, save_every=250),
+        parameters=model.num_parameters(),
+        size=SIZE,
+        pieces=len(processor.tokenizer),
+        texts=128,
+        views=4,
+    )
+    assert (tmp_path / "README.md").read_text() == shipped_card
+    score.save(tmp_path)
+    assert (tmp_path / SCORE_FILE).read_text() == (CHECKPOINT / SCORE_FILE).read_text()
