@@ -1,0 +1,108 @@
+"""SiglipImageProcessorFast: within its stated tolerance of the Pillow processor, on every device."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from image_samples import ARRAYS, MODES, SIZE, noise, picture
+from PIL import Image
+
+from siglip_model.images.fast import SiglipImageProcessorFast
+from siglip_model.images.pillow import SiglipImageProcessor
+
+
+class TestFast:
+    SIZES = ((224, 224), (64, 48), (37, 300), (300, 37), (2, 2), (20, 24), (90, 91))
+
+    @pytest.mark.parametrize("resample", [2, 3])
+    @pytest.mark.parametrize("kind", ["noise", "black and white", "smooth"])
+    def test_tolerance(self, resample: int, kind: str) -> None:
+        tolerance = SiglipImageProcessorFast.TOLERANCE_LEVELS / 127.5 + 1e-6
+        for (width, height), target in itertools.product(self.SIZES, (SIZE, {"height": 96, "width": 128})):
+            pixels = noise(height, width, 3)
+            if kind == "black and white":
+                pixels = np.where(pixels < 128, 0, 255).astype(np.uint8)
+            if kind == "smooth":
+                pixels = np.array(Image.fromarray(noise(5, 6, 3)).resize((width, height)))
+            exact, fast = (
+                cls(size=target, resample=resample)(pixels, input_data_format="channels_last", return_tensors="pt")
+                for cls in (SiglipImageProcessor, SiglipImageProcessorFast)
+            )
+            assert (exact.pixel_values - fast.pixel_values).abs().max() <= tolerance
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_modes(self, mode: str) -> None:
+        exact, fast = (
+            cls(size=SIZE)(picture(mode), return_tensors="np")
+            for cls in (SiglipImageProcessor, SiglipImageProcessorFast)
+        )
+        assert np.abs(exact.pixel_values - fast.pixel_values).max() <= 2 / 127.5 + 1e-6
+        exact, fast = (
+            cls(do_resize=False)(picture(mode), return_tensors="np")
+            for cls in (SiglipImageProcessor, SiglipImageProcessorFast)
+        )
+        np.testing.assert_allclose(exact.pixel_values, fast.pixel_values, atol=1e-6)
+
+    def test_both_passes_are_rounded_wherever_it_runs(self) -> None:
+        """Off the CPU, torch resizes no 8-bit tensor; the two rounded passes that stand in for it are compared here."""
+        from siglip_model.images.fast import _interpolate
+
+        batch = torch.from_numpy(np.where(noise(1, 3, 40, 50) < 128, 0, 255).astype(np.uint8))
+        horizontal = _interpolate(batch.float(), (40, 90), "bicubic").clamp(0, 255).round().to(torch.uint8)
+        both = _interpolate(horizontal.float(), (70, 90), "bicubic").clamp(0, 255).round()
+        once = _interpolate(batch.float(), (70, 90), "bicubic").clamp(0, 255).round()
+        native = _interpolate(batch, (70, 90), "bicubic").float()
+        assert (both - native).abs().max() <= 2 < (once - native).abs().max()
+
+    def test_floats_stay_unclamped(self) -> None:
+        image = torch.where(torch.rand(3, 30, 40) < 0.5, 0.0, 1.0)
+        batch = SiglipImageProcessorFast(size={"height": 64, "width": 64}, do_rescale=False, do_normalize=False)(image)
+        assert batch.pixel_values[0].max() > 1 and batch.pixel_values[0].min() < 0
+
+    @pytest.mark.parametrize("array", [array for _, array in ARRAYS], ids=[name for name, _ in ARRAYS])
+    def test_arrays(self, array: np.ndarray) -> None:
+        fast = SiglipImageProcessorFast(do_resize=False)(array, return_tensors="np").pixel_values
+        expected = SiglipImageProcessor(do_resize=False)(array, return_tensors="np").pixel_values
+        levels = 1 / 255 if 4 in array.shape and array.dtype.kind in "iu" else 1e-4  # alpha is rounded otherwise there
+        if array.dtype == np.int64 and 4 in array.shape:
+            return  # torchvision takes the integer type's whole range for white, transformers' Pillow path 255
+        if array.dtype == bool and 4 in array.shape:
+            return
+        np.testing.assert_allclose(fast, expected, atol=2 * levels)
+
+    def test_each_image_as_if_alone(self) -> None:
+        images = [picture("RGB"), picture("L", (9, 9)), noise(3, 17, 31), torch.rand(3, 9, 9), picture("RGBA", (9, 9))]
+        processor = SiglipImageProcessorFast(size=SIZE)
+        together = processor(images, return_tensors="pt").pixel_values
+        for image, result in zip(images, together, strict=True):
+            assert torch.equal(processor(image, return_tensors="pt").pixel_values[0], result)
+
+    def test_device(self) -> None:
+        batch = SiglipImageProcessorFast(size=SIZE)(
+            [picture("RGB"), torch.rand(3, 4, 4)], device="cpu", return_tensors="pt"
+        )
+        assert batch.pixel_values.device.type == "cpu"
+        meta = SiglipImageProcessorFast(size=SIZE)(torch.rand(3, 30, 30, device="meta"), return_tensors="pt")
+        assert meta.pixel_values.device.type == "meta" and meta.pixel_values.shape == (1, 3, 24, 20)
+        asked = SiglipImageProcessorFast(size=SIZE)(picture("RGB"), device=torch.device("meta"), return_tensors="pt")
+        assert asked.pixel_values.device.type == "meta"
+
+    def test_filters_that_torch_lacks(self) -> None:
+        for resample in (1, 4, 5):
+            with pytest.raises(ValueError, match="use SiglipImageProcessor"):
+                SiglipImageProcessorFast(resample=resample)(picture("RGB"))
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("resample", [2, 3])
+    def test_on_the_gpu(self, resample: int) -> None:
+        for width, height in self.SIZES:
+            pixels = np.where(noise(height, width, 3) < 128, 0, 255).astype(np.uint8)
+            exact = SiglipImageProcessor(size=SIZE, resample=resample)(pixels, return_tensors="pt").pixel_values
+            fast = SiglipImageProcessorFast(size=SIZE, resample=resample)
+            for batch in (
+                fast(pixels, device="cuda", return_tensors="pt"),
+                fast(torch.from_numpy(pixels).cuda(), return_tensors="pt"),
+            ):
+                assert batch.pixel_values.device.type == "cuda"
+                assert (batch.pixel_values.cpu() - exact).abs().max() <= fast.TOLERANCE_LEVELS / 127.5 + 1e-6

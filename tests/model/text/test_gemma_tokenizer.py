@@ -1,0 +1,140 @@
+"""SigLIP 2's Gemma tokenizer: token for token what transformers' tokenizers return."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import transformers
+from tokenizer_samples import plain
+
+from siglip_model.text.auto import load_tokenizer
+from siglip_model.text.gemma import GemmaTokenizer, Siglip2Tokenizer
+
+
+def _gemma_document() -> dict[str, Any]:
+    """A tokenizer.json as published: a byte-pair encoding with byte fallback that ends each text with <eos>."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    built = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    built.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    built.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+    texts = ["a photo of a cat Two DOGS plane straße", "猫 犬 写真 the remote"] * 20
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))], show_progress=False
+    )
+    built.train_from_iterator(texts, trainer)
+    document = json.loads(built.to_str())
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["content"] in special]
+    first, second = ({"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1)))
+    end = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, end],
+        "pair": [first, end, second, end],
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}},
+    }
+    return document
+
+
+@pytest.fixture(scope="module")
+def gemma_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    document = json.dumps(_gemma_document())
+    config = {
+        "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", "padding_side": "right",
+        "add_bos_token": False, "add_eos_token": True, "do_lower_case": True, "model_max_length": 64,
+        "model_input_names": ["input_ids"], "processor_class": "SiglipProcessor",
+        "extra_special_tokens": ["<start_of_turn>"],
+    }  # fmt: skip
+    siglip = json.dumps({"model_type": "siglip", "text_config": {}, "vision_config": {}})
+    folders = {}
+    for name in ("GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer", "PreTrainedTokenizerFast"):
+        folder = folders[name] = tmp_path_factory.mktemp(name)
+        (folder / "tokenizer.json").write_text(document)
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}))
+        (folder / "config.json").write_text(siglip)
+    return folders
+
+
+GEMMA_TEXTS = [
+    "",
+    "a photo of a Cat!",
+    "Two DOGS",
+    "<eos>",
+    "a<start_of_turn>b",
+    "猫🐱\x00",
+    "  a \n",
+    "<0x41>",
+    "straße " * 30,
+]
+
+
+class TestGemma:
+    def test_same_as_transformers(self, gemma_folders: dict[str, Path]) -> None:
+        for folder in gemma_folders.values():
+            ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+            assert ours.get_vocab() == theirs.get_vocab() and len(ours) == len(theirs)
+            for name in (
+                "all_special_ids",
+                "special_tokens_map",
+                "model_max_length",
+                "model_input_names",
+                "padding_side",
+            ):
+                assert getattr(ours, name) == getattr(theirs, name), name
+            for options in (
+                {}, {"padding": "max_length", "truncation": True, "return_tensors": "pt"}, {"padding": True},
+                {"truncation": True, "max_length": 5, "return_attention_mask": True, "padding": "max_length"},
+                {"add_special_tokens": False},
+                {"padding": True, "padding_side": "left", "return_special_tokens_mask": True},
+                {"padding": True, "pad_to_multiple_of": 8, "return_token_type_ids": True, "return_length": True},
+                {"split_special_tokens": True},
+            ):  # fmt: skip
+                assert plain(ours(GEMMA_TEXTS, **options)) == plain(theirs(GEMMA_TEXTS, **options))
+                doubled = [(text, text) for text in GEMMA_TEXTS]
+                assert plain(ours(doubled, **options)) == plain(theirs(doubled, **options))
+            for text in GEMMA_TEXTS:
+                ids = ours(text)["input_ids"]
+                assert ids == theirs(text)["input_ids"] and ours.tokenize(text) == theirs.tokenize(text)
+                for skip in (True, False):
+                    assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+                    assert ours.batch_decode([ids], skip) == theirs.batch_decode([ids], skip)
+            assert ours.convert_ids_to_tokens([0, 1, 300]) == theirs.convert_ids_to_tokens([0, 1, 300])
+            assert ours.convert_tokens_to_ids(["a", "nothing such"]) == theirs.convert_tokens_to_ids(
+                ["a", "nothing such"]
+            )
+
+    def test_case(self, gemma_folders: dict[str, Path]) -> None:
+        gemma, siglip2 = (load_tokenizer(gemma_folders[name]) for name in ("GemmaTokenizer", "Siglip2Tokenizer"))
+        assert type(gemma) is GemmaTokenizer and type(siglip2) is Siglip2Tokenizer
+        assert gemma("DOGS") != gemma("dogs") and siglip2("DOGS") == siglip2("dogs")
+
+    def test_round_trip(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
+        for name, folder in gemma_folders.items():
+            ours = load_tokenizer(folder)
+            ours.save_pretrained(tmp_path / name)
+            (tmp_path / name / "config.json").write_bytes((folder / "config.json").read_bytes())
+            theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path / name), load_tokenizer(tmp_path / name)
+            assert type(again) is type(ours)
+            assert ours(GEMMA_TEXTS) == theirs(GEMMA_TEXTS).data == again(GEMMA_TEXTS)
+            assert pickle.loads(pickle.dumps(ours))(GEMMA_TEXTS) == ours(GEMMA_TEXTS)
+
+    def test_errors(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
+        with pytest.raises(OSError, match=r"tokenizer\.json"):
+            load_tokenizer(tmp_path)
+        for content in ("{", "{}", '{"model": {"type": "BPE", "merges": [], "vocab": 3}}', '{"model": {}}'):
+            (tmp_path / "tokenizer.json").write_text(content)
+            with pytest.raises(OSError, match=r"tokenizer\.json"):
+                load_tokenizer(tmp_path)
+        ours = load_tokenizer(gemma_folders["GemmaTokenizer"])
+        for text in (None, [], [3], [["a", "b", "c"]]):
+            with pytest.raises(ValueError, match="supported"):
+                ours(text)
+        with pytest.raises(ValueError, match="Second sequence"):
+            ours("a photo of a cat", truncation="only_second", max_length=2)
+        with pytest.raises(TypeError, match="paddign"):
+            ours("a", paddign=True)
+        with pytest.raises(IndexError, match="10000"):
+            ours.convert_ids_to_tokens([10_000])

@@ -1,0 +1,133 @@
+"""Tokenizer files: saved, loaded, of transformers 4 and 5, damaged and missing."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from siglip_model.text.auto import load_tokenizer
+from siglip_model.text.siglip import SiglipTokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:This sequence already has", "ignore:`max_length` is ignored")
+
+
+SAMPLES = ["a Cat!", "", "</s>", "<extra>dog", "the photo of 猫, 2 3", "</s> cat </s>"]
+
+
+class TestFiles:
+    def test_what_we_save_transformers_loads(self, pairs: list[Any], tmp_path: Path) -> None:
+        for number, (ours, _) in enumerate(pairs):
+            folder = tmp_path / str(number)
+            paths = ours.save_pretrained(folder)
+            assert sorted(Path(path).name for path in paths) == ["spiece.model", "tokenizer_config.json"]
+            theirs, again = (
+                transformers.SiglipTokenizer.from_pretrained(folder),
+                SiglipTokenizer.from_pretrained(folder),
+            )
+            for name in ("model_input_names", "model_max_length", "all_special_tokens", "do_lower_case"):
+                assert getattr(ours, name) == getattr(theirs, name) == getattr(again, name), name
+            expected = ours(SAMPLES, padding="max_length")
+            assert expected == theirs(SAMPLES, padding="max_length").data == again(SAMPLES, padding="max_length")
+            assert ours.get_vocab() == theirs.get_vocab() == again.get_vocab()
+
+    def test_what_transformers_saves_we_load(self, pairs: list[Any], tmp_path: Path) -> None:
+        for number, (_, theirs) in enumerate(pairs):
+            theirs.save_pretrained(tmp_path / str(number))
+            ours = SiglipTokenizer.from_pretrained(tmp_path / str(number))
+            loaded = transformers.SiglipTokenizer.from_pretrained(tmp_path / str(number))
+            assert ours(SAMPLES, padding="max_length") == loaded(SAMPLES, padding="max_length").data
+            assert ours.model_input_names == loaded.model_input_names
+
+    @pytest.mark.parametrize("added", [True, False])
+    def test_files_of_transformers_4(self, model_files: dict[str, Path], tmp_path: Path, added: bool) -> None:
+        token = {"lstrip": True, "normalized": False, "rstrip": True, "single_word": False}
+        config = {
+            "additional_special_tokens": ["<extra>"], "clean_up_tokenization_spaces": True, "do_lower_case": True,
+            "eos_token": "</s>", "model_input_names": ["input_ids"], "model_max_length": 64, "pad_token": "</s>",
+            "processor_class": "SiglipProcessor", "sp_model_kwargs": {}, "tokenizer_class": "SiglipTokenizer",
+            "unk_token": "<unk>",
+        }  # fmt: skip
+        if added:
+            contents = {"1": "</s>", "2": "<unk>", "900": "<extra>"}
+            config["added_tokens_decoder"] = {i: {**token, "content": c, "special": True} for i, c in contents.items()}
+        else:
+            (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": 900}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / "special_tokens_map.json").write_text(
+            json.dumps({name: {**token, "content": config[name]} for name in ("eos_token", "pad_token", "unk_token")})
+        )
+        (tmp_path / "spiece.model").write_bytes(model_files["plain"].read_bytes())
+        ours, theirs = SiglipTokenizer.from_pretrained(tmp_path), transformers.SiglipTokenizer.from_pretrained(tmp_path)
+        texts = [*SAMPLES, "cat <extra> dog", "a </s> ", "  <unk>  b"]
+        assert ours(texts, padding=True) == theirs(texts, padding=True).data
+        assert ours.get_vocab() == theirs.get_vocab() and ours.all_special_ids == theirs.all_special_ids
+        for ids in ours(texts)["input_ids"]:
+            assert ours.decode(ids) == theirs.decode(ids)
+            assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
+
+    def test_arguments_win_over_files(self, pairs: list[Any], tmp_path: Path) -> None:
+        pairs[0][0].save_pretrained(tmp_path)
+        tokenizer = SiglipTokenizer.from_pretrained(tmp_path, model_max_length=5, model_input_names=["input_ids"])
+        assert tokenizer("a cat", padding="max_length").keys() == {"input_ids"}
+        assert len(tokenizer("a cat", padding="max_length")["input_ids"]) == 5
+        with pytest.raises(TypeError, match="lower"):
+            SiglipTokenizer.from_pretrained(tmp_path, lower=True)
+
+    def test_model_alone(self, model_files: dict[str, Path]) -> None:
+        assert SiglipTokenizer.from_pretrained(model_files["plain"].parent)("a cat")["input_ids"]
+        assert isinstance(load_tokenizer(model_files["plain"].parent), SiglipTokenizer)
+
+    def test_pickle_and_copy(self, pairs: list[Any]) -> None:
+        for ours, _ in pairs:
+            for clone in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+                assert clone(SAMPLES) == ours(SAMPLES)
+
+    @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 1000, None])
+    def test_damaged_model(self, model_files: dict[str, Path], tmp_path: Path, content: bytes | None) -> None:
+        whole = model_files["plain"].read_bytes()
+        (tmp_path / "spiece.model").write_bytes(whole[: len(whole) // 2] if content is None else content)
+        with pytest.raises(OSError, match=r"spiece\.model"):
+            SiglipTokenizer.from_pretrained(tmp_path)
+
+    def test_missing_files(self, tmp_path: Path) -> None:
+        with pytest.raises(OSError, match=r"spiece\.model"):
+            SiglipTokenizer.from_pretrained(tmp_path)
+        with pytest.raises(OSError, match=r"spiece\.model nor tokenizer\.json"):
+            load_tokenizer(tmp_path)
+        with pytest.raises(OSError, match="nowhere"):
+            SiglipTokenizer.from_pretrained(tmp_path / "nowhere")
+        with pytest.raises(OSError, match="nowhere"):
+            SiglipTokenizer(tmp_path / "nowhere")
+
+    @pytest.mark.parametrize("content", ["{", "[]", "\udcff"])
+    def test_damaged_config(self, model_files: dict[str, Path], tmp_path: Path, content: str) -> None:
+        (tmp_path / "spiece.model").write_bytes(model_files["plain"].read_bytes())
+        (tmp_path / "tokenizer_config.json").write_bytes(content.encode(errors="surrogateescape"))
+        with pytest.raises(OSError, match=r"tokenizer_config\.json"):
+            SiglipTokenizer.from_pretrained(tmp_path)
+
+    def test_save_to_a_file(self, pairs: list[Any], tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(NotADirectoryError, match="file"):
+            pairs[0][0].save_pretrained(tmp_path / "file")
+
+    def test_foreign_class(self, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+        with pytest.raises(OSError, match="BertTokenizer"):
+            load_tokenizer(tmp_path)
+
+
+def test_importing_loads_no_tokenizer_library() -> None:
+    """Who only runs the model pays for none of them."""
+    code = (
+        "import sys, siglip_model, siglip_model.batch\n"
+        "print([name for name in ('sentencepiece', 'tokenizers', 'huggingface_hub', 'PIL') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
