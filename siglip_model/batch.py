@@ -1,4 +1,4 @@
-"""What tokenizer, image processor and processor return: a dictionary of lists or tensors with attribute access."""
+"""The result of tokenizers and processors: a dict of lists or tensors with attribute access."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ TENSOR_KINDS = ("pt", "np")
 
 
 class BatchFeature(dict[str, Any]):
-    """A dict (so that `model(**batch)` works) whose values are attributes too, and which moves to a device as one.
+    """A dict, so that `model(**batch)` works, with attribute access and `to`.
 
-    `batch[start:stop]` is a plain dict of every value's slice.
+    `batch[start:stop]` is a plain dict with that slice of every value.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -52,11 +52,11 @@ class BatchFeature(dict[str, Any]):
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> BatchFeature:
-        """Move every tensor to a device and cast the floating ones to a dtype; returns self, changed in place.
+        """Moves every tensor to a device and casts floating tensors to a dtype, in place; returns self.
 
         `batch.to("cuda")`, `batch.to(torch.float16)`, `batch.to("cuda", torch.float16)`, or by name: device=, dtype=.
-        Integer tensors (token ids, masks) keep their dtype; lists and tuples are followed, all else stays as it is.
-        Raises ValueError for anything that is neither a device nor a dtype.
+        Integer tensors (token ids, masks) keep their dtype; tensors within lists and tuples are included, other values
+        are kept. Raises ValueError for an argument that is neither a device nor a dtype.
         """
         for argument in target:
             if isinstance(argument, torch.dtype) and dtype is None:
@@ -80,7 +80,7 @@ class BatchFeature(dict[str, Any]):
 
 
 def check_tensor_kind(return_tensors: Any) -> str | None:
-    """`return_tensors` as None, "pt" or "np" (also as transformers' enumeration). Raises ValueError."""
+    """Normalises `return_tensors` (also transformers' enumeration) to None, "pt" or "np". Raises ValueError."""
     if return_tensors is None:
         return None
     for kind in TENSOR_KINDS:
@@ -90,9 +90,9 @@ def check_tensor_kind(return_tensors: Any) -> str | None:
 
 
 def tokens_to_tensor(name: str, value: Any, kind: str) -> torch.Tensor | np.ndarray:
-    """Integers in lists of equal lengths to an int64 tensor or array; lists of unequal lengths only to an object array.
+    """Integers in lists of equal lengths as an int64 tensor or array; with "np", unequal lengths as an object array.
 
-    Raises ValueError, with what to do, where the lengths differ and a torch tensor was asked for.
+    Raises ValueError, with a remedy, if lengths differ and a torch tensor was requested.
     """
     if isinstance(value, torch.Tensor):
         return value if kind == "pt" else value.numpy(force=True)
@@ -107,7 +107,7 @@ def tokens_to_tensor(name: str, value: Any, kind: str) -> torch.Tensor | np.ndar
         array = np.empty(0, dtype=object)
     if array.dtype == object:
         raise ValueError(
-            f"{name}: sequences of lengths {sorted(n for n in lengths if n is not None)} make no tensor; "
+            f"{name}: sequences of lengths {sorted(n for n in lengths if n is not None)} cannot be stacked; "
             "give padding=True (and truncation=True), or return_tensors=None for lists"
         )
     if array.size == 0:

@@ -1,4 +1,4 @@
-"""SigLIP's processor: an image processor and a tokenizer behind one call."""
+"""SigLIP's processor: image processor and tokenizer in one call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _IMAGE_ARGUMENTS = frozenset((*ImageProcessor.defaults, *ImageProcessor.call_arg
 
 
 class SiglipProcessor:
-    """`processor(images=..., text=...)`: pixel values and token ids, as transformers 5's SiglipProcessor gives them."""
+    """`processor(images=..., text=...)`: pixel values and token ids, as transformers 5's SiglipProcessor returns."""
 
     config_name = "processor_config.json"
 
@@ -51,16 +51,17 @@ class SiglipProcessor:
         common_kwargs: dict[str, Any] | None = None,
         **arguments: Any,
     ) -> BatchFeature:
-        """`pixel_values` if images are given, `input_ids` (and what the tokenizer returns besides) if text is.
+        """`pixel_values` if images are given; `input_ids` and the tokenizer's other fields if text is given.
 
         images: as for `SiglipImageProcessor`. text: a string or a list of strings.
-        Arguments of tokenizer (padding=, truncation=, max_length= ...) and image processor (size=, device= ...) go to
-        the one that knows them, `return_tensors` to both; `text_kwargs` and `images_kwargs` to one of them.
+        arguments: of the tokenizer (padding=, truncation=, max_length= ...) and of the image processor (size=, device=
+        ...), each passed to the component that accepts it; `return_tensors` goes to both. text_kwargs, images_kwargs:
+        for one of them only; common_kwargs: for both.
 
-        Raises ValueError if neither images nor text are given, TypeError for an argument that neither knows.
+        Raises ValueError if neither images nor text are given, TypeError for an argument that neither accepts.
         """
         if images is None and text is None:
-            raise ValueError("SiglipProcessor: neither images nor text is given; supported: one of them, or both")
+            raise ValueError("SiglipProcessor: neither images nor text is given; supported: one or both")
         if text is not None and not (
             isinstance(text, str) or (isinstance(text, list) and all(isinstance(item, str) for item in text))
         ):
@@ -85,7 +86,7 @@ class SiglipProcessor:
         common: dict[str, Any] | None,
         arguments: dict[str, Any],
     ) -> dict[str, Any]:
-        """What goes to one of the two: arguments meant for both, its own, and the flat ones that it knows."""
+        """The arguments for one component: common ones, its own, and the flat ones that it accepts."""
         own = own or {}
         flat = {key: value for key, value in arguments.items() if key in known}
         for key in own:
@@ -96,21 +97,21 @@ class SiglipProcessor:
         return {**(common or {}), **own, **flat}
 
     def decode(self, *arguments: Any, **options: Any) -> Any:
-        """As the tokenizer's `decode`."""
+        """The tokenizer's `decode`."""
         return self.tokenizer.decode(*arguments, **options)
 
     def batch_decode(self, *arguments: Any, **options: Any) -> list[str]:
-        """As the tokenizer's `batch_decode`."""
+        """The tokenizer's `batch_decode`."""
         return self.tokenizer.batch_decode(*arguments, **options)
 
     @classmethod
     def from_pretrained(
         cls, path_or_id: str | os.PathLike[str], *, use_fast: bool | None = None, **arguments: Any
     ) -> SiglipProcessor:
-        """Image processor and tokenizer of a directory or a hub repository, in the files of transformers 4 or 5.
+        """Loads image processor and tokenizer from a directory or Hub repository, in transformers 4's or 5's files.
 
-        use_fast: True for SiglipImageProcessorFast, False for SiglipImageProcessor, None for what the file names.
-        Other arguments: options of tokenizer or image processor, and revision, cache_dir, local_files_only, token.
+        use_fast: True for SiglipImageProcessorFast, False for SiglipImageProcessor, None for the class the file names.
+        arguments: options of tokenizer or image processor; revision, cache_dir, local_files_only, token.
         """
         hub, given = split_hub_arguments(arguments)
         of_images = {name: value for name, value in given.items() if name in ImageProcessor.defaults}
@@ -119,10 +120,10 @@ class SiglipProcessor:
         return cls(image_processor, load_tokenizer(path_or_id, **hub, **of_text))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
-        """Write the tokenizer's files, processor_config.json and preprocessor_config.json, each atomically.
+        """Writes the tokenizer's files, processor_config.json and preprocessor_config.json, each atomically.
 
-        transformers 5 reads the image processor from the second, transformers 4 from the third.
-        Returns their paths.
+        transformers 5 reads the image processor from processor_config.json, transformers 4 from
+        preprocessor_config.json. Returns the paths.
         """
         content = {"image_processor": self.image_processor.to_dict(), "processor_class": type(self).__name__}
         paths = [*self.tokenizer.save_pretrained(save_directory), *self.image_processor.save_pretrained(save_directory)]

@@ -1,8 +1,8 @@
-"""`pipeline("zero-shot-image-classification")`: pictures and label texts in, a score for each label out.
+"""`pipeline("zero-shot-image-classification")`: scores images against free-text labels.
 
-A label's score is σ(t·⟨x, y⟩ + b) of its own sentence (Zhai et al. 2023, "Sigmoid Loss for Language Image
-Pre-Training"): a probability by itself, not a share of one that all labels split. Names and results are those of
-transformers 5's pipeline.
+A label's score is σ(t·⟨x, y⟩ + b), with image embedding x and the embedding y of the label's sentence (Zhai et al.
+2023, "Sigmoid Loss for Language Image Pre-Training"): an independent probability, so scores need not sum to 1. Names
+and results are those of transformers 5's pipeline.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TASK = "zero-shot-image-classification"
 LABEL_TOKENS = 64  # SigLIP was trained on texts padded to this length
-LABELS_AT_ONCE = 128  # bounds the memory of the text tower, whatever the number of labels
+LABELS_AT_ONCE = 128  # bounds the text tower's memory for any number of labels
 
 Prediction = dict[str, Any]
 
@@ -35,9 +35,8 @@ class ZeroShotImageClassificationPipeline:
     """Scores images against free-text labels. Build it with `pipeline(...)`; call it with images and labels.
 
     model: a SiglipModel; tokenizer, image_processor: its own, or any with transformers' calling convention.
-    device: where to move the model; None leaves it where it is.
-    candidate_labels, hypothesis_template, timeout, tokenizer_kwargs, batch_size, num_workers: what a call uses that
-    does not name its own.
+    device: device to move the model to; None leaves the model on its device.
+    candidate_labels, hypothesis_template, timeout, tokenizer_kwargs, batch_size, num_workers: defaults of each call.
     """
 
     task = TASK
@@ -94,12 +93,12 @@ class ZeroShotImageClassificationPipeline:
 
         image (or images, or inputs): a path, URL, base64 string or PIL image gives a list of {"score", "label"}; a list
         or tuple of them gives a list of such lists; a dataset, generator or other iterable gives an iterator of such
-        lists that draws images only as it is read.
-        candidate_labels: the labels, each put into `hypothesis_template` in place of {}. They are encoded once a call.
-        batch_size: images that go through the model together. num_workers: threads that open images ahead of it.
-        timeout: seconds to wait for a URL. tokenizer_kwargs: options that take the place of the usual padding.
-        Raises ValueError for no labels, a template without {} or an image that cannot be read (UnreadableImageError
-        names it), TypeError for what is no image.
+        lists that draws images lazily.
+        candidate_labels: the labels, each inserted into `hypothesis_template` in place of {}; encoded once per call.
+        batch_size: images per forward pass. num_workers: threads that open images ahead of the model.
+        timeout: seconds to wait for a URL. tokenizer_kwargs: override the tokenizer's default arguments.
+        Raises ValueError for missing labels, a template without {} or an unreadable image (UnreadableImageError, naming
+        it); TypeError for an input that is not an image.
         """
         given = {
             name: value
@@ -142,7 +141,7 @@ class ZeroShotImageClassificationPipeline:
         hypothesis_template: str = TEMPLATE,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
-        """The unit embeddings (labels, width) of the labels' sentences, in the model's dtype and on its device."""
+        """Unit-length embeddings (labels, width) of the labels' sentences, in the model's dtype, on its device."""
         positions = self.model.config.text_config.max_position_embeddings
         options: dict[str, Any] = {"padding": "max_length", "max_length": min(LABEL_TOKENS, positions)}
         options.update({"truncation": True, "return_tensors": "pt", **(tokenizer_kwargs or {})})
@@ -158,7 +157,7 @@ class ZeroShotImageClassificationPipeline:
         return unit_length(torch.cat(embeds))
 
     def prepare(self, image: Any, timeout: float | None = None) -> torch.Tensor:
-        """One image as the model's input: float32 (1, channels, height, width), on the CPU."""
+        """One image as pixel values: float32 (1, channels, height, width), on the CPU. Raises like `load_image`."""
         return self.image_processor(images=[load_image(image, timeout)], return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
@@ -170,7 +169,7 @@ class ZeroShotImageClassificationPipeline:
 
 
 def rank(scores: Sequence[float], labels: Sequence[Any]) -> list[Prediction]:
-    """The labels with their scores, best first, equal scores in the labels' order."""
+    """The labels with their scores, best first; equal scores keep the labels' order."""
     pairs = sorted(zip(scores, labels, strict=True), key=lambda pair: -pair[0])
     return [{"score": score, "label": label} for score, label in pairs]
 
@@ -201,19 +200,20 @@ def pipeline(
 ) -> ZeroShotImageClassificationPipeline:
     """A zero-shot image classifier, as `transformers.pipeline` builds one.
 
-    task: "zero-shot-image-classification", or None. model: a checkpoint's folder, a hub id, or a SiglipModel.
+    task: "zero-shot-image-classification", or None. model: a checkpoint folder, a Hub id, or a SiglipModel.
     tokenizer, image_processor (or feature_extractor, its older name), processor: objects, or where to load them from;
-    by default the model's own. A model object must come with them.
+    by default from the model's checkpoint. Required with a SiglipModel.
     config, backend (or attn_implementation), dtype (or torch_dtype), revision, token, model_kwargs: for loading it.
-    device: a name, a torch.device or an ordinal (-1: the CPU); by default the first accelerator, else the CPU, and a
-    model object stays where it is. device_map: the other name for it.
-    use_fast: accepted; SigLIP has one tokenizer. trust_remote_code: accepted; code from a checkpoint is never run.
+    device (or device_map): a name, a torch.device or an ordinal (-1: the CPU); by default the first accelerator, else
+    the CPU. By default a SiglipModel stays on its device.
+    use_fast: ignored, accepted for compatibility. trust_remote_code: ignored; code from a checkpoint is never run.
     batch_size, num_workers, candidate_labels, hypothesis_template, timeout, tokenizer_kwargs: defaults of each call.
+    Raises ValueError for an unknown task, a missing component or contradictory arguments, TypeError for unknown ones.
     """
     if task not in (None, TASK):
         raise ValueError(f"pipeline: task is {task!r}; supported: {TASK!r}")
     if model is None:
-        raise ValueError("pipeline: model is missing; supported: a checkpoint's folder, a hub id or a SiglipModel")
+        raise ValueError("pipeline: model is missing; supported: a checkpoint folder, a Hub id or a SiglipModel")
     unknown = set(call_defaults) - {"candidate_labels", "hypothesis_template", "timeout", "tokenizer_kwargs"}
     if unknown:
         raise TypeError(f"pipeline() got an unexpected keyword argument {sorted(unknown)[0]!r}")
@@ -241,14 +241,14 @@ def pipeline(
         ):
             if value is not None:
                 if name in (model_kwargs or {}):
-                    raise ValueError(f"pipeline: {name} is given both by itself and in model_kwargs; give it once")
+                    raise ValueError(f"pipeline: {name} is given both as an argument and in model_kwargs; give it once")
                 options[name] = value
         if "device_map" not in options:
             options["device_map"] = resolve_device(device)
         loaded = SiglipModel.from_pretrained(os.fspath(model), **options)
         device = None
     else:
-        pointless = [
+        unused = [
             name
             for name, value in (
                 ("config", config),
@@ -260,10 +260,10 @@ def pipeline(
             )
             if value
         ]
-        if pointless:
+        if unused:
             raise ValueError(
-                f"pipeline: {', '.join(pointless)} given with a model that is loaded already; supported: with a path or"
-                " a hub id (or use model.set_backend and model.to)"
+                f"pipeline: {', '.join(unused)} given with a model that is already loaded; supported: with a path or"
+                " a Hub id (or use model.set_backend and model.to)"
             )
     tokenizer, image_processor = _components(model, tokenizer, image_processor, processor, hub)
     return ZeroShotImageClassificationPipeline(
@@ -280,7 +280,7 @@ def pipeline(
 def _components(
     model: Any, tokenizer: Any, image_processor: Any, processor: Any, hub: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """The tokenizer and the image processor, each as given, else the processor's, else from beside the model."""
+    """Tokenizer and image processor: each as given, else the processor's, else from the model's checkpoint."""
     origin = model if isinstance(model, (str, os.PathLike)) else None
     if processor is None and tokenizer is None and image_processor is None:
         processor = origin
@@ -296,7 +296,7 @@ def _components(
     for name, component in (("tokenizer", tokenizer), ("image_processor", image_processor)):
         if component is None:
             raise ValueError(
-                f"pipeline: {name} is missing; a model that is loaded already needs tokenizer= and image_processor=,"
+                f"pipeline: {name} is missing; a model that is already loaded needs tokenizer= and image_processor=,"
                 " or processor="
             )
     if isinstance(tokenizer, (str, os.PathLike)):
@@ -319,7 +319,7 @@ def _only_one(name: str, value: Any, alias: str, alias_value: Any) -> Any:
 def _checked_labels(candidate_labels: Any) -> list[Any]:
     if candidate_labels is None:
         raise ValueError("candidate_labels is missing; supported: a list of one or more labels")
-    if isinstance(candidate_labels, str):  # transformers takes the characters for labels, so do we, but not quietly
+    if isinstance(candidate_labels, str):  # as in transformers, but with a warning
         warnings.warn(
             f"candidate_labels is the string {candidate_labels!r}: each of its characters is a label. Pass a list of"
             " strings for whole labels.",
@@ -338,7 +338,7 @@ def _count(name: str, value: Any, at_least: int) -> int:
 
 
 def _is_stream(source: Any) -> bool:
-    """Datasets, generators and other iterables; strings, paths, images and arrays are single inputs."""
+    """True for datasets, generators and other iterables; strings, paths, images and arrays are single inputs."""
     if isinstance(source, torch.utils.data.Dataset):
         return True
     return (

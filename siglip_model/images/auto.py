@@ -1,4 +1,4 @@
-"""The image processor that a checkpoint's files ask for."""
+"""Selects the image processor class from a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from siglip_model.images.processor import ImageProcessor, read_settings
 def load_image_processor(
     path_or_id: str | os.PathLike[str], *, use_fast: bool | None = None, **arguments: Any
 ) -> ImageProcessor:
-    """The image processor that a directory or hub repository names; `use_fast` decides over the file.
+    """The image processor of a directory or Hub repository; `use_fast` overrides the class that the file names.
 
-    Otherwise as `from_pretrained`.
+    Other arguments and errors as for `ImageProcessor.from_pretrained`.
     """
     hub, given = split_hub_arguments(arguments)
     settings = read_settings(path_or_id, hub)

@@ -1,4 +1,4 @@
-"""Images to pixel values with torch, on any device."""
+"""Images to pixel values with PyTorch, on any device."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from siglip_model.images.processor import ImageProcessor
 
 
 class SiglipImageProcessorFast(ImageProcessor):
-    """Torch resizes (antialiased) and scales, in batches of equal size, on the input's device or the one asked for.
+    """Resizes (antialiased) and scales in PyTorch, images of equal size together, on the input's device or `device`.
 
-    8-bit images (bilinear, bicubic) come within TOLERANCE_LEVELS of 255 grey levels of `SiglipImageProcessor` on every
-    device: horizontal and vertical pass are rounded to 8 bits as Pillow rounds them, and taken in the order of the
-    installed Pillow. `nearest` may take the other neighbour where two are equally near. Floating images are resized as
-    they are, unclamped, where Pillow needs them quantised to 8 bits.
+    8-bit images (bilinear, bicubic) are within TOLERANCE_LEVELS of 255 grey levels of `SiglipImageProcessor` on every
+    device: the horizontal and vertical passes are each rounded to 8 bits as in Pillow, and run in the order of the
+    installed Pillow. `nearest` may choose the other neighbour in a tie. Floating images are resized unclamped, where
+    Pillow requires quantisation to 8 bits.
 
-    transformers' torchvision processor computes the same on the CPU, but for Pillow's order of passes; on other devices
-    it rounds once only, so that overshoot at full-contrast edges differs (by up to 30 levels).
+    transformers' torchvision processor computes the same on the CPU except for Pillow's order of passes; on other
+    devices it rounds only once, so overshoot at full-contrast edges differs (by up to 30 levels).
     """
 
     TOLERANCE_LEVELS: ClassVar[int] = 2
@@ -31,7 +31,7 @@ class SiglipImageProcessorFast(ImageProcessor):
         if options.do_resize and options.resample not in self._MODES:
             raise ValueError(
                 f"resample is {options.resample}: SiglipImageProcessorFast supports {NEAREST} (nearest), {BILINEAR} "
-                f"(bilinear) and {BICUBIC} (bicubic); use SiglipImageProcessor for the others"
+                f"(bilinear) and {BICUBIC} (bicubic); use SiglipImageProcessor for other filters"
             )
         tensors = [self._to_tensor(image, options, device) for image in images]
         groups: dict[tuple[Any, ...], list[int]] = {}
@@ -85,11 +85,11 @@ def _from_numpy(array: np.ndarray) -> torch.Tensor:
     try:
         return torch.from_numpy(array)
     except TypeError as error:
-        raise ValueError(f"images: got an array of dtype {array.dtype}; supported: those that torch has") from error
+        raise ValueError(f"images: got an array of dtype {array.dtype}; supported: dtypes of PyTorch") from error
 
 
 def _over_white(image: torch.Tensor) -> torch.Tensor:
-    """Four channels to three: laid over white in float32, whatever the dtype."""
+    """Four channels to three: composited over white, in float32 for every dtype."""
     whole = not image.is_floating_point()
     if not whole:
         check_alpha_range(image)
@@ -98,7 +98,7 @@ def _over_white(image: torch.Tensor) -> torch.Tensor:
     composite = unit[:3] * unit[3:] + (1 - unit[3:])
     if scale == 1.0:
         return composite.to(image.dtype)
-    return composite.mul(scale + 1.0 - 1e-3).to(image.dtype)  # as torchvision converts: equal intervals, no rounding
+    return composite.mul(scale + 1.0 - 1e-3).to(image.dtype)  # like torchvision: equal intervals, no rounding
 
 
 _ROUNDED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # the dtypes that torchvision rounds
@@ -114,12 +114,12 @@ def _resize_with_torch(batch: torch.Tensor, size: tuple[int, int], mode: str) ->
     if _pillow_goes_vertically_first((height, width), size):
         return _interpolate(_interpolate(batch, (size[0], width), mode), size, mode)
     if batch.is_cpu:
-        return _interpolate(batch, size, mode)  # horizontally first, and rounded between
+        return _interpolate(batch, size, mode)  # horizontally first, rounded between the passes
     return _interpolate(_interpolate(batch, (height, size[1]), mode), size, mode)
 
 
 def _interpolate(batch: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
-    """One call of torch's, in float32 where it has no kernel for the dtype; rounded back to that dtype."""
+    """One torch.nn.functional.interpolate, in float32 where the dtype has no kernel, rounded back to that dtype."""
     original = batch.dtype
     smooth = mode != "nearest-exact"
     native = original in (torch.float32, torch.float64) or (original == torch.uint8 and (not smooth or batch.is_cpu))
@@ -138,9 +138,9 @@ def _interpolate(batch: torch.Tensor, size: tuple[int, int], mode: str) -> torch
 
 
 def _pillow_goes_vertically_first(old: tuple[int, int], new: tuple[int, int]) -> bool:
-    """Pillow 13 does, where the height shrinks by more than twice as many pixels as the width; before it never does.
+    """True in Pillow 13 if the height shrinks by more than twice as many pixels as the width; earlier never.
 
-    (12.3 does for images more than a hundred times as high as wide, too; this is not followed.)
+    (12.3 also does for images more than a hundred times as high as wide; this is not reproduced.)
     """
     import PIL
 

@@ -1,4 +1,4 @@
-"""What an image processor accepts: one image, a batch or nested lists, from wherever it lies, in any channel layout."""
+"""Inputs of an image processor: images, batches or nested lists, from any source, in any channel layout."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def is_image(value: Any) -> bool:
 
 
 def load_images(images: Any) -> Any:
-    """Paths, URLs and base64 strings, also in nested lists, replaced by their images: upright, and RGB.
+    """Replaces paths, URLs and base64 strings, also in nested lists, by their images: RGB, EXIF orientation applied.
 
-    Raises UnreadableImageError naming the file; TypeError for what is no image.
+    Raises UnreadableImageError naming the source; TypeError for anything else that is not an image.
     """
     if isinstance(images, (list, tuple)):
         return [load_images(item) for item in images]
@@ -48,7 +48,7 @@ def flatten_images(images: Any) -> list[Any]:
         images = [images]
     if any(isinstance(item, list) for item in images):
         if not all(isinstance(item, list) for item in images):
-            raise ValueError("images: got images and lists of images side by side; supported: all of one kind")
+            raise ValueError("images: got a list that mixes images and lists of images; supported: one kind")
         images = [image for item in images for image in item]
         if any(isinstance(image, list) for image in images):
             raise ValueError("images: lists are nested three deep; supported: images, or lists of images")
@@ -60,7 +60,7 @@ def flatten_images(images: Any) -> list[Any]:
         if dimensions not in (3, 4):
             raise ValueError(
                 f"images: got an array of shape {tuple(image.shape)}; supported: (channels, height, width) or "
-                "(height, width, channels), or a batch of these with one dimension more"
+                "(height, width, channels), or a batch of these"
             )
         flat += [image] if dimensions == 3 else list(image)
     if not flat:
@@ -68,7 +68,7 @@ def flatten_images(images: Any) -> list[Any]:
     for image in flat:
         size = image.size if hasattr(image, "getbands") else image.shape
         if 0 in tuple(size):
-            raise ValueError(f"images: got an image of size {tuple(size)}, without a pixel")
+            raise ValueError(f"images: got an empty image, of size {tuple(size)}")
     return flat
 
 
@@ -77,7 +77,10 @@ def _dimensions(image: Any) -> int:
 
 
 def channels_last(image: np.ndarray | torch.Tensor, input_data_format: str | None) -> bool:
-    """Where the channels are, as said or inferred from a dimension of 1, 3 or 4; first if both could be. ValueError."""
+    """Whether the channels are last: as given, else inferred from a dimension of 1, 3 or 4 (first if both fit).
+
+    Raises ValueError if neither dimension fits.
+    """
     if input_data_format is not None:
         return input_data_format == "channels_last"
     if image.shape[0] in CHANNEL_COUNTS:
@@ -91,9 +94,9 @@ def channels_last(image: np.ndarray | torch.Tensor, input_data_format: str | Non
 
 
 def pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
-    """(height, width, channels), or (height, width) of a one-band mode that is left as it is.
+    """(height, width, channels), or (height, width) for a one-band mode that is not converted.
 
-    RGB: what has alpha, or a transparent colour, is laid over white; EXIF orientation is left alone.
+    do_convert_rgb: convert to RGB, compositing alpha or a transparent colour over white. EXIF orientation is ignored.
     Raises UnreadableImageError naming the image's file if its pixels cannot be decoded, ValueError for a mode that
     Pillow does not convert (La).
     """
@@ -114,7 +117,7 @@ def pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
 
 
 def check_alpha_range(image: np.ndarray | torch.Tensor) -> None:
-    """A floating image with alpha is laid over white as [0, 1]. Raises ValueError for values outside."""
+    """Raises ValueError for a floating image with alpha whose values leave [0, 1], which compositing requires."""
     low, high = image.min().item(), image.max().item()
     if not (low >= 0.0 and high <= 1.0):
         raise ValueError(f"images: a floating image of 4 channels spans [{low}, {high}]; supported: [0, 1]")

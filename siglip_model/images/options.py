@@ -1,4 +1,4 @@
-"""What an image processor is told to do: the forms in which its options come, checked and made one."""
+"""Options of an image processor: every accepted form, validated and normalised."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-NEAREST, LANCZOS, BILINEAR, BICUBIC = 0, 1, 2, 3  # Pillow's numbers, which the files hold
+NEAREST, LANCZOS, BILINEAR, BICUBIC = 0, 1, 2, 3  # Pillow's numbers, as in the files
 
 _SIZE_KEYS = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What one call does, its arguments checked."""
+    """The validated options of one call."""
 
     do_convert_rgb: bool
     do_resize: bool
@@ -36,7 +36,7 @@ def is_number(value: Any) -> bool:
 
 
 def to_size(size: Any, default_to_square: bool) -> dict[str, int]:
-    """The forms of `size` as a dict. Raises ValueError for any other."""
+    """Any accepted form of `size` as a dict. Raises ValueError for other forms."""
     given = size
     if isinstance(size, (int, np.integer)) and not isinstance(size, bool):
         size = {"height": size, "width": size} if default_to_square else {"shortest_edge": size}
@@ -59,6 +59,7 @@ def to_size(size: Any, default_to_square: bool) -> dict[str, int]:
 
 
 def to_resample(resample: Any) -> int:
+    """Pillow's number of a filter given by number or name. Raises ValueError for an unknown filter."""
     from PIL import Image
 
     try:
@@ -73,6 +74,7 @@ def to_resample(resample: Any) -> int:
 
 
 def per_channel(name: str, value: Any, channels: int) -> list[float]:
+    """`value` as one number per channel. Raises ValueError if their count differs from `channels`."""
     values = [float(value)] * channels if is_number(value) else [float(item) for item in value]
     if len(values) != channels:
         raise ValueError(f"{name} has {len(values)} numbers; the image has {channels} channels")
@@ -80,7 +82,7 @@ def per_channel(name: str, value: Any, channels: int) -> list[float]:
 
 
 def output_size(shape: Sequence[int], size: Mapping[str, int]) -> tuple[int, int]:
-    """(height, width) after resizing an image of (height, width)."""
+    """(height, width) after resizing an image of `shape` (height, width). Raises ValueError if either becomes 0."""
     height, width = int(shape[0]), int(shape[1])
     if "height" in size:
         return size["height"], size["width"]
@@ -95,7 +97,7 @@ def output_size(shape: Sequence[int], size: Mapping[str, int]) -> tuple[int, int
 
 
 def _shortest_edge(height: int, width: int, shortest: int, longest: int | None) -> tuple[int, int]:
-    """The shorter edge becomes `shortest`, or less where the longer one would pass `longest`; rounded alike."""
+    """Scales the shorter edge to `shortest`, or less if the longer would exceed `longest`; rounds as transformers."""
     short, long = min(height, width), max(height, width)
     if longest is None:
         new_short, new_long = shortest, int(shortest * long / short)

@@ -1,8 +1,4 @@
-"""Images to pixel values: RGB, resized to one size, scaled to [0, 1], normalised.
-
-`SiglipImageProcessor` works with Pillow and numpy and equals transformers' SiglipImageProcessorPil bit for bit.
-`SiglipImageProcessorFast` works with torch, on the device of its input or on one asked for.
-"""
+"""Images to pixel values with Pillow and numpy: RGB, resized, scaled to [0, 1], normalised."""
 
 from __future__ import annotations
 
@@ -17,10 +13,10 @@ from siglip_model.images.processor import ImageProcessor
 
 
 class SiglipImageProcessor(ImageProcessor):
-    """Pillow resizes, numpy scales: bit for bit what transformers' SiglipImageProcessorPil computes.
+    """Resizes with Pillow and scales with numpy: bit for bit transformers' SiglipImageProcessorPil.
 
-    Arrays pass through 8-bit Pillow images when they are resized: floating ones are quantised to 256 levels of [0, 1]
-    (or must hold whole numbers of 0 to 255), others raise ValueError.
+    Resizing converts arrays to 8-bit Pillow images: floating arrays are quantised to 256 levels of [0, 1] (or must hold
+    whole numbers from 0 to 255); others raise ValueError.
     """
 
     def _process(self, images: list[Any], options: ImageOptions, device: Any) -> list[np.ndarray]:
@@ -39,7 +35,7 @@ class SiglipImageProcessor(ImageProcessor):
 
 
 def _to_channels_first(image: Any, options: ImageOptions) -> np.ndarray:
-    """(channels, height, width): one and four channels become three if `do_convert_rgb`."""
+    """(channels, height, width); with `do_convert_rgb`, one or four channels become three."""
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         array = pil_to_array(image, options.do_convert_rgb)
         return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
@@ -66,7 +62,7 @@ def _resize_with_pillow(image: np.ndarray, size: tuple[int, int], resample: int)
 
     image = np.moveaxis(image, 0, -1)
     if image.shape[-1] > 4:
-        raise ValueError(f"images: got {image.shape[-1]} channels to be resized with Pillow; supported: 1 to 4")
+        raise ValueError(f"images: got {image.shape[-1]} channels to resize with Pillow; supported: 1 to 4")
     image = image[..., 0] if image.shape[-1] == 1 else image
     to_unit_range = _needs_scaling(image)
     if to_unit_range:
@@ -77,7 +73,7 @@ def _resize_with_pillow(image: np.ndarray, size: tuple[int, int], resample: int)
 
 
 def _scale(array: np.ndarray, options: ImageOptions) -> np.ndarray:
-    """Rescale through float64 to float32, then normalise in the dtype that the array has by then."""
+    """Rescales in float64 and casts to float32, then normalises in the dtype of the array."""
     if options.do_rescale:
         array = (array.astype(np.float64) * options.rescale_factor).astype(np.float32)
     if options.do_normalize:
@@ -92,7 +88,7 @@ def _scale(array: np.ndarray, options: ImageOptions) -> np.ndarray:
 
 
 def _scale_by_table(array: np.ndarray, options: ImageOptions) -> np.ndarray:
-    """What `_scale` gives, looked up: an 8-bit channel has 256 values only."""
+    """`_scale` by table lookup: an 8-bit channel has only 256 values."""
     channels = len(array)
     levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256))
     tables = _scale(levels, options)[:, 0]
@@ -100,7 +96,7 @@ def _scale_by_table(array: np.ndarray, options: ImageOptions) -> np.ndarray:
 
 
 def _needs_scaling(image: np.ndarray) -> bool:
-    """Whether values are of [0, 1] rather than of 0 to 255. Raises ValueError if neither."""
+    """Whether values lie in [0, 1] rather than in 0 to 255. Raises ValueError if neither."""
     if image.dtype == np.uint8:
         return False
     whole = np.isfinite(image).all() and np.allclose(image, image.astype(int))
@@ -108,6 +104,6 @@ def _needs_scaling(image: np.ndarray) -> bool:
     if not (np.all(image >= 0) and np.all(image <= high)):
         raise ValueError(
             f"images: got {image.dtype} values of [{image.min()}, {image.max()}], which Pillow cannot resize; "
-            "supported: whole numbers of 0 to 255, and any numbers of 0 to 1 (or use SiglipImageProcessorFast)"
+            "supported: whole numbers from 0 to 255, and any numbers from 0 to 1 (or use SiglipImageProcessorFast)"
         )
     return not whole

@@ -1,4 +1,4 @@
-"""What both image processors share: options, the calling convention of transformers, and files."""
+"""The base of both image processors: options, transformers' calling convention, and files."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from siglip_model.images.options import BICUBIC, ImageOptions, is_number, to_res
 
 
 class ImageProcessor:
-    """What both image processors share: options, files, and the calling convention of transformers.
+    """The base of both image processors; a subclass implements `_process`.
 
-    do_convert_rgb, do_resize, do_rescale, do_normalize: which steps are taken.
-    size: {"height", "width"}, or (height, width); {"shortest_edge"}, which an int means unless `default_to_square`,
-        with "longest_edge" as its limit if there; or {"max_height", "max_width"}.
+    do_convert_rgb, do_resize, do_rescale, do_normalize: the steps to run.
+    size: {"height", "width"} or (height, width); {"shortest_edge"}, optionally limited by "longest_edge" (an int means
+        shortest_edge, or a square if `default_to_square`); or {"max_height", "max_width"}.
     resample: Pillow's number or name of a filter; 3 is bicubic.
-    rescale_factor, image_mean, image_std: numbers, or for the last two one number for each channel.
+    rescale_factor, image_mean, image_std: numbers; the last two also as one number per channel.
 
-    Each is an attribute, and an argument of a call that wins over it.
+    Each option is an attribute and an argument of a call, which overrides the attribute.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
@@ -44,7 +44,7 @@ class ImageProcessor:
     }
     default_to_square: bool
     resample: Any
-    # What else a call may say.
+    # Further arguments of a call.
     call_arguments: ClassVar[tuple[str, ...]] = ("input_data_format", "data_format", "device", "return_tensors")
 
     def __init__(self, **options: Any) -> None:
@@ -59,32 +59,33 @@ class ImageProcessor:
         settings["size"] = to_size(settings["size"], settings["default_to_square"])
         for name, value in settings.items():
             setattr(self, name, list(value) if name in ("image_mean", "image_std") and not is_number(value) else value)
-        self._resolve({})  # bad values are found now
+        self._resolve({})  # reports bad values early
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.defaults)})"
 
     def __call__(self, images: Any, **options: Any) -> BatchFeature:
-        """As `preprocess`."""
+        """Same as `preprocess`."""
         return self.preprocess(images, **options)
 
     def preprocess(self, images: Any, **options: Any) -> BatchFeature:
         """`pixel_values` of an image, a batch (4-D or a list) or a list of lists of images, which is flattened.
 
-        images: PIL (any mode), numpy or torch with the channels first or last (1, 3 or 4; first if both fit), path, URL
-            or base64 string. EXIF orientation is applied to what is loaded here, and left alone in a PIL image.
+        images: PIL (any mode), numpy or torch with channels first or last (1, 3 or 4; first if both fit), path, URL or
+            base64 string. EXIF orientation is applied to images loaded here, not to PIL images.
         return_tensors: "pt" or "np" for one float32 tensor or array (batch, channels, height, width); None for a list.
-        input_data_format: "channels_first" or "channels_last", where it is not to be inferred.
-        device: where to work and to return ("cuda", torch.device ...): SiglipImageProcessorFast only.
-        All constructor options, for this call alone.
+        input_data_format: "channels_first" or "channels_last" instead of inferring the layout.
+        device: device of computation and result ("cuda", torch.device ...); SiglipImageProcessorFast only.
+        options: any constructor option, for this call only.
 
-        Raises UnreadableImageError (an OSError) naming a file that is no image; TypeError for an unknown argument or
-        what is no image; ValueError for other bad values, and for sizes that make no tensor.
+        Raises UnreadableImageError (an OSError) naming a file that is not an image; TypeError for an unknown argument
+        or an input that is not an image; ValueError for other bad values, and for unequal sizes where a tensor was
+        requested.
         """
         kind = check_tensor_kind(options.pop("return_tensors", None))
         device = options.pop("device", None)
         if options.pop("data_format", None) not in (None, "channels_first"):
-            raise ValueError("data_format: supported: 'channels_first', which the model takes")
+            raise ValueError("data_format: supported: 'channels_first', the model's layout")
         resolved = self._resolve(options)
         pixel_values = self._process(flatten_images(images), resolved, device)
         return BatchFeature(pixel_values=pixel_values if kind is None else _stack(pixel_values, kind))
@@ -115,7 +116,7 @@ class ImageProcessor:
                 if isinstance(value, np.ndarray):
                     value = settings[name] = value.tolist()
                 if not is_number(value) and not (isinstance(value, (list, tuple)) and all(map(is_number, value))):
-                    raise ValueError(f"{name} is {value!r}; supported: a number, or one for each channel")
+                    raise ValueError(f"{name} is {value!r}; supported: a number, or one per channel")
             std = settings["image_std"]
             if 0 in ([std] if is_number(std) else std):
                 raise ValueError(f"image_std is {std!r}; supported: numbers other than 0")
@@ -129,10 +130,10 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | os.PathLike[str], **arguments: Any) -> Any:
-        """The image processor of a directory or a hub repository: processor_config.json, else preprocessor_config.json.
+        """Loads a directory or Hub repository: processor_config.json, else preprocessor_config.json.
 
-        Arguments: the constructor's options, which win over the file, and revision, cache_dir, local_files_only, token.
-        Raises CheckpointError for a missing, damaged or foreign file, naming it; OSError as `resolve_file`.
+        arguments: the constructor's options, which override the file; revision, cache_dir, local_files_only, token.
+        Raises CheckpointError naming a missing, damaged or unsupported file; OSError like `resolve_file`.
         """
         hub, given = split_hub_arguments(arguments)
         return cls._from_settings(read_settings(path_or_id, hub), given)
@@ -144,7 +145,7 @@ class ImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """The content of preprocessor_config.json."""
         settings = {name: getattr(self, name) for name in self.defaults}
-        for name in ("rescale_factor", "image_mean", "image_std"):  # numpy's numbers, too
+        for name in ("rescale_factor", "image_mean", "image_std"):  # may be numpy numbers
             value = settings[name]
             settings[name] = float(value) if is_number(value) else [float(number) for number in value]
         if not self.default_to_square:
@@ -153,12 +154,12 @@ class ImageProcessor:
         return {**settings, "data_format": "channels_first", "image_processor_type": type(self).__name__}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
-        """Write preprocessor_config.json, atomically. Returns its path in a list."""
+        """Writes preprocessor_config.json atomically. Returns its path in a list."""
         return [write_file(save_directory, self.file_name, to_json(self.to_dict()))]
 
 
 def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
-    """The image processor's settings: nested in processor_config.json (transformers 5), or in a file of their own."""
+    """The image processor's settings: nested in processor_config.json (transformers 5), or in their own file."""
     name = "processor_config.json"
     settings = (find_json(path_or_id, name, hub) or {}).get("image_processor")
     if settings is None:
@@ -184,7 +185,7 @@ def _stack(images: list[Any], kind: str) -> torch.Tensor | np.ndarray:
     shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
         raise ValueError(
-            f"pixel_values: images of shapes {shapes} make no tensor; give do_resize=True, or return_tensors=None"
+            f"pixel_values: images of shapes {shapes} cannot be stacked; give do_resize=True, or return_tensors=None"
         )
     if isinstance(images[0], torch.Tensor):
         stacked = torch.stack(images)

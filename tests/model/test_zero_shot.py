@@ -224,7 +224,7 @@ def test_a_loaded_model_with_its_parts(checkpoint, ours):
         pipeline(TASK, model, image_processor=processor.image_processor)
     with pytest.raises(ValueError, match="image_processor is missing"):
         pipeline(TASK, model, tokenizer=processor.tokenizer)
-    with pytest.raises(ValueError, match="backend, dtype given with a model that is loaded already"):
+    with pytest.raises(ValueError, match="backend, dtype given with a model that is already loaded"):
         pipeline(TASK, model, processor=processor, backend="eager", dtype="float32")
 
 
