@@ -1,0 +1,112 @@
+"""`siglip classify`: scores, labels, failures and interruption."""
+
+import json
+import os
+import signal
+
+import pytest
+import transformers
+from command_line import LABELS, one_line
+
+from siglip_model.cli import classify
+from siglip_model.cli.plot import format_score
+
+
+def test_classify_in_json_equals_transformers(siglip, images, checkpoint):
+    paths = sorted(images.iterdir())
+    result = siglip("classify", *paths, "--labels", *LABELS, "--json", "--batch-size", 2)
+    assert result.exit_code == 0 and result.stderr == ""
+    pillow = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint)  # torchvision's differs
+    task = "zero-shot-image-classification"
+    reference = transformers.pipeline(task, model=str(checkpoint), image_processor=pillow, device=-1)
+    expected = reference([str(path) for path in paths], candidate_labels=LABELS)
+    entries = json.loads(result.stdout)
+    assert [entry["image"] for entry in entries] == [str(path) for path in paths]
+    for entry, predictions in zip(entries, expected, strict=True):
+        assert [one["label"] for one in entry["predictions"]] == [one["label"] for one in predictions]
+        scores = [one["score"] for one in predictions]
+        assert [one["score"] for one in entry["predictions"]] == pytest.approx(scores, abs=1e-5)
+
+
+def test_classify_prints_every_image_with_its_labels_best_first(siglip, images):
+    as_json = json.loads(siglip("classify", images, "--labels", *LABELS, "--json").stdout)
+    shown = siglip("classify", images, "--labels", *LABELS, "--top-k", 2).stdout
+    lines = shown.splitlines()
+    for entry in as_json:
+        start = lines.index(os.path.basename(entry["image"]))
+        for line, prediction in zip(lines[start + 1 : start + 3], entry["predictions"][:2], strict=True):
+            assert prediction["label"] in line and format_score(prediction["score"]) in line
+    assert len([line for line in lines if "░" in line or "█" in line]) == 2 * 5
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["IMAGE", "--labels", "2 cats", "a plane", "a remote"],
+        ["IMAGE", "--labels", "2 cats,a plane, a remote,"],
+        ["IMAGE", "--labels", "2 cats", "--labels", "a plane", "--labels=a remote"],
+        ["--labels", "2 cats", "--labels", "a plane,a remote", "IMAGE"],
+        ["--labels", "2 cats,a plane,a remote", "IMAGE"],
+        ["--labels", "2 cats,a plane,a remote", "--", "IMAGE"],
+        ["--top-k", "3", "IMAGE", "--labels", "2 cats", "a plane", "--batch-size", "1", "--labels", "a remote"],
+        ["IMAGE", "--labels", "2 cats", "a plane", "a remote", "a plane"],
+    ],
+)
+def test_ways_to_write_labels(siglip, images, words):
+    image = str(images / "0.png")
+    result = siglip("classify", "--json", *[image if word == "IMAGE" else word for word in words])
+    assert result.exit_code == 0, result.stderr
+    (entry,) = json.loads(result.stdout)
+    assert entry["image"] == image
+    assert {one["label"] for one in entry["predictions"]} == set(LABELS)
+
+
+def test_commas_within_labels_and_template():
+    assert classify.split_labels(["red\\, round, a dog", "a cat", " ", "a dog"]) == ["red, round", "a dog", "a cat"]
+
+
+def test_the_template_reaches_the_model(siglip, images):
+    image = images / "0.png"
+    scores = []
+    for template in ("This is a photo of {}.", "{}", "{{on}} the sofa: {}"):
+        result = siglip("classify", image, "--labels", "a {cat}", "--template", template, "--json")
+        scores.append(json.loads(result.stdout)[0]["predictions"][0]["score"])
+    assert len({round(score, 5) for score in scores}) == 3
+    result = siglip("classify", image, "--labels", "a cat", "--template", "no place")
+    assert result.exit_code == 2 and one_line(result.stderr) and "hypothesis_template is 'no place'" in result.stderr
+
+
+def test_one_unreadable_image_among_many(siglip, images):
+    (images / "2.png").write_text("no image")
+    arguments = ("classify", images, images / "gone.png", images / "0.png", "--labels", *LABELS, "--batch-size", 4)
+    result = siglip(*arguments, "--json")
+    assert result.exit_code == 1
+    entries = json.loads(result.stdout)
+    assert [os.path.basename(entry["image"]) for entry in entries] == [
+        "0.png", "1.png", "2.png", "3.png", "4.png", "gone.png", "0.png",
+    ]  # fmt: skip
+    assert [index for index, entry in enumerate(entries) if "error" in entry] == [2, 5]
+    first, again = entries[0]["predictions"], entries[6]["predictions"]
+    assert [one["label"] for one in first] == [one["label"] for one in again]
+    assert [one["score"] for one in first] == pytest.approx([one["score"] for one in again], abs=1e-6)
+    shown = siglip(*arguments)
+    assert shown.exit_code == 1
+    for text in (result.stderr, shown.stderr):
+        assert "2.png: not an image" in text and "gone.png: no such file" in text
+        assert "2 of 7 images failed" in text and "Traceback" not in text
+    assert "2.png" not in shown.stdout
+
+
+def test_ctrl_c_while_classifying_prints_the_finished_results(siglip, many, monkeypatch):
+    score = classify._ClassifyRun._score
+
+    def score_and_interrupt(run, *arguments):
+        score(run, *arguments)
+        if len(run.results) >= 4:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(classify._ClassifyRun, "_score", score_and_interrupt)
+    result = siglip("classify", many, "--labels", "a", "--batch-size", 2, "--json")
+    assert result.exit_code == 130 and "interrupted after 4 of 40 images" in result.stderr
+    names = [os.path.basename(entry["image"]) for entry in json.loads(result.stdout)]
+    assert names == ["00.png", "01.png", "02.png", "03.png"]

@@ -1,0 +1,87 @@
+"""`siglip embed`: resuming, settings, and interruption by signals."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from command_line import one_line
+from tiny_checkpoint import random_image
+
+from siglip_model.embed import load_embeddings
+from siglip_model.embed import run as embed_run
+
+
+def test_embed_and_resume(siglip, images, tmp_path):
+    out = tmp_path / "out.safetensors"
+    (images / "3.png").write_text("no image")
+    result = siglip("embed", images, "--out", out)
+    assert result.exit_code == 1
+    assert "4 rows of 32; 4 embedded now" in result.stdout and "1 failed" in result.stdout
+    assert "3.png: not an image" in result.stderr and "1 of 5 images failed" in result.stderr
+    random_image(3).save(images / "3.png")
+    result = siglip("embed", images, "--out", out, "--json")
+    assert result.exit_code == 0 and result.stderr == ""
+    report = json.loads(result.stdout)
+    assert (report["embedded"], report["skipped"], report["rows"], report["failures"]) == (1, 4, 5, [])
+    assert load_embeddings(out).embeddings.norm(dim=-1).sub(1).abs().max() < 1e-5
+    result = siglip("embed", images, "--out", out, "--no-normalize")
+    assert result.exit_code == 2 and one_line(result.stderr) and "normalize was true and is now false" in result.stderr
+    result = siglip("embed", images, "--out", out, "--no-normalize", "--overwrite", "--dtype", "bfloat16")
+    assert result.exit_code == 0
+    stored = load_embeddings(out)
+    assert str(stored.embeddings.dtype) == "torch.bfloat16" and stored.settings["computed_in"] == "bfloat16"
+
+
+INTERRUPTED_RUN = """
+import sys, time
+from siglip_model.cli import main as cli
+from siglip_model.cli import terminal
+from siglip_model.embed import run as embed_run
+note = embed_run._Run._note
+def note_and_say(self, *arguments, **options):
+    note(self, *arguments, **options)
+    print("noted", flush=True)
+    time.sleep(0.05)
+embed_run._Run._note = note_and_say
+sys.argv = ["siglip", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_ctrl_c_keeps_the_finished_rows(siglip, many, tmp_path, checkpoint):
+    out = tmp_path / "out.safetensors"
+    arguments = ["embed", str(many), "--out", str(out), "--model", str(checkpoint), "--batch-size", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED_RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for _ in range(7):
+        assert process.stdout.readline() == "noted\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert one_line(stderr) and "of 40 images; run the same command again to resume" in stderr
+    rows = len(load_embeddings(out).files)
+    assert 6 <= rows < 40
+    report = json.loads(siglip("embed", many, "--out", out, "--json").stdout)
+    assert (report["skipped"], report["rows"]) == (rows, 40)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_an_embedding_with_130_and_the_finished_rows(siglip, many, tmp_path, number, monkeypatch):
+    out = tmp_path / "out.safetensors"
+    note, handler = embed_run._Run._note, signal.getsignal(signal.SIGTERM)
+
+    def note_and_interrupt(run, *arguments, **options):
+        note(run, *arguments, **options)
+        if run.embedded == 6:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(embed_run._Run, "_note", note_and_interrupt)
+    result = siglip("embed", many, "--out", out, "--batch-size", 2, "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 130 and one_line(result.stderr) and "interrupted after 6 of 40" in result.stderr
+    assert (report["rows"], report["complete"]) == (6, False) and len(load_embeddings(out).files) == 6
+    assert signal.getsignal(signal.SIGTERM) is handler
