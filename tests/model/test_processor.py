@@ -1,4 +1,4 @@
-"""The processor: what transformers' SiglipProcessor returns, from the same files, and the batch that carries it."""
+"""SiglipProcessor against transformers' from the same files, and the batch that it returns."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ def ours(checkpoint: Path) -> SiglipProcessor:
 
 @pytest.fixture(scope="module")
 def theirs(checkpoint: Path) -> Any:
-    """transformers' processor, with the Pillow-based image processor whatever is installed."""
+    """transformers' processor, with the Pillow-based image processor in every environment."""
     loaded = SiglipImageProcessorPil.from_pretrained(checkpoint)
     return transformers.SiglipProcessor(loaded, transformers.SiglipTokenizer.from_pretrained(checkpoint))
 
@@ -90,7 +90,7 @@ class TestCall:
         assert ours.decode(ids[0]) == theirs.decode(ids[0])
 
     def test_tokenizer_settings_are_defaults(self, ours: SiglipProcessor, tmp_path: Path) -> None:
-        """As there, tokenizer_config.json's settings of calls hold in the processor, if the call says nothing."""
+        """As in transformers, call settings in tokenizer_config.json are the processor's defaults."""
         ours.save_pretrained(tmp_path)
         config = (tmp_path / "tokenizer_config.json").read_text()
         (tmp_path / "tokenizer_config.json").write_text(config.replace("{", '{"padding": "max_length",', 1))
@@ -121,7 +121,7 @@ class TestCall:
 
 
 class TestFiles:
-    def test_what_we_save_transformers_loads(self, ours: SiglipProcessor, checkpoint: Path, tmp_path: Path) -> None:
+    def test_transformers_loads_saved_files(self, ours: SiglipProcessor, checkpoint: Path, tmp_path: Path) -> None:
         paths = ours.save_pretrained(tmp_path)
         assert sorted(Path(path).name for path in paths) == [
             "preprocessor_config.json", "processor_config.json", "spiece.model", "tokenizer_config.json",
@@ -135,7 +135,7 @@ class TestFiles:
             assert torch.equal(got["input_ids"], expected["input_ids"]) and got.keys() == expected.keys()
             torch.testing.assert_close(got["pixel_values"], expected["pixel_values"], atol=1e-6, rtol=0)
 
-    def test_what_transformers_saves_we_load(self, theirs: Any, tmp_path: Path) -> None:
+    def test_files_saved_by_transformers_load(self, theirs: Any, tmp_path: Path) -> None:
         theirs.save_pretrained(tmp_path)
         assert not (tmp_path / "preprocessor_config.json").exists()
         arguments = {"images": random_image(3), "text": TEXTS, "padding": "max_length", "return_tensors": "pt"}
@@ -150,7 +150,7 @@ class TestFiles:
         assert type(SiglipProcessor.from_pretrained(tmp_path, use_fast=False).image_processor) is SiglipImageProcessor
         assert transformers.SiglipProcessor.from_pretrained(tmp_path).image_processor.size["height"] == 32
 
-    def test_arguments_go_where_they_belong(self, checkpoint: Path) -> None:
+    def test_arguments_reach_their_component(self, checkpoint: Path) -> None:
         processor = SiglipProcessor.from_pretrained(checkpoint, do_normalize=False, model_max_length=7)
         assert processor.image_processor.do_normalize is False and processor.tokenizer.model_max_length == 7
         with pytest.raises(TypeError, match="do_normalise"):
@@ -162,7 +162,7 @@ class TestFiles:
         with pytest.raises(OSError, match="nowhere"):
             SiglipProcessor.from_pretrained(tmp_path / "nowhere")
 
-    def test_parts_of_the_wrong_kind(self, ours: SiglipProcessor) -> None:
+    def test_components_of_the_wrong_type(self, ours: SiglipProcessor) -> None:
         with pytest.raises(TypeError, match="image_processor is a SiglipTokenizer"):
             SiglipProcessor(ours.tokenizer, ours.image_processor)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="tokenizer is a SiglipImageProcessor"):

@@ -1,4 +1,4 @@
-"""The zero-shot pipeline against transformers' own, on a checkpoint that transformers saved."""
+"""The zero-shot pipeline against transformers', on a checkpoint saved by transformers."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(checkpoint):
-    pillow = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint)  # not torchvision's, which differs
+    pillow = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint)  # torchvision's differs
     return transformers.pipeline(TASK, model=str(checkpoint), image_processor=pillow, device=-1)
 
 
@@ -41,7 +41,7 @@ def ours(checkpoint):
 
 
 def assert_same(ours, theirs, tolerance=1e-5):
-    """Equal labels, the likeliest first, scores at most `tolerance` apart: only what is so near may change places."""
+    """Equal labels, sorted by score, with scores within `tolerance`; labels closer than that may swap places."""
     assert sorted(entry["label"] for entry in ours) == sorted(entry["label"] for entry in theirs)
     assert all(set(entry) == {"score", "label"} for entry in ours)
     scores = [entry["score"] for entry in ours]
@@ -74,7 +74,7 @@ def test_lists_equal_transformers_in_any_batching(ours, theirs, batch_size, num_
     images = [random_image(seed, size=(20 + 7 * seed, 50 - 5 * seed)) for seed in range(5)]
     result = ours(images, candidate_labels=LABELS, batch_size=batch_size, num_workers=num_workers)
     assert_all_same(result, theirs(images, candidate_labels=LABELS))
-    assert spread(result) > 0.05  # the images and labels do make a difference, so that the comparison means something
+    assert spread(result) > 0.05  # scores differ between images and labels, so the comparison is meaningful
     assert_all_same(ours(tuple(images), LABELS), result)
     assert ours([], LABELS) == []
 
@@ -95,7 +95,7 @@ def test_every_image_mode_equals_transformers(ours, theirs, mode, tmp_path):
     if mode == "I;16":
         image = Image.fromarray(np.arange(48 * 40, dtype=np.uint16).reshape(40, 48))
     if mode == "RGBA":
-        image.putalpha(100)  # dropped, not composited, as transformers' pipeline does
+        image.putalpha(100)  # dropped, not composited, as in transformers' pipeline
     assert_same(ours(image, LABELS), theirs(image, candidate_labels=LABELS))
 
 
@@ -159,7 +159,7 @@ def test_datasets_and_generators_are_read_lazily(ours, theirs):
 
     assert_all_same(list(ours(Images(), LABELS, batch_size=2)), expected)
     assert_all_same(list(ours(iter(images), LABELS)), expected)
-    with pytest.raises(ValueError, match="candidate_labels is empty"):  # now, not when the first result is asked for
+    with pytest.raises(ValueError, match="candidate_labels is empty"):  # at the call, not at the first result
         ours(stream(), [])
 
 
@@ -169,7 +169,7 @@ def test_more_labels_than_go_through_the_text_tower_at_once(ours, theirs):
     assert_same(ours(image, labels), theirs(image, candidate_labels=labels))
 
 
-def test_labels_are_encoded_once_a_call_whatever_the_number_of_images(ours, monkeypatch):
+def test_labels_are_encoded_once_per_call(ours, monkeypatch):
     calls = []
     encode = ours.model.get_text_features
     monkeypatch.setattr(ours.model, "get_text_features", lambda **tokens: calls.append(tokens) or encode(**tokens))
@@ -199,7 +199,7 @@ def test_defaults_of_a_call_can_be_given_to_the_pipeline(checkpoint, theirs):
     assert_same(classifier(image, hypothesis_template="a {}."), theirs(image, LABELS, hypothesis_template="a {}."))
 
 
-def test_tokenizer_kwargs_take_the_place_of_the_padding(ours):
+def test_tokenizer_kwargs_override_the_padding(ours):
     image = random_image(8)
     usual = {entry["label"]: entry["score"] for entry in ours(image, LABELS)}
     shorter = {entry["label"]: entry["score"] for entry in ours(image, LABELS, tokenizer_kwargs={"max_length": 16})}
@@ -211,7 +211,7 @@ def test_equal_scores_keep_the_order_of_the_labels():
     assert [entry["label"] for entry in ranked] == ["b", "d", "a", "c"]
 
 
-def test_a_loaded_model_with_its_parts(checkpoint, ours):
+def test_a_loaded_model_with_its_components(checkpoint, ours):
     image = random_image(9)
     expected = ours(image, LABELS)
     model = SiglipModel.from_pretrained(checkpoint)
@@ -262,7 +262,7 @@ def test_a_text_tower_with_fewer_positions_than_64(tmp_path):
         ({"task": TASK, "device": 1.5}, ValueError, "device is 1.5"),
     ],
 )
-def test_wrong_use_of_the_factory(checkpoint, arguments, error, message):
+def test_invalid_arguments_of_the_factory(checkpoint, arguments, error, message):
     with pytest.raises(error, match=message):
         pipeline(**{"model": checkpoint, **arguments})
 
@@ -288,12 +288,12 @@ def test_wrong_use_of_the_factory(checkpoint, arguments, error, message):
         ({"candidate_labels": LABELS, "top_k": 2}, TypeError, "top_k"),
     ],
 )
-def test_wrong_use_of_a_call(ours, arguments, error, message):
+def test_invalid_arguments_of_a_call(ours, arguments, error, message):
     with pytest.raises(error, match=message):
         ours(random_image(0), **arguments)
 
 
-def test_images_that_are_none(ours, tmp_path):
+def test_unreadable_images(ours, tmp_path):
     text = tmp_path / "notes.png"
     text.write_text("no image")
     cut = tmp_path / "cut.png"
@@ -312,7 +312,7 @@ def test_images_that_are_none(ours, tmp_path):
         ours([random_image(0), str(tmp_path / "nowhere.png")], LABELS, num_workers=2)
 
 
-def test_a_string_of_labels_is_its_characters_as_in_transformers_but_said_aloud(ours, theirs):
+def test_a_string_of_labels_is_its_characters_as_in_transformers_with_a_warning(ours, theirs):
     image = random_image(0)
     with pytest.warns(UserWarning, match="each of its characters is a label"):
         result = ours(image, "ab")
@@ -332,7 +332,7 @@ def test_an_ordinal_without_an_accelerator_is_the_cpu_with_a_warning():
         assert (resolve_device(None).type == "cpu") is not torch.accelerator.is_available()
 
 
-def test_an_image_that_is_not_decoded_yet_can_be_used_again(ours):
+def test_an_image_that_is_not_decoded_yet_can_be_reused(ours):
     written = io.BytesIO()
     random_image(0).save(written, "png")
     image = Image.open(written)

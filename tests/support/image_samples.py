@@ -20,7 +20,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def picture(mode: str, size: tuple[int, int] = (31, 17)) -> Image.Image:
-    """An image of any mode, alpha and all; "P+" and the like have transparency in their info instead."""
+    """An image of any mode, with alpha if it has it; for "P+" and the like, transparency is in `info`."""
     width, height = size
     colour = Image.fromarray(noise(height, width, 4), "RGBA")
     if mode == "I;16":
@@ -50,9 +50,9 @@ MODES = ["1", "L", "L+", "LA", "P", "P+index", "P+bytes", "PA", "RGB", "RGB+", "
 
 
 def assert_equal(images: Any, make: Any = None, **options: Any) -> None:
-    """The same kind, dtype, shape and bits."""
+    """Asserts that type, dtype, shape and bits equal transformers'."""
     if not NEW_ENOUGH:
-        pytest.skip("transformers before 5.23 treats alpha and single channels otherwise")
+        pytest.skip("transformers before 5.23 treats alpha and single channels differently")
     make = make or {"size": SIZE}
     ours, theirs = SiglipImageProcessor(**make), SiglipImageProcessorPil(**make)
     got, expected = (processor(images, **options)["pixel_values"] for processor in (ours, theirs))

@@ -15,7 +15,7 @@ WORDS = [
     "שלום", "привет", "été", "naïve", "2", "3", "10",
 ]  # fmt: skip
 
-# What has gone wrong in tokenizers, or could: each alone, and glued to others at random.
+# Fragments that are hard for tokenizers: each alone, and joined with others at random.
 FRAGMENTS = [
     "</s>", "<unk>", "</S>", "<pad>", "<extra>", "<", "</", "s>", " ", "  ", "\t", "\n", "\r\n", "\x00", "\x1c", "\x85",
     "\u200b", "\u3000", "\u2028", "\ufeff", "\u0301", "é", "ß", "İ", "ΟΔΟΣ", "Σας", "ὀδός", "ﬁ", "½", "①", "A", "cat",
@@ -48,7 +48,7 @@ def train_sentencepiece(byte_fallback: bool, **settings: Any) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """Comparable: tensors and arrays with their kind, dtype and content."""
+    """The value in comparable form: tensors and arrays as type, dtype and content."""
     if hasattr(value, "items"):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (torch.Tensor, np.ndarray)):
@@ -62,7 +62,7 @@ def plain(value: Any) -> Any:
 
 
 def assert_same(call: Any, ours: Any, theirs: Any) -> None:
-    """The same result, or a ValueError where transformers raises one."""
+    """Asserts the same result, or a ValueError where transformers raises one."""
     try:
         expected = plain(call(theirs))
     except ValueError:

@@ -1,4 +1,4 @@
-"""The emoji demo: which names, how drawings vary, what a score is, and what the shipped checkpoint can do."""
+"""The emoji demo: names, augmentation, scores, vocabulary, and the shipped checkpoint with its card."""
 
 import json
 import re
@@ -64,14 +64,14 @@ def test_names_are_joined_by_id_by_sequence_and_by_alias(tmp_path):
     write_package(tmp_path, VALIDATION_DESIGN, ["cat", "zebra"])
 
     names, shown = choose_names([read_design(tmp_path, design) for design in DESIGNS])
-    assert names == ["bear", "cat"]  # dog and elk are drawn by one training design; a flipped alias is no synonym
+    assert names == ["bear", "cat"]  # dog and elk are drawn by one training design; a flipped alias is not a synonym
     assert shown["noto"] == {"bear": "bear", "cat": "kitty"}
     assert shown["noto-v1"] == {"bear": "bear-face", "cat": "cat"}
     assert shown["twemoji"] == {"bear": "bear", "cat": "cat"}
     assert shown["openmoji"] == {"cat": "cat"}
 
 
-def test_another_version_of_a_package_is_not_taken(tmp_path, monkeypatch):
+def test_another_version_of_a_package_is_rejected(tmp_path, monkeypatch):
     write_package(tmp_path, TEST_DESIGN, ["cat"])
     manifest = next(tmp_path.glob("*/package/package.json"))
     manifest.write_text(json.dumps({"name": TEST_DESIGN.package, "version": "0.0.1"}))
@@ -82,7 +82,7 @@ def test_another_version_of_a_package_is_not_taken(tmp_path, monkeypatch):
         download(tmp_path, [TEST_DESIGN])
 
 
-def test_icons_are_drawn_square_and_laid_on_white(tmp_path):
+def test_icons_are_drawn_square_and_composited_over_white(tmp_path):
     pytest.importorskip("resvg_py")
     write_package(tmp_path, TEST_DESIGN, ["cat"])
     path = next(tmp_path.glob("*/package/icons.json"))
@@ -97,7 +97,7 @@ def test_icons_are_drawn_square_and_laid_on_white(tmp_path):
     assert white.getpixel((20, 2)) == (255, 255, 255) and white.getpixel((20, 20)) == (255, 0, 0)
 
 
-def test_augmentation_varies_within_range_and_repeats_with_its_seed():
+def test_augmentation_stays_in_range_and_repeats_with_its_seed():
     pictures = torch.randint(0, 256, (8, 4, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     first, again, other = (augment(pictures, 16, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert first.shape == (8, 3, 16, 16) and first.dtype == torch.float32
@@ -106,16 +106,16 @@ def test_augmentation_varies_within_range_and_repeats_with_its_seed():
     assert not torch.allclose(first, other, atol=0.1)
 
 
-def test_a_transparent_drawing_becomes_its_background_alone():
+def test_a_transparent_drawing_becomes_its_background():
     pictures = torch.full((32, 4, 20, 20), 77, dtype=torch.uint8)
     pictures[:, 3] = 0
     images = augment(pictures, 16, torch.Generator().manual_seed(0))
     assert torch.allclose(images, images[:, :, :1, :1].expand_as(images), atol=1e-6)
-    assert (images[:, 0, 0, 0] == 1).any() and (images[:, 0, 0, 0] < 0.9).any()  # white, and others
+    assert (images[:, 0, 0, 0] == 1).any() and (images[:, 0, 0, 0] < 0.9).any()  # white and other backgrounds
 
 
-def test_batches_pair_each_name_with_its_pictures_of_different_designs(monkeypatch):
-    """Each picture's shade is its name's index and its blue its design's, so a mix-up would show."""
+def test_batches_pair_each_name_with_images_of_different_designs(monkeypatch):
+    """An image's red and green encode its name, its blue its design, so that a mix-up is visible."""
     count = 20
     pictures, name_of = {}, {}
     for column, design in enumerate(TRAINING_DESIGNS):
@@ -141,7 +141,9 @@ def test_scores_of_known_rankings():
     ties = score_logits(torch.zeros(40, 40), right)
     assert (ties.ten_way, ties.top1, ties.top5) == (0, 0, 0)
     # Two names are always better than the right one, so ten-way is C(37, 9) / C(39, 9).
-    logits = torch.rand(400, 40, generator=torch.Generator().manual_seed(5))  # not the seed that draws the names
+    logits = torch.rand(
+        400, 40, generator=torch.Generator().manual_seed(5)
+    )  # another seed than that of the random names
     right = torch.arange(400) % 40
     best = logits.scatter(1, right[:, None], -1).topk(3).values
     third = score_logits(logits.scatter(1, right[:, None], best[:, 1:].mean(1, keepdim=True)), right)
@@ -149,7 +151,7 @@ def test_scores_of_known_rankings():
     assert third.ten_way == pytest.approx(30 * 29 / (39 * 38), abs=0.03)
 
 
-def test_the_vocabulary_is_laid_out_as_the_published_one(tmp_path):
+def test_the_vocabulary_has_the_layout_of_published_checkpoints(tmp_path):
     words = [
         "red",
         "green",
@@ -183,8 +185,8 @@ def shipped():
     return SiglipModel.from_pretrained(CHECKPOINT), SiglipProcessor.from_pretrained(CHECKPOINT)
 
 
-def test_the_shipped_checkpoint_names_the_bundled_pictures(shipped):
-    """Unseen in training, picked before any checkpoint was measured: at least seven of eight, each among all eight."""
+def test_the_shipped_checkpoint_names_the_bundled_images(shipped):
+    """At least seven of eight, each among all eight names; not trained on, selected before any measurement."""
     images = [Image.open(PICTURES / f"{name}.png") for name in NAMES]
     logits = all_logits(*shipped, images, [name.replace("-", " ") for name in NAMES])
     assert (logits.argmax(1) == torch.arange(len(NAMES))).sum() >= 7
@@ -192,23 +194,23 @@ def test_the_shipped_checkpoint_names_the_bundled_pictures(shipped):
 
 def test_the_shipped_checkpoint_runs_in_transformers_pipeline():
     transformers = pytest.importorskip("transformers")
-    ours = all_logits(
+    logits = all_logits(
         SiglipModel.from_pretrained(CHECKPOINT),
         SiglipProcessor.from_pretrained(CHECKPOINT),
         [Image.open(PICTURES / "rocket.png")],
         ["guitar", "rocket"],
     )
-    theirs = transformers.pipeline(
+    reference = transformers.pipeline(
         "zero-shot-image-classification",
         model=transformers.SiglipModel.from_pretrained(CHECKPOINT),
         tokenizer=transformers.SiglipTokenizer.from_pretrained(CHECKPOINT),
         image_processor=transformers.SiglipImageProcessorPil.from_pretrained(CHECKPOINT),
     )(str(PICTURES / "rocket.png"), candidate_labels=["guitar", "rocket"], hypothesis_template=TEMPLATE)
-    scores = {each["label"]: each["score"] for each in theirs}
-    assert [scores["guitar"], scores["rocket"]] == pytest.approx(ours.sigmoid()[0].tolist(), abs=1e-5)
+    scores = {each["label"]: each["score"] for each in reference}
+    assert [scores["guitar"], scores["rocket"]] == pytest.approx(logits.sigmoid()[0].tolist(), abs=1e-5)
 
 
-def test_the_checkpoint_stays_small_and_its_card_tells_score_and_licences(shipped):
+def test_the_checkpoint_is_small_and_its_card_states_score_and_licences(shipped):
     assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= 10_000_000
     card = (CHECKPOINT / "README.md").read_text()
     ten_way, top5 = (float(x) for x in re.findall(r"\*\*([\d.]+)%\*\*", card))

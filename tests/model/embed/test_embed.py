@@ -1,4 +1,4 @@
-"""Embedding many images: the file, going on after every kind of stop, and refusing to mix."""
+"""Bulk embedding: the file, resuming after every kind of interruption, and rejecting other settings."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import random_image, save_tiny_checkpoint, shared_tiny_checkpoint
 
-from siglip_model.embed.run import EmbeddingFileError, EmbeddingInterrupted, embed_images, load_embeddings, model_digest
+from siglip_model.embed import EmbeddingFileError, EmbeddingInterrupted, embed_images, load_embeddings
+from siglip_model.embed.run import model_digest
 from siglip_model.images.pillow import SiglipImageProcessor
 from siglip_model.model import SiglipModel
 
@@ -39,7 +40,7 @@ def image_processor(checkpoint):
 
 @pytest.fixture
 def folder(tmp_path):
-    """23 images, one of them in a folder below, with an odd name; the names sort as the numbers do."""
+    """23 images, one of them in a subfolder with an unusual name; the names sort like the numbers."""
     folder = tmp_path / "images"
     (folder / "ünter ordner").mkdir(parents=True)
     for number in range(22):
@@ -62,7 +63,7 @@ def embed(model, image_processor, folder, tmp_path):
 
 
 def interrupt_after(count):
-    """An `on_image` that presses Ctrl-C when `count` images are through."""
+    """An `on_image` that raises SIGINT after `count` images."""
     seen = []
 
     def on_image(path, outcome, error):
@@ -78,13 +79,13 @@ def test_rows_are_the_models_features(embed, checkpoint, folder, normalize):
     summary = embed(normalize=normalize)
     assert (summary.embedded, summary.failed, summary.skipped, summary.rows) == (23, 0, 0, 23)
     assert summary.complete and summary.width == 32 and summary.images_per_second > 0
-    theirs = transformers.SiglipModel.from_pretrained(checkpoint)
+    reference = transformers.SiglipModel.from_pretrained(checkpoint)
     processor = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint)
     stored = load_embeddings(embed.out)
     assert stored.files == sorted(stored.files) and len(stored.files) == 23 and stored.failed == {}
     images = [Image.open(path).convert("RGB") for path in stored.files]
     with torch.no_grad():
-        expected = theirs.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
+        expected = reference.get_image_features(**processor(images=images, return_tensors="pt")).pooler_output
     if normalize:
         expected = expected / expected.norm(dim=-1, keepdim=True)
     assert expected.std(dim=0).max() > 1e-2
@@ -113,7 +114,7 @@ def test_stored_dtypes(embed, dtype):
     torch.testing.assert_close(stored, full.to(dtype))
 
 
-def test_unreadable_images_are_recorded_and_the_rest_goes_on(embed, folder):
+def test_unreadable_images_are_recorded_and_the_rest_embedded(embed, folder):
     (folder / "05.png").write_text("no image")
     (folder / "07b.png").symlink_to("nowhere")
     cut = folder / "09.png"
@@ -126,7 +127,7 @@ def test_unreadable_images_are_recorded_and_the_rest_goes_on(embed, folder):
     stored = load_embeddings(embed.out)
     assert {os.path.basename(path) for path in stored.failed} == {"05.png", "07b.png", "09.png"}
     assert "link to a file that does not exist" in stored.failed[str(folder / "07b.png")]
-    random_image(5).save(folder / "05.png")  # repaired: tried again, and its row comes last
+    random_image(5).save(folder / "05.png")  # repaired: retried, and its row comes last
     summary = embed()
     assert (summary.embedded, summary.failed, summary.skipped, summary.rows) == (1, 2, 21, 22)
     assert load_embeddings(embed.out).files[-1] == str(folder / "05.png")
@@ -152,11 +153,11 @@ def test_interrupted_and_resumed_equals_one_run(embed, stop, tmp_path):
     torch.testing.assert_close(resumed.embeddings, whole.embeddings, atol=1e-6, rtol=0)
 
 
-def test_a_complete_file_is_left_as_it_is_and_grows_with_its_folder(embed, folder, monkeypatch, model):
+def test_a_complete_file_is_unchanged_and_grows_with_its_folder(embed, folder, monkeypatch, model):
     embed()
     before = embed.out.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(model, "get_image_features", lambda *_: pytest.fail("nothing was left to compute"))
+        patch.setattr(model, "get_image_features", lambda *_: pytest.fail("nothing is left to compute"))
         summary = embed()
     assert (summary.embedded, summary.skipped, summary.rows) == (0, 23, 23)
     assert embed.out.read_bytes() == before
@@ -188,7 +189,7 @@ def test_the_same_image_twice_is_one_row(embed, folder):
 
 @pytest.mark.parametrize("half_way", [False, True])
 @pytest.mark.parametrize("change", ["model", "normalize", "dtype", "image_processor", "computed_in"])
-def test_other_settings_are_refused_not_mixed(embed, model, image_processor, folder, tmp_path, change, half_way):
+def test_other_settings_are_rejected(embed, model, image_processor, folder, tmp_path, change, half_way):
     if half_way:
         with pytest.raises(EmbeddingInterrupted):
             embed(on_image=interrupt_after(9))
@@ -217,7 +218,7 @@ def test_other_settings_are_refused_not_mixed(embed, model, image_processor, fol
     assert load_embeddings(embed.out).settings["complete"] == "true"
 
 
-def test_the_digest_sees_one_changed_weight_and_not_the_device_or_the_name(model):
+def test_the_digest_changes_with_a_single_weight(model):
     before = model_digest(model)
     twin = SiglipModel(model.config)
     twin.load_state_dict(model.state_dict())
@@ -227,7 +228,7 @@ def test_the_digest_sees_one_changed_weight_and_not_the_device_or_the_name(model
     assert model_digest(twin) != before
 
 
-def test_files_of_others_are_not_touched(embed):
+def test_other_files_are_not_overwritten(embed):
     save_file({"weight": torch.ones(3)}, embed.out)
     before = embed.out.read_bytes()
     for content in (before, b"", b"text", struct.pack("<Q", 2**60) + b"{}"):
@@ -240,21 +241,21 @@ def test_files_of_others_are_not_touched(embed):
     assert embed(overwrite=True).rows == 23
 
 
-def test_a_file_that_was_cut_short_is_told_apart(embed):
+def test_a_truncated_file_is_reported(embed):
     embed()
     embed.out.write_bytes(embed.out.read_bytes()[:-10])
     with pytest.raises(EmbeddingFileError, match="truncated"):
         embed()
 
 
-def test_a_journal_that_is_none(embed):
+def test_an_invalid_journal(embed):
     embed.part.write_bytes(b"no database at all, but long enough to be looked at" * 40)
     with pytest.raises(EmbeddingFileError, match="not the journal of an earlier run"):
         embed()
     assert not embed.out.exists()
 
 
-def test_two_runs_at_once_are_kept_apart(embed):
+def test_a_second_run_at_once_is_rejected(embed):
     blocked = []
 
     def on_image(path, outcome, error):
@@ -267,8 +268,8 @@ def test_two_runs_at_once_are_kept_apart(embed):
     assert blocked
 
 
-def test_no_row_is_lost_when_the_run_breaks_down(embed, model, monkeypatch):
-    """An error that is no image's fault ends the run, and the next one goes on from the journal."""
+def test_no_row_is_lost_when_the_run_fails(embed, model, monkeypatch):
+    """An error in the model ends the run, and the next run resumes from the journal."""
     features = model.get_image_features
     calls = []
 
@@ -300,7 +301,7 @@ def test_embeddings_that_are_not_finite_are_failures(embed, model, monkeypatch):
     assert "not finite" in next(iter(load_embeddings(embed.out).failed.values()))
 
 
-def test_no_image_at_all_writes_nothing(embed, tmp_path):
+def test_without_a_readable_image_nothing_is_written(embed, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_text("no image")
     summary = embed([bad])
@@ -308,20 +309,20 @@ def test_no_image_at_all_writes_nothing(embed, tmp_path):
     assert not embed.out.exists() and not embed.part.exists()
 
 
-def test_names_that_are_no_unicode(embed, folder):
+def test_names_that_are_not_unicode(embed, folder):
     name = os.path.join(os.fsencode(folder), b"\xff\xfe.png")
     try:
         with open(name, "wb") as file:
             random_image(50).save(file, "png")
     except OSError:
-        pytest.skip("this file system takes Unicode names only")
+        pytest.skip("this file system only accepts Unicode names")
     embed()
     stored = load_embeddings(embed.out)
     assert os.fsdecode(name) in stored.files
     assert embed().skipped == 24
 
 
-def test_wrong_use(embed, model, image_processor, folder):
+def test_invalid_arguments(embed, model, image_processor, folder):
     with pytest.raises(ValueError, match=r"dtype is torch\.int8; supported: torch\.float32"):
         embed(dtype=torch.int8)
     with pytest.raises(ValueError, match="batch_size is 0"):
@@ -333,10 +334,10 @@ def test_wrong_use(embed, model, image_processor, folder):
 
 
 def test_memory_does_not_grow_with_the_number_of_images(embed, folder, tmp_path):
-    """Python's own allocations at their peak, for 150 and 900 images. No threads: how far they get is chance."""
+    """Peak of Python's allocations for 150 and 900 images. No threads, whose progress would be random."""
     source = folder / "00.png"
     peaks = []
-    for count in (20, 150, 900):  # the first is to warm up
+    for count in (20, 150, 900):  # the first is a warm-up
         many = tmp_path / f"many{count}"
         many.mkdir()
         for number in range(count):
@@ -346,7 +347,7 @@ def test_memory_does_not_grow_with_the_number_of_images(embed, folder, tmp_path)
         assert embed([many], overwrite=True, batch_size=16, num_workers=0).embedded == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] - peaks[1] < 750 * 200  # the names of one folder, which are sorted, have about 80 bytes each
+    assert peaks[2] - peaks[1] < 750 * 200  # the sorted names of one folder take about 80 bytes each
 
 
 KILLED_RUN = """
@@ -366,12 +367,12 @@ embed.embed_images(SiglipModel.from_pretrained(checkpoint), processor, [folder],
 """
 
 
-def test_killed_outright_and_resumed(embed, checkpoint, folder):
+def test_killed_and_resumed(embed, checkpoint, folder):
     arguments = [sys.executable, "-c", KILLED_RUN, str(checkpoint), str(folder), str(embed.out), "15"]
     assert subprocess.run(arguments, check=False, timeout=120).returncode == -signal.SIGKILL
     assert not embed.out.exists()
     rows = sqlite3.connect(embed.part).execute("SELECT COUNT(embedding) FROM images").fetchone()[0]
-    assert rows == 12  # three whole batches; the fourth was not committed
+    assert rows == 12  # three full batches; the fourth was not committed
     summary = embed()
     assert (summary.skipped, summary.embedded, summary.rows) == (12, 11, 23)
     resumed = load_embeddings(embed.out)

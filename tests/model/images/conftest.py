@@ -1,4 +1,4 @@
-"""Quietens transformers for the comparisons."""
+"""Silences transformers for the comparisons."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import transformers
 
 @pytest.fixture(autouse=True, scope="module")
 def quiet() -> Any:
-    """transformers warns of shapes in which either dimension could hold channels."""
+    """transformers warns about shapes in which either dimension could hold channels."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     yield

@@ -1,4 +1,4 @@
-"""Reading ahead and batching: order, failures, bounded memory, and threads that end."""
+"""Reading ahead and batching: order, failures, bounded memory, and the end of the threads."""
 
 import threading
 
@@ -8,7 +8,7 @@ from siglip_model.images.batches import Batch, Failure, read_ahead, read_batches
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_reading_ahead_keeps_order_errors_and_its_window(workers):
+def test_reading_ahead_keeps_order_errors_and_window(workers):
     drawn = []
 
     def numbers():
@@ -26,7 +26,7 @@ def test_reading_ahead_keeps_order_errors_and_its_window(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_batches_are_full_and_failures_come_apart(workers):
+def test_batches_are_full_and_failures_separate(workers):
     def read(number):
         if number % 4 == 1:
             raise OSError(f"{number} is unreadable")
@@ -44,7 +44,7 @@ def test_batches_are_full_and_failures_come_apart(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_no_more_is_read_than_the_window_and_closing_ends_the_threads(workers):
+def test_the_window_bounds_reading_and_closing_ends_the_threads(workers):
     drawn = []
 
     def numbers():

@@ -1,4 +1,4 @@
-"""Listing image files: which, in which order, how often, and in how much memory."""
+"""Listing image files: selection, order, links, and one walk per command."""
 
 import os
 
@@ -8,7 +8,7 @@ from siglip_model.images import files as image_files
 from siglip_model.images.files import ImageList, list_images
 
 
-def test_folders_are_listed_in_order_through_links_but_not_round_in_circles(tmp_path):
+def test_folders_are_listed_in_order_following_links_without_cycles(tmp_path):
     (tmp_path / "b" / "deep").mkdir(parents=True)
     (tmp_path / ".hidden").mkdir()
     for name in ("z.PNG", "a.jpg", "b/deep/x y.webp", "b/ü\n.gif", "notes.txt", ".c.png", ".hidden/d.png", "no_suffix"):

@@ -1,4 +1,4 @@
-"""SiglipImageProcessor: bit for bit what transformers' Pillow processor computes, for every input and option."""
+"""SiglipImageProcessor: bit for bit transformers' Pillow processor, for every input and option."""
 
 import base64
 import io
@@ -27,18 +27,20 @@ class TestPillowModes:
             assert_equal(image, do_resize=False, return_tensors="np")
             assert_equal(image, do_convert_rgb=False, do_normalize=False, do_resize=mode not in ("I;16", "I", "F"))
 
-    def test_premultiplied_grey_is_refused(self) -> None:
+    def test_premultiplied_grey_is_an_error(self) -> None:
         for processor in (SiglipImageProcessor(), SiglipImageProcessorPil(), SiglipImageProcessorFast()):
             with pytest.raises(ValueError, match="La"):
                 processor(picture("LA").convert("La"))
 
-    def test_orientation_is_left_alone(self, tmp_path: Path) -> None:
+    def test_orientation_of_pil_images_is_ignored(self, tmp_path: Path) -> None:
         exif = Image.Exif()
         exif[0x0112] = 6
         picture("RGB").save(tmp_path / "turned.jpg", exif=exif)
         with Image.open(tmp_path / "turned.jpg") as image:
             assert_equal(image, do_resize=False)
-        assert_equal(str(tmp_path / "turned.jpg"), do_resize=False)  # but what is loaded by name is turned, as there
+        assert_equal(
+            str(tmp_path / "turned.jpg"), do_resize=False
+        )  # but applied to files loaded by name, as in transformers
         upright = SiglipImageProcessor(do_resize=False)(tmp_path / "turned.jpg")["pixel_values"][0]
         assert upright.shape == (3, 31, 17)
 
@@ -170,7 +172,9 @@ class TestInputs:
     def test_names_and_base64(self, cls: Any, tmp_path: Path) -> None:
         image = picture("RGBA")
         image.save(tmp_path / "image.png")
-        expected = cls()(image.convert("RGB"), return_tensors="pt").pixel_values  # alpha is dropped there, as there
+        expected = cls()(
+            image.convert("RGB"), return_tensors="pt"
+        ).pixel_values  # loading drops alpha, as in transformers
         encoded = base64.b64encode((tmp_path / "image.png").read_bytes()).decode()
         for source in (
             str(tmp_path / "image.png"),
@@ -224,7 +228,7 @@ class TestInputs:
         with pytest.raises(error, match="images"):
             cls()(images)
 
-    def test_sizes_that_make_no_tensor(self, cls: Any) -> None:
+    def test_unequal_sizes_cannot_be_stacked(self, cls: Any) -> None:
         images = [picture("RGB"), picture("RGB", (5, 5))]
         assert len(cls()(images, do_resize=False)["pixel_values"]) == 2
         for kind in ("pt", "np"):
@@ -235,7 +239,7 @@ class TestInputs:
 class TestPillowLimits:
     @pytest.mark.parametrize("image", [np.full((3, 4, 4), 0.5) + 1, np.full((3, 4, 4), -1), np.full((3, 4, 4), 300),
                                        np.full((3, 4, 4), np.nan)])  # fmt: skip
-    def test_values_that_pillow_cannot_keep(self, image: np.ndarray) -> None:
+    def test_values_that_pillow_cannot_represent(self, image: np.ndarray) -> None:
         with pytest.raises(ValueError, match="Pillow cannot resize"):
             SiglipImageProcessor()(image)
         assert SiglipImageProcessorFast()(image, return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)

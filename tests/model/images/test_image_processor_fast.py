@@ -44,8 +44,8 @@ class TestFast:
         )
         np.testing.assert_allclose(exact.pixel_values, fast.pixel_values, atol=1e-6)
 
-    def test_both_passes_are_rounded_wherever_it_runs(self) -> None:
-        """Off the CPU, torch resizes no 8-bit tensor; the two rounded passes that stand in for it are compared here."""
+    def test_both_passes_are_rounded_on_every_device(self) -> None:
+        """On other devices PyTorch cannot resize 8-bit tensors; compares the two rounded passes used there."""
         from siglip_model.images.fast import _interpolate
 
         batch = torch.from_numpy(np.where(noise(1, 3, 40, 50) < 128, 0, 255).astype(np.uint8))
@@ -64,14 +64,14 @@ class TestFast:
     def test_arrays(self, array: np.ndarray) -> None:
         fast = SiglipImageProcessorFast(do_resize=False)(array, return_tensors="np").pixel_values
         expected = SiglipImageProcessor(do_resize=False)(array, return_tensors="np").pixel_values
-        levels = 1 / 255 if 4 in array.shape and array.dtype.kind in "iu" else 1e-4  # alpha is rounded otherwise there
+        levels = 1 / 255 if 4 in array.shape and array.dtype.kind in "iu" else 1e-4  # alpha is rounded differently
         if array.dtype == np.int64 and 4 in array.shape:
-            return  # torchvision takes the integer type's whole range for white, transformers' Pillow path 255
+            return  # white is the integer type's maximum in torchvision, 255 in transformers' Pillow path
         if array.dtype == bool and 4 in array.shape:
             return
         np.testing.assert_allclose(fast, expected, atol=2 * levels)
 
-    def test_each_image_as_if_alone(self) -> None:
+    def test_images_do_not_affect_each_other(self) -> None:
         images = [picture("RGB"), picture("L", (9, 9)), noise(3, 17, 31), torch.rand(3, 9, 9), picture("RGBA", (9, 9))]
         processor = SiglipImageProcessorFast(size=SIZE)
         together = processor(images, return_tensors="pt").pixel_values
@@ -88,7 +88,7 @@ class TestFast:
         asked = SiglipImageProcessorFast(size=SIZE)(picture("RGB"), device=torch.device("meta"), return_tensors="pt")
         assert asked.pixel_values.device.type == "meta"
 
-    def test_filters_that_torch_lacks(self) -> None:
+    def test_filters_that_pytorch_lacks(self) -> None:
         for resample in (1, 4, 5):
             with pytest.raises(ValueError, match="use SiglipImageProcessor"):
                 SiglipImageProcessorFast(resample=resample)(picture("RGB"))

@@ -1,4 +1,4 @@
-"""Image processor files: saved, loaded, of transformers 4 and 5, damaged and missing."""
+"""Image processor files: saving and loading, files of transformers 4 and 5, damaged and missing files."""
 
 import json
 import pickle
@@ -63,12 +63,12 @@ class TestFiles:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
         ours, theirs = SiglipImageProcessor.from_pretrained(tmp_path), SiglipImageProcessorPil.from_pretrained(tmp_path)
         assert torch.equal(*(one(picture("RGB"), return_tensors="pt").pixel_values for one in (ours, theirs)))
-        # null says nothing, so other modes are converted; transformers stumbles over their number of channels
+        # null means the default, so other modes are converted; transformers fails on their number of channels
         assert torch.equal(
             *(ours(image, return_tensors="pt").pixel_values for image in (picture("L"), picture("L").convert("RGB")))
         )
 
-    def test_nested_settings_come_first(self, tmp_path: Path) -> None:
+    def test_nested_settings_take_precedence(self, tmp_path: Path) -> None:
         nested = {
             "image_processor": {**SiglipImageProcessor(size=SIZE).to_dict()},
             "processor_class": "SiglipProcessor",
@@ -101,6 +101,6 @@ class TestFiles:
             SiglipImageProcessor.from_pretrained(tmp_path, sise=3)
 
 
-def test_base_is_not_for_use() -> None:
+def test_the_base_class_is_abstract() -> None:
     with pytest.raises(NotImplementedError):
         ImageProcessor()(picture("RGB"))

@@ -38,7 +38,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="session")
 def pairs(model_files: dict[str, Path]) -> list[tuple[SiglipTokenizer, Any]]:
-    """Our tokenizer and transformers', of every kind."""
+    """This project's tokenizer and transformers', of every kind."""
     return [
         (SiglipTokenizer(model_files[name], **options), transformers.SiglipTokenizer(str(model_files[name]), **options))
         for name, options in VARIANTS
@@ -47,7 +47,7 @@ def pairs(model_files: dict[str, Path]) -> list[tuple[SiglipTokenizer, Any]]:
 
 @pytest.fixture(autouse=True, scope="module")
 def quiet() -> Iterator[None]:
-    """transformers warns of every second option."""
+    """Silences transformers, which warns about many options."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     yield

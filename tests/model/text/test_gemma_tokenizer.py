@@ -15,7 +15,7 @@ from siglip_model.text.gemma import GemmaTokenizer, Siglip2Tokenizer
 
 
 def _gemma_document() -> dict[str, Any]:
-    """A tokenizer.json as published: a byte-pair encoding with byte fallback that ends each text with <eos>."""
+    """A tokenizer.json like the published one: byte-pair encoding with byte fallback, <eos> after each text."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     built = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     built.normalizer = tokenizers.normalizers.Replace(" ", "▁")

@@ -44,15 +44,15 @@ class TestText:
             kept = ours.canonicalize_text(text, keep_punctuation_exact_string="{}")
             assert kept == theirs.canonicalize_text(text, keep_punctuation_exact_string="{}")
 
-    def test_unsaid_quirks_hold(self, pairs: list[Any]) -> None:
+    def test_undocumented_quirks_hold(self, pairs: list[Any]) -> None:
         ours, _ = pairs[0]
         assert ours.tokenize("the cat")[0].startswith("▁")
-        assert not ours.tokenize("</s>cat")[1].startswith("▁")  # text behind a special token has no space before it
-        assert ours.tokenize("</s>\U0001f431") == ["</s>"]  # an unknown character there vanishes
-        assert ours("cat</s>")["input_ids"][-2:] != [1, 1]  # one end is enough
+        assert not ours.tokenize("</s>cat")[1].startswith("▁")  # no space is added after a special token
+        assert ours.tokenize("</s>\U0001f431") == ["</s>"]  # an unknown character there is dropped
+        assert ours("cat</s>")["input_ids"][-2:] != [1, 1]  # one </s> is enough
 
     def test_what_is_not_text(self, pairs: list[Any]) -> None:
-        with pytest.raises(ValueError, match="surrogate"):  # nor does transformers' take it
+        with pytest.raises(ValueError, match="surrogate"):  # transformers rejects it as well
             pairs[0][0]("a \ud800 b")
         with pytest.raises(TypeError, match="bytes"):
             pairs[0][0].tokenize(b"cat")
@@ -86,7 +86,7 @@ class TestDecode:
 
 
 class TestVocabulary:
-    def test_everything_that_is_asked(self, pairs: list[Any]) -> None:
+    def test_same_vocabulary_and_attributes(self, pairs: list[Any]) -> None:
         for ours, theirs in pairs:
             assert ours.get_vocab() == theirs.get_vocab()
             assert (len(ours), ours.vocab_size) == (len(theirs), theirs.vocab_size)

@@ -48,7 +48,7 @@ class TestCall:
     @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(text=inputs, options=options)
     def test_every_option(self, pairs: list[Any], text: Any, options: dict[str, Any]) -> None:
-        # transformers makes an empty float tensor of texts of which only the first is empty; ours is an error
+        # transformers returns an empty float tensor if only the first text is empty; this project raises
         for ours, theirs in pairs:
             first_is_empty = options.get("return_tensors") == "pt" and options.get("add_special_tokens") is False
             if first_is_empty and not isinstance(text[0], str):
@@ -62,7 +62,7 @@ class TestCall:
         theirs = transformers.SiglipTokenizer(str(model_files["plain"]), truncation_side=side)
         texts = ["the photo of a cat", "dog", "", "a plane 2 3 10 of the dog"]
         for first in texts:
-            for second in texts[:2]:  # transformers drops a second text that is empty, and its end, at the left only
+            for second in texts[:2]:  # transformers drops an empty second text, with its </s>, only on the left
                 for length in range(1, 14):
                     options = {"truncation": strategy, "max_length": length}
                     assert ours(first, second, **options) == theirs(first, second, **options).data
@@ -118,7 +118,7 @@ class TestCall:
         with pytest.raises(ValueError, match="supported"):
             pairs[0][0](text)
 
-    def test_ragged_says_what_to_do(self, pairs: list[Any]) -> None:
+    def test_unequal_lengths_raise_with_a_remedy(self, pairs: list[Any]) -> None:
         with pytest.raises(ValueError, match="padding=True"):
             pairs[0][0](["a", "the photo of a cat"], return_tensors="pt")
 

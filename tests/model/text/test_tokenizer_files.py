@@ -1,4 +1,4 @@
-"""Tokenizer files: saved, loaded, of transformers 4 and 5, damaged and missing."""
+"""Tokenizer files: saving and loading, files of transformers 4 and 5, damaged and missing files."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ SAMPLES = ["a Cat!", "", "</s>", "<extra>dog", "the photo of 猫, 2 3", "</s> ca
 
 
 class TestFiles:
-    def test_what_we_save_transformers_loads(self, pairs: list[Any], tmp_path: Path) -> None:
+    def test_transformers_loads_saved_files(self, pairs: list[Any], tmp_path: Path) -> None:
         for number, (ours, _) in enumerate(pairs):
             folder = tmp_path / str(number)
             paths = ours.save_pretrained(folder)
@@ -36,7 +36,7 @@ class TestFiles:
             assert expected == theirs(SAMPLES, padding="max_length").data == again(SAMPLES, padding="max_length")
             assert ours.get_vocab() == theirs.get_vocab() == again.get_vocab()
 
-    def test_what_transformers_saves_we_load(self, pairs: list[Any], tmp_path: Path) -> None:
+    def test_files_saved_by_transformers_load(self, pairs: list[Any], tmp_path: Path) -> None:
         for number, (_, theirs) in enumerate(pairs):
             theirs.save_pretrained(tmp_path / str(number))
             ours = SiglipTokenizer.from_pretrained(tmp_path / str(number))
@@ -71,7 +71,7 @@ class TestFiles:
             assert ours.decode(ids) == theirs.decode(ids)
             assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
 
-    def test_arguments_win_over_files(self, pairs: list[Any], tmp_path: Path) -> None:
+    def test_arguments_override_files(self, pairs: list[Any], tmp_path: Path) -> None:
         pairs[0][0].save_pretrained(tmp_path)
         tokenizer = SiglipTokenizer.from_pretrained(tmp_path, model_max_length=5, model_input_names=["input_ids"])
         assert tokenizer("a cat", padding="max_length").keys() == {"input_ids"}
@@ -117,14 +117,14 @@ class TestFiles:
         with pytest.raises(NotADirectoryError, match="file"):
             pairs[0][0].save_pretrained(tmp_path / "file")
 
-    def test_foreign_class(self, tmp_path: Path) -> None:
+    def test_unsupported_class(self, tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
         with pytest.raises(OSError, match="BertTokenizer"):
             load_tokenizer(tmp_path)
 
 
 def test_importing_loads_no_tokenizer_library() -> None:
-    """Who only runs the model pays for none of them."""
+    """Using the model alone imports no tokenizer or image library."""
     code = (
         "import sys, siglip_model, siglip_model.batch\n"
         "print([name for name in ('sentencepiece', 'tokenizers', 'huggingface_hub', 'PIL') if name in sys.modules])"
