@@ -28,12 +28,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours(checkpoint: Path) -> SiglipProcessor:
+def processor(checkpoint: Path) -> SiglipProcessor:
     return SiglipProcessor.from_pretrained(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def theirs(checkpoint: Path) -> Any:
+def reference(checkpoint: Path) -> Any:
     """transformers' processor, with the Pillow-based image processor in every environment."""
     loaded = SiglipImageProcessorPil.from_pretrained(checkpoint)
     return transformers.SiglipProcessor(loaded, transformers.SiglipTokenizer.from_pretrained(checkpoint))
@@ -64,34 +64,39 @@ class TestCall:
         ],
         ids=str,
     )  # fmt: skip
-    def test_same_as_transformers(self, ours: SiglipProcessor, theirs: Any, arguments: dict[str, Any]) -> None:
+    def test_same_as_transformers(self, processor: SiglipProcessor, reference: Any, arguments: dict[str, Any]) -> None:
         images = [random_image(0), random_image(1, size=(30, 50))]
-        assert_same(ours(images=images, text=TEXTS, **arguments), theirs(images=images, text=TEXTS, **arguments))
-        assert_same(ours(text=TEXTS, **arguments), theirs(text=TEXTS, **arguments))
-        assert_same(ours(text="a cat", **arguments), theirs(text="a cat", **arguments))
-        assert_same(ours(images, **arguments), theirs(images, **arguments))
         assert_same(
-            ours(images=images[0], text="a cat", **arguments), theirs(images=images[0], text="a cat", **arguments)
+            processor(images=images, text=TEXTS, **arguments), reference(images=images, text=TEXTS, **arguments)
+        )
+        assert_same(processor(text=TEXTS, **arguments), reference(text=TEXTS, **arguments))
+        assert_same(processor(text="a cat", **arguments), reference(text="a cat", **arguments))
+        assert_same(processor(images, **arguments), reference(images, **arguments))
+        assert_same(
+            processor(images=images[0], text="a cat", **arguments),
+            reference(images=images[0], text="a cat", **arguments),
         )
 
-    def test_result(self, ours: SiglipProcessor) -> None:
-        batch = ours(images=random_image(0), text=TEXTS, padding="max_length", return_tensors="pt")
+    def test_result(self, processor: SiglipProcessor) -> None:
+        batch = processor(images=random_image(0), text=TEXTS, padding="max_length", return_tensors="pt")
         assert isinstance(batch, BatchFeature) and batch.input_ids.shape == (3, 64)
         assert batch.pixel_values.shape == (1, 3, 32, 32)
-        assert set(ours.model_input_names) == {"pixel_values", "input_ids"}
+        assert set(processor.model_input_names) == {"pixel_values", "input_ids"}
 
-    def test_order_of_arguments_does_not_matter_by_name(self, ours: SiglipProcessor) -> None:
+    def test_order_of_arguments_does_not_matter_by_name(self, processor: SiglipProcessor) -> None:
         options = {"padding": True, "return_tensors": "pt"}
-        assert_same(ours(text="a", images=random_image(0), **options), ours(random_image(0), "a", **options))
+        assert_same(processor(text="a", images=random_image(0), **options), processor(random_image(0), "a", **options))
 
-    def test_decoding(self, ours: SiglipProcessor, theirs: Any) -> None:
-        ids = ours(text=TEXTS, padding=True)["input_ids"]
-        assert ours.batch_decode(ids, skip_special_tokens=True) == theirs.batch_decode(ids, skip_special_tokens=True)
-        assert ours.decode(ids[0]) == theirs.decode(ids[0])
+    def test_decoding(self, processor: SiglipProcessor, reference: Any) -> None:
+        ids = processor(text=TEXTS, padding=True)["input_ids"]
+        assert processor.batch_decode(ids, skip_special_tokens=True) == reference.batch_decode(
+            ids, skip_special_tokens=True
+        )
+        assert processor.decode(ids[0]) == reference.decode(ids[0])
 
-    def test_tokenizer_settings_are_defaults(self, ours: SiglipProcessor, tmp_path: Path) -> None:
+    def test_tokenizer_settings_are_defaults(self, processor: SiglipProcessor, tmp_path: Path) -> None:
         """As in transformers, call settings in tokenizer_config.json are the processor's defaults."""
-        ours.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
         config = (tmp_path / "tokenizer_config.json").read_text()
         (tmp_path / "tokenizer_config.json").write_text(config.replace("{", '{"padding": "max_length",', 1))
         loaded, reference = (
@@ -115,34 +120,36 @@ class TestCall:
             ({"images": "nowhere.png"}, OSError, r"nowhere\.png"),
         ],
     )
-    def test_bad_arguments(self, ours: SiglipProcessor, arguments: dict[str, Any], error: type, message: str) -> None:
+    def test_bad_arguments(
+        self, processor: SiglipProcessor, arguments: dict[str, Any], error: type, message: str
+    ) -> None:
         with pytest.raises(error, match=message):
-            ours(**arguments)
+            processor(**arguments)
 
 
 class TestFiles:
-    def test_transformers_loads_saved_files(self, ours: SiglipProcessor, checkpoint: Path, tmp_path: Path) -> None:
-        paths = ours.save_pretrained(tmp_path)
+    def test_transformers_loads_saved_files(self, processor: SiglipProcessor, checkpoint: Path, tmp_path: Path) -> None:
+        paths = processor.save_pretrained(tmp_path)
         assert sorted(Path(path).name for path in paths) == [
             "preprocessor_config.json", "processor_config.json", "spiece.model", "tokenizer_config.json",
         ]  # fmt: skip
         (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
         image = random_image(0, size=(32, 32))  # no resizing, so that Pillow and torchvision agree
-        expected = ours(images=image, text=TEXTS, padding="max_length", return_tensors="pt")
+        expected = processor(images=image, text=TEXTS, padding="max_length", return_tensors="pt")
         for loader in (transformers.SiglipProcessor, transformers.AutoProcessor, SiglipProcessor, AutoProcessor):
             loaded = loader.from_pretrained(tmp_path)
             got = loaded(images=image, text=TEXTS, padding="max_length", return_tensors="pt")
             assert torch.equal(got["input_ids"], expected["input_ids"]) and got.keys() == expected.keys()
             torch.testing.assert_close(got["pixel_values"], expected["pixel_values"], atol=1e-6, rtol=0)
 
-    def test_files_saved_by_transformers_load(self, theirs: Any, tmp_path: Path) -> None:
-        theirs.save_pretrained(tmp_path)
+    def test_files_saved_by_transformers_load(self, reference: Any, tmp_path: Path) -> None:
+        reference.save_pretrained(tmp_path)
         assert not (tmp_path / "preprocessor_config.json").exists()
         arguments = {"images": random_image(3), "text": TEXTS, "padding": "max_length", "return_tensors": "pt"}
-        assert_same(SiglipProcessor.from_pretrained(tmp_path)(**arguments), theirs(**arguments))
+        assert_same(SiglipProcessor.from_pretrained(tmp_path)(**arguments), reference(**arguments))
 
-    def test_fast(self, ours: SiglipProcessor, checkpoint: Path, tmp_path: Path) -> None:
-        assert type(ours.image_processor) is SiglipImageProcessor
+    def test_fast(self, processor: SiglipProcessor, checkpoint: Path, tmp_path: Path) -> None:
+        assert type(processor.image_processor) is SiglipImageProcessor
         fast = SiglipProcessor.from_pretrained(checkpoint, use_fast=True)
         assert type(fast.image_processor) is SiglipImageProcessorFast
         fast.save_pretrained(tmp_path)
@@ -162,12 +169,12 @@ class TestFiles:
         with pytest.raises(OSError, match="nowhere"):
             SiglipProcessor.from_pretrained(tmp_path / "nowhere")
 
-    def test_components_of_the_wrong_type(self, ours: SiglipProcessor) -> None:
+    def test_components_of_the_wrong_type(self, processor: SiglipProcessor) -> None:
         with pytest.raises(TypeError, match="image_processor is a SiglipTokenizer"):
-            SiglipProcessor(ours.tokenizer, ours.image_processor)  # type: ignore[arg-type]
+            SiglipProcessor(processor.tokenizer, processor.image_processor)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="tokenizer is a SiglipImageProcessor"):
-            SiglipProcessor(ours.image_processor, ours.image_processor)  # type: ignore[arg-type]
-        assert isinstance(ours.tokenizer, SiglipTokenizer)
+            SiglipProcessor(processor.image_processor, processor.image_processor)  # type: ignore[arg-type]
+        assert isinstance(processor.tokenizer, SiglipTokenizer)
 
 
 class TestBatch:

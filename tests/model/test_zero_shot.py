@@ -30,30 +30,30 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def theirs(checkpoint):
+def reference(checkpoint):
     pillow = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint)  # torchvision's differs
     return transformers.pipeline(TASK, model=str(checkpoint), image_processor=pillow, device=-1)
 
 
 @pytest.fixture(scope="module")
-def ours(checkpoint):
+def classifier(checkpoint):
     return pipeline(task=TASK, model=checkpoint, device="cpu")
 
 
-def assert_same(ours, theirs, tolerance=1e-5):
+def assert_same(result, expected, tolerance=1e-5):
     """Equal labels, sorted by score, with scores within `tolerance`; labels closer than that may swap places."""
-    assert sorted(entry["label"] for entry in ours) == sorted(entry["label"] for entry in theirs)
-    assert all(set(entry) == {"score", "label"} for entry in ours)
-    scores = [entry["score"] for entry in ours]
+    assert sorted(entry["label"] for entry in result) == sorted(entry["label"] for entry in expected)
+    assert all(set(entry) == {"score", "label"} for entry in result)
+    scores = [entry["score"] for entry in result]
     assert scores == sorted(scores, reverse=True)
-    expected = {entry["label"]: entry["score"] for entry in theirs}
-    assert scores == pytest.approx([expected[entry["label"]] for entry in ours], abs=tolerance)
+    expected_scores = {entry["label"]: entry["score"] for entry in expected}
+    assert scores == pytest.approx([expected_scores[entry["label"]] for entry in result], abs=tolerance)
 
 
-def assert_all_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert_same(one, other)
+def assert_all_same(results, expected):
+    assert len(results) == len(expected)
+    for result, other in zip(results, expected, strict=True):
+        assert_same(result, other)
 
 
 def spread(results):
@@ -61,71 +61,71 @@ def spread(results):
     return max(scores) - min(scores)
 
 
-def test_one_image_equals_transformers(ours, theirs):
+def test_one_image_equals_transformers(classifier, reference):
     image = random_image(0)
-    result = ours(image, candidate_labels=LABELS)
-    assert_same(result, theirs(image, candidate_labels=LABELS))
+    result = classifier(image, candidate_labels=LABELS)
+    assert_same(result, reference(image, candidate_labels=LABELS))
     assert isinstance(result, list) and all(isinstance(entry["score"], float) for entry in result)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_lists_equal_transformers_in_any_batching(ours, theirs, batch_size, num_workers):
+def test_lists_equal_transformers_in_any_batching(classifier, reference, batch_size, num_workers):
     images = [random_image(seed, size=(20 + 7 * seed, 50 - 5 * seed)) for seed in range(5)]
-    result = ours(images, candidate_labels=LABELS, batch_size=batch_size, num_workers=num_workers)
-    assert_all_same(result, theirs(images, candidate_labels=LABELS))
+    result = classifier(images, candidate_labels=LABELS, batch_size=batch_size, num_workers=num_workers)
+    assert_all_same(result, reference(images, candidate_labels=LABELS))
     assert spread(result) > 0.05  # scores differ between images and labels, so the comparison is meaningful
-    assert_all_same(ours(tuple(images), LABELS), result)
-    assert ours([], LABELS) == []
+    assert_all_same(classifier(tuple(images), LABELS), result)
+    assert classifier([], LABELS) == []
 
 
 @pytest.mark.parametrize("template", ["{}", "a {} on the sofa", "{0} and {0}", "{{a}} {}"])
-def test_templates_equal_transformers(ours, theirs, template):
+def test_templates_equal_transformers(classifier, reference, template):
     image = random_image(1)
     labels = ["a cat", "{} with {braces}", "red ball, round"]
-    result = ours(image, labels, hypothesis_template=template)
-    assert_same(result, theirs(image, candidate_labels=labels, hypothesis_template=template))
-    plain = {entry["label"]: entry["score"] for entry in ours(image, labels)}
+    result = classifier(image, labels, hypothesis_template=template)
+    assert_same(result, reference(image, candidate_labels=labels, hypothesis_template=template))
+    plain = {entry["label"]: entry["score"] for entry in classifier(image, labels)}
     assert any(abs(plain[entry["label"]] - entry["score"]) > 1e-4 for entry in result)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
-def test_every_image_mode_equals_transformers(ours, theirs, mode, tmp_path):
+def test_every_image_mode_equals_transformers(classifier, reference, mode, tmp_path):
     image = random_image(2, mode="I" if mode == "I;16" else mode)
     if mode == "I;16":
         image = Image.fromarray(np.arange(48 * 40, dtype=np.uint16).reshape(40, 48))
     if mode == "RGBA":
         image.putalpha(100)  # dropped, not composited, as in transformers' pipeline
-    assert_same(ours(image, LABELS), theirs(image, candidate_labels=LABELS))
+    assert_same(classifier(image, LABELS), reference(image, candidate_labels=LABELS))
 
 
-def test_orientation_in_exif_is_applied(ours, theirs, tmp_path):
+def test_orientation_in_exif_is_applied(classifier, reference, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / "turned.jpg"
     random_image(3).save(path, exif=exif)
-    result = ours(str(path), LABELS)
-    assert_same(result, theirs(str(path), candidate_labels=LABELS))
-    lying = ours(Image.open(path).convert("RGB").copy(), LABELS)
+    result = classifier(str(path), LABELS)
+    assert_same(result, reference(str(path), candidate_labels=LABELS))
+    lying = classifier(Image.open(path).convert("RGB").copy(), LABELS)
     upright = load_image(str(path))
     assert upright.size == (40, 48) and lying is not None
-    assert_same(ours(upright, LABELS), result)
+    assert_same(classifier(upright, LABELS), result)
 
 
-def test_paths_urls_and_base64_are_the_same_image(ours, theirs, tmp_path):
+def test_paths_urls_and_base64_are_the_same_image(classifier, reference, tmp_path):
     path = tmp_path / "bild mit ünïcode.png"
     image = random_image(4)
     image.save(path)
-    expected = theirs(str(path), candidate_labels=LABELS)
+    expected = reference(str(path), candidate_labels=LABELS)
     encoded = base64.b64encode(path.read_bytes()).decode()
     handler = partial(QuietHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/bild%20mit%20%C3%BCn%C3%AFcode.png"
         for source in (image, path, str(path), encoded, f"data:image/png;base64,{encoded}", url):
-            assert_same(ours(source, LABELS, timeout=10), expected)
+            assert_same(classifier(source, LABELS, timeout=10), expected)
         with pytest.raises(UnreadableImageError, match=r"missing\.png: HTTP Error 404"):
-            ours(url.rpartition("/")[0] + "/missing.png", LABELS)
+            classifier(url.rpartition("/")[0] + "/missing.png", LABELS)
         server.shutdown()
 
 
@@ -134,9 +134,9 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def test_datasets_and_generators_are_read_lazily(ours, theirs):
+def test_datasets_and_generators_are_read_lazily(classifier, reference):
     images = [random_image(seed) for seed in range(5)]
-    expected = theirs(images, candidate_labels=LABELS)
+    expected = reference(images, candidate_labels=LABELS)
     drawn = []
 
     def stream():
@@ -144,7 +144,7 @@ def test_datasets_and_generators_are_read_lazily(ours, theirs):
             drawn.append(index)
             yield image
 
-    results = ours(stream(), LABELS, batch_size=2)
+    results = classifier(stream(), LABELS, batch_size=2)
     assert drawn == []
     assert_same(next(results), expected[0])
     assert drawn == [0, 1]
@@ -157,52 +157,56 @@ def test_datasets_and_generators_are_read_lazily(ours, theirs):
         def __getitem__(self, index):
             return images[index]
 
-    assert_all_same(list(ours(Images(), LABELS, batch_size=2)), expected)
-    assert_all_same(list(ours(iter(images), LABELS)), expected)
+    assert_all_same(list(classifier(Images(), LABELS, batch_size=2)), expected)
+    assert_all_same(list(classifier(iter(images), LABELS)), expected)
     with pytest.raises(ValueError, match="candidate_labels is empty"):  # at the call, not at the first result
-        ours(stream(), [])
+        classifier(stream(), [])
 
 
-def test_more_labels_than_go_through_the_text_tower_at_once(ours, theirs):
+def test_more_labels_than_go_through_the_text_tower_at_once(classifier, reference):
     labels = [f"{number} cats" for number in range(LABELS_AT_ONCE + 3)]
     image = random_image(5)
-    assert_same(ours(image, labels), theirs(image, candidate_labels=labels))
+    assert_same(classifier(image, labels), reference(image, candidate_labels=labels))
 
 
-def test_labels_are_encoded_once_per_call(ours, monkeypatch):
+def test_labels_are_encoded_once_per_call(classifier, monkeypatch):
     calls = []
-    encode = ours.model.get_text_features
-    monkeypatch.setattr(ours.model, "get_text_features", lambda **tokens: calls.append(tokens) or encode(**tokens))
-    ours([random_image(seed) for seed in range(6)], LABELS, batch_size=2)
+    encode = classifier.model.get_text_features
+    monkeypatch.setattr(
+        classifier.model, "get_text_features", lambda **tokens: calls.append(tokens) or encode(**tokens)
+    )
+    classifier([random_image(seed) for seed in range(6)], LABELS, batch_size=2)
     assert len(calls) == 1
     assert calls[0]["input_ids"].shape == (len(LABELS), 64)
 
 
-def test_old_names_of_the_image_argument(ours):
+def test_old_names_of_the_image_argument(classifier):
     image = random_image(6)
-    expected = ours(image, LABELS)
-    assert ours(images=image, candidate_labels=LABELS) == expected
-    assert ours(inputs=image, candidate_labels=LABELS) == expected
-    assert ours(images=[image], candidate_labels=LABELS) == [expected]
+    expected = classifier(image, LABELS)
+    assert classifier(images=image, candidate_labels=LABELS) == expected
+    assert classifier(inputs=image, candidate_labels=LABELS) == expected
+    assert classifier(images=[image], candidate_labels=LABELS) == [expected]
     with pytest.raises(ValueError, match="image and images were all given"):
-        ours(image, LABELS, images=image)
+        classifier(image, LABELS, images=image)
     with pytest.raises(ValueError, match="no image was given"):
-        ours(candidate_labels=LABELS)
+        classifier(candidate_labels=LABELS)
 
 
-def test_defaults_of_a_call_can_be_given_to_the_pipeline(checkpoint, theirs):
+def test_defaults_of_a_call_can_be_given_to_the_pipeline(checkpoint, reference):
     image = random_image(7)
     classifier = pipeline(
         TASK, checkpoint, candidate_labels=LABELS, hypothesis_template="{}", batch_size=3, device="cpu"
     )
-    assert_same(classifier(image), theirs(image, candidate_labels=LABELS, hypothesis_template="{}"))
-    assert_same(classifier(image, hypothesis_template="a {}."), theirs(image, LABELS, hypothesis_template="a {}."))
+    assert_same(classifier(image), reference(image, candidate_labels=LABELS, hypothesis_template="{}"))
+    assert_same(classifier(image, hypothesis_template="a {}."), reference(image, LABELS, hypothesis_template="a {}."))
 
 
-def test_tokenizer_kwargs_override_the_padding(ours):
+def test_tokenizer_kwargs_override_the_padding(classifier):
     image = random_image(8)
-    usual = {entry["label"]: entry["score"] for entry in ours(image, LABELS)}
-    shorter = {entry["label"]: entry["score"] for entry in ours(image, LABELS, tokenizer_kwargs={"max_length": 16})}
+    usual = {entry["label"]: entry["score"] for entry in classifier(image, LABELS)}
+    shorter = {
+        entry["label"]: entry["score"] for entry in classifier(image, LABELS, tokenizer_kwargs={"max_length": 16})
+    }
     assert max(abs(usual[label] - shorter[label]) for label in usual) > 1e-4
 
 
@@ -211,9 +215,9 @@ def test_equal_scores_keep_the_order_of_the_labels():
     assert [entry["label"] for entry in ranked] == ["b", "d", "a", "c"]
 
 
-def test_a_loaded_model_with_its_components(checkpoint, ours):
+def test_a_loaded_model_with_its_components(checkpoint, classifier):
     image = random_image(9)
-    expected = ours(image, LABELS)
+    expected = classifier(image, LABELS)
     model = SiglipModel.from_pretrained(checkpoint)
     processor = SiglipProcessor.from_pretrained(checkpoint)
     assert_same(pipeline(TASK, model, processor=processor)(image, LABELS), expected)
@@ -228,9 +232,9 @@ def test_a_loaded_model_with_its_components(checkpoint, ours):
         pipeline(TASK, model, processor=processor, backend="eager", dtype="float32")
 
 
-def test_backend_and_dtype_reach_the_model(checkpoint, ours):
+def test_backend_and_dtype_reach_the_model(checkpoint, classifier):
     image = random_image(10)
-    expected = ours(image, LABELS)
+    expected = classifier(image, LABELS)
     eager = pipeline(TASK, checkpoint, backend="eager", device="cpu")
     assert eager.model.backend == "eager"
     assert_same(eager(image, LABELS), expected)
@@ -288,12 +292,12 @@ def test_invalid_arguments_of_the_factory(checkpoint, arguments, error, message)
         ({"candidate_labels": LABELS, "top_k": 2}, TypeError, "top_k"),
     ],
 )
-def test_invalid_arguments_of_a_call(ours, arguments, error, message):
+def test_invalid_arguments_of_a_call(classifier, arguments, error, message):
     with pytest.raises(error, match=message):
-        ours(random_image(0), **arguments)
+        classifier(random_image(0), **arguments)
 
 
-def test_unreadable_images(ours, tmp_path):
+def test_unreadable_images(classifier, tmp_path):
     text = tmp_path / "notes.png"
     text.write_text("no image")
     cut = tmp_path / "cut.png"
@@ -301,22 +305,22 @@ def test_unreadable_images(ours, tmp_path):
     cut.write_bytes(cut.read_bytes()[:-500])
     for source in (text, cut, tmp_path / "nowhere.png", tmp_path):
         with pytest.raises(UnreadableImageError, match=source.name) as caught:
-            ours(str(source), LABELS)
+            classifier(str(source), LABELS)
         assert isinstance(caught.value, OSError) and isinstance(caught.value, ValueError)
     with pytest.raises(UnreadableImageError, match=r"AAAA\.\.\. \(4000 characters\)"):
-        ours("A" * 4000, LABELS)
+        classifier("A" * 4000, LABELS)
     for source in (3, b"bytes", np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8), {"image": 1}):
         with pytest.raises(TypeError, match="supported: a path, a URL"):
-            ours(source, LABELS)
+            classifier(source, LABELS)
     with pytest.raises(UnreadableImageError, match="nowhere"):
-        ours([random_image(0), str(tmp_path / "nowhere.png")], LABELS, num_workers=2)
+        classifier([random_image(0), str(tmp_path / "nowhere.png")], LABELS, num_workers=2)
 
 
-def test_a_string_of_labels_is_its_characters_as_in_transformers_with_a_warning(ours, theirs):
+def test_a_string_of_labels_is_its_characters_as_in_transformers_with_a_warning(classifier, reference):
     image = random_image(0)
     with pytest.warns(UserWarning, match="each of its characters is a label"):
-        result = ours(image, "ab")
-    assert_same(result, theirs(image, candidate_labels="ab"))
+        result = classifier(image, "ab")
+    assert_same(result, reference(image, candidate_labels="ab"))
 
 
 def test_an_ordinal_without_an_accelerator_is_the_cpu_with_a_warning():
@@ -332,8 +336,8 @@ def test_an_ordinal_without_an_accelerator_is_the_cpu_with_a_warning():
         assert (resolve_device(None).type == "cpu") is not torch.accelerator.is_available()
 
 
-def test_an_image_that_is_not_decoded_yet_can_be_reused(ours):
+def test_an_image_that_is_not_decoded_yet_can_be_reused(classifier):
     written = io.BytesIO()
     random_image(0).save(written, "png")
     image = Image.open(written)
-    assert ours(image, LABELS) == ours(image, LABELS)
+    assert classifier(image, LABELS) == classifier(image, LABELS)

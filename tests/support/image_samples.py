@@ -54,8 +54,8 @@ def assert_equal(images: Any, make: Any = None, **options: Any) -> None:
     if not NEW_ENOUGH:
         pytest.skip("transformers before 5.23 treats alpha and single channels differently")
     make = make or {"size": SIZE}
-    ours, theirs = SiglipImageProcessor(**make), SiglipImageProcessorPil(**make)
-    got, expected = (processor(images, **options)["pixel_values"] for processor in (ours, theirs))
+    processor, reference = SiglipImageProcessor(**make), SiglipImageProcessorPil(**make)
+    got, expected = (one(images, **options)["pixel_values"] for one in (processor, reference))
     assert type(got) is type(expected) and len(got) == len(expected)
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape

@@ -61,12 +61,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def assert_same(call: Any, ours: Any, theirs: Any) -> None:
+def assert_same(call: Any, tokenizer: Any, reference: Any) -> None:
     """Asserts the same result, or a ValueError where transformers raises one."""
     try:
-        expected = plain(call(theirs))
+        expected = plain(call(reference))
     except ValueError:
         with pytest.raises(ValueError, match="supported|cannot be stacked|given"):
-            call(ours)
+            call(tokenizer)
         return
-    assert plain(call(ours)) == expected
+    assert plain(call(tokenizer)) == expected

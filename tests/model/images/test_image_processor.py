@@ -185,8 +185,8 @@ class TestInputs:
             assert torch.equal(cls()(source, return_tensors="pt").pixel_values, expected)
         both = cls()([str(tmp_path / "image.png"), image], return_tensors="pt").pixel_values
         assert torch.equal(both[:1], expected)
-        theirs = SiglipImageProcessorPil()(str(tmp_path / "image.png"), return_tensors="pt").pixel_values
-        assert (theirs - expected).abs().max() <= 2 / 127.5
+        reference = SiglipImageProcessorPil()(str(tmp_path / "image.png"), return_tensors="pt").pixel_values
+        assert (reference - expected).abs().max() <= 2 / 127.5
 
     @pytest.mark.parametrize("name", ["text.png", "empty.jpg", "cut.jpg", "cut.png", "missing.png", "folder.png"])
     def test_no_image(self, cls: Any, tmp_path: Path, name: str) -> None:

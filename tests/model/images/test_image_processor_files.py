@@ -24,24 +24,24 @@ class TestFiles:
         [{}, {"size": 30}, {"size": SIZE, "resample": 2, "image_mean": (0.1, 0.2, 0.3), "do_normalize": False}],
     )
     def test_round_trip(self, cls: Any, options: dict[str, Any], tmp_path: Path) -> None:
-        ours = cls(**options)
-        assert [Path(path).name for path in ours.save_pretrained(tmp_path / "new")] == ["preprocessor_config.json"]
-        theirs = SiglipImageProcessorPil.from_pretrained(tmp_path / "new")
+        processor = cls(**options)
+        assert [Path(path).name for path in processor.save_pretrained(tmp_path / "new")] == ["preprocessor_config.json"]
+        reference = SiglipImageProcessorPil.from_pretrained(tmp_path / "new")
         again = cls.from_pretrained(tmp_path / "new")
         assert type(load_image_processor(tmp_path / "new")) is cls
         image = picture("RGB")
-        expected = ours(image, return_tensors="pt").pixel_values
+        expected = processor(image, return_tensors="pt").pixel_values
         assert torch.equal(again(image, return_tensors="pt").pixel_values, expected)
         exact = SiglipImageProcessor(**options)(image, return_tensors="pt").pixel_values
-        assert torch.equal(theirs(image, return_tensors="pt").pixel_values, exact)
-        assert repr(again) == repr(ours) and repr(pickle.loads(pickle.dumps(ours))) == repr(ours)
+        assert torch.equal(reference(image, return_tensors="pt").pixel_values, exact)
+        assert repr(again) == repr(processor) and repr(pickle.loads(pickle.dumps(processor))) == repr(processor)
 
     def test_numpy_numbers(self, tmp_path: Path) -> None:
         options = {"image_mean": np.float32([0.1, 0.2, 0.3]), "rescale_factor": np.float32(0.004), "size": np.int64(9)}
-        ours = SiglipImageProcessor(**options)
-        ours.save_pretrained(tmp_path)
+        processor = SiglipImageProcessor(**options)
+        processor.save_pretrained(tmp_path)
         again = SiglipImageProcessor.from_pretrained(tmp_path)
-        assert torch.equal(*(one(picture("RGB"), return_tensors="pt").pixel_values for one in (ours, again)))
+        assert torch.equal(*(one(picture("RGB"), return_tensors="pt").pixel_values for one in (processor, again)))
 
     def test_files_of_transformers(self, tmp_path: Path) -> None:
         SiglipImageProcessorPil(size=SIZE, image_std=[0.2, 0.3, 0.4]).save_pretrained(tmp_path)
@@ -61,11 +61,17 @@ class TestFiles:
             "processor_class": "SiglipProcessor", "resample": 3, "rescale_factor": 0.00392156862745098, "size": SIZE,
         }  # fmt: skip
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-        ours, theirs = SiglipImageProcessor.from_pretrained(tmp_path), SiglipImageProcessorPil.from_pretrained(tmp_path)
-        assert torch.equal(*(one(picture("RGB"), return_tensors="pt").pixel_values for one in (ours, theirs)))
+        processor, reference = (
+            SiglipImageProcessor.from_pretrained(tmp_path),
+            SiglipImageProcessorPil.from_pretrained(tmp_path),
+        )
+        assert torch.equal(*(one(picture("RGB"), return_tensors="pt").pixel_values for one in (processor, reference)))
         # null means the default, so other modes are converted; transformers fails on their number of channels
         assert torch.equal(
-            *(ours(image, return_tensors="pt").pixel_values for image in (picture("L"), picture("L").convert("RGB")))
+            *(
+                processor(image, return_tensors="pt").pixel_values
+                for image in (picture("L"), picture("L").convert("RGB"))
+            )
         )
 
     def test_nested_settings_take_precedence(self, tmp_path: Path) -> None:

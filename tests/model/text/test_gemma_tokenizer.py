@@ -73,8 +73,8 @@ GEMMA_TEXTS = [
 class TestGemma:
     def test_same_as_transformers(self, gemma_folders: dict[str, Path]) -> None:
         for folder in gemma_folders.values():
-            ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
-            assert ours.get_vocab() == theirs.get_vocab() and len(ours) == len(theirs)
+            tokenizer, reference = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+            assert tokenizer.get_vocab() == reference.get_vocab() and len(tokenizer) == len(reference)
             for name in (
                 "all_special_ids",
                 "special_tokens_map",
@@ -82,7 +82,7 @@ class TestGemma:
                 "model_input_names",
                 "padding_side",
             ):
-                assert getattr(ours, name) == getattr(theirs, name), name
+                assert getattr(tokenizer, name) == getattr(reference, name), name
             for options in (
                 {}, {"padding": "max_length", "truncation": True, "return_tensors": "pt"}, {"padding": True},
                 {"truncation": True, "max_length": 5, "return_attention_mask": True, "padding": "max_length"},
@@ -91,17 +91,19 @@ class TestGemma:
                 {"padding": True, "pad_to_multiple_of": 8, "return_token_type_ids": True, "return_length": True},
                 {"split_special_tokens": True},
             ):  # fmt: skip
-                assert plain(ours(GEMMA_TEXTS, **options)) == plain(theirs(GEMMA_TEXTS, **options))
+                assert plain(tokenizer(GEMMA_TEXTS, **options)) == plain(reference(GEMMA_TEXTS, **options))
                 doubled = [(text, text) for text in GEMMA_TEXTS]
-                assert plain(ours(doubled, **options)) == plain(theirs(doubled, **options))
+                assert plain(tokenizer(doubled, **options)) == plain(reference(doubled, **options))
             for text in GEMMA_TEXTS:
-                ids = ours(text)["input_ids"]
-                assert ids == theirs(text)["input_ids"] and ours.tokenize(text) == theirs.tokenize(text)
+                ids = tokenizer(text)["input_ids"]
+                assert ids == reference(text)["input_ids"] and tokenizer.tokenize(text) == reference.tokenize(text)
                 for skip in (True, False):
-                    assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
-                    assert ours.batch_decode([ids], skip) == theirs.batch_decode([ids], skip)
-            assert ours.convert_ids_to_tokens([0, 1, 300]) == theirs.convert_ids_to_tokens([0, 1, 300])
-            assert ours.convert_tokens_to_ids(["a", "nothing such"]) == theirs.convert_tokens_to_ids(
+                    assert tokenizer.decode(ids, skip_special_tokens=skip) == reference.decode(
+                        ids, skip_special_tokens=skip
+                    )
+                    assert tokenizer.batch_decode([ids], skip) == reference.batch_decode([ids], skip)
+            assert tokenizer.convert_ids_to_tokens([0, 1, 300]) == reference.convert_ids_to_tokens([0, 1, 300])
+            assert tokenizer.convert_tokens_to_ids(["a", "nothing such"]) == reference.convert_tokens_to_ids(
                 ["a", "nothing such"]
             )
 
@@ -112,13 +114,16 @@ class TestGemma:
 
     def test_round_trip(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
         for name, folder in gemma_folders.items():
-            ours = load_tokenizer(folder)
-            ours.save_pretrained(tmp_path / name)
+            tokenizer = load_tokenizer(folder)
+            tokenizer.save_pretrained(tmp_path / name)
             (tmp_path / name / "config.json").write_bytes((folder / "config.json").read_bytes())
-            theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path / name), load_tokenizer(tmp_path / name)
-            assert type(again) is type(ours)
-            assert ours(GEMMA_TEXTS) == theirs(GEMMA_TEXTS).data == again(GEMMA_TEXTS)
-            assert pickle.loads(pickle.dumps(ours))(GEMMA_TEXTS) == ours(GEMMA_TEXTS)
+            reference, again = (
+                transformers.AutoTokenizer.from_pretrained(tmp_path / name),
+                load_tokenizer(tmp_path / name),
+            )
+            assert type(again) is type(tokenizer)
+            assert tokenizer(GEMMA_TEXTS) == reference(GEMMA_TEXTS).data == again(GEMMA_TEXTS)
+            assert pickle.loads(pickle.dumps(tokenizer))(GEMMA_TEXTS) == tokenizer(GEMMA_TEXTS)
 
     def test_errors(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
@@ -128,13 +133,13 @@ class TestGemma:
             (tmp_path / "tokenizer.json").write_text(content)
             with pytest.raises(OSError, match=r"tokenizer\.json"):
                 load_tokenizer(tmp_path)
-        ours = load_tokenizer(gemma_folders["GemmaTokenizer"])
+        tokenizer = load_tokenizer(gemma_folders["GemmaTokenizer"])
         for text in (None, [], [3], [["a", "b", "c"]]):
             with pytest.raises(ValueError, match="supported"):
-                ours(text)
+                tokenizer(text)
         with pytest.raises(ValueError, match="Second sequence"):
-            ours("a photo of a cat", truncation="only_second", max_length=2)
+            tokenizer("a photo of a cat", truncation="only_second", max_length=2)
         with pytest.raises(TypeError, match="paddign"):
-            ours("a", paddign=True)
+            tokenizer("a", paddign=True)
         with pytest.raises(IndexError, match="10000"):
-            ours.convert_ids_to_tokens([10_000])
+            tokenizer.convert_ids_to_tokens([10_000])

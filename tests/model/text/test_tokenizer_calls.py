@@ -49,26 +49,26 @@ class TestCall:
     @given(text=inputs, options=options)
     def test_every_option(self, pairs: list[Any], text: Any, options: dict[str, Any]) -> None:
         # transformers returns an empty float tensor if only the first text is empty; this project raises
-        for ours, theirs in pairs:
+        for tokenizer, reference in pairs:
             first_is_empty = options.get("return_tensors") == "pt" and options.get("add_special_tokens") is False
             if first_is_empty and not isinstance(text[0], str):
                 continue
-            assert_same(lambda tokenizer: tokenizer(*text, **options), ours, theirs)
+            assert_same(lambda tokenizer: tokenizer(*text, **options), tokenizer, reference)
 
     @pytest.mark.parametrize("side", ["left", "right"])
     @pytest.mark.parametrize("strategy", ["only_first", "only_second", "longest_first"])
     def test_truncation_sides(self, model_files: dict[str, Path], side: str, strategy: str) -> None:
-        ours = SiglipTokenizer(model_files["plain"], truncation_side=side)
-        theirs = transformers.SiglipTokenizer(str(model_files["plain"]), truncation_side=side)
+        tokenizer = SiglipTokenizer(model_files["plain"], truncation_side=side)
+        reference = transformers.SiglipTokenizer(str(model_files["plain"]), truncation_side=side)
         texts = ["the photo of a cat", "dog", "", "a plane 2 3 10 of the dog"]
         for first in texts:
             for second in texts[:2]:  # transformers drops an empty second text, with its </s>, only on the left
                 for length in range(1, 14):
                     options = {"truncation": strategy, "max_length": length}
-                    assert ours(first, second, **options) == theirs(first, second, **options).data
+                    assert tokenizer(first, second, **options) == reference(first, second, **options).data
 
     def test_ids_tokens_and_words(self, pairs: list[Any]) -> None:
-        for ours, theirs in pairs:
+        for tokenizer, reference in pairs:
             for text, options in [
                 ([5, 6, 7], {}),
                 ([[5, 6], [7, 1]], {"padding": True}),
@@ -77,13 +77,13 @@ class TestCall:
                 ([["cat"]], {}),
                 (("a cat", "a dog"), {}),
             ]:
-                assert plain(ours(text, **options)) == plain(theirs(text, **options))
-                assert ours.encode(text, **options) == theirs.encode(text, **options)
+                assert plain(tokenizer(text, **options)) == plain(reference(text, **options))
+                assert tokenizer.encode(text, **options) == reference.encode(text, **options)
 
     def test_overflow(self, pairs: list[Any]) -> None:
-        ours, theirs = pairs[0]
+        tokenizer, reference = pairs[0]
         options = {"max_length": 4, "stride": 2, "return_overflowing_tokens": True}
-        assert ours("the photo of a cat", **options) == theirs("the photo of a cat", **options).data
+        assert tokenizer("the photo of a cat", **options) == reference("the photo of a cat", **options).data
 
     def test_published_checkpoints_have_no_mask(self, pairs: list[Any]) -> None:
         assert list(pairs[1][0](["a", "b c"], padding=True)) == ["input_ids"]
@@ -142,7 +142,7 @@ class TestPad:
             {"input_ids": [[], [5]]},
             [{"input_ids": [5, 6], "attention_mask": [1, 0]}, {"input_ids": [5], "attention_mask": [1]}],
         ]
-        for ours, theirs in pairs:
+        for tokenizer, reference in pairs:
             for form in forms:
                 for options in (
                     {}, {"padding": "max_length", "max_length": 6}, {"pad_to_multiple_of": 4, "padding_side": "left"},
@@ -150,10 +150,12 @@ class TestPad:
                 ):  # fmt: skip
                     before = copy.deepcopy(form)
                     assert_same(
-                        lambda t, form=form, options=options: t.pad(copy.deepcopy(form), **options), ours, theirs
+                        lambda t, form=form, options=options: t.pad(copy.deepcopy(form), **options),
+                        tokenizer,
+                        reference,
                     )
                     try:
-                        ours.pad(form, **options)
+                        tokenizer.pad(form, **options)
                     except ValueError:
                         continue
                     assert plain_all(form) == plain_all(before)

@@ -22,27 +22,27 @@ SAMPLES = ["a Cat!", "", "</s>", "<extra>dog", "the photo of 猫, 2 3", "</s> ca
 
 class TestFiles:
     def test_transformers_loads_saved_files(self, pairs: list[Any], tmp_path: Path) -> None:
-        for number, (ours, _) in enumerate(pairs):
+        for number, (tokenizer, _) in enumerate(pairs):
             folder = tmp_path / str(number)
-            paths = ours.save_pretrained(folder)
+            paths = tokenizer.save_pretrained(folder)
             assert sorted(Path(path).name for path in paths) == ["spiece.model", "tokenizer_config.json"]
-            theirs, again = (
+            reference, again = (
                 transformers.SiglipTokenizer.from_pretrained(folder),
                 SiglipTokenizer.from_pretrained(folder),
             )
             for name in ("model_input_names", "model_max_length", "all_special_tokens", "do_lower_case"):
-                assert getattr(ours, name) == getattr(theirs, name) == getattr(again, name), name
-            expected = ours(SAMPLES, padding="max_length")
-            assert expected == theirs(SAMPLES, padding="max_length").data == again(SAMPLES, padding="max_length")
-            assert ours.get_vocab() == theirs.get_vocab() == again.get_vocab()
+                assert getattr(tokenizer, name) == getattr(reference, name) == getattr(again, name), name
+            expected = tokenizer(SAMPLES, padding="max_length")
+            assert expected == reference(SAMPLES, padding="max_length").data == again(SAMPLES, padding="max_length")
+            assert tokenizer.get_vocab() == reference.get_vocab() == again.get_vocab()
 
     def test_files_saved_by_transformers_load(self, pairs: list[Any], tmp_path: Path) -> None:
-        for number, (_, theirs) in enumerate(pairs):
-            theirs.save_pretrained(tmp_path / str(number))
-            ours = SiglipTokenizer.from_pretrained(tmp_path / str(number))
+        for number, (_, reference) in enumerate(pairs):
+            reference.save_pretrained(tmp_path / str(number))
+            tokenizer = SiglipTokenizer.from_pretrained(tmp_path / str(number))
             loaded = transformers.SiglipTokenizer.from_pretrained(tmp_path / str(number))
-            assert ours(SAMPLES, padding="max_length") == loaded(SAMPLES, padding="max_length").data
-            assert ours.model_input_names == loaded.model_input_names
+            assert tokenizer(SAMPLES, padding="max_length") == loaded(SAMPLES, padding="max_length").data
+            assert tokenizer.model_input_names == loaded.model_input_names
 
     @pytest.mark.parametrize("added", [True, False])
     def test_files_of_transformers_4(self, model_files: dict[str, Path], tmp_path: Path, added: bool) -> None:
@@ -63,13 +63,16 @@ class TestFiles:
             json.dumps({name: {**token, "content": config[name]} for name in ("eos_token", "pad_token", "unk_token")})
         )
         (tmp_path / "spiece.model").write_bytes(model_files["plain"].read_bytes())
-        ours, theirs = SiglipTokenizer.from_pretrained(tmp_path), transformers.SiglipTokenizer.from_pretrained(tmp_path)
+        tokenizer, reference = (
+            SiglipTokenizer.from_pretrained(tmp_path),
+            transformers.SiglipTokenizer.from_pretrained(tmp_path),
+        )
         texts = [*SAMPLES, "cat <extra> dog", "a </s> ", "  <unk>  b"]
-        assert ours(texts, padding=True) == theirs(texts, padding=True).data
-        assert ours.get_vocab() == theirs.get_vocab() and ours.all_special_ids == theirs.all_special_ids
-        for ids in ours(texts)["input_ids"]:
-            assert ours.decode(ids) == theirs.decode(ids)
-            assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
+        assert tokenizer(texts, padding=True) == reference(texts, padding=True).data
+        assert tokenizer.get_vocab() == reference.get_vocab() and tokenizer.all_special_ids == reference.all_special_ids
+        for ids in tokenizer(texts)["input_ids"]:
+            assert tokenizer.decode(ids) == reference.decode(ids)
+            assert tokenizer.decode(ids, skip_special_tokens=True) == reference.decode(ids, skip_special_tokens=True)
 
     def test_arguments_override_files(self, pairs: list[Any], tmp_path: Path) -> None:
         pairs[0][0].save_pretrained(tmp_path)
@@ -84,9 +87,9 @@ class TestFiles:
         assert isinstance(load_tokenizer(model_files["plain"].parent), SiglipTokenizer)
 
     def test_pickle_and_copy(self, pairs: list[Any]) -> None:
-        for ours, _ in pairs:
-            for clone in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
-                assert clone(SAMPLES) == ours(SAMPLES)
+        for tokenizer, _ in pairs:
+            for clone in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+                assert clone(SAMPLES) == tokenizer(SAMPLES)
 
     @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 1000, None])
     def test_damaged_model(self, model_files: dict[str, Path], tmp_path: Path, content: bytes | None) -> None:
