@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ def embed(
             except EmbeddingInterrupted as interruption:
                 summary, interrupted = interruption.summary, True
         if as_json:
-            report = {name: getattr(summary, name) for name in summary.__dataclass_fields__}
+            report = dataclasses.asdict(summary)
             report["images_per_second"] = round(summary.images_per_second, 2)
             print(json.dumps({**report, "failures": failures}, indent=2))
         elif summary.rows == 0:

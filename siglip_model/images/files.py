@@ -135,7 +135,7 @@ class ImageList:
         self._lines.close()
 
 
-def is_image_name(name: str) -> bool:
+def _is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
@@ -154,5 +154,5 @@ def _walk(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
         path = os.path.join(folder, name)
         if is_folder:
             yield from _walk(path, (*ancestors, identity))
-        elif is_image_name(name):
+        elif _is_image_name(name):
             yield path

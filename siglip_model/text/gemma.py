@@ -27,7 +27,7 @@ class TokenizersTokenizer(Tokenizer):
     """
 
     tokenizer_class: ClassVar[str] = "TokenizersBackend"
-    _pads_a_single_empty_text = True
+    _pads_like_rust = True
     default_tokens: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
@@ -155,9 +155,6 @@ class TokenizersTokenizer(Tokenizer):
         if not isinstance(text, (list, tuple)):
             return False
         return not is_split_into_words or (len(text) > 0 and isinstance(text[0], (list, tuple)))
-
-    def _length_counts_padding(self, batched: bool) -> bool:
-        return True
 
     def _encode(self, text: Any, pair: Any, options: EncodeOptions) -> dict[str, Any]:
         if options.return_overflowing_tokens:

@@ -252,18 +252,19 @@ class Tokenizer(abc.ABC):
         for sample, pair in samples:
             fields = self._encode(sample, pair, options)
             encoded.append({name: value for name, value in fields.items() if name not in unwanted})
-        if return_length and not self._length_counts_padding(batched):
+        length_before_padding = batched and not self._pads_like_rust
+        if return_length and length_before_padding:
             for fields in encoded:
                 fields["length"] = len(fields["input_ids"])
 
         longest = max(len(fields["input_ids"]) for fields in encoded)
         for fields in encoded:
-            if not batched and not fields["input_ids"] and not self._pads_a_single_empty_text:
+            if not batched and not fields["input_ids"] and not self._pads_like_rust:
                 if return_attention_mask:
                     fields["attention_mask"] = []
                 continue
             lengths.pad(fields, longest, self.pad_token_id, return_attention_mask)
-        if return_length and self._length_counts_padding(batched):
+        if return_length and not length_before_padding:
             for fields in encoded:
                 fields["length"] = len(fields["input_ids"])
 
@@ -276,10 +277,7 @@ class Tokenizer(abc.ABC):
 
     # transformers' Python tokenizers do not pad a single text without tokens, and report the lengths of a batch before
     # padding; its Rust tokenizers pad it, and report lengths after padding.
-    _pads_a_single_empty_text: ClassVar[bool] = False
-
-    def _length_counts_padding(self, batched: bool) -> bool:
-        return not batched
+    _pads_like_rust: ClassVar[bool] = False
 
     def encode(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
         """`input_ids` alone, as a list or as `return_tensors` requests. Takes the arguments of `__call__`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 # In the order of transformers.
@@ -34,7 +34,7 @@ class AddedToken:
         raise ValueError(f"expected a token as a string or an object with 'content', got {value!r}")
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return asdict(self)
 
 
 # Call arguments that tokenizer_config.json may hold; SiglipProcessor takes them as defaults.

@@ -25,7 +25,7 @@ from siglip_model.demo.recipe.emoji import (
     read_design,
     spoken,
 )
-from siglip_model.outputs import pooled
+from siglip_model.outputs import pooled, unit_length
 from siglip_model.text.prompts import TEMPLATE
 
 PIXELS = 128  # drawn at this size on white, then resized by the checkpoint's image processor
@@ -87,7 +87,7 @@ def all_logits(model: Any, processor: Any, images: Sequence[Image.Image], names:
     for start in range(0, len(images), 256):
         batch = processor(images=list(images[start : start + 256]), return_tensors="pt")
         pictures.append(pooled(model.get_image_features(batch["pixel_values"])))
-    text, picture = (torch.nn.functional.normalize(torch.cat(parts), dim=-1) for parts in (texts, pictures))
+    text, picture = unit_length(torch.cat(texts)), unit_length(torch.cat(pictures))
     return picture @ text.T * model.logit_scale.exp() + model.logit_bias
 
 
