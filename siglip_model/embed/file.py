@@ -39,7 +39,7 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
     """Reads a file that `siglip embed` wrote. Raises EmbeddingFileError for any other kind of file."""
     from safetensors import safe_open
 
-    _read_header(Path(path))
+    read_header(Path(path))
     with safe_open(path, framework="pt") as file:
         lines = {
             name: [json.loads(line) for line in file.get_tensor(name).numpy().tobytes().splitlines()]
@@ -53,18 +53,16 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
         )
 
 
-def _length(lines: Iterator[bytes]) -> int:
-    return sum(len(line) for line in lines)
+@dataclass(frozen=True)
+class Header:
+    """What precedes the data of an embedding file; spans: tensor -> [start, end) of its bytes within the file."""
+
+    metadata: dict[str, str]
+    spans: dict[str, tuple[int, int]]
 
 
-def _lines(file: BinaryIO, start: int, offsets: list[int]) -> Iterator[dict[str, str]]:
-    file.seek(start + offsets[0])
-    while file.tell() < start + offsets[1]:
-        yield json.loads(file.readline())
-
-
-def _read_header(path: Path) -> dict:
-    """The header of a file written by `siglip embed`, plus `__start__`, the offset of its data. Rejects other files."""
+def read_header(path: Path) -> Header:
+    """The header of a file written by `siglip embed`. Raises EmbeddingFileError for any other or truncated file."""
     problem = "it was not written by `siglip embed`"
     try:
         size = path.stat().st_size
@@ -72,12 +70,22 @@ def _read_header(path: Path) -> dict:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size, HEADER_LIMIT):
                 raise ValueError
-            header = json.loads(file.read(length))
-        if header["__metadata__"]["producer"] == PRODUCER:
-            header["__start__"] = 8 + length
-            if header["__start__"] + header["failed"]["data_offsets"][1] == size:
-                return header
+            content = json.loads(file.read(length))
+        metadata = content.pop("__metadata__")
+        if metadata["producer"] == PRODUCER:
+            offsets = {name: content[name]["data_offsets"] for name in ("embeddings", "files", "failed")}
+            spans = {name: (8 + length + start, 8 + length + end) for name, (start, end) in offsets.items()}
+            if spans["failed"][1] == size:
+                return Header(metadata, spans)
             problem = "it is truncated"
     except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError):
         pass
     raise EmbeddingFileError(f"{path} already exists and {problem}; choose another --out, or --overwrite to replace it")
+
+
+def read_lines(file: BinaryIO, span: tuple[int, int]) -> Iterator[dict[str, str]]:
+    """The JSON lines within a span of bytes, one at a time."""
+    start, end = span
+    file.seek(start)
+    while file.tell() < end:
+        yield json.loads(file.readline())

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from siglip_model.embed.file import PRODUCER, TENSOR_DTYPES, EmbeddingFileError, _length, _lines, _read_header
+from siglip_model.embed.file import PRODUCER, TENSOR_DTYPES, EmbeddingFileError, read_header, read_lines
 
 
 class EmbeddingJournal:
@@ -38,7 +38,7 @@ class EmbeddingJournal:
         self.up_to_date = False  # whether FILE is complete and equal to the journal
         continues_file = self.out.exists() and not self.part.exists() and not overwrite
         if continues_file:
-            metadata = _read_header(self.out)["__metadata__"]
+            metadata = read_header(self.out).metadata
             self._check_settings(metadata, self.out)
         try:
             self._open()
@@ -94,14 +94,13 @@ class EmbeddingJournal:
             )
 
     def _copy_from_file(self) -> None:
-        header = _read_header(self.out)
-        start = header["__start__"]
+        spans = read_header(self.out).spans
         row_bytes = self._row_bytes()
         with open(self.out, "rb") as rows, open(self.out, "rb") as names:
-            rows.seek(start + header["embeddings"]["data_offsets"][0])
-            for line in _lines(names, start, header["files"]["data_offsets"]):
+            rows.seek(spans["embeddings"][0])
+            for line in read_lines(names, spans["files"]):
                 self.add(line["file"], line["stamp"], embedding=rows.read(row_bytes))
-            for line in _lines(names, start, header["failed"]["data_offsets"]):
+            for line in read_lines(names, spans["failed"]):
                 self.add(line["file"], "", error=line["error"])
 
     def _row_bytes(self) -> int:
@@ -134,7 +133,10 @@ class EmbeddingJournal:
         if complete and self.up_to_date:
             return
         rows, _ = self.counts()
-        sizes = [rows * self._row_bytes(), _length(self._file_lines()), _length(self._failed_lines())]
+        sizes = [
+            rows * self._row_bytes(),
+            *(sum(map(len, lines)) for lines in (self._file_lines(), self._failed_lines())),
+        ]
         ends = [sum(sizes[: index + 1]) for index in range(3)]
         metadata = {**self.settings, "format": "pt", "producer": PRODUCER, "complete": str(complete).lower()}
         header = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError, Embeddings, load_embeddings
+from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal
 from siglip_model.images.batches import Batch, Failure, read_batches
 from siglip_model.images.files import ImageList, is_url, list_images, load_image
@@ -23,15 +23,6 @@ from siglip_model.outputs import pooled, unit_length
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
-
-__all__ = [
-    "EmbedSummary",
-    "EmbeddingFileError",
-    "EmbeddingInterrupted",
-    "Embeddings",
-    "embed_images",
-    "load_embeddings",
-]
 
 COMMIT_SECONDS = 2.0  # the most work that a kill can lose
 SAMPLED_VALUES = 4096  # per parameter, in the model's digest

@@ -33,7 +33,7 @@ def read_batches(
     """Reads each item and yields the values in batches of `batch_size`; only the last batch may be smaller.
 
     An item for which `read` raises an Exception is left out of its batch and yielded as a Failure at once. Memory
-    holds a bounded number of values, whatever the number of items. Close the generator to stop its threads early.
+    holds a bounded number of values, independent of the number of items. Close the generator to stop its threads early.
     """
     batch: Batch[Item, Value] = Batch([], [])
     ahead = read_ahead(items, read, workers=workers, window=2 * batch_size + workers)
