@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +19,7 @@ from siglip_model.cli.options import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    PlotOption,
     TemplateOption,
     errors_in_one_line,
     exit_with,
@@ -94,9 +94,7 @@ def classify(
         ),
     ],
     template: TemplateOption = TEMPLATE,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Plot the images beside bars of their scores.")
-    ] = None,
+    plot: PlotOption = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Show the k best labels per image.")] = None,
     model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",

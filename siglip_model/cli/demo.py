@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from siglip_model.cli import terminal
 from siglip_model.cli.options import (
@@ -17,6 +13,7 @@ from siglip_model.cli.options import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    PlotOption,
     TemplateOption,
     errors_in_one_line,
     load_classifier,
@@ -33,9 +30,7 @@ def demo(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 16,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Plot the images beside bars of their scores.")
-    ] = None,
+    plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Try zero-shot classification on eight bundled images."""
