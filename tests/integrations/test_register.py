@@ -98,7 +98,7 @@ def test_only_the_tower_of_a_vision_language_model():
     ids = torch.cat([torch.full((1, 16), 39), torch.arange(5, 9)[None]], dim=1)
     model(input_ids=ids, pixel_values=inputs(batch=1)["pixel_values"])
     model.set_attn_implementation(NAME)
-    with pytest.raises(UnsupportedInputError, match=f'give attn_implementation={{"vision_config": "{NAME}"}}'):
+    with pytest.raises(UnsupportedInputError, match=f'pass attn_implementation={{"vision_config": "{NAME}"}}'):
         model(input_ids=ids, pixel_values=inputs(batch=1)["pixel_values"])
 
 

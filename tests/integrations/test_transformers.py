@@ -392,7 +392,7 @@ def test_a_model_of_ones_own_class_is_named():
 
     report = check(randomise(Own(transformers.SiglipConfig(**towers()))).eval(), contrastive(**inputs()))
     assert [entry.path for entry in report.left] == [""]
-    assert "Own is a subclass of" in report.left[0].reason and "SiglipModel with code" in report.left[0].reason
+    assert "Own is a subclass of" in report.left[0].reason and "SiglipModel with its own code" in report.left[0].reason
 
 
 def test_head_dims_without_a_kernel_are_left():
@@ -420,7 +420,7 @@ def test_autocast():
     assert_within_budget(after, before, truth, torch.bfloat16)
 
 
-def test_a_model_without_siglip_is_told_so():
+def test_a_model_without_siglip_is_reported():
     report = accelerate(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
     assert report.replaced == () and "no module of a SigLIP" in report.note
     with pytest.raises(UnsupportedInputError, match="accelerate: model is a str"):
