@@ -1,29 +1,56 @@
-"""Tests need no GPU: those that do carry the marker `gpu` and are skipped where there is none.
+"""How tests run: on several processes, and without a GPU in Triton's interpreter. See README.md beside this file.
 
-Without a GPU the kernels run in Triton's interpreter, on CPU tensors. Triton reads the variable when it is imported, so
-it is set here, before any test or package of ours is.
+Triton reads TRITON_INTERPRET and PyTorch reads OMP_NUM_THREADS when they are imported, so both are set here, before
+anything imports them. Subprocesses that tests start inherit them.
 """
 
 import os
 import signal
 
-import pytest
-import torch
-import torchvision_operators  # noqa: F401  before anything imports torchvision
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"  # one worker per core; more threads would compete with the other workers
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torchvision_operators  # noqa: E402, F401  before anything imports torchvision
+
+if WORKER:
+    torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-
-# A process started in the background ignores Ctrl-C and hands that on; the tests that press it start from the usual.
+# A background process ignores SIGINT, and its children inherit that; tests that send SIGINT need the default handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run on one worker per core, unless -n is given or the command names files or selects tests with -k.
+
+    This is not in addopts because `pytest bench/`, which measures, must stay in one process.
+    """
+    named = config.option.keyword or any(".py" in argument for argument in config.args)
+    if WORKER or named or getattr(config.option, "numprocesses", 0) is not None:
         return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    config.option.numprocesses = 0 if config.option.usepdb else min(cores, 8)
+    config.option.dist = "loadgroup"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+        if _shares_a_fixture(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def _shares_a_fixture(item: pytest.Item) -> bool:
+    """Whether a test uses a fixture of its module, such as compiled kernels, that each worker would build again."""
+    fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009  not public in pytest
+    return any(definitions[-1].scope == "module" for definitions in fixtures)

@@ -183,7 +183,7 @@ def global_accesses(ptx: str) -> dict[str, int]:
 def rows_in_a_subprocess(operation: str, *gpus: str, only: str = "") -> list[Row]:
     """`compile_launches` of an operation's launches, in a process without TRITON_INTERPRET.
 
-    only: a part of the names of the wanted launches.
+    only: a regular expression that the names of the wanted launches contain.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     options = ["--json", "--only", only, "--gpu", *gpus]
@@ -199,7 +199,7 @@ def arguments_of(description: str, gpus: bool = False) -> argparse.Namespace:
     """The command line of this module's and its neighbours' commands: operations, --only, --json and perhaps --gpu."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("operations", nargs="+", metavar="OPERATION", choices=operation_names())
-    parser.add_argument("--only", default="", help="compile only launches whose name contains this")
+    parser.add_argument("--only", default="", help="compile only launches whose name contains this regular expression")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     if gpus:
         parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["a100", "h200", "b200"])

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from error_budget import check_error
 from hopper_emulator.faults import Fault
 from hopper_emulator.launch import emulating
 from planting import with_fault
@@ -66,7 +67,7 @@ def results(function, x: Tensor, y: Tensor, t: float, b: float, dtype: torch.dty
 
 
 def check(x: Tensor, y: Tensor, t: float, b: float, seed: int = 0) -> dict[str, Tensor]:
-    """Errors are at most twice eager's of the same dtype, and one rounding of the result's dtype."""
+    """The error budget of the loss and its gradients."""
     with on_hopper(seed):
         found = results(sigmoid_loss, x, y, t, b, x.dtype)
     truth = results(reference.sigmoid_loss, x, y, t, b, torch.float64)
@@ -78,9 +79,9 @@ def check(x: Tensor, y: Tensor, t: float, b: float, seed: int = 0) -> dict[str, 
     sizes = {"scale": (probability * products.abs()).sum() / len(x), "bias": probability.sum() / len(x)}
     for name, value in found.items():
         assert value.isfinite().all(), name
-        error, allowed = (value.double() - truth[name]).norm(), 2 * (eager[name].double() - truth[name]).norm()
-        size = max(float(truth[name].norm()), float(sizes.get(name, 0)))
-        assert error <= allowed + torch.finfo(value.dtype).eps * size + torch.finfo(value.dtype).tiny, name
+        check_error(
+            value, eager[name], truth[name], name, size=sizes.get(name, 0.0), slack=torch.finfo(value.dtype).tiny
+        )
     return found
 
 

@@ -50,6 +50,12 @@ def poisoned_empty() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module", params=["published", pytest.param("every", marks=pytest.mark.thorough)])
+def extent(request: pytest.FixtureRequest) -> str:
+    """Which launches a module compiles ahead of time: those of one published shape, or every one."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs code in a fresh Python without the interpreter, or with the variables given."""

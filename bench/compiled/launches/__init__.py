@@ -6,6 +6,7 @@ run with SIGLIP_KERNELS_HOPPER=1, `hopper_launches()` yields their launches.
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
 
 from bench.compiled.launch import Launch
@@ -24,7 +25,7 @@ def operation_names() -> list[str]:
 
 
 def launches_of(operation: str, only: str = "") -> Iterator[Launch]:
-    """The launches of one of `operation_names`. only: a part of the names of the wanted launches."""
+    """The launches of one of `operation_names`. only: a regular expression that their names contain."""
     module = importlib.import_module(f"{__name__}.{operation.removesuffix(HOPPER)}")
     launches = module.hopper_launches() if operation.endswith(HOPPER) else module.launches()
-    return (launch for launch in launches if only in launch.name)
+    return (launch for launch in launches if re.search(only, launch.name))

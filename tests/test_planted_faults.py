@@ -1,0 +1,196 @@
+"""Plants one fault at a time in a copy of siglip_kernels; the default tests of the faulty operation must catch it.
+
+    pytest -m thorough -rP tests/test_planted_faults.py      # -rP reports which test caught each fault
+
+Each case runs pytest on the copy until the first failure. A fault that no default test catches fails, and so does a
+text to replace that is no longer in the source.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from planting import package_with_fault
+
+pytestmark = pytest.mark.thorough
+
+ROOT = Path(__file__).parent.parent
+
+
+class Planted(NamedTuple):
+    file: str  # in siglip_kernels
+    text: str  # occurs in it exactly once
+    replacement: str
+    tests: str  # in tests
+
+
+ATTENTION = "kernels/attention/test_attention.py"
+LINEAR, MLP = "kernels/linear/test_linear.py", "kernels/mlp/test_mlp.py"
+LAYER_NORM = "kernels/layer_norm/test_layer_norm.py"
+PATCH_EMBED = "kernels/patch_embed/test_patch_embed.py"
+POOL = "kernels/attention_pool/test_attention_pool.py"
+LOSS = "kernels/sigmoid_loss/test_sigmoid_loss.py"
+ATTENTION_HOPPER = "gluon/test_attention_hopper.py"
+ATTENTION_HOPPER_BACKWARD = "gluon/test_attention_hopper_backward.py"
+LINEAR_HOPPER = "gluon/test_linear_hopper.py"
+LOSS_HOPPER = "gluon/test_sigmoid_loss_hopper.py"
+
+CONSTANTS = {
+    "attention forward: normaliser": Planted(
+        "attention/forward.py", "1.0 / running_sum", "1.01 / running_sum", ATTENTION
+    ),
+    "attention forward: log-sum-exp": Planted(
+        "attention/forward.py", "running_max + tl.log2(running_sum)", "running_max + tl.log(running_sum)", ATTENTION
+    ),
+    "attention backward, queries: scale": Planted(
+        "attention/backward.py", "q_grad_main * scale", "q_grad_main * scale * 1.01", ATTENTION
+    ),
+    "attention backward, keys: scale": Planted(
+        "attention/backward.py", "k_grad_main * scale", "k_grad_main * scale * 1.01", ATTENTION
+    ),
+    "attention backward: what counts as rounding": Planted(
+        "attention/backward.py", "tl.abs(row_delta) * 2**-16", "tl.abs(row_delta) * 2**-4", ATTENTION
+    ),
+    "short attention forward: normaliser": Planted(
+        "attention/short.py", "out_main *= normaliser[:, None]", "out_main *= normaliser[:, None] * 1.01", ATTENTION
+    ),
+    "short attention backward, queries: scale": Planted(
+        "attention/short.py", "grad_main *= scale", "grad_main *= scale * 1.01", ATTENTION
+    ),
+    "short attention backward, keys: scale": Planted(
+        "attention/short.py", "grad_main * scale, 0.0)", "grad_main * scale * 1.01, 0.0)", ATTENTION
+    ),
+    "GEMM: products": Planted(
+        "gemm/kernels.py", "products = tl.zeros((", "products = 0.01 + tl.zeros((", LINEAR
+    ),
+    "GEMM: bias": Planted(
+        "gemm/kernels.py",
+        "other=0.0).to(tl.float32)[None, :]",
+        "other=0.0).to(tl.float32)[None, :] * 1.01",
+        LINEAR,
+    ),
+    "GEMM: residual": Planted(
+        "gemm/kernels.py", "value += added.to(tl.float32)", "value += added.to(tl.float32) * 1.01", LINEAR
+    ),
+    "GEMM: GELU": Planted("gemm/gelu.py", "0.7978845608028654 * 0.044715)\n_SLOPE", "0.79 * 0.044715)\n_SLOPE", MLP),
+    "GEMM: GELU's derivative": Planted("gemm/gelu.py", "* 3 * 0.044715", "* 2 * 0.044715", MLP),
+    "GEMM: column sums": Planted("gemm/kernels.py", "tl.sum(value, 0), mask", "tl.sum(value, 0) * 1.01, mask", MLP),
+    "layer norm forward: eps": Planted(
+        "layer_norm/kernels.py", "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance + 1.1 * eps)", LAYER_NORM
+    ),
+    "layer norm backward: projection": Planted(
+        "layer_norm/kernels.py", "normed * projection[:, None])", "normed * projection[:, None] * 1.01)", LAYER_NORM
+    ),
+    "layer norm: parameter gradients": Planted(
+        "layer_norm/kernels.py", "narrow(tl.sum(total, 0), element", "narrow(tl.sum(total, 0) * 1.01, element",
+        LAYER_NORM,
+    ),
+    "layer norm, wide rows: variance": Planted(
+        "layer_norm/kernels.py", "squares / WIDTH + eps", "squares / (WIDTH - 1) + eps", LAYER_NORM
+    ),
+    "layer norm, wide rows: projection": Planted(
+        "layer_norm/kernels.py", "tl.sum(product_sum) / WIDTH", "tl.sum(product_sum) / (WIDTH - 99)", LAYER_NORM
+    ),
+    "patch embedding: position": Planted(
+        "patch_embed/forward.py", "products += added.to(tl.float32)", "products += added.to(tl.float32) * 1.01",
+        PATCH_EMBED,
+    ),
+    "patch embedding: products": Planted(
+        "patch_embed/forward.py", "products = tl.zeros([", "products = 0.01 + tl.zeros([", PATCH_EMBED
+    ),
+    "pooling forward: normaliser": Planted(
+        "attention_pool/kernels.py", "sums[chunk] * normaliser[:, None]", "sums[chunk] * normaliser[:, None] * 1.01",
+        POOL,
+    ),
+    "pooling combine: normaliser": Planted(
+        "attention_pool/kernels.py", "tl.sum(sums, 0) * normaliser", "tl.sum(sums, 0) * normaliser * 1.01", POOL
+    ),
+    "pooling backward: scale": Planted(
+        "attention_pool/kernels.py", "head_delta[:, None]) * scale", "head_delta[:, None]) * scale * 1.01", POOL
+    ),
+    "loss: logarithm": Planted("sigmoid_loss/kernels.py", "p * e + 0.9999999403953552", "p * e + 0.9999", LOSS),
+    "loss: logit gradient": Planted(
+        "sigmoid_loss/kernels.py", "(positive, -probability, probability)", "(positive, -probability, 2 * probability)",
+        LOSS,
+    ),
+    "loss: product": Planted(
+        "sigmoid_loss/kernels.py", "total *= tl.load(logit_scale_ptr)", "total *= 1.01 * tl.load(logit_scale_ptr)", LOSS
+    ),
+    "loss: gradients times the upstream gradient": Planted(
+        "sigmoid_loss/kernels.py", "(tl.load(scale_ptr) * factor)", "(tl.load(scale_ptr) * factor * 1.01)", LOSS
+    ),
+}  # fmt: skip
+
+DROPPED_WAITS = {
+    "attention forward: a producer's for an empty stage": Planted(
+        "attention/hopper_forward.py", "    mbarrier.wait(empty.index(index), phase ^ 1)\n", "", ATTENTION_HOPPER
+    ),
+    "attention forward: a consumer's for its queries": Planted(
+        "attention/hopper_forward.py", "        mbarrier.wait(q_full.index(mine), q_phase)\n", "", ATTENTION_HOPPER
+    ),
+    "attention backward, queries: for the output": Planted(
+        "attention/hopper_backward.py", "        mbarrier.wait(out_full.index(mine), slot_phase)\n", "",
+        ATTENTION_HOPPER_BACKWARD,
+    ),
+    "attention backward, keys: for the keys": Planted(
+        "attention/hopper_backward.py", "        mbarrier.wait(k_full.index(mine), slot_phase)\n", "",
+        ATTENTION_HOPPER_BACKWARD,
+    ),
+    "attention backward, keys: for the queries": Planted(
+        "attention/hopper_backward.py", "            mbarrier.wait(q_full.index(stage), phase)\n", "",
+        ATTENTION_HOPPER_BACKWARD,
+    ),
+    "GEMM: a producer's for an empty stage": Planted(
+        "gemm/hopper_pipeline.py", "            mbarrier.wait(emptied.index(stage), (step // STAGES & 1) ^ 1)\n", "",
+        LINEAR_HOPPER,
+    ),
+    "GEMM: a consumer's for its block": Planted(
+        "gemm/hopper_pipeline.py", "    mbarrier.wait(filled.index(stage), step // STAGES & 1)\n", "", LINEAR_HOPPER
+    ),
+    "GEMM: for the last product": Planted(
+        "gemm/hopper_pipeline.py", "num_outstanding=0, deps", "num_outstanding=1, deps", LINEAR_HOPPER
+    ),
+    "GEMM epilogue: for the residual": Planted(
+        "gemm/hopper.py", "mbarrier.wait(landed.index(consumer), done & 1)", "pass", LINEAR_HOPPER
+    ),
+    "GEMM epilogue: for the last results": Planted(
+        "gemm/hopper.py", "    tma.store_wait(pendings=0)\n\n", "\n", LINEAR_HOPPER
+    ),
+    "loss: for a buffer that is being stored": Planted(
+        "sigmoid_loss/hopper_kernels.py", "tma.store_wait(pendings=BUFFERS - 1)", "pass", LOSS_HOPPER
+    ),
+}  # fmt: skip
+
+
+def default_test_that_fails(package: Path, tests: str) -> str:
+    """The first default test of a file that fails on the package in this folder; "" if all of them pass.
+
+    Tests that plant faults themselves are left out: they fail on any change of the texts that they replace.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    options = ["-x", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-k", "not a_fault_in_the_kernel"]
+    options += ["-o", f"pythonpath={package} . tests/support"]
+    command = [sys.executable, "-m", "pytest", *options, f"tests/{tests}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return failed.group(1) if failed else ""
+
+
+@pytest.mark.parametrize("fault", [*CONSTANTS, *DROPPED_WAITS])
+def test_a_default_test_catches_it(fault: str, tmp_path: Path) -> None:
+    planted = (CONSTANTS | DROPPED_WAITS)[fault]
+    package_with_fault(planted.file, planted.text, planted.replacement, tmp_path)
+    caught_by = default_test_that_fails(tmp_path, planted.tests)
+    assert caught_by, f"no default test of {planted.tests} catches {planted.text!r} -> {planted.replacement!r}"
+    print(f"{fault}: caught by {caught_by}")
+
+
+@pytest.mark.parametrize("tests", [ATTENTION_HOPPER, LINEAR])
+def test_an_unchanged_copy_passes(tests: str, tmp_path: Path) -> None:
+    package_with_fault("errors.py", "def unsupported", "def unsupported", tmp_path)
+    assert not default_test_that_fails(tmp_path, tests)
