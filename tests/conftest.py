@@ -4,6 +4,7 @@ Triton reads TRITON_INTERPRET and PyTorch reads OMP_NUM_THREADS when they are im
 anything imports them. Subprocesses that tests start inherit them.
 """
 
+import importlib.util
 import os
 import signal
 
@@ -20,6 +21,10 @@ if WORKER:
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        import fast_interpreter
+
+        fast_interpreter.install()
 
 # A background process ignores SIGINT, and its children inherit that; tests that send SIGINT need the default handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

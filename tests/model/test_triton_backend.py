@@ -87,7 +87,8 @@ def test_image_text_loss_and_gradients_within_the_budget(name: str, dtype: torch
         found[backend] = results(ours.to(DEVICE, precision).eval(), {**inputs, "pixel_values": pixels})
     for key, exact in found["fp64"].items():
         assert found["triton"][key].dtype == found["eager"][key].dtype, key
-        check_error(found["triton"][key], found["eager"][key], exact, key, size=8.0 if exact.numel() == 1 else 0.0)
+        size = 8.0 if exact.numel() == 1 else 0.0
+        check_error(found["triton"][key], found["eager"][key], exact, key, dtype=dtype, size=size)
 
 
 @pytest.mark.parametrize("masked", [False, True])
