@@ -33,9 +33,9 @@ def test_nothing_heavy_and_no_device_is_touched() -> None:
 
 
 def test_import_takes_at_most_what_torch_takes_and_a_third_of_a_second() -> None:
-    """In processor time, which a busy machine does not stretch; the smallest of three."""
+    """In processor time, which a busy machine does not stretch; one of three attempts."""
     code = (
         "import time, torch; start = time.process_time()\n"
         "import siglip_kernels, siglip_model; print(time.process_time() - start)"
     )
-    assert min(float(run(code)) for _ in range(3)) < 0.3
+    assert any(float(run(code)) < 0.3 for _ in range(3))
