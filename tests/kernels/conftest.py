@@ -1,14 +1,14 @@
-"""How kernels are tested.
+"""Fixtures of the kernel tests.
 
-Without a GPU the whole test process runs Triton's interpreter, on CPU tensors: `tests/conftest.py` sets
-TRITON_INTERPRET=1 before anything imports Triton, whichever tests are collected and in whatever order. With a GPU the
-same tests run the compiled kernels on it. What needs a process of the other kind starts one:
+Without a GPU the test process runs Triton's interpreter on CPU tensors: `tests/conftest.py` sets TRITON_INTERPRET=1
+before anything imports Triton. With a GPU the same tests run compiled kernels. A test that needs the other kind of
+process starts one:
 
-- `bench.compiled.ahead_of_time.rows_in_a_subprocess(module, *gpus)`: compilation for GPUs that are not there;
-- the fixture `run_python(code, **environment)`: anything else, such as an import with Triton blocked.
+- `bench.compiled.ahead_of_time.rows_in_a_subprocess(module, *gpus)` compiles for GPUs that are not there;
+- the fixture `run_python(code, **environment)` runs anything else, such as an import with Triton blocked.
 
-The fixture `device` says where the tensors of a kernel's test live; `poisoned_empty` fills fresh memory with NaN.
-Every test draws from the same seed, so that it passes always or never; TEST_SEED=7 pytest tests/kernels tries another.
+`device` is where a kernel test puts its tensors; `poisoned_empty` fills uninitialised memory with NaN. Every test draws
+from the same seed, so that its result is reproducible; TEST_SEED=7 pytest tests/kernels draws from another.
 """
 
 import os
@@ -30,7 +30,7 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where a kernel's test puts its tensors: the GPU where there is one, else the CPU, with Triton's interpreter."""
+    """The device of a kernel test's tensors: the GPU, or without one the CPU, where Triton's interpreter runs."""
     if torch.cuda.is_available():
         return "cuda"
     from siglip_kernels.device import interpreting
@@ -41,7 +41,7 @@ def device() -> str:
 
 @pytest.fixture
 def poisoned_empty() -> Iterator[None]:
-    """Fresh memory is full of NaN (PyTorch's own means), so that an element which no kernel writes is seen."""
+    """Fills uninitialised memory with NaN, so that an element that no kernel writes is detected."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(3).isnan().all()
@@ -58,7 +58,7 @@ def extent(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs code in a fresh Python without the interpreter, or with the variables given."""
+    """Runs code in a new Python process without Triton's interpreter; keyword arguments set environment variables."""
 
     def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

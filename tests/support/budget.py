@@ -1,4 +1,4 @@
-"""A model before and after: what it computes, and whether the difference is within the error budget."""
+"""Compares a model before and after acceleration: results, gradients and the error budget."""
 
 import copy
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 from error_budget import check_error
 from torch import Tensor, nn
 
-Call = Callable[[nn.Module], dict[str, Tensor]]  # runs a model; its results by name
+Call = Callable[[nn.Module], dict[str, Tensor]]  # runs a model and returns its results by name
 
 
 class Results(NamedTuple):
@@ -17,7 +17,7 @@ class Results(NamedTuple):
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Every parameter drawn anew, so that no bias is zero and no head is symmetric."""
+    """Redraws every parameter, so that no bias is zero and no head is symmetric."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -48,7 +48,7 @@ def run(model: nn.Module, call: Call) -> Results:
 
 
 def in_fp64(model: nn.Module, call: Call) -> Results:
-    """The truth: the model as its library made it, in fp64."""
+    """Results of the unaccelerated model in fp64."""
     return run(copy.deepcopy(model).double(), call)
 
 
@@ -75,30 +75,30 @@ def assert_within_budget(
 
 def assert_bitwise(one: Results, other: Results) -> None:
     for what in ("outputs", "gradients"):
-        ours, theirs = getattr(one, what), getattr(other, what)
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert torch.equal(ours[name], theirs[name]), name
+        values, others = getattr(one, what), getattr(other, what)
+        assert values.keys() == others.keys()
+        for name in values:
+            assert torch.equal(values[name], others[name]), name
 
 
 def assert_close(one: Results, other: Results, tolerance: float = 1e-4) -> None:
-    """For what is not held to the budget itself: relative to the largest value of each."""
+    """A looser check for small models: each difference relative to the largest value of its tensor."""
     for what in ("outputs", "gradients"):
-        ours, theirs = getattr(one, what), getattr(other, what)
-        assert ours.keys() == theirs.keys()
-        typical = max(value.abs().max() for value in theirs.values()) if theirs else 0
-        for name in ours:
-            bound = tolerance * max(theirs[name].abs().max(), 1e-2 * typical)
-            assert (ours[name] - theirs[name]).abs().max() <= bound, name
+        values, others = getattr(one, what), getattr(other, what)
+        assert values.keys() == others.keys()
+        typical = max(value.abs().max() for value in others.values()) if others else 0
+        for name in values:
+            bound = tolerance * max(others[name].abs().max(), 1e-2 * typical)
+            assert (values[name] - others[name]).abs().max() <= bound, name
 
 
 def check_acceleration(
     model: nn.Module, call: Call, accelerate: Callable, restore: Callable, budget: bool = False
 ) -> Any:
-    """Results as before after `accelerate`, bitwise so after `restore`; names and values of the state unchanged.
+    """Asserts that `accelerate` keeps results and state_dict, and that `restore` gives bitwise the same results.
 
-    budget: hold them to the kernels' error budget, which compares two roundings and so asks for models whose tensors
-    are large enough for them to be alike. Returns the report, with the model restored.
+    budget: assert the kernels' error budget instead of closeness. It compares two rounding errors, so it needs a model
+    whose tensors are large enough for these to be alike. Returns the report; the model is restored.
     """
     kinds = [type(module) for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,7 +1,7 @@
-"""Lets torchvision be imported beside a build of torch that its wheel was not made for, such as a CPU one.
+"""Makes torchvision importable with a build of torch that its wheel was not built for, such as a CPU build.
 
-There its operators do not load, and its import dies of their absence, and takes timm, open_clip and transformers' image
-processors with it, though none of them calls one here. So their names are declared, where the real ones are missing.
+There its operators do not load, so that importing it fails, and with it timm, open_clip and transformers' image
+processors, although no test calls such an operator. This module declares the missing operators' names.
 """
 
 import importlib.util
