@@ -177,7 +177,7 @@ def default_test_that_fails(package: Path, tests: str) -> str:
     command = [sys.executable, "-m", "pytest", *options, f"tests/{tests}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return failed.group(1) if failed else ""
 
 
