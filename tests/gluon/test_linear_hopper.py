@@ -57,10 +57,10 @@ def operands(rows: int, columns: int, depth: int, dtype: torch.dtype = torch.bfl
     return tuple(t.to(dtype) for t in (x, *weights, random(columns), random(columns), random(rows, columns)))
 
 
-def check(ours: Tensor, truth: Tensor, eager: Tensor) -> None:
+def check(project: Tensor, truth: Tensor, eager: Tensor) -> None:
     """The error budget; every element written."""
-    assert ours.isfinite().all()
-    check_error(ours, eager, truth)
+    assert project.isfinite().all()
+    check_error(project, eager, truth)
 
 
 def gelu(x: Tensor) -> Tensor:

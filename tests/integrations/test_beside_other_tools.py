@@ -114,16 +114,16 @@ def test_lora(first):
     def call(model):
         return dict(pooled=model(pixels).pooler_output)
 
-    ours = run(adapted, call)
+    project = run(adapted, call)
     restore(adapted)
-    theirs = run(adapted, call)
-    assert theirs.gradients and all("lora_" in name for name in theirs.gradients)
-    assert_close(ours, theirs)
+    peer = run(adapted, call)
+    assert peer.gradients and all("lora_" in name for name in peer.gradients)
+    assert_close(project, peer)
     with adapted.disable_adapter():
-        assert not torch.allclose(adapted(pixels).pooler_output, theirs.outputs["pooled"], atol=1e-2)
+        assert not torch.allclose(adapted(pixels).pooler_output, peer.outputs["pooled"], atol=1e-2)
     accelerate(adapted)
     merged = adapted.merge_and_unload()
-    torch.testing.assert_close(merged(pixels).pooler_output, theirs.outputs["pooled"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(merged(pixels).pooler_output, peer.outputs["pooled"], atol=1e-5, rtol=1e-4)
     report = accelerate(merged)
     assert any(entry.operations[:1] == ("pre_norm_qkv",) for entry in report.replaced)
 

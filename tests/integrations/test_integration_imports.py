@@ -31,7 +31,7 @@ def test_each_integration_imports_its_library_alone():
     )
     assert run(code) == ["[]", "[]", "['timm']"]
     code = (
-        "import siglip_kernels.integrations.transformers as ours\n"
+        "import siglip_kernels.integrations.transformers as project\n"
         "print(sorted({'timm', 'open_clip'} & set(sys.modules)), 'transformers' in sys.modules)\n"
         "from transformers import AttentionInterface; print('siglip_triton' in AttentionInterface())"
     )

@@ -168,17 +168,17 @@ def arguments_of_the_script(**changed):
 
 
 def test_the_training_script_takes_the_loss_and_gives_it_back():
-    theirs = open_clip.create_loss(arguments_of_the_script())
+    peer = open_clip.create_loss(arguments_of_the_script())
     try:
         register_loss()
         register_loss()
-        ours = open_clip.create_loss(arguments_of_the_script())
-        assert type(ours) is siglip_kernels.SigLipLoss is siglip_open_clip.SigLipLoss
+        project = open_clip.create_loss(arguments_of_the_script())
+        assert type(project) is siglip_kernels.SigLipLoss is siglip_open_clip.SigLipLoss
         assert type(open_clip.create_loss(arguments_of_the_script(siglip=False))) is open_clip.ClipLoss
     finally:
         restore_loss()
-    assert type(open_clip.create_loss(arguments_of_the_script())) is type(theirs) is open_clip.loss.SigLipLoss
-    one, other = (run(siglip(), contrastive(loss)) for loss in (ours, theirs))
+    assert type(open_clip.create_loss(arguments_of_the_script())) is type(peer) is open_clip.loss.SigLipLoss
+    one, other = (run(siglip(), contrastive(loss)) for loss in (project, peer))
     assert_close(one, other)
 
 

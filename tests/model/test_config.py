@@ -16,7 +16,7 @@ PAIRS = [
 ]
 
 
-def in_common(ours: dict, theirs: dict) -> tuple[dict, dict]:
+def in_common(project: dict, peer: dict) -> tuple[dict, dict]:
     """Both without the fields that only one of them writes (transformers adds its version and generic switches)."""
     foreign = {"transformers_version", "architectures", "dtype", "chunk_size_feed_forward", "is_encoder_decoder"}
     foreign |= {"_name_or_path"}
@@ -26,26 +26,30 @@ def in_common(ours: dict, theirs: dict) -> tuple[dict, dict]:
         values["id2label"] = {str(index): label for index, label in values["id2label"].items()}
         return values
 
-    return plain(ours), plain(theirs)
+    return plain(project), plain(peer)
 
 
-@pytest.mark.parametrize("ours, theirs", PAIRS)
-def test_defaults_are_those_of_transformers(ours: type, theirs: type) -> None:
-    mine, other = in_common(ours().to_dict(), theirs().to_dict())
+@pytest.mark.parametrize("project, peer", PAIRS)
+def test_defaults_are_those_of_transformers(project: type, peer: type) -> None:
+    mine, other = in_common(project().to_dict(), peer().to_dict())
     assert mine == other
 
 
-@pytest.mark.parametrize("ours, theirs", PAIRS)
-def test_files_travel_both_ways(ours: type, theirs: type, tmp_path: Path) -> None:
-    theirs(id2label={0: "cat", 1: "dog", 2: "bird"}, problem_type="single_label_classification").save_pretrained(
-        tmp_path / "theirs"
+@pytest.mark.parametrize("project, peer", PAIRS)
+def test_files_travel_both_ways(project: type, peer: type, tmp_path: Path) -> None:
+    peer(id2label={0: "cat", 1: "dog", 2: "bird"}, problem_type="single_label_classification").save_pretrained(
+        tmp_path / "peer"
     )
-    config = ours.from_pretrained(tmp_path / "theirs")
+    config = project.from_pretrained(tmp_path / "peer")
     assert config.id2label == {0: "cat", 1: "dog", 2: "bird"} and config.num_labels == 3
     assert config.label2id == {"cat": 0, "dog": 1, "bird": 2}
-    config.save_pretrained(tmp_path / "ours")
-    assert json.loads((tmp_path / "ours/config.json").read_text())["id2label"] == {"0": "cat", "1": "dog", "2": "bird"}
-    mine, other = in_common(config.to_dict(), theirs.from_pretrained(tmp_path / "ours").to_dict())
+    config.save_pretrained(tmp_path / "project")
+    assert json.loads((tmp_path / "project/config.json").read_text())["id2label"] == {
+        "0": "cat",
+        "1": "dog",
+        "2": "bird",
+    }
+    mine, other = in_common(config.to_dict(), peer.from_pretrained(tmp_path / "project").to_dict())
     assert mine == other
 
 

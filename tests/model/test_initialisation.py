@@ -14,15 +14,15 @@ VISION = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_a
 def test_spread_of_every_tensor(name: str) -> None:
     torch.manual_seed(0)
     config = {"text_config": TEXT, "vision_config": VISION, "num_labels": 200}
-    ours = getattr(siglip_model, name)(siglip_model.SiglipConfig(**config)).state_dict()
-    theirs = getattr(transformers, name)(transformers.SiglipConfig(**config)).state_dict()
-    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
-    for key, value in theirs.items():
+    project = getattr(siglip_model, name)(siglip_model.SiglipConfig(**config)).state_dict()
+    peer = getattr(transformers, name)(transformers.SiglipConfig(**config)).state_dict()
+    assert {key: value.shape for key, value in project.items()} == {key: value.shape for key, value in peer.items()}
+    for key, value in peer.items():
         if value.numel() == 1 or value.eq(value.flatten()[0]).all():  # a constant
-            assert torch.equal(ours[key], value), key
+            assert torch.equal(project[key], value), key
         else:
             tolerance = 5 * (0.5 / value.numel()) ** 0.5  # five standard errors of a standard deviation, twice
-            assert abs(ours[key].std() / value.std() - 1) < 2 * tolerance, key
+            assert abs(project[key].std() / value.std() - 1) < 2 * tolerance, key
 
 
 def test_a_seed_repeats() -> None:
@@ -46,9 +46,9 @@ def test_published_shapes(name: str) -> None:
     """Names and shapes of all tensors of two published checkpoints, on the meta device."""
     text, vision, parameters = PUBLISHED[name]
     with torch.device("meta"):
-        ours = siglip_model.SiglipModel(siglip_model.SiglipConfig(text_config=text, vision_config=vision))
-        theirs = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
-    assert ours.num_parameters() == parameters
-    assert {key: value.shape for key, value in ours.state_dict().items()} == {
-        key: value.shape for key, value in theirs.state_dict().items()
+        project = siglip_model.SiglipModel(siglip_model.SiglipConfig(text_config=text, vision_config=vision))
+        peer = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+    assert project.num_parameters() == parameters
+    assert {key: value.shape for key, value in project.state_dict().items()} == {
+        key: value.shape for key, value in peer.state_dict().items()
     }

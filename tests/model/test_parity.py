@@ -11,7 +11,7 @@ from oracle import (
     SO400M_LIKE,
     TINY_TEXT,
     TINY_VISION,
-    our_model,
+    project_model,
     randomised,
     same_weights,
     transformers_model,
@@ -31,8 +31,8 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def batch(theirs: transformers.SiglipModel, size: int = 3) -> dict[str, torch.Tensor]:
-    text, vision = theirs.config.text_config, theirs.config.vision_config
+def batch(peer: transformers.SiglipModel, size: int = 3) -> dict[str, torch.Tensor]:
+    text, vision = peer.config.text_config, peer.config.vision_config
     return {
         "input_ids": torch.randint(0, text.vocab_size, (size, text.max_position_embeddings)),
         "pixel_values": torch.randn(size, 3, vision.image_size, vision.image_size),
@@ -42,24 +42,24 @@ def batch(theirs: transformers.SiglipModel, size: int = 3) -> dict[str, torch.Te
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_output_field(shape: str, backend: str) -> None:
-    theirs = transformers_model(*SHAPES[shape])
-    ours = our_model(theirs, backend)
-    inputs = batch(theirs)
+    peer = transformers_model(*SHAPES[shape])
+    project = project_model(peer, backend)
+    inputs = batch(peer)
     with torch.no_grad():
-        assert worst_difference(ours(**inputs, **EVERYTHING), theirs(**inputs, **EVERYTHING)) < TOLERANCE
+        assert worst_difference(project(**inputs, **EVERYTHING), peer(**inputs, **EVERYTHING)) < TOLERANCE
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("shape", ["tiny", "so400m"])
 def test_gradient_of_every_parameter(shape: str, backend: str) -> None:
-    theirs = transformers_model(*SHAPES[shape])
-    ours = our_model(theirs, backend)
-    inputs = batch(theirs)
-    for model in (ours, theirs):
+    peer = transformers_model(*SHAPES[shape])
+    project = project_model(peer, backend)
+    inputs = batch(peer)
+    for model in (project, peer):
         model(**inputs, return_loss=True).loss.backward()
-    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    assert {name for name, _ in ours.named_parameters()} == expected.keys()
-    for name, parameter in ours.named_parameters():
+    expected = {name: parameter.grad for name, parameter in peer.named_parameters()}
+    assert {name for name, _ in project.named_parameters()} == expected.keys()
+    for name, parameter in project.named_parameters():
         # Tokens are small here (see `randomised`), so gradients behind them are large: relative where above 1.
         bound = TOLERANCE * max(1.0, expected[name].abs().max().item())
         assert (parameter.grad - expected[name]).abs().max() < bound, name
@@ -79,40 +79,40 @@ def text_masks(batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", ["padded", "padded bool", "holes", "float", "dense"])
 def test_attention_mask(kind: str, backend: str) -> None:
-    theirs = transformers_model(TINY_TEXT, TINY_VISION, backend)
-    ours = our_model(theirs, backend)
-    inputs = batch(theirs)
+    peer = transformers_model(TINY_TEXT, TINY_VISION, backend)
+    project = project_model(peer, backend)
+    inputs = batch(peer)
     inputs["attention_mask"] = text_masks(3, inputs["input_ids"].shape[1])[kind]
     with torch.no_grad():
-        assert worst_difference(ours(**inputs), theirs(**inputs)) < TOLERANCE
-        unmasked = ours(**{**inputs, "attention_mask": None})
-    assert (unmasked.logits_per_text - ours(**inputs).logits_per_text).abs().max() > 1e-4
+        assert worst_difference(project(**inputs), peer(**inputs)) < TOLERANCE
+        unmasked = project(**{**inputs, "attention_mask": None})
+    assert (unmasked.logits_per_text - project(**inputs).logits_per_text).abs().max() > 1e-4
 
 
 def test_position_ids_and_shorter_texts() -> None:
-    theirs = transformers_model(TINY_TEXT, TINY_VISION)
-    ours = our_model(theirs, "sdpa")
+    peer = transformers_model(TINY_TEXT, TINY_VISION)
+    project = project_model(peer, "sdpa")
     ids = torch.randint(0, 99, (2, 7))
     positions = torch.tensor([[3, 1, 4, 1, 5, 9, 2]])
     for given in (None, positions):
-        expected = theirs.get_text_features(ids, position_ids=given)
-        assert worst_difference(ours.get_text_features(ids, position_ids=given), expected) < TOLERANCE
+        expected = peer.get_text_features(ids, position_ids=given)
+        assert worst_difference(project.get_text_features(ids, position_ids=given), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", [(48, 48), (64, 80), (96, 96), (50, 47), (24, 96), (17, 40)])
 def test_interpolated_position_embedding(size: tuple[int, int]) -> None:
-    theirs = transformers_model(TINY_TEXT, TINY_VISION)
-    ours = our_model(theirs, "sdpa")
+    peer = transformers_model(TINY_TEXT, TINY_VISION)
+    project = project_model(peer, "sdpa")
     pixels = torch.randn(2, 3, *size)
-    expected = theirs.get_image_features(pixels, interpolate_pos_encoding=True)
-    assert worst_difference(ours.get_image_features(pixels, interpolate_pos_encoding=True), expected) < TOLERANCE
+    expected = peer.get_image_features(pixels, interpolate_pos_encoding=True)
+    assert worst_difference(project.get_image_features(pixels, interpolate_pos_encoding=True), expected) < TOLERANCE
 
 
 def test_images_not_a_multiple_of_the_patch_are_cropped_as_there() -> None:
-    theirs = transformers_model(TINY_TEXT, TINY_VISION)
+    peer = transformers_model(TINY_TEXT, TINY_VISION)
     pixels = torch.randn(2, 3, 63, 50)
     assert (
-        worst_difference(our_model(theirs, "sdpa").get_image_features(pixels), theirs.get_image_features(pixels))
+        worst_difference(project_model(peer, "sdpa").get_image_features(pixels), peer.get_image_features(pixels))
         < TOLERANCE
     )
 
@@ -120,22 +120,22 @@ def test_images_not_a_multiple_of_the_patch_are_cropped_as_there() -> None:
 @pytest.mark.parametrize("use_head", [True, False])
 def test_vision_model_alone(use_head: bool) -> None:
     config = transformers.SiglipVisionConfig(**TINY_VISION, vision_use_head=use_head)
-    theirs = randomised(transformers.SiglipVisionModel(config))
-    ours = siglip_model.SiglipVisionModel(siglip_model.SiglipVisionConfig.from_dict(config.to_dict()))
-    same_weights(ours, theirs)
+    peer = randomised(transformers.SiglipVisionModel(config))
+    project = siglip_model.SiglipVisionModel(siglip_model.SiglipVisionConfig.from_dict(config.to_dict()))
+    same_weights(project, peer)
     pixels = torch.randn(2, 3, 48, 48)
-    output = ours(pixels, output_hidden_states=True)
-    assert worst_difference(output, theirs(pixels, output_hidden_states=True)) < TOLERANCE
+    output = project(pixels, output_hidden_states=True)
+    assert worst_difference(output, peer(pixels, output_hidden_states=True)) < TOLERANCE
     assert (output.pooler_output is None) == (not use_head)
-    assert len(output) == len(theirs(pixels, output_hidden_states=True))
+    assert len(output) == len(peer(pixels, output_hidden_states=True))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu", "relu", "gelu_fast", "silu"])
 def test_other_activations(activation: str) -> None:
-    theirs = transformers_model({**TINY_TEXT, "hidden_act": activation}, {**TINY_VISION, "hidden_act": activation})
-    inputs = batch(theirs)
+    peer = transformers_model({**TINY_TEXT, "hidden_act": activation}, {**TINY_VISION, "hidden_act": activation})
+    inputs = batch(peer)
     with torch.no_grad():
-        assert worst_difference(our_model(theirs, "sdpa")(**inputs), theirs(**inputs)) < TOLERANCE
+        assert worst_difference(project_model(peer, "sdpa")(**inputs), peer(**inputs)) < TOLERANCE
 
 
 LABELS = {
@@ -152,17 +152,17 @@ def test_classification(problem: str, given: bool) -> None:
     config = transformers.SiglipConfig(
         text_config=TINY_TEXT, vision_config=TINY_VISION, num_labels=count, problem_type=problem if given else None
     )
-    theirs = randomised(transformers.SiglipForImageClassification(config))
-    ours = siglip_model.SiglipForImageClassification(siglip_model.SiglipConfig.from_dict(config.to_dict()))
-    same_weights(ours, theirs)
+    peer = randomised(transformers.SiglipForImageClassification(config))
+    project = siglip_model.SiglipForImageClassification(siglip_model.SiglipConfig.from_dict(config.to_dict()))
+    same_weights(project, peer)
     pixels = torch.randn(3, 3, 48, 48)
-    outputs = [model(pixels, labels=labels, output_hidden_states=True) for model in (ours, theirs)]
+    outputs = [model(pixels, labels=labels, output_hidden_states=True) for model in (project, peer)]
     assert worst_difference(*outputs) < TOLERANCE
-    assert ours.config.problem_type == problem
+    assert project.config.problem_type == problem
     for output in outputs:
         output.loss.backward()
-    expected = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
+    expected = dict(peer.named_parameters())
+    for name, parameter in project.named_parameters():
         if expected[name].grad is None:  # the pooling head is not used
             assert parameter.grad is None, name
         else:
@@ -181,96 +181,98 @@ def test_regression_of_several_values() -> None:
 
 
 def test_outputs_index_as_transformers_do() -> None:
-    theirs = transformers_model(TINY_TEXT, TINY_VISION)
-    ours = our_model(theirs, "sdpa")
-    inputs = batch(theirs)
+    peer = transformers_model(TINY_TEXT, TINY_VISION)
+    project = project_model(peer, "sdpa")
+    inputs = batch(peer)
     for asked in ({}, {"return_loss": True}):
-        mine, other = ours(**inputs, **asked), theirs(**inputs, **asked)
+        mine, other = project(**inputs, **asked), peer(**inputs, **asked)
         assert list(mine.keys()) == list(other.keys())
         assert list(mine) == list(other) and len(mine) == len(other)
         assert [type(part) is tuple for part in mine.to_tuple()] == [type(part) is tuple for part in other.to_tuple()]
         assert torch.equal(mine[0], mine["logits_per_image" if not asked else "loss"])
         assert torch.equal(mine[:2][1], mine.to_tuple()[1])
-        plain = ours(**inputs, **asked, return_dict=False)
-        assert isinstance(plain, tuple) and len(plain) == len(theirs(**inputs, **asked, return_dict=False))
+        plain = project(**inputs, **asked, return_dict=False)
+        assert isinstance(plain, tuple) and len(plain) == len(peer(**inputs, **asked, return_dict=False))
         assert isinstance(plain[-1], tuple)
     with pytest.raises(KeyError):
-        ours(**inputs)["loss"]
+        project(**inputs)["loss"]
 
 
 def test_tuples_where_the_configuration_wants_them() -> None:
-    theirs = transformers_model(TINY_TEXT, TINY_VISION)
-    ours = our_model(theirs, "sdpa")
-    inputs = batch(theirs)
-    for model in (ours, theirs):
+    peer = transformers_model(TINY_TEXT, TINY_VISION)
+    project = project_model(peer, "sdpa")
+    inputs = batch(peer)
+    for model in (project, peer):
         model.config.return_dict = False
         assert isinstance(model(**inputs), tuple)
         assert isinstance(model.get_text_features(inputs["input_ids"]), tuple)
         assert isinstance(model.get_image_features(inputs["pixel_values"]), tuple)
         assert not isinstance(model.get_image_features(inputs["pixel_values"], return_dict=True), tuple)
     with torch.no_grad():
-        assert worst_difference(ours(**inputs), theirs(**inputs)) < TOLERANCE
+        assert worst_difference(project(**inputs), peer(**inputs)) < TOLERANCE
 
 
 def test_attention_weights_come_from_the_reference_path_under_sdpa(caplog: pytest.LogCaptureFixture) -> None:
-    theirs = transformers_model(TINY_TEXT, TINY_VISION)
-    inputs = batch(theirs)
-    expected = theirs(**inputs, output_attentions=True)
-    assert worst_difference(our_model(theirs, "sdpa")(**inputs, output_attentions=True), expected) < TOLERANCE
+    peer = transformers_model(TINY_TEXT, TINY_VISION)
+    inputs = batch(peer)
+    expected = peer(**inputs, output_attentions=True)
+    assert worst_difference(project_model(peer, "sdpa")(**inputs, output_attentions=True), expected) < TOLERANCE
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    theirs = transformers_model(TINY_TEXT, TINY_VISION)
-    inputs = batch(theirs)
+    peer = transformers_model(TINY_TEXT, TINY_VISION)
+    inputs = batch(peer)
     gradients = []
     for arguments in (None, {}, {"use_reentrant": True}, {"preserve_rng_state": False}):
-        ours = our_model(theirs, "sdpa").train()
+        project = project_model(peer, "sdpa").train()
         if arguments is not None:
-            ours.activation_checkpointing_enable(arguments, every_n_layers=len(arguments) + 1)
-        assert ours.is_gradient_checkpointing == (arguments is not None)
-        ours(**inputs, return_loss=True).loss.backward()
-        gradients.append([parameter.grad for parameter in ours.parameters()])
+            project.activation_checkpointing_enable(arguments, every_n_layers=len(arguments) + 1)
+        assert project.is_gradient_checkpointing == (arguments is not None)
+        project(**inputs, return_loss=True).loss.backward()
+        gradients.append([parameter.grad for parameter in project.parameters()])
     for kept, *recomputed in zip(*gradients, strict=True):
         assert all(torch.equal(kept, again) for again in recomputed)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_layers_behind_frozen_embeddings_learn_when_checkpointed(use_reentrant: bool) -> None:
-    theirs = transformers_model(TINY_TEXT, TINY_VISION)
-    ours = our_model(theirs, "sdpa").train()
-    inputs = batch(theirs)
-    for tower in (ours.text_model, ours.vision_model):
+    peer = transformers_model(TINY_TEXT, TINY_VISION)
+    project = project_model(peer, "sdpa").train()
+    inputs = batch(peer)
+    for tower in (project.text_model, project.vision_model):
         tower.embeddings.requires_grad_(False)
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            ours.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        ours.zero_grad()
-        ours(**inputs, return_loss=True).loss.backward()
-        gradients.append({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() == {n for n, p in ours.named_parameters() if p.requires_grad}
+            project.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        project.zero_grad()
+        project(**inputs, return_loss=True).loss.backward()
+        gradients.append({name: p.grad for name, p in project.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == {n for n, p in project.named_parameters() if p.requires_grad}
     for name, expected in gradients[0].items():
         assert torch.equal(gradients[1][name], expected), name
-    ours.vision_model.requires_grad_(False)
-    assert not ours.get_image_features(inputs["pixel_values"]).last_hidden_state.requires_grad  # and costs no backward
+    project.vision_model.requires_grad_(False)
+    assert not project.get_image_features(
+        inputs["pixel_values"]
+    ).last_hidden_state.requires_grad  # and costs no backward
 
 
 def test_every_second_layer_is_recomputed() -> None:
-    ours = our_model(transformers_model(TINY_TEXT, TINY_VISION), "sdpa").vision_model.train()
+    project = project_model(transformers_model(TINY_TEXT, TINY_VISION), "sdpa").vision_model.train()
     calls: list[int] = []
-    for number, layer in enumerate(ours.encoder.layers):
+    for number, layer in enumerate(project.encoder.layers):
         layer.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
-    ours.gradient_checkpointing_enable(every_n_layers=2)
-    ours(torch.randn(1, 3, 48, 48)).pooler_output.sum().backward()
+    project.gradient_checkpointing_enable(every_n_layers=2)
+    project(torch.randn(1, 3, 48, 48)).pooler_output.sum().backward()
     assert sorted(calls) == [0, 0, 1, 2, 2]
     calls.clear()
-    ours.gradient_checkpointing_disable()
-    ours(torch.randn(1, 3, 48, 48)).pooler_output.sum().backward()
+    project.gradient_checkpointing_disable()
+    project(torch.randn(1, 3, 48, 48)).pooler_output.sum().backward()
     assert calls == [0, 1, 2]
     with pytest.raises(ValueError, match="offload is True; supported: False"):
-        ours.activation_checkpointing_enable(offload=True)
+        project.activation_checkpointing_enable(offload=True)
     with pytest.raises(ValueError, match="every_n_layers is 0; supported: 1 and more"):
-        ours.activation_checkpointing_enable(every_n_layers=0)
+        project.activation_checkpointing_enable(every_n_layers=0)
 
 
 def test_trainer_of_transformers(tmp_path: Path) -> None:
@@ -280,9 +282,9 @@ def test_trainer_of_transformers(tmp_path: Path) -> None:
         stacked = {name: torch.stack([pair[name] for pair in chosen]) for name in chosen[0]}
         return {**stacked, "return_loss": True}
 
-    theirs = transformers_model(TINY_TEXT, TINY_VISION)
-    model = our_model(theirs, "sdpa")
-    assert model.num_parameters(exclude_embeddings=True) == theirs.num_parameters(exclude_embeddings=True)
+    peer = transformers_model(TINY_TEXT, TINY_VISION)
+    model = project_model(peer, "sdpa")
+    assert model.num_parameters(exclude_embeddings=True) == peer.num_parameters(exclude_embeddings=True)
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_checkpointing=True, bf16=True, use_cpu=True,
         save_strategy="no", report_to=[], remove_unused_columns=False,
@@ -294,11 +296,11 @@ def test_trainer_of_transformers(tmp_path: Path) -> None:
 
 
 def test_bf16_loss_is_fp32_as_there() -> None:
-    theirs = transformers_model(TINY_TEXT, TINY_VISION).bfloat16()
-    inputs = batch(theirs)
-    loss = our_model(theirs, "eager").bfloat16()(**inputs, return_loss=True).loss
+    peer = transformers_model(TINY_TEXT, TINY_VISION).bfloat16()
+    inputs = batch(peer)
+    loss = project_model(peer, "eager").bfloat16()(**inputs, return_loss=True).loss
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, theirs(**inputs, return_loss=True).loss, rtol=2e-2, atol=0)
+    torch.testing.assert_close(loss, peer(**inputs, return_loss=True).loss, rtol=2e-2, atol=0)
 
 
 # The parity tests must fail when the model is wrong ------------------------------------------------------------------
@@ -335,29 +337,29 @@ def wrong_head_eps(monkeypatch: pytest.MonkeyPatch, model: siglip_model.SiglipMo
 
 @pytest.mark.parametrize("mutate", [wrong_gelu, wrong_eps, wrong_pooling_token, wrong_scale, wrong_head_eps])
 def test_a_changed_constant_is_seen(mutate, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = transformers_model(TINY_TEXT, TINY_VISION)
-    ours = our_model(theirs, "sdpa")
-    inputs = batch(theirs)
+    peer = transformers_model(TINY_TEXT, TINY_VISION)
+    project = project_model(peer, "sdpa")
+    inputs = batch(peer)
     with torch.no_grad():
-        expected = theirs(**inputs)
-        assert worst_difference(ours(**inputs), expected) < TOLERANCE
-        mutate(monkeypatch, ours)
-        assert worst_difference(ours(**inputs), expected) > TOLERANCE
+        expected = peer(**inputs)
+        assert worst_difference(project(**inputs), expected) < TOLERANCE
+        mutate(monkeypatch, project)
+        assert worst_difference(project(**inputs), expected) > TOLERANCE
 
 
 def test_text_model_alone() -> None:
     config = transformers.SiglipTextConfig(**TINY_TEXT, projection_size=40)
-    theirs = randomised(transformers.SiglipTextModel(config))
-    ours = siglip_model.SiglipTextModel(siglip_model.SiglipTextConfig.from_dict(config.to_dict()))
-    same_weights(ours, theirs)
+    peer = randomised(transformers.SiglipTextModel(config))
+    project = siglip_model.SiglipTextModel(siglip_model.SiglipTextConfig.from_dict(config.to_dict()))
+    same_weights(project, peer)
     ids = torch.randint(0, 99, (2, 16))
-    output = ours(ids, output_hidden_states=True)
+    output = project(ids, output_hidden_states=True)
     assert output.pooler_output.shape == (2, 40)
-    assert worst_difference(output, theirs(ids, output_hidden_states=True)) < TOLERANCE
+    assert worst_difference(output, peer(ids, output_hidden_states=True)) < TOLERANCE
 
 
 def test_empty_batches() -> None:
-    model = our_model(transformers_model(TINY_TEXT, TINY_VISION), "sdpa")
+    model = project_model(transformers_model(TINY_TEXT, TINY_VISION), "sdpa")
     output = model(torch.zeros(0, 16, dtype=torch.long), torch.zeros(2, 3, 48, 48))
     assert output.logits_per_image.shape == (2, 0)
     assert model.get_image_features(torch.zeros(0, 3, 48, 48)).pooler_output.shape == (0, 64)

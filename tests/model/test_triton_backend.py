@@ -80,11 +80,11 @@ def test_image_text_loss_and_gradients_within_the_budget(name: str, dtype: torch
         inputs["attention_mask"] = padding()
     found = {}
     for backend, precision in (("fp64", torch.float64), ("eager", dtype), ("triton", dtype)):
-        ours = siglip_model.SiglipModel(config, backend="eager" if backend == "fp64" else backend)
-        ours.load_state_dict(weights)
+        project = siglip_model.SiglipModel(config, backend="eager" if backend == "fp64" else backend)
+        project.load_state_dict(weights)
         # The pixels are rounded to the weights' dtype for all three.
         pixels = inputs["pixel_values"].to(dtype).to(precision)
-        found[backend] = results(ours.to(DEVICE, precision).eval(), {**inputs, "pixel_values": pixels})
+        found[backend] = results(project.to(DEVICE, precision).eval(), {**inputs, "pixel_values": pixels})
     for key, exact in found["fp64"].items():
         assert found["triton"][key].dtype == found["eager"][key].dtype, key
         size = 8.0 if exact.numel() == 1 else 0.0
@@ -97,9 +97,9 @@ def test_hidden_states_and_attention_weights(masked: bool, caplog: pytest.LogCap
     inputs = {**batch(), **({"attention_mask": padding()} if masked else {})}
     everything = {**inputs, "output_hidden_states": True, "output_attentions": True, "return_loss": True}
     with torch.no_grad(), caplog.at_level(logging.WARNING):
-        ours = model("triton")
-        close(ours(**everything), model("eager")(**everything))
-        ours(**everything)
+        project = model("triton")
+        close(project(**everything), model("eager")(**everything))
+        project(**everything)
     said = [record for record in caplog.records if "triton backend keeps no attention weights" in record.message]
     assert len(said) == 1
 
@@ -109,33 +109,35 @@ def test_interpolated_images(size: tuple[int, int]) -> None:
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     outputs = []
     for backend in ("triton", "eager"):
-        ours = model(backend)
-        outputs.append(ours.get_image_features(pixels, interpolate_pos_encoding=True))
+        project = model(backend)
+        outputs.append(project.get_image_features(pixels, interpolate_pos_encoding=True))
         outputs[-1].pooler_output.square().sum().backward()
-        outputs.append(ours.vision_model.embeddings.position_embedding.weight.grad)
+        outputs.append(project.vision_model.embeddings.position_embedding.weight.grad)
     close(outputs[0], outputs[2])
     torch.testing.assert_close(outputs[1], outputs[3], rtol=1e-4, atol=1e-4)
 
 
 def test_masks_of_other_kinds_are_refused() -> None:
-    ours = model("triton")
+    project = model("triton")
     for mask, message in (
         (1 - padding(), "valid tokens after padding"),
         (torch.ones(3, 1, 16, 16, device=DEVICE), "attention_mask has 4 dimensions"),
     ):
         with pytest.raises(ValueError, match=message):
-            ours(**batch(), attention_mask=mask)
+            project(**batch(), attention_mask=mask)
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
 def test_a_mask_of_another_shape_than_the_texts(backend: str) -> None:
-    ours = model(backend)
+    project = model(backend)
     for shape in ((3, 15), (2, 16), (3, 17)):
         with pytest.raises(ValueError, match=r"attention_mask has shape .*; supported: \(3, 16\), that of input_ids"):
-            ours(**batch(), attention_mask=torch.ones(shape, device=DEVICE))
+            project(**batch(), attention_mask=torch.ones(shape, device=DEVICE))
     with torch.no_grad():
         close(
-            ours(**batch(), attention_mask=padding()[1:2]), ours(**batch(), attention_mask=padding()[[1, 1, 1]]), 1e-6
+            project(**batch(), attention_mask=padding()[1:2]),
+            project(**batch(), attention_mask=padding()[[1, 1, 1]]),
+            1e-6,
         )
 
 
@@ -156,10 +158,10 @@ def test_towers_alone(kind: str) -> None:
     weights = randomised(getattr(siglip_model, kind)(config)).state_dict()
     outputs = []
     for backend in ("triton", "eager"):
-        ours = getattr(siglip_model, kind)(config, backend=backend)
-        ours.load_state_dict(weights)
+        project = getattr(siglip_model, kind)(config, backend=backend)
+        project.load_state_dict(weights)
         with torch.no_grad():
-            outputs.append(ours.to(DEVICE).eval()(batch()["input_ids" if text else "pixel_values"]))
+            outputs.append(project.to(DEVICE).eval()(batch()["input_ids" if text else "pixel_values"]))
     close(*outputs)
 
 
@@ -167,10 +169,10 @@ def test_classification() -> None:
     inputs = {"pixel_values": batch()["pixel_values"], "labels": torch.tensor([4, 0, 2], device=DEVICE)}
     outputs, gradients = [], []
     for backend in ("triton", "eager"):
-        ours = model(backend, "SiglipForImageClassification")
-        outputs.append(ours(**inputs))
+        project = model(backend, "SiglipForImageClassification")
+        outputs.append(project(**inputs))
         outputs[-1].loss.backward()
-        gradients.append({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
+        gradients.append({name: p.grad for name, p in project.named_parameters() if p.grad is not None})
     close(*outputs)
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[1].items():
@@ -191,10 +193,10 @@ def test_empty_batches(images: int, texts: int) -> None:
     inputs = {"pixel_values": batch()["pixel_values"][:images], "input_ids": batch()["input_ids"][:texts]}
     outputs = []
     for backend in ("triton", "eager"):
-        ours = model(backend)
-        outputs.append(ours(**inputs))
+        project = model(backend)
+        outputs.append(project(**inputs))
         outputs[-1].logits_per_image.sum().backward()
-        assert all(p.grad is None or p.grad.isfinite().all() for p in ours.parameters())
+        assert all(p.grad is None or p.grad.isfinite().all() for p in project.parameters())
     assert outputs[0].logits_per_image.shape == outputs[1].logits_per_image.shape == (images, texts)
     assert outputs[0].vision_model_output.last_hidden_state.shape == (images, 9, 64)
 
@@ -209,13 +211,13 @@ def test_dropout() -> None:
 def test_gradient_checkpointing_gives_the_same_bits() -> None:
     gradients = []
     for enable in (False, True):
-        ours = model("triton").train()
+        project = model("triton").train()
         if enable:
-            ours.gradient_checkpointing_enable()
-        assert ours.is_gradient_checkpointing == enable
-        gradients.append(results(ours, batch()))
-    ours.gradient_checkpointing_disable()
-    assert not ours.is_gradient_checkpointing
+            project.gradient_checkpointing_enable()
+        assert project.is_gradient_checkpointing == enable
+        gradients.append(results(project, batch()))
+    project.gradient_checkpointing_disable()
+    assert not project.is_gradient_checkpointing
     for name, expected in gradients[0].items():
         assert torch.equal(gradients[1][name], expected), name
 
@@ -225,11 +227,11 @@ def test_only_what_is_trained_gets_gradients() -> None:
                "vision_model.head.probe", "text_model.head.weight", "logit_bias")  # fmt: skip
     gradients = []
     for backend in ("triton", "eager"):
-        ours = model(backend)
-        for name, parameter in ours.named_parameters():
+        project = model(backend)
+        for name, parameter in project.named_parameters():
             parameter.requires_grad_(name in trained)
-        ours(**batch(), return_loss=True).loss.backward()
-        gradients.append({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
+        project(**batch(), return_loss=True).loss.backward()
+        gradients.append({name: p.grad for name, p in project.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() == set(trained)
     for name, expected in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], expected, rtol=1e-4, atol=1e-6, msg=name)
@@ -249,53 +251,53 @@ def test_autocast(dtype: torch.dtype) -> None:
     """Results have the dtypes of eager's, and are as close to fp32's."""
     found = {}
     for backend in ("eager", "triton"):
-        ours = model(backend)
+        project = model(backend)
         with torch.autocast(DEVICE, dtype):
-            output = ours(**batch(), return_loss=True)
+            output = project(**batch(), return_loss=True)
         output.loss.backward()
-        found[backend] = (output, [p.grad for p in ours.parameters()])
+        found[backend] = (output, [p.grad for p in project.parameters()])
     exact = model("eager")(**batch(), return_loss=True)
     exact.loss.backward()
     for field in ("logits_per_image", "image_embeds", "text_embeds", "loss"):
-        mine, theirs = found["triton"][0][field], found["eager"][0][field]
-        assert mine.dtype == theirs.dtype, field
-        check_error(mine, theirs, exact[field], field, dtype=dtype)
+        mine, peer = found["triton"][0][field], found["eager"][0][field]
+        assert mine.dtype == peer.dtype, field
+        check_error(mine, peer, exact[field], field, dtype=dtype)
     assert {gradient.dtype for gradient in found["triton"][1]} == {torch.float32}
-    for mine, theirs in zip(found["triton"][1], found["eager"][1], strict=True):
-        assert (mine - theirs).norm() <= 0.05 * theirs.norm() + 1e-3
+    for mine, peer in zip(found["triton"][1], found["eager"][1], strict=True):
+        assert (mine - peer).norm() <= 0.05 * peer.norm() + 1e-3
 
 
 def test_grad_scaler_skips_a_step_that_overflows() -> None:
-    ours = model("triton").train()
-    optimizer = torch.optim.SGD(ours.parameters(), lr=0.01)
+    project = model("triton").train()
+    optimizer = torch.optim.SGD(project.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(DEVICE, torch.float16):
-            loss = ours(**batch(), return_loss=True).loss
+            loss = project(**batch(), return_loss=True).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
-    before = ours.text_model.head.weight.detach().clone()
+    before = project.text_model.head.weight.detach().clone()
     step()
-    after = ours.text_model.head.weight.detach().clone()
+    after = project.text_model.head.weight.detach().clone()
     assert not torch.equal(before, after) and after.isfinite().all()
     scaler.update(2.0**100)
     step()
-    assert torch.equal(ours.text_model.head.weight, after)  # infinite gradients: no step, a lower scale
+    assert torch.equal(project.text_model.head.weight, after)  # infinite gradients: no step, a lower scale
     assert scaler.get_scale() < 2.0**100
 
 
 def test_the_backend_changes_at_any_time() -> None:
-    ours = model("eager")
+    project = model("eager")
     with torch.no_grad():
-        before = ours(**batch())
-        ours.set_backend("triton")
-        close(ours(**batch()), before)
-        ours.set_backend("sdpa")
-        close(ours(**batch()), before)
+        before = project(**batch())
+        project.set_backend("triton")
+        close(project(**batch()), before)
+        project.set_backend("sdpa")
+        close(project(**batch()), before)
 
 
 def test_every_operation_is_ours() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from oracle import TINY_TEXT, TINY_VISION, our_model, randomised, transformers_model
+from oracle import TINY_TEXT, TINY_VISION, project_model, randomised, transformers_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -254,12 +254,12 @@ def test_lora_of_peft(backend: str) -> None:
 
 
 def test_hooks_see_what_they_see_in_transformers() -> None:
-    theirs = transformers_model({**TINY_TEXT, **ONE_LAYER}, {**TINY_VISION, **ONE_LAYER}).to(DEVICE)
-    ours = our_model(theirs, "sdpa").to(DEVICE)
+    peer = transformers_model({**TINY_TEXT, **ONE_LAYER}, {**TINY_VISION, **ONE_LAYER}).to(DEVICE)
+    project = project_model(peer, "sdpa").to(DEVICE)
     hidden = "vision_model.head.attention.out_proj"  # nn.MultiheadAttention takes its parameters
     visible = [name for name in MODULES if name != hidden]
     seen: list[dict[str, Tensor]] = []
-    for each in (theirs, ours):
+    for each in (peer, project):
         outputs: dict[str, Tensor] = {}
 
         def keep(name: str, outputs: dict[str, Tensor]) -> Callable[..., None]:
@@ -305,18 +305,18 @@ def counting(ops: backends.Backend, calls: list[str]) -> backends.Backend:
 
 def test_a_layer_is_four_operations() -> None:
     calls: list[str] = []
-    ours = model("sdpa").vision_model
-    ops = counting(ours._backend, calls)
-    for module in ours.modules():
+    project = model("sdpa").vision_model
+    ops = counting(project._backend, calls)
+    for module in project.modules():
         if hasattr(module, "ops"):
             module.ops = ops
-    ours(torch.randn(1, 3, 48, 48, device=DEVICE))
+    project(torch.randn(1, 3, 48, 48, device=DEVICE))
     layer = ["pre_norm_qkv", "attention", "linear", "pre_norm_mlp"]
     assert calls == ["patch_embed", *layer, "layer_norm", "attention_pool", "pre_norm_mlp"]
     calls.clear()
-    ours.encoder.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: None)
-    ours.encoder.layers[0].mlp.fc1.register_forward_hook(lambda *_: None)
-    ours.encoder.layers[0](torch.randn(1, 9, 64, device=DEVICE), {})
+    project.encoder.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: None)
+    project.encoder.layers[0].mlp.fc1.register_forward_hook(lambda *_: None)
+    project.encoder.layers[0](torch.randn(1, 9, 64, device=DEVICE), {})
     assert calls == [
         "layer_norm",
         "linear",
@@ -332,9 +332,9 @@ def test_a_layer_is_four_operations() -> None:
 
 def test_the_names_of_transformers() -> None:
     """Libraries that look modules up by name find them."""
-    theirs = transformers.SiglipModel(
+    peer = transformers.SiglipModel(
         transformers.SiglipConfig(text_config={**TINY_TEXT, **ONE_LAYER}, vision_config={**TINY_VISION, **ONE_LAYER})
     )
     names = {name for name, _ in model().named_modules()}
-    missing = {name for name, _ in theirs.named_modules()} - names
+    missing = {name for name, _ in peer.named_modules()} - names
     assert all(name.endswith("activation_fn") for name in missing)

@@ -58,14 +58,14 @@ def transformers_model(text: dict, vision: dict, implementation: str = "eager") 
     return model
 
 
-def same_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> torch.nn.Module:
-    ours.load_state_dict(theirs.state_dict())
-    return ours.eval()
+def same_weights(project: torch.nn.Module, peer: torch.nn.Module) -> torch.nn.Module:
+    project.load_state_dict(peer.state_dict())
+    return project.eval()
 
 
-def our_model(theirs: transformers.SiglipModel, backend: str) -> siglip_model.SiglipModel:
-    config = siglip_model.SiglipConfig.from_dict(theirs.config.to_dict())
-    return same_weights(siglip_model.SiglipModel(config, backend=backend), theirs)
+def project_model(peer: transformers.SiglipModel, backend: str) -> siglip_model.SiglipModel:
+    config = siglip_model.SiglipConfig.from_dict(peer.config.to_dict())
+    return same_weights(siglip_model.SiglipModel(config, backend=backend), peer)
 
 
 def leaves(output: object, path: str = "") -> dict[str, torch.Tensor]:
@@ -78,8 +78,8 @@ def leaves(output: object, path: str = "") -> dict[str, torch.Tensor]:
     return {name: leaf for key, value in items for name, leaf in leaves(value, f"{path}.{key}").items()}
 
 
-def worst_difference(ours: object, theirs: object) -> float:
+def worst_difference(project: object, peer: object) -> float:
     """The largest absolute difference over every field; the fields themselves must be the same."""
-    mine, other = leaves(ours), leaves(theirs)
+    mine, other = leaves(project), leaves(peer)
     assert mine.keys() == other.keys()
     return max((mine[name] - other[name]).abs().max().item() for name in mine)

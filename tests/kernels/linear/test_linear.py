@@ -56,7 +56,7 @@ def qkv_inputs(
 
 
 def side_by_side(function, num_heads: int, **tensors: Tensor) -> Tensor:
-    """(B, S, 3 H D): the results of pre_norm_qkv as one, so that its gradient is one, too."""
+    """(B, S, 3 H D): the results of pre_norm_qkv as one, so that its gradient is also one."""
     parts = function(**tensors, eps=1e-6, num_heads=num_heads)
     return torch.cat([part.flatten(2) for part in parts], 2)
 
@@ -199,7 +199,7 @@ def test_views_equal_their_contiguous_copies(kind, device):
 def test_rows_far_apart(rows, stride, device):
     """Offsets from row to row pass 2^31 elements; in the second case even those within a tile would."""
     bytes_spanned = 2 * (stride * (rows - 1) + 16)
-    # Not filled with NaN, so that the pages between the rows, which nobody touches, take no memory.
+    # Not filled with NaN: the pages between the rows are never touched and take no memory.
     storage = torch.UntypedStorage(bytes_spanned, device=device)
     x = torch.empty(0, dtype=torch.float16, device=device).set_(storage).as_strided((rows, 16), (stride, 1))
     x.copy_(torch.randn(rows, 16))

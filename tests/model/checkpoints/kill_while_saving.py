@@ -4,7 +4,7 @@ Run as: python kill_while_saving.py FOLDER OLD_TENSORS OLD_SHARD_SIZE NEW_TENSOR
 with the last five repeated for each case.
 
 A moment is an audit event of Python (open, rename, remove, mkdir, listdir ...) or the middle of writing a weights file.
-For each case a JSON line, a list: what each kill interrupted, and what was found after it (by our loader: "old", "new"
+For each case a JSON line, a list: what each kill interrupted, and what was found after it (by the loader: "old", "new"
 or "neither"; by one that looks at config.json and model.safetensors alone; after another save).
 """
 

@@ -103,9 +103,9 @@ def test_classifier_of_another_number_of_labels(tmp_path):
 def test_transformers_loads_what_we_save(name, max_shard_size, saved, tmp_path):
     model = getattr(siglip_model, name).from_pretrained(saved)
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    theirs, report = getattr(transformers, name).from_pretrained(tmp_path, output_loading_info=True)
+    peer, report = getattr(transformers, name).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
-    assert_same_tensors(theirs.state_dict(), model.state_dict())
+    assert_same_tensors(peer.state_dict(), model.state_dict())
 
 
 def test_position_ids_are_ignored(checkpoint, oracle):
@@ -175,8 +175,8 @@ def test_one_dtype_as_in_transformers(checkpoint, configured, stored, asked, key
     rewrite(checkpoint, narrow)
     edit_json(checkpoint / "config.json", configure)
     model = siglip_model.SiglipModel.from_pretrained(checkpoint, dtype=asked)
-    theirs = transformers.SiglipModel.from_pretrained(checkpoint, dtype=asked)
-    assert_same_tensors(model.state_dict(), theirs.state_dict())
+    peer = transformers.SiglipModel.from_pretrained(checkpoint, dtype=asked)
+    assert_same_tensors(model.state_dict(), peer.state_dict())
 
 
 @pytest.mark.parametrize("dtype", ["int8", torch.int64, "float8_e4m3fn", "no_such", "nn", 3])

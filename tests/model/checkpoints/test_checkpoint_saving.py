@@ -30,13 +30,13 @@ def _small_model():
 @pytest.mark.parametrize("max_shard_size", ["50GB", "100KB", "20KB", "4KB", 5000])
 def test_same_files_as_transformers(tmp_path, max_shard_size):
     model = _small_model()
-    model.save_pretrained(tmp_path / "theirs", max_shard_size=max_shard_size)
-    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    save_checkpoint(tmp_path / "ours", model.state_dict(), config, max_shard_size=max_shard_size)
-    theirs = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
-    ours = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
-    assert ours.keys() == theirs.keys()
-    assert [name for name in theirs if ours[name] != theirs[name]] == []
+    model.save_pretrained(tmp_path / "peer", max_shard_size=max_shard_size)
+    config = json.loads((tmp_path / "peer" / "config.json").read_text())
+    save_checkpoint(tmp_path / "project", model.state_dict(), config, max_shard_size=max_shard_size)
+    peer = {path.name: path.read_bytes() for path in (tmp_path / "peer").iterdir()}
+    project = {path.name: path.read_bytes() for path in (tmp_path / "project").iterdir()}
+    assert project.keys() == peer.keys()
+    assert [name for name in peer if project[name] != peer[name]] == []
 
 
 def test_metadata_and_config(tmp_path):

@@ -72,14 +72,16 @@ def test_only_other_shapes_are_initialised_again(name: str, checkpoint: Path, ca
 
 def test_a_classifier_for_other_labels_as_in_transformers(checkpoint: Path) -> None:
     path = checkpoint / "classifier"
-    theirs = transformers.SiglipForImageClassification.from_pretrained(path, num_labels=7, ignore_mismatched_sizes=True)
-    ours = siglip_model.SiglipForImageClassification.from_pretrained(path, num_labels=7, ignore_mismatched_sizes=True)
-    assert ours.classifier.weight.shape == theirs.classifier.weight.shape == (7, 64)
-    for (name, mine), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=False):
+    peer = transformers.SiglipForImageClassification.from_pretrained(path, num_labels=7, ignore_mismatched_sizes=True)
+    project = siglip_model.SiglipForImageClassification.from_pretrained(
+        path, num_labels=7, ignore_mismatched_sizes=True
+    )
+    assert project.classifier.weight.shape == peer.classifier.weight.shape == (7, 64)
+    for (name, mine), other in zip(project.state_dict().items(), peer.state_dict().values(), strict=False):
         assert name.startswith("classifier.") or mine.shape == other.shape
     pixels = torch.randn(2, 3, 48, 48)
-    tokens = ours.vision_model(pixels).last_hidden_state
-    torch.testing.assert_close(tokens, theirs.vision_model(pixels).last_hidden_state, rtol=0, atol=1e-5)
+    tokens = project.vision_model(pixels).last_hidden_state
+    torch.testing.assert_close(tokens, peer.vision_model(pixels).last_hidden_state, rtol=0, atol=1e-5)
 
 
 def test_every_weight_has_an_initialisation(checkpoint: Path) -> None:
