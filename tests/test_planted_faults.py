@@ -114,8 +114,8 @@ CONSTANTS = {
     ),
     "loss: logarithm": Planted("sigmoid_loss/kernels.py", "p * e + 0.9999999403953552", "p * e + 0.9999", LOSS),
     "loss: logit gradient": Planted(
-        "sigmoid_loss/kernels.py", "(positive, -probability, probability)", "(positive, -probability, 2 * probability)",
-        LOSS,
+        "sigmoid_loss/kernels.py", "(positive, -probability, probability)",
+        "(positive, -probability, 1.01 * probability)", LOSS,
     ),
     "loss: product": Planted(
         "sigmoid_loss/kernels.py", "total *= tl.load(logit_scale_ptr)", "total *= 1.01 * tl.load(logit_scale_ptr)", LOSS
@@ -167,17 +167,18 @@ DROPPED_WAITS = {
 
 
 def default_test_that_fails(package: Path, tests: str) -> str:
-    """The first default test of a file that fails on the package in this folder; "" if all of them pass.
+    """The first default test of a file that fails on the package in this folder; "" if none does.
 
+    An error in a fixture is no failure: it would hide that the package cannot be tested at all.
     Tests that plant faults themselves are left out: they fail on any change of the texts that they replace.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    options = ["-x", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-k", "not a_fault_in_the_kernel"]
+    options = ["-x", "--tb=no", "-rf", "-p", "no:cacheprovider", "-k", "not a_fault_in_the_kernel"]
     options += ["-o", f"pythonpath={package} . tests/support"]
     command = [sys.executable, "-m", "pytest", *options, f"tests/{tests}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return failed.group(1) if failed else ""
 
 

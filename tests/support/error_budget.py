@@ -23,7 +23,7 @@ def check_error(
     """Asserts the budget in the Frobenius norm.
 
     found: the kernel's result. eager: the same computation in the same dtype; if several, rounded in different orders,
-    the worst counts. An error that is not finite, because eager overflows, counts as zero. exact: the same in fp64.
+    the worst counts. exact: the same in fp64.
     dtype: what is rounded to, found's own unless given. roundings: how many are allowed instead of one.
     size: the norm that a rounding is relative to, where the terms of a sum are larger than what is left of them.
     slack: an absolute error that is allowed in addition, where the exact result is zero.
@@ -32,8 +32,8 @@ def check_error(
     exact = exact.double()
     norm = exact.norm().item()
     error = (found.double() - exact).norm().item()
-    eager_errors = [(one.double() - exact).norm() for one in ([eager] if isinstance(eager, Tensor) else eager)]
-    eager_error = max(one.item() if one.isfinite() else 0.0 for one in eager_errors)
+    others = [eager] if isinstance(eager, Tensor) else eager
+    eager_error = torch.stack([(one.double() - exact).norm() for one in others]).max().item()  # NaN if one of them is
     rounding = torch.finfo(dtype or found.dtype).eps / 2 * max(norm, float(size))
     allowed = 2 * eager_error + roundings * rounding + float(slack)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}, norm {norm:.3g}"
