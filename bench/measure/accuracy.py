@@ -76,7 +76,7 @@ def distance(found: list[Tensor], true: list[Tensor]) -> float:
     return (difference / size) ** 0.5 if size else difference**0.5
 
 
-def allowed_distance(plain: list[Tensor], true: list[Tensor], dtype: torch.dtype, factor: float) -> float:
+def allowed_distance(eager: list[Tensor], true: list[Tensor], dtype: torch.dtype, factor: float) -> float:
     """`factor` times the error of the same formula in the same dtype, plus one rounding.
 
     A single value, such as a loss, may be exact by chance, so it is allowed at least eight roundings of fp32.
@@ -84,7 +84,7 @@ def allowed_distance(plain: list[Tensor], true: list[Tensor], dtype: torch.dtype
     rounding = torch.finfo(dtype).eps / 2
     if sum(tensor.numel() for tensor in true) == 1:
         rounding = max(rounding, 4 * torch.finfo(torch.float32).eps)
-    return factor * distance(plain, true) + rounding
+    return factor * distance(eager, true) + rounding
 
 
 class NoTruth(Exception):
@@ -110,7 +110,7 @@ class Judge:
     def judge(self, entry: Peer, contender: Contender) -> Verdict:
         how = self._how(entry)
         found = self._evaluate(how, contender, self.inputs if how == "timed call" else self.sample)
-        true, plain = self._reference(how, entry, torch.float64), self._reference(how, entry, self.setting.dtype)
+        true, eager = self._reference(how, entry, torch.float64), self._reference(how, entry, self.setting.dtype)
         worst = Verdict(0.0)
         for name in true:
             if [tensor.shape for tensor in found[name]] != [tensor.shape for tensor in true[name]]:
@@ -118,7 +118,7 @@ class Judge:
                 return Verdict(float("nan"), f"wrong: {name} of shapes {shapes}")
             error = distance(found[name], true[name])
             factor = PROJECT_FACTOR if entry.uses_kernels else PEER_FACTOR
-            allowed = entry.tolerance or allowed_distance(plain[name], true[name], self.setting.dtype, factor)
+            allowed = entry.tolerance or allowed_distance(eager[name], true[name], self.setting.dtype, factor)
             if not error <= allowed:
                 return Verdict(error, f"wrong: {name} is off by {error:.1e}, {allowed:.1e} is allowed")
             worst.error = max(worst.error, error)

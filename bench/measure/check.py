@@ -125,7 +125,7 @@ def _check(setting: Setting, kernels: Callable[..., Any], result: Checked) -> Ch
     exact = gradients(
         setting.operation.definition(setting, torch.float64), inputs.map(torch.Tensor.double), setting.dtype
     )
-    plain = gradients(setting.operation.definition(setting, setting.dtype), inputs, setting.dtype)
+    eager = gradients(setting.operation.definition(setting, setting.dtype), inputs, setting.dtype)
     contender = Contender(kernels)
     with poisoned():
         found = gradients(contender, inputs, setting.dtype)
@@ -133,10 +133,10 @@ def _check(setting: Setting, kernels: Callable[..., Any], result: Checked) -> Ch
         inference = forward(contender, inputs)
     excess = -1.0
     for name in exact:
-        error, eager_error = distance(found[name], exact[name]), distance(plain[name], exact[name])
+        error, eager_error = distance(found[name], exact[name]), distance(eager[name], exact[name])
         if name == "results":
             error = max(error, distance(inference, exact[name]), key=lambda value: (value != value, value))
-        allowed = allowed_distance(plain[name], exact[name], setting.dtype, PROJECT_FACTOR)
+        allowed = allowed_distance(eager[name], exact[name], setting.dtype, PROJECT_FACTOR)
         if not error / allowed <= excess:
             excess = error / allowed
             result = replace(result, what=name, error=error, allowed=allowed, eager_error=eager_error)

@@ -316,21 +316,10 @@ def gemm(
         matrix if matrix is None or blocks is None else TensorDescriptor(matrix, *blocks)
         for matrix, blocks in zip((*inputs, activation, *outs), chosen.sources, strict=True)
     ]
-    # By position: host time of a call bounds small batches, and twenty keywords would add about 6 µs to its 70.
-    missing = [None] * (3 - parts)
     gemm_kernel[(chosen.programs,)](
-        sources[0],  # a
-        *sources[1 : 1 + parts],  # weights
-        *missing,
-        *biases,
-        *missing,
-        *sources[1 + parts : 4 + parts],  # residual, pre_activation, activation
-        *sources[4 + parts :],  # outs
-        *missing,
-        partial_sums,
-        *chosen.steps,  # a, weight, residual, pre_activation
-        rows,
-        **chosen.constants,
+        **dict(zip(chosen.names, (*sources, *biases), strict=True)),
+        column_sums=partial_sums,
+        **chosen.arguments,
     )
     # One partial sum per row tile, added in their order: the same bits every time.
     sums = None if partial_sums is None else partial_sums.sum(0)

@@ -70,15 +70,15 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """One case. Tuples are in the order of the kernel's arguments; None stands for an argument that is not given."""
+    """One case. Tuples are in the order a, weights, residual, pre-activation, activation, outs; None: not given."""
 
     transposed: bool  # all weights are transposed views: the kernel reads (in, out)
     copied: tuple[bool, ...]  # a, weights, residual, pre-activation: whether the kernel reads a copy
-    sources: tuple[Blocks | None, ...]  # a, weights, residual, pre-activation, activation, outs; all None: pointers
-    steps: tuple[int, ...]  # a, weights, residual, pre-activation: strides between rows, in units
+    sources: tuple[Blocks | None, ...]  # all None: the kernel reads pointers
+    names: tuple[str, ...]  # of the kernel's parameters for the sources, then for the biases
     row_tiles: int
     programs: int
-    constants: dict[str, Any]
+    arguments: dict[str, Any]  # all others but column_sums, by name: strides in units, rows, constants, options
 
 
 @functools.lru_cache(maxsize=4096)
@@ -146,10 +146,26 @@ def plan(
         transposed=transposed,
         copied=tuple(copied),
         sources=sources,
-        steps=tuple(0 if matrix is None else matrix.step // unit for matrix in (read[0], *read[parts:])),
+        names=(
+            "a",
+            *_side_by_side("weight")[:parts],
+            "residual",
+            "pre_activation",
+            "activation",
+            *_side_by_side("out")[:parts],
+            *_side_by_side("bias")[:parts],
+        ),
         row_tiles=row_tiles,
         programs=config.programs(tile, row_tiles * -(-columns // tile.columns) * parts, facts),
-        constants={
+        arguments={
+            **dict.fromkeys(name for kind in ("weight", "bias", "out") for name in _side_by_side(kind)[parts:]),
+            **{
+                f"{name}_stride": 0 if matrix is None else matrix.step // unit
+                for name, matrix in zip(
+                    ("a", "weight", "residual", "pre_activation"), (read[0], *read[parts:]), strict=True
+                )
+            },
+            "rows": rows,
             "COLUMNS": columns,
             "DEPTH": depth,
             "PARTS": parts,
@@ -168,3 +184,8 @@ def plan(
             "num_stages": tile.stages,
         },
     )
+
+
+def _side_by_side(kind: str) -> tuple[str, str, str]:
+    """The kernel's parameters of one kind, for up to three products."""
+    return kind, f"{kind}_second", f"{kind}_third"

@@ -156,8 +156,8 @@ class EncoderLayer(Accelerated):
         ):
             return x + attention(hidden_states=norm(x), attention_mask=as_given(mask), **arguments)[0]
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        plain = is_fusable(q, nn.Linear) and is_fusable(k, nn.Linear) and is_fusable(v, nn.Linear)
-        if plain and is_fusable_norm(norm, x) and runs(x, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias):
+        fusable = is_fusable(q, nn.Linear) and is_fusable(k, nn.Linear) and is_fusable(v, nn.Linear)
+        if fusable and is_fusable_norm(norm, x) and runs(x, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias):
             projected = siglip_kernels.pre_norm_qkv(
                 x,
                 norm.weight,
