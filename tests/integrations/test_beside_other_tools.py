@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from budget import assert_bitwise, assert_close, run
+from acceleration import assert_bitwise, assert_close, run
 from PIL import Image
 from tiny_transformers import contrastive, inputs, naflex_inputs, pooled, siglip, siglip2
 from torch import nn

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import tiny_timm  # noqa: F401  registers the tower that the configurations name
 import torch
-from budget import assert_close, assert_within_budget, check_acceleration, in_fp64, randomise, run
+from acceleration import assert_close, assert_within_budget, check_acceleration, in_fp64, randomise, run
 
 import siglip_kernels
 from siglip_kernels import MissingBackendError

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from budget import check_acceleration, randomise
+from acceleration import check_acceleration, randomise
 from tiny_transformers import contrastive, inputs, naflex_inputs, siglip, siglip2, to, towers
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 

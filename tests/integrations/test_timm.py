@@ -6,7 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
-from budget import assert_close, assert_within_budget, check_acceleration, in_fp64, run
+from acceleration import assert_close, assert_within_budget, check_acceleration, in_fp64, run
 from timm.layers import AttentionPoolLatent
 from tiny_timm import tower
 from torch import nn

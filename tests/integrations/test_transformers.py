@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
-from budget import assert_bitwise, assert_close, assert_within_budget, check_acceleration, in_fp64, randomise, run
+from acceleration import assert_bitwise, assert_close, assert_within_budget, check_acceleration, in_fp64, randomise, run
 from tiny_transformers import contrastive, inputs, naflex_inputs, pooled, siglip, siglip2, to, towers
 from torch import nn
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from budget import assert_close, randomise, run
+from acceleration import assert_close, randomise, run
 from tiny_transformers import to
 
 from siglip_kernels.integrations.patching import Accelerated

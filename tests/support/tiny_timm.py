@@ -1,7 +1,7 @@
 """Small models of timm's class, with the arguments of its SigLIP towers."""
 
 import timm
-from budget import randomise
+from acceleration import randomise
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 

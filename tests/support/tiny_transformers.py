@@ -1,7 +1,7 @@
 """SigLIP models of transformers, as small as tests of their mechanics allow, with selectable head dims."""
 
 import torch
-from budget import randomise
+from acceleration import randomise
 from transformers import (
     Siglip2Config,
     Siglip2Model,
