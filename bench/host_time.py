@@ -11,6 +11,7 @@ disturbs little. Needs Triton, which must not have been imported with TRITON_INT
 import argparse
 import functools
 import json
+import re
 import statistics
 import sys
 import time
@@ -70,7 +71,7 @@ def rows(only: str = "") -> Iterator[dict[str, Any]]:
     with compiling_for(GPUS["h200"], record):
         for training in (False, True):
             for name, call in operations(training).items():
-                if only not in name:
+                if not re.search(only, name):
                     continue
                 with torch.set_grad_enabled(training):
                     time_taken = microseconds(call)
@@ -82,9 +83,13 @@ def rows(only: str = "") -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Host time of a call, without a GPU.")
-    parser.add_argument("--only", default="", help="measure only operations whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="measure only operations whose name contains this regular expression"
+    )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON lines")
     arguments = parser.parse_args()
+    if not any(re.search(arguments.only, name) for name in operations(gradients=False)):
+        parser.error(f"--only: no operation matches {arguments.only!r}")
     torch.set_num_threads(1)
     for row in rows(arguments.only):
         if arguments.json:

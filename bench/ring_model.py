@@ -1,6 +1,6 @@
 """Calculates, without measuring, time and traffic of the distributed loss on 8 to 4,096 GPUs.
 
-    python -m bench.ring_model [--global-batch 32768] [--width 768] [--tflops 590] [--node-gbs 450] [--network-gbs 50]
+    python -m bench.ring_model [--global-batch 32768] [--width 768] [--tflops 592.5] [--node-gbs 450] [--network-gbs 50]
 
 The assumptions are arguments. A GPU computes at 75 % of the 790 TFLOP/s that a large bf16 GEMM reaches on an H200 (the
 goal of the single-GPU loss, not yet measured). In a node of eight, NVLink carries 450 GB/s per GPU in each direction

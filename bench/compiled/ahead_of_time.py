@@ -203,7 +203,10 @@ def arguments_of(description: str, gpus: bool = False) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     if gpus:
         parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["a100", "h200", "b200"])
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not any(True for operation in arguments.operations for _ in launches_of(operation, arguments.only)):
+        parser.error(f"--only: no launch of {', '.join(arguments.operations)} matches {arguments.only!r}")
+    return arguments
 
 
 def main() -> int:

@@ -71,7 +71,7 @@ def tile_for(rows: int, columns: int, depth: int, parts: int, gelu: str, out_dty
     operands and at most 67 of any other pipe: the tensor pipe is the bound, as in the portable loop between its
     epilogues. (TMA writes both consumers' blocks in another 384. If both share the 128 bytes per clock, WIDE is just at
     that bound and TALL 12 % beyond it: the first thing to measure.) Epilogues, here and in the portable kernel, where
-    both warps of a quarter run theirs while the tensor cores are idle:
+    both warps of a quarter run epilogues while the tensor cores are idle:
 
     | epilogue          | exponentials | issue | portable: exponentials | issue |
     |-------------------|--------------|-------|------------------------|-------|

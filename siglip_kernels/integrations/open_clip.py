@@ -181,8 +181,13 @@ def restore_loss() -> None:
 
 
 def train(arguments: list[str]) -> None:
-    """open_clip's training script with the model accelerated and the loss registered."""
-    import open_clip_train.main as script
+    """open_clip's training script with the model accelerated and the loss registered; exits if it lacks a library."""
+    try:
+        import open_clip_train.main as script
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"open_clip's training script needs {error.name!r}: install open_clip's training requirements"
+        ) from error
 
     create = script.create_model_and_transforms
 

@@ -74,9 +74,10 @@ def accelerate(model: nn.Module) -> Report:
         in_tower = any(path == tower or not tower or path.startswith(f"{tower}.") for tower in towers)
         return LayerNorm if in_tower and kind is nn.LayerNorm else None
 
-    return accelerate_modules(
-        model, f"transformers {version}", replacement, "no module of a SigLIP or SigLIP 2 tower is in it"
-    )
+    empty = "no module of a SigLIP or SigLIP 2 tower is in it"
+    if type(model).__module__.partition(".")[0] == "siglip_model":
+        empty = "it is siglip_model's own model, whose kernels are a backend: model.set_backend('triton')"
+    return accelerate_modules(model, f"transformers {version}", replacement, empty)
 
 
 def _paths_of_towers(model: nn.Module) -> list[str]:

@@ -5,7 +5,7 @@ training keeps the pre-activation h alone. The epilogue of the first GEMM of the
 
     dh = (dy W₂) ∘ gelu'(h)    and    gelu(h), for dW₂ = dyᵀ gelu(h).
 
-Nor does pre_norm_mlp keep the normalised x: its backward normalises x again.
+pre_norm_mlp does not keep the normalised x either: its backward normalises x again.
 """
 
 from collections.abc import Callable, Sequence

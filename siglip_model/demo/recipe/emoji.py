@@ -195,7 +195,7 @@ def draw(svg: str, pixels: int) -> Image.Image:
     try:
         import resvg_py
     except ModuleNotFoundError as error:
-        raise RuntimeError("drawing emoji needs resvg-py: pip install 'siglip-triton[training]'") from error
+        raise RuntimeError("drawing emoji needs resvg-py: pip install 'siglip-triton[recipe]'") from error
     png = resvg_py.svg_to_bytes(svg_string=svg, width=pixels, height=pixels)
     image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     if image.size == (pixels, pixels):
