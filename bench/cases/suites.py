@@ -211,6 +211,7 @@ SUITES = {
                 _model("base-224", 2, layers=2, cpu="quick"),
                 _model("so400m-384", 1, layers=1, cpu="quick"),
                 _model("base-224", 1, layers=2, cpu="quick"),
+                *(_model("base-224", batch, layers=2, cpu="quick") for batch in (4, 8, 16)),
                 _model("so400m-384", 128),
                 _model("so400m-384", 32),
                 _model("so400m-384", 8),
