@@ -43,11 +43,19 @@ def check_dtype(operation: str, argument: str, tensor: Tensor) -> None:
         raise unsupported(operation, argument, f"has dtype {tensor.dtype}", _KERNEL_DTYPES)
 
 
-def check_same_dtype(operation: str, argument: str, tensor: Tensor, other: str, dtype: torch.dtype) -> None:
+def check_same_dtype(
+    operation: str,
+    argument: str,
+    tensor: Tensor,
+    other: str,
+    dtype: torch.dtype,
+    supported: str = "one dtype, or autocast",
+) -> None:
     """The dtype that `other`, an argument or autocast, has."""
     if tensor.dtype != dtype:
+        check_dtype(operation, argument, tensor)  # which autocast does not change either
         got = f"has dtype {tensor.dtype} while {other} has {dtype}"
-        raise unsupported(operation, argument, got, "one dtype, or autocast")
+        raise unsupported(operation, argument, got, supported)
 
 
 def check_same_device(operation: str, argument: str, tensor: Tensor, other: str, device: torch.device) -> None:
@@ -92,11 +100,13 @@ def check_parameter(
     *,
     x_name: str = "x",
     other: str | None = None,
+    supported: str = "one dtype, or autocast",
     optional: bool = False,
 ) -> None:
     """A dense tensor of this shape, on x's device, in this dtype, x's unless given.
 
-    For the message, x_name: the argument x; other: what has this dtype. optional: None is accepted.
+    For the message, x_name: the argument x; other: what has this dtype; supported: which dtypes are. optional: None is
+    accepted.
     """
     if parameter is None and optional:
         return
@@ -105,7 +115,7 @@ def check_parameter(
     dtype = x.dtype if dtype is None else dtype
     # Valid arguments take no further calls: at small batch sizes the GPU waits for the host.
     if parameter.dtype != dtype or parameter.device != x.device:
-        check_same_dtype(operation, argument, parameter, other or x_name, dtype)
+        check_same_dtype(operation, argument, parameter, other or x_name, dtype, supported)
         check_same_device(operation, argument, parameter, x_name, x.device)
     if parameter.shape != shape:
         check_shape(operation, argument, parameter, shape)
@@ -148,10 +158,14 @@ def check_norm(
             continue
         if dtype is None:
             dtype = torch.float32 if getattr(parameter, "dtype", None) == torch.float32 else x.dtype
-        check_parameter(operation, name, parameter, shape, x, dtype, other=other)
+        supported = "x's dtype or float32" if other == "x" else "one dtype for weight and bias"
+        check_parameter(operation, name, parameter, shape, x, dtype, other=other, supported=supported)
         other = name
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
-        raise unsupported(operation, "eps", f"is {eps!r}", "finite numbers from 0 on")
+        got = (
+            repr(eps) if isinstance(eps, (int, float, str)) else type(eps).__name__
+        )  # a tensor's repr reads its values
+        raise unsupported(operation, "eps", f"is {got}", "finite numbers from 0 on")
 
 
 def check_residual(operation: str, residual: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from siglip_kernels import MissingBackendError
 from siglip_kernels.errors import unsupported
-from siglip_model.backends import Backend
+from siglip_model.backends import BACKENDS, Backend
 from siglip_model.outputs import BaseModelOutputWithPooling, SiglipOutput
 
 if TYPE_CHECKING:
@@ -190,7 +190,8 @@ class CapturedText:
         ops: Backend = model.ops  # type: ignore[assignment]
         if attention_mask and ops.masks_sync:
             got = f"is True with the backend {ops.name}, whose masked attention makes the host wait for the GPU"
-            raise unsupported("capture", "attention_mask", got, "True with triton, sdpa and eager")
+            supported = ", ".join(name for name, backend in BACKENDS.items() if not backend.masks_sync)
+            raise unsupported("capture", "attention_mask", got, f"True with {supported}")
         ids = _buffer(model, (batch_size, length), torch.int64)
         # A backend may read a mask's values, which a graph cannot: the converted mask is the graph's input.
         self._convert_mask = ops.attention_mask

@@ -111,6 +111,10 @@ def pooled(output: BaseModelOutputWithPooling) -> Tensor:
     return output.pooler_output
 
 
-def unit_length(embeds: Tensor) -> Tensor:
-    """embeds: floating point (..., D). Each vector divided by its Euclidean norm, as in transformers."""
-    return embeds / embeds.norm(p=2, dim=-1, keepdim=True)
+def unit_length(embeds: Tensor, eps: float | None = None) -> Tensor:
+    """embeds: floating point (..., D). Each vector divided by its Euclidean norm, as in transformers.
+
+    eps: the least number to divide by. Without it a zero vector gives NaN, as in transformers.
+    """
+    norm = embeds.norm(p=2, dim=-1, keepdim=True)
+    return embeds / (norm if eps is None else norm.clamp_min(eps))

@@ -110,15 +110,15 @@ def _resize_with_torch(batch: torch.Tensor, size: tuple[int, int], mode: str) ->
     if (height, width) == size:
         return batch
     if batch.dtype != torch.uint8 or mode == "nearest-exact":
-        return _interpolate(batch, size, mode)
+        return interpolate(batch, size, mode)
     if _pillow_goes_vertically_first((height, width), size):
-        return _interpolate(_interpolate(batch, (size[0], width), mode), size, mode)
+        return interpolate(interpolate(batch, (size[0], width), mode), size, mode)
     if batch.is_cpu:
-        return _interpolate(batch, size, mode)  # horizontally first, rounded between the passes
-    return _interpolate(_interpolate(batch, (height, size[1]), mode), size, mode)
+        return interpolate(batch, size, mode)  # horizontally first, rounded between the passes
+    return interpolate(interpolate(batch, (height, size[1]), mode), size, mode)
 
 
-def _interpolate(batch: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+def interpolate(batch: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
     """One torch.nn.functional.interpolate, in float32 where the dtype has no kernel, rounded back to that dtype."""
     original = batch.dtype
     smooth = mode != "nearest-exact"

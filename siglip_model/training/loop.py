@@ -123,8 +123,9 @@ def batch_loss(model: SiglipModel, batch: Batch, bfloat16: bool = False) -> Tens
     with torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext():
         texts = pooled(model.get_text_features(batch.input_ids))
         images = pooled(model.get_image_features(pixel_values.flatten(0, 1)))
-    texts = unit_length(texts.float())  # [N, D]
-    images = unit_length(images.float()).unflatten(0, (views, -1))  # [V, N, D]
+    # A zero embedding, such as a new head may give, stays zero instead of ending the run with NaN.
+    texts = unit_length(texts.float(), eps=1e-12)  # [N, D]
+    images = unit_length(images.float(), eps=1e-12).unflatten(0, (views, -1))  # [V, N, D]
     scale, bias = model.logit_scale.exp().squeeze(), model.logit_bias.squeeze()
     return torch.stack([model.ops.sigmoid_loss(view, texts, scale, bias) for view in images]).mean()
 
@@ -132,7 +133,7 @@ def batch_loss(model: SiglipModel, batch: Batch, bfloat16: bool = False) -> Tens
 def average_weights(model: SiglipModel, decay: float) -> AveragedModel:
     """An exponential moving average of the model's weights; the decay grows to its value over the first steps.
 
-    Its `module` is a second model, in eval mode, with the averages as weights.
+    Its `module` is a second model, a deep copy in eval mode, with the averages as weights.
     """
 
     def update(averages: Any, weights: Any, count: Any) -> None:

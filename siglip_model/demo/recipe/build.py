@@ -20,7 +20,7 @@ from siglip_model.demo.recipe.emoji import TEST_DESIGN, TRAINING_DESIGNS, VALIDA
 from siglip_model.demo.recipe.evaluate import evaluate, score_logits
 from siglip_model.demo.recipe.model_card import write_card
 from siglip_model.demo.recipe.vocabulary import LENGTH, PROMPTS, write_image_processor, write_tokenizer
-from siglip_model.outputs import pooled
+from siglip_model.outputs import pooled, unit_length
 from siglip_model.training.loop import AfterSave, Batch, TrainingConfig, initialise_logits, train
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _validation(emoji: Emoji, prompts: Tensor, log: Path) -> AfterSave:
         averaged: Any = average.module
         images = [pooled(averaged.get_image_features(part)) for part in pixels.split(256)]
         texts = [pooled(averaged.get_text_features(part)) for part in prompts.split(256)]
-        logits = F.normalize(torch.cat(images), dim=-1) @ F.normalize(torch.cat(texts), dim=-1).T
+        logits = unit_length(torch.cat(images)) @ unit_length(torch.cat(texts)).T
         score = score_logits(logits, emoji.name_of[VALIDATION_DESIGN.name])
         with open(log, "a") as file:
             file.write(json.dumps({"step": step, "time": time.strftime("%H:%M:%S"), **vars(score)}) + "\n")

@@ -88,7 +88,7 @@ def all_logits(model: Any, processor: Any, images: Sequence[Image.Image], names:
         batch = processor(images=list(images[start : start + 256]), return_tensors="pt")
         pictures.append(pooled(model.get_image_features(batch["pixel_values"])))
     text, picture = unit_length(torch.cat(texts)), unit_length(torch.cat(pictures))
-    return picture @ text.T * model.logit_scale.exp() + model.logit_bias
+    return model.logits_per_text(text, picture).T
 
 
 def evaluate(model: Any, processor: Any, emoji: Path, design: str = TEST_DESIGN.name, seed: int = 0) -> Score:

@@ -426,24 +426,3 @@ def test_bad_input_is_named_by_compiled_code(name):
     torch._dynamo.reset()
     with pytest.raises(Exception, match="attention_pool: " + message):
         torch.compile(attention_pool, backend="eager", fullgraph=True)(**{**GOOD, **change})
-
-
-_ON_THE_CPU = """
-import torch
-from siglip_kernels import MissingBackendError, attention_pool
-for dtype in (torch.float16, torch.float32):
-    z = lambda *shape: torch.zeros(shape, dtype=dtype)
-    arguments = z(1, 2, 8), z(1, 1, 8), z(24, 8), z(24), z(8, 8), z(8), 2
-    for call in (attention_pool, torch.compile(attention_pool, backend="eager", fullgraph=True)):
-        try:
-            call(*arguments)
-        except MissingBackendError as error:
-            print(error)
-"""
-
-
-def test_cpu_tensors_without_the_interpreter(run_python):
-    lines = run_python(_ON_THE_CPU, CUDA_VISIBLE_DEVICES="").stdout.splitlines()
-    assert len(lines) == 4
-    for line in lines:
-        assert line.startswith("attention_pool: x is on cpu") and "'sdpa'" in line and "'eager'" in line

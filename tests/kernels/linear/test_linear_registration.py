@@ -305,30 +305,3 @@ def test_bad_input_is_named_by_compiled_code(name):
     torch._dynamo.reset()
     with pytest.raises(UnsupportedInputError, match=f"^{operation}: {message}"):
         torch.compile(PUBLIC[operation], backend="eager")(**bad_call(operation, change))
-
-
-_ON_THE_CPU = """
-import torch, siglip_kernels as k
-x, w, b = torch.zeros(1, 2, 8), torch.zeros(8, 8), torch.zeros(8)
-calls = [
-    lambda: k.linear(x, w, b),
-    lambda: k.linear(x, w, b, x),
-    lambda: k.mlp(x, w, b, w, b),
-    lambda: k.pre_norm_mlp(x, b, b, 1e-6, w, b, w, b),
-    lambda: k.pre_norm_qkv(x, b, b, 1e-6, w, b, w, b, w, b, 2),
-]
-for call in calls:
-    try:
-        call()
-    except k.MissingBackendError as error:
-        print(error)
-"""
-
-
-def test_cpu_tensors_without_the_interpreter(run_python):
-    done = run_python(_ON_THE_CPU, CUDA_VISIBLE_DEVICES="")
-    lines = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["linear", "linear", "mlp", "pre_norm_mlp", "pre_norm_qkv"], (
-        done.stderr
-    )
-    assert all("x is on cpu" in line and "'sdpa'" in line and "'eager'" in line for line in lines)

@@ -343,22 +343,3 @@ def test_bad_input_is_named_by_compiled_code(name):
     torch._dynamo.reset()
     with pytest.raises(Exception, match="patch_embed: .*" + message):
         torch.compile(patch_embed, backend="eager", fullgraph=True)(**{**GOOD, **change})
-
-
-_ON_THE_CPU = """
-import torch
-from siglip_kernels import MissingBackendError, patch_embed
-arguments = torch.zeros(1, 3, 4, 4), torch.zeros(8, 3, 4, 4), torch.zeros(8), torch.zeros(1, 8)
-for call in (patch_embed, torch.compile(patch_embed, backend="eager", fullgraph=True)):
-    try:
-        call(*arguments)
-    except MissingBackendError as error:
-        print(error)
-"""
-
-
-def test_cpu_tensors_without_the_interpreter(run_python):
-    lines = run_python(_ON_THE_CPU, CUDA_VISIBLE_DEVICES="").stdout.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        assert line.startswith("patch_embed: pixel_values is on cpu") and "'sdpa'" in line and "'eager'" in line

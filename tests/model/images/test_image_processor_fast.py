@@ -46,13 +46,13 @@ class TestFast:
 
     def test_both_passes_are_rounded_on_every_device(self) -> None:
         """On other devices PyTorch cannot resize 8-bit tensors; compares the two rounded passes used there."""
-        from siglip_model.images.fast import _interpolate
+        from siglip_model.images.fast import interpolate
 
         batch = torch.from_numpy(np.where(noise(1, 3, 40, 50) < 128, 0, 255).astype(np.uint8))
-        horizontal = _interpolate(batch.float(), (40, 90), "bicubic").clamp(0, 255).round().to(torch.uint8)
-        both = _interpolate(horizontal.float(), (70, 90), "bicubic").clamp(0, 255).round()
-        once = _interpolate(batch.float(), (70, 90), "bicubic").clamp(0, 255).round()
-        native = _interpolate(batch, (70, 90), "bicubic").float()
+        horizontal = interpolate(batch.float(), (40, 90), "bicubic").clamp(0, 255).round().to(torch.uint8)
+        both = interpolate(horizontal.float(), (70, 90), "bicubic").clamp(0, 255).round()
+        once = interpolate(batch.float(), (70, 90), "bicubic").clamp(0, 255).round()
+        native = interpolate(batch, (70, 90), "bicubic").float()
         assert (both - native).abs().max() <= 2 < (once - native).abs().max()
 
     def test_floats_stay_unclamped(self) -> None:
