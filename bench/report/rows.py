@@ -107,25 +107,6 @@ def slug(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia")).strip("-") or "gpu"
 
 
-_RENAMED = {"floor_ms": "roofline_ms", "floor_share": "roofline_share"}
-_ADDED = {"crashed", "disturbed", "comparable"}
-
-
-def _from_earlier_schema(values: dict[str, Any]) -> dict[str, Any]:
-    """A row as it would be written today. Earlier rows said in their reason what now has fields."""
-    if not _ADDED.isdisjoint(values) or _RENAMED.keys().isdisjoint(values):
-        return values
-    values = {_RENAMED.get(name, name): value for name, value in values.items()}
-    reason = values.get("reason", "").replace("ours, ", "this project, ").replace("our kernels", "its kernels")
-    return {
-        **values,
-        "reason": reason,
-        "crashed": reason.startswith("took the process down: "),
-        "disturbed": "busy: " in reason or "throttled: " in reason,
-        "comparable": not reason.startswith("another loss: "),
-    }
-
-
 def read(paths: Iterable[Path]) -> list[Row]:
     """Every row of the files; an incomplete last line is ignored. ValueError names the file and line of a bad row."""
     rows = []
@@ -134,7 +115,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
             if not line.strip():
                 continue
             try:
-                values = _from_earlier_schema(json.loads(line))
+                values = json.loads(line)
                 unknown, lacking = set(values) - set(FIELDS), set(FIELDS) - set(values)
                 if unknown or lacking:
                     raise ValueError(f"fields unknown {sorted(unknown)}, lacking {sorted(lacking)}")

@@ -107,18 +107,3 @@ def test_the_last_row_counts(tmp_path):
 def test_new_row_carries_the_environment():
     made = new_row(suite="loss", op="sigmoid_loss", direction="fwd", shape={}, dtype="fp32", impl="eager")
     assert isinstance(made, Row) and made.commit == environment()["commit"] and made.status == "ok"
-
-
-def test_rows_of_the_earlier_schema_get_the_new_fields(tmp_path):
-    path = tmp_path / "a.jsonl"
-    now = dict(crashed=False, disturbed=False, comparable=True)
-    for reason, fields in (
-        ("the definition", now),
-        ("took the process down: ended by SIGSEGV", {**now, "crashed": True}),
-        ("busy: load 9 on 2 cores", {**now, "disturbed": True}),
-        ("another loss: softmax; throttled: power cap", {**now, "disturbed": True, "comparable": False}),
-    ):
-        earlier = {name: value for name, value in vars(row("eager", 2.0, reason=reason)).items() if name not in now}
-        earlier |= {name.replace("roofline", "floor"): earlier.pop(name) for name in ("roofline_ms", "roofline_share")}
-        path.write_text(json.dumps(earlier) + "\n")
-        assert read([path]) == [row("eager", 2.0, reason=reason, **fields)]
