@@ -52,6 +52,7 @@ class PretrainedConfig:
         return {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not ClassVar}
 
     def _checked(self, name: str, value: Any, expected: Any) -> Any:
+        # Not huggingface_hub's strict dataclasses: their errors are not TypeErrors, and this package imports lightly.
         allowed = typing.get_args(expected) or (expected,)
         if float in allowed:
             allowed = (*allowed, int)

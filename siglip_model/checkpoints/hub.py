@@ -48,7 +48,7 @@ def resolve_file(
         TypeError: the argument is neither a str nor a PathLike.
     """
     if not isinstance(path_or_id, (str, os.PathLike)):
-        raise TypeError(f"expected a directory or a hub id, as str or PathLike; got {type(path_or_id).__name__}")
+        raise TypeError(f"expected a directory or a Hub id, as str or PathLike; got {type(path_or_id).__name__}")
     if is_local(path_or_id):
         directory = Path(path_or_id).expanduser()
         if directory.is_dir():
@@ -58,7 +58,7 @@ def resolve_file(
         raise OSError(f"there is no directory {directory}")
     repository = os.fspath(path_or_id)
     if not _REPOSITORY_ID.fullmatch(repository):
-        raise OSError(f"{path_or_id!r} is neither an existing directory nor a hub id such as 'owner/name'")
+        raise OSError(f"{path_or_id!r} is neither an existing directory nor a Hub id such as 'owner/name'")
     return _resolve_on_hub(repository, filename, revision, cache_dir, local_files_only, token)
 
 
@@ -139,7 +139,7 @@ def _raise_clearly(error: Exception, repository: str, filename: str, revision: s
     elif isinstance(error, errors.RevisionNotFoundError):
         message = f"the hub repository {repository} has no revision {revision!r}"
     elif isinstance(error, errors.HFValidationError):
-        message = f"{repository!r} is neither an existing directory nor a hub id such as 'owner/name'"
+        message = f"{repository!r} is neither an existing directory nor a Hub id such as 'owner/name'"
     elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) or _is_network_error(error):
         message = (
             f"{repository!r} is not an existing directory, and {filename} of the hub repository {where} is neither "

@@ -54,6 +54,7 @@ class TrainingConfig:
     save_every: int = 200
 
     def __post_init__(self) -> None:
+        # huggingface_hub's strict dataclasses would do this, but their errors are not ValueErrors.
         for name in ("steps", "accumulate", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainingConfig: {name} is {getattr(self, name)}; supported: 1 and more")

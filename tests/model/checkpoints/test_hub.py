@@ -67,7 +67,7 @@ def test_paths_are_never_sent_to_the_hub(tmp_path, monkeypatch, no_hub, path):
     if path == ".":
         assert resolve_file(path, "config.json") is None
         return
-    with pytest.raises(OSError, match=r"there is no directory|neither an existing directory nor a hub id"):
+    with pytest.raises(OSError, match=r"there is no directory|neither an existing directory nor a Hub id"):
         resolve_file(path, "config.json")
 
 
