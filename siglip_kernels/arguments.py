@@ -27,6 +27,11 @@ class Affine(NamedTuple):
     bias: Tensor | None
 
 
+def given(value: object) -> str:
+    """A number as a message shows it. Of anything else the type: the repr of a tensor would read its values."""
+    return repr(value) if value is None or isinstance(value, (int, float, str)) else type(value).__name__
+
+
 def check_tensor(operation: str, argument: str, value: object) -> None:
     """A dense tensor, whose elements lie in memory at strides."""
     if not isinstance(value, Tensor):
@@ -162,10 +167,7 @@ def check_norm(
         check_parameter(operation, name, parameter, shape, x, dtype, other=other, supported=supported)
         other = name
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
-        got = (
-            repr(eps) if isinstance(eps, (int, float, str)) else type(eps).__name__
-        )  # a tensor's repr reads its values
-        raise unsupported(operation, "eps", f"is {got}", "finite numbers from 0 on")
+        raise unsupported(operation, "eps", f"is {given(eps)}", "finite numbers from 0 on")
 
 
 def check_residual(operation: str, residual: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:

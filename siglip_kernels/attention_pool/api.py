@@ -16,6 +16,7 @@ from siglip_kernels.arguments import (
     check_input,
     check_lengths,
     check_parameter,
+    given,
     refuse_second_derivatives,
     refuse_tangents,
     unit_stride,
@@ -39,7 +40,7 @@ def _validate(
     check_parameter("attention_pool", "out_proj_weight", out_proj.weight, (width, width), x)
     check_parameter("attention_pool", "out_proj_bias", out_proj.bias, (width,), x)
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise unsupported("attention_pool", "num_heads", f"is {num_heads!r}", "positive integers")
+        raise unsupported("attention_pool", "num_heads", f"is {given(num_heads)}", "positive integers")
     if width == 0 or width % num_heads:
         raise unsupported("attention_pool", "num_heads", f"is {num_heads} while x has width {width}", "divisors of it")
     check_lengths("attention_pool", lengths, "x", x)

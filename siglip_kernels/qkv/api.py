@@ -18,6 +18,7 @@ from siglip_kernels.arguments import (
     check_input,
     check_norm,
     check_projection,
+    given,
     refuse_second_derivatives,
     refuse_tangents,
     wants_gradients,
@@ -215,7 +216,7 @@ def pre_norm_qkv(
     check_projection("pre_norm_qkv", "v_", v_proj, (out, x.shape[-1]), x, dtype)
     is_integer = isinstance(num_heads, int) and not isinstance(num_heads, bool)
     if not is_integer or num_heads < 1 or out % num_heads != 0:
-        got = f"is {num_heads!r} while the weights have {out} rows"
+        got = f"is {given(num_heads)} while the weights have {out} rows"
         raise unsupported("pre_norm_qkv", "num_heads", got, "positive divisors of the rows")
     refuse_tangents("pre_norm_qkv", x=x, norm=norm, q=q_proj, k=k_proj, v=v_proj)
     keep = wants_gradients(x, *norm, q_proj.weight, k_proj.weight, v_proj.weight)

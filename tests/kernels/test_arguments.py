@@ -145,3 +145,14 @@ def test_a_product_without_residual_asks_the_same(device):
     arguments["x"] = arguments["x"].to_sparse()
     with pytest.raises(UnsupportedInputError, match="^linear: x has layout torch.sparse_coo; supported: torch.strided"):
         call("linear", arguments)
+
+
+@pytest.mark.parametrize(
+    ("operation", "option"),
+    [("layer_norm", "eps"), *((name, option) for name, options in OPTIONS.items() for option in options)],
+)
+def test_a_tensor_in_place_of_a_number_is_named_by_its_type(operation: str, option: str, device: str) -> None:
+    """Its values would fill the message, and reading them from a GPU would wait for it."""
+    options = {**OPTIONS.get(operation, {}), option: torch.ones(300, device=device)}
+    with pytest.raises(UnsupportedInputError, match=rf"^{operation}: {option} is Tensor\b.{{1,80}}$"):
+        getattr(siglip_kernels, operation)(**tensors(operation, device), **options)
