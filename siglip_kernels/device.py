@@ -21,6 +21,18 @@ class Facts:
     shared_memory: int  # the most bytes that one program may use
     l2_bytes: int
 
+    @property
+    def matrix_unit(self) -> str:
+        """The matrix instructions that Triton compiles products to: "wgmma" (Hopper), "tcgen05" (data-centre Blackwell)
+        or "mma" (Ampere, Ada, and consumer Blackwell, sm_12x, which has neither of the others).
+        """
+        return {9: "wgmma", 10: "tcgen05"}.get(self.capability[0], "mma")
+
+    @property
+    def has_tma(self) -> bool:
+        """Whether tensor descriptors are copied by the Tensor Memory Accelerator."""
+        return self.capability >= (9, 0)
+
 
 # For kernels that are interpreted on the CPU. One multiprocessor, so that a persistent kernel loops over its tiles.
 INTERPRETER = Facts("interpreter", (0, 0), 1, 232_448, 50 * 2**20)

@@ -12,9 +12,11 @@ from siglip_kernels.device import Facts
 # Shared memory is the limit of one program (CUDA C++ programming guide, compute capabilities).
 GPUS = {
     "a100": Facts("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912, 40 * 2**20),
+    "rtx3090": Facts("NVIDIA GeForce RTX 3090", (8, 6), 82, 101_376, 6 * 2**20),
     "rtx4090": Facts("NVIDIA GeForce RTX 4090", (8, 9), 128, 101_376, 72 * 2**20),
     "h200": Facts("NVIDIA H200", (9, 0), 132, 232_448, 50 * 2**20),
     "b200": Facts("NVIDIA B200", (10, 0), 148, 232_448, 126 * 2**20),
+    "rtx5090": Facts("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376, 96 * 2**20),
 }
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
