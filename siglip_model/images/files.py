@@ -23,17 +23,19 @@ LISTED_IN_MEMORY = 2**24  # bytes of paths; a longer list continues on disk
 
 
 class UnreadableImageError(OSError, ValueError):
-    """An image that is missing, truncated or not an image; the message names the source and the reason."""
+    """An image that is missing, truncated, not an image or of unknown value range; the message names source and why."""
 
 
 def load_image(image: str | os.PathLike[str] | Image.Image, timeout: float | None = None) -> Image.Image:
     """The image in RGB with its EXIF orientation applied, as transformers' pipelines load it.
 
+    Images of more than 8 bits are scaled from their value range (`value_range.to_8_bits`), where transformers clips.
+
     image: a path, an http(s) URL, a base64 string with or without `data:image/...;base64,`, or a PIL image.
     timeout: seconds to wait for a URL; None waits indefinitely.
     Raises UnreadableImageError (an OSError and a ValueError) naming the source, TypeError for any other type.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(image, Image.Image):
         source: Any = image
@@ -46,11 +48,19 @@ def load_image(image: str | os.PathLike[str] | Image.Image, timeout: float | Non
     try:
         if isinstance(source, str):
             with Image.open(_open_source(source, timeout)) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGB")
-        return ImageOps.exif_transpose(source).convert("RGB")
+                return _upright_rgb(opened)
+        return _upright_rgb(source)
     # Decoders raise many types: OSError, SyntaxError, struct.error, DecompressionBombError ...
     except Exception as error:
         raise UnreadableImageError(f"{describe_source(source)}: {_reason(source, error)}") from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    from PIL import ImageOps
+
+    from siglip_model.images.value_range import to_8_bits
+
+    return to_8_bits(ImageOps.exif_transpose(image), opened=image).convert("RGB")
 
 
 def _open_source(source: str, timeout: float | None) -> str | BytesIO:

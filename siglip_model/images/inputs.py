@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 
 from siglip_model.images.files import UnreadableImageError, load_image
+from siglip_model.images.options import ImageOptions
+from siglip_model.images.value_range import WHITE_IN_16_BITS, to_8_bits, warn_once
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -94,21 +97,22 @@ def channels_last(image: np.ndarray | torch.Tensor, input_data_format: str | Non
 
 
 def pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
-    """(height, width, channels), or (height, width) for a one-band mode that is not converted.
+    """8 bits: (height, width, channels), or (height, width) for a one-band mode that is not converted.
 
     do_convert_rgb: convert to RGB, compositing alpha or a transparent colour over white. EXIF orientation is ignored.
-    Raises UnreadableImageError naming the image's file if its pixels cannot be decoded, ValueError for a mode that
-    Pillow does not convert (La).
+    Raises UnreadableImageError naming the image's file if its pixels cannot be decoded or their value range is unknown,
+    ValueError for a mode that Pillow does not convert (La).
     """
     from PIL import Image
 
-    name = getattr(image, "filename", None)
+    name = getattr(image, "filename", None) or repr(image)
     try:
         image.load()
+        image = to_8_bits(image)
     except Exception as error:
-        raise UnreadableImageError(f"{name or image!r}: {error or type(error).__name__}") from error
+        raise UnreadableImageError(f"{name}: {error or type(error).__name__}") from error
     if not do_convert_rgb:
-        return np.array(image)
+        return np.array(image.convert("L") if image.mode == "1" else image)
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -121,3 +125,41 @@ def check_alpha_range(image: np.ndarray | torch.Tensor) -> None:
     low, high = image.min().item(), image.max().item()
     if not (low >= 0.0 and high <= 1.0):
         raise ValueError(f"images: a floating image of 4 channels spans [{low}, {high}]; supported: [0, 1]")
+
+
+def to_levels(image: Any, options: ImageOptions) -> Any:
+    """An array as `rescale_factor` 1/255 expects it, in levels from 0 to 255: uint16 is scaled from its value range.
+
+    Arrays of other dtypes are returned unchanged, as in transformers; a warning, once per kind, says if their values
+    cannot be levels. Without rescaling, or with another factor, every array is returned unchanged. So are PIL images.
+    """
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        return image
+    dtype = str(image.dtype).removeprefix("torch.") if isinstance(image, torch.Tensor) else image.dtype.name
+    if dtype == "uint8" or not options.do_rescale or not math.isclose(options.rescale_factor, 1 / 255):
+        return image
+    if dtype == "uint16":
+        warn_once("arrays of dtype uint16: values are read as 0 (black) to 65535 (white)")
+        if isinstance(image, torch.Tensor):
+            return image.to(torch.float32).mul_(255 / WHITE_IN_16_BITS).round_().to(torch.uint8)
+        return np.rint(image * np.float32(255 / WHITE_IN_16_BITS)).astype(np.uint8)
+    if dtype == "bool":
+        warn_once("arrays of dtype bool: true is read as level 1 of 255, as in transformers; give levels in uint8")
+    elif _is_real(image):
+        low, high = image.min().item(), image.max().item()
+        if not (low >= 0 and high <= 255):
+            warn_once(
+                f"arrays of dtype {dtype}: values that are not finite or outside [0, 255] are kept, as in transformers"
+            )
+        elif dtype.startswith(("float", "bfloat")) and 0 < high <= 1:
+            warn_once(
+                f"arrays of dtype {dtype}: values in [0, 1] are rescaled by 1/255 again, as in transformers; "
+                "give do_rescale=False"
+            )
+    return image
+
+
+def _is_real(image: np.ndarray | torch.Tensor) -> bool:
+    if isinstance(image, torch.Tensor):
+        return not image.is_meta and not image.is_complex()
+    return image.dtype.kind in "iuf"

@@ -12,7 +12,7 @@ import torch
 from siglip_model.batch import BatchFeature, check_tensor_kind
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.files import find_json, split_hub_arguments, to_json, write_file
-from siglip_model.images.inputs import LAYOUTS, flatten_images
+from siglip_model.images.inputs import LAYOUTS, flatten_images, to_levels
 from siglip_model.images.options import BICUBIC, ImageOptions, is_number, to_resample, to_size
 
 
@@ -72,7 +72,9 @@ class ImageProcessor:
         """`pixel_values` of an image, a batch (4-D or a list) or a list of lists of images, which is flattened.
 
         images: PIL (any mode), numpy or torch with channels first or last (1, 3 or 4; first if both fit), path, URL or
-            base64 string. EXIF orientation is applied to images loaded here, not to PIL images.
+            base64 string. EXIF orientation is applied to images loaded here, not to PIL images. Images of modes I;16, I
+            and F, and uint16 arrays, are scaled from their value range to 8 bits (where transformers clips them).
+            Arrays of other dtypes hold levels from 0 to 255, or else belong with do_rescale=False.
         return_tensors: "pt" or "np" for one float32 tensor or array (batch, channels, height, width); None for a list.
         input_data_format: "channels_first" or "channels_last" instead of inferring the layout.
         device: device of computation and result ("cuda", torch.device ...); SiglipImageProcessorFast only.
@@ -87,7 +89,8 @@ class ImageProcessor:
         if options.pop("data_format", None) not in (None, "channels_first"):
             raise ValueError("data_format: supported: 'channels_first', the model's layout")
         resolved = self._resolve(options)
-        pixel_values = self._process(flatten_images(images), resolved, device)
+        flat = [to_levels(image, resolved) for image in flatten_images(images)]
+        pixel_values = self._process(flat, resolved, device)
         return BatchFeature(pixel_values=pixel_values if kind is None else _stack(pixel_values, kind))
 
     def _process(self, images: list[Any], options: ImageOptions, device: Any) -> list[Any]:

@@ -89,11 +89,9 @@ def test_templates_equal_transformers(classifier, reference, template):
     assert any(abs(plain[entry["label"]] - entry["score"]) > 1e-4 for entry in result)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
-def test_every_image_mode_equals_transformers(classifier, reference, mode, tmp_path):
-    image = random_image(2, mode="I" if mode == "I;16" else mode)
-    if mode == "I;16":
-        image = Image.fromarray(np.arange(48 * 40, dtype=np.uint16).reshape(40, 48))
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_8_bit_mode_equals_transformers(classifier, reference, mode):
+    image = random_image(2, mode=mode)
     if mode == "RGBA":
         image.putalpha(100)  # dropped, not composited, as in transformers' pipeline
     assert_same(classifier(image, LABELS), reference(image, candidate_labels=LABELS))

@@ -23,12 +23,12 @@ def picture(mode: str, size: tuple[int, int] = (31, 17)) -> Image.Image:
     """An image of any mode, with alpha if it has it; for "P+" and the like, transparency is in `info`."""
     width, height = size
     colour = Image.fromarray(noise(height, width, 4), "RGBA")
-    if mode == "I;16":
-        return Image.fromarray(np.random.default_rng(1).integers(0, 65536, (height, width)).astype(np.uint16))
-    if mode == "I":
-        return Image.fromarray(np.random.default_rng(1).integers(-300, 70_000, (height, width)).astype(np.int32))
-    if mode == "F":
-        return Image.fromarray((np.random.default_rng(1).random((height, width)) * 400 - 60).astype(np.float32))
+    if mode in WIDE_MODES:
+        values = np.random.default_rng(1).integers(0, 65536, (height, width))
+        if mode == "F":
+            return Image.fromarray((values / 65535).astype(np.float32))
+        stored = {"I": "=i4", "I;16B": ">u2", "I;16N": "=u2"}.get(mode, "<u2")
+        return Image.frombytes(mode, size, values.astype(stored).tobytes())
     if mode in ("P", "PA", "P+index", "P+bytes"):
         palette = colour.convert("RGB").convert("P")
         if mode == "P+index":
@@ -46,7 +46,8 @@ def picture(mode: str, size: tuple[int, int] = (31, 17)) -> Image.Image:
 
 
 MODES = ["1", "L", "L+", "LA", "P", "P+index", "P+bytes", "PA", "RGB", "RGB+", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr",
-         "HSV", "LAB", "I;16", "I", "F"]  # fmt: skip
+         "HSV", "LAB"]  # fmt: skip
+WIDE_MODES = ["I;16", "I;16B", "I;16L", "I;16N", "I", "F"]  # of other value ranges, where transformers clips
 
 
 def assert_equal(images: Any, make: Any = None, **options: Any) -> None:

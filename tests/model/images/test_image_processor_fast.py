@@ -5,11 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from image_samples import ARRAYS, MODES, SIZE, noise, picture
+from image_samples import ARRAYS, MODES, SIZE, WIDE_MODES, noise, picture
 from PIL import Image
 
 from siglip_model.images.fast import SiglipImageProcessorFast
 from siglip_model.images.pillow import SiglipImageProcessor
+
+pytestmark = pytest.mark.filterwarnings("ignore:(images of mode|arrays of dtype)")
 
 
 class TestFast:
@@ -31,7 +33,7 @@ class TestFast:
             )
             assert (exact.pixel_values - fast.pixel_values).abs().max() <= tolerance
 
-    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("mode", [*MODES, *WIDE_MODES])
     def test_modes(self, mode: str) -> None:
         exact, fast = (
             cls(size=SIZE)(picture(mode), return_tensors="np")
