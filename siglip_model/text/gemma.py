@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments, to_json, write_file
 from siglip_model.text.tokenizer import EncodeOptions, Tokenizer
-from siglip_model.text.tokenizer_config import NAMED_TOKENS, AddedToken, call_defaults, constructor_arguments
+from siglip_model.text.tokenizer_config import (
+    NAMED_TOKENS,
+    AddedToken,
+    call_defaults,
+    constructor_arguments,
+    lower_case_flag,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -24,9 +30,11 @@ class TokenizersTokenizer(Tokenizer):
     """Any tokenizer.json, with the interface of `SiglipTokenizer` and the behaviour of transformers' Rust tokenizers.
 
     tokenizer_file: the path of tokenizer.json. Raises CheckpointError naming it if it is missing or damaged.
+    do_lower_case: True lower-cases texts first, False removes the lower-casing step of tokenizer.json's normaliser
+    (ValueError if it lower-cases in another way), None leaves the normaliser as it is.
     """
 
-    tokenizer_class: ClassVar[str] = "TokenizersBackend"
+    _lower_case: ClassVar[bool | None] = None  # the default of do_lower_case
     _pads_like_rust = True
     default_tokens: ClassVar[Mapping[str, str]] = {}
 
@@ -49,6 +57,7 @@ class TokenizersTokenizer(Tokenizer):
         model_input_names: Sequence[str] | None = None,
         clean_up_tokenization_spaces: bool | None = False,
         split_special_tokens: bool = False,
+        do_lower_case: bool | None = None,
     ) -> None:
         given = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "sep_token": sep_token,
                  "pad_token": pad_token, "cls_token": cls_token, "mask_token": mask_token}  # fmt: skip
@@ -66,23 +75,41 @@ class TokenizersTokenizer(Tokenizer):
             split_special_tokens=split_special_tokens,
         )
         self._lock = threading.Lock()  # truncation is state of the library's object, set for each call
-        self._tokenizer = self._build(content)
+        self._tokenizer = self._build(content, lower_case_flag(type(self), do_lower_case, self._lower_case))
         self._add_tokens(added_tokens_decoder or {})
 
     def _adapt(self, content: dict[str, Any]) -> dict[str, Any]:
         """The content of tokenizer.json as this class interprets it."""
         return content
 
-    def _build(self, content: dict[str, Any]) -> tokenizers.Tokenizer:
+    def _build(self, content: dict[str, Any], lower_case: bool | None) -> tokenizers.Tokenizer:
         import tokenizers
 
         try:
-            built = tokenizers.Tokenizer.from_str(json.dumps(self._adapt(content)))
+            adapted = self._adapt(content)
+            if lower_case is not None:
+                adapted = {**adapted, "normalizer": _lower_casing(adapted.get("normalizer"), lower_case)}
+            built = tokenizers.Tokenizer.from_str(json.dumps(adapted))
         except Exception as error:  # the library raises bare Exceptions
             raise CheckpointError(f"{self.tokenizer_file} is not a usable tokenizer.json: {error}") from error
+        if lower_case is False and _lower_cases(built.normalizer):
+            raise ValueError(
+                f"{type(self).__name__}: do_lower_case is False, but {self.tokenizer_file} lower-cases in another "
+                "step than Lowercase; supported: True, None"
+            )
         built.no_truncation()
         built.no_padding()
         return built
+
+    @property
+    def do_lower_case(self) -> bool:
+        """Whether texts are lower-cased; fixed when the tokenizer is loaded."""
+        return _lower_cases(self._tokenizer.normalizer)
+
+    @property
+    def tokenizer_class(self) -> str:
+        """The class under which transformers gives the same ids."""
+        return "TokenizersBackend"
 
     def _add_tokens(self, given: Mapping[int | str, Any]) -> None:
         """Adds the configuration's added tokens and special tokens that tokenizer.json lacks."""
@@ -219,10 +246,18 @@ class TokenizersTokenizer(Tokenizer):
         config = find_json(path_or_id, cls.config_name, hub) or {}
         if "added_tokens_decoder" not in config:
             config = {**config, **(find_json(path_or_id, "special_tokens_map.json", hub) or {})}
+        config = {**config, **cls._checkpoint_defaults(path_or_id, config, hub)}
         tokenizer = cls(tokenizer_file, **constructor_arguments(cls, config, given))
         tokenizer.name_or_path = os.fspath(path_or_id)
         tokenizer.call_defaults = call_defaults(config)
         return tokenizer
+
+    @classmethod
+    def _checkpoint_defaults(
+        cls, path_or_id: str | os.PathLike[str], config: dict[str, Any], hub: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Settings that the checkpoint implies where tokenizer_config.json lacks them."""
+        return {}
 
     def save_vocabulary(
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
@@ -239,6 +274,7 @@ class TokenizersTokenizer(Tokenizer):
             **self.call_defaults,
             "backend": "tokenizers",
             "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
+            "do_lower_case": self.do_lower_case,
             "extra_special_tokens": self.extra_special_tokens,
             "model_input_names": self.model_input_names,
             "model_max_length": self.model_max_length,
@@ -252,12 +288,18 @@ class TokenizersTokenizer(Tokenizer):
 
 
 class GemmaTokenizer(TokenizersTokenizer):
-    """Gemma's tokenizer: spaces become "▁", no prefix is added, unknown characters fall back to bytes, case is kept.
+    """Gemma's tokenizer: spaces become "▁", no prefix is added, unknown characters fall back to bytes.
 
     Normaliser, pre-tokenizer and decoder are those of transformers' GemmaTokenizer, not those of tokenizer.json.
+
+    do_lower_case: lower-cases texts first. SigLIP 2 was trained on lower-cased text (Tschannen et al. 2025, section 2),
+    and its fixed-resolution checkpoints name this class and set do_lower_case. transformers ignores the setting (it
+    lower-cases under the class Siglip2Tokenizer alone); here it is followed. If tokenizer_config.json lacks it, the
+    checkpoint decides: True for SigLIP's (by model_type, or by the processor's class), False for any other, such as
+    Gemma's. An argument of `from_pretrained` overrides both. A tokenizer that lower-cases is saved as Siglip2Tokenizer,
+    so that transformers gives the same ids.
     """
 
-    tokenizer_class = "GemmaTokenizer"
     padding_side = "left"
     default_tokens: ClassVar[Mapping[str, str]] = {
         "bos_token": "<bos>",
@@ -266,14 +308,26 @@ class GemmaTokenizer(TokenizersTokenizer):
         "pad_token": "<pad>",
         "mask_token": "<mask>",
     }
-    _lower_case: ClassVar[bool] = False
+    _lower_case = False
+
+    @property
+    def tokenizer_class(self) -> str:
+        return "Siglip2Tokenizer" if self.do_lower_case else "GemmaTokenizer"
+
+    @classmethod
+    def _checkpoint_defaults(
+        cls, path_or_id: str | os.PathLike[str], config: dict[str, Any], hub: dict[str, Any]
+    ) -> dict[str, Any]:
+        if config.get("do_lower_case") is not None:
+            return {}
+        kinds = (config.get("processor_class"), (find_json(path_or_id, "config.json", hub) or {}).get("model_type"))
+        return {"do_lower_case": True} if any(str(kind).lower().startswith("siglip") for kind in kinds) else {}
 
     def _adapt(self, content: dict[str, Any]) -> dict[str, Any]:
         model = content.get("model")
         if not isinstance(model, dict) or "merges" not in model:
             raise ValueError("its model is not a byte-pair encoding")
         space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-        lower = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, space]}
         decoders = [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
             {"type": "ByteFallback"},
@@ -282,7 +336,7 @@ class GemmaTokenizer(TokenizersTokenizer):
         splitting = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
         return {
             **content,
-            "normalizer": lower if self._lower_case else space,
+            "normalizer": space,
             "pre_tokenizer": splitting,
             "decoder": {"type": "Sequence", "decoders": decoders},
             "model": {**model, "dropout": None, "unk_token": self.unk_token, "fuse_unk": True, "byte_fallback": True},
@@ -292,7 +346,6 @@ class GemmaTokenizer(TokenizersTokenizer):
 class Siglip2Tokenizer(GemmaTokenizer):
     """Gemma's tokenizer on lower-cased text, as SigLIP 2 was trained."""
 
-    tokenizer_class = "Siglip2Tokenizer"
     _lower_case = True
 
 
@@ -314,3 +367,20 @@ def _read_document(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file")
     return read_json_object(Path(path))
+
+
+def _lower_casing(normalizer: Any, wanted: bool) -> dict[str, Any] | None:
+    """A normaliser of tokenizer.json, or None, with or without a Lowercase step."""
+    steps = [] if normalizer is None else [normalizer]
+    if steps and normalizer["type"] == "Sequence":
+        steps = normalizer["normalizers"]
+    kept = [step for step in steps if step["type"] != "Lowercase"]
+    if wanted:
+        kept = steps if len(kept) < len(steps) else [{"type": "Lowercase"}, *steps]
+    if len(kept) < 2:
+        return kept[0] if kept else None
+    return {"type": "Sequence", "normalizers": kept}
+
+
+def _lower_cases(normalizer: tokenizers.normalizers.Normalizer | None) -> bool:
+    return normalizer is not None and normalizer.normalize_str("A") == "a"

@@ -12,7 +12,13 @@ from typing import Any, ClassVar
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments, to_json, write_file
 from siglip_model.text.tokenizer import EncodeOptions, Tokenizer
-from siglip_model.text.tokenizer_config import NAMED_TOKENS, AddedToken, call_defaults, constructor_arguments
+from siglip_model.text.tokenizer_config import (
+    NAMED_TOKENS,
+    AddedToken,
+    call_defaults,
+    constructor_arguments,
+    lower_case_flag,
+)
 
 UNDERLINE = "▁"  # SentencePiece's mark for a space
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -25,7 +31,8 @@ class SiglipTokenizer(Tokenizer):
     """SentencePiece with transformers' interface and tokens (see `Tokenizer.__call__` for the arguments).
 
     vocab_file: a SentencePiece model, usually spiece.model. model_input_names: without "attention_mask", as in
-    published checkpoints, no mask is returned and the model attends to padding, as it did in training.
+    published checkpoints, no mask is returned and the model attends to padding, as it did in training. do_lower_case:
+    True or False; None means True.
     Raises CheckpointError naming the file if it is missing or not a SentencePiece model.
     """
 
@@ -40,7 +47,7 @@ class SiglipTokenizer(Tokenizer):
         additional_special_tokens: Sequence[Any] | None = None,
         sp_model_kwargs: Mapping[str, Any] | None = None,
         model_max_length: int | float | None = 64,
-        do_lower_case: bool = True,
+        do_lower_case: bool | None = True,
         *,
         bos_token: Any = None,
         sep_token: Any = None,
@@ -70,7 +77,7 @@ class SiglipTokenizer(Tokenizer):
         if self.unk_token is None:
             raise ValueError("SiglipTokenizer: unk_token is None; supported: a string")
         self.vocab_file = os.fspath(vocab_file)
-        self.do_lower_case = do_lower_case
+        self.do_lower_case = lower_case_flag(type(self), do_lower_case, default=True)
         self.legacy = legacy
         self.sp_model_kwargs = dict(sp_model_kwargs or {})
         self._model_bytes = _read_model(self.vocab_file)

@@ -60,3 +60,10 @@ def constructor_arguments(cls: type, config: Mapping[str, Any], given: Mapping[s
     known = inspect.signature(cls).parameters
     read = {name: value for name, value in config.items() if name in known and (value is not None or name in nullable)}
     return {**read, **given}
+
+
+def lower_case_flag(cls: type, value: Any, default: Any) -> Any:
+    """`do_lower_case`, or `default` for None. Raises ValueError for anything but True, False and None."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{cls.__name__}: do_lower_case is {value!r}; supported: True, False")
+    return default if value is None else value

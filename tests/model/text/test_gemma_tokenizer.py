@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import pytest
 import tokenizers
 import transformers
 from tokenizer_samples import plain
+from typer.testing import CliRunner
 
+from siglip_model import AutoProcessor, pipeline
+from siglip_model.cli.main import app
+from siglip_model.demo import CHECKPOINT, PICTURES
 from siglip_model.text.auto import load_tokenizer
 from siglip_model.text.gemma import GemmaTokenizer, Siglip2Tokenizer
 
@@ -43,7 +48,7 @@ def gemma_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     document = json.dumps(_gemma_document())
     config = {
         "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", "padding_side": "right",
-        "add_bos_token": False, "add_eos_token": True, "do_lower_case": True, "model_max_length": 64,
+        "add_bos_token": False, "add_eos_token": True, "model_max_length": 64,
         "model_input_names": ["input_ids"], "processor_class": "SiglipProcessor",
         "extra_special_tokens": ["<start_of_turn>"],
     }  # fmt: skip
@@ -52,7 +57,8 @@ def gemma_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer", "PreTrainedTokenizerFast"):
         folder = folders[name] = tmp_path_factory.mktemp(name)
         (folder / "tokenizer.json").write_text(document)
-        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}))
+        settings = {**config, "tokenizer_class": name, "do_lower_case": name == "Siglip2Tokenizer"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         (folder / "config.json").write_text(siglip)
     return folders
 
@@ -143,3 +149,148 @@ class TestGemma:
             tokenizer("a", paddign=True)
         with pytest.raises(IndexError, match="10000"):
             tokenizer.convert_ids_to_tokens([10_000])
+
+
+def _copy(folder: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a tokenizer's folder with other settings; None removes one."""
+    shutil.copytree(folder, target)
+    settings = {**json.loads((target / "tokenizer_config.json").read_text()), **changes}
+    (target / "tokenizer_config.json").write_text(
+        json.dumps({name: value for name, value in settings.items() if value is not None})
+    )
+    return target
+
+
+CASES = ["A Cat", "TWO dogs", "Straße İ Σ", "<eos> A", ""]
+
+
+@pytest.fixture
+def lower(gemma_folders: dict[str, Path]) -> list[Any]:
+    """Ids of the texts in lower case."""
+    return load_tokenizer(gemma_folders["Siglip2Tokenizer"])(CASES)["input_ids"]
+
+
+@pytest.fixture
+def kept(gemma_folders: dict[str, Path]) -> list[Any]:
+    """Ids of the texts as they are."""
+    return load_tokenizer(gemma_folders["GemmaTokenizer"])(CASES)["input_ids"]
+
+
+NAMES = ["GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer", "PreTrainedTokenizerFast"]
+
+
+class TestLowerCase:
+    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("saved", [True, False])
+    @pytest.mark.parametrize("given", [True, False, None])
+    def test_the_setting_is_followed_and_kept(
+        self,
+        gemma_folders: dict[str, Path],
+        lower: Any,
+        kept: Any,
+        name: str,
+        saved: bool,
+        given: bool | None,
+        tmp_path: Path,
+    ) -> None:
+        assert lower != kept
+        folder = _copy(gemma_folders[name], tmp_path / "in", do_lower_case=saved)
+        tokenizer = load_tokenizer(folder, **({} if given is None else {"do_lower_case": given}))
+        wanted = saved if given is None else given
+        assert tokenizer.do_lower_case is wanted and tokenizer(CASES)["input_ids"] == (lower if wanted else kept)
+        tokenizer.save_pretrained(tmp_path / "out")
+        assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["do_lower_case"] is wanted
+        (tmp_path / "out" / "config.json").write_bytes((folder / "config.json").read_bytes())
+        reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+        for again in (load_tokenizer(tmp_path / "out"), reference, pickle.loads(pickle.dumps(tokenizer))):
+            assert again(CASES)["input_ids"] == (lower if wanted else kept)
+        turned = load_tokenizer(tmp_path / "out", do_lower_case=not wanted)
+        assert turned(CASES)["input_ids"] == (kept if wanted else lower)
+
+    def test_the_class_by_itself(self, gemma_folders: dict[str, Path], lower: Any, kept: Any, tmp_path: Path) -> None:
+        folder = _copy(gemma_folders["GemmaTokenizer"], tmp_path / "in", do_lower_case=True)
+        assert GemmaTokenizer.from_pretrained(folder)(CASES)["input_ids"] == lower
+        assert GemmaTokenizer.from_pretrained(folder, do_lower_case=False)(CASES)["input_ids"] == kept
+        file = folder / "tokenizer.json"
+        for tokenizer, expected in (
+            (GemmaTokenizer(file), kept), (GemmaTokenizer(file, do_lower_case=True), lower),
+            (Siglip2Tokenizer(file), lower), (Siglip2Tokenizer(file, do_lower_case=False), kept),
+        ):  # fmt: skip
+            assert tokenizer(CASES)["input_ids"] == expected
+        with pytest.raises(AttributeError):
+            tokenizer.do_lower_case = True  # type: ignore[misc]  # fixed when it is loaded, and not ignored in silence
+
+    @pytest.mark.parametrize(
+        ("config", "processor_class", "is_siglip"),
+        [
+            ({"model_type": "siglip"}, None, True), ({"model_type": "siglip2"}, None, True),
+            ({"model_type": "siglip_text_model"}, None, True), (None, "SiglipProcessor", True),
+            (None, "Siglip2Processor", True), ({"model_type": "gemma"}, None, False), (None, None, False),
+            ({"model_type": "paligemma"}, "PaliGemmaProcessor", False), ({}, None, False),
+        ],
+    )  # fmt: skip
+    def test_without_the_setting_the_checkpoint_decides(
+        self, gemma_folders: dict[str, Path], lower: Any, kept: Any, config: Any, processor_class: Any, is_siglip: bool,
+        tmp_path: Path,
+    ) -> None:  # fmt: skip
+        folder = _copy(
+            gemma_folders["GemmaTokenizer"], tmp_path / "in", do_lower_case=None, processor_class=processor_class
+        )
+        (folder / "config.json").unlink()
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+        for load in (load_tokenizer, GemmaTokenizer.from_pretrained):
+            assert load(folder)(CASES)["input_ids"] == (lower if is_siglip else kept)
+            assert load(folder, do_lower_case=False)(CASES)["input_ids"] == kept
+            assert load(folder, do_lower_case=True)(CASES)["input_ids"] == lower
+
+    @pytest.mark.parametrize("value", ["true", 1, 0, [], 1.0])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_other_values_are_refused(
+        self, gemma_folders: dict[str, Path], name: str, value: Any, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ValueError, match=r"do_lower_case is .*; supported: True, False"):
+            load_tokenizer(gemma_folders[name], do_lower_case=value)
+        with pytest.raises(ValueError, match=r"do_lower_case is .*; supported: True, False"):
+            load_tokenizer(_copy(gemma_folders[name], tmp_path / "in", do_lower_case=value))
+
+    def test_a_normaliser_that_lower_cases_otherwise(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
+        folder = _copy(gemma_folders["PreTrainedTokenizerFast"], tmp_path / "in", do_lower_case=None)
+        document = json.loads((folder / "tokenizer.json").read_text())
+        bert = json.loads(tokenizers.normalizers.BertNormalizer().__getstate__())
+        document["normalizer"] = {"type": "Sequence", "normalizers": [bert]}
+        (folder / "tokenizer.json").write_text(json.dumps(document))
+        assert load_tokenizer(folder).do_lower_case is True
+        with pytest.raises(ValueError, match=r"do_lower_case is False, but .*tokenizer\.json lower-cases"):
+            load_tokenizer(folder, do_lower_case=False)
+
+    @pytest.mark.parametrize("given", [{}, {"do_lower_case": True}])
+    def test_processor_pipeline_and_command(
+        self, gemma_folders: dict[str, Path], lower: Any, given: dict[str, bool], tmp_path: Path
+    ) -> None:
+        """A fixed-resolution SigLIP 2 checkpoint: a text in capitals gets the scores of the text in lower case."""
+        folder = _copy(gemma_folders["GemmaTokenizer"], tmp_path / "in", do_lower_case=None if given else True)
+        for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+            shutil.copy(CHECKPOINT / name, folder / name)
+        processor = AutoProcessor.from_pretrained(folder, **given)
+        assert processor(text=CASES)["input_ids"] == lower
+        processor.save_pretrained(tmp_path / "out")
+        assert AutoProcessor.from_pretrained(tmp_path / "out")(text=CASES)["input_ids"] == lower
+        picture = str(PICTURES / "rocket.png")
+        classify = pipeline(model=folder, device="cpu", processor=processor)
+        for run in (
+            lambda labels: classify(picture, labels, hypothesis_template="A Photo of {}"),
+            self._command(folder),
+        ):
+            upper, small = run(["A CAT", "DOG"]), run(["a cat", "dog"])
+            assert [row["score"] for row in upper] == [row["score"] for row in small]
+
+    @staticmethod
+    def _command(folder: Path) -> Any:
+        def run(labels: list[str]) -> Any:
+            words = ["classify", str(PICTURES / "rocket.png"), "--model", str(folder), "--device", "cpu", "--json"]
+            done = CliRunner().invoke(app, [*words, "--labels", *labels])
+            assert done.exit_code == 0, done.stderr
+            return json.loads(done.stdout)[0]["predictions"]
+
+        return run

@@ -82,6 +82,29 @@ class TestFiles:
         with pytest.raises(TypeError, match="lower"):
             SiglipTokenizer.from_pretrained(tmp_path, lower=True)
 
+    @pytest.mark.parametrize("saved", [True, False])
+    def test_lower_case(self, model_files: dict[str, Path], tmp_path: Path, saved: bool) -> None:
+        """The file's setting is followed, an argument overrides it, and either is kept by saving."""
+        SiglipTokenizer(model_files["bytes"], do_lower_case=saved).save_pretrained(tmp_path / "in")
+        for given in (True, False, None):
+            tokenizer = load_tokenizer(tmp_path / "in", **({} if given is None else {"do_lower_case": given}))
+            wanted = saved if given is None else given
+            tokenizer.save_pretrained(tmp_path / "out")
+            reference = transformers.SiglipTokenizer.from_pretrained(tmp_path / "out")
+            for one in (tokenizer, load_tokenizer(tmp_path / "out"), reference):
+                assert one.do_lower_case is wanted
+                assert (one("A Cat")["input_ids"] == one("a cat")["input_ids"]) is wanted
+
+    @pytest.mark.parametrize("value", ["false", 0, 1, []])
+    def test_lower_case_is_a_flag(self, model_files: dict[str, Path], tmp_path: Path, value: Any) -> None:
+        SiglipTokenizer(model_files["plain"]).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="do_lower_case is .*; supported: True, False"):
+            load_tokenizer(tmp_path, do_lower_case=value)
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": value}))
+        with pytest.raises(ValueError, match="do_lower_case is .*; supported: True, False"):
+            load_tokenizer(tmp_path)
+
     def test_model_alone(self, model_files: dict[str, Path]) -> None:
         assert SiglipTokenizer.from_pretrained(model_files["plain"].parent)("a cat")["input_ids"]
         assert isinstance(load_tokenizer(model_files["plain"].parent), SiglipTokenizer)
