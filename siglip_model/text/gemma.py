@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments, to_json, write_file
-from siglip_model.text.tokenizer import EncodeOptions, Tokenizer
+from siglip_model.text.tokenizer import EncodeOptions, Tokenizer, check_unicode
 from siglip_model.text.tokenizer_config import (
     NAMED_TOKENS,
     AddedToken,
@@ -189,12 +189,15 @@ class TokenizersTokenizer(Tokenizer):
         words = options.is_split_into_words
         for part in (text, pair):
             if words and isinstance(part, (list, tuple)) and all(isinstance(word, str) for word in part):
+                check_unicode("".join(part))
                 continue
             if part is not None and (words or not isinstance(part, str)):
                 raise ValueError(
                     f"{type(self).__name__}: got a text of type {type(part).__name__}; supported: "
                     + ("a list of words (is_split_into_words is True)" if words else "a string")
                 )
+            if part is not None:
+                check_unicode(part)
         with self._lock:
             if options.limit is not None:
                 self._tokenizer.enable_truncation(

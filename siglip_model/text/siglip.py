@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments, to_json, write_file
-from siglip_model.text.tokenizer import EncodeOptions, Tokenizer
+from siglip_model.text.tokenizer import EncodeOptions, Tokenizer, check_unicode
 from siglip_model.text.tokenizer_config import (
     NAMED_TOKENS,
     AddedToken,
@@ -215,8 +215,7 @@ class SiglipTokenizer(Tokenizer):
 
     def _pieces(self, segment: str) -> list[str]:
         text = str(self.unk_token) + self.canonicalize_text(segment)
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError("text contains a lone surrogate; supported: valid Unicode")
+        check_unicode(text)
         pieces = self.sp_model.encode(text, out_type=str)
         return pieces[self._prefix_length :] if len(pieces) >= self._prefix_length else pieces
 

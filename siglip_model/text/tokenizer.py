@@ -430,6 +430,12 @@ class Tokenizer(abc.ABC):
         return [int(int(index) in special) for index in token_ids_0]
 
 
+def check_unicode(text: str) -> None:
+    """Raises ValueError for a lone surrogate, which the tokenizer libraries refuse without naming it."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("text contains a lone surrogate; supported: valid Unicode")
+
+
 _CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
     (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),

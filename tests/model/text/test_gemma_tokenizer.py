@@ -143,6 +143,11 @@ class TestGemma:
         for text in (None, [], [3], [["a", "b", "c"]]):
             with pytest.raises(ValueError, match="supported"):
                 tokenizer(text)
+        for arguments in (("\ud800 a",), ("a", "\ud800"), (["a", "\udc80"],)):
+            with pytest.raises(ValueError, match="lone surrogate"):
+                tokenizer(*arguments)
+        with pytest.raises(ValueError, match="lone surrogate"):
+            tokenizer(["a", "\ud800"], is_split_into_words=True)
         with pytest.raises(ValueError, match="Second sequence"):
             tokenizer("a photo of a cat", truncation="only_second", max_length=2)
         with pytest.raises(TypeError, match="paddign"):
