@@ -133,8 +133,10 @@ class TestFiles:
         """Of any brightness: a dark 16-bit image is no 8-bit image."""
         for scale in (1, 1 / 257):
             values = np.rint(np.linspace(0, 65535, 4096).reshape(64, 64) * scale).astype(np.uint16)
-            options = {"irreversible": False} if suffix == "jp2" else {}
-            Image.fromarray(values).save(tmp_path / f"x.{suffix}", **options)
+            if suffix == "pgm":  # which older versions of Pillow do not write
+                (tmp_path / "x.pgm").write_bytes(b"P5 64 64 65535\n" + values.astype(">u2").tobytes())
+            else:
+                Image.fromarray(values).save(tmp_path / f"x.{suffix}")
             expected = np.rint(values / 257)[:, :, None].repeat(3, axis=2)
             assert np.array_equal(np.asarray(load_image(tmp_path / f"x.{suffix}")), expected)
             for processor in PROCESSORS:
@@ -178,13 +180,12 @@ class TestFiles:
                 else:
                     assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 127]
 
-    def test_transparency(self, tmp_path: Path) -> None:
+    def test_transparency(self) -> None:
         """The one value that is transparent becomes white; its neighbours in the same level do not."""
-        Image.fromarray(np.array([[0, 1, 2]], np.uint16)).save(tmp_path / "x.png", transparency=1)
-        assert np.asarray(load_image(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 255, 0]
-        with Image.open(tmp_path / "x.png") as opened:
-            result = PROCESSORS[0](opened, return_tensors="np").pixel_values[0, :, 0]
-        assert np.array_equal(result, [[-1, 1, -1]] * 3)
+        image = Image.fromarray(np.array([[0, 1, 2]], np.uint16))
+        image.info["transparency"] = 1  # as Pillow reads it from a PNG file
+        for result in pixels(image):
+            assert np.array_equal(result[:, 0], [[-1, 1, -1]] * 3)
 
     @pytest.mark.parametrize("orientation", range(1, 9))
     def test_orientation(self, orientation: int, tmp_path: Path) -> None:
@@ -294,6 +295,8 @@ class TestEveryWayIn:
     def test_commands(self, folder: Path) -> None:
         Image.fromarray(np.array([[0.0, 1000.0]], np.float32)).save(folder / "unknown.tiff")
         (folder / "again.png").write_bytes((folder / "16.png").read_bytes())
+        with Image.open(folder / "16.png") as opened:
+            mode_of_png = opened.mode  # I;16, or I before Pillow 10.3
         out = folder / "embeddings.safetensors"
         for arguments in (["classify", "--labels", "rocket", "cat face", "--json"], ["embed", "--out", str(out)]):
             value_range.warn_once.cache_clear()
@@ -303,7 +306,7 @@ class TestEveryWayIn:
             assert run.exit_code == 1, run.stderr
             assert "unknown.tiff: mode F with values of [0.0, 1000.0]; supported: [0, 1] or [0, 255]" in run.stderr
             modes = [re.findall("mode (.*):.*to (.*) ", str(warning.message))[0] for warning in said]
-            assert sorted(modes) == [("F", "1"), ("F", "255"), ("I", "65535"), ("I;16", "65535")]
+            assert sorted(modes) == sorted({("F", "1"), ("F", "255"), ("I", "65535"), (mode_of_png, "65535")})
             if arguments[0] == "classify":
                 results = {Path(entry["image"]).name: entry for entry in json.loads(run.stdout)}
                 first, *others = (results[name]["predictions"] for name in self.NAMES)
