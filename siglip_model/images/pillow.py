@@ -13,7 +13,7 @@ from siglip_model.images.processor import ImageProcessor
 
 
 class SiglipImageProcessor(ImageProcessor):
-    """Resizes with Pillow and scales with numpy: bit for bit transformers' SiglipImageProcessorPil.
+    """Resizes with Pillow and scales with numpy: bit for bit transformers' SiglipImageProcessorPil, from 8-bit images.
 
     Resizing converts arrays to 8-bit Pillow images: floating arrays are quantised to 256 levels of [0, 1] (or must hold
     whole numbers from 0 to 255); others raise ValueError.
