@@ -96,7 +96,7 @@ def environment() -> dict[str, Any]:
     return {
         "gpu": hardware(),
         "driver": _driver() if on_gpu else None,
-        "cuda": torch.version.cuda if on_gpu else None,
+        "cuda": (torch.version.cuda or f"rocm {torch.version.hip}") if on_gpu else None,
         "torch": torch.__version__,
         "triton": version("triton"),
         "commit": sha,

@@ -5,7 +5,6 @@ message names the operation, the argument, what was given and what is supported.
 """
 
 import math
-import os
 from collections.abc import Callable
 from typing import NamedTuple, overload
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from siglip_kernels.device import require_kernels
 from siglip_kernels.errors import unsupported
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -278,12 +276,3 @@ def unit_stride(tensor: Tensor) -> Tensor:
 def wants_gradients(*tensors: Tensor | None) -> bool:
     """Whether autograd records a call on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def require_device(operation: str, argument: str, tensor: Tensor) -> None:
-    """`require_kernels` for a call that launches none of them: traceable, and tensors without data are accepted."""
-    if tensor.device.type in ("cuda", "meta"):
-        return
-    if torch.compiler.is_compiling() and tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return  # traced code cannot ask Triton, whose own answer counts elsewhere
-    require_kernels(operation, argument, tensor)

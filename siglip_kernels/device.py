@@ -1,10 +1,12 @@
-"""Cached GPU properties that select kernel configurations; nothing is queried at import."""
+"""Which devices run the kernels, and cached GPU properties that select configurations; no query at import."""
 
 import contextlib
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -82,15 +84,109 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def require_kernels(operation: str, argument: str, tensor: torch.Tensor) -> None:
-    """Raises MissingBackendError unless kernels run on the tensor's device: CUDA, or the CPU in the interpreter."""
-    if tensor.device.type == "cuda" or _pretended is not None:
-        return
-    if not (tensor.device.type == "cpu" and interpreting()):
-        raise MissingBackendError(
-            f"{operation}: {argument} is on {tensor.device}, and the Triton kernels need a CUDA device (or CPU tensors "
-            "and TRITON_INTERPRET=1 set before Triton is imported); elsewhere use the backend 'sdpa' or 'eager'"
-        )
+# Where the kernels run ------------------------------------------------------------------------------------------------
+
+_LEAST_CAPABILITY = (8, 0)
+_NO_TRITON = "the kernels need Triton, which is not installed"
+_OTHER_GPUS = {"xpu": "Intel GPUs (XPU)", "mps": "Apple GPUs (MPS)"}
+
+_accepted: set[torch.device] = set()  # devices that `why_not` accepted once; a refusal is worked out again
+
+
+def _constant_while_tracing(function: Any) -> Any:
+    """As torch.compiler.assume_constant_result, which imports torch._dynamo and with it Triton."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_while_tracing
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether kernels run on tensors of this device; asked at every call, also while torch.compile traces."""
+    if device in _accepted or _pretended is not None:
+        return True
+    if why_not(device) is not None:
+        return False
+    _accepted.add(device)
+    return True
+
+
+@_constant_while_tracing
+def why_not(device: torch.device) -> str | None:
+    """Why no kernel runs on tensors of this device: CUDA, or the CPU in the interpreter. None: kernels run."""
+    if _pretended is not None:
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return _NO_TRITON
+    if device.type == "cuda":
+        return _why_not_gpu(device)
+    if device.type == "cpu" and interpreting():
+        return None
+    if torch.version.hip is not None:
+        return _why_not_rocm()
+    if device.type != "cpu":
+        return f"the kernels do not support {_OTHER_GPUS.get(device.type, f'{device.type} devices')}, only NVIDIA GPUs"
+    return "the Triton kernels need a CUDA device (or CPU tensors and TRITON_INTERPRET=1 set before Triton is imported)"
+
+
+def why_not_here() -> str | None:
+    """Why no kernel runs on any device of this machine, or None. Does not import Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return f"{_NO_TRITON} (pip install triton; Linux only)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if torch.version.hip is not None or torch.cuda.is_available():
+        return why_no_gpu()
+    found = torch.accelerator.current_accelerator()
+    other = "" if found is None else f", and the kernels do not support {_OTHER_GPUS.get(found.type, found.type)}"
+    return f"there is no CUDA device{other} (TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests)"
+
+
+def why_no_gpu() -> str | None:
+    """Why none of this machine's GPUs runs the kernels. None: one does, or PyTorch finds none."""
+    if torch.version.hip is not None:
+        return _why_not_rocm()
+    if not torch.cuda.is_available():
+        return None
+    reasons = [_why_not_gpu(torch.device("cuda", index)) for index in range(torch.cuda.device_count() or 1)]
+    return None if None in reasons else reasons[0]
+
+
+def _why_not_gpu(device: torch.device) -> str | None:
+    if torch.version.hip is not None:  # an MI300 has the capability (9, 4), which is not Hopper's
+        return _why_not_rocm(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= _LEAST_CAPABILITY:
+        return None
+    name = torch.cuda.get_device_properties(device).name
+    return f"{name} has compute capability {major}.{minor}; the kernels need 8.0 or later"
+
+
+def _why_not_rocm(device: torch.device | None = None) -> str:
+    what = "this PyTorch is built for AMD GPUs"
+    if torch.cuda.is_available():
+        what = f"{gpu_name(torch.device('cuda') if device is None else device)} is an AMD GPU"
+    return f"{what} (ROCm {torch.version.hip}), which the kernels do not support; they run on NVIDIA GPUs"
+
+
+def gpu_name(device: torch.device) -> str:
+    """A GPU's name, with its architecture if it is AMD's: "AMD Instinct MI300X (gfx942)"."""
+    properties = torch.cuda.get_device_properties(device)
+    architecture = getattr(properties, "gcnArchName", "")
+    return f"{properties.name} ({architecture.partition(':')[0]})" if architecture else properties.name
+
+
+def require_kernels(
+    operation: str, argument: str, tensor: torch.Tensor, instead: str = "the backend 'sdpa' or 'eager'"
+) -> None:
+    """Raises MissingBackendError, which says what to use instead, unless kernels run on the tensor's device."""
+    if not kernels_run_on(tensor.device):
+        reason = why_not(tensor.device)
+        raise MissingBackendError(f"{operation}: {argument} is on {tensor.device}, and {reason}; use {instead}")
+
+
+def on_device(tensor: torch.Tensor) -> torch.cuda.device_of:
+    """A context in which the tensor's GPU is current: Triton launches on the current GPU, wherever the tensors are."""
+    return torch.cuda.device_of(tensor)
 
 
 def precision(dtype: torch.dtype) -> str:

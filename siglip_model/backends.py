@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +18,14 @@ from torch import Tensor
 import siglip_kernels
 from siglip_kernels import MissingBackendError, reference
 from siglip_kernels.attention_pool import folded_attention_pool
+from siglip_kernels.device import why_not, why_not_here
 from siglip_kernels.errors import unsupported
 
 Operation = Callable[..., Any]
+
+
+def _nothing(*_: torch.device) -> None:
+    """What a backend lacks that runs on every machine and device."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Backend:
         reference computes it, with a warning.
     masks_sync: whether masked attention makes the host wait for the GPU, which a CUDA graph cannot capture.
     lacks: what this machine lacks to run the backend, or None.
+    why_not: why the backend cannot run on a device of this machine, or None.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Backend:
     returns_weights: bool
     masks_sync: bool
     lacks: Callable[[], str | None]
+    why_not: Callable[[torch.device], str | None] = _nothing
 
 
 def _dense_mask(attention_mask: Tensor) -> dict[str, Tensor]:
@@ -179,10 +184,6 @@ def _triton_attention(
     return siglip_kernels.attention(q, k, v, scale=scale, lengths=lengths)
 
 
-def _lacks_nothing() -> None:
-    return None
-
-
 def _lacks_flash() -> str | None:
     lacks = []
     # By the distribution's name: FlashAttention-4 also installs a module flash_attn, without the functions called here.
@@ -193,17 +194,9 @@ def _lacks_flash() -> str | None:
     return " and ".join(lacks) or None
 
 
-def _lacks_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton; Linux only)"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if not torch.cuda.is_available():
-        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests)"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 is needed"
-    return None
+def _triton_refuses(device: torch.device) -> str | None:
+    """A model on the CPU may be moved to a GPU later, one on the meta device is loaded elsewhere."""
+    return None if device.type in ("cpu", "meta") else why_not(device)
 
 
 EAGER = Backend(
@@ -220,7 +213,7 @@ EAGER = Backend(
     sigmoid_loss=siglip_kernels.plain_sigmoid_loss,
     returns_weights=True,
     masks_sync=False,
-    lacks=_lacks_nothing,
+    lacks=_nothing,
 )
 SDPA = replace(
     EAGER, name="sdpa", attention=_sdpa_attention, attention_pool=folded_attention_pool, returns_weights=False
@@ -247,7 +240,8 @@ TRITON = Backend(
     sigmoid_loss=siglip_kernels.sigmoid_loss,
     returns_weights=False,
     masks_sync=False,
-    lacks=_lacks_triton,
+    lacks=why_not_here,
+    why_not=_triton_refuses,
 )
 BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}
 
@@ -258,17 +252,18 @@ def availability() -> dict[str, str | None]:
 
 
 def resolve(name: str, device: torch.device) -> Backend:
-    """The backend with that name; "auto" is triton on a CUDA device that supports it and sdpa elsewhere.
+    """The backend with that name; "auto" is triton if `device` is a GPU that runs the kernels, and sdpa elsewhere.
 
-    Raises ValueError for an unknown name and MissingBackendError if the machine lacks what the backend needs: an
-    explicit backend never falls back.
+    device: the model's; a machine may have GPUs that run the kernels beside others. Raises ValueError for an unknown
+    name and MissingBackendError if the machine or the device lacks what the backend needs: an explicit backend never
+    falls back.
     """
     if name == "auto":
-        return TRITON if device.type == "cuda" and TRITON.lacks() is None else SDPA
+        return TRITON if device.type == "cuda" and why_not(device) is None else SDPA
     if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; supported: {', '.join(BACKENDS)}, auto")
     backend = BACKENDS[name]
-    lacking = backend.lacks()
+    lacking = backend.lacks() or backend.why_not(device)
     if lacking is not None:
         raise MissingBackendError(f"backend {name!r} cannot run here: {lacking}. Choose backend='sdpa' or 'auto'.")
     return backend

@@ -25,6 +25,7 @@ from bench.measure.measure import DeadDevice, device_is_dead, free
 from bench.measure.progress import Event, Progress, silent
 from bench.peers import peers_of
 from siglip_kernels import UnsupportedInputError
+from siglip_kernels.device import why_not
 
 # The peer whose error stands beside the kernels' in the table.
 BESIDE = {"attention": "sdpa"}
@@ -50,15 +51,8 @@ class Checked:
 
 
 def kernels_can_run() -> str | None:
-    """None on a CUDA device or in the interpreter; elsewhere the reason why kernels cannot run."""
-    from siglip_kernels.device import interpreting
-
-    if device() == "cuda" or interpreting():
-        return None
-    return (
-        "Triton kernels need a CUDA device, and this machine has none; "
-        "TRITON_INTERPRET=1 checks them on small shapes in Triton's interpreter"
-    )
+    """None on a GPU that they support or in the interpreter; elsewhere the reason why kernels cannot run."""
+    return why_not(torch.device(device()))
 
 
 def kernel_operations(suites: Iterable[str]) -> list[str]:

@@ -155,7 +155,7 @@ def _hopper_kernels(operation: str) -> Callable[[Setting], Any]:
 def require_hopper() -> None:
     """Raises Unsupported on a GPU of another compute capability than 9.0."""
     capability = torch.cuda.get_device_capability()
-    if capability[0] != 9:
+    if capability[0] != 9 or torch.version.hip is not None:
         raise Unsupported(f"needs compute capability 9.0; this GPU has {capability[0]}.{capability[1]}")
 
 

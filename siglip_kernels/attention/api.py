@@ -19,7 +19,7 @@ from siglip_kernels.arguments import (
     unit_stride,
 )
 from siglip_kernels.attention.config import is_short
-from siglip_kernels.device import hopper_kernels_enabled, require_kernels
+from siglip_kernels.device import hopper_kernels_enabled, on_device, require_kernels
 from siglip_kernels.errors import unsupported
 
 _LARGEST_HEAD_DIM = 128
@@ -65,7 +65,7 @@ def _attention(
     scale = _scale(scale, q.shape[3])
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     lengths = None if lengths is None else lengths.contiguous()
-    with torch.cuda.device_of(q):
+    with on_device(q):
         if is_short(q, k):
             return attention_short_forward(q, k, v, lengths, scale), q.new_empty(0, dtype=torch.float32)
         if hopper_kernels_enabled():
@@ -96,7 +96,7 @@ def _attention_backward(
     scale = _scale(scale, q.shape[3])
     q, k, v, out_grad = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(out_grad)
     lengths = None if lengths is None else lengths.contiguous()
-    with torch.cuda.device_of(q):
+    with on_device(q):
         if is_short(q, k):
             return attention_short_backward(out_grad, q, k, v, lengths, scale, needs_q, needs_k_or_v)
         if log_sum_exp.shape != (q.shape[0], q.shape[2], q.shape[1]):

@@ -24,7 +24,7 @@ from siglip_kernels.arguments import (
 from siglip_kernels.attention_pool.config import fits
 from siglip_kernels.attention_pool.fallback import pool_backward, pool_forward
 from siglip_kernels.attention_pool.folded import fold, project, split
-from siglip_kernels.device import require_kernels
+from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.errors import unsupported
 
 
@@ -52,7 +52,7 @@ def _pool(x: Tensor, folded: Tensor, scale: float, lengths: Tensor | None) -> tu
     require_kernels("attention_pool", "x", x)
     from siglip_kernels.attention_pool.kernels import attention_pool_forward
 
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
         if x.shape[1] > 0 and not fits(x, folded.shape[0]):
             return pool_forward(x, folded, scale, lengths)
         lengths = None if lengths is None else lengths.contiguous()
@@ -76,7 +76,7 @@ def _pool_backward(
     require_kernels("attention_pool", "x", x)
     from siglip_kernels.attention_pool.kernels import attention_pool_backward
 
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
         if x.shape[1] > 0 and not fits(x, folded.shape[0]):
             x_grad, folded_grad = pool_backward(pooled_grad, x, folded, pooled, highest, total, scale, lengths)
             return x_grad if needs_x else x.new_empty(0), folded_grad if needs_folded else x.new_empty(0)

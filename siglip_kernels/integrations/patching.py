@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from siglip_kernels.arguments import KERNEL_DTYPES
-from siglip_kernels.device import facts, interpreting
+from siglip_kernels.device import kernels_run_on, why_no_gpu, why_not
 from siglip_kernels.errors import MissingBackendError, unsupported
 from siglip_kernels.fusable import has_own_forward, is_fusable, is_unhooked
 from siglip_kernels.integrations.report import Left, Replaced, Report
-
-_INTERPRETING = interpreting()  # here, because torch.compile cannot trace the question
 
 
 class Accelerated(nn.Module):
@@ -143,10 +141,10 @@ def runs(x: Tensor, *parameters: Tensor) -> bool:
     """Whether the kernels support x together with these parameters: their device, dtypes and the current autocast."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return False
-    device, dtype = x.device.type, x.dtype
-    if not (device == "cuda" or (device == "cpu" and _INTERPRETING)) or dtype not in KERNEL_DTYPES:
+    dtype = x.dtype
+    if dtype not in KERNEL_DTYPES or not kernels_run_on(x.device):
         return False
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.is_autocast_enabled(x.device.type)
     for parameter in parameters:
         if parameter.dtype != dtype and not (autocast and parameter.dtype in KERNEL_DTYPES):
             return False
@@ -198,24 +196,30 @@ def accelerate_modules(
 
 
 def _require_kernels(model: nn.Module) -> None:
+    """Raises MissingBackendError if kernels do not run on the GPU of a parameter, or on no GPU of this machine.
+
+    Without any GPU a model may be accelerated: it may be moved, and until then the library computes.
+    """
     try:
         import triton  # noqa: F401
     except ImportError as error:
         raise MissingBackendError("accelerate: the kernels need Triton, which is not installed") from error
-    for device in {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}:
-        gpu = facts(device)
-        if gpu.capability < (8, 0):
-            raise MissingBackendError(
-                f"accelerate: {gpu.name} has compute capability {gpu.capability}, not 8.0 or later"
-            )
+    devices = {parameter.device for parameter in model.parameters()}
+    reasons = [why_not(device) for device in devices if device.type == "cuda"]
+    if not reasons and not any(kernels_run_on(device) for device in devices):
+        reasons = [why_no_gpu()]
+    for reason in reasons:
+        if reason is not None:
+            raise MissingBackendError(f"accelerate: {reason}; use the model as it is, without accelerate")
 
 
 def _note(model: nn.Module) -> str:
-    devices = sorted({parameter.device.type for parameter in model.parameters()})
+    devices = {parameter.device for parameter in model.parameters()}
     notes = []
-    if "cuda" not in devices and not _INTERPRETING:
+    if not any(kernels_run_on(device) for device in devices):
+        kinds = ", ".join(sorted({device.type for device in devices}))
         notes.append(
-            f"its parameters are on {', '.join(devices)}, where the library computes; the kernels are used once it is "
+            f"its parameters are on {kinds}, where the library computes; the kernels are used once it is "
             "on a CUDA device"
         )
     wide = sorted({str(parameter.dtype) for parameter in model.parameters()} - {str(dtype) for dtype in KERNEL_DTYPES})

@@ -17,7 +17,7 @@ from siglip_kernels.arguments import (
     refuse_second_derivatives,
     refuse_tangents,
 )
-from siglip_kernels.device import require_kernels
+from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.errors import unsupported
 
 _WIDEST = 2**25
@@ -43,7 +43,7 @@ def _layer_norm(
     require_kernels("layer_norm", "x", x)
     from siglip_kernels.layer_norm.kernels import layer_norm_forward
 
-    with torch.cuda.device_of(x):
+    with on_device(x):
         y, mean, rstd = layer_norm_forward(as_rows(x), _contiguous(weight), _contiguous(bias), eps, out_dtype)
     return y.view(x.shape), mean, rstd
 
@@ -64,7 +64,7 @@ def _layer_norm_backward(
     require_kernels("layer_norm", "x", x)
     from siglip_kernels.layer_norm.kernels import layer_norm_backward
 
-    with torch.cuda.device_of(x):
+    with on_device(x):
         x_grad, weight_grad, bias_grad = layer_norm_backward(
             as_rows(y_grad),
             as_rows(x),

@@ -29,7 +29,7 @@ from siglip_kernels.arguments import (
     refuse_tangents,
     wants_gradients,
 )
-from siglip_kernels.device import require_kernels
+from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.gemm import cublas
 
 
@@ -104,7 +104,7 @@ def _mlp(
     require_kernels("mlp", "x", x)
     fc1, fc2 = Affine(fc1_weight, fc1_bias), Affine(fc2_weight, fc2_bias)
     residual_rows = None if residual is None else as_rows(residual)
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
         out, kept = _forward(as_rows(x), fc1, fc2, residual_rows, keep=keep)
     return out.view(*x.shape[:-1], fc2_weight.shape[0]), kept
 
@@ -132,7 +132,7 @@ def _mlp_backward(
         assert x is not None
         return as_rows(x)
 
-    with torch.cuda.device_of(out_grad), torch.autocast(out_grad.device.type, enabled=False):
+    with on_device(out_grad), torch.autocast(out_grad.device.type, enabled=False):
         x_grad, fc1_grads, fc2_grads = _gradients(
             as_rows(out_grad), rows, pre_activation, fc1_weight, fc2_weight, needs
         )
@@ -228,7 +228,7 @@ def _pre_norm_mlp(
     from siglip_kernels.layer_norm.kernels import layer_norm_forward
 
     rows = as_rows(x)
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
         normed, mean, rstd = layer_norm_forward(
             rows, norm_weight.contiguous(), norm_bias.contiguous(), eps, fc1_weight.dtype
         )
@@ -274,7 +274,7 @@ def _pre_norm_mlp_backward(
     def normed() -> Tensor:
         return layer_norm_forward(rows, norm_weight, norm_bias.contiguous(), eps, pre_activation.dtype)[0]
 
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
         needs_normed = any(needs[:3])
         normed_grad, fc1_grads, fc2_grads = _gradients(
             out_rows.to(pre_activation.dtype),

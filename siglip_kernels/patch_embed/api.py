@@ -20,7 +20,7 @@ from siglip_kernels.arguments import (
     refuse_tangents,
     unit_stride,
 )
-from siglip_kernels.device import require_kernels
+from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.errors import unsupported
 
 
@@ -68,7 +68,7 @@ def _patch_embed(
     from siglip_kernels.patch_embed.forward import patch_embed_forward
 
     tokens = _tokens(pixel_values, weight)
-    with torch.cuda.device_of(pixel_values):
+    with on_device(pixel_values):
         return patch_embed_forward(
             unit_stride(pixel_values),
             weight.contiguous(),

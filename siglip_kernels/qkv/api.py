@@ -23,7 +23,7 @@ from siglip_kernels.arguments import (
     refuse_tangents,
     wants_gradients,
 )
-from siglip_kernels.device import require_kernels
+from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.errors import unsupported
 from siglip_kernels.gemm import cublas
 
@@ -48,7 +48,7 @@ def _pre_norm_qkv(
     from siglip_kernels.gemm.kernels import gemm
     from siglip_kernels.layer_norm.kernels import layer_norm_forward
 
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
         normed, mean, rstd = layer_norm_forward(
             as_rows(x), norm_weight.contiguous(), norm_bias.contiguous(), eps, q_weight.dtype
         )
@@ -95,7 +95,7 @@ def _pre_norm_qkv_backward(
     norm_weight = norm_weight.contiguous()
     parts = packed_grad.flatten(3).flatten(0, 1)  # [rows, 3, H · D]
     x_grad, norm_weight_grad, norm_bias_grad = (rows.new_empty(0) for _ in range(3))
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
         if any(needs_normed):
             x_grad, norm_weight_grad, norm_bias_grad = layer_norm_backward(
                 cublas.input_gradient(parts.flatten(1), torch.cat(list(weights))),

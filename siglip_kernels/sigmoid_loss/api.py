@@ -20,6 +20,7 @@ from siglip_kernels.arguments import (
     refuse_tangents,
     wants_gradients,
 )
+from siglip_kernels.device import on_device
 from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.blocks import loss_and_gradients
 from siglip_kernels.sigmoid_loss.engines import make_engine, saved_dtype
@@ -44,7 +45,7 @@ def forward_op(
     scalar_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and the gradients that are required: see `blocks.loss_and_gradients`."""
-    with torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
+    with on_device(image_embeds), torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
         return loss_and_gradients(
             make_engine(engine, image_embeds, chunk_size),
             aligned(image_embeds),
@@ -100,7 +101,7 @@ def backward_op(
 
     The embeddings and scalars are inputs only so that a double backward reaches the error below.
     """
-    with torch.no_grad():
+    with on_device(image_embeds), torch.no_grad():
         scaler = make_engine(engine, image_embeds)
         results = [
             # An engine multiplies in fp32 even where the saved gradient and the result are bf16.

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from siglip_kernels.device import on_device
 from siglip_kernels.sigmoid_loss.api import aligned, backward_op
 from siglip_kernels.sigmoid_loss.blocks import NO_POSITIVES, Engine, GradientSum, accumulate, finish_totals, workspace
 from siglip_kernels.sigmoid_loss.engines import make_engine
@@ -191,7 +192,7 @@ class GlobalLoss(torch.autograd.Function):
     def forward(
         ctx, image_embeds, text_embeds, logit_scale, logit_bias, engine_name, chunk_size, peers, route, wanted, average
     ):
-        with torch.autocast(image_embeds.device.type, enabled=False):
+        with on_device(image_embeds), torch.autocast(image_embeds.device.type, enabled=False):
             x, y = aligned(image_embeds), aligned(text_embeds)
             engine = make_engine(engine_name, x, chunk_size)
             work = Pass(engine, peers, x, logit_scale, logit_bias, wanted)
@@ -238,6 +239,6 @@ def _weighted_text_gradient(ctx, upstream, image_embeds, text_embeds, logit_scal
     """dL/dy where the ranks' upstream gradients differ: a second pass that computes nothing else."""
     x, y = aligned(image_embeds), aligned(text_embeds)
     engine = make_engine(ctx.engine, x, ctx.chunk_size)
-    with torch.autocast(x.device.type, enabled=False):
+    with on_device(x), torch.autocast(x.device.type, enabled=False):
         work = Pass(engine, ctx.peers, x, logit_scale, logit_bias, Wanted(image=False, text=True, scalars=False))
         return ctx.route(work, y, logit_scale * upstream * work.factor).to(text_embeds.dtype)

@@ -4,22 +4,12 @@
 imported before it is chosen, so that the package works without Triton.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from siglip_kernels.device import hopper_kernels_enabled, interpreting
-from siglip_kernels.errors import MissingBackendError
+from siglip_kernels.device import hopper_kernels_enabled, require_kernels
 from siglip_kernels.sigmoid_loss.blocks import Engine
 from siglip_kernels.sigmoid_loss.torch_engine import TorchEngine
-
-
-def kernels_available(device: torch.device) -> bool:
-    """Whether Triton's kernels can run on tensors of this device."""
-    if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return interpreting()
 
 
 def make_engine(name: str, embeds: Tensor, chunk_size: int = 0) -> Engine:
@@ -29,11 +19,9 @@ def make_engine(name: str, embeds: Tensor, chunk_size: int = 0) -> Engine:
     """
     if name == "triton":
         # Checked here and not with the arguments, because torch.compile cannot trace the check.
-        if embeds.device.type != "meta" and not kernels_available(embeds.device):
-            raise MissingBackendError(
-                f"sigmoid_loss: the kernels need Triton and CUDA tensors, these are on {embeds.device}; "
-                "use siglip_kernels.chunked_sigmoid_loss, or a model's backend 'sdpa' or 'eager'"
-            )
+        if embeds.device.type != "meta":
+            instead = "siglip_kernels.chunked_sigmoid_loss, or a model's backend 'sdpa' or 'eager'"
+            require_kernels("sigmoid_loss", "image_embeds", embeds, instead)
         if hopper_kernels_enabled():
             from siglip_kernels.sigmoid_loss.hopper_engine import HopperEngine
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from siglip_kernels.arguments import KERNEL_DTYPES, autocast_dtype, cast, refuse_tangents, wants_gradients
+from siglip_kernels.device import kernels_run_on
 from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.api import (
     as_scalar,
@@ -17,7 +18,7 @@ from siglip_kernels.sigmoid_loss.api import (
     sigmoid_loss,
 )
 from siglip_kernels.sigmoid_loss.distributed import GlobalLoss, Peers, Wanted, all_gather, gather, ring
-from siglip_kernels.sigmoid_loss.engines import kernels_available, make_engine
+from siglip_kernels.sigmoid_loss.engines import make_engine
 
 _ROUTES = {"ring": ring, "bidir": ring, "shift": ring, "reduce": ring, "gather": gather}
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -33,7 +34,7 @@ class SigLipLoss(nn.Module):
     "reduce" differ only in the exchange, and select the ring here.
     chunk_size: the most images per block of logits; 0 chooses automatically. cache_labels: ignored, accepted for
     compatibility. bidir, use_horovod: constructor arguments of open_clip 2; horovod is not supported.
-    backend: "triton", "chunked" (PyTorch operations), or "auto": triton for CUDA tensors if it is installed.
+    backend: "triton", "chunked" (PyTorch operations), or "auto": triton on GPUs that run the kernels.
     average_loss: return the mean of the ranks' losses, the same on every rank; gradients do not change.
 
     `siglip_kernels.sigmoid_loss.distributed` defines each rank's loss and gradients. Local batches may differ in size.
@@ -106,7 +107,7 @@ class SigLipLoss(nn.Module):
     def _engine(self, image_features: Tensor) -> str:
         if self.backend != "auto":
             return self.backend
-        return "triton" if image_features.is_cuda and kernels_available(image_features.device) else "chunked"
+        return "triton" if image_features.is_cuda and kernels_run_on(image_features.device) else "chunked"
 
     def _local(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
         check_embeds("SigLipLoss", image_features, text_features)
@@ -136,7 +137,7 @@ class SigLipLoss(nn.Module):
             arguments = x, y, scale, bias
         except Exception as error:  # raised after the other ranks know of it, which would wait for this one
             problem = error
-        sizes = _agree(group, self.rank, arguments, problem)
+        sizes = _agree(group, self.rank, image_features, arguments, problem)
         assert arguments is not None  # else _agree has raised
         x, y, scale, bias = arguments
         wanted = _wanted(arguments)
@@ -172,9 +173,23 @@ def _wanted(arguments: tuple[Tensor, Tensor, Tensor, Tensor]) -> Wanted:
     return Wanted(wants_gradients(image), wants_gradients(text), wants_gradients(scale, bias))
 
 
+def _exchange_device(group: dist.ProcessGroup, image_features: object) -> torch.device:
+    """Where ranks exchange a few numbers: the CPU if the group can, which waits for no GPU, else the features' GPU.
+
+    NCCL connects the GPUs of the tensors that it is given: another GPU, such as the current one, would need a second
+    connection, and two ranks may have the same one current.
+    """
+    if "cpu:" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    if isinstance(image_features, Tensor) and image_features.is_cuda:
+        return image_features.device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def _agree(
     group: dist.ProcessGroup,
     rank: int,
+    image_features: object,
     arguments: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     problem: Exception | None,
 ) -> tuple[int, ...]:
@@ -184,9 +199,7 @@ def _agree(
         wanted = _wanted(arguments)
         gradients = wanted.image or wanted.text or wanted.scalars
         facts = [*arguments[0].shape, _DTYPES.index(arguments[0].dtype), int(wanted.text), int(gradients)]
-    on_cpu = "cpu:" in dist.get_backend_config(group)  # without a synchronisation with the GPU
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-    mine = torch.tensor(facts, dtype=torch.int64, device=device)
+    mine = torch.tensor(facts, dtype=torch.int64, device=_exchange_device(group, image_features))
     gathered = mine.new_empty((dist.get_world_size(group), len(facts)))
     all_gather(gathered, mine, group)
     table: list[list[int]] = gathered.tolist()

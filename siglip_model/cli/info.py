@@ -23,6 +23,8 @@ def describe_machine() -> dict[str, dict[str, str | None]]:
     versions.update({name: _version(name) for name in LIBRARIES})
     if torch.version.cuda is not None:
         versions["cuda (of torch)"] = torch.version.cuda
+    if torch.version.hip is not None:
+        versions["rocm (of torch)"] = torch.version.hip
     return {"versions": versions, "devices": _devices(), "backends": dict(backends.availability())}
 
 
@@ -36,15 +38,20 @@ def _version(distribution: str) -> str | None:
 def _devices() -> dict[str, str | None]:
     import torch
 
+    from siglip_kernels.device import gpu_name, why_not
+
     processor = platform.processor() or platform.machine()
     devices: dict[str, str | None] = {
         "cpu": f"{processor}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     }
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
+        device = torch.device("cuda", index)
+        properties = torch.cuda.get_device_properties(device)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        devices[f"cuda:{index}"] = f"{properties.name}, compute capability {capability}, {memory}"
+        capability = "" if torch.version.hip else f", compute capability {properties.major}.{properties.minor}"
+        refusal = why_not(device)
+        kernels = "" if refusal is None else f"; no triton: {refusal}"
+        devices[str(device)] = f"{gpu_name(device)}{capability}, {memory}{kernels}"
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU"
     return devices

@@ -1,0 +1,189 @@
+"""Every kernel is launched while the GPU of its tensors is current: Triton launches on the current GPU.
+
+No GPU is needed: launchers, operators and derivatives are the real ones and get CPU tensors, but torch.cuda.device_of,
+which makes a tensor's GPU current, and the launches themselves are recorded instead of carried out.
+"""
+
+import contextlib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import siglip_kernels
+from bench.compiled.launch import GPUS
+from siglip_kernels.device import pretend
+from siglip_kernels.sigmoid_loss import distributed
+
+triton = pytest.importorskip("triton")
+
+
+class Launches:
+    """The names of the kernels that were started, and of those started without making their tensors' device current."""
+
+    def __init__(self) -> None:
+        self.current: list[torch.device] = []
+        self.started: set[str] = set()
+        self.misplaced: set[str] = set()
+
+    @contextlib.contextmanager
+    def device_of(self, tensor: Tensor) -> Iterator[None]:
+        self.current.append(tensor.device)
+        try:
+            yield
+        finally:
+            self.current.pop()
+
+    def start(self, kernel: Callable, grid: object) -> Callable[..., None]:
+        def record(*arguments: object, **named: object) -> None:
+            sources = [getattr(value, "base", value) for value in (*arguments, *named.values())]  # of descriptors
+            devices = [value.device for value in sources if isinstance(value, Tensor)]
+            assert devices
+            self.started.add(full_name(kernel))
+            if any(self.current[-1:] != [device] for device in devices):
+                self.misplaced.add(full_name(kernel))
+
+        return record
+
+
+def full_name(kernel: Callable) -> str:
+    function = kernel.fn  # type: ignore[attr-defined]
+    return f"{function.__module__}.{function.__name__}"
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    found = Launches()
+    monkeypatch.setattr(torch.cuda, "device_of", found.device_of)
+    monkeypatch.setattr(triton.runtime.jit.KernelInterface, "__getitem__", lambda self, grid: found.start(self, grid))
+    with pretend(GPUS["h200"]):
+        yield found
+
+
+@pytest.fixture
+def process_group(tmp_path) -> Iterator[None]:
+    """Of one process, so that collectives copy."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+def attention(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return siglip_kernels.attention(*(tensor(2, tokens, 2, 64, dtype=dtype) for _ in "qkv"))
+
+
+def linear() -> Tensor:
+    return siglip_kernels.linear(tensor(3, 64), tensor(64, 64), tensor(64), tensor(3, 64))
+
+
+def mlp() -> Tensor:
+    return siglip_kernels.mlp(tensor(3, 64), tensor(128, 64), tensor(128), tensor(64, 128), tensor(64))
+
+
+def layer_norm(width: int = 64) -> Tensor:
+    return siglip_kernels.layer_norm(tensor(3, width), tensor(width), tensor(width))
+
+
+def pre_norm_mlp() -> Tensor:
+    return siglip_kernels.pre_norm_mlp(
+        tensor(3, 64), tensor(64), tensor(64), 1e-6, tensor(128, 64), tensor(128), tensor(64, 128), tensor(64)
+    )
+
+
+def pre_norm_qkv() -> Tensor:
+    projections = [tensor(*shape) for _ in "qkv" for shape in ((64, 64), (64,))]
+    q, k, v = siglip_kernels.pre_norm_qkv(tensor(2, 3, 64), tensor(64), tensor(64), 1e-6, *projections, 2)
+    return q + k + v
+
+
+def attention_pool() -> Tensor:
+    parameters = (tensor(1, 1, 64), tensor(192, 64), tensor(192), tensor(64, 64), tensor(64))
+    return siglip_kernels.attention_pool(tensor(2, 300, 64), *parameters, 1)
+
+
+def patch_embed() -> Tensor:
+    return siglip_kernels.patch_embed(tensor(2, 3, 32, 32), tensor(64, 3, 16, 16), tensor(64), tensor(4, 64))
+
+
+def scalars() -> tuple[Tensor, Tensor]:
+    return tensor(dtype=torch.float32), tensor(dtype=torch.float32)
+
+
+def sigmoid_loss() -> Tensor:
+    return siglip_kernels.sigmoid_loss(tensor(300, 64), tensor(300, 64), *scalars())
+
+
+class OnlyRank(distributed.Peers):
+    def exchange(self, send: Tensor, receive: Tensor, tag: int) -> list:
+        receive.copy_(send)
+        return []
+
+
+def global_loss(route: Callable, chunk_size: int = 0) -> Tensor:
+    """The loss of the only rank."""
+    peers = OnlyRank(torch.distributed.group.WORLD, 0, (300,))
+    wanted = distributed.Wanted(image=True, text=True, scalars=True)
+    arguments = (tensor(300, 64), tensor(300, 64), *scalars(), "triton", chunk_size, peers, route, wanted, False)
+    return distributed.GlobalLoss.apply(*arguments)
+
+
+CALLS: dict[str, Callable[[], Tensor]] = {
+    "attention": lambda: attention(100),
+    "attention of few tokens": lambda: attention(16),
+    "attention in fp32": lambda: attention(100, torch.float32),
+    "linear": linear,
+    "mlp": mlp,
+    "layer_norm": layer_norm,
+    "layer_norm of wide rows": lambda: layer_norm(2**17),
+    "pre_norm_mlp": pre_norm_mlp,
+    "pre_norm_qkv": pre_norm_qkv,
+    "attention_pool": attention_pool,
+    "patch_embed": patch_embed,
+    "sigmoid_loss": sigmoid_loss,
+    "sigmoid_loss around a ring": lambda: global_loss(distributed.ring),
+    "sigmoid_loss in chunks": lambda: global_loss(distributed.ring, chunk_size=256),
+    "sigmoid_loss whose texts are weighted": lambda: global_loss(distributed.ring) * torch.nan,  # equal to no other
+    "sigmoid_loss of gathered texts": lambda: global_loss(distributed.gather),
+}
+
+
+def every_kernel() -> set[str]:
+    """By the ladder of names, what is launched ends in _kernel; other functions of Triton are called by kernels."""
+    found = set()
+    for module in pkgutil.walk_packages(siglip_kernels.__path__, "siglip_kernels."):
+        if ".integrations" not in module.name:
+            for value in vars(importlib.import_module(module.name)).values():
+                if isinstance(value, triton.runtime.jit.KernelInterface) and full_name(value).endswith("_kernel"):
+                    found.add(full_name(value))
+    return found
+
+
+def run(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, with the portable kernels and, where they support the call, with Hopper's."""
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "0")
+    CALLS[call]().float().sum().backward()
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
+    with contextlib.suppress(siglip_kernels.UnsupportedInputError):
+        CALLS[call]().float().sum().backward()
+
+
+def test_every_kernel_is_launched_on_the_gpu_of_its_tensors(launches, process_group, monkeypatch):
+    for call in CALLS:
+        run(call, monkeypatch)
+    assert launches.misplaced == set()
+    assert launches.started == every_kernel()
+    assert launches.current == []
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_launch_elsewhere_is_noticed(call, launches, process_group, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    run(call, monkeypatch)
+    assert launches.started and launches.misplaced == launches.started
