@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import machines
 import pytest
 import torch
 from oracle import TINY_TEXT, TINY_VISION
@@ -136,6 +137,37 @@ class FakeCuda:
 def test_auto_without_a_gpu() -> None:
     assert tiny(backend="auto").backend == "sdpa"
     assert tiny(backend="auto").to(torch.bfloat16).backend == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "hip", "reason"),
+    [
+        (machines.MI300X, "6.4", r"AMD Instinct MI300X \(gfx942\) is an AMD GPU \(ROCm 6.4\), .* not support"),
+        (machines.RTX_2080, None, "NVIDIA GeForce RTX 2080 Ti has compute capability 7.5; the kernels need 8.0"),
+    ],
+)
+def test_auto_takes_sdpa_and_triton_is_refused_on_other_gpus(gpu, hip, reason, monkeypatch) -> None:
+    machines.report(monkeypatch, gpu, hip=hip)
+    assert backends.resolve("auto", torch.device("cuda")) is backends.SDPA
+    message = rf"backend 'triton' cannot run here: {reason}.*Choose backend='sdpa' or 'auto'"
+    for ask in (lambda: tiny(backend="triton"), lambda: tiny().set_backend("triton")):
+        with pytest.raises(MissingBackendError, match=message):
+            ask()
+    assert re.match(reason, backends.availability()["triton"] or "")
+
+
+def test_the_gpu_of_the_model_is_judged(monkeypatch) -> None:
+    machines.report(monkeypatch, machines.RTX_2080, machines.H100)
+    for name in ("auto", "triton"):
+        assert backends.resolve(name, torch.device("cuda", 1)) is backends.TRITON
+    assert backends.resolve("auto", torch.device("cuda", 0)) is backends.SDPA
+    assert backends.resolve("auto", torch.device("cuda")) is backends.SDPA  # cuda:0 is current
+    with pytest.raises(MissingBackendError, match="'triton' cannot run here: NVIDIA GeForce RTX 2080 Ti"):
+        backends.resolve("triton", torch.device("cuda", 0))
+    assert tiny(backend="triton").backend == "triton"  # on the CPU, to be moved to the H100
+    with pytest.raises(MissingBackendError, match=r"do not support Intel GPUs \(XPU\)"):
+        backends.resolve("triton", torch.device("xpu"))
+    assert backends.resolve("auto", torch.device("xpu")) is backends.SDPA
 
 
 @pytest.mark.gpu

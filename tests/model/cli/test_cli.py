@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import machines
 import pytest
 import transformers
 from command_line import one_line
@@ -79,6 +80,18 @@ def test_info_names_every_backend_and_its_reason(siglip):
         backends = shown.stdout.partition("\nbackends")[2]
         (line,) = [line for line in backends.splitlines() if line.split()[:1] == [name]]
         assert ("yes" in line) if reason is None else (reason in line)
+
+
+def test_info_says_which_gpus_run_no_kernels(siglip, monkeypatch):
+    machines.report(monkeypatch, machines.RTX_2080, machines.H100)
+    facts = json.loads(siglip("info", "--json").stdout)
+    old, new = facts["devices"]["cuda:0"], facts["devices"]["cuda:1"]
+    assert old.startswith("NVIDIA GeForce RTX 2080 Ti, compute capability 7.5, 32 GiB; no triton: NVIDIA GeForce")
+    assert new == "NVIDIA H100 80GB HBM3, compute capability 9.0, 32 GiB" and facts["backends"]["triton"] is None
+    machines.report(monkeypatch, machines.MI300X, hip="6.4")
+    facts = json.loads(siglip("info", "--json").stdout)
+    assert facts["devices"]["cuda:0"].startswith("AMD Instinct MI300X (gfx942), 32 GiB; no triton: ")
+    assert "is an AMD GPU (ROCm 6.4)" in facts["backends"]["triton"] and facts["versions"]["rocm (of torch)"] == "6.4"
 
 
 INTERRUPTED_START = """
