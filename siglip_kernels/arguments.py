@@ -1,16 +1,14 @@
-"""What all operations share about their arguments: checks, autocast's casts, layouts, derivatives that are not defined.
+"""What all operations share about their arguments: checks, autocast's casts, layouts.
 
 Everything here is traceable by torch.compile: no value of a tensor is read. A check raises UnsupportedInputError, whose
 message names the operation, the argument, what was given and what is supported.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from siglip_kernels.errors import unsupported
 
@@ -191,39 +189,6 @@ def check_lengths(operation: str, lengths: Tensor | None, other: str, x: Tensor)
     check_same_device(operation, "lengths", lengths, other, x.device)
 
 
-def refuse_tangents(operation: str, **arguments: Tensor | Affine | None) -> None:
-    """Raises under forward-mode differentiation: a registered operator would drop its inputs' tangents silently.
-
-    arguments: all differentiable inputs of the operator; of an Affine named `fc1` the inputs are fc1_weight, fc1_bias.
-    """
-    if getattr(forward_ad, "_current_level", 0) < 0:  # no forward mode; asking each tensor would take longer
-        return
-    tensors: dict[str, Tensor | None] = {}
-    for name, value in arguments.items():
-        if isinstance(value, Affine):
-            tensors[f"{name}_weight"], tensors[f"{name}_bias"] = value
-        else:
-            tensors[name] = value
-    for name, tensor in tensors.items():
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            got = "has a tangent (forward-mode differentiation)"
-            raise unsupported(operation, name, got, "reverse mode; for tangents, use siglip_kernels.reference")
-
-
-def refuse_second_derivatives(operation: str) -> Callable[..., None]:
-    """The derivative of a backward operator: it raises."""
-
-    def refuse(ctx, *gradients):
-        raise unsupported(
-            operation,
-            "create_graph",
-            "asks for second derivatives",
-            "first derivatives; for more, use the backend 'eager'",
-        )
-
-    return refuse
-
-
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to matrix products on the tensor's device, or None where autocast is off."""
     if not isinstance(tensor, Tensor) or not torch.amp.is_autocast_available(tensor.device.type):
@@ -274,5 +239,9 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd records a call on these tensors."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Whether autograd records a call on these tensors. Within torch.func.vmap, which hides it, it may."""
+    if not torch.is_grad_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

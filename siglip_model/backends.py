@@ -20,6 +20,7 @@ from siglip_kernels import MissingBackendError, reference
 from siglip_kernels.attention_pool import folded_attention_pool
 from siglip_kernels.device import why_not, why_not_here
 from siglip_kernels.errors import unsupported
+from siglip_kernels.transforms import in_forward_mode
 
 Operation = Callable[..., Any]
 
@@ -121,6 +122,8 @@ def _sdpa_attention(
     if lengths is not None:
         valid = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
         mask = valid[:, None, None, :]
+    if in_forward_mode():  # of which PyTorch's fused attention has no derivative
+        return reference.attention(q, k, v, scale=scale, mask=mask, dropout=dropout)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

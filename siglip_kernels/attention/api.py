@@ -14,13 +14,13 @@ from siglip_kernels.arguments import (
     check_lengths,
     check_same_device,
     check_same_dtype,
-    refuse_second_derivatives,
-    refuse_tangents,
     unit_stride,
+    wants_gradients,
 )
 from siglip_kernels.attention.config import is_short
 from siglip_kernels.device import hopper_kernels_enabled, on_device, require_kernels
 from siglip_kernels.errors import unsupported
+from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 _LARGEST_HEAD_DIM = 128
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
@@ -139,8 +139,7 @@ def _differentiate(ctx, out_grad, _):
     return q_grad if needs_q else None, k_grad if needs_k else None, v_grad if needs_v else None, None, None, None
 
 
-_attention.register_autograd(_differentiate, setup_context=_keep)
-_attention_backward.register_autograd(refuse_second_derivatives("attention"))
+register_derivative("attention", _attention, _attention_backward, _differentiate, _keep)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, lengths: Tensor | None = None) -> Tensor:
@@ -161,6 +160,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, le
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     _validate(q, k, v, lengths, scale)
-    refuse_tangents("attention", q=q, k=k, v=v)
-    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return _attention(q, k, v, lengths, scale, keep)[0]
+    refuse_transforms("attention", q=q, k=k, v=v)
+    return _attention(q, k, v, lengths, scale, wants_gradients(q, k, v))[0]

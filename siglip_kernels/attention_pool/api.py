@@ -17,8 +17,6 @@ from siglip_kernels.arguments import (
     check_lengths,
     check_parameter,
     given,
-    refuse_second_derivatives,
-    refuse_tangents,
     unit_stride,
 )
 from siglip_kernels.attention_pool.config import fits
@@ -26,6 +24,7 @@ from siglip_kernels.attention_pool.fallback import pool_backward, pool_forward
 from siglip_kernels.attention_pool.folded import fold, project, split
 from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.errors import unsupported
+from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 
 def _validate(
@@ -122,8 +121,7 @@ def _differentiate(ctx, pooled_grad, *_):
     return x_grad if needs_x else None, folded_grad if needs_folded else None, None, None
 
 
-_pool.register_autograd(_differentiate, setup_context=_keep)
-_pool_backward.register_autograd(refuse_second_derivatives("attention_pool"))
+register_derivative("attention_pool", _pool, _pool_backward, _differentiate, _keep)
 
 
 def attention_pool(
@@ -159,7 +157,7 @@ def attention_pool(
     in_proj = cast_affine(in_proj_weight, in_proj_bias, dtype)
     out_proj = cast_affine(out_proj_weight, out_proj_bias, dtype)
     _validate(x, probe, in_proj, out_proj, num_heads, lengths)
-    refuse_tangents("attention_pool", x=x, probe=probe, in_proj=in_proj, out_proj=out_proj)
+    refuse_transforms("attention_pool", x=x, probe=probe, in_proj=in_proj, out_proj=out_proj)
     q_proj, k_proj, v_proj = split(in_proj)
     folded = fold(probe, q_proj, k_proj.weight, num_heads)
     pooled, _, _ = _pool(x, folded, (x.shape[2] // num_heads) ** -0.5, lengths)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import siglip_kernels
+from siglip_kernels.transforms import under_transform
 
 
 class KeyPadding(NamedTuple):
@@ -85,8 +86,8 @@ def is_served(padding: Any) -> bool:
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether the host may read values: not while they are traced or captured."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not Tensor:
+    """Whether the host may read values: not while they are traced, captured or batched by torch.func.vmap."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not Tensor or under_transform():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

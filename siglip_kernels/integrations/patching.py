@@ -21,6 +21,7 @@ from siglip_kernels.device import kernels_run_on, why_no_gpu, why_not
 from siglip_kernels.errors import MissingBackendError, unsupported
 from siglip_kernels.fusable import has_own_forward, is_fusable, is_unhooked
 from siglip_kernels.integrations.report import Left, Replaced, Report
+from siglip_kernels.transforms import under_transform
 
 
 class Accelerated(nn.Module):
@@ -138,8 +139,9 @@ def why_not_fusable(path: str, module: nn.Module, *kinds: type[nn.Module]) -> li
 
 
 def runs(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether the kernels support x together with these parameters: their device, dtypes and the current autocast."""
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
+    """Whether the kernels support x together with these parameters: their device, dtypes, the current autocast, and
+    whether the call is within a transform of torch.func or forward-mode differentiation."""
+    if (type(x) is not Tensor and type(x) is not nn.Parameter) or under_transform():
         return False
     dtype = x.dtype
     if dtype not in KERNEL_DTYPES or not kernels_run_on(x.device):

@@ -14,11 +14,10 @@ from siglip_kernels.arguments import (
     cast_norm,
     check_input,
     check_norm,
-    refuse_second_derivatives,
-    refuse_tangents,
 )
 from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.errors import unsupported
+from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 _WIDEST = 2**25
 
@@ -112,8 +111,7 @@ def _differentiate(ctx, y_grad, *_):
     return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), None, None
 
 
-_layer_norm.register_autograd(_differentiate, setup_context=_keep)
-_layer_norm_backward.register_autograd(refuse_second_derivatives("layer_norm"))
+register_derivative("layer_norm", _layer_norm, _layer_norm_backward, _differentiate, _keep)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6) -> Tensor:
@@ -133,5 +131,5 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         out_dtype = torch.float32  # the kernel writes it: x itself is not cast
     weight, bias = cast_norm(weight, out_dtype), cast_norm(bias, out_dtype)
     _validate(x, weight, bias, eps)
-    refuse_tangents("layer_norm", x=x, weight=weight, bias=bias)
+    refuse_transforms("layer_norm", x=x, weight=weight, bias=bias)
     return _layer_norm(x, weight, bias, eps, out_dtype or x.dtype)[0]

@@ -15,11 +15,10 @@ from siglip_kernels.arguments import (
     check_input,
     check_projection,
     check_residual,
-    refuse_second_derivatives,
-    refuse_tangents,
 )
 from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.gemm import cublas
+from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 
 @torch.library.custom_op("siglip_kernels::linear", mutates_args=())
@@ -87,8 +86,7 @@ def _differentiate(ctx, out_grad):
     )
 
 
-_linear.register_autograd(_differentiate, setup_context=_keep)
-_linear_backward.register_autograd(refuse_second_derivatives("linear"))
+register_derivative("linear", _linear, _linear_backward, _differentiate, _keep)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -113,7 +111,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     shape = (*x.shape[:-1], weight.shape[0])
     check_residual("linear", residual, shape, x)
     if residual is not None:
-        refuse_tangents("linear", x=x, weight=weight, bias=bias, residual=residual)
+        refuse_transforms("linear", x=x, weight=weight, bias=bias, residual=residual)
         return _linear(x, weight, bias, residual)
     if x.device.type != "meta":
         require_kernels("linear", "x", x)

@@ -25,12 +25,11 @@ from siglip_kernels.arguments import (
     check_norm,
     check_projection,
     check_residual,
-    refuse_second_derivatives,
-    refuse_tangents,
     wants_gradients,
 )
 from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.gemm import cublas
+from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 
 def _forward(x: Tensor, fc1: Affine, fc2: Affine, residual: Tensor | None, *, keep: bool) -> tuple[Tensor, Tensor]:
@@ -180,8 +179,7 @@ def _differentiate_mlp(ctx, out_grad, _):
     return *(grad if need else None for grad, need in zip(gradients, needs, strict=True)), residual_grad, None
 
 
-_mlp.register_autograd(_differentiate_mlp, setup_context=_keep_for_mlp)
-_mlp_backward.register_autograd(refuse_second_derivatives("mlp"))
+register_derivative("mlp", _mlp, _mlp_backward, _differentiate_mlp, _keep_for_mlp)
 
 
 def mlp(
@@ -207,7 +205,7 @@ def mlp(
     check_projection("mlp", "fc1_", fc1, (None, x.shape[-1]), x)
     check_projection("mlp", "fc2_", fc2, (None, fc1.weight.shape[0]), x)
     check_residual("mlp", residual, (*x.shape[:-1], fc2.weight.shape[0]), x)
-    refuse_tangents("mlp", x=x, fc1=fc1, fc2=fc2, residual=residual)
+    refuse_transforms("mlp", x=x, fc1=fc1, fc2=fc2, residual=residual)
     return _mlp(x, *fc1, *fc2, residual, wants_gradients(x, *fc1, fc2.weight))[0]
 
 
@@ -340,8 +338,9 @@ def _differentiate_pre_norm_mlp(ctx, out_grad, *_):
     return *gradients[:3], None, *gradients[3:], None
 
 
-_pre_norm_mlp.register_autograd(_differentiate_pre_norm_mlp, setup_context=_keep_for_pre_norm_mlp)
-_pre_norm_mlp_backward.register_autograd(refuse_second_derivatives("pre_norm_mlp"))
+register_derivative(
+    "pre_norm_mlp", _pre_norm_mlp, _pre_norm_mlp_backward, _differentiate_pre_norm_mlp, _keep_for_pre_norm_mlp
+)
 
 
 def pre_norm_mlp(
@@ -371,5 +370,5 @@ def pre_norm_mlp(
     check_norm("pre_norm_mlp", "norm_", norm, eps, x)
     check_projection("pre_norm_mlp", "fc1_", fc1, (None, x.shape[-1]), x, dtype)
     check_projection("pre_norm_mlp", "fc2_", fc2, (x.shape[-1], fc1.weight.shape[0]), x, dtype)
-    refuse_tangents("pre_norm_mlp", x=x, norm=norm, fc1=fc1, fc2=fc2)
+    refuse_transforms("pre_norm_mlp", x=x, norm=norm, fc1=fc1, fc2=fc2)
     return _pre_norm_mlp(x, *norm, eps, *fc1, *fc2, wants_gradients(x, *norm, *fc1, fc2.weight))[0]

@@ -17,11 +17,11 @@ from siglip_kernels.arguments import (
     check_parameter,
     check_same_device,
     check_tensor,
-    refuse_tangents,
     unit_stride,
 )
 from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.errors import unsupported
+from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 
 def _validate(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> tuple[int, int, int]:
@@ -102,7 +102,7 @@ def _differentiate(ctx, out_grad):
     pixel_values, weight = ctx.saved_tensors
     needs_pixels, needs_weight, needs_bias, needs_position, _ = ctx.needs_input_grad
     with torch.autocast(out_grad.device.type, enabled=False):  # the forward has chosen the dtypes
-        rows = out_grad.flatten(0, 1).to(weight.dtype)  # [B · S, width]
+        rows = out_grad.reshape(-1, out_grad.shape[-1]).to(weight.dtype)  # [B · S, width]
         return (
             _image(rows @ weight.flatten(1), pixel_values.shape, weight.shape) if needs_pixels else None,
             (rows.T @ _patches(pixel_values, weight.shape)).view(weight.shape) if needs_weight else None,
@@ -131,7 +131,7 @@ def _image(patches: Tensor, shape: torch.Size, weight_shape: torch.Size) -> Tens
     return F.pad(image, (0, image_width - across * q, 0, height - down * p))
 
 
-_patch_embed.register_autograd(_differentiate, setup_context=_keep)
+register_derivative("patch_embed", _patch_embed, None, _differentiate, _keep)
 
 
 def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, posit
     dtype = autocast_dtype(pixel_values)
     pixel_values, (weight, bias) = cast(pixel_values, dtype), cast_affine(weight, bias, dtype)
     tokens = _validate(pixel_values, weight, bias, position)
-    refuse_tangents("patch_embed", pixel_values=pixel_values, weight=weight, bias=bias, position=position)
+    refuse_transforms("patch_embed", pixel_values=pixel_values, weight=weight, bias=bias, position=position)
     out_dtype = torch.promote_types(pixel_values.dtype, position.dtype)
     if torch.broadcast_shapes(tokens, position.shape) != tokens:  # one token, several positions
         return _patch_embed(pixel_values, weight, bias, None, pixel_values.dtype) + position

@@ -19,13 +19,12 @@ from siglip_kernels.arguments import (
     check_norm,
     check_projection,
     given,
-    refuse_second_derivatives,
-    refuse_tangents,
     wants_gradients,
 )
 from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.errors import unsupported
 from siglip_kernels.gemm import cublas
+from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 
 @torch.library.custom_op("siglip_kernels::pre_norm_qkv", mutates_args=())
@@ -78,7 +77,7 @@ def _pre_norm_qkv_backward(
     eps: float,
     mean: Tensor,
     rstd: Tensor,
-    weights: Sequence[Tensor],
+    weights: Tensor | None,
     needs_normed: Sequence[bool],
     needs_weights: Sequence[bool],
     needs_biases: Sequence[bool],
@@ -86,7 +85,7 @@ def _pre_norm_qkv_backward(
     """The gradients of x, norm_weight and norm_bias, empty where not needed, then those of the needed weights,
     concatenated along their rows, and those of the needed biases, concatenated.
 
-    weights: all three, where x's gradient or the norm's is needed, else none.
+    weights: all three, concatenated along their rows, where x's gradient or the norm's is needed.
     """
     require_kernels("pre_norm_qkv", "x", x)
     from siglip_kernels.layer_norm.kernels import layer_norm_backward, layer_norm_forward
@@ -96,9 +95,9 @@ def _pre_norm_qkv_backward(
     parts = packed_grad.flatten(3).flatten(0, 1)  # [rows, 3, H · D]
     x_grad, norm_weight_grad, norm_bias_grad = (rows.new_empty(0) for _ in range(3))
     with on_device(x), torch.autocast(x.device.type, enabled=False):
-        if any(needs_normed):
+        if weights is not None:
             x_grad, norm_weight_grad, norm_bias_grad = layer_norm_backward(
-                cublas.input_gradient(parts.flatten(1), torch.cat(list(weights))),
+                cublas.input_gradient(parts.flatten(1), weights),
                 rows,
                 norm_weight,
                 mean,
@@ -163,7 +162,7 @@ def _differentiate(ctx, packed_grad, *_):
         ctx.eps,
         mean,
         rstd,
-        weights,
+        torch.cat(weights) if weights else None,
         needs_normed,
         needs_weights,
         needs_biases,
@@ -177,8 +176,7 @@ def _differentiate(ctx, packed_grad, *_):
     return *gradients, None, *projections, None, None
 
 
-_pre_norm_qkv.register_autograd(_differentiate, setup_context=_keep)
-_pre_norm_qkv_backward.register_autograd(refuse_second_derivatives("pre_norm_qkv"))
+register_derivative("pre_norm_qkv", _pre_norm_qkv, _pre_norm_qkv_backward, _differentiate, _keep)
 
 
 def pre_norm_qkv(
@@ -218,7 +216,7 @@ def pre_norm_qkv(
     if not is_integer or num_heads < 1 or out % num_heads != 0:
         got = f"is {given(num_heads)} while the weights have {out} rows"
         raise unsupported("pre_norm_qkv", "num_heads", got, "positive divisors of the rows")
-    refuse_tangents("pre_norm_qkv", x=x, norm=norm, q=q_proj, k=k_proj, v=v_proj)
+    refuse_transforms("pre_norm_qkv", x=x, norm=norm, q=q_proj, k=k_proj, v=v_proj)
     keep = wants_gradients(x, *norm, q_proj.weight, k_proj.weight, v_proj.weight)
     q, k, v = _pre_norm_qkv(x, *norm, eps, *q_proj, *k_proj, *v_proj, num_heads, keep)[0].unbind(2)
     return q, k, v

@@ -16,14 +16,13 @@ from siglip_kernels.arguments import (
     check_same_device,
     check_same_dtype,
     check_tensor,
-    refuse_second_derivatives,
-    refuse_tangents,
     wants_gradients,
 )
 from siglip_kernels.device import on_device
 from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.blocks import loss_and_gradients
 from siglip_kernels.sigmoid_loss.engines import make_engine, saved_dtype
+from siglip_kernels.transforms import refuse_transforms, register_derivative, under_transform
 
 # `plain_sigmoid_loss` is chunked from this many pairs on. With fewer, the logits take less memory than the embeddings
 # of common models, and the definition, which can be differentiated twice, is as fast.
@@ -156,8 +155,7 @@ def _backward(ctx, upstream, *_):
     return tuple(g if need else None for g, need in zip(gradients, needed, strict=True)) + nothing[4:]
 
 
-forward_op.register_autograd(_backward, setup_context=_save)
-backward_op.register_autograd(refuse_second_derivatives("sigmoid_loss"))
+register_derivative("sigmoid_loss", forward_op, backward_op, _backward, _save)
 
 
 def sigmoid_loss(
@@ -205,10 +203,11 @@ def plain_sigmoid_loss(
     image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
 ) -> Tensor:
     """The loss of backends without kernels: `reference.sigmoid_loss` for fewer than CHUNKED_FROM pairs, which can be
-    differentiated twice, and `chunked_sigmoid_loss` from there on. Takes and raises what the latter does.
+    differentiated twice, and `chunked_sigmoid_loss` from there on. Takes and raises what the latter does, except that
+    transforms of torch.func and forward-mode derivatives take the former, in O(N²) memory.
     """
     _validated("plain_sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
-    if len(image_embeds) < CHUNKED_FROM:
+    if len(image_embeds) < CHUNKED_FROM or under_transform():
         return reference.sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
     return chunked_sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
 
@@ -292,7 +291,7 @@ def _apply(
     chunk_size: int,
 ) -> Tensor:
     scalars = dict(logit_scale=logit_scale, logit_bias=logit_bias)
-    refuse_tangents(operation, image_embeds=image_embeds, text_embeds=text_embeds, **scalars)
+    refuse_transforms(operation, image_embeds=image_embeds, text_embeds=text_embeds, **scalars)
     loss, *_gradients = forward_op(
         image_embeds,
         text_embeds,

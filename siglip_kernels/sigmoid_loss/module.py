@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from siglip_kernels.arguments import KERNEL_DTYPES, autocast_dtype, cast, refuse_tangents, wants_gradients
+from siglip_kernels.arguments import KERNEL_DTYPES, autocast_dtype, cast, wants_gradients
 from siglip_kernels.device import kernels_run_on
 from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.api import (
@@ -15,10 +15,12 @@ from siglip_kernels.sigmoid_loss.api import (
     check_embeds,
     check_kernel_input,
     chunked_sigmoid_loss,
+    plain_sigmoid_loss,
     sigmoid_loss,
 )
 from siglip_kernels.sigmoid_loss.distributed import GlobalLoss, Peers, Wanted, all_gather, gather, ring
 from siglip_kernels.sigmoid_loss.engines import make_engine
+from siglip_kernels.transforms import refuse_transforms, under_transform
 
 _ROUTES = {"ring": ring, "bidir": ring, "shift": ring, "reduce": ring, "gather": gather}
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -34,7 +36,9 @@ class SigLipLoss(nn.Module):
     "reduce" differ only in the exchange, and select the ring here.
     chunk_size: the most images per block of logits; 0 chooses automatically. cache_labels: ignored, accepted for
     compatibility. bidir, use_horovod: constructor arguments of open_clip 2; horovod is not supported.
-    backend: "triton", "chunked" (PyTorch operations), or "auto": triton on GPUs that run the kernels.
+    backend: "triton", "chunked" (PyTorch operations), or "auto": triton on GPUs that run the kernels,
+    chunked elsewhere, and `plain_sigmoid_loss` within transforms of torch.func and forward-mode differentiation, which
+    the others and a global batch refuse.
     average_loss: return the mean of the ranks' losses, the same on every rank; gradients do not change.
 
     `siglip_kernels.sigmoid_loss.distributed` defines each rank's loss and gradients. Local batches may differ in size.
@@ -111,6 +115,8 @@ class SigLipLoss(nn.Module):
 
     def _local(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
         check_embeds("SigLipLoss", image_features, text_features)
+        if self.backend == "auto" and under_transform():
+            return plain_sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
         if self._engine(image_features) == "triton":
             return sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
         return chunked_sigmoid_loss(image_features, text_features, logit_scale, logit_bias, self.chunk_size)
@@ -133,7 +139,7 @@ class SigLipLoss(nn.Module):
                 make_engine(engine, x)  # raises where the kernels cannot run
             scale = as_scalar("SigLipLoss", "logit_scale", logit_scale, x)
             bias = as_scalar("SigLipLoss", "logit_bias", logit_bias, x)
-            refuse_tangents("SigLipLoss", image_features=x, text_features=y, logit_scale=scale, logit_bias=bias)
+            refuse_transforms("SigLipLoss", image_features=x, text_features=y, logit_scale=scale, logit_bias=bias)
             arguments = x, y, scale, bias
         except Exception as error:  # raised after the other ranks know of it, which would wait for this one
             problem = error

@@ -95,7 +95,7 @@ def test_backward_operators_check(device):
         weights = (p["fc1_weight"] if needs[0] else None, p["fc2_weight"])
         check(OPERATORS.pre_norm_mlp_backward.default, (out_grad, x, *norm, kept, *weights, needs))
     packed_grad = torch.randn(B, S, 3, HEADS, WIDTH // HEADS, device=device).half()
-    weights = [torch.randn(WIDTH, WIDTH, device=device).half() for _ in range(3)]
+    weights = torch.randn(3 * WIDTH, WIDTH, device=device).half()
     for needs in ([True] * 3, [False, True, False]):
         check(OPERATORS.pre_norm_qkv_backward.default, (packed_grad, x, *norm, weights, needs, needs, needs))
 
