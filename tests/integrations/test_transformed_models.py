@@ -9,7 +9,7 @@ import torch
 from test_open_clip import BASE, siglip
 from torch import Tensor, nn
 from torch.func import functional_call
-from transforms import FIRST, SECOND, SERVED, Function
+from transforms import FIRST, SECOND, SERVED, Function, of_each_kind
 
 from siglip_kernels import UnsupportedInputError
 from siglip_kernels.integrations import open_clip as siglip_open_clip
@@ -86,7 +86,7 @@ def functions(request: pytest.FixtureRequest) -> tuple[Function, Function, Tenso
     return of_parameter(model), of_parameter(accelerated), model.get_parameter(name).detach()
 
 
-@pytest.mark.parametrize("transform", FIRST)
+@pytest.mark.parametrize("transform", of_each_kind(FIRST))
 def test_the_library_computes_transforms(transform, functions):
     library, accelerated, x = functions
     try:
@@ -98,13 +98,13 @@ def test_the_library_computes_transforms(transform, functions):
     torch.testing.assert_close(FIRST[transform](accelerated, x), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("transform", SERVED)
+@pytest.mark.parametrize("transform", of_each_kind(SERVED))
 def test_calls_per_sample_and_first_derivatives(transform, functions):
     library, accelerated, x = functions
     torch.testing.assert_close(SERVED[transform](accelerated, x), SERVED[transform](library, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("transform", SECOND)
+@pytest.mark.parametrize("transform", of_each_kind(SECOND))
 def test_second_derivatives_are_refused_by_name(transform, functions):
     _, accelerated, x = functions
     with pytest.raises(UnsupportedInputError, match=r"^\w+: create_graph .*a model that is not accelerated$"):

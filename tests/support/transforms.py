@@ -6,6 +6,7 @@ sample and first derivatives in reverse mode.
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, func
 from torch.autograd import forward_ad, functional
@@ -87,3 +88,9 @@ SERVED = {
     "functional.jacobian": functional.jacobian,
     "vectorised jacobian": lambda f, x: functional.jacobian(f, x, vectorize=True),
 }
+
+
+def of_each_kind(transforms: dict[str, Callable]) -> list:
+    """For `parametrize`: their names, one of each kind in the default tests and the others in the thorough ones."""
+    usual = {"func.grad", "func.jvp", "vmap of grad", "dual numbers", "create_graph", "vmap", "vectorised jacobian"}
+    return [name if name in usual else pytest.param(name, marks=pytest.mark.thorough) for name in transforms]
