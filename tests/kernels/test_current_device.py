@@ -79,8 +79,8 @@ def attention(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return siglip_kernels.attention(*(tensor(2, tokens, 2, 64, dtype=dtype) for _ in "qkv"))
 
 
-def linear() -> Tensor:
-    return siglip_kernels.linear(tensor(3, 64), tensor(64, 64), tensor(64), tensor(3, 64))
+def linear(depth: int = 64) -> Tensor:
+    return siglip_kernels.linear(tensor(3, depth), tensor(64, depth), tensor(64), tensor(3, 64))
 
 
 def mlp() -> Tensor:
@@ -139,6 +139,7 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "attention of few tokens": lambda: attention(16),
     "attention in fp32": lambda: attention(100, torch.float32),
     "linear": linear,
+    "linear of a long sum": lambda: linear(depth=4096),
     "mlp": mlp,
     "layer_norm": layer_norm,
     "layer_norm of wide rows": lambda: layer_norm(2**17),

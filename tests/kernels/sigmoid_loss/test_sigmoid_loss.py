@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import machines
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from siglip_kernels import (
     reference,
     sigmoid_loss,
 )
-from siglip_kernels.sigmoid_loss import api, blocks, config, engines, torch_engine, triton_engine
+from siglip_kernels.sigmoid_loss import api, blocks, config, torch_engine, triton_engine
 
 LOSSES = {"triton": sigmoid_loss, "chunked": chunked_sigmoid_loss}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -290,7 +291,7 @@ def test_what_only_the_kernels_refuse(device):
 
 
 def test_the_error_for_cpu_tensors_names_an_alternative(monkeypatch):
-    monkeypatch.setattr(engines, "interpreting", lambda: False)
+    machines.report(monkeypatch)
     x = torch.ones(2, 8)
     with pytest.raises(MissingBackendError, match="chunked_sigmoid_loss"):
         sigmoid_loss(x, x, 1.0, 0.0)
