@@ -154,8 +154,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, le
     Gradients are deterministic.
 
     Raises UnsupportedInputError (a ValueError) for other types, shapes and dtypes and for second and forward-mode
-    derivatives, and MissingBackendError for tensors that are not on a CUDA device, unless they are on the CPU and
-    Triton was imported with TRITON_INTERPRET=1.
+    derivatives and differentiation by torch.func, and MissingBackendError for tensors that are not on an NVIDIA GPU of
+    compute capability 8.0 or later, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)

@@ -147,10 +147,12 @@ def attention_pool(
     PyTorch computes the same products; fp32 then honours torch.backends.cuda.matmul.allow_tf32. Training keeps nothing
     as large as x but x itself: neither keys nor values. Sums are in fp32. Under autocast all tensors but
     lengths are cast as torch.nn.functional.linear casts them. Gradients are deterministic (that of the keys' bias is 0:
-    it does not change a softmax); second derivatives with respect to x, and forward-mode derivatives, raise an error.
+    it does not change a softmax); second derivatives with respect to x, forward-mode
+    derivatives and differentiation by torch.func raise an error.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
-    are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    are not on an NVIDIA GPU of compute capability 8.0 or later, unless they are on the CPU and Triton was imported with
+    TRITON_INTERPRET=1.
     """
     dtype = autocast_dtype(x)
     x, probe = cast(x, dtype), cast(probe, dtype)

@@ -60,7 +60,8 @@ def accelerate(model: nn.Module) -> Report:
     Results differ only by rounding. A causal text transformer, such as CLIP's, is not changed.
 
     Returns a report of what was replaced and what was not, and why. `restore(model)` undoes it.
-    Raises MissingBackendError, and changes nothing, unless open_clip is version 3 and Triton is installed.
+    Raises MissingBackendError, and changes nothing, unless open_clip is version 3 and Triton is installed, and
+    if no GPU of this machine runs the kernels.
     """
     version = require_version("open_clip", "open_clip_torch", (3,), (4,))
     require_version("open_clip", "timm", *siglip_timm.VERSIONS)

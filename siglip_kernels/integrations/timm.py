@@ -56,7 +56,8 @@ def accelerate(model: nn.Module) -> Report:
     torch.jit.script cannot compile replacements: restore the model first.
 
     Returns a report of what was replaced and what was not, and why. `restore(model)` undoes it.
-    Raises MissingBackendError, and changes nothing, unless timm is version 1 and Triton is installed.
+    Raises MissingBackendError, and changes nothing, unless timm is version 1 and Triton is installed, and
+    if no GPU of this machine runs the kernels.
     """
     version = require_version("timm", "timm", *VERSIONS)
     towers = paths_of_towers(model)

@@ -48,14 +48,15 @@ def accelerate(model: nn.Module) -> Report:
     Attention, MLP, LayerNorm, MAP head, patch embedding and the loss of SiglipModel(return_loss=True) call the kernels;
     a language model beside the tower is not changed. Parameters, `state_dict`, `save_pretrained`, hooks, gradient
     checkpointing, PEFT before or after, torch.compile and DDP work as before; results differ only by rounding.
-    transformers computes what the kernels cannot: tensors that are not on a CUDA device, float64, dropout in training,
+    transformers computes what the kernels cannot: tensors that are not on a GPU that runs the kernels, float64, dropout
+    in training, transforms of torch.func (per-sample gradients among them), forward-mode differentiation,
     calls with output_attentions=True, masks other than padding or that hide a whole sample. So a model may be
     accelerated on the CPU and moved afterwards. A second call only returns a new report. FSDP2 makes its own
     subclasses: accelerate before `fully_shard`.
 
     Returns a report of what was replaced and what was not, and why. `restore(model)` undoes it.
-    Raises MissingBackendError, and changes nothing, if this version of transformers is not supported or Triton is not
-    installed.
+    Raises MissingBackendError, and changes nothing, if this version of transformers is not supported, Triton is not
+    installed, or no GPU of this machine runs the kernels (AMD's and those before compute capability 8.0 do not).
     """
     version = _require_version()
     towers = () if not isinstance(model, nn.Module) else tuple(_paths_of_towers(model))

@@ -121,10 +121,12 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     be None. Returns (..., width), contiguous, in x's dtype; on CUDA under autocast in fp32, as
     torch.nn.functional.layer_norm does. Statistics and sums are in fp32, and stay accurate where the mean is much
     larger than the deviation. x is read in place if its rows have one stride between them and unit stride along them,
-    and copied otherwise. Gradients are deterministic; second and forward-mode derivatives raise an error.
+    and copied otherwise. Gradients are deterministic; second and forward-mode derivatives, and
+    differentiation by torch.func, raise an error.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
-    are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    are not on an NVIDIA GPU of compute capability 8.0 or later, unless they are on the CPU and Triton was imported with
+    TRITON_INTERPRET=1.
     """
     out_dtype = None
     if isinstance(x, Tensor) and x.device.type == "cuda" and torch.is_autocast_enabled("cuda"):

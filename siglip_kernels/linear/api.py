@@ -98,10 +98,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     fp32 products are IEEE unless torch.backends.cuda.matmul allows TF32; sums are in fp32 and rounded once. Rows of
     unit stride that start at multiples of 16 bytes, and weights that are transposed views, are read in place; anything
     else may be copied. Under autocast x, weight and bias are cast as torch.nn.functional.linear casts them. Gradients
-    are deterministic. With a residual, second and forward-mode derivatives raise an error.
+    are deterministic. With a residual, second and forward-mode derivatives, and differentiation by torch.func, raise an
+    error.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
-    are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    are not on an NVIDIA GPU of compute capability 8.0 or later, unless they are on the CPU and Triton was imported with
+    TRITON_INTERPRET=1.
     """
     dtype = autocast_dtype(x)
     x, projection = cast(x, dtype), cast_affine(weight, bias, dtype)

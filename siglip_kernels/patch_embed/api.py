@@ -145,10 +145,11 @@ def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor | None, posit
     Images are read in place if their last stride is 1, whatever the others are; otherwise, as with channels_last, they
     are copied. Sums are in fp32; fp32 products honour torch.backends.cuda.matmul.allow_tf32. Under autocast all tensors
     but position are cast as torch.nn.functional.conv2d casts them. Gradients are deterministic; forward-mode
-    derivatives raise an error.
+    derivatives and differentiation by torch.func raise an error.
 
     Raises UnsupportedInputError (a ValueError) for other shapes and dtypes, and MissingBackendError for tensors that
-    are not on a CUDA device, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    are not on an NVIDIA GPU of compute capability 8.0 or later, unless they are on the CPU and Triton was imported with
+    TRITON_INTERPRET=1.
     """
     dtype = autocast_dtype(pixel_values)
     pixel_values, (weight, bias) = cast(pixel_values, dtype), cast_affine(weight, bias, dtype)

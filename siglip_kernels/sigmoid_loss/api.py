@@ -172,9 +172,9 @@ def sigmoid_loss(
     torch.backends.cuda.matmul allows TF32. Deterministic. Memory is O(N·D) including the gradients, which are computed
     in the forward pass where required. They can be used repeatedly but not differentiated again.
 
-    Raises UnsupportedInputError (a ValueError) for other types, shapes, dtypes, second and forward-mode derivatives,
-    and MissingBackendError for tensors that are not on a CUDA device, unless they are on the CPU and Triton was
-    imported with TRITON_INTERPRET=1.
+    Raises UnsupportedInputError (a ValueError) for other types, shapes, dtypes, second and forward-mode derivatives and
+    differentiation by torch.func, and MissingBackendError for tensors that are not on an NVIDIA GPU of compute
+    capability 8.0 or later, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
     embeds = _validated("sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
     check_kernel_input("sigmoid_loss", embeds[0])
