@@ -6,42 +6,15 @@ fastest into `tuned.py`.
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 
 from siglip_kernels.device import Facts
+from siglip_kernels.gemm.clocks import clocks
+from siglip_kernels.gemm.tiles import Shape, Tile, count
 from siglip_kernels.gemm.tuned import TUNED
 
 LARGEST_BLOCK = 256  # rows or columns of a tile of any matrix
 GROUP = 8  # row tiles that are computed together, so that their operands stay in the L2
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a configuration depends on: a wᵀ and its epilogue."""
-
-    rows: int
-    columns: int  # of one weight
-    depth: int
-    parts: int  # weights side by side
-    element_bytes: int  # of a and the weights
-    residual_bytes: int  # of an element; 0 without a residual
-    gelu: str  # "", "forward" or "backward"
-    tf32: bool  # fp32 products may use it
-    aligned: bool  # all rows start at multiples of 16 bytes, as tensor descriptors require
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The block of the result that a program computes at a time, and how."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int  # how deep the loads of the loop are pipelined
-    pieces: int = 1  # runs of columns that the epilogue works on in turn
-    residents: int = 1  # programs that are resident on a multiprocessor at once
-    descriptors: bool = True  # loads go through tensor descriptors, otherwise through pointers
+SPLITS = (2, 3, 4, 6, 8)  # of the depth; few, as each is compiled
 
 
 def rows_class(rows: int) -> int:
@@ -56,7 +29,9 @@ def tile(shape: Shape, facts: Facts) -> Tile:
         return _interpreted(shape)
     key = (rows_class(shape.rows), *dataclasses.astuple(shape)[1:])
     measured = TUNED.get(facts.name, {}).get(key)
-    return Tile(*measured) if measured else min(candidates(shape, facts), key=functools.partial(_clocks, shape, facts))
+    if measured:
+        return Tile(*measured)
+    return min(candidates(shape, facts), key=lambda candidate: clocks(shape, facts, candidate).total)
 
 
 def _interpreted(shape: Shape) -> Tile:
@@ -77,62 +52,78 @@ def _interpreted(shape: Shape) -> Tile:
 
 
 def candidates(shape: Shape, facts: Facts) -> list[Tile]:
-    """What tuning measures: the tiles whose epilogues fit the registers and the shared memory of the GPU."""
-    descriptors = facts.capability >= (9, 0) and shape.aligned
-    if shape.element_bytes == 4 and not shape.tf32:  # no tensor core: one multiply-add at a time
-        return [Tile(64, 64, 32 if shape.aligned else 16, 8, 2, descriptors=descriptors)]
-    if not shape.aligned:  # loaded element by element, through registers
-        return [Tile(64, 64, 32, 8, 2, pieces=2, descriptors=False)]
+    """What tuning measures: the tiles whose epilogues fit the registers and the shared memory of the GPU.
+
+    Where the largest make fewer than two waves, smaller ones are candidates as well, and all with their depth split, as
+    far as every program is resident and has several blocks of depth.
+    """
+    usual, small = _tiles(shape, facts)
+    if min(count(shape, tile) for tile in usual) >= 2 * facts.multiprocessors:
+        return usual
+    tiles = usual + small
+    for tile in usual + small:
+        most = min(facts.multiprocessors * tile.residents // count(shape, tile), shape.depth // (4 * tile.depth))
+        pieces = max(tile.pieces, min(2, tile.rows // 32))  # of fp32 sums
+        tiles += [dataclasses.replace(tile, pieces=pieces, splits=splits) for splits in SPLITS if splits <= most]
+    return tiles
+
+
+def _tiles(shape: Shape, facts: Facts) -> tuple[list[Tile], list[Tile]]:
+    """The tiles that suit many rows, and smaller ones."""
+    descriptors = facts.has_tma and shape.aligned
+    tensor_cores = shape.element_bytes == 2 or shape.tf32
+    if not (tensor_cores and shape.aligned):  # one multiply-add at a time, or loads of one element at a time
+        depth = 32 if tensor_cores or shape.aligned else 16
+        tile = Tile(64, 64, depth, 8, 2, pieces=1 if shape.aligned else 2, descriptors=descriptors)
+        return [tile], [dataclasses.replace(tile, rows=32, columns=columns, warps=columns // 8) for columns in (64, 32)]
     if shape.element_bytes == 4:
-        sizes = [(128, 128, 32, 8, 1), (64, 64, 32, 4, 1)]
-    elif descriptors:
-        sizes = [
-            (128, 256, 64, 8, 1),
-            (256, 128, 64, 8, 1),
-            (128, 128, 64, 8, 1),
-            (64, 128, 64, 4, 2),
-            (64, 64, 64, 4, 3),
-        ]
+        usual = [(128, 128, 32, 8, 1), (64, 64, 32, 4, 1)]
+        small = [(32, 64, 32, 4, 2), (32, 32, 32, 4, 2)]
     else:
-        sizes = [(128, 128, 32, 4, 2), (64, 128, 32, 4, 2), (64, 64, 32, 4, 3)]
+        usual = [(128, 128, 32, 4, 2), (64, 128, 32, 4, 2), (64, 64, 32, 4, 3)]
+        small = [(32, 64, 64, 4, 2), (32, 32, 64, 4, 2)]
+        if facts.matrix_unit != "mma":
+            usual = [
+                (128, 256, 64, 8, 1),
+                (256, 128, 64, 8, 1),
+                (128, 128, 64, 8, 1),
+                (64, 128, 64, 4, 2),
+                (64, 64, 64, 4, 3),
+            ]
+    return _fitted(shape, facts, usual, most_stages=4), _fitted(shape, facts, small, most_stages=8)
+
+
+def _fitted(shape: Shape, facts: Facts, sizes: list[tuple[int, int, int, int, int]], most_stages: int) -> list[Tile]:
+    """The tiles of these rows, columns, depths, warps and residents that fit the GPU, in pieces and stages that do."""
     tiles = []
     for rows, columns, depth, warps, residents in sizes:
+        if not facts.has_tma and shape.residual_bytes == 4 and rows * columns > 64 * 128:
+            continue  # the addresses of the residual would take its registers
         pieces = max(1, rows * columns // (32 * 32 * warps))
-        if shape.residual_bytes == 2 and shape.gelu == "":
+        if facts.has_tma and shape.residual_bytes == 2 and shape.gelu == "":
             pieces = max(1, pieces // 2)  # each piece waits for its part of the residual: fewer waits
+        if shape.gelu == "backward":
+            pieces = max(2, pieces)  # it holds two results at once
         stages = _stages(shape, facts, rows, columns, depth, pieces, residents)
-        while stages < 2 and pieces < 4:
+        while stages < 3 and pieces < 4:
             pieces *= 2
             stages = _stages(shape, facts, rows, columns, depth, pieces, residents)
         if stages >= 2:  # the largest tiles do not fit every GPU
-            tiles.append(Tile(rows, columns, depth, warps, min(stages, 4), pieces, residents, descriptors))
+            tiles.append(Tile(rows, columns, depth, warps, min(stages, most_stages), pieces, residents, facts.has_tma))
     return tiles
 
 
 def _stages(shape: Shape, facts: Facts, rows: int, columns: int, depth: int, pieces: int, residents: int) -> int:
     """As many as fit beside the epilogue's tiles, which TMA loads and stores through shared memory."""
     epilogue = 0
-    if facts.capability >= (9, 0):
+    if facts.has_tma:
         matrices = 2 if shape.residual_bytes or shape.gelu == "backward" else 1
         epilogue = matrices * rows * columns // pieces * max(shape.element_bytes, shape.residual_bytes)
     free = facts.shared_memory // residents - epilogue - 2048  # barriers, and what the system reserves per program
-    return free // ((rows + columns) * depth * shape.element_bytes)
-
-
-def _clocks(shape: Shape, facts: Facts, tile: Tile) -> float:
-    """A rough count of a multiprocessor's clocks, not measured: whole waves of tiles, each bound by its matrix work or
-    by its reads from the L2. The epilogue is added if one program is resident; those of several overlap.
-    """
-    tiles = -(-shape.rows // tile.rows) * -(-shape.columns // tile.columns) * shape.parts
-    residents = min(tile.residents, -(-tiles // facts.multiprocessors))
-    waves = -(-tiles // (facts.multiprocessors * residents)) * residents
-    multiply_adds, l2_bytes = (2048, 40) if facts.capability >= (9, 0) else (1024, 48)  # a clock
-    matrix = tile.rows * tile.columns / multiply_adds * (shape.element_bytes / 2)
-    l2 = (tile.rows + tile.columns) * shape.element_bytes / l2_bytes
-    epilogue = tile.rows * tile.columns / 16 if residents == 1 else 0
-    return waves * (max(matrix, l2) * shape.depth + epilogue + 500)
+    buffers = free // ((rows + columns) * depth * shape.element_bytes)
+    return buffers + 1 if facts.matrix_unit == "mma" else buffers  # mma reads its operands before a block's products
 
 
 def programs(tile: Tile, tiles: int, facts: Facts) -> int:
-    """As many programs as are resident at once; each computes many tiles."""
-    return min(tiles, tile.residents * facts.multiprocessors)
+    """As many programs as are resident at once; each computes many tiles, or one range of the depth of a tile."""
+    return min(tiles * tile.splits, tile.residents * facts.multiprocessors)

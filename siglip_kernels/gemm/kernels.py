@@ -6,6 +6,9 @@
 A persistent kernel: each program computes tiles of the result in an order that keeps the operands of neighbours in the
 L2 (Triton's tutorial 9). Operands are loaded through tensor descriptors (TMA, sm_90 and later), elsewhere through
 pointers.
+
+Where a small batch has too few tiles for the GPU, several programs compute a tile, each in a range of the depth (split
+K). They write partial sums, and a second kernel adds these in their order and applies the epilogue.
 """
 
 from typing import Any
@@ -18,9 +21,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from siglip_kernels.device import facts, hopper_kernels_enabled, precision
 from siglip_kernels.errors import unsupported
-from siglip_kernels.gemm import config
 from siglip_kernels.gemm.gelu import gelu, gelu_and_derivative
 from siglip_kernels.gemm.plan import layout, plan
+from siglip_kernels.gemm.tiles import Tile
 from siglip_kernels.interpreter import dot, narrow
 
 
@@ -120,6 +123,67 @@ def _choose(part, first, second, third, PARTS: tl.constexpr):
     return chosen
 
 
+@triton.jit
+def _partial_sums(partial_sums, split, part, rows, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """The first element of the partial sums of one split and part, whose rows are PARTS * COLUMNS apart."""
+    return partial_sums + (tl.cast(rows, tl.int64) * split * (PARTS * COLUMNS) + part * COLUMNS)
+
+
+@triton.jit
+def _finish(
+    value,  # fp32 [ROWS, WIDTH]: the product in one block of the result
+    part,
+    row_tile,  # the block's row, in units of ROWS
+    column,
+    # The others are those of gemm_kernel.
+    bias,
+    bias_second,
+    bias_third,
+    residual,
+    pre_activation,
+    activation,
+    out,
+    out_second,
+    out_third,
+    column_sums,
+    residual_stride,
+    pre_activation_stride,
+    rows,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    GELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EDGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """The epilogue of a block."""
+    row = row_tile * ROWS
+    columns = column + tl.arange(0, WIDTH)
+    if bias is not None:
+        tile_bias = _choose(part, bias, bias_second, bias_third, PARTS)
+        value += tl.load(tile_bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
+    if GELU == "forward":
+        if pre_activation is not None:
+            _store(pre_activation, value, row, column, rows, ROWS, WIDTH, EDGE, COLUMNS, DESCRIPTORS)
+        value = gelu(value)
+    if GELU == "backward":
+        kept = _load(pre_activation, row, column, rows, pre_activation_stride, ROWS, WIDTH, EDGE, UNIT, DESCRIPTORS)
+        again, derivative = gelu_and_derivative(_where_it_is_needed(kept.to(tl.float32), value))
+        if activation is not None:
+            _store(activation, again, row, column, rows, ROWS, WIDTH, EDGE, COLUMNS, DESCRIPTORS)
+        value *= derivative
+        if column_sums is not None:
+            o_sums = tl.cast(row_tile, tl.int64) * COLUMNS + columns
+            tl.store(column_sums + o_sums, tl.sum(value, 0), mask=columns < COLUMNS)
+    if residual is not None:
+        added = _load(residual, row, column, rows, residual_stride, ROWS, WIDTH, EDGE, UNIT, DESCRIPTORS)
+        value += added.to(tl.float32)
+    tile_out = _choose(part, out, out_second, out_third, PARTS)
+    _store(tile_out, value, row, column, rows, ROWS, WIDTH, EDGE, PARTS * COLUMNS, DESCRIPTORS)
+
+
 @triton.jit(do_not_specialize=["a_stride", "weight_stride", "residual_stride", "pre_activation_stride", "rows"])
 def gemm_kernel(
     # Each matrix is a tensor descriptor (DESCRIPTORS) or a pointer. Strides are of rows, in units of UNIT elements.
@@ -137,6 +201,7 @@ def gemm_kernel(
     out_second,
     out_third,
     column_sums,  # fp32 (row tiles, COLUMNS) pointer: sums of each tile's columns, before rounding; or None
+    partial_sums,  # fp32 (SPLITS, rows, PARTS * COLUMNS) pointer: written instead of the results; None if SPLITS == 1
     a_stride,
     weight_stride,
     residual_stride,
@@ -145,6 +210,7 @@ def gemm_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     PARTS: tl.constexpr,  # 1, or 3 weights side by side
+    SPLITS: tl.constexpr,  # ranges of the depth; each tile is computed by as many programs
     TRANSPOSED: tl.constexpr,
     GELU: tl.constexpr,  # "", "forward" or "backward"
     BLOCK_M: tl.constexpr,
@@ -159,12 +225,18 @@ def gemm_kernel(
 ):
     row_tiles = tl.cdiv(rows, BLOCK_M)
     PART_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    tiles = row_tiles * PART_TILES * PARTS
     group_tiles = GROUP * PART_TILES * PARTS
     PIECE: tl.constexpr = BLOCK_N // PIECES
     EDGE: tl.constexpr = None if COLUMNS % BLOCK_N == 0 else COLUMNS
     DEPTH_EDGE: tl.constexpr = None if DEPTH % BLOCK_K == 0 else DEPTH
+    SPLIT_DEPTH: tl.constexpr = ((DEPTH + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
 
-    for tile in tl.range(tl.program_id(0), row_tiles * PART_TILES * PARTS, tl.num_programs(0), flatten=FLATTEN):
+    for work in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=FLATTEN):
+        tile = work if SPLITS == 1 else work % tiles
+        split = 0 if SPLITS == 1 else work // tiles
+        first_k = split * SPLIT_DEPTH
+        end_k = DEPTH if SPLITS == 1 else tl.minimum(first_k + SPLIT_DEPTH, DEPTH)
         first_of_group = tile // group_tiles * GROUP
         group = tl.minimum(row_tiles - first_of_group, GROUP)
         row_tile = first_of_group + tile % group_tiles % group
@@ -175,7 +247,7 @@ def gemm_kernel(
 
         tile_weight = _choose(part, weight, weight_second, weight_third, PARTS)
         products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in tl.range(0, DEPTH, BLOCK_K):
+        for k in tl.range(first_k, end_k, BLOCK_K):
             a_block = _load(a, row, k, rows, a_stride, BLOCK_M, BLOCK_K, DEPTH_EDGE, UNIT, DESCRIPTORS)
             if TRANSPOSED:
                 w_block = _load(
@@ -196,34 +268,106 @@ def gemm_kernel(
                 ).T
             products = dot(a_block, w_block, products, PRECISION)
 
-        tile_out = _choose(part, out, out_second, out_third, PARTS)
         pieces = _pieces(products, PIECES)
         for piece in tl.static_range(PIECES):
-            value = pieces[piece]  # [BLOCK_M, PIECE]
             column = first_column + piece * PIECE
-            columns = column + tl.arange(0, PIECE)
-            if bias is not None:
-                tile_bias = _choose(part, bias, bias_second, bias_third, PARTS)
-                value += tl.load(tile_bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
-            if GELU == "forward":
-                if pre_activation is not None:
-                    _store(pre_activation, value, row, column, rows, BLOCK_M, PIECE, EDGE, COLUMNS, DESCRIPTORS)
-                value = gelu(value)
-            if GELU == "backward":
-                kept = _load(
-                    pre_activation, row, column, rows, pre_activation_stride, BLOCK_M, PIECE, EDGE, UNIT, DESCRIPTORS
+            if SPLITS == 1:
+                _finish(
+                    pieces[piece],
+                    part,
+                    row_tile,
+                    column,
+                    bias,
+                    bias_second,
+                    bias_third,
+                    residual,
+                    pre_activation,
+                    activation,
+                    out,
+                    out_second,
+                    out_third,
+                    column_sums,
+                    residual_stride,
+                    pre_activation_stride,
+                    rows,
+                    COLUMNS,
+                    PARTS,
+                    GELU,
+                    BLOCK_M,
+                    PIECE,
+                    EDGE,
+                    UNIT,
+                    DESCRIPTORS,
                 )
-                again, derivative = gelu_and_derivative(_where_it_is_needed(kept.to(tl.float32), value))
-                if activation is not None:
-                    _store(activation, again, row, column, rows, BLOCK_M, PIECE, EDGE, COLUMNS, DESCRIPTORS)
-                value *= derivative
-                if column_sums is not None:
-                    o_sums = tl.cast(row_tile, tl.int64) * COLUMNS + columns
-                    tl.store(column_sums + o_sums, tl.sum(value, 0), mask=columns < COLUMNS)
-            if residual is not None:
-                added = _load(residual, row, column, rows, residual_stride, BLOCK_M, PIECE, EDGE, UNIT, DESCRIPTORS)
-                value += added.to(tl.float32)
-            _store(tile_out, value, row, column, rows, BLOCK_M, PIECE, EDGE, PARTS * COLUMNS, DESCRIPTORS)
+            else:
+                target = _partial_sums(partial_sums, split, part, rows, COLUMNS, PARTS)
+                _store(target, pieces[piece], row, column, rows, BLOCK_M, PIECE, EDGE, PARTS * COLUMNS, False)
+
+
+@triton.jit(do_not_specialize=["residual_stride", "pre_activation_stride", "rows"])
+def add_partial_sums_kernel(
+    # As in gemm_kernel; all matrices are pointers.
+    bias,
+    bias_second,
+    bias_third,
+    residual,
+    pre_activation,
+    activation,
+    out,
+    out_second,
+    out_third,
+    column_sums,
+    partial_sums,
+    residual_stride,
+    pre_activation_stride,
+    rows,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """out = epilogue(the partial sums, added in the order of the splits). A program has one block of the result."""
+    PART_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    EDGE: tl.constexpr = None if COLUMNS % BLOCK_N == 0 else COLUMNS
+    row_block = tl.program_id(0) // (PART_BLOCKS * PARTS)
+    column_block = tl.program_id(0) % (PART_BLOCKS * PARTS)
+    part = column_block // PART_BLOCKS
+    row = row_block * BLOCK_M
+    column = column_block % PART_BLOCKS * BLOCK_N
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for split in tl.static_range(SPLITS):
+        source = _partial_sums(partial_sums, split, part, rows, COLUMNS, PARTS)
+        products += _load(source, row, column, rows, PARTS * COLUMNS, BLOCK_M, BLOCK_N, EDGE, 1, False)
+    _finish(
+        products,
+        part,
+        row_block,
+        column,
+        bias,
+        bias_second,
+        bias_third,
+        residual,
+        pre_activation,
+        activation,
+        out,
+        out_second,
+        out_third,
+        column_sums,
+        residual_stride,
+        pre_activation_stride,
+        rows,
+        COLUMNS,
+        PARTS,
+        GELU,
+        BLOCK_M,
+        BLOCK_N,
+        EDGE,
+        UNIT,
+        False,
+    )
 
 
 def _biases_to_read(biases: list[Tensor | None], columns: int, like: Tensor) -> list[Tensor | None]:
@@ -244,7 +388,7 @@ def gemm(
     pre_activation: Tensor | None = None,
     keep_activation: bool = False,
     keep_column_sums: bool = False,
-    tile: config.Tile | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launches the kernel. Returns (out, pre_activation, activation, column sums); None for what is not requested.
 
@@ -309,18 +453,23 @@ def gemm(
         )
         return out, pre_activation, activation, sums
 
-    partial_sums = None
+    column_sums = None
     if keep_column_sums:
-        partial_sums = torch.empty((chosen.row_tiles, columns), dtype=torch.float32, device=a.device)
+        column_sums = torch.empty((chosen.row_blocks, columns), dtype=torch.float32, device=a.device)
     sources = [
         matrix if matrix is None or blocks is None else TensorDescriptor(matrix, *blocks)
         for matrix, blocks in zip((*inputs, activation, *outs), chosen.sources, strict=True)
     ]
-    gemm_kernel[(chosen.programs,)](
-        **dict(zip(chosen.names, (*sources, *biases), strict=True)),
-        column_sums=partial_sums,
-        **chosen.arguments,
-    )
-    # One partial sum per row tile, added in their order: the same bits every time.
-    sums = None if partial_sums is None else partial_sums.sum(0)
+    tensors = {**dict(zip(chosen.names, (*sources, *biases), strict=True)), "column_sums": column_sums}
+    if chosen.addition is None:
+        gemm_kernel[(chosen.programs,)](**tensors, **chosen.arguments)
+    else:
+        partial_sums = torch.empty((chosen.splits, *out.shape), dtype=torch.float32, device=a.device)
+        operands = {name: tensors.pop(name) for name in chosen.names[: 1 + parts]}
+        gemm_kernel[(chosen.programs,)](**operands, partial_sums=partial_sums, **chosen.arguments)
+        add_partial_sums_kernel[(chosen.addition.programs,)](
+            **tensors, partial_sums=partial_sums, **chosen.addition.arguments
+        )
+    # One sum per block of rows, added in their order: the same bits every time.
+    sums = None if column_sums is None else column_sums.sum(0)
     return out, pre_activation, activation, sums

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from siglip_kernels.device import Facts
 from siglip_kernels.gemm import config
-from siglip_kernels.gemm.config import Tile
+from siglip_kernels.gemm.tiles import ADDITION_COLUMNS, ADDITION_ROWS, Shape, Tile
 from siglip_kernels.strides import stride_unit
 
 
@@ -68,17 +68,26 @@ class Blocks(NamedTuple):
     block_shape: list[int]
 
 
+class Addition(NamedTuple):
+    """The launch that adds the partial sums of a split depth."""
+
+    programs: int
+    arguments: dict[str, Any]  # all but the tensors, by name
+
+
 @dataclass(frozen=True)
 class Plan:
     """One case. Tuples are in the order a, weights, residual, pre-activation, activation, outs; None: not given."""
 
     transposed: bool  # all weights are transposed views: the kernel reads (in, out)
     copied: tuple[bool, ...]  # a, weights, residual, pre-activation: whether the kernel reads a copy
-    sources: tuple[Blocks | None, ...]  # all None: the kernel reads pointers
+    sources: tuple[Blocks | None, ...]  # None: the kernel reads a pointer
     names: tuple[str, ...]  # of the kernel's parameters for the sources, then for the biases
-    row_tiles: int
+    row_blocks: int  # that have column sums
+    splits: int
     programs: int
-    arguments: dict[str, Any]  # all others but column_sums, by name: strides in units, rows, constants, options
+    arguments: dict[str, Any]  # of the GEMM, all but the tensors, by name: strides in units, rows, constants, options
+    addition: Addition | None  # if splits > 1: it has the epilogue, and the GEMM has none
 
 
 @functools.lru_cache(maxsize=4096)
@@ -118,7 +127,7 @@ def plan(
     unit = stride_unit([matrix.step for matrix in given])
     aligned = all(matrix.is_aligned for matrix in given)
     if tile is None:
-        shape = config.Shape(
+        shape = Shape(
             rows=rows,
             columns=columns,
             depth=depth,
@@ -130,59 +139,83 @@ def plan(
             aligned=aligned,
         )
         tile = config.tile(shape, facts)
+    split = tile.splits > 1
     descriptors = tile.descriptors and aligned
-    epilogue_block = [tile.rows, tile.columns // tile.pieces]
+    epilogue_block = None if split else [tile.rows, tile.columns // tile.pieces]
     blocks = [
         [tile.rows, tile.depth],
         *[[tile.depth, tile.columns] if transposed else [tile.columns, tile.depth]] * parts,
         *[epilogue_block] * (3 + parts),
     ]
     sources = tuple(
-        Blocks([matrix.rows, matrix.columns], [matrix.step, 1], block) if matrix is not None and descriptors else None
+        Blocks([matrix.rows, matrix.columns], [matrix.step, 1], block) if matrix and block and descriptors else None
         for matrix, block in zip(matrices, blocks, strict=True)
     )
-    row_tiles = -(-rows // tile.rows)
+    names = (
+        "a",
+        *_side_by_side("weight")[:parts],
+        "residual",
+        "pre_activation",
+        "activation",
+        *_side_by_side("out")[:parts],
+        *_side_by_side("bias")[:parts],
+    )
+    unused = dict.fromkeys(name for kind in ("weight", "bias", "out") for name in _side_by_side(kind)[parts:])
+    strides = {
+        f"{name}_stride": 0 if matrix is None else matrix.step // unit
+        for name, matrix in zip(("a", "weight", "residual", "pre_activation"), (read[0], *read[parts:]), strict=True)
+    }
+    arguments = {
+        **unused,
+        **strides,
+        "rows": rows,
+        "COLUMNS": columns,
+        "DEPTH": depth,
+        "PARTS": parts,
+        "SPLITS": tile.splits,
+        "TRANSPOSED": transposed,
+        "GELU": gelu,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "PIECES": tile.pieces,
+        "GROUP": config.GROUP,
+        "UNIT": unit,
+        "DESCRIPTORS": descriptors,
+        "FLATTEN": descriptors and not split,
+        "PRECISION": precision,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    row_blocks = -(-rows // tile.rows)
+    tiles = row_blocks * -(-columns // tile.columns) * parts
+    addition = None
+    if split:
+        row_blocks = -(-rows // ADDITION_ROWS)
+        shared = ("residual_stride", "pre_activation_stride", "rows", "COLUMNS", "PARTS", "SPLITS", "GELU", "UNIT")
+        addition = Addition(
+            row_blocks * -(-columns // ADDITION_COLUMNS) * parts,
+            {
+                **{name: None for name in unused if not name.startswith("weight")},
+                **{name: arguments[name] for name in shared},
+                "BLOCK_M": ADDITION_ROWS,
+                "BLOCK_N": ADDITION_COLUMNS,
+                "num_warps": 4,
+            },
+        )
+        arguments |= {**dict.fromkeys((*names[1 + parts :], "column_sums")), "GELU": ""}
+    else:
+        arguments["partial_sums"] = None
     return Plan(
         transposed=transposed,
         copied=tuple(copied),
         sources=sources,
-        names=(
-            "a",
-            *_side_by_side("weight")[:parts],
-            "residual",
-            "pre_activation",
-            "activation",
-            *_side_by_side("out")[:parts],
-            *_side_by_side("bias")[:parts],
-        ),
-        row_tiles=row_tiles,
-        programs=config.programs(tile, row_tiles * -(-columns // tile.columns) * parts, facts),
-        arguments={
-            **dict.fromkeys(name for kind in ("weight", "bias", "out") for name in _side_by_side(kind)[parts:]),
-            **{
-                f"{name}_stride": 0 if matrix is None else matrix.step // unit
-                for name, matrix in zip(
-                    ("a", "weight", "residual", "pre_activation"), (read[0], *read[parts:]), strict=True
-                )
-            },
-            "rows": rows,
-            "COLUMNS": columns,
-            "DEPTH": depth,
-            "PARTS": parts,
-            "TRANSPOSED": transposed,
-            "GELU": gelu,
-            "BLOCK_M": tile.rows,
-            "BLOCK_N": tile.columns,
-            "BLOCK_K": tile.depth,
-            "PIECES": tile.pieces,
-            "GROUP": config.GROUP,
-            "UNIT": unit,
-            "DESCRIPTORS": descriptors,
-            "FLATTEN": descriptors,
-            "PRECISION": precision,
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
-        },
+        names=names,
+        row_blocks=row_blocks,
+        splits=tile.splits,
+        programs=config.programs(tile, tiles, facts),
+        arguments=arguments,
+        addition=addition,
     )
 
 
