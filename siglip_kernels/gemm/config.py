@@ -80,9 +80,13 @@ def _tiles(shape: Shape, facts: Facts) -> tuple[list[Tile], list[Tile]]:
         usual = [(128, 128, 32, 8, 1), (64, 64, 32, 4, 1)]
         small = [(32, 64, 32, 4, 2), (32, 32, 32, 4, 2)]
     else:
-        usual = [(128, 128, 32, 4, 2), (64, 128, 32, 4, 2), (64, 64, 32, 4, 3)]
         small = [(32, 64, 64, 4, 2), (32, 32, 64, 4, 2)]
-        if facts.matrix_unit != "mma":
+        if facts.matrix_unit == "mma":
+            largest = (
+                (128, 128, 32, 8, 1) if facts.has_tma else (128, 128, 32, 4, 2)
+            )  # TMA's buffers leave room for one
+            usual = [largest, (64, 128, 32, 4, 2), (64, 64, 32, 4, 3)]
+        else:
             usual = [
                 (128, 256, 64, 8, 1),
                 (256, 128, 64, 8, 1),
@@ -97,17 +101,15 @@ def _fitted(shape: Shape, facts: Facts, sizes: list[tuple[int, int, int, int, in
     """The tiles of these rows, columns, depths, warps and residents that fit the GPU, in pieces and stages that do."""
     tiles = []
     for rows, columns, depth, warps, residents in sizes:
-        if not facts.has_tma and shape.residual_bytes == 4 and rows * columns > 64 * 128:
-            continue  # the addresses of the residual would take its registers
-        pieces = max(1, rows * columns // (32 * 32 * warps))
+        if not facts.has_tma and shape.residual_bytes == 4 and rows * columns > 64 * 32 * warps:
+            continue  # the residual's addresses would take the registers of so many sums per thread
+        least = max(1, rows * columns // (32 * 32 * warps))
         if facts.has_tma and shape.residual_bytes == 2 and shape.gelu == "":
-            pieces = max(1, pieces // 2)  # each piece waits for its part of the residual: fewer waits
+            least = max(1, least // 2)  # each piece waits for its part of the residual: fewer waits
         if shape.gelu == "backward":
-            pieces = max(2, pieces)  # it holds two results at once
-        stages = _stages(shape, facts, rows, columns, depth, pieces, residents)
-        while stages < 3 and pieces < 4:
-            pieces *= 2
-            stages = _stages(shape, facts, rows, columns, depth, pieces, residents)
+            least = max(2, least)  # it holds two results at once
+        fitting = [(_stages(shape, facts, rows, columns, depth, n, residents), n) for n in (1, 2, 4) if n >= least]
+        stages, pieces = max(fitting, key=lambda fit: (min(fit[0], 3), -fit[1]))
         if stages >= 2:  # the largest tiles do not fit every GPU
             tiles.append(Tile(rows, columns, depth, warps, min(stages, most_stages), pieces, residents, facts.has_tma))
     return tiles
@@ -120,8 +122,7 @@ def _stages(shape: Shape, facts: Facts, rows: int, columns: int, depth: int, pie
         matrices = 2 if shape.residual_bytes or shape.gelu == "backward" else 1
         epilogue = matrices * rows * columns // pieces * max(shape.element_bytes, shape.residual_bytes)
     free = facts.shared_memory // residents - epilogue - 2048  # barriers, and what the system reserves per program
-    buffers = free // ((rows + columns) * depth * shape.element_bytes)
-    return buffers + 1 if facts.matrix_unit == "mma" else buffers  # mma reads its operands before a block's products
+    return free // ((rows + columns) * depth * shape.element_bytes)
 
 
 def programs(tile: Tile, tiles: int, facts: Facts) -> int:

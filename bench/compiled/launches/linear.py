@@ -11,7 +11,7 @@ _WIDTHS = {"so400m": (1152, 4304), "base": (768, 3072), "odd": (1151, 4303)}
 
 
 def launches() -> Iterator[Launch]:
-    """A training batch and a single image, other dtypes, an fp32 residual (autocast), rows that do not align."""
+    """A training batch, other dtypes, an fp32 residual (autocast), rows that do not align; then small batches."""
     yield from _layer("so400m", 46_656)
     yield from _layer("base", 46_656, only=("qkv", "fc2, residual"))
     yield from _layer("so400m", 729, only=("gelu, kept", "fc2, residual", "gelu backward"))
@@ -20,6 +20,19 @@ def launches() -> Iterator[Launch]:
     yield from _layer("odd", 46_656, torch.float32, only=("fc2, residual", "gelu backward"))
     for allow_tf32 in (False, True):
         yield from _layer("so400m", 46_656, torch.float32, allow_tf32, ("gelu, kept", "fc2, residual", "gelu backward"))
+    yield from _small_batches()
+
+
+def _small_batches() -> Iterator[Launch]:
+    """One image, one text and one pooled row: smaller tiles, and a depth that several programs share."""
+    yield from _layer("so400m", 256, only=("gelu", "fc2, residual"))
+    image = ("qkv", "bias, residual", "gelu", "fc2, residual", "fc2, fp32 residual", "gelu backward")
+    yield from _layer("base", 196, only=image)
+    yield from _layer("base", 64, only=("gelu", "fc2, residual"))
+    yield from _layer("base", 1, only=("gelu", "fc2, residual"))
+    yield from _layer("odd", 64, only=("gelu, kept", "fc2, residual"))
+    for allow_tf32 in (False, True):
+        yield from _layer("base", 196, torch.float32, allow_tf32, ("gelu", "fc2, residual"))
 
 
 def hopper_launches() -> Iterator[Launch]:

@@ -100,7 +100,7 @@ def test_widths_of_models(shape, dtype, device):
     check_budget(linear, reference.linear, *linear_inputs(*shape, dtype, device))
 
 
-@pytest.mark.parametrize("gpu", ["a100", "h200", "b200"])
+@pytest.mark.parametrize("gpu", ["a100", "h200", "b200", "rtx5090"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_of_gpus(gpu, dtype, device):
     if device == "cuda":
