@@ -41,7 +41,7 @@ def clocks(shape: Shape, facts: Facts, tile: Tile) -> Clocks:
     row = turns * depth * shape.element_bytes  # bytes, of one row or column of the tile
     epilogue = tile.rows * tile.columns / 16 if residents == 1 else 0
     return Clocks(
-        products=turns * depth * tile.rows * tile.columns / _multiply_adds(shape, facts, tile),
+        products=turns * depth * tile.rows * tile.columns / _multiply_adds(shape, facts),
         l2=row * (min(tile.rows, shape.rows) + min(tile.columns, shape.columns)) / _l2_bytes(facts, programs),
         shared=row * _shared_rows(facts, tile) / SHARED_BYTES,
         waits=turns * depth / tile.depth * LATENCY / (tile.stages - 1) / residents,
@@ -50,21 +50,15 @@ def clocks(shape: Shape, facts: Facts, tile: Tile) -> Clocks:
     )
 
 
-def _multiply_adds(shape: Shape, facts: Facts, tile: Tile) -> int:
+def _multiply_adds(shape: Shape, facts: Facts) -> int:
     """Per clock and multiprocessor, accumulated in fp32: NVIDIA's published rates of dense products.
 
     Half precision: A100 312 TFLOP/s at 1.41 GHz, H100 989 at 1.83, B200 2,250 at 1.85; GeForce RTX 3090 71 at 1.7, 4090
-    165 at 2.52, 5090 209 at 2.41. TF32 has half of it. wgmma and tcgen05 take 64 rows or more; the mma of smaller tiles
-    is counted as A100's.
+    165 at 2.52, 5090 209 at 2.41. TF32 has half of it.
     """
     if shape.element_bytes == 4 and not shape.tf32:
         return 64 if facts.capability == (8, 0) else 128
-    if facts.matrix_unit == "mma":
-        rate = 256 if _is_consumer(facts) else 1024
-    elif tile.rows < 64:
-        rate = 1024
-    else:
-        rate = 2048 if facts.matrix_unit == "wgmma" else 4096
+    rate = {"wgmma": 2048, "tcgen05": 4096, "mma": 256 if _is_consumer(facts) else 1024}[facts.matrix_unit]
     return rate * 2 // shape.element_bytes
 
 

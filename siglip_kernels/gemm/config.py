@@ -57,47 +57,61 @@ def candidates(shape: Shape, facts: Facts) -> list[Tile]:
     Where the largest make fewer than two waves, smaller ones are candidates as well, and all with their depth split, as
     far as every program is resident and has several blocks of depth.
     """
-    usual, small = _tiles(shape, facts)
-    if min(count(shape, tile) for tile in usual) >= 2 * facts.multiprocessors:
-        return usual
-    tiles = usual + small
-    for tile in usual + small:
+    tiles = usual_tiles(shape, facts)
+    if min(count(shape, tile) for tile in tiles) >= 2 * facts.multiprocessors:
+        return tiles
+    tiles += small_tiles(shape, facts)
+    for tile in tuple(tiles):
         most = min(facts.multiprocessors * tile.residents // count(shape, tile), shape.depth // (4 * tile.depth))
         pieces = max(tile.pieces, min(2, tile.rows // 32))  # of fp32 sums
         tiles += [dataclasses.replace(tile, pieces=pieces, splits=splits) for splits in SPLITS if splits <= most]
     return tiles
 
 
-def _tiles(shape: Shape, facts: Facts) -> tuple[list[Tile], list[Tile]]:
-    """The tiles that suit many rows, and smaller ones."""
-    descriptors = facts.has_tma and shape.aligned
-    tensor_cores = shape.element_bytes == 2 or shape.tf32
-    if not (tensor_cores and shape.aligned):  # one multiply-add at a time, or loads of one element at a time
-        depth = 32 if tensor_cores or shape.aligned else 16
-        tile = Tile(64, 64, depth, 8, 2, pieces=1 if shape.aligned else 2, descriptors=descriptors)
-        return [tile], [dataclasses.replace(tile, rows=32, columns=columns, warps=columns // 8) for columns in (64, 32)]
+def usual_tiles(shape: Shape, facts: Facts) -> list[Tile]:
+    """Those that suit many rows."""
+    if not _is_pipelined(shape):
+        return [_unpipelined(shape, facts, 64, 64)]
     if shape.element_bytes == 4:
-        usual = [(128, 128, 32, 8, 1), (64, 64, 32, 4, 1)]
-        small = [(32, 64, 32, 4, 2), (32, 32, 32, 4, 2)]
-    else:
-        small = [(32, 64, 64, 4, 2), (32, 32, 64, 4, 2)]
-        if facts.matrix_unit == "mma":
-            largest = (
-                (128, 128, 32, 8, 1) if facts.has_tma else (128, 128, 32, 4, 2)
-            )  # TMA's buffers leave room for one
-            usual = [largest, (64, 128, 32, 4, 2), (64, 64, 32, 4, 3)]
-        else:
-            usual = [
-                (128, 256, 64, 8, 1),
-                (256, 128, 64, 8, 1),
-                (128, 128, 64, 8, 1),
-                (64, 128, 64, 4, 2),
-                (64, 64, 64, 4, 3),
-            ]
-    return _fitted(shape, facts, usual, most_stages=4), _fitted(shape, facts, small, most_stages=8)
+        return _fitted(shape, facts, [(128, 128, 32, 8, 1), (64, 64, 32, 4, 1)])
+    if facts.matrix_unit == "mma":
+        # TMA's buffers leave no room for a second program of the largest.
+        largest = (128, 128, 32, 8, 1) if facts.has_tma else (128, 128, 32, 4, 2)
+        return _fitted(shape, facts, [largest, (64, 128, 32, 4, 2), (64, 64, 32, 4, 3)])
+    sizes = [(128, 256, 64, 8, 1), (256, 128, 64, 8, 1), (128, 128, 64, 8, 1), (64, 128, 64, 4, 2), (64, 64, 64, 4, 3)]
+    return _fitted(shape, facts, sizes)
 
 
-def _fitted(shape: Shape, facts: Facts, sizes: list[tuple[int, int, int, int, int]], most_stages: int) -> list[Tile]:
+def small_tiles(shape: Shape, facts: Facts) -> list[Tile]:
+    """Those that suit few rows. They load less at a time, so more blocks are in flight."""
+    sizes = [(32, 64), (32, 32)] if facts.matrix_unit == "mma" else [(64, 32)]  # wgmma and tcgen05 take 64 rows
+    if not _is_pipelined(shape):
+        return [_unpipelined(shape, facts, rows, columns) for rows, columns in sizes]
+    depth = 128 // shape.element_bytes
+    return _fitted(shape, facts, [(rows, columns, depth, 4, 2) for rows, columns in sizes], most_stages=8)
+
+
+def _is_pipelined(shape: Shape) -> bool:
+    """Whether tensor cores compute the products, and operands reach shared memory without passing registers."""
+    return shape.aligned and (shape.element_bytes == 2 or shape.tf32)
+
+
+def _unpipelined(shape: Shape, facts: Facts, rows: int, columns: int) -> Tile:
+    """One multiply-add at a time, or loads of one element at a time."""
+    return Tile(
+        rows,
+        columns,
+        depth=32 if shape.element_bytes == 2 or shape.tf32 or shape.aligned else 16,
+        warps=min(8, rows * columns // 256),
+        stages=2,
+        pieces=1 if shape.aligned else 2,
+        descriptors=facts.has_tma and shape.aligned,
+    )
+
+
+def _fitted(
+    shape: Shape, facts: Facts, sizes: list[tuple[int, int, int, int, int]], most_stages: int = 4
+) -> list[Tile]:
     """The tiles of these rows, columns, depths, warps and residents that fit the GPU, in pieces and stages that do."""
     tiles = []
     for rows, columns, depth, warps, residents in sizes:

@@ -4,24 +4,56 @@ import pytest
 
 from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
 
-GPUS = ("a100", "h200", "b200")
-PUBLISHED = "^bf16 so400m 46656 (qkv|bias, residual|gelu, kept|gelu backward)$"  # one launch of each epilogue
+MATRIX_INSTRUCTION = {
+    "a100": "mma",
+    "rtx3090": "mma",
+    "rtx4090": "mma",
+    "h200": "wgmma",
+    "b200": "tcgen05",
+    "rtx5090": "mma",  # consumer Blackwell has neither of the others
+}
+CONSUMER = ("rtx3090", "rtx4090", "rtx5090")
+DATA_CENTER = ("a100", "h200", "b200")
+EPILOGUES = "^bf16 so400m 46656 (qkv|bias, residual|gelu, kept|gelu backward)$"  # one launch of each
+LARGE_AND_SMALL = "^bf16 (so400m 46656 gelu backward|base 196 fc2, residual)$"
 
 
 @pytest.fixture(scope="module")
 def rows(extent: str) -> list[Row]:
-    return rows_in_a_subprocess("linear", *GPUS, only=PUBLISHED if extent == "published" else "")
+    if extent == "every":
+        return rows_in_a_subprocess("linear", *MATRIX_INSTRUCTION)
+    return [
+        *rows_in_a_subprocess("linear", *DATA_CENTER, only=f"{EPILOGUES}|{LARGE_AND_SMALL}"),
+        *rows_in_a_subprocess("linear", *CONSUMER, only=LARGE_AND_SMALL),
+    ]
+
+
+def launches_that_split(rows: list[Row]) -> set[tuple[str, str]]:
+    """(GPU, launch) of those with a second kernel."""
+    return {(row.gpu, row.launch) for row in rows if row.kernel == "add_partial_sums_kernel"}
 
 
 def test_nothing_spills_or_fails(rows):
-    assert {row.kernel for row in rows} == {"gemm_kernel"} and {row.gpu for row in rows} == set(GPUS)
+    assert {row.gpu for row in rows} == set(MATRIX_INSTRUCTION)
     assert not [str(row) for row in rows if row.problems()]
 
 
-@pytest.mark.parametrize(("gpu", "instruction"), [("a100", "mma"), ("h200", "wgmma"), ("b200", "tcgen05")])
+def test_a_split_depth_has_a_second_kernel(rows):
+    """Small batches alone. A second kernel has no products."""
+    split = launches_that_split(rows)
+    assert ("a100", "bf16 base 196 fc2, residual") in split and ("rtx5090", "bf16 base 196 fc2, residual") in split
+    assert not [launch for _, launch in split if " 46656 " in launch]
+    for row in rows:
+        assert row.kernel in ("gemm_kernel", "add_partial_sums_kernel")
+        assert row.kernel == "gemm_kernel" or (not row.matrix and row.registers <= 64), str(row)
+
+
+@pytest.mark.parametrize(("gpu", "instruction"), MATRIX_INSTRUCTION.items())
 def test_products_use_tensor_cores(rows, gpu, instruction):
     """All but those of IEEE fp32, which no tensor core makes; TF32 on Blackwell may come through the older ones."""
-    products = [row for row in rows if row.gpu == gpu and not row.launch.startswith("fp32")]
+    products = [
+        row for row in rows if row.gpu == gpu and row.kernel == "gemm_kernel" and not row.launch.startswith("fp32")
+    ]
     assert products
     for row in products:
         allowed = (instruction, "mma") if row.launch.startswith("tf32") and gpu == "b200" else (instruction,)
@@ -29,18 +61,26 @@ def test_products_use_tensor_cores(rows, gpu, instruction):
 
 
 def test_tiles_come_and_go_by_the_copy_engine_or_sixteen_bytes_at_a_time(rows):
-    """What is narrower is a vector: a bias, or the sums of columns. Odd widths do not align: nothing helps them."""
+    """What is narrower is a vector: a bias, or the sums of columns. Odd widths do not align: nothing helps them.
+    Partial sums are written sixteen bytes at a time, and read so by the second kernel.
+    """
+    split = launches_that_split(rows)
     for row in rows:
         if " odd " in row.launch:
             continue
-        if row.gpu == "a100":
+        if row.kernel == "add_partial_sums_kernel":
+            assert {"ld 16", "st 16"} <= set(row.accesses) and not {"st 8", "st 2"} & set(row.accesses), str(row)
+        elif row.gpu in ("a100", "rtx3090", "rtx4090"):
             assert "cp.async 16" in row.accesses and "st 16" in row.accesses, str(row)
             assert not {"cp.async 4", "cp.async 8", "st 8", "st 2"} & set(row.accesses), str(row)
-            assert "ld 16" in row.accesses or not any(word in row.launch for word in ("residual", "backward")), str(row)
+            has_matrix_to_read = any(word in row.launch for word in ("residual", "backward"))
+            read_here = has_matrix_to_read and (row.gpu, row.launch) not in split
+            assert "ld 16" in row.accesses or not read_here, str(row)
         else:
             assert "tma" in row.accesses, str(row)
             assert not any(kind.startswith("cp.async") for kind in row.accesses), str(row)
-            assert not {"st 16", "st 8", "st 2"} & set(row.accesses), str(row)
+            wide = set() if (row.gpu, row.launch) in split else {"st 16"}
+            assert not ({"st 8", "st 2"} | wide) & set(row.accesses), str(row)
 
 
 _EVERY_SIZE = """

@@ -10,19 +10,19 @@ import torch
 from error_budget import check_budget, check_error, run
 from torch import Tensor
 
-from bench.compiled.ahead_of_time import GPUS
+from bench.compiled.launch import GPUS
+from bench.compiled.small_batches import WIDTHS, chosen, gemms, usual
 from siglip_kernels import linear, mlp, pre_norm_mlp, pre_norm_qkv, reference
 from siglip_kernels.device import pretend
 from siglip_kernels.gemm import config
 from siglip_kernels.gemm.clocks import clocks
 from siglip_kernels.gemm.plan import plan
-from siglip_kernels.gemm.tiles import Shape, Tile, count
+from siglip_kernels.gemm.tiles import Tile
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILE = Tile(16, 32, 16, 4, 2, pieces=2)
-HALF = {"element_bytes": 2, "tf32": False, "aligned": True}
 
 
 @pytest.fixture
@@ -156,38 +156,26 @@ def test_compiles_as_one_graph(split, device):
     torch.library.opcheck(torch.ops.siglip_kernels.linear.default, tuple(inputs.values()))
 
 
-def shape_of(gemm: str, rows: int, width: int, hidden: int) -> Shape:
-    """A GEMM of an encoder layer in half precision."""
-    return {
-        "qkv": Shape(rows, width, width, 3, residual_bytes=0, gelu="", **HALF),
-        "out_proj": Shape(rows, width, width, 1, residual_bytes=2, gelu="", **HALF),
-        "fc1": Shape(rows, hidden, width, 1, residual_bytes=0, gelu="forward", **HALF),
-        "fc2": Shape(rows, width, hidden, 1, residual_bytes=2, gelu="", **HALF),
-        "gelu backward": Shape(rows, hidden, width, 1, residual_bytes=0, gelu="backward", **HALF),
-    }[gemm]
+BASE, SO400M = WIDTHS["base"], WIDTHS["so400m"]
 
 
-GEMMS = ("qkv", "out_proj", "fc1", "fc2", "gelu backward")
-
-
-@pytest.mark.parametrize(("gpu", "share"), [("a100", 0.7), ("h200", 0.6), ("b200", 0.55), ("rtx5090", 0.8)])
+@pytest.mark.parametrize(("gpu", "share"), [("a100", 0.75), ("h200", 0.7), ("b200", 0.6), ("rtx5090", 0.8)])
 @pytest.mark.parametrize("gemm", ["out_proj", "fc2"])
 def test_one_image_of_base_occupies_the_gpu(gemm, gpu, share):
     """Usual tiles gave these 12 programs on 170 multiprocessors, and 48 on an H200's 132."""
-    facts, shape = GPUS[gpu], shape_of(gemm, 196, 768, 3072)
-    tile = config.tile(shape, facts)
-    assert config.programs(tile, count(shape, tile), facts) >= share * facts.multiprocessors
-    usual, _ = config._tiles(shape, facts)
-    assert clocks(shape, facts, tile).total <= 0.75 * min(clocks(shape, facts, other).total for other in usual)
+    shape = gemms(196, *BASE)[gemm]
+    now = chosen(shape, GPUS[gpu])
+    assert now.share >= share
+    assert now.clocks <= 0.75 * usual(shape, GPUS[gpu]).clocks
 
 
 def test_many_rows_have_the_usual_tiles():
     """Neither smaller ones nor a split depth, which would make the operands pass the L2 more often."""
-    for gpu, gemm, (width, hidden) in itertools.product(GPUS.values(), GEMMS, [(768, 3072), (1152, 4304)]):
-        shape = shape_of(gemm, 46_656, width, hidden)
-        usual, small = config._tiles(shape, gpu)
-        assert config.candidates(shape, gpu) == usual and not set(usual) & set(small)
-        assert all(tile.splits == 1 for tile in usual)
+    for gpu, widths in itertools.product(GPUS.values(), WIDTHS.values()):
+        for shape in gemms(46_656, *widths).values():
+            tiles = config.candidates(shape, gpu)
+            assert tiles == config.usual_tiles(shape, gpu) and not set(tiles) & set(config.small_tiles(shape, gpu))
+            assert all(tile.splits == 1 for tile in tiles)
 
 
 @pytest.mark.parametrize("gpu", ["h200", "b200"])
@@ -201,14 +189,13 @@ def test_tiles_of_a_training_batch(gpu):
         "gelu backward": (128, 256, 4, 4),
     }
     for gemm, (rows, columns, pieces, stages) in expected.items():
-        tile = config.tile(shape_of(gemm, 46_656, 1152, 4304), GPUS[gpu])
+        tile = chosen(gemms(46_656, *SO400M)[gemm], GPUS[gpu]).tile
         assert (tile.rows, tile.columns, tile.pieces, tile.stages) == (rows, columns, pieces, stages), gemm
 
 
 def test_tiles_depend_on_the_matrix_unit():
     """Consumer Blackwell has TMA, and Ada's tiles: its capability is the largest, its multiprocessor is not."""
-    for gemm in GEMMS:
-        shape = shape_of(gemm, 46_656, 1152, 4304)
+    for shape in gemms(46_656, *SO400M).values():
         consumer, ada, hopper = (config.candidates(shape, GPUS[gpu]) for gpu in ("rtx5090", "rtx4090", "h200"))
         assert all(tile.descriptors for tile in consumer) and not any(tile.descriptors for tile in ada)
         sizes = [{(tile.rows, tile.columns, tile.depth) for tile in tiles} for tiles in (consumer, ada, hopper)]
@@ -218,7 +205,7 @@ def test_tiles_depend_on_the_matrix_unit():
 def test_a_split_is_counted_with_its_second_launch():
     """It is worth it for fc2's depth, and not for out_proj's."""
     facts = GPUS["rtx5090"]
-    deep, shallow = (shape_of(gemm, 64, 768, 3072) for gemm in ("fc2", "out_proj"))
+    deep, shallow = (gemms(64, *BASE)[gemm] for gemm in ("fc2", "out_proj"))
     assert config.tile(deep, facts).splits > 1 and config.tile(shallow, facts).splits == 1
     tile = config.tile(deep, facts)
     count_of_split, whole = (clocks(deep, facts, dataclasses.replace(tile, splits=n)) for n in (tile.splits, 1))
@@ -233,7 +220,7 @@ def test_a_gpus_own_choice_splits_the_depth(device):
     inputs = linear_tensors(33, 64, 3072, torch.bfloat16, device)
     plan.cache_clear()
     with pretend(GPUS["rtx5090"]):
-        assert config.tile(Shape(33, 64, 3072, 1, residual_bytes=2, gelu="", **HALF), GPUS["rtx5090"]).splits > 1
+        assert config.tile(gemms(33, 64, 3072)["fc2"], GPUS["rtx5090"]).splits > 1
         out = linear(**inputs)
     exact = reference.linear(**{name: tensor.double() for name, tensor in inputs.items()})
     check_error(out, reference.linear(**inputs), exact)
