@@ -121,7 +121,8 @@ def _fitted(
         if facts.has_tma and shape.residual_bytes == 2 and shape.gelu == "":
             least = max(1, least // 2)  # each piece waits for its part of the residual: fewer waits
         if shape.gelu == "backward":
-            least = max(2, least)  # it holds two results at once
+            # It holds two results at once, and between TMA's loads and stores mma's layouts of them.
+            least = min(4, 2 * least) if facts.matrix_unit == "mma" and facts.has_tma else max(2, least)
         fitting = [(_stages(shape, facts, rows, columns, depth, n, residents), n) for n in (1, 2, 4) if n >= least]
         stages, pieces = max(fitting, key=lambda fit: (min(fit[0], 3), -fit[1]))
         if stages >= 2:  # the largest tiles do not fit every GPU

@@ -111,6 +111,41 @@ def test_few_compilations_for_every_batch_size(run_python, gpu):
     assert int(done.stdout) == 1
 
 
+_EVERY_TILE = """
+import dataclasses
+import torch
+from bench.compiled.ahead_of_time import GPUS, compile_launches
+from bench.compiled.launch import Launch
+from bench.compiled.small_batches import WIDTHS, gemms
+from siglip_kernels.gemm.config import candidates
+from siglip_kernels.gemm.kernels import gemm
+width, hidden = WIDTHS["base"]
+def empty(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+calls = {{
+    "fc2": lambda tile: gemm(empty(64, hidden), [empty(width, hidden)], [None], residual=empty(64, width), tile=tile),
+    "gelu backward": lambda tile: gemm(
+        empty(64, width), [empty(width, hidden).T], [None], gelu="backward", pre_activation=empty(64, hidden),
+        keep_activation=True, keep_column_sums=True, tile=tile,
+    ),
+}}
+for name, call in calls.items():
+    tiles = candidates(gemms(64, width, hidden)[name], GPUS["{gpu}"])
+    for tile in {{dataclasses.replace(tile, splits=min(tile.splits, 2)) for tile in tiles}}:
+        for row in compile_launches(iter([Launch(f"{{name}} {{tile}}", lambda: call(tile))]), "{gpu}"):
+            assert not row.error and row.stack_bytes <= 16, row
+            assert row.shared_bytes * tile.residents <= row.shared_limit, row
+            assert row.matrix or row.kernel == "add_partial_sums_kernel", row
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("gpu", MATRIX_INSTRUCTION)
+def test_every_candidate_of_a_small_batch_fits(run_python, gpu):
+    done = run_python(_EVERY_TILE.format(gpu=gpu))
+    assert done.returncode == 0, done.stderr
+
+
 _EXPONENTIALS = """
 from bench.compiled.launches.linear import launches
 from bench.compiled.tile_cost import costs_of
