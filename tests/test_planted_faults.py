@@ -30,6 +30,7 @@ class Planted(NamedTuple):
 
 ATTENTION = "kernels/attention/test_attention.py"
 LINEAR, MLP = "kernels/linear/test_linear.py", "kernels/mlp/test_mlp.py"
+SMALL_BATCHES = "kernels/linear/test_linear_small_batches.py"
 LAYER_NORM = "kernels/layer_norm/test_layer_norm.py"
 PATCH_EMBED = "kernels/patch_embed/test_patch_embed.py"
 POOL = "kernels/attention_pool/test_attention_pool.py"
@@ -79,6 +80,15 @@ CONSTANTS = {
     "GEMM: GELU": Planted("gemm/gelu.py", "0.7978845608028654 * 0.044715)\n_SLOPE", "0.79 * 0.044715)\n_SLOPE", MLP),
     "GEMM: GELU's derivative": Planted("gemm/gelu.py", "* 3 * 0.044715", "* 2 * 0.044715", MLP),
     "GEMM: column sums": Planted("gemm/kernels.py", "tl.sum(value, 0), mask", "tl.sum(value, 0) * 1.01, mask", MLP),
+    "GEMM, split depth: where a range starts": Planted(
+        "gemm/kernels.py", "first_k = split * SPLIT_DEPTH", "first_k = 0 * split", SMALL_BATCHES
+    ),
+    "GEMM, split depth: where a range ends": Planted(
+        "gemm/kernels.py", "tl.minimum(first_k + SPLIT_DEPTH, DEPTH)", "DEPTH", SMALL_BATCHES
+    ),
+    "GEMM, split depth: number of partial sums": Planted(
+        "gemm/kernels.py", "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)", SMALL_BATCHES
+    ),
     "layer norm forward: eps": Planted(
         "layer_norm/kernels.py", "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance + 1.1 * eps)", LAYER_NORM
     ),

@@ -337,12 +337,12 @@ def add_partial_sums_kernel(
     part = column_block // PART_BLOCKS
     row = row_block * BLOCK_M
     column = column_block % PART_BLOCKS * BLOCK_N
-    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in tl.static_range(SPLITS):
         source = _partial_sums(partial_sums, split, part, rows, COLUMNS, PARTS)
-        products += _load(source, row, column, rows, PARTS * COLUMNS, BLOCK_M, BLOCK_N, EDGE, 1, False)
+        total += _load(source, row, column, rows, PARTS * COLUMNS, BLOCK_M, BLOCK_N, EDGE, 1, False)
     _finish(
-        products,
+        total,
         part,
         row_block,
         column,
