@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import siglip_kernels
 from bench.compiled.launch import GPUS
 from siglip_kernels.device import pretend
-from siglip_kernels.sigmoid_loss import distributed
+from siglip_kernels.sigmoid_loss import distributed, module
 
 triton = pytest.importorskip("triton")
 
@@ -158,9 +159,9 @@ CALLS: dict[str, Callable[[], Tensor]] = {
 def every_kernel() -> set[str]:
     """By the ladder of names, what is launched ends in _kernel; other functions of Triton are called by kernels."""
     found = set()
-    for module in pkgutil.walk_packages(siglip_kernels.__path__, "siglip_kernels."):
-        if ".integrations" not in module.name:
-            for value in vars(importlib.import_module(module.name)).values():
+    for found_module in pkgutil.walk_packages(siglip_kernels.__path__, "siglip_kernels."):
+        if ".integrations" not in found_module.name:
+            for value in vars(importlib.import_module(found_module.name)).values():
                 if isinstance(value, triton.runtime.jit.KernelInterface) and full_name(value).endswith("_kernel"):
                     found.add(full_name(value))
     return found
@@ -188,3 +189,15 @@ def test_a_launch_elsewhere_is_noticed(call, launches, process_group, monkeypatc
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
     run(call, monkeypatch)
     assert launches.started and launches.misplaced == launches.started
+
+
+@pytest.mark.parametrize(("backends", "expected"), [("cuda:nccl", "cuda:1"), ("cpu:gloo,cuda:nccl", "cpu")])
+def test_ranks_agree_on_the_gpu_of_the_features(backends, expected, monkeypatch):
+    """NCCL communicates between the GPUs of its tensors."""
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with FakeTensorMode():
+        features = torch.empty(2, 8, device="cuda:1")
+    assert module._exchange_device(None, features) == torch.device(expected)
+    if "cpu" not in backends:
+        assert module._exchange_device(None, "no tensor") == torch.device("cuda", 0)
