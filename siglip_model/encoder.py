@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from siglip_kernels import reference
 from siglip_kernels.fusable import is_fusable
 from siglip_model.config import SiglipTextConfig, SiglipVisionConfig
-from siglip_model.layers import MLP, LayerNorm, Linear, UsesBackend, add_linear, add_pre_norm_mlp
+from siglip_model.layers import MLP, UsesBackend, add_pre_norm_mlp, apply_layer_norm, apply_linear
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +38,19 @@ class Attention(UsesBackend, nn.Module):
         width = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_dropout
-        self.k_proj = Linear(width, width)
-        self.v_proj = Linear(width, width)
-        self.q_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(
         self, x: Tensor, mask: MaskArguments, return_weights: bool = False, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x: (B, S, width), normalised. Returns (B, S, width) and, with return_weights, the weights (B, H, S, S)."""
         heads = (self.num_heads, -1)
-        q = self.q_proj(x).unflatten(-1, heads)
-        k = self.k_proj(x).unflatten(-1, heads)
-        v = self.v_proj(x).unflatten(-1, heads)
+        q = apply_linear(self.ops, self.q_proj, x).unflatten(-1, heads)
+        k = apply_linear(self.ops, self.k_proj, x).unflatten(-1, heads)
+        v = apply_linear(self.ops, self.v_proj, x).unflatten(-1, heads)
         return self.attend((q, k, v), mask, return_weights, residual)
 
     def attend(
@@ -67,12 +67,11 @@ class Attention(UsesBackend, nn.Module):
             out, weights = reference.attention_with_weights(q, k, v, **mask)
         else:
             out = self.ops.attention(q, k, v, **mask)
-        out = out.flatten(-2)
-        return self.out_proj(out) if residual is None else add_linear(self.out_proj, out, residual), weights
+        return apply_linear(self.ops, self.out_proj, out.flatten(-2), residual), weights
 
     def has_fusable_weights(self) -> bool:
         """Whether a backend may compute queries, keys and values from their weights, as one operation."""
-        return all(is_fusable(projection, Linear) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        return all(is_fusable(projection, nn.Linear) for projection in (self.q_proj, self.k_proj, self.v_proj))
 
     def init_weights(self) -> None:
         for layer in (self.k_proj, self.v_proj, self.q_proj, self.out_proj):
@@ -85,9 +84,9 @@ class EncoderLayer(UsesBackend, nn.Module):
 
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
-        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = Attention(config)
-        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor, mask: MaskArguments, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -97,10 +96,10 @@ class EncoderLayer(UsesBackend, nn.Module):
     def _add_attention(self, x: Tensor, mask: MaskArguments, return_weights: bool) -> tuple[Tensor, Tensor | None]:
         norm, attention = self.layer_norm1, self.self_attn
         if not is_fusable(attention, Attention):
-            out, weights = attention(norm(x), mask, return_weights)
+            out, weights = attention(apply_layer_norm(self.ops, norm, x), mask, return_weights)
             return x + out, weights
-        if not (attention.ops is self.ops and attention.has_fusable_weights() and is_fusable(norm, LayerNorm)):
-            return attention(norm(x), mask, return_weights, residual=x)
+        if not (attention.ops is self.ops and attention.has_fusable_weights() and is_fusable(norm, nn.LayerNorm)):
+            return attention(apply_layer_norm(self.ops, norm, x), mask, return_weights, residual=x)
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         projected = self.ops.pre_norm_qkv(
             x,
@@ -116,6 +115,10 @@ class EncoderLayer(UsesBackend, nn.Module):
             attention.num_heads,
         )
         return attention.attend(projected, mask, return_weights, residual=x)
+
+    def init_weights(self) -> None:
+        self.layer_norm1.reset_parameters()
+        self.layer_norm2.reset_parameters()
 
 
 class Encoder(nn.Module):

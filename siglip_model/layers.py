@@ -1,4 +1,9 @@
-"""The smallest modules: subclasses of torch's, with the same parameters, that call the backend's operations."""
+"""The smallest parts: torch's own Linear and LayerNorm, computed by the backend, and the MLP.
+
+The modules are exactly nn.Linear and nn.LayerNorm, because libraries that quantise, shard or adapt models look for
+these types. The module that holds them passes their parameters to an operation of the backend, or calls them if they
+were replaced, wrapped or hooked.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siglip_kernels import reference
 from siglip_kernels.errors import unsupported
-from siglip_kernels.fusable import is_fusable, wraps_tensors
+from siglip_kernels.fusable import is_fusable
 from siglip_model.backends import SDPA, Backend
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,24 +47,16 @@ class UsesBackend:
     ops: Backend = SDPA
 
 
-class Linear(UsesBackend, nn.Linear):
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if wraps_tensors(self.weight):  # a quantised weight overrides F.linear
-            return reference.linear(x, self.weight, self.bias, residual)
-        return self.ops.linear(x, self.weight, self.bias, residual)
+def apply_linear(ops: Backend, linear: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """linear(x) + residual. Wrappers and hooks see what they see in transformers: linear(x) without the residual."""
+    if is_fusable(linear, nn.Linear):
+        return ops.linear(x, linear.weight, linear.bias, residual)
+    return linear(x) if residual is None else residual + linear(x)
 
 
-def add_linear(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + linear(x). Wrappers and hooks see what they see in transformers: linear(x) without the residual."""
-    return linear(x, residual) if is_fusable(linear, Linear) else residual + linear(x)
-
-
-class LayerNorm(UsesBackend, nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-    def init_weights(self) -> None:
-        self.reset_parameters()
+def apply_layer_norm(ops: Backend, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x)."""
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps) if is_fusable(norm, nn.LayerNorm) else norm(x)
 
 
 class MLP(UsesBackend, nn.Module):
@@ -71,19 +67,19 @@ class MLP(UsesBackend, nn.Module):
         if activation not in ACTIVATIONS:
             raise unsupported("SigLIP", "hidden_act", f"is {activation!r}", ", ".join(ACTIVATIONS))
         self.activation = activation
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def has_fusable_weights(self) -> bool:
         """Whether a backend may compute the MLP from its weights, as one operation."""
-        return self.activation in TANH_GELU and is_fusable(self.fc1, Linear) and is_fusable(self.fc2, Linear)
+        return self.activation in TANH_GELU and is_fusable(self.fc1, nn.Linear) and is_fusable(self.fc2, nn.Linear)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         if self.has_fusable_weights():
             return self.ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual)
-        hidden = ACTIVATIONS[self.activation](fc1(x))
-        return fc2(hidden) if residual is None else add_linear(fc2, hidden, residual)
+        hidden = ACTIVATIONS[self.activation](apply_linear(self.ops, fc1, x))
+        return apply_linear(self.ops, fc2, hidden, residual)
 
     def init_weights(self) -> None:
         for layer in (self.fc1, self.fc2):
@@ -94,9 +90,9 @@ class MLP(UsesBackend, nn.Module):
 def add_pre_norm_mlp(ops: Backend, norm: nn.Module, mlp: nn.Module, x: Tensor) -> Tensor:
     """x + mlp(norm(x)) as one operation, or by calling modules that were replaced, wrapped or hooked."""
     if not is_fusable(mlp, MLP):
-        return x + mlp(norm(x))
-    if not (mlp.ops is ops and mlp.has_fusable_weights() and is_fusable(norm, LayerNorm)):
-        return mlp(norm(x), x)
+        return x + mlp(apply_layer_norm(ops, norm, x))
+    if not (mlp.ops is ops and mlp.has_fusable_weights() and is_fusable(norm, nn.LayerNorm)):
+        return mlp(apply_layer_norm(ops, norm, x), x)
     fc1, fc2 = mlp.fc1, mlp.fc2
     return ops.pre_norm_mlp(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 

@@ -10,7 +10,7 @@ from siglip_kernels.fusable import is_fusable
 from siglip_model.capture import CapturedText
 from siglip_model.config import SiglipTextConfig
 from siglip_model.encoder import Encoder, MaskArguments
-from siglip_model.layers import LayerNorm, Linear, UsesBackend, lecun_normal_
+from siglip_model.layers import UsesBackend, apply_layer_norm, apply_linear, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling
 from siglip_model.pretrained import PreTrainedModel, finish
 
@@ -65,8 +65,8 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         super().__init__(config, **kwargs)
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config)
-        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = Linear(config.hidden_size, config.projection_size or config.hidden_size)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.projection_size or config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -106,9 +106,10 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
             self._default(output_hidden_states, "hidden_states"),
             self._default(output_attentions, "attentions"),
         )
-        x = self.final_layer_norm(x)
+        x = apply_layer_norm(self.ops, self.final_layer_norm, x)
         # The last position is the text's embedding even if it is padding: SigLIP is trained that way.
-        return finish(BaseModelOutputWithPooling(x, self.head(x[:, -1]), hidden_states, attentions), self, return_dict)
+        pooled = apply_linear(self.ops, self.head, x[:, -1])
+        return finish(BaseModelOutputWithPooling(x, pooled, hidden_states, attentions), self, return_dict)
 
     def _mask(self, attention_mask: Tensor | MaskArguments | None, batch: int, tokens: int) -> MaskArguments:
         if attention_mask is None or isinstance(attention_mask, dict):
@@ -138,5 +139,6 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         super().init_weights()
         for embedding in (self.embeddings.token_embedding, self.embeddings.position_embedding):
             nn.init.normal_(embedding.weight, std=embedding.embedding_dim**-0.5)
+        self.final_layer_norm.reset_parameters()
         lecun_normal_(self.head.weight)
         nn.init.zeros_(self.head.bias)

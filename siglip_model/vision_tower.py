@@ -13,7 +13,7 @@ from siglip_kernels.fusable import is_fusable
 from siglip_model.capture import CapturedVision
 from siglip_model.config import SiglipVisionConfig
 from siglip_model.encoder import Encoder
-from siglip_model.layers import MLP, LayerNorm, UsesBackend, add_pre_norm_mlp, lecun_normal_
+from siglip_model.layers import MLP, UsesBackend, add_pre_norm_mlp, apply_layer_norm, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling
 from siglip_model.pretrained import PreTrainedModel, finish
 
@@ -72,7 +72,7 @@ class PoolingHead(UsesBackend, nn.Module):
         self.probe = Parameter(torch.zeros(1, 1, width))
         # Holds the parameters under the names of checkpoints. The backend computes, unless the module is not fusable.
         self.attention = nn.MultiheadAttention(width, config.num_attention_heads, batch_first=True)
-        self.layernorm = LayerNorm(width, eps=config.layer_norm_eps)
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,9 +98,10 @@ class PoolingHead(UsesBackend, nn.Module):
         nn.init.zeros_(self.attention.in_proj_bias)
         lecun_normal_(self.attention.out_proj.weight)
         nn.init.zeros_(self.attention.out_proj.bias)
+        self.layernorm.reset_parameters()
 
 
-class SiglipVisionModel(PreTrainedModel):
+class SiglipVisionModel(UsesBackend, PreTrainedModel):
     """SigLIP's image encoder, with its pooling head unless the configuration says otherwise."""
 
     config_class = SiglipVisionConfig
@@ -111,7 +112,7 @@ class SiglipVisionModel(PreTrainedModel):
         super().__init__(config, **kwargs)
         self.embeddings = VisionEmbeddings(config)
         self.encoder = Encoder(config)
-        self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head = PoolingHead(config) if config.vision_use_head else None
         self.post_init()
 
@@ -133,7 +134,8 @@ class SiglipVisionModel(PreTrainedModel):
         x, hidden_states, attentions = self.encoder(
             x, {}, self._default(output_hidden_states, "hidden_states"), self._default(output_attentions, "attentions")
         )
-        return BaseModelOutputWithPooling(self.post_layernorm(x), None, hidden_states, attentions)
+        x = apply_layer_norm(self.ops, self.post_layernorm, x)
+        return BaseModelOutputWithPooling(x, None, hidden_states, attentions)
 
     def forward(
         self,
@@ -163,3 +165,4 @@ class SiglipVisionModel(PreTrainedModel):
         lecun_normal_(self.embeddings.patch_embedding.weight)
         nn.init.zeros_(self.embeddings.patch_embedding.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.embeddings.position_embedding.weight, std=self.config.hidden_size**-0.5)
+        self.post_layernorm.reset_parameters()

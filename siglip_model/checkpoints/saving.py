@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from siglip_kernels.errors import unsupported
+from siglip_kernels.fusable import wraps_tensors
 from siglip_model.checkpoints.commit import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, replacing_checkpoint
 from siglip_model.checkpoints.errors import CheckpointError
 
@@ -37,7 +38,8 @@ def save_checkpoint(
             several files with an index; a tensor larger than this has a file of its own.
 
     Raises:
-        CheckpointError: the directory is a file; a tensor is on the meta device or not floating-point.
+        CheckpointError: the directory is a file; a tensor is on the meta device, not floating-point, quantised or
+            sharded.
         TypeError, ValueError: the config cannot be written as JSON, or ``max_shard_size`` is not a positive size.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
@@ -46,11 +48,7 @@ def save_checkpoint(
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"cannot save a checkpoint to {directory}: it is a file, not a directory")
     limit = _size_in_bytes(max_shard_size)
-    for name, tensor in model_state_dict.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"cannot save {name}: its dtype is {tensor.dtype}, weights are floating-point")
-        if tensor.is_meta:
-            raise CheckpointError(f"cannot save {name}: it is on the meta device and has no values")
+    _check_tensors(model_state_dict)
     config = _to_json(config_dict)
     # The factory counts tensors that share memory once per name, as they are written.
     shards = split_state_dict_into_shards_factory(
@@ -72,6 +70,21 @@ def save_checkpoint(
             metadata = {"total_parameters": parameters, **shards.metadata}
             index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
             (partial / INDEX_NAME).write_bytes(_to_json(index))
+
+
+def _check_tensors(tensors: Mapping[str, Any]) -> None:
+    for name, tensor in tensors.items():  # before the dtypes: an integer beside a quantised weight says less
+        if not isinstance(tensor, torch.Tensor) or wraps_tensors(tensor):
+            raise CheckpointError(
+                f"cannot save {name}: it is a {type(tensor).__name__} of a quantised or sharded layer; supported: "
+                "plain tensors. Save the model before quantising it (torch.save saves it afterwards), or pass gathered "
+                "tensors as state_dict"
+            )
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"cannot save {name}: its dtype is {tensor.dtype}, weights are floating-point")
+        if tensor.is_meta:
+            raise CheckpointError(f"cannot save {name}: it is on the meta device and has no values")
 
 
 def _write_tensors(path: Path, names: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
