@@ -88,7 +88,7 @@ def mlp(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
     """Layer normalisation over the last dimension (Ba et al., 2016). x: (..., width); weight, bias: (width,)."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)  # the ONNX exporter needs a constant, not a size of x
 
 
 def pre_norm_qkv(
@@ -178,5 +178,6 @@ def sigmoid_loss(
     """
     dtype = _at_least_fp32(image_embeds.dtype)
     logits = (text_embeds @ image_embeds.T).to(dtype) * logit_scale + logit_bias
-    signs = 2 * torch.eye(len(logits), dtype=dtype, device=logits.device) - 1
-    return -F.logsigmoid(signs * logits).sum() / len(logits)
+    pairs = logits.shape[0]  # not len(logits), which an exporter makes a constant
+    signs = 2 * torch.eye(pairs, dtype=dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / pairs

@@ -40,6 +40,7 @@ class Backend:
     masks_sync: whether masked attention makes the host wait for the GPU, which a CUDA graph cannot capture.
     lacks: what this machine lacks to run the backend, or None.
     why_not: why the backend cannot run on a device of this machine, or None.
+    exports_to_onnx: whether ONNX can express its operations.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Backend:
     masks_sync: bool
     lacks: Callable[[], str | None]
     why_not: Callable[[torch.device], str | None] = _nothing
+    exports_to_onnx: bool = True
 
 
 def _dense_mask(attention_mask: Tensor) -> dict[str, Tensor]:
@@ -228,6 +230,7 @@ FLASH = replace(
     attention_mask=functools.partial(_lengths, name="flash_attention_2"),
     masks_sync=True,
     lacks=_lacks_flash,
+    exports_to_onnx=False,
 )
 TRITON = Backend(
     name="triton",
@@ -245,6 +248,7 @@ TRITON = Backend(
     masks_sync=False,
     lacks=why_not_here,
     why_not=_triton_refuses,
+    exports_to_onnx=False,
 )
 BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}
 

@@ -115,11 +115,12 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         logits_per_text = self.logits_per_text(text_embeds, image_embeds)  # [T, I]
         loss = None
         if return_loss:
-            if len(text_embeds) != len(image_embeds):
+            images, texts = image_embeds.shape[0], text_embeds.shape[0]
+            if texts != images:
                 raise unsupported(
                     "SiglipModel",
                     "return_loss",
-                    f"asks for the loss of {len(image_embeds)} images and {len(text_embeds)} texts",
+                    f"asks for the loss of {images} images and {texts} texts",
                     "pairs, so as many images as texts",
                 )
             compute = self.ops.sigmoid_loss if self.global_loss is None else self.global_loss

@@ -1,10 +1,11 @@
-"""What the models return: dataclasses that can be indexed like transformers' ModelOutput."""
+"""What the models return: dataclasses that are mappings, like transformers' ModelOutput."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -12,53 +13,78 @@ from torch import Tensor
 from siglip_kernels.errors import unsupported
 
 
-@dataclass
-class ModelOutput:
-    """Fields by attribute, by name or by position; the latter two skip fields that are None."""
+class _Item:
+    """An attribute that reads and writes an item of a ModelOutput. None is an item that is not there."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, output: ModelOutput | None, kind: type) -> Any:
+        return None if output is None else output.get(self.name)
+
+    def __set__(self, output: ModelOutput, value: Any) -> None:
+        output[self.name] = value
+
+
+class ModelOutput(dict[str, Any]):
+    """Fields by attribute, by name or by position; the latter two skip fields that are None.
+
+    A dict of the fields that are not None, in the order of the class: nn.DataParallel, torch.jit and the ONNX exporter
+    need a dict, and accelerate and pipelines rebuild an output from one, or from pairs. DDP, FSDP, torch.compile and
+    torch.export find the tensors through pytree.
+    """
+
+    _names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        # DDP, FSDP and torch.compile find the tensors through pytree.
+        cls._names = (*cls._names, *inspect.get_annotations(cls))
+        for name in cls._names:
+            setattr(cls, name, _Item(name))  # @dataclass reads from it that the default is None
         pytree.register_pytree_node(
             cls,
-            lambda output: ([getattr(output, field.name) for field in fields(output)], None),
-            lambda values, _: cls(*values),
+            lambda output: (list(output.values()), list(output)),
+            cls._from_items,
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            flatten_with_keys_fn=lambda output: (
+                [(pytree.MappingKey(name), value) for name, value in output.items()],
+                list(output),
+            ),
         )
 
-    def keys(self) -> list[str]:
-        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+    @classmethod
+    def _from_items(cls, values: Any, names: Any) -> Self:
+        output = cls()
+        for name, value in zip(names, values, strict=True):
+            output[name] = value
+        return output
 
-    def values(self) -> list[Any]:
-        return [getattr(self, name) for name in self.keys()]
-
-    def items(self) -> list[tuple[str, Any]]:
-        return [(name, getattr(self, name)) for name in self.keys()]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return getattr(self, name) if name in self else default
+    def __post_init__(self) -> None:
+        first = self.get(self._names[0])
+        if len(self) == 1 and isinstance(first, (Mapping, Iterator, list)):  # the items instead of the first field
+            self.clear()
+            for name, value in dict(first).items():
+                self[name] = value
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(self.values())
 
     def __getitem__(self, key: str | int | slice) -> Any:
-        if not isinstance(key, str):
-            return self.to_tuple()[key]
-        if key not in self:
-            raise KeyError(key)
-        return getattr(self, key)
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key not in (field.name for field in fields(self)):
-            raise KeyError(key)
-        setattr(self, key, value)
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self._names:
+            raise KeyError(name)
+        if value is None:
+            self.pop(name, None)
+            return
+        after = self._names[self._names.index(name) + 1 :]
+        later = {each: self.pop(each) for each in after if each in self}  # to keep the order
+        super().__setitem__(name, value)
+        super().update(later)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.keys()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __len__(self) -> int:
-        return len(self.keys())
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
 
 
 @dataclass

@@ -89,6 +89,13 @@ class PreTrainedModel(nn.Module):
             self.set_backend("auto")
         return self
 
+    def _check_exporter(self) -> None:
+        """Raises where the backend's operations cannot be exported. Each tower's forward calls it."""
+        if torch.onnx.is_in_onnx_export() and not self._backend.exports_to_onnx:
+            exportable = (name for name, backend in backends.BACKENDS.items() if backend.exports_to_onnx)
+            got = f"is {self.backend!r}, whose operations ONNX does not have"
+            raise unsupported("ONNX export", "backend", got, f"{', '.join(exportable)}: model.set_backend(...)")
+
     def get_input_embeddings(self) -> Any:
         """The module that receives `main_input_name` first."""
         raise NotImplementedError(f"{type(self).__name__} has no input embeddings")

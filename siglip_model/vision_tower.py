@@ -82,7 +82,7 @@ class PoolingHead(UsesBackend, nn.Module):
     def _pool(self, x: Tensor) -> Tensor:
         attention = self.attention
         if not is_fusable(attention, nn.MultiheadAttention):
-            return attention(self.probe.expand(len(x), -1, -1), x, x)[0].squeeze(1)
+            return attention(self.probe.expand(x.shape[0], -1, -1), x, x)[0].squeeze(1)
         weight, bias, out_proj = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
         arguments = (x, self.probe, weight, bias)
         if is_fusable(out_proj, NonDynamicallyQuantizableLinear):
@@ -127,6 +127,7 @@ class SiglipVisionModel(UsesBackend, PreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """The part of `forward` before the pooling head."""
+        self._check_exporter()
         if not isinstance(pixel_values, Tensor):
             got = "is None" if pixel_values is None else f"is {type(pixel_values).__name__}"
             raise unsupported("SiglipVisionModel", "pixel_values", got, "a tensor (batch, channels, height, width)")

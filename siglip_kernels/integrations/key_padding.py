@@ -31,7 +31,7 @@ class KeyPadding(NamedTuple):
         """tokens: (B, K, ...)."""
         if self.order is None:
             return tokens
-        return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], self.order]
+        return tokens[torch.arange(tokens.shape[0], device=tokens.device)[:, None], self.order]
 
 
 def attend(projected: tuple[Tensor, Tensor, Tensor], scale: float | None, padding: KeyPadding | None) -> Tensor:
@@ -40,7 +40,7 @@ def attend(projected: tuple[Tensor, Tensor, Tensor], scale: float | None, paddin
     if padding is None:
         return siglip_kernels.attention(q, k, v, scale=scale)
     k, v = padding.valid_first(k), padding.valid_first(v)
-    return siglip_kernels.attention(q, k, v, scale=scale, lengths=padding.lengths.expand(len(q)))
+    return siglip_kernels.attention(q, k, v, scale=scale, lengths=padding.lengths.expand(q.shape[0]))
 
 
 def read_key_padding(mask: Any, batch: int, keys: int) -> Any:

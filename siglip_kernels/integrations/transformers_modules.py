@@ -224,7 +224,7 @@ class PoolingHead(Accelerated):
             return super().forward(hidden_state, *(() if attention_mask is None else (attention_mask,)))
         lengths = None
         if padding is not None:
-            hidden_state, lengths = padding.valid_first(hidden_state), padding.lengths.expand(len(hidden_state))
+            hidden_state, lengths = padding.valid_first(hidden_state), padding.lengths.expand(hidden_state.shape[0])
         x = siglip_kernels.attention_pool(
             hidden_state,
             self.probe,
@@ -350,7 +350,7 @@ class Model(_TakesArguments):
             return siglip_kernels.sigmoid_loss(image, text, scale.reshape(()), bias.reshape(()))
         logits = output.logits_per_text
         # transformers' formula, which raises its error for unequal numbers of images and texts.
-        signs = 2 * torch.eye(len(logits), device=logits.device) - torch.ones_like(logits)
+        signs = 2 * torch.eye(logits.shape[0], device=logits.device) - torch.ones_like(logits)
         return -nn.functional.logsigmoid(signs * logits).sum(-1).mean()
 
 

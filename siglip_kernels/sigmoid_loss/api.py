@@ -204,10 +204,11 @@ def plain_sigmoid_loss(
 ) -> Tensor:
     """The loss of backends without kernels: `reference.sigmoid_loss` for fewer than CHUNKED_FROM pairs, which can be
     differentiated twice, and `chunked_sigmoid_loss` from there on. Takes and raises what the latter does, except that
-    transforms of torch.func and forward-mode derivatives take the former, in O(N²) memory.
+    transforms of torch.func, forward-mode derivatives and exported graphs, whose number of pairs may vary, take the
+    former, in O(N²) memory.
     """
     _validated("plain_sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
-    if len(image_embeds) < CHUNKED_FROM or under_transform():
+    if torch.compiler.is_exporting() or image_embeds.shape[0] < CHUNKED_FROM or under_transform():
         return reference.sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
     return chunked_sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
 
@@ -240,7 +241,7 @@ def check_embeds(operation: str, image_embeds: Tensor, text_embeds: Tensor, *, s
             raise unsupported(
                 operation, argument, f"has shape {tuple(embeds.shape)}", "at least one pair, D at least 1"
             )
-    if image_embeds.shape[1] != text_embeds.shape[1] or (same_length and len(image_embeds) != len(text_embeds)):
+    if image_embeds.shape[1] != text_embeds.shape[1] or (same_length and image_embeds.shape[0] != text_embeds.shape[0]):
         got = f"has shape {tuple(text_embeds.shape)} beside image_embeds' {tuple(image_embeds.shape)}"
         raise unsupported(operation, "text_embeds", got, "equal shapes")
     check_same_device(operation, "text_embeds", text_embeds, "image_embeds", image_embeds.device)

@@ -1,0 +1,109 @@
+"""Outputs are dataclasses and dicts of their fields that are not None, in the order of the class."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.parallel.scatter_gather as scatter_gather
+import transformers
+from oracle import worst_difference
+from torch import Tensor
+
+from siglip_model.outputs import BaseModelOutputWithPooling, ImageClassifierOutput, ModelOutput, SiglipOutput
+
+A, B, C = torch.zeros(2, 3), torch.ones(2), torch.full((1,), 2.0)
+
+
+def nested() -> SiglipOutput:
+    text = BaseModelOutputWithPooling(A, B, hidden_states=(A, C))
+    return SiglipOutput(logits_per_image=A, text_embeds=B, text_model_output=text)
+
+
+def test_fields_by_attribute_name_and_position() -> None:
+    output = nested()
+    assert isinstance(output, Mapping) and isinstance(output, dict)
+    assert list(output) == ["logits_per_image", "text_embeds", "text_model_output"]
+    assert output.loss is None and "loss" not in output and output.get("loss", 3) == 3
+    assert output.text_embeds is output["text_embeds"] is output[1] is B
+    assert output[:2] == (A, B) and len(output) == 3
+    with pytest.raises(KeyError):
+        output["loss"]
+    assert repr(SiglipOutput(C)).startswith("SiglipOutput(loss=tensor([2.]), logits_per_image=None")
+
+
+def test_what_is_set_later_keeps_the_order() -> None:
+    output = BaseModelOutputWithPooling(A, hidden_states=(A,))
+    output.pooler_output = B
+    assert list(output) == ["last_hidden_state", "pooler_output", "hidden_states"]
+    output["pooler_output"] = C
+    assert output.pooler_output is C and output[1] is C
+    output.update({"attentions": (C,)}, last_hidden_state=B)
+    assert list(output) == ["last_hidden_state", "pooler_output", "hidden_states", "attentions"]
+    output.pooler_output = None
+    assert list(output) == ["last_hidden_state", "hidden_states", "attentions"]
+    for change in (lambda: output.update(other=A), lambda: output.__setitem__("other", A)):
+        with pytest.raises(KeyError, match="other"):
+            change()
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        lambda output: dict(output),
+        lambda output: list(output.items()),
+        lambda output: ((name, output[name]) for name in output),
+        lambda output: transformers.modeling_outputs.BaseModelOutputWithPooling(**output),
+    ],
+    ids=["dict", "pairs", "generator", "output of transformers"],
+)
+def test_rebuilt_from_items(items: Callable[[ModelOutput], Any]) -> None:
+    """As accelerate, nn.DataParallel and pipelines do."""
+    output = BaseModelOutputWithPooling(A, hidden_states=(A, C))
+    rebuilt = BaseModelOutputWithPooling(items(output))
+    assert list(rebuilt) == list(output) and worst_difference(rebuilt, output) == 0
+    assert rebuilt.hidden_states is output.hidden_states and rebuilt.pooler_output is None
+
+
+def through_torch_save(output: ModelOutput) -> ModelOutput:
+    file = io.BytesIO()
+    torch.save(output, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda output: pickle.loads(pickle.dumps(output)), through_torch_save])
+def test_copies_are_independent(twin: Callable[[ModelOutput], Any]) -> None:
+    output = nested()
+    found = twin(output)
+    assert type(found) is SiglipOutput and list(found) == list(output)
+    assert type(found.text_model_output) is BaseModelOutputWithPooling
+    found.text_model_output.last_hidden_state.add_(1)
+    found.loss = C
+    assert worst_difference(output, nested()) == 0 and output.loss is None
+
+
+def test_a_shallow_copy_shares_tensors_alone() -> None:
+    output = nested()
+    found = copy.copy(output)
+    assert type(found) is SiglipOutput and found.text_embeds is B
+    found.loss = C
+    assert output.loss is None
+
+
+def test_gathered_by_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's own code, in which only the copy between GPUs is replaced."""
+
+    class OnCpu:
+        @staticmethod
+        def apply(device: Any, dim: int, *tensors: Tensor) -> Tensor:
+            return torch.cat([tensor.reshape(1) if tensor.dim() == 0 else tensor for tensor in tensors], dim)
+
+    monkeypatch.setattr(scatter_gather, "Gather", OnCpu)
+    halves = [ImageClassifierOutput(torch.tensor(float(number)), A + number) for number in range(2)]
+    gathered = scatter_gather.gather(halves, "cpu")
+    assert type(gathered) is ImageClassifierOutput
+    assert torch.equal(gathered.loss, torch.tensor([0.0, 1.0])) and gathered.logits.shape == (4, 3)
