@@ -143,6 +143,8 @@ def runs(x: Tensor, *parameters: Tensor) -> bool:
     whether the call is within a transform of torch.func or forward-mode differentiation."""
     if (type(x) is not Tensor and type(x) is not nn.Parameter) or under_transform():
         return False
+    if torch.onnx.is_in_onnx_export():  # ONNX has no operators for the kernels
+        return False
     dtype = x.dtype
     if dtype not in KERNEL_DTYPES or not kernels_run_on(x.device):
         return False
