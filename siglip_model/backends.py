@@ -60,6 +60,13 @@ class Backend:
     why_not: Callable[[torch.device], str | None] = _nothing
     exports_to_onnx: bool = True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        registered = BACKENDS.get(self.name) is self
+        return (_registered, (self.name,)) if registered else super().__reduce_ex__(protocol)
+
 
 def _dense_mask(attention_mask: Tensor) -> dict[str, Tensor]:
     """(B, S): non-zero marks a valid key. Four dimensions: bool, or floating point to be added to the scores."""
@@ -251,6 +258,13 @@ TRITON = Backend(
     exports_to_onnx=False,
 )
 BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}
+
+
+def _registered(name: str) -> Backend:
+    """The backend of an unpickled model, which computes with the operations of this process."""
+    if name not in BACKENDS:
+        raise ValueError(f"the pickled model has the backend {name!r}; supported: {', '.join(BACKENDS)}")
+    return BACKENDS[name]
 
 
 def availability() -> dict[str, str | None]:

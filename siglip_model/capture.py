@@ -136,7 +136,16 @@ class _Recording:
         return pytree.tree_map_only(Tensor, torch.clone, self.results)
 
 
-class CapturedVision:
+class _Captured:
+    """Base of the captured models."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise _refused(
+            "a copy or pickle", "is asked for, and a graph has fixed addresses", "a copy of the model, captured again"
+        )
+
+
+class CapturedVision(_Captured):
     """A vision tower, or an image classifier, for images of one shape: `captured(pixel_values)`."""
 
     def __init__(
@@ -174,7 +183,7 @@ class CapturedVision:
         return self.recording.copy_results()
 
 
-class CapturedText:
+class CapturedText(_Captured):
     """A text tower for texts of one shape: `captured(input_ids)`, or `captured(input_ids, attention_mask)`."""
 
     def __init__(
@@ -225,7 +234,7 @@ class CapturedText:
         return self.recording.copy_results()
 
 
-class CapturedSiglip:
+class CapturedSiglip(_Captured):
     """A SiglipModel for images of one shape and texts of one shape, together or separately."""
 
     def __init__(

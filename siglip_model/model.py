@@ -48,7 +48,8 @@ class SiglipModel(UsesBackend, PreTrainedModel):
 
         Every image is then compared with the texts of every rank; transformers' loss is local to the rank. The
         gradients that DDP or FSDP average equal those of one process with the whole batch. group, dist_impl: as in
-        `SigLipLoss`. Raises RuntimeError if torch.distributed has no process group.
+        `SigLipLoss`, which also says how copies and pickles of the model treat the group. Raises RuntimeError if
+        torch.distributed has no process group.
         """
         if not enable:
             self.global_loss = None

@@ -89,6 +89,11 @@ class PreTrainedModel(nn.Module):
             self.set_backend("auto")
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._requested_backend == "auto":  # a pickle may be loaded on another device
+            self.set_backend("auto")
+
     def _check_exporter(self) -> None:
         """Raises where the backend's operations cannot be exported. Each tower's forward calls it."""
         if torch.onnx.is_in_onnx_export() and not self._backend.exports_to_onnx:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations  # torch may be built without torch.distributed
 
+import copy
+from typing import Any, Self
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -40,6 +43,9 @@ class SigLipLoss(nn.Module):
     chunked elsewhere, and `plain_sigmoid_loss` within transforms of torch.func and forward-mode differentiation, which
     the others and a global batch refuse.
     average_loss: return the mean of the ranks' losses, the same on every rank; gradients do not change.
+
+    A copy shares `group`. A pickle has no process group: unpickled, the default group is that of the process that
+    loads it, and pickling raises UnsupportedInputError for any other group.
 
     `siglip_kernels.sigmoid_loss.distributed` defines each rank's loss and gradients. Local batches may differ in size.
     Raises UnsupportedInputError for unsupported arguments, on every rank if one rank refuses its input.
@@ -165,6 +171,27 @@ class SigLipLoss(nn.Module):
             supported = f"the process group's own, {actual[0]} and {actual[1]}"
             raise unsupported("SigLipLoss", "rank and world_size", got, supported)
         return group
+
+    def __copy__(self) -> Self:
+        twin = type(self).__new__(type(self))
+        twin.__dict__ = self.__dict__.copy()
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        if self.group is not None:  # a handle of this process, as a stream or a file is
+            memo[id(self.group)] = self.group
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles alone: another process has other groups."""
+        if self.group is None:
+            return self.__dict__
+        if self.group is not dist.group.WORLD:
+            got = "is a process group other than the default one and cannot be pickled"
+            raise unsupported("SigLipLoss", "group", got, "the default group; a model after use_global_loss(False)")
+        return {**self.__dict__, "group": None}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, world_size={self.world_size}, dist_impl={self.dist_impl!r}, backend={self.backend!r}"

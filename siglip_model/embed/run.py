@@ -50,8 +50,11 @@ class EmbeddingInterrupted(KeyboardInterrupt):
     """The run was interrupted (Ctrl-C); the file holds the finished rows, described by `summary`."""
 
     def __init__(self, summary: EmbedSummary) -> None:
-        super().__init__("embedding was interrupted")
+        super().__init__(summary)  # the argument of a copy
         self.summary = summary
+
+    def __str__(self) -> str:
+        return "embedding was interrupted"
 
 
 def embed_images(

@@ -2,6 +2,8 @@
 clones and errors around it are the same."""
 
 import contextlib
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
@@ -85,6 +87,16 @@ def test_the_same_results_as_the_model(backend: str) -> None:
     output = fast(input_ids=ids(3), pixel_values=pixels(2))  # as a processor returns them
     assert isinstance(output, siglip_model.model.SiglipOutput)
     assert not output.logits_per_image.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["SiglipModel", "SiglipTextModel", "SiglipVisionModel"])
+def test_copies_of_a_graph_are_refused(kind: str) -> None:
+    original = model(kind=kind)
+    fast = capture(original)
+    for twin in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(ValueError, match="captured model: a copy or pickle .* supported: a copy of the model"):
+            twin(fast)
+    assert worst_difference(dict(copy.deepcopy(original).named_parameters()), dict(original.named_parameters())) == 0
 
 
 def test_a_result_outlives_the_next_call() -> None:
