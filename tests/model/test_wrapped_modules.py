@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize, prune
 
 import siglip_model
 from siglip_model import backends
+from siglip_model.checkpoints.errors import CheckpointError
 
 BACKENDS = ["eager", "sdpa", "triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -230,13 +232,15 @@ class Quantised(Tensor):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_weights_that_bring_their_own_product(backend: str) -> None:
+def test_weights_that_bring_their_own_product(backend: str, tmp_path: Path) -> None:
     changed = model(backend)
     expected = run(changed)
     for name in LINEARS:
         module = changed.get_submodule(name)
         module.weight = nn.Parameter(Quantised(module.weight.detach()), requires_grad=False)
     close(run(changed), expected)
+    with pytest.raises(CheckpointError, match="cannot save vision_model.*weight: it is a Quantised of a quantised"):
+        changed.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import siglip_model
@@ -92,6 +93,12 @@ def one_of_two(rank: int, folder: str) -> None:
     model.use_global_loss()
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     save("fsdp, bf16", model, train(sharded(model, (EncoderLayer,), mp_policy=bf16), half))
+
+    model = fresh()  # plans of tensor parallelism look for nn.Linear
+    for tower in (model.text_model, model.vision_model):
+        plan = {"layers.*.mlp.fc1": ColwiseParallel(), "layers.*.mlp.fc2": RowwiseParallel()}
+        parallelize_module(tower.encoder, init_device_mesh("cpu", (2,)), plan)
+    save("tensor parallel", model, train(model, batch()))
     dist.destroy_process_group()
 
 
@@ -109,7 +116,7 @@ def alone() -> tuple[dict[str, torch.Tensor], list[float]]:
     return model.state_dict(), losses
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp, checkpointed", "fsdp of parts"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp, checkpointed", "fsdp of parts", "tensor parallel"])
 def test_two_processes_train_as_one(name: str, together: Path, alone: tuple[dict, list]) -> None:
     weights, losses = alone
     found = torch.load(together / f"{name}.pt", weights_only=True)
