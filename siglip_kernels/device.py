@@ -24,6 +24,11 @@ class Facts:
     l2_bytes: int
 
     @property
+    def interpreted(self) -> bool:
+        """Whether this is INTERPRETER, whose time is per operation and not per element."""
+        return self.capability == (0, 0)
+
+    @property
     def matrix_unit(self) -> str:
         """The matrix instructions that Triton compiles products to: "wgmma" (Hopper), "tcgen05" (data-centre Blackwell)
         or "mma" (Ampere, Ada, and consumer Blackwell, sm_12x, which has neither of the others).

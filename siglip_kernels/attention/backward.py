@@ -214,7 +214,7 @@ def attention_backward_queries_kernel(
         store_tile(
             q_grad + contiguous,
             queries * row,
-            query_is_valid,
+            first_query + queries < query_tokens,
             q_grad_main * scale,
             q_grad_tail * scale,
             HEAD_DIM,
@@ -342,7 +342,7 @@ def attention_backward_keys_kernel(
     # Padded keys were loaded as zeros, and their weights are meaningless: their gradients are set to zero.
     real = key_is_valid[:, None]
     contiguous = (batch * key_tokens + first_key) * heads * HEAD_DIM + head * HEAD_DIM
-    key_exists = keys < key_tokens - first_key
+    key_exists = first_key + keys < key_tokens
     store_tile(
         k_grad + contiguous,
         keys * row,
@@ -424,7 +424,7 @@ def attention_backward(
             BLOCK_K=tile.keys,
             WIDE=strides.wide or heads * head_dim * tile.queries >= 2**31,
             ONLY_DELTA=not needs_q,
-            PASS_STAGES=tile.stages if facts(q.device).capability[0] == 9 else 1,  # more spills elsewhere
+            PASS_STAGES=tile.stages if facts(q.device).matrix_unit == "wgmma" else 1,  # more spills elsewhere
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,

@@ -58,8 +58,8 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
     """Not measured. The largest tiles without a spill, then two or three programs per multiprocessor, which hide each
     other's exponentials behind products; `python -m bench.compiled.ahead_of_time attention` shows both.
     """
-    if facts.capability == (0, 0):
-        return Tile(128, 128, 4, 1)  # the interpreter's time is per operation, not per element
+    if facts.interpreted:
+        return Tile(128, 128, 4, 1)
     narrow = columns <= 80
     if element_bytes == 4:  # IEEE products are computed by multiply-adds, whose operands are in registers
         if kernel == "forward":
@@ -68,44 +68,40 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
             return Tile(32, 32, 8, 1) if narrow else Tile(16, 16, 8, 1)
         return Tile(16, 32, 4 if narrow else 8, 1)
     if kernel == "forward":
-        if facts.capability[0] == 9:
+        if facts.matrix_unit == "wgmma":
             return Tile(128, 64, 8, 3, 128 if narrow else None)
-        if facts.capability[0] == 8 and columns == 80:
+        if facts.matrix_unit == "mma" and columns == 80:
             return Tile(128, 32, 4, 3)
         return Tile(128, 64, 4, 2) if narrow else Tile(128, 64, 8, 2)
     if kernel == "backward_queries":
-        return Tile(64, 64, 4, 2, 168 if narrow else None) if facts.capability[0] == 9 else Tile(64, 32, 4, 2)
-    if facts.capability[0] >= 9:
-        return Tile(64, 64, 4, 2) if narrow else Tile(64, 64, 8, 2)
-    return Tile(32, 64, 4 if narrow else 8, 2)
+        return Tile(64, 64, 4, 2, 168 if narrow else None) if facts.matrix_unit == "wgmma" else Tile(64, 32, 4, 2)
+    return Tile(32 if facts.matrix_unit == "mma" else 64, 64, 4 if narrow else 8, 2)
 
 
-# (queries, keys, warps) worth measuring, by major compute capability, 8 being the default. None spills at head dims 64
-# and 72.
+# (queries, keys, warps) worth measuring, by the matrix unit. None spills at head dims 64 and 72.
 _CANDIDATES = {
     "forward": {
-        8: ((64, 32, 4), (64, 64, 4), (128, 32, 4), (64, 64, 8), (64, 128, 8), (128, 32, 8), (128, 64, 8)),
-        9: ((64, 64, 4), (128, 32, 4), (128, 64, 4), (64, 128, 8), (128, 32, 8), (128, 64, 8), (128, 128, 8)),
-        10: ((64, 64, 4), (128, 32, 4), (128, 64, 4), (64, 128, 8), (128, 32, 8), (128, 64, 8)),
+        "mma": ((64, 32, 4), (64, 64, 4), (128, 32, 4), (64, 64, 8), (64, 128, 8), (128, 32, 8), (128, 64, 8)),
+        "wgmma": ((64, 64, 4), (128, 32, 4), (128, 64, 4), (64, 128, 8), (128, 32, 8), (128, 64, 8), (128, 128, 8)),
+        "tcgen05": ((64, 64, 4), (128, 32, 4), (128, 64, 4), (64, 128, 8), (128, 32, 8), (128, 64, 8)),
     },
     "backward_queries": {
-        8: ((64, 32, 4), (64, 32, 8), (128, 32, 8)),
-        9: ((64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8)),
-        10: ((64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8)),
+        "mma": ((64, 32, 4), (64, 32, 8), (128, 32, 8)),
+        "wgmma": ((64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8)),
+        "tcgen05": ((64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8)),
     },
     "backward_keys": {
-        8: ((32, 64, 4), (32, 64, 8)),
-        9: ((32, 64, 4), (32, 64, 8), (64, 64, 4), (64, 64, 8), (32, 128, 8)),
-        10: ((32, 64, 4), (32, 64, 8), (64, 64, 4), (64, 64, 8)),
+        "mma": ((32, 64, 4), (32, 64, 8)),
+        "wgmma": ((32, 64, 4), (32, 64, 8), (64, 64, 4), (64, 64, 8), (32, 128, 8)),
+        "tcgen05": ((32, 64, 4), (32, 64, 8), (64, 64, 4), (64, 64, 8)),
     },
 }
 
 
 def candidates(kernel: str, gpu: Facts | None = None) -> list[Tile]:
     """The tiles that tuning measures besides the heuristic's for two-byte elements. gpu: the current one by default."""
-    sizes = _CANDIDATES[kernel]
-    major = (gpu or facts(torch.device("cuda"))).capability[0]
-    return [Tile(*size, stages) for size in sizes.get(major, sizes[8]) for stages in (2, 3)]
+    sizes = _CANDIDATES[kernel][(gpu or facts(torch.device("cuda"))).matrix_unit]
+    return [Tile(*size, stages) for size in sizes for stages in (2, 3)]
 
 
 def short_block(element_bytes: int) -> int:
@@ -126,10 +122,10 @@ def short(
     As many programs as are resident at once; each loops over many sequences.
     """
     columns = sum(split_head_dim(head_dim))
-    most_for_4_warps = 80 if facts.capability[0] == 9 else 64  # more spills: off Hopper, in backward everywhere
-    wide = columns > most_for_4_warps and (kernel == "short_backward" or facts.capability[0] >= 10)
+    most_for_4_warps = 80 if facts.matrix_unit == "wgmma" else 64  # more spills in the backward, and with tcgen05
+    wide = columns > most_for_4_warps and (kernel == "short_backward" or facts.matrix_unit == "tcgen05")
     share = short_block(element_bytes) // block  # fewer rows: fewer warps and more programs
-    room = kernel == "short_forward" or (facts.capability[0] >= 9 and share == 1)  # to prefetch the next sequence
+    room = kernel == "short_forward" or (facts.matrix_unit != "mma" and share == 1)  # to prefetch the next sequence
     stages = 2 if element_bytes == 2 and room else 1
     warps = max(1, (8 if wide and element_bytes == 2 else 4) // share)
     return min(sequences, 4 * share * facts.multiprocessors), warps, stages

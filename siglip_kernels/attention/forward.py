@@ -136,7 +136,7 @@ def attention_forward_kernel(
     store_tile(
         out,
         queries * row,
-        query_is_valid,
+        first_query + queries < query_tokens,
         out_main * normaliser[:, None],
         out_tail * normaliser[:, None],
         HEAD_DIM,

@@ -75,22 +75,29 @@ def attention_short_forward_kernel(
     TAIL: tl.constexpr,
     BLOCK: tl.constexpr,  # rows of a tile: a power of two, at least 16 and both lengths
     UNIT: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     NEGATIVE_SCALE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # A program owns every num_programs-th sequence.
+    row = heads * HEAD_DIM
+    if WIDE:
+        q_token_stride = q_token_stride.to(tl.int64)
+        k_token_stride = k_token_stride.to(tl.int64)
+        v_token_stride = v_token_stride.to(tl.int64)
+        row = row.to(tl.int64)
     token = tl.arange(0, BLOCK)
     query_is_valid = token < query_tokens
-    for sequence in tl.range(tl.program_id(0), sequences, tl.num_programs(0)):
+    for sequence in tl.range(tl.program_id(0), sequences, tl.num_programs(0), disable_licm=True):
         batch, head, limit = locate(sequence, heads, key_tokens, lengths, HAS_LENGTHS)
         key_is_valid = token < limit
-        q_offsets = (batch * q_batch_stride + token * q_token_stride.to(tl.int64) + head * q_head_stride) * UNIT
-        k_offsets = (batch * k_batch_stride + token * k_token_stride.to(tl.int64) + head * k_head_stride) * UNIT
-        v_offsets = (batch * v_batch_stride + token * v_token_stride.to(tl.int64) + head * v_head_stride) * UNIT
-        q_main, q_tail = load_tile(q, q_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
-        k_main, k_tail = load_tile(k, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-        v_main, v_tail = load_tile(v, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+        q_sequence = q + (batch * q_batch_stride + head * q_head_stride) * UNIT
+        k_sequence = k + (batch * k_batch_stride + head * k_head_stride) * UNIT
+        v_sequence = v + (batch * v_batch_stride + head * v_head_stride) * UNIT
+        q_main, q_tail = load_tile(q_sequence, token * (q_token_stride * UNIT), query_is_valid, HEAD_DIM, MAIN, TAIL)
+        k_main, k_tail = load_tile(k_sequence, token * (k_token_stride * UNIT), key_is_valid, HEAD_DIM, MAIN, TAIL)
+        v_main, v_tail = load_tile(v_sequence, token * (v_token_stride * UNIT), key_is_valid, HEAD_DIM, MAIN, TAIL)
         weights, normaliser = probabilities(
             q_main, q_tail, k_main, k_tail, key_is_valid, limit, exponent_scale,
             TAIL, NEGATIVE_SCALE, PRECISION,
@@ -104,10 +111,10 @@ def attention_short_forward_kernel(
             TAIL,
             PRECISION,
         )
-        out_offsets = ((batch * query_tokens + token) * heads + head) * HEAD_DIM
         out_main *= normaliser[:, None]
         out_tail *= normaliser[:, None]
-        store_tile(out, out_offsets, query_is_valid, out_main, out_tail, HEAD_DIM, MAIN, TAIL)
+        out_sequence = out + (batch * query_tokens * heads + head) * HEAD_DIM
+        store_tile(out_sequence, token * row, query_is_valid, out_main, out_tail, HEAD_DIM, MAIN, TAIL)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -143,6 +150,7 @@ def attention_short_backward_kernel(
     TAIL: tl.constexpr,
     BLOCK: tl.constexpr,  # rows of a tile: a power of two, at least 16 and both lengths
     UNIT: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     NEGATIVE_SCALE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     NEEDS_Q: tl.constexpr,
@@ -150,22 +158,29 @@ def attention_short_backward_kernel(
     PRECISION: tl.constexpr,
 ):
     # A program owns every num_programs-th sequence.
+    row = heads * HEAD_DIM
+    if WIDE:
+        q_token_stride = q_token_stride.to(tl.int64)
+        k_token_stride = k_token_stride.to(tl.int64)
+        v_token_stride = v_token_stride.to(tl.int64)
+        out_grad_token_stride = out_grad_token_stride.to(tl.int64)
+        row = row.to(tl.int64)
     token = tl.arange(0, BLOCK)
     query_is_valid = token < query_tokens
     key_exists = token < key_tokens
-    for sequence in tl.range(tl.program_id(0), sequences, tl.num_programs(0)):
+    for sequence in tl.range(tl.program_id(0), sequences, tl.num_programs(0), disable_licm=True):
         batch, head, limit = locate(sequence, heads, key_tokens, lengths, HAS_LENGTHS)
         key_is_valid = token < limit
-        q_offsets = (batch * q_batch_stride + token * q_token_stride.to(tl.int64) + head * q_head_stride) * UNIT
-        k_offsets = (batch * k_batch_stride + token * k_token_stride.to(tl.int64) + head * k_head_stride) * UNIT
-        v_offsets = (batch * v_batch_stride + token * v_token_stride.to(tl.int64) + head * v_head_stride) * UNIT
-        out_grad_offsets = (
-            batch * out_grad_batch_stride + token * out_grad_token_stride.to(tl.int64) + head * out_grad_head_stride
-        ) * UNIT
-        q_main, q_tail = load_tile(q, q_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
-        k_main, k_tail = load_tile(k, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-        v_main, v_tail = load_tile(v, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-        out_grad_main, out_grad_tail = load_tile(out_grad, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
+        q_sequence = q + (batch * q_batch_stride + head * q_head_stride) * UNIT
+        k_sequence = k + (batch * k_batch_stride + head * k_head_stride) * UNIT
+        v_sequence = v + (batch * v_batch_stride + head * v_head_stride) * UNIT
+        out_grad_sequence = out_grad + (batch * out_grad_batch_stride + head * out_grad_head_stride) * UNIT
+        q_main, q_tail = load_tile(q_sequence, token * (q_token_stride * UNIT), query_is_valid, HEAD_DIM, MAIN, TAIL)
+        k_main, k_tail = load_tile(k_sequence, token * (k_token_stride * UNIT), key_is_valid, HEAD_DIM, MAIN, TAIL)
+        v_main, v_tail = load_tile(v_sequence, token * (v_token_stride * UNIT), key_is_valid, HEAD_DIM, MAIN, TAIL)
+        out_grad_main, out_grad_tail = load_tile(
+            out_grad_sequence, token * (out_grad_token_stride * UNIT), query_is_valid, HEAD_DIM, MAIN, TAIL
+        )
         weights, normaliser = probabilities(
             q_main, q_tail, k_main, k_tail, key_is_valid, limit, exponent_scale,
             TAIL, NEGATIVE_SCALE, PRECISION,
@@ -173,7 +188,7 @@ def attention_short_backward_kernel(
         weights *= normaliser[:, None]
         zeros_main = tl.zeros([BLOCK, MAIN], tl.float32)
         zeros_tail = tl.zeros([BLOCK, TAIL if TAIL > 0 else 16], tl.float32)
-        key_offsets = ((batch * key_tokens + token) * heads + head) * HEAD_DIM
+        key_offset = (batch * key_tokens * heads + head) * HEAD_DIM
         if NEEDS_K_OR_V:
             grad_main, grad_tail = accumulate(
                 tl.trans(narrow(weights, out_grad_main.dtype)),
@@ -182,24 +197,24 @@ def attention_short_backward_kernel(
             # The weights of padded keys are 0, or NaN in the row of a NaN query: their gradients are set to zero.
             grad_main = tl.where(key_is_valid[:, None], grad_main, 0.0)
             grad_tail = tl.where(key_is_valid[:, None], grad_tail, 0.0)
-            store_tile(v_grad, key_offsets, key_exists, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+            store_tile(v_grad + key_offset, token * row, key_exists, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
         weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION)
         delta = tl.sum(weights * weights_grad, 1)
         scores_grad = score_gradients(weights, weights_grad, delta[:, None], k_main.dtype == tl.float32)
         scores_grad = narrow(scores_grad, k_main.dtype)
         if NEEDS_Q:
             grad_main, grad_tail = accumulate(scores_grad, k_main, k_tail, zeros_main, zeros_tail, TAIL, PRECISION)
-            query_offsets = ((batch * query_tokens + token) * heads + head) * HEAD_DIM
+            query_offset = (batch * query_tokens * heads + head) * HEAD_DIM
             grad_main *= scale
             grad_tail *= scale
-            store_tile(q_grad, query_offsets, query_is_valid, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+            store_tile(q_grad + query_offset, token * row, query_is_valid, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
         if NEEDS_K_OR_V:
             grad_main, grad_tail = accumulate(
                 tl.trans(scores_grad), q_main, q_tail, zeros_main, zeros_tail, TAIL, PRECISION
             )
             grad_main = tl.where(key_is_valid[:, None], grad_main * scale, 0.0)
             grad_tail = tl.where(key_is_valid[:, None], grad_tail * scale, 0.0)
-            store_tile(k_grad, key_offsets, key_exists, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
+            store_tile(k_grad + key_offset, token * row, key_exists, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
 
 
 def attention_short_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
@@ -269,6 +284,7 @@ def _launch(
         TAIL=tail,
         BLOCK=block,
         UNIT=strides.unit,
+        WIDE=strides.wide or heads * head_dim * block >= 2**31,
         NEGATIVE_SCALE=scale < 0,
         HAS_LENGTHS=lengths is not None,
         PRECISION=precision(q.dtype),

@@ -46,7 +46,7 @@ class Tile:
 def choose_tile(kernel: str, gpu: Facts, heads: int, width: int) -> Tile:
     """Not measured. The smallest tile, with as deep a pipeline as shared memory holds. Two programs of the forward fit
     a multiprocessor and hide each other's softmax."""
-    tokens = 64 if gpu.capability == (0, 0) else 16
+    tokens = 64 if gpu.interpreted else 16
     columns = padded_width(width)
     resident = padded_heads(heads) * columns * (1 if kernel == "forward" else 2)  # beside the tiles in shared memory
     stages = 3

@@ -28,7 +28,9 @@ def forward_tile(width: int, rows: int, element_bytes: int, multiprocessors: int
             main, tail = _power_of_two(width), 0
         if tile_rows * (main + tail) <= 72 * 128 and -(-rows // tile_rows) >= 2 * multiprocessors:
             break
-    return Tile(tile_rows, main, tail, 4)
+    return Tile(
+        tile_rows, main, tail, 4 if main + tail <= 48 * 128 else 8
+    )  # a wider row with its weight and bias spills
 
 
 @functools.cache

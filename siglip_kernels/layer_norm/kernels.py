@@ -408,7 +408,9 @@ def layer_norm_backward(
         WIDE=wide,
         STAGES=3,
         num_warps=tile.warps,
-        maxnreg=192,  # otherwise ptxas sometimes spills for the sake of one more resident program
+        maxnreg=192
+        if tile.warps == 4
+        else 255,  # otherwise ptxas sometimes spills for the sake of one more resident program
     )
     if needs_weight or needs_bias:
         columns = 1024 if interpreting() else 32  # the interpreter's time grows with the number of programs

@@ -19,12 +19,13 @@ class Tile:
 
 @functools.cache
 def choose_tile(gpu: Facts, element_bytes: int, tf32: bool, patches: int, width: int) -> Tile:
-    """Not measured. The largest tile that does not spill, unless a smaller one occupies more multiprocessors."""
-    if gpu.capability == (0, 0):
+    """Not measured. The largest tile that does not spill, unless it leaves multiprocessors idle."""
+    if gpu.interpreted:
         return Tile(64, 64, 64, 4, 1)
     if element_bytes == 4:
         return Tile(64, 64, 32, 8, 3) if tf32 else Tile(32, 32, 32, 8, 2)
-    tiles = -(-patches // 128) * -(-width // 128)
-    if tiles < gpu.multiprocessors:
-        return Tile(64, 64, 64, 4, 3)
-    return Tile(128, 128, 64 if gpu.capability[0] >= 9 else 32, 8, 3)
+    depth = 32 if gpu.matrix_unit == "mma" else 64
+    for tile in (Tile(128, 128, depth, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 3)):
+        if -(-patches // tile.rows) * -(-width // tile.columns) >= gpu.multiprocessors:
+            break
+    return tile

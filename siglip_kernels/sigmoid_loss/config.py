@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from siglip_kernels.device import INTERPRETER, Facts
+from siglip_kernels.device import Facts
 from siglip_kernels.sigmoid_loss.blocks import round_up
 from siglip_kernels.sigmoid_loss.tuned import TUNED
 
@@ -50,21 +50,19 @@ _LARGEST_BLOCK = 5632
 
 def choose(dtype: torch.dtype, width: int, gpu: Facts, precision: str) -> Config:
     """The configuration for embeddings of this dtype and width. precision: of fp32 products, "ieee" or "tf32"."""
-    if gpu == INTERPRETER:
+    if gpu.interpreted:
         return Config(_INTERPRETER, _INTERPRETER, 256, descriptors=True, precision=precision)
-    capability = gpu.capability
-    descriptors = capability >= (9, 0)
     if dtype == torch.float32:
         logit_grad = product = _TF32 if precision == "tf32" else _IEEE
-    elif capability[0] == 9:
+    elif gpu.matrix_unit == "wgmma":
         logit_grad = _HOPPER
         # 256 columns where they divide the width: so400m's 1152 are 9 × 128, but 4.5 × 256.
         product = _HOPPER if width % 256 == 0 else _HOPPER_TALL
     else:
-        logit_grad = product = _SQUARE if descriptors else _AMPERE
+        logit_grad = product = _SQUARE if gpu.has_tma else _AMPERE
     logit_grad = _measured("logit_grad", dtype, width, gpu) or logit_grad
     product = _measured("product", dtype, width, gpu) or product
-    return Config(logit_grad, product, _block_size(product, width, gpu.multiprocessors), descriptors, precision)
+    return Config(logit_grad, product, _block_size(product, width, gpu.multiprocessors), gpu.has_tma, precision)
 
 
 def _measured(kernel: str, dtype: torch.dtype, width: int, gpu: Facts) -> Tile | None:
@@ -76,7 +74,7 @@ def candidates(element_bytes: int, gpu: Facts) -> list[Tile]:
     """The tiles to measure for both kernels in half precision; fp32 has one tile per precision."""
     if element_bytes != 2:
         return []
-    if gpu.capability < (9, 0):
+    if gpu.matrix_unit == "mma":
         return [_AMPERE, Tile(128, 128, 32, 4, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 4, 4)]
     return [
         Tile(*sizes, num_warps=8, num_stages=stages)

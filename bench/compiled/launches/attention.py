@@ -12,20 +12,21 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 def launches() -> Iterator[Launch]:
-    """Training on packed q, k and v: published shapes, then wide heads, fp16, padding, smaller tiles and fp32."""
+    """Training on packed q, k and v: published shapes, then other head dims, fp16, padding, smaller tiles and fp32."""
     for tokens, head_dim in ((729, 72), (1024, 64), (64, 72), (64, 64)):
         yield from _training(tokens, head_dim, torch.bfloat16)
     for tokens in (729, 64):
-        yield from _training(tokens, 128, torch.bfloat16)
+        for head_dim in (80, 96, 128):
+            yield from _training(tokens, head_dim, torch.bfloat16)
         yield from _training(tokens, 88, torch.float16)
-    yield from _training(729, 72, torch.bfloat16, padded=True)
-    yield from _training(64, 72, torch.bfloat16, padded=True)
-    for tokens, head_dim in ((32, 64), (32, 128), (16, 72)):
+        for head_dim in (64, 72):
+            yield from _training(tokens, head_dim, torch.bfloat16, padded=True)
+    for tokens, head_dim in ((32, 64), (32, 72), (32, 128), (16, 72)):
         yield from _training(tokens, head_dim, torch.bfloat16)
     for tokens in (729, 16):
-        yield from _training(tokens, 72, torch.float32)
-        yield from _training(tokens, 128, torch.float32)
-        yield from _training(tokens, 72, torch.float32, allow_tf32=True)
+        for head_dim in (64, 72, 96, 128):
+            yield from _training(tokens, head_dim, torch.float32)
+            yield from _training(tokens, head_dim, torch.float32, allow_tf32=True)
     yield from _tuned()
     yield from _candidates()
 

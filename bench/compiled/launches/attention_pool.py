@@ -20,9 +20,12 @@ def _training(
     name = f"{NAMES[dtype]} {batch} x {tokens} x {width}{' lengths' if padded else ''}"
 
     def run(backward: bool) -> None:
+        from siglip_kernels.attention_pool.config import fits
         from siglip_kernels.attention_pool.kernels import attention_pool_backward, attention_pool_forward
 
         x = torch.empty(batch, tokens, width, dtype=dtype, device="meta")
+        if not fits(x, heads):  # api.py takes the fallback
+            return
         folded = torch.empty(heads, width, dtype=dtype, device="meta")
         pooled = torch.empty(batch, heads, width, dtype=dtype, device="meta")
         statistics = torch.empty(batch, heads, device="meta")

@@ -8,7 +8,7 @@ from bench.compiled.launch import NAMES, Launch
 
 
 def launches() -> Iterator[Launch]:
-    """Training: the widths of base, large and so400m in bf16, then other dtypes, a residual, one image, odd widths."""
+    """Training: the widths of base, large and so400m in bf16, other dtypes, a residual, one image, other widths."""
     for width in (768, 1024, 1152):
         yield _launch(64 * 729, width, torch.bfloat16)
     yield _launch(64 * 729, 1152, torch.bfloat16, residual=True)
@@ -16,6 +16,7 @@ def launches() -> Iterator[Launch]:
     yield _launch(64 * 729, 1152, torch.float16, torch.float32)
     yield _launch(729, 1152, torch.bfloat16)
     yield _launch(64, 768, torch.float16)
+    yield _launch(64 * 729, 8192, torch.float32, residual=True)
     for width in (17, 72, 4304, 8192, 9001, 20_000):
         yield _launch(64 * 729, width, torch.bfloat16)
 
