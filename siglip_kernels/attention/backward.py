@@ -214,7 +214,7 @@ def attention_backward_queries_kernel(
         store_tile(
             q_grad + contiguous,
             queries * row,
-            first_query + queries < query_tokens,
+            first_query + queries < query_tokens,  # see attention_backward_keys_kernel
             q_grad_main * scale,
             q_grad_tail * scale,
             HEAD_DIM,
@@ -342,7 +342,7 @@ def attention_backward_keys_kernel(
     # Padded keys were loaded as zeros, and their weights are meaningless: their gradients are set to zero.
     real = key_is_valid[:, None]
     contiguous = (batch * key_tokens + first_key) * heads * HEAD_DIM + head * HEAD_DIM
-    key_exists = first_key + keys < key_tokens
+    key_exists = first_key + keys < key_tokens  # not as above: a mask kept through the loop takes registers
     store_tile(
         k_grad + contiguous,
         keys * row,

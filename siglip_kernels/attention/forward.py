@@ -136,7 +136,7 @@ def attention_forward_kernel(
     store_tile(
         out,
         queries * row,
-        first_query + queries < query_tokens,
+        first_query + queries < query_tokens,  # not as above: a mask kept through the loop takes registers
         out_main * normaliser[:, None],
         out_tail * normaliser[:, None],
         HEAD_DIM,

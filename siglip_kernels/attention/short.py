@@ -89,7 +89,7 @@ def attention_short_forward_kernel(
         row = row.to(tl.int64)
     token = tl.arange(0, BLOCK)
     query_is_valid = token < query_tokens
-    for sequence in tl.range(tl.program_id(0), sequences, tl.num_programs(0), disable_licm=True):
+    for sequence in tl.range(tl.program_id(0), sequences, tl.num_programs(0)):
         batch, head, limit = locate(sequence, heads, key_tokens, lengths, HAS_LENGTHS)
         key_is_valid = token < limit
         q_sequence = q + (batch * q_batch_stride + head * q_head_stride) * UNIT
@@ -168,6 +168,7 @@ def attention_short_backward_kernel(
     token = tl.arange(0, BLOCK)
     query_is_valid = token < query_tokens
     key_exists = token < key_tokens
+    # Addresses that are moved out of the loop would take registers throughout it, and spill.
     for sequence in tl.range(tl.program_id(0), sequences, tl.num_programs(0), disable_licm=True):
         batch, head, limit = locate(sequence, heads, key_tokens, lengths, HAS_LENGTHS)
         key_is_valid = token < limit

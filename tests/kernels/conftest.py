@@ -56,6 +56,12 @@ def extent(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def gpus(extent: str) -> tuple[str, ...]:
+    """The GPUs that a module compiles for. sm_86 and sm_89 get sm_80's code, so that they are left to "every"."""
+    return ("a100", "h200", "b200", "rtx5090") + (("rtx3090", "rtx4090") if extent == "every" else ())
+
+
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs code in a new Python process without Triton's interpreter; keyword arguments set environment variables."""

@@ -8,9 +8,10 @@ from bench.compiled.launch import NAMES, Launch
 
 
 def launches() -> Iterator[Launch]:
-    """Training of so400m, the widest that fits; one image of it; and base with padded samples."""
+    """Training of so400m, the widest that fits; one image of it and of base; and base with padded samples."""
     yield from _training(64, 729, 1152, 16, torch.bfloat16)
     yield from _training(1, 729, 1152, 16, torch.bfloat16)
+    yield from _training(1, 196, 768, 12, torch.bfloat16)
     yield from _training(256, 196, 768, 12, torch.float16, padded=True)
 
 

@@ -11,28 +11,24 @@ KERNELS = {
     "attention_short_forward_kernel",
     "attention_short_backward_kernel",
 }
+MATRIX_INSTRUCTIONS = [("a100", "mma"), ("h200", "wgmma"), ("b200", "tcgen05"), ("rtx5090", "mma")]
 PUBLISHED = r"^bf16 S=(729|64) D=72 \w+$"  # the long and the short kernels, without lengths
 
 
 @pytest.fixture(scope="module")
-def rows(extent: str) -> list[Row]:
-    """Every launch means: bf16, fp16, fp32 and TF32 on one GPU, 16 bits on the others."""
-    module = "attention"
-    if extent == "published":
-        return rows_in_a_subprocess(module, "a100", "h200", "b200", only=PUBLISHED)
-    return rows_in_a_subprocess(module, "h200", only="S=") + rows_in_a_subprocess(module, "a100", "b200", only="16 S=")
+def rows(extent: str, gpus: tuple[str, ...]) -> list[Row]:
+    return rows_in_a_subprocess("attention", *gpus, only=PUBLISHED if extent == "published" else "S=")
 
 
-def test_every_configuration_compiles_without_a_spill(rows):
-    assert {(row.kernel, row.gpu) for row in rows} == {
-        (kernel, gpu) for kernel in KERNELS for gpu in ("a100", "h200", "b200")
-    }
+def test_every_configuration_compiles_without_a_spill(rows, gpus):
+    assert {(row.kernel, row.gpu) for row in rows} == {(kernel, gpu) for kernel in KERNELS for gpu in gpus}
     assert not [str(row) for row in rows if row.problems()]
 
 
 @pytest.mark.thorough
-def test_what_tuning_may_choose_does_not_spill():
-    rows = rows_in_a_subprocess("attention", "h200", only="candidate D=72")
+@pytest.mark.parametrize("gpu", ["h200", "rtx5090"])
+def test_what_tuning_may_choose_does_not_spill(gpu):
+    rows = rows_in_a_subprocess("attention", gpu, only="candidate D=72")
     assert {row.kernel for row in rows} == {kernel for kernel in KERNELS if "short" not in kernel}
     assert not [str(row) for row in rows if row.problems()]
 
@@ -61,7 +57,7 @@ def test_a_tile_too_large_is_a_problem(tile, problem, run_python):
     assert problem in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(("gpu", "instruction"), [("a100", "mma"), ("h200", "wgmma"), ("b200", "tcgen05")])
+@pytest.mark.parametrize(("gpu", "instruction"), MATRIX_INSTRUCTIONS)
 def test_half_precision_uses_the_matrix_instructions_of_its_gpu(rows, gpu, instruction):
     half = [row for row in rows if row.gpu == gpu and row.launch[:4] in ("bf16", "fp16")]
     assert half

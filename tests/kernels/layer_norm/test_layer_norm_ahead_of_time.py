@@ -4,22 +4,23 @@ import pytest
 
 from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
 
-PUBLISHED = "^bf16 46656 x (1152|9001)$"
+PUBLISHED = "^bf16 46656 x (1152|8192|9001)$"
 
 
 @pytest.fixture(scope="module")
-def rows(extent: str) -> list[Row]:
-    return rows_in_a_subprocess("layer_norm", "a100", "h200", "b200", only=PUBLISHED if extent == "published" else "")
+def rows(extent: str, gpus: tuple[str, ...]) -> list[Row]:
+    return rows_in_a_subprocess("layer_norm", *gpus, only=PUBLISHED if extent == "published" else "")
 
 
-def test_nothing_spills_or_fails(rows):
-    assert {row.kernel for row in rows} == {
+def test_nothing_spills_or_fails(rows, gpus):
+    kernels = {
         "layer_norm_forward_kernel",
         "layer_norm_backward_kernel",
         "layer_norm_parameter_gradients_kernel",
         "wide_statistics_kernel",
         "wide_sums_kernel",
     }
+    assert {(row.kernel, row.gpu) for row in rows} == {(kernel, gpu) for kernel in kernels for gpu in gpus}
     assert not [str(row) for row in rows if row.problems()]
 
 

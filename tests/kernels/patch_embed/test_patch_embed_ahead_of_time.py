@@ -8,16 +8,18 @@ PUBLISHED = r"^bf16 64 x \S+ patch \d+ width \d+$"
 
 
 @pytest.fixture(scope="module")
-def rows(extent: str) -> list[Row]:
-    return rows_in_a_subprocess("patch_embed", "a100", "h200", "b200", only=PUBLISHED if extent == "published" else "")
+def rows(extent: str, gpus: tuple[str, ...]) -> list[Row]:
+    return rows_in_a_subprocess("patch_embed", *gpus, only=PUBLISHED if extent == "published" else "")
 
 
-def test_nothing_spills_or_fails(rows):
-    assert {row.kernel for row in rows} == {"patch_embed_kernel"}
+def test_nothing_spills_or_fails(rows, gpus):
+    assert {row.kernel for row in rows} == {"patch_embed_kernel"} and {row.gpu for row in rows} == set(gpus)
     assert not [str(row) for row in rows if row.problems()]
 
 
-@pytest.mark.parametrize(("gpu", "instruction"), [("a100", "mma"), ("h200", "wgmma"), ("b200", "tcgen05")])
+@pytest.mark.parametrize(
+    ("gpu", "instruction"), [("a100", "mma"), ("h200", "wgmma"), ("b200", "tcgen05"), ("rtx5090", "mma")]
+)
 def test_products_use_tensor_cores(rows, gpu, instruction):
     products = [row for row in rows if row.gpu == gpu and "fp32 64" not in row.launch]
     assert products
