@@ -45,6 +45,15 @@ def backward_tile(width: int, rows: int, multiprocessors: int) -> Tile:
     return Tile(tile_rows, block, 0, 4 if tile_rows * block <= 32 * 128 else 8)
 
 
+def backward_stages(tile: Tile, loaded_bytes: int, shared_memory: int) -> int:
+    """How deep the loads of the loop are pipelined: 3, or what shared memory holds. All stages but one have a buffer.
+
+    loaded_bytes: of one element of each matrix that is loaded. shared_memory: bytes.
+    """
+    buffer = tile.rows * tile.main * loaded_bytes
+    return min(3, 1 + (shared_memory - 2048) // buffer)  # some of it is for sums across warps
+
+
 def _power_of_two(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 

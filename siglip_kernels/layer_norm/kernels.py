@@ -19,7 +19,13 @@ from torch import Tensor
 
 from siglip_kernels.device import facts, interpreting
 from siglip_kernels.interpreter import narrow
-from siglip_kernels.layer_norm.config import WIDE_BLOCK, WIDEST_IN_REGISTERS, backward_tile, forward_tile
+from siglip_kernels.layer_norm.config import (
+    WIDE_BLOCK,
+    WIDEST_IN_REGISTERS,
+    backward_stages,
+    backward_tile,
+    forward_tile,
+)
 from siglip_kernels.strides import strides_of
 
 
@@ -362,8 +368,9 @@ def layer_norm_backward(
     bias_grad = torch.empty(width if needs_bias else 0, dtype=parameter_dtype, device=x.device)
     if rows == 0 or width == 0:
         return x_grad, weight_grad.zero_(), bias_grad.zero_()
-    multiprocessors = facts(x.device).multiprocessors
-    tile = backward_tile(width, rows, multiprocessors)
+    gpu = facts(x.device)
+    tile = backward_tile(width, rows, gpu.multiprocessors)
+    loaded = (y_grad, x) if residual_grad is None else (y_grad, x, residual_grad)
     wide = width > WIDEST_IN_REGISTERS
     sums = None
     if wide:
@@ -380,12 +387,12 @@ def layer_norm_backward(
             WIDTH=width,
             BLOCK=WIDE_BLOCK,
         )
-    programs = min(-(-rows // tile.rows), 3 * multiprocessors)  # resident at once; each processes many tiles
+    programs = min(-(-rows // tile.rows), 3 * gpu.multiprocessors)  # resident at once; each processes many tiles
     weight_partials, bias_partials = (
         torch.empty((programs, width), dtype=torch.float32, device=x.device) if needed else None
         for needed in (needs_weight, needs_bias)
     )
-    strides = strides_of(y_grad, x) if residual_grad is None else strides_of(y_grad, x, residual_grad)
+    strides = strides_of(*loaded)
     layer_norm_backward_kernel[(programs, -(-width // tile.main) if wide else 1)](
         y_grad=y_grad,
         x=x,
@@ -406,7 +413,7 @@ def layer_norm_backward(
         ROWS=tile.rows,
         UNIT=strides.unit,
         WIDE=wide,
-        STAGES=3,
+        STAGES=backward_stages(tile, sum(matrix.element_size() for matrix in loaded), gpu.shared_memory),
         num_warps=tile.warps,
         maxnreg=192
         if tile.warps == 4

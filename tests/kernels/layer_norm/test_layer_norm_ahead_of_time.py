@@ -4,7 +4,7 @@ import pytest
 
 from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
 
-PUBLISHED = "^bf16 46656 x (1152|8192|9001)$"
+PUBLISHED = "^bf16 46656 x (1152|9001)$|^fp32 46656 x 8192 residual$"  # the last needs the most shared memory
 
 
 @pytest.fixture(scope="module")
