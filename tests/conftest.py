@@ -14,7 +14,7 @@ if WORKER:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-import torchvision_operators  # noqa: E402, F401  before anything imports torchvision
+import torchvision_operators  # noqa: E402
 
 if WORKER:
     torch.set_num_threads(1)
@@ -25,6 +25,8 @@ if not torch.cuda.is_available():
         import fast_interpreter
 
         fast_interpreter.install()
+
+torchvision_operators.declare_if_missing()  # before anything imports torchvision
 
 # A background process ignores SIGINT, and its children inherit that; tests that send SIGINT need the default handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -2,10 +2,13 @@
 
 There its operators do not load, so that importing it fails, and with it timm, open_clip and transformers' image
 processors, although no test calls such an operator. This module declares the missing operators' names.
+
+Whether they are missing is asked once per session, by conftest.py. Processes that the session starts inherit the answer
+in an environment variable; those without a conftest.py import this module before torchvision.
 """
 
-import importlib.util
-from pathlib import Path
+import os
+import sys
 
 import torch
 
@@ -24,21 +27,35 @@ OPERATORS = (
     "deform_conv2d",
     "_deform_conv2d_backward",
 )
+MISSING = "TORCHVISION_OPERATORS_MISSING"
+_library = torch.library.Library("torchvision", "FRAGMENT")  # kept: its operators go with it
 
 
-def _real_ones_load() -> bool:
-    found = importlib.util.find_spec("torchvision")
-    if found is None or found.origin is None:
-        return True  # nothing will ask for them
+def _missing() -> bool:
     try:
-        torch.ops.load_library(Path(found.origin).parent / "_C.so")
-    except OSError:
+        import torchvision  # noqa: F401
+    except ImportError:  # not installed, or broken in a way that no declaration mends
         return False
-    return True
+    except (RuntimeError, AttributeError):  # "operator torchvision::nms does not exist"
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        return True
+    return False
 
 
-library = torch.library.Library("torchvision", "FRAGMENT")  # kept: its operators go with it
-
-if not _real_ones_load():
+def _declare() -> None:
     for name in OPERATORS:
-        library.define(f"{name}() -> ()")
+        if not hasattr(torch.ops.torchvision, name):
+            _library.define(f"{name}() -> ()")
+
+
+def declare_if_missing() -> None:
+    """Asks by importing torchvision, which imports Triton: call it after TRITON_INTERPRET is set."""
+    if MISSING not in os.environ:
+        os.environ[MISSING] = str(int(_missing()))
+        if os.environ[MISSING] == "1":
+            _declare()
+
+
+if os.environ.get(MISSING) == "1":
+    _declare()
