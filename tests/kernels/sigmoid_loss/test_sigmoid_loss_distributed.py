@@ -1,14 +1,13 @@
 """The loss of the global batch over processes (gloo), against one process in fp64 and open_clip, and its errors."""
 
-import datetime
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,34 +36,6 @@ def open_clip_loss():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.SigLipLoss
-
-
-def start_ranks(work, sizes: tuple[int, ...], path: Path, *arguments):
-    """Starts processes from a server that has already imported the slow modules."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "triton", "siglip_kernels"])
-    arguments = (work, sizes, str(path), arguments)
-    return multiprocessing.start_processes(_rank, arguments, len(sizes), join=False, start_method="forkserver")
-
-
-def run_ranks(work, sizes: tuple[int, ...], path: Path, *arguments) -> list:
-    """Runs work(rank, sizes, *arguments) in one process per rank and returns the results by rank."""
-    context = start_ranks(work, sizes, path, *arguments)
-    while not context.join():
-        pass
-    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(len(sizes))]
-
-
-def _rank(rank: int, work, sizes: tuple[int, ...], path: str, arguments) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{path}/store",
-        rank=rank,
-        world_size=len(sizes),
-        timeout=datetime.timedelta(seconds=60),
-    )
-    torch.save(work(rank, sizes, *arguments), f"{path}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def loss_and_gradients(loss_function, rank: int, sizes: tuple[int, ...], weight: float) -> list[Tensor]:
@@ -135,14 +106,15 @@ def _cases(rank: int, sizes: tuple[int, ...]) -> dict:
 
 
 @pytest.fixture(scope="module", params=[(8, 8), (7, 3, 6), (4, 4, 4, 4)], ids=str)
-def ranks(request, tmp_path_factory):
-    return request.param, run_ranks(_cases, request.param, tmp_path_factory.mktemp("ranks"))
+def results(request, tmp_path_factory):
+    sizes = request.param
+    return sizes, ranks.run(_cases, len(sizes), tmp_path_factory.mktemp("ranks"), sizes)
 
 
 @pytest.mark.parametrize("weights", ["same", "different"])
 @pytest.mark.parametrize("implementation", ["ring", "gather"])
-def test_equals_one_process_in_fp64(ranks, implementation, weights):
-    sizes, found = ranks
+def test_equals_one_process_in_fp64(results, implementation, weights):
+    sizes, found = results
     true = truth(sizes, [1.5 if weights == "same" else 1.0 + rank for rank in range(len(sizes))])
     for rank, results in enumerate(found):
         for backend in ("chunked", "triton") if len(sizes) == 2 else ("chunked",):
@@ -150,8 +122,8 @@ def test_equals_one_process_in_fp64(ranks, implementation, weights):
                 assert (result - expected).norm() <= 1e-5 * expected.norm()
 
 
-def test_mean_over_ranks_is_the_loss_of_the_whole_batch(ranks):
-    sizes, found = ranks
+def test_mean_over_ranks_is_the_loss_of_the_whole_batch(results):
+    sizes, found = results
     whole = torch.stack([rank[0] for rank in truth(sizes, [1.0] * len(sizes))]).mean()
     averages = [results["average"] for results in found]
     assert all(torch.equal(average, averages[0]) for average in averages)
@@ -161,8 +133,8 @@ def test_mean_over_ranks_is_the_loss_of_the_whole_batch(ranks):
 
 
 @pytest.mark.parametrize("implementation", ["bidir", "shift", "reduce", "gather"])
-def test_equals_open_clip(ranks, implementation):
-    sizes, found = ranks
+def test_equals_open_clip(results, implementation):
+    sizes, found = results
     if len(set(sizes)) > 1:
         true = truth(sizes, [1.0] * len(sizes))  # open_clip requires equal batches
     elif ("open_clip", implementation) not in found[0]:
@@ -174,8 +146,8 @@ def test_equals_open_clip(ranks, implementation):
                 assert (result - other).norm() <= 1e-5 * other.norm()
 
 
-def test_bad_input_of_one_rank_ends_all_of_them(ranks):
-    _, found = ranks
+def test_bad_input_of_one_rank_ends_all_of_them(results):
+    _, found = results
     for rank, results in enumerate(found):
         integer, half, width, empty = results["errors"]
         assert ("has dtype torch.int32" if rank == 0 else "refused by rank 0") in integer
@@ -207,8 +179,8 @@ class _Towers(torch.nn.Module):
         return F.normalize(self.image(x), dim=-1), F.normalize(self.text(y), dim=-1), self.log_scale.exp(), self.bias
 
 
-def test_data_parallel_gradients_are_those_of_the_whole_batch(ranks):
-    sizes, found = ranks
+def test_data_parallel_gradients_are_those_of_the_whole_batch(results):
+    sizes, found = results
     torch.manual_seed(0)
     model = _Towers().double()
     SigLipLoss()(*model(*(v.double() for v in batch(sizes)))).backward()
@@ -229,11 +201,11 @@ def _dies(rank: int, sizes: tuple[int, ...]) -> str:
 
 
 def test_a_dead_rank_ends_the_others(tmp_path):
-    context = start_ranks(_dies, (2, 2), tmp_path)
+    context = ranks.start(_dies, 2, tmp_path, (2, 2))
     for process in context.processes:
         process.join(50)
     assert not any(process.is_alive() for process in context.processes)
-    message = torch.load(tmp_path / "0.pt")
+    message = ranks.result(tmp_path, 0)
     assert message != "no error"
 
 

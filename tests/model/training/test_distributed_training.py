@@ -1,13 +1,11 @@
 """The triton backend under DDP and FSDP2: two processes end where one with the whole batch does."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -61,52 +59,46 @@ def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
 
 
-def one_of_two(rank: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def one_of_two(rank: int) -> dict[str, dict[str, Any]]:
+    """The weights and losses of each way to train, by its name."""
     half = {name: tensor.chunk(2)[rank] for name, tensor in batch().items()}
+    found = {}
 
-    def save(name: str, model: torch.nn.Module, losses: list[float]) -> None:
-        weights = whole(model)
+    def keep(name: str, model: torch.nn.Module, losses: list[float]) -> None:
         shared = torch.tensor(losses)
         dist.all_reduce(shared)  # a rank's loss is of its own images; the mean is the loss of the batch
-        losses = (shared / 2).tolist()
-        if rank == 0:
-            torch.save({"weights": weights, "losses": losses}, f"{folder}/{name}.pt")
+        found[name] = {"weights": whole(model), "losses": (shared / 2).tolist()}
 
     model = fresh()
     model.use_global_loss()
-    save("ddp", model, train(DistributedDataParallel(model), half))
+    keep("ddp", model, train(DistributedDataParallel(model), half))
 
     model = fresh()
     model.use_global_loss()
     for tower in (model.text_model, model.vision_model):
         tower.gradient_checkpointing_enable()
-    save("fsdp, checkpointed", model, train(sharded(model.train(), (EncoderLayer,)), half))
+    keep("fsdp, checkpointed", model, train(sharded(model.train(), (EncoderLayer,)), half))
 
     model = fresh()  # parts of a layer are sharded alone: an operation must not bypass their hooks
     model.use_global_loss()
-    save("fsdp of parts", model, train(sharded(model, (torch.nn.Linear, Attention, torch.nn.MultiheadAttention)), half))
+    keep("fsdp of parts", model, train(sharded(model, (torch.nn.Linear, Attention, torch.nn.MultiheadAttention)), half))
 
     model = fresh()
     model.use_global_loss()
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    save("fsdp, bf16", model, train(sharded(model, (EncoderLayer,), mp_policy=bf16), half))
+    keep("fsdp, bf16", model, train(sharded(model, (EncoderLayer,), mp_policy=bf16), half))
 
     model = fresh()  # plans of tensor parallelism look for nn.Linear
     for tower in (model.text_model, model.vision_model):
         plan = {"layers.*.mlp.fc1": ColwiseParallel(), "layers.*.mlp.fc2": RowwiseParallel()}
         parallelize_module(tower.encoder, init_device_mesh("cpu", (2,)), plan)
-    save("tensor parallel", model, train(model, batch()))
-    dist.destroy_process_group()
+    keep("tensor parallel", model, train(model, batch()))
+    return found
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("together")
-    torch.multiprocessing.spawn(one_of_two, args=(str(folder),), nprocs=2)
-    return folder
+def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return ranks.run(one_of_two, 2, tmp_path_factory.mktemp("together"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +109,9 @@ def alone() -> tuple[dict[str, torch.Tensor], list[float]]:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp, checkpointed", "fsdp of parts", "tensor parallel"])
-def test_two_processes_train_as_one(name: str, together: Path, alone: tuple[dict, list]) -> None:
+def test_two_processes_train_as_one(name: str, together: dict, alone: tuple[dict, list]) -> None:
     weights, losses = alone
-    found = torch.load(together / f"{name}.pt", weights_only=True)
+    found = together[name]
     assert found["weights"].keys() == weights.keys()
     before = fresh().state_dict()
     assert max((weights[key] - before[key]).abs().max().item() for key in weights) > 1e-3  # it learned
@@ -128,7 +120,7 @@ def test_two_processes_train_as_one(name: str, together: Path, alone: tuple[dict
     assert found["losses"] == pytest.approx(losses, rel=1e-5)
 
 
-def test_mixed_precision_stays_near(together: Path, alone: tuple[dict, list]) -> None:
-    found = torch.load(together / "fsdp, bf16.pt", weights_only=True)
+def test_mixed_precision_stays_near(together: dict, alone: tuple[dict, list]) -> None:
+    found = together["fsdp, bf16"]
     assert {tensor.dtype for tensor in found["weights"].values()} == {torch.float32}
     assert found["losses"] == pytest.approx(alone[1], rel=0.02)

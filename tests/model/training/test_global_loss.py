@@ -1,12 +1,10 @@
 """The loss of the global batch under DDP: two processes train as one with the whole batch does."""
 
-import os
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from oracle import TINY_TEXT, TINY_VISION
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,25 +32,19 @@ def train(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
         optimizer.step()
 
 
-def one_of_two(rank: int, folder: str) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def one_of_two(rank: int) -> dict[str, torch.Tensor]:
     model = fresh()
     model.use_global_loss()
     half = {name: tensor.chunk(2)[rank] for name, tensor in batch().items()}
     train(DistributedDataParallel(model), half)
-    if rank == 0:
-        torch.save(model.state_dict(), f"{folder}/trained.pt")
-    dist.destroy_process_group()
+    return model.state_dict()
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
+    together, _ = ranks.run(one_of_two, 2, tmp_path)
     single, local = fresh(), fresh()
     train(single, batch())
     train(local, {name: tensor[: BATCH // 2] for name, tensor in batch().items()})
-    together = torch.load(tmp_path / "trained.pt", weights_only=True)
     for name, expected in single.state_dict().items():
         torch.testing.assert_close(together[name], expected, rtol=0, atol=2e-6, msg=name)
     assert not torch.allclose(local.logit_bias, single.logit_bias, rtol=0, atol=1e-4)  # the global batch matters
