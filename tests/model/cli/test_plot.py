@@ -45,7 +45,7 @@ def test_characters_without_a_font_warn_once(tmp_path):
     row = PlotRow(random_image(0), "x", [{"score": 0.5, "label": "\U0010fffd \U0010fffc"}])
     with pytest.warns(UserWarning, match="no installed font has") as caught:
         plot_predictions([row], tmp_path / "x.png")
-    assert len(caught) == 1
+    assert ["no installed font has" in str(warning.message) for warning in caught].count(True) == 1
 
 
 def test_invalid_arguments_of_plot(tmp_path):
