@@ -10,6 +10,7 @@ from importlib import metadata
 from siglip_model.cli import terminal
 from siglip_model.cli.options import JsonOption, errors_in_one_line
 
+DISTRIBUTION = "siglip-triton"
 LIBRARIES = ("torch", "triton", "flash-attn", "transformers", "sentencepiece", "tokenizers", "safetensors", "pillow")
 
 
@@ -19,8 +20,9 @@ def describe_machine() -> dict[str, dict[str, str | None]]:
 
     from siglip_model import backends
 
-    versions: dict[str, str | None] = {"siglip-triton": _version("siglip-triton"), "python": platform.python_version()}
-    versions.update({name: _version(name) for name in LIBRARIES})
+    versions: dict[str, str | None] = {DISTRIBUTION: installed_version(DISTRIBUTION)}
+    versions["python"] = platform.python_version()
+    versions.update({name: installed_version(name) for name in LIBRARIES})
     if torch.version.cuda is not None:
         versions["cuda (of torch)"] = torch.version.cuda
     if torch.version.hip is not None:
@@ -28,7 +30,8 @@ def describe_machine() -> dict[str, dict[str, str | None]]:
     return {"versions": versions, "devices": _devices(), "backends": dict(backends.availability())}
 
 
-def _version(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """The installed version; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

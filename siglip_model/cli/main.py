@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
@@ -15,7 +16,7 @@ from siglip_model.cli import terminal
 from siglip_model.cli.classify import LabelListCommand, classify
 from siglip_model.cli.demo import demo
 from siglip_model.cli.embed import embed
-from siglip_model.cli.info import info
+from siglip_model.cli.info import DISTRIBUTION, info, installed_version
 
 app = typer.Typer(
     name="siglip",
@@ -26,6 +27,23 @@ app = typer.Typer(
     help="Score images against labels, and embed images, with SigLIP.",
     epilog="Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 130 interrupted.",
 )
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(DISTRIBUTION, installed_version(DISTRIBUTION) or "(not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def siglip(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The options before the command."""
+
+
 app.command(cls=LabelListCommand)(classify)
 app.command()(embed)
 app.command()(demo)

@@ -1,5 +1,6 @@
 """The command `siglip` as a whole: usage errors, help, `siglip info`, progress, and interruption while it starts."""
 
+import importlib.metadata
 import io
 import json
 import subprocess
@@ -92,6 +93,17 @@ def test_info_says_which_gpus_run_no_kernels(siglip, monkeypatch):
     facts = json.loads(siglip("info", "--json").stdout)
     assert facts["devices"]["cuda:0"].startswith("AMD Instinct MI300X (gfx942), 32 GiB; no triton: ")
     assert "is an AMD GPU (ROCm 6.4)" in facts["backends"]["triton"] and facts["versions"]["rocm (of torch)"] == "6.4"
+
+
+@pytest.mark.parametrize("command", [["siglip"], [sys.executable, "-m", "siglip_model.cli"]], ids=["siglip", "-m"])
+def test_version(siglip, command):
+    expected = f"siglip-triton {importlib.metadata.version('siglip-triton')}\n"
+    if command == ["siglip"]:
+        result = siglip("--version")
+        assert (result.exit_code, result.stdout, result.stderr) == (0, expected, "")
+    else:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 
 INTERRUPTED_START = """
