@@ -191,7 +191,8 @@ def check_lengths(operation: str, lengths: Tensor | None, other: str, x: Tensor)
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to matrix products on the tensor's device, or None where autocast is off."""
-    if not isinstance(tensor, Tensor) or not torch.amp.is_autocast_available(tensor.device.type):
+    # Meta tensors have no autocast. torch 2.11 cannot compile torch.amp.is_autocast_available.
+    if not isinstance(tensor, Tensor) or tensor.is_meta:
         return None
     if torch.is_autocast_enabled(tensor.device.type):
         return torch.get_autocast_dtype(tensor.device.type)
