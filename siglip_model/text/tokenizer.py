@@ -405,7 +405,10 @@ class Tokenizer(abc.ABC):
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
     ) -> list[str]:
-        """Like `decode`, always as a list of texts."""
+        """Like `decode`, always as a list of texts; an empty batch has none."""
+        sequences = _to_lists(sequences)
+        if isinstance(sequences, list) and not sequences:
+            return []
         texts = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
         return [texts] if isinstance(texts, str) else texts
 

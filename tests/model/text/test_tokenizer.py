@@ -70,9 +70,16 @@ class TestDecode:
         for tokenizer, reference in pairs:
             assert tokenizer.decode(ids, **options) == reference.decode(ids, **options)
             assert tokenizer.decode(torch.tensor(ids, dtype=torch.int64), **options) == reference.decode(ids, **options)
-            for batch in ([ids, [1]], [[1], ids, []], np.array([[3, 1], [4, 1]]), torch.tensor([[3, 1]]), ids):
+            for batch in ([ids, [1]], [[1], ids, []], np.array([[3, 1], [4, 1]]), torch.tensor([[3, 1]]), ids or [1]):
                 assert tokenizer.batch_decode(batch, **options) == reference.batch_decode(batch, **options)
             assert tokenizer.convert_ids_to_tokens(ids, skip) == reference.convert_ids_to_tokens(ids, skip)
+
+    @pytest.mark.parametrize("empty", [[], np.array([]), torch.tensor([])], ids=["list", "array", "tensor"])
+    def test_an_empty_batch_has_no_texts(self, pairs: list[Any], empty: Any) -> None:
+        """As in transformers from 5.24 on; before, it read an empty batch as one empty text."""
+        for tokenizer, _ in pairs:
+            assert tokenizer.batch_decode(empty) == []
+            assert tokenizer.decode(empty) == ""
 
     def test_a_single_id(self, pairs: list[Any]) -> None:
         for tokenizer, reference in pairs:
