@@ -1,15 +1,16 @@
 """The command `python -m bench`.
 
-Exit codes: 0 success, 1 a kernel is wrong, spills or does not compile, 2 usage or setup error, 130 interrupted by
+Exit codes: 0 success, 1 a kernel is wrong, does not compile or spills, 2 usage or setup error, 130 interrupted by
 Ctrl-C (rows measured so far are written; the next run resumes).
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -119,29 +120,63 @@ def compile_kernels(
         list[str] | None, typer.Argument(metavar="[OPERATION]...", help="All by default.", show_default=False)
     ] = None,
     gpu: Annotated[
-        list[str] | None, typer.Option("--gpu", metavar="NAME,…", help="a100 (sm_80), h200 (sm_90), b200 (sm_100).")
+        list[str] | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME,…",
+            help="By name (h200) or architecture (sm_90); by default sm_80, sm_86, sm_89, sm_90, sm_100 and sm_120.",
+            show_default=False,
+        ),
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One published shape per kernel and epilogue.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Processes; one per core by default.", show_default=False)
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option(help="Keep and reuse compiled kernels in ~/.triton/cache or TRITON_CACHE_DIR.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as a JSON list instead of tables.")] = False,
     results: ResultsOption = None,
 ) -> None:
-    """Compile every kernel without a GPU: registers, spills, matrix instructions, memory accesses."""
-    with _errors_in_one_line():
+    """Compile every kernel without a GPU: registers, spills, shared memory, matrix instructions."""
+    with _errors_in_one_line("kernels compiled so far are kept, and the next run reuses them" if cache else ""):
         from bench import terminal
-        from bench.compiled.ahead_of_time import GPUS
+        from bench.compiled.launch import BY_NAME, GPUS
         from bench.compiled.launches import operation_names
-        from bench.compiled.table import compile_operations, use_the_compiler, write_table
+        from bench.compiled.processes import usable_cores
+        from bench.compiled.table import (
+            compile_tasks,
+            empty_cache,
+            facts,
+            kernels,
+            tasks,
+            use_the_compiler,
+            write_table,
+        )  # fmt: skip
         from bench.report.rows import results_directory
 
         every = operation_names()
         chosen = _known("operation", _split(operations), every) or every
-        gpus = _known("--gpu", _split(gpu), GPUS) or ["a100", "h200", "b200"]
+        gpus = list(dict.fromkeys(BY_NAME[name] for name in _known("--gpu", _split(gpu), BY_NAME))) or list(GPUS)
+        wanted = tasks(chosen, gpus, quick)
+        if not wanted:
+            raise ValueError(f"{', '.join(chosen)}: has no kernels for {', '.join(gpus)}")
         use_the_compiler()
-        with terminal.progress_bar() as progress:
-            rows = list(compile_operations(chosen, gpus, progress))
-        terminal.print_compiled(rows)
-        if set(chosen) == set(every):
-            print(f"Written to {write_table(rows, results or results_directory())}.")
-        wrong = [row for _, row in rows if row.problems()]
-        print(f"{len(rows) - len(wrong)} of {len(rows)} kernels compile without a spill.")
+        began = time.monotonic()
+        with nullcontext() if cache else empty_cache(), terminal.progress_bar(interval=10.0) as progress:
+            rows = compile_tasks(wanted, jobs or usable_cores(), progress)
+        found = kernels(rows)
+        if as_json:
+            print(json.dumps([facts(operation, row) for operation, row in found]))
+        else:
+            terminal.print_compiled(rows)
+        tell = terminal.say if as_json else print
+        complete = not quick and set(chosen) == set(every) and set(gpus) == set(GPUS)
+        if complete or results is not None:
+            tell(f"Written to {write_table(rows, results or results_directory())}.")
+        wrong = sum(bool(row.problems()) for _, row in found)
+        seconds = time.monotonic() - began
+        tell(f"{len(found) - wrong} of {len(found)} kernels compile without a problem, in {seconds:.0f} s.")
         if wrong:
             raise typer.Exit(FAILED)
 
@@ -403,11 +438,12 @@ def _report(files: Sequence[Path] | None, where: Path | None, readme: Path | Non
     directory.mkdir(parents=True, exist_ok=True)
     drawn = draw_all(rows, directory) if plots else []
     page = directory / "README.md"
-    page.write_text(full_report(rows, chosen, drawn))
+    compiled = sorted(directory.glob("compile-*.jsonl"))
+    page.write_text(full_report(rows, chosen, drawn, compiled))
     print(f"Written: {', '.join(str(path) for path in (page, *drawn))}.")
     usual = in_repository() and directory.resolve() == results_directory().resolve()
     target = readme or (ROOT / "README.md" if usual else None)
-    text = summary(rows, chosen, drawn, target.parent if target else Path.cwd())
+    text = summary(rows, chosen, drawn, target.parent if target else Path.cwd(), compiled)
     if target is None:
         print(text)
         return
@@ -427,13 +463,14 @@ def _deadline(minutes: float | None) -> float | None:
 
 
 @contextmanager
-def _errors_in_one_line() -> Iterator[None]:
+def _errors_in_one_line(kept: str = "rows measured so far are written, and the next run resumes") -> Iterator[None]:
+    """Turns errors into a line and an exit code. kept: what an interruption leaves."""
     try:
         yield
     except typer.Exit:  # a RuntimeError
         raise
     except KeyboardInterrupt:
-        print("bench: interrupted; rows measured so far are written, and the next run resumes", file=sys.stderr)
+        print("; ".join(filter(None, ("bench: interrupted", kept))), file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"bench: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,16 +19,18 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on a terminal; elsewhere a line for each group that begins."""
+def progress_bar(interval: float = 0.0) -> Iterator[Progress]:
+    """A bar on a terminal; elsewhere a line for each group that begins, but none within `interval` seconds of one."""
     if not sys.stderr.isatty():
-        shown = ""
+        shown, began, last = "", time.monotonic(), -interval
 
         def show(event: Event) -> None:
-            nonlocal shown
-            if event.group and event.group != shown:
-                shown = event.group
-                say(f"[{event.done + 1}/{event.total}] {event.group}")
+            nonlocal shown, last
+            elapsed = time.monotonic() - began
+            if event.group and event.group != shown and elapsed - last >= interval:
+                shown, last = event.group, elapsed
+                times = f"{_times(event, elapsed)}: " if interval else ""
+                say(f"[{event.done + 1}/{event.total}] {times}{event.group}")
 
         yield show
         return
@@ -38,11 +41,19 @@ def progress_bar() -> Iterator[Progress]:
         progress.BarColumn(bar_width=24),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
         progress.TextColumn("{task.description}"),
     )
     with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda event: bar.update(task, completed=event.done, total=event.total, description=event.label)
+
+
+def _times(event: Event, elapsed: float) -> str:
+    """The time so far and, as soon as something is done, an estimate of the rest."""
+    if not event.done:
+        return f"{elapsed:.0f} s elapsed"
+    return f"{elapsed:.0f} s elapsed, about {elapsed / event.done * (event.total - event.done):.0f} s left"
 
 
 def _print(table: Any, stderr: bool = False) -> None:
@@ -115,25 +126,15 @@ def print_checks(checked: Sequence[Checked]) -> None:
 
 
 def print_compiled(rows: Sequence[tuple[str, Compiled]]) -> None:
+    """Prints a line per operation and architecture, then the kernels with problems."""
     from rich.text import Text
 
-    from bench.compiled.table import architecture
+    from bench.compiled.summary import HEADER, problems, summarise
 
-    table = _table(
-        "Compiled ahead of time",
-        "operation", "shape", "kernel", "arch", "warps", "registers", "spilled B", "shared B", "matrix", "16 B",
-        "other", "",
-    )  # fmt: skip
-    for operation, row in rows:
-        problems = row.problems()
-        wide = sum(count for name, count in row.accesses.items() if name == "tma" or name.endswith(" 16"))
-        narrow = sum(row.accesses.values()) - wide
-        matrix = " ".join(f"{name}×{count}" for name, count in row.matrix.items())
-        verdict = Text("; ".join(problems), "red") if problems else Text("ok", "green")
-        numbers = (row.warps, row.registers, row.stack_bytes, row.shared_bytes)
-        kernel = row.kernel.removesuffix("_kernel")
-        table.add_row(
-            operation, row.launch, kernel, architecture(row.gpu), *map(str, numbers), matrix, str(wide), str(narrow),
-            verdict,
-        )  # fmt: skip
+    table = _table("Compiled ahead of time", "operation", "arch", *HEADER, "")
+    for one in summarise(rows):
+        verdict = Text(f"{one.problems} with problems", "red") if one.problems else Text("ok", "green")
+        table.add_row(one.operation, one.architecture, *one.cells(), verdict)
     _print(table)
+    for problem in problems(rows):
+        print(problem)

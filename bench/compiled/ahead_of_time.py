@@ -1,10 +1,13 @@
 """Compiles kernels without a GPU and reads the result: registers, spills, matrix instructions, memory accesses.
 
-    python -m bench.compiled.ahead_of_time attention --gpu a100 h200 b200 [--json]
+    python -m bench.compiled.ahead_of_time attention --gpu h200 sm_120 [--json]
 
 `bench.compiled.launches` yields `Launch(name, call)` for each operation. A call runs a launcher of this project on
 tensors of the `meta` device. Every kernel that it starts is compiled, but not run, with the specialisation that the
 just-in-time compiler would choose for the arguments (types, alignment of pointers and strides, constants).
+
+Triton keeps what it compiles in ~/.triton/cache or TRITON_CACHE_DIR, by the source of the kernel and of what it calls,
+its specialisation, the GPU and the compiler's version, so that only changed kernels are compiled again.
 
 Needs Triton but neither a GPU nor a driver. Triton must not have been imported with TRITON_INTERPRET=1, which replaces
 the compiler: tests that run in the interpreter start this module in a subprocess (`rows_in_a_subprocess`).
@@ -13,20 +16,26 @@ the compiler: tests that run in the interpreter start this module in a subproces
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from bench.compiled.launch import GPUS, Launch
+from bench.compiled.launch import BY_NAME, GPUS, Launch
 from bench.compiled.launches import launches_of, operation_names
 from siglip_kernels.device import Facts, pretend
+
+STACK_LIMIT = 16  # bytes per thread: four spilled registers
+TENSOR_MEMORY = 512  # columns of a multiprocessor with tcgen05
 
 
 @dataclasses.dataclass
@@ -45,18 +54,33 @@ class Row:
     matrix: dict[str, int] = dataclasses.field(default_factory=dict)  # {"wgmma m64n128k16": 5, "mma m16n8k16": ...}
     accesses: dict[str, int] = dataclasses.field(default_factory=dict)  # {"cp.async 16": 30, "ld 2": 0, "st 16": ...}
     register_moves: list[int] = dataclasses.field(default_factory=list)  # setmaxnreg: registers per thread
+    inputs: list[str] = dataclasses.field(default_factory=list)  # element types of the tensors: ["bf16", "fp32"]
+    products: dict[str, int] = dataclasses.field(default_factory=dict)  # tl.dot by operands: {"bf16": 2, "tf32": 1}
+    products_by_vectors: int = 0  # of the compiled products, those without matrix instructions
+    key: str = ""  # identifies the compiled kernel: its source, specialisation, GPU and compiler
     error: str = ""
 
     def problems(self) -> list[str]:
-        """An error, a spill, or more shared or tensor memory than the GPU has."""
+        """An error, a spill of more than STACK_LIMIT, more shared or tensor memory than the GPU has, or products of
+        half precision or TF32 without matrix instructions.
+        """
         found = [self.error] if self.error else []
-        if self.stack_bytes:
-            found.append(f"{self.stack_bytes} B of stack")
+        if self.stack_bytes > STACK_LIMIT:
+            found.append(f"{self.stack_bytes} B of stack, the limit is {STACK_LIMIT}")
         if self.shared_bytes > self.shared_limit:
             found.append(f"{self.shared_bytes} B of shared memory, the limit is {self.shared_limit}")
-        if self.tensor_memory_columns > 512:
-            found.append(f"{self.tensor_memory_columns} columns of tensor memory, the limit is 512")
+        if self.tensor_memory_columns > TENSOR_MEMORY:
+            found.append(f"{self.tensor_memory_columns} columns of tensor memory, the limit is {TENSOR_MEMORY}")
+        if self._lacks_matrix_instructions():
+            found.append(f"products of {', '.join(self.products)} without matrix instructions")
         return found
+
+    def _lacks_matrix_instructions(self) -> bool:
+        """Whether a product of half precision or TF32 has none. Those of fp32 that is not TF32 never have any."""
+        reduced = {"bf16", "fp16", "tf32"} & {*self.inputs, *self.products}
+        if not self.products or not reduced:
+            return False
+        return not self.matrix or (self.products_by_vectors > 0 and "fp32" not in self.products)
 
     def __str__(self) -> str:
         counts = "  ".join(f"{name} x{count}" for part in (self.matrix, self.accesses) for name, count in part.items())
@@ -92,8 +116,10 @@ def compiling_for(gpu: Facts, record: Callable[[str, Any], None]) -> Iterator[No
     from triton.runtime.jit import JITFunction
 
     run, active = JITFunction.run, driver._active
+    launched = set()
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launched.add(self)
         try:
             record(self.fn.__name__, run(self, *arguments, grid=grid, warmup=True, **options))
         except Exception as error:
@@ -107,27 +133,56 @@ def compiling_for(gpu: Facts, record: Callable[[str, Any], None]) -> Iterator[No
     finally:
         JITFunction.run = run
         driver._active = active
+        for function in launched:  # a thousand compiled kernels would fill the memory; Triton has them on disk
+            function.device_caches.clear()
 
 
 def compile_launches(launches: Iterator[Launch], gpu_name: str) -> list[Row]:
     """Compiles every kernel that the launches start, for one of GPUS."""
-    gpu = GPUS[gpu_name]
     rows: list[Row] = []
     for launch in launches:
-
-        def record(kernel: str, compiled: Any, launch: Launch = launch) -> None:
-            rows.append(_read(launch.name, kernel, gpu_name, gpu, compiled))
-
-        with compiling_for(gpu, record):
-            launch.call()
+        found = _compile(launch, gpu_name)
+        if any(row.error for row in found):
+            found = _compile_without_the_cache(launch, gpu_name)
+        rows += found
     return rows
 
 
-def _read(launch: str, kernel: str, gpu_name: str, gpu: Facts, compiled: Any) -> Row:
-    row = Row(launch, kernel, gpu_name, shared_limit=gpu.shared_memory)
-    if isinstance(compiled, Exception):
-        row.error = f"{type(compiled).__name__}: {compiled}"[:500]
-        return row
+def _compile(launch: Launch, gpu_name: str) -> list[Row]:
+    gpu = GPUS[gpu_name]
+    rows: list[Row] = []
+
+    def record(kernel: str, compiled: Any) -> None:
+        row = Row(launch.name, kernel, gpu_name, shared_limit=gpu.shared_memory)
+        try:
+            if isinstance(compiled, Exception):
+                raise compiled
+            _read(row, compiled)
+        except Exception as error:
+            row.error = f"{type(error).__name__}: {error}"[:500]
+        rows.append(row)
+
+    with compiling_for(gpu, record):
+        launch.call()
+    return rows
+
+
+def _compile_without_the_cache(launch: Launch, gpu_name: str) -> list[Row]:
+    """`_compile` again in an empty cache: the error may be that of a damaged entry, which is then removed."""
+    from triton.runtime.cache import get_cache_manager
+
+    with tempfile.TemporaryDirectory() as empty, mock.patch.dict(os.environ, TRITON_CACHE_DIR=empty):
+        rows = _compile(launch, gpu_name)
+    for row in rows:
+        if not row.error:
+            with contextlib.suppress(OSError):  # a cache that cannot be written
+                shutil.rmtree(get_cache_manager(row.key).cache_dir)
+    return rows
+
+
+def _read(row: Row, compiled: Any) -> None:
+    """Fills the row with the facts of a compiled kernel."""
+    row.key = compiled.hash
     row.warps = compiled.metadata.num_warps
     row.shared_bytes = compiled.metadata.shared
     row.tensor_memory_columns = getattr(compiled.metadata, "tmem_size", None) or 0
@@ -137,22 +192,30 @@ def _read(launch: str, kernel: str, gpu_name: str, gpu: Facts, compiled: Any) ->
     row.matrix = matrix_instructions(compiled.asm["ptx"])
     row.accesses = global_accesses(compiled.asm["ptx"])
     row.register_moves = sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", compiled.asm["ptx"])})
-    return row
+    row.inputs = element_types(compiled.src.signature.values())
+    row.products = products(compiled.asm.get("ttir") or compiled.asm["ttgir"])
+    row.products_by_vectors = products_by_vectors(compiled.asm["ttgir"])
 
 
+@functools.cache
 def _resource_usage(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True).stdout
+    return _output_of("cuobjdump", "-res-usage", cubin)
 
 
 def sass(cubin: bytes) -> str:
     """The machine code as text."""
+    return _output_of("nvdisasm", "-c", cubin)
+
+
+def _output_of(tool: str, option: str, cubin: bytes) -> str:
+    """The output of one of the tools that Triton brings along. RuntimeError if it cannot read the code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+        done = subprocess.run([_tool(tool), option, file.name], capture_output=True, text=True)
+    if done.returncode or not done.stdout:
+        raise RuntimeError(f"{tool}: {done.stderr.strip()[:200] or 'no output'}")
+    return done.stdout
 
 
 def _tool(name: str) -> Path:
@@ -180,6 +243,30 @@ def global_accesses(ptx: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+_NAMES = {"f16": "fp16", "f32": "fp32"}  # as this project calls what Triton's IR calls f16 and f32
+
+
+def element_types(signature: Iterable[str]) -> list[str]:
+    """The element types of the pointers and tensor descriptors in a kernel's signature: ["bf16", "fp32"]."""
+    named = (re.match(r"\*k?([a-z]+\d+\w*)|tensordesc<([a-z]+\d+)", str(one)) for one in signature)
+    return sorted({one[1] or one[2] for one in named if one})
+
+
+def products(ir: str) -> dict[str, int]:
+    """Number of products of tiles in Triton's or Gluon's IR, by their operands: bf16, fp16, tf32, fp32."""
+    found: Counter[str] = Counter()
+    for line in re.findall(r"(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) .*", ir):
+        operand = next(iter(re.findall(r": *(?:tensor|!ttg\.memdesc)<(?:\d+x)+([a-z]+\d+)", line)), "unknown")
+        tf32 = operand == "f32" and re.search(r"inputPrecision = (tf32|0)\b", line)
+        found["tf32" if tf32 else _NAMES.get(operand, operand)] += 1
+    return dict(sorted(found.items()))
+
+
+def products_by_vectors(ttgir: str) -> int:
+    """Number of products that are compiled to multiply-adds: those whose result is laid out in blocks of elements."""
+    return len(re.findall(r"tt\.dot .*-> tensor<[^#]*#blocked\d*>", ttgir))
+
+
 def rows_in_a_subprocess(operation: str, *gpus: str, only: str = "") -> list[Row]:
     """`compile_launches` of an operation's launches, in a process without TRITON_INTERPRET.
 
@@ -202,7 +289,7 @@ def arguments_of(description: str, gpus: bool = False) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="compile only launches whose name contains this regular expression")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     if gpus:
-        parser.add_argument("--gpu", nargs="+", choices=GPUS, default=["a100", "h200", "b200"])
+        parser.add_argument("--gpu", nargs="+", choices=BY_NAME, default=list(GPUS), metavar="GPU")
     arguments = parser.parse_args()
     if not any(True for operation in arguments.operations for _ in launches_of(operation, arguments.only)):
         parser.error(f"--only: no launch of {', '.join(arguments.operations)} matches {arguments.only!r}")
@@ -213,7 +300,7 @@ def main() -> int:
     arguments = arguments_of("Compile kernels without a GPU; exit code 1 if one spills or fails.", gpus=True)
     rows: list[Row] = []
     for operation in arguments.operations:
-        for gpu in arguments.gpu:
+        for gpu in dict.fromkeys(BY_NAME[name] for name in arguments.gpu):
             for row in compile_launches(launches_of(operation, arguments.only), gpu):
                 rows.append(row)
                 if not arguments.json:

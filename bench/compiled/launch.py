@@ -19,6 +19,16 @@ GPUS = {
     "rtx5090": Facts("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376, 96 * 2**20),
 }
 
+
+def architecture(gpu: str) -> str:
+    """The architecture of a GPU of GPUS: sm_90 of h200."""
+    major, minor = GPUS[gpu].capability
+    return f"sm_{major}{minor}"
+
+
+# Both kinds of names that select a GPU: its own, and its architecture, which stands for the first GPU that has it.
+BY_NAME = {**{architecture(gpu): gpu for gpu in reversed(GPUS)}, **{gpu: gpu for gpu in GPUS}}
+
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 

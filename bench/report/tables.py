@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.compiled.summary import by_architecture, by_operation
 from bench.report.rows import AGAIN, Row, slug
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
@@ -140,8 +141,10 @@ def title(group: Group) -> str:
     return f"{row.op} {row.direction}, {row.shape.get('name', '')} ({sizes}), {row.dtype}"
 
 
-def full_report(rows: Sequence[Row], files: Sequence[Path], plots: Sequence[Path] = ()) -> str:
-    """The page beside the files: an overview of each machine, then every row."""
+def full_report(
+    rows: Sequence[Row], files: Sequence[Path], plots: Sequence[Path] = (), compiled: Sequence[Path] = ()
+) -> str:
+    """The page beside the files: an overview of each machine, then every row, then the tables of compiled kernels."""
     sources = ", ".join(f"[{path.name}]({path.name})" for path in files) or "no file yet"
     baselines = ", ".join(f"`{name}`" for name in BASELINES)
     parts = [
@@ -163,6 +166,7 @@ def full_report(rows: Sequence[Row], files: Sequence[Path], plots: Sequence[Path
             for group in members:
                 noise = "" if group.noise is None else f" Noise {group.noise:.2f}x."
                 parts += [f"**{title(group)}.**{noise} {_environment(group)}", group_table(group)]
+    parts += [f"## Compiled kernels\n\n{by_operation(path)}" for path in compiled]
     return "\n\n".join(parts) + "\n"
 
 
@@ -177,8 +181,10 @@ def _environment(group: Group) -> str:
     return f"torch {row.torch}, triton {row.triton}{driver}, commit {row.commit}{dirty}, {row.date}."
 
 
-def summary(rows: Sequence[Row], files: Sequence[Path], plots: Sequence[Path], root: Path) -> str:
-    """The section of the README: the main groups of each GPU and of the last CPU, and one plot."""
+def summary(
+    rows: Sequence[Row], files: Sequence[Path], plots: Sequence[Path], root: Path, compiled: Sequence[Path] = ()
+) -> str:
+    """The section of the README: the main groups of each GPU and of the last CPU, one plot, the compiled kernels."""
     found = groups(rows)
     parts = []
     on_gpu = [group for group in found if group.first.on_gpu]
@@ -194,6 +200,7 @@ def summary(rows: Sequence[Row], files: Sequence[Path], plots: Sequence[Path], r
     named = {path.stem: path for path in plots}
     of_choice = (f"{slug(gpu)}-{name}" for gpu in machines for name in MAIN_PLOTS)
     parts += [_image(named[name], _relative(named[name], root)) for name in of_choice if name in named][:1]
+    parts += [by_architecture(path, _relative(path, root)) for path in compiled[-1:]]  # the latest compiler
     return "\n\n".join(parts)
 
 

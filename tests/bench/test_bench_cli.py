@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from bench.cli import app
 from bench.compiled.ahead_of_time import Row as Compiled
+from bench.compiled.table import write_table
 from bench.environment import ROOT
 from bench.report.rows import Results
 
@@ -31,7 +32,7 @@ def bench(*arguments):
         (["run", "--direction", "back"], "back", ["fwd", "bwd", "fwd+bwd"]),
         (["check", "atention"], "atention", ["attention", "layer_norm"]),
         (["compile", "gelu"], "gelu", ["attention", "sigmoid_loss"]),
-        (["compile", "--gpu", "sm_90"], "sm_90", ["a100", "h200", "b200"]),
+        (["compile", "--gpu", "sm_75"], "sm_75", ["a100", "h200", "b200", "rtx5090", "sm_80", "sm_89", "sm_120"]),
         (["tune", "gelu"], "gelu", ["attention", "linear"]),
         (["peers", "nobody"], "nobody", ["attention", "all"]),
     ],
@@ -70,20 +71,36 @@ def compiled(stack_bytes=0, **values):
     return Compiled("bf16", "attention_forward_kernel", "h200", stack_bytes=stack_bytes, **{**facts, **values})
 
 
+@pytest.fixture
+def fake_compiler(monkeypatch):
+    """Stands in for the compiler: returns the rows, and the tasks and number of processes of each call."""
+    calls = []
+
+    def install(*rows):
+        def compile_tasks(wanted, jobs, progress):
+            calls.append((wanted, jobs))
+            return [("attention", row) for row in rows]
+
+        monkeypatch.setattr("bench.compiled.table.use_the_compiler", lambda: None)
+        monkeypatch.setattr("bench.compiled.table.compile_tasks", compile_tasks)
+        return calls
+
+    return install
+
+
 @pytest.mark.parametrize(
     ("rows", "exit_code", "said"),
     [
         ([compiled()], 0, "1 of 1 kernels"),
-        ([compiled(), compiled(stack_bytes=16)], 1, "16 B of stack"),
+        ([compiled(stack_bytes=16)], 0, "1 of 1 kernels"),
+        ([compiled(), compiled(stack_bytes=24, key="1")], 1, "24 B of stack"),
         ([compiled(error="CompilationError: no")], 1, "CompilationError"),
         ([compiled(shared_bytes=10**6)], 1, "shared memory"),
+        ([compiled(matrix={}, products={"bf16": 1})], 1, "products of bf16 without matrix instructions"),
     ],
 )
-def test_compile_fails_on_a_spill(monkeypatch, tmp_path, rows, exit_code, said):
-    monkeypatch.setattr("bench.compiled.table.use_the_compiler", lambda: None)
-    monkeypatch.setattr(
-        "bench.compiled.table.compile_operations", lambda modules, gpus, progress: [("attention", row) for row in rows]
-    )
+def test_compile_fails_on_a_problem(fake_compiler, tmp_path, rows, exit_code, said):
+    fake_compiler(*rows)
     result = bench("compile", "--results", str(tmp_path))
     assert result.exit_code == exit_code, result.output
     assert said in result.output.replace("\n", " ")
@@ -91,6 +108,53 @@ def test_compile_fails_on_a_spill(monkeypatch, tmp_path, rows, exit_code, said):
     written = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(written) == len(rows) and {"commit", "triton", "date", "registers", "matrix"} <= set(written[0])
     assert written[0]["arch"] == "sm_90" and bool(written[-1]["problems"]) == bool(exit_code)
+
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def test_compile_takes_every_architecture_unless_some_are_named(fake_compiler):
+    from bench.compiled.launch import architecture
+
+    calls = fake_compiler(compiled())
+    bench("compile", "--quick")
+    bench("compile", "patch_embed", "--gpu", "sm_120,h200", "--gpu", "sm_90", "--jobs", "3")
+    (every, _), (some, jobs) = calls
+    assert {(task.operation, architecture(task.gpu)) for task in every} == {
+        (operation, name)
+        for operation in ("attention", "attention_pool", "layer_norm", "linear", "patch_embed", "sigmoid_loss")
+        for name in ARCHITECTURES
+    } | {(f"{operation}_hopper", "sm_90") for operation in ("attention", "linear", "sigmoid_loss")}
+    assert list(dict.fromkeys(task.gpu for task in some)) == ["rtx5090", "h200"] and jobs == 3
+
+
+def test_compile_says_what_it_cannot_compile():
+    result = bench("compile", "linear_hopper", "--gpu", "sm_80")
+    assert result.exit_code == 2 and "linear_hopper: has no kernels for a100" in result.stderr
+
+
+def test_only_a_complete_table_replaces_the_committed_one(fake_compiler, monkeypatch, tmp_path):
+    fake_compiler(compiled())
+    monkeypatch.setattr("bench.report.rows.results_directory", lambda: tmp_path)
+    bench("compile", "--quick")
+    bench("compile", "linear")
+    bench("compile", "--gpu", "h200")
+    assert not list(tmp_path.iterdir())
+    assert "Written to" in bench("compile").output
+    (path,) = tmp_path.iterdir()
+    bench("compile", "--quick", "--results", str(tmp_path / "quick.jsonl"))
+    assert (tmp_path / "quick.jsonl").read_text() == path.read_text()
+
+
+def test_compile_prints_json(fake_compiler):
+    fake_compiler(compiled(), compiled(stack_bytes=24, key="1"))
+    result = bench("compile", "--json", "--quick")
+    rows = json.loads(result.stdout)
+    assert [(row["op"], row["arch"], len(row["problems"])) for row in rows] == [
+        ("attention", "sm_90", 0),
+        ("attention", "sm_90", 1),
+    ]
+    assert "1 of 2 kernels compile without a problem" in result.stderr and result.exit_code == 1
 
 
 def test_every_module_of_launches_is_found():
@@ -104,13 +168,15 @@ def test_report(tmp_path):
     results = Results.open(tmp_path / "h200-2026-12-01.jsonl")
     for one in (row("triton", 1.0), row("sdpa", 2.0)):
         results.add(one)
-    (tmp_path / "compile-triton-3.6.0.jsonl").write_text('{"op": "attention"}\n')  # has no times
+    write_table([("attention", compiled())], tmp_path / "compile-triton-3.6.0.jsonl")  # has no times
     readme = tmp_path / "page.md"
     readme.write_text("<!-- bench: begin -->\n<!-- bench: end -->\n")
     result = bench("report", "--results", str(tmp_path), "--readme", str(readme))
     assert result.exit_code == 0, result.output
     assert "`triton` 1.00 | `sdpa` 2.00 | **2.00x**" in readme.read_text()
     assert "h200-2026-12-01.jsonl" in readme.read_text()
+    assert "| sm_90 | 1 | 200 | 0 | none |" in readme.read_text()
+    assert "| `attention` | sm_90 | 1 | 200 | 0 | none |" in (tmp_path / "README.md").read_text()
     assert "![h200 attention tflops by shape](h200-attention-tflops-by-shape.png)" in readme.read_text()
     assert "`sdpa`" in (tmp_path / "README.md").read_text()
     assert bench("report", "absent.jsonl").exit_code == 2
@@ -138,31 +204,3 @@ def test_gpu_checks_runs_and_reports_within_nine_minutes(monkeypatch):
     result = bench("gpu", "--quick")
     assert done == [("check", 9.0), ("run", True, {("mlp", "triton"): "wrong"}), "report"]
     assert result.exit_code == 1  # a kernel is wrong
-
-
-def test_kernels_for_hopper_are_compiled_for_hopper_alone(monkeypatch):
-    from bench.compiled import table
-    from bench.compiled.ahead_of_time import Launch
-
-    monkeypatch.setattr(table, "launches_of", lambda operation: launches())
-    monkeypatch.setattr(table, "compile_launches", lambda launches, gpu: [row_of(next(launches), gpu)] * 2)
-
-    def launches():
-        yield Launch("bf16", lambda: None)
-        yield Launch("broken", lambda: None)
-
-    def row_of(launch, gpu):
-        if launch.name == "broken":
-            raise ValueError("no such shape")
-        return Compiled(launch.name, "kernel", gpu)
-
-    rows = list(table.compile_operations(["mlp", "mlp_hopper"], ["a100", "h200"]))
-    assert [(operation, row.launch, row.gpu) for operation, row in rows] == [
-        ("mlp", "bf16", "a100"),
-        ("mlp", "bf16", "h200"),
-        ("mlp", "broken", "a100"),
-        ("mlp", "broken", "h200"),
-        ("mlp_hopper", "bf16", "h200"),
-        ("mlp_hopper", "broken", "h200"),
-    ]
-    assert [row.problems() for _, row in rows if row.launch == "broken"] == [["ValueError: no such shape"]] * 3

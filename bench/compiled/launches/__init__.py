@@ -1,7 +1,8 @@
 """The launches of each operation that are compiled ahead of time, one module per operation.
 
-A module has a function `launches()`, which yields `Launch(name, call)`. If the operation has kernels for Hopper, which
-run with SIGLIP_KERNELS_HOPPER=1, `hopper_launches()` yields their launches.
+A module has a function `launches()`, which yields `Launch(name, call)`, and PUBLISHED, a regular expression that the
+names of a few of them contain: every kernel and epilogue of a published model, once. If the operation has kernels for
+Hopper, which run with SIGLIP_KERNELS_HOPPER=1, `hopper_launches()` and HOPPER_PUBLISHED are theirs.
 """
 
 import importlib
@@ -25,7 +26,17 @@ def operation_names() -> list[str]:
 
 
 def launches_of(operation: str, only: str = "") -> Iterator[Launch]:
-    """The launches of one of `operation_names`. only: a regular expression that their names contain."""
+    """The launches of one of `operation_names`; one of several with the same name.
+
+    only: a regular expression that their names contain.
+    """
     module = importlib.import_module(f"{__name__}.{operation.removesuffix(HOPPER)}")
     launches = module.hopper_launches() if operation.endswith(HOPPER) else module.launches()
-    return (launch for launch in launches if re.search(only, launch.name))
+    yield from {launch.name: launch for launch in launches if re.search(only, launch.name)}.values()
+
+
+def published(operation: str) -> str:
+    """The regular expression `only` for the launches of published models."""
+    module = importlib.import_module(f"{__name__}.{operation.removesuffix(HOPPER)}")
+    pattern: str = module.HOPPER_PUBLISHED if operation.endswith(HOPPER) else module.PUBLISHED
+    return pattern

@@ -8,6 +8,9 @@ from torch import Tensor
 from bench.compiled.launch import GPUS, Launch, precision_name, with_tf32
 from siglip_kernels.attention.config import Tile
 
+PUBLISHED = r"^bf16 S=(729 D=72|1024 D=64|64 D=72|64 D=64) \w+$"
+HOPPER_PUBLISHED = r"^bf16 S=(729 D=72|1024 D=64) \w+$"
+
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 

@@ -6,6 +6,8 @@ import torch
 
 from bench.compiled.launch import NAMES, Launch
 
+PUBLISHED = "^bf16 46656 x (1152|9001)$"  # 9001: wider than published models, with kernels of its own
+
 
 def launches() -> Iterator[Launch]:
     """Training: the widths of base, large and so400m in bf16, other dtypes, a residual, one image, other widths."""

@@ -6,6 +6,8 @@ import torch
 
 from bench.compiled.launch import NAMES, Launch, precision_name, with_tf32
 
+PUBLISHED = r"^bf16 64 x \S+ patch \d+ width \d+$"
+
 
 def launches() -> Iterator[Launch]:
     """base (patches of 16 pixels), so400m (14), both for one image, mixed with fp32 positions, and fp32."""

@@ -7,6 +7,9 @@ import torch
 
 from bench.compiled.launch import Launch, on_hopper, with_tf32
 
+PUBLISHED = "^bf16 D=768 train"
+HOPPER_PUBLISHED = "^bf16 D=768 train"
+
 
 def launches() -> Iterator[Launch]:
     """Several blocks of pairs exercise every variant of the kernels; one block writes its outputs directly."""
