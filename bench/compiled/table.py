@@ -66,7 +66,7 @@ def compile_task(task: Task) -> list[Row]:
         rows = compile_launches(iter([_launches(task.operation)[task.launch]]), task.gpu)
     except Exception as error:  # of the launcher, before any kernel
         rows = [_failed(task, error)]
-    return list({str(row): row for row in rows}.values())
+    return list({row.key or str(row): row for row in rows}.values())
 
 
 def _failed(task: Task, error: Exception) -> Row:
