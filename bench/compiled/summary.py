@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compiled.ahead_of_time import Row
-from bench.compiled.launch import architecture
+from bench.compiled.launch import GPUS, architecture
 from bench.compiled.table import kernels
 
 HEADER = ("kernels", "most registers", "spilling", "largest spill", "most shared memory", "matrix instructions")
@@ -21,7 +21,7 @@ class Summary:
     """The kernels of an operation, or of all, on one architecture."""
 
     operation: str
-    architecture: str
+    gpu: str  # of GPUS
     kernels: int = 0
     registers: int = 0  # the most per thread
     spilling: int = 0  # kernels with a stack
@@ -30,6 +30,10 @@ class Summary:
     shared_limit: int = 0
     matrix: set[str] = field(default_factory=set)  # of "mma", "wgmma" and "tcgen05"
     problems: int = 0  # kernels with problems
+
+    @property
+    def architecture(self) -> str:
+        return architecture(self.gpu)
 
     def add(self, row: Row) -> None:
         self.kernels += 1
@@ -53,7 +57,7 @@ def summarise(rows: Iterable[tuple[str, Row]], by_operation: bool = True) -> lis
     """A summary per operation and architecture, or per architecture, in the order of the rows."""
     found: dict[tuple[str, str], Summary] = {}
     for operation, row in kernels(list(rows)):
-        name = (operation if by_operation else "all", architecture(row.gpu))
+        name = (operation if by_operation else "all", row.gpu)
         found.setdefault(name, Summary(*name)).add(row)
     return list(found.values())
 
@@ -69,7 +73,10 @@ def read_table(path: Path) -> tuple[list[tuple[str, Row]], dict[str, Any]]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             values = json.loads(line)
-            rows.append((values.pop("op"), Row(**{name: values.pop(name) for name in fields})))
+            row = Row(**{name: values[name] for name in fields})
+            if row.gpu not in GPUS:
+                raise ValueError(f"gpu is {row.gpu!r}; supported: {', '.join(GPUS)}")
+            rows.append((values["op"], row))
             shared = {name: values[name] for name in ("triton", "commit", "dirty", "date")}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
@@ -89,8 +96,8 @@ def by_operation(path: Path) -> str:
 def by_architecture(path: Path, link: str) -> str:
     """A table in Markdown with a line per architecture. link: the path of the file from the page."""
     rows, shared = read_table(path)
-    lines = [([one.architecture], one) for one in summarise(rows, by_operation=False)]
-    return "\n".join([_source(path, link, shared), "", *_table(["architecture"], lines)])
+    lines = [([one.architecture, _name(one.gpu)], one) for one in summarise(rows, by_operation=False)]
+    return "\n".join([_source(path, link, shared), "", *_table(["architecture", "as on"], lines)])
 
 
 def problems(rows: Sequence[tuple[str, Row]]) -> list[str]:
@@ -106,6 +113,10 @@ def _table(names: list[str], lines: list[tuple[list[str], Summary]]) -> list[str
     header = [*names, *HEADER, "problems"]
     cells = [[*first, *one.cells(), str(one.problems)] for first, one in lines]
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
+
+
+def _name(gpu: str) -> str:
+    return GPUS[gpu].name.removeprefix("NVIDIA ")
 
 
 def _source(path: Path, link: str, shared: dict[str, Any]) -> str:

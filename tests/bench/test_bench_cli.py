@@ -175,7 +175,7 @@ def test_report(tmp_path):
     assert result.exit_code == 0, result.output
     assert "`triton` 1.00 | `sdpa` 2.00 | **2.00x**" in readme.read_text()
     assert "h200-2026-12-01.jsonl" in readme.read_text()
-    assert "| sm_90 | 1 | 200 | 0 | none |" in readme.read_text()
+    assert "| sm_90 | H200 | 1 | 200 | 0 | none |" in readme.read_text()
     assert "| `attention` | sm_90 | 1 | 200 | 0 | none |" in (tmp_path / "README.md").read_text()
     assert "![h200 attention tflops by shape](h200-attention-tflops-by-shape.png)" in readme.read_text()
     assert "`sdpa`" in (tmp_path / "README.md").read_text()

@@ -1,5 +1,8 @@
 """The tables of compiled kernels: per operation and architecture, from the rows and from a file of them."""
 
+import dataclasses
+import json
+
 import pytest
 
 from bench.compiled.ahead_of_time import Row
@@ -20,6 +23,7 @@ ROWS = [
     ("layer_norm", row("4", matrix={})),
     ("layer_norm", Row("bf16", "none", "a100", error="ValueError: no such width")),
 ]
+UNKNOWN_GPU = json.dumps({"op": "attention", **dataclasses.asdict(row("1", "v100"))})
 
 
 def test_a_summary_holds_the_worst_of_each_kernel():
@@ -45,12 +49,12 @@ def test_tables_are_made_from_the_file(tmp_path):
     assert all(f"- {problem}" in page for problem in problems(ROWS)) and "No kernel has a problem" not in page
     assert f"]({path.name})" in page and str(shared["date"]) in page and str(shared["commit"]) in page
     readme = by_architecture(path, "bench/results/x.jsonl")
-    assert "| sm_90 | 3 | 255 | 1 | 8 B | 128 of 227 KiB | mma, wgmma | 0 |" in readme
+    assert "| sm_90 | H200 | 3 | 255 | 1 | 8 B | 128 of 227 KiB | mma, wgmma | 0 |" in readme
     assert "(bench/results/x.jsonl)" in readme
     assert "No kernel has a problem." in by_operation(write_table(ROWS[:1], tmp_path / "other.jsonl"))
 
 
-@pytest.mark.parametrize("line", ["", "{", '{"op": "attention"}', "[]"])
+@pytest.mark.parametrize("line", ["", "{", '{"op": "attention"}', "[]", UNKNOWN_GPU])
 def test_a_bad_file_is_named(tmp_path, line):
     path = tmp_path / "compile-triton-3.7.1.jsonl"
     path.write_text(f"{line}\n")
