@@ -159,12 +159,18 @@ def _compile(launch: Launch, gpu_name: str) -> list[Row]:
                 raise compiled
             _read(row, compiled)
         except Exception as error:
-            row.error = f"{type(error).__name__}: {error}"[:500]
+            row.error = in_one_line(error)
         rows.append(row)
 
     with compiling_for(gpu, record):
         launch.call()
     return rows
+
+
+def in_one_line(error: Exception) -> str:
+    """The error's type and message; of a long one, such as one that quotes the kernel, the beginning and the end."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 500 else f"{text[:100]} … {text[-400:]}"
 
 
 def _compile_without_the_cache(launch: Launch, gpu_name: str) -> list[Row]:

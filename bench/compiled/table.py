@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bench.compiled.ahead_of_time import GPUS, Row, compile_launches
+from bench.compiled.ahead_of_time import GPUS, Row, compile_launches, in_one_line
 from bench.compiled.launch import Launch, architecture
 from bench.compiled.launches import HOPPER, launches_of, published
 from bench.compiled.processes import Crashed, work_on
@@ -70,8 +70,8 @@ def compile_task(task: Task) -> list[Row]:
 
 
 def _failed(task: Task, error: Exception) -> Row:
-    what = str(error) if isinstance(error, Crashed) else f"{type(error).__name__}: {error}"
-    return Row(task.launch, "none", task.gpu, error=what[:500])
+    what = str(error) if isinstance(error, Crashed) else in_one_line(error)
+    return Row(task.launch, "none", task.gpu, error=what)
 
 
 def compile_tasks(wanted: Sequence[Task], jobs: int = 1, progress: Progress = silent) -> list[tuple[str, Row]]:
