@@ -54,12 +54,13 @@ class Summary:
 
 
 def summarise(rows: Iterable[tuple[str, Row]], by_operation: bool = True) -> list[Summary]:
-    """A summary per operation and architecture, or per architecture, in the order of the rows."""
+    """A summary per operation and architecture, or per architecture: operations as they come, GPUs as in GPUS."""
     found: dict[tuple[str, str], Summary] = {}
     for operation, row in kernels(list(rows)):
         name = (operation if by_operation else "all", row.gpu)
         found.setdefault(name, Summary(*name)).add(row)
-    return list(found.values())
+    operations, gpus = list(dict.fromkeys(operation for operation, _ in found)), list(GPUS)
+    return sorted(found.values(), key=lambda one: (operations.index(one.operation), gpus.index(one.gpu)))
 
 
 def read_table(path: Path) -> tuple[list[tuple[str, Row]], dict[str, Any]]:

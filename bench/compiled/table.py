@@ -113,7 +113,8 @@ def write_table(rows: Sequence[tuple[str, Row]], where: Path) -> Path:
 
 def facts(operation: str, row: Row) -> dict[str, Any]:
     """The row with its operation, architecture and problems, for JSON."""
-    return {"op": operation, "arch": architecture(row.gpu), **dataclasses.asdict(row), "problems": row.problems()}
+    values = {**dataclasses.asdict(row), "key": row.key[:16]}
+    return {"op": operation, "arch": architecture(row.gpu), **values, "problems": row.problems()}
 
 
 def kernels(rows: Sequence[tuple[str, Row]]) -> list[tuple[str, Row]]:

@@ -27,15 +27,15 @@ UNKNOWN_GPU = json.dumps({"op": "attention", **dataclasses.asdict(row("1", "v100
 
 
 def test_a_summary_holds_the_worst_of_each_kernel():
-    attention, consumer, norm, failed = summarise(ROWS)
+    attention, consumer, failed, norm = summarise(ROWS)
     assert (attention.operation, attention.architecture, attention.kernels) == ("attention", "sm_90", 2)
     assert attention.cells() == ["2", "255", "1", "8 B", "128 of 227 KiB", "mma, wgmma"] and attention.problems == 0
     assert (consumer.architecture, consumer.spilling, consumer.stack_bytes, consumer.problems) == ("sm_120", 1, 144, 1)
-    assert norm.cells()[-1] == "none" and (failed.architecture, failed.problems) == ("sm_80", 1)
+    assert (failed.architecture, failed.problems) == ("sm_80", 1) and norm.cells()[-1] == "none"
     assert [(one.architecture, one.kernels) for one in summarise(ROWS, by_operation=False)] == [
+        ("sm_80", 1),
         ("sm_90", 3),
         ("sm_120", 1),
-        ("sm_80", 1),
     ]
 
 
