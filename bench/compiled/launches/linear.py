@@ -7,7 +7,7 @@ import torch
 
 from bench.compiled.launch import NAMES, Launch, on_hopper, precision_name, with_tf32
 
-PUBLISHED = "^bf16 so400m 46656 "
+PUBLISHED = "^bf16 (so400m 46656 |base 196 gelu$|base 64 fc2, residual$)"  # every epilogue; small tiles, a split depth
 HOPPER_PUBLISHED = "^bf16 46656x1152 "
 
 _WIDTHS = {"so400m": (1152, 4304), "base": (768, 3072), "odd": (1151, 4303)}
