@@ -173,7 +173,7 @@ def compile_kernels(
         tell = terminal.say if as_json else print
         complete = not quick and set(chosen) == set(every) and set(gpus) == set(GPUS)
         if complete or results is not None:
-            tell(f"Written to {write_table(rows, results or results_directory())}.")
+            tell(f"Written to {write_table(rows, results or results_directory(), quick)}.")
         wrong = sum(bool(row.problems()) for _, row in found)
         seconds = time.monotonic() - began
         tell(f"{len(found) - wrong} of {len(found)} kernels compile without a problem, in {seconds:.0f} s.")

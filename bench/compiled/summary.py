@@ -78,7 +78,7 @@ def read_table(path: Path) -> tuple[list[tuple[str, Row]], dict[str, Any]]:
             if row.gpu not in GPUS:
                 raise ValueError(f"gpu is {row.gpu!r}; supported: {', '.join(GPUS)}")
             rows.append((values["op"], row))
-            shared = {name: values[name] for name in ("triton", "commit", "dirty", "date")}
+            shared = {name: values[name] for name in ("quick", "triton", "commit", "dirty", "date")}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
     if not rows:
@@ -123,4 +123,5 @@ def _name(gpu: str) -> str:
 def _source(path: Path, link: str, shared: dict[str, Any]) -> str:
     dirty = " (with changes)" if shared["dirty"] else ""
     environment = f"triton {shared['triton']}, commit {shared['commit']}{dirty}, {shared['date']}"
-    return f"Compiled without a GPU by `python -m bench compile`, {environment}: [{path.name}]({link})."
+    command = f"python -m bench compile{' --quick' if shared['quick'] else ''}"
+    return f"Compiled without a GPU by `{command}`, {environment}: [{path.name}]({link})."

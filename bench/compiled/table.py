@@ -95,14 +95,15 @@ def empty_cache() -> Iterator[None]:
         yield
 
 
-def write_table(rows: Sequence[tuple[str, Row]], where: Path) -> Path:
+def write_table(rows: Sequence[tuple[str, Row]], where: Path, quick: bool = False) -> Path:
     """Writes a line of JSON per kernel with the compiler's version and the commit; returns the path.
 
-    where: a directory, or a .jsonl file. A kernel that several launches of an operation start has one line.
+    where: a directory, or a .jsonl file. quick: whether a quick run compiled them. A kernel that several launches of an
+    operation start has one line.
     """
     sha, dirty = commit()
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    shared = {"triton": version("triton"), "commit": sha, "dirty": dirty, "date": date}
+    shared = {"quick": quick, "triton": version("triton"), "commit": sha, "dirty": dirty, "date": date}
     path = where if where.suffix == ".jsonl" else where / f"compile-triton-{version('triton')}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:

@@ -43,14 +43,15 @@ def test_tables_are_made_from_the_file(tmp_path):
     path = write_table(ROWS, tmp_path)
     rows, shared = read_table(path)
     assert rows == [one for number, one in enumerate(ROWS) if number != 1]  # a line per kernel
-    assert set(shared) == {"triton", "commit", "dirty", "date"}
+    assert set(shared) == {"quick", "triton", "commit", "dirty", "date"}
     page = by_operation(path)
     assert "| `attention` | sm_120 | 1 | 128 | 1 | 144 B | 2 of 99 KiB | mma | 1 |" in page
     assert all(f"- {problem}" in page for problem in problems(ROWS)) and "No kernel has a problem" not in page
     assert f"]({path.name})" in page and str(shared["date"]) in page and str(shared["commit"]) in page
     readme = by_architecture(path, "bench/results/x.jsonl")
     assert "| sm_90 | H200 | 3 | 255 | 1 | 8 B | 128 of 227 KiB | mma, wgmma | 0 |" in readme
-    assert "(bench/results/x.jsonl)" in readme
+    assert "(bench/results/x.jsonl)" in readme and "`python -m bench compile`" in readme
+    assert "`python -m bench compile --quick`" in by_operation(write_table(ROWS, tmp_path, quick=True))
     assert "No kernel has a problem." in by_operation(write_table(ROWS[:1], tmp_path / "other.jsonl"))
 
 
