@@ -137,7 +137,7 @@ def test_ctrl_c_ends_every_process(tmp_path):
     )
     try:
         assert started.stderr is not None
-        assert started.stderr.readline().startswith("bench: [1/84] 0 s elapsed")
+        assert started.stderr.readline().startswith("bench: [1/")
         os.killpg(started.pid, signal.SIGINT)  # as a terminal does
         _, errors = started.communicate(timeout=60)
         assert started.returncode == 130
