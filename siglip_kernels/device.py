@@ -95,7 +95,7 @@ _LEAST_CAPABILITY = (8, 0)
 _NO_TRITON = "the kernels need Triton, which is not installed"
 _OTHER_GPUS = {"xpu": "Intel GPUs (XPU)", "mps": "Apple GPUs (MPS)"}
 
-_accepted: set[torch.device] = set()  # devices that `why_not` accepted once; a refusal is worked out again
+_accepted: set[torch.device] = set()  # GPUs that `why_not` accepted once
 
 
 def _constant_while_tracing(function: Any) -> Any:
@@ -111,7 +111,8 @@ def kernels_run_on(device: torch.device) -> bool:
         return True
     if why_not(device) is not None:
         return False
-    _accepted.add(device)
+    if device.type == "cuda" and torch.cuda.is_initialized():  # before that, answers about GPUs may change
+        _accepted.add(device)
     return True
 
 
@@ -159,23 +160,28 @@ def why_no_gpu() -> str | None:
 def _why_not_gpu(device: torch.device) -> str | None:
     if torch.version.hip is not None:  # an MI300 has the capability (9, 4), which is not Hopper's
         return _why_not_rocm(device)
-    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError) as error:  # PyTorch's, for a GPU that it lacks
+        return f"PyTorch cannot use that device: {error}"
     if (major, minor) >= _LEAST_CAPABILITY:
         return None
-    name = torch.cuda.get_device_properties(device).name
-    return f"{name} has compute capability {major}.{minor}; the kernels need 8.0 or later"
+    return f"{gpu_name(device)} has compute capability {major}.{minor}; the kernels need 8.0 or later"
 
 
 def _why_not_rocm(device: torch.device | None = None) -> str:
     what = "this PyTorch is built for AMD GPUs"
     if torch.cuda.is_available():
-        what = f"{gpu_name(torch.device('cuda') if device is None else device)} is an AMD GPU"
+        what = f"{gpu_name(torch.device('cuda', 0) if device is None else device)} is an AMD GPU"
     return f"{what} (ROCm {torch.version.hip}), which the kernels do not support; they run on NVIDIA GPUs"
 
 
 def gpu_name(device: torch.device) -> str:
-    """A GPU's name, with its architecture if it is AMD's: "AMD Instinct MI300X (gfx942)"."""
-    properties = torch.cuda.get_device_properties(device)
+    """A GPU's name, with its architecture if it is AMD's: "AMD Instinct MI300X (gfx942)"; "cuda:0" if it has none."""
+    try:
+        properties = torch.cuda.get_device_properties(device)
+    except (AssertionError, RuntimeError):  # an error that names the GPU must not become this one
+        return str(device)
     architecture = getattr(properties, "gcnArchName", "")
     return f"{properties.name} ({architecture.partition(':')[0]})" if architecture else properties.name
 

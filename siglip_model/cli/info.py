@@ -6,9 +6,13 @@ import json
 import os
 import platform
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from siglip_model.cli import terminal
 from siglip_model.cli.options import JsonOption, errors_in_one_line
+
+if TYPE_CHECKING:
+    import torch
 
 DISTRIBUTION = "siglip-triton"
 LIBRARIES = ("torch", "triton", "flash-attn", "transformers", "sentencepiece", "tokenizers", "safetensors", "pillow")
@@ -41,7 +45,7 @@ def installed_version(distribution: str) -> str | None:
 def _devices() -> dict[str, str | None]:
     import torch
 
-    from siglip_kernels.device import gpu_name, why_not
+    from siglip_kernels.device import why_not
 
     processor = platform.processor() or platform.machine()
     devices: dict[str, str | None] = {
@@ -49,15 +53,25 @@ def _devices() -> dict[str, str | None]:
     }
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        properties = torch.cuda.get_device_properties(device)
-        memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        capability = "" if torch.version.hip else f", compute capability {properties.major}.{properties.minor}"
         refusal = why_not(device)
-        kernels = "" if refusal is None else f"; no triton: {refusal}"
-        devices[str(device)] = f"{gpu_name(device)}{capability}, {memory}{kernels}"
+        devices[str(device)] = _describe_gpu(device) + ("" if refusal is None else f"; no triton: {refusal}")
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU"
     return devices
+
+
+def _describe_gpu(device: torch.device) -> str:
+    """Name, compute capability and memory, or why PyTorch cannot use the GPU."""
+    import torch
+
+    from siglip_kernels.device import gpu_name
+
+    try:
+        properties = torch.cuda.get_device_properties(device)
+    except (AssertionError, RuntimeError) as error:
+        return f"PyTorch cannot use it: {error}"
+    capability = "" if torch.version.hip else f", compute capability {properties.major}.{properties.minor}"
+    return f"{gpu_name(device)}{capability}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def info(as_json: JsonOption = False) -> None:

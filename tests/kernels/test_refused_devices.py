@@ -1,5 +1,7 @@
 """GPUs that the kernels do not support, and arguments on several devices: each operation names what came."""
 
+import re
+
 import machines
 import pytest
 import torch
@@ -64,6 +66,32 @@ def test_each_gpu_is_judged_by_itself(monkeypatch):
     assert why_no_gpu() is None and why_not_here() is None
     machines.report(monkeypatch, machines.RTX_2080)
     assert why_no_gpu() == why_not_here() == why_not(CUDA_0) == OLD
+
+
+@pytest.mark.parametrize(
+    ("hip", "reason"),
+    [("6.4", r"cuda:0 is an AMD GPU \(ROCm 6.4\)"), (None, "cuda:0 has compute capability 7.5; .* 8.0 or later")],
+)
+def test_a_gpu_that_says_nothing_of_itself_is_refused_all_the_same(hip, reason, monkeypatch):
+    machines.report(monkeypatch, machines.RTX_2080, hip=hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", machines.broken)
+    for answer in (why_not(CUDA_0), why_no_gpu(), why_not_here()):
+        assert re.match(reason, answer)
+
+
+def test_a_device_that_pytorch_cannot_use(monkeypatch):
+    machines.report(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", machines.broken)
+    assert not kernels_run_on(CUDA_0) and why_not(CUDA_0) == "PyTorch cannot use that device: Invalid device id"
+
+
+def test_an_answer_does_not_outlive_its_machine(monkeypatch):
+    """Until CUDA is initialised, a process may change which GPUs it sees."""
+    machines.report(monkeypatch, machines.H100)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert kernels_run_on(CUDA_0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: machines.RTX_2080.capability)
+    assert not kernels_run_on(CUDA_0)
 
 
 @pytest.mark.parametrize("gpus", [(), (machines.MI300X,)])

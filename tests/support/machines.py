@@ -18,6 +18,11 @@ RTX_2080 = Gpu("NVIDIA GeForce RTX 2080 Ti", (7, 5))
 MI300X = Gpu("AMD Instinct MI300X", (9, 4), "gfx942:sramecc+:xnack-")  # as ROCm answers
 
 
+def broken(device: torch.device | int | None = None) -> None:
+    """In place of a question about a GPU: as PyTorch answers for one that it lacks."""
+    raise AssertionError("Invalid device id")
+
+
 def report(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu, hip: str | None = None) -> None:
     """The GPUs as cuda:0, cuda:1, ...; cuda:0 is current. hip: the version of a PyTorch that is built for ROCm."""
 

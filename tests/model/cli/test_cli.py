@@ -93,6 +93,9 @@ def test_info_says_which_gpus_run_no_kernels(siglip, monkeypatch):
     facts = json.loads(siglip("info", "--json").stdout)
     assert facts["devices"]["cuda:0"].startswith("AMD Instinct MI300X (gfx942), 32 GiB; no triton: ")
     assert "is an AMD GPU (ROCm 6.4)" in facts["backends"]["triton"] and facts["versions"]["rocm (of torch)"] == "6.4"
+    monkeypatch.setattr("torch.cuda.get_device_properties", machines.broken)
+    facts = json.loads(siglip("info", "--json").stdout)
+    assert facts["devices"]["cuda:0"].startswith("PyTorch cannot use it: Invalid device id; no triton: cuda:0 is an ")
 
 
 @pytest.mark.parametrize("command", [["siglip"], [sys.executable, "-m", "siglip_model.cli"]], ids=["siglip", "-m"])
