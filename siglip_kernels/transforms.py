@@ -119,11 +119,20 @@ def _one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
         leaves, structure = pytree.tree_flatten(arguments)
         dims = pytree.tree_leaves(in_dims, is_leaf=lambda dim: dim is None)
         results = []
-        for index in range(info.batch_size):
-            sample = [leaf if dim is None else leaf.select(dim, index) for leaf, dim in zip(leaves, dims, strict=True)]
+        for index in range(max(info.batch_size, 1)):
+            sample = [_sample(leaf, dim, index) for leaf, dim in zip(leaves, dims, strict=True)]
             results.append(operator(*pytree.tree_unflatten(sample, structure)))
         if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+            return torch.stack(results)[: info.batch_size], 0
+        parts = tuple(torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True))
+        return parts, (0,) * len(parts)
 
     return rule
+
+
+def _sample(argument: Any, dim: int | None, index: int) -> Any:
+    if dim is None:
+        return argument
+    if argument.shape[dim] == 0:  # of no samples, one of zeros gives the shapes of the results
+        return argument.new_zeros((*argument.shape[:dim], *argument.shape[dim + 1 :]))
+    return argument.select(dim, index)

@@ -118,6 +118,12 @@ def _(valid, name):
     return valid.new_empty(valid.shape[0], dtype=torch.int32)
 
 
+@_count_valid.register_vmap
+def _(info, in_dims, valid, name):
+    valid = valid.movedim(in_dims[0], 0)
+    return _count_valid(valid.flatten(0, 1), name).unflatten(0, valid.shape[:2]), 0
+
+
 def _sdpa_attention(
     q: Tensor,
     k: Tensor,

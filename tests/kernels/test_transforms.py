@@ -73,6 +73,16 @@ def test_what_first_derivatives_and_calls_per_sample_give(operation, argument, t
     torch.testing.assert_close(found, SERVED[transform](definition, arguments[argument]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("operation", "argument"), OPERATIONS)
+def test_no_samples(operation, argument, device):
+    arguments = tensors(operation, device)
+    function, _ = of_one_argument(operation, argument, arguments)
+    x = arguments[argument]
+    expected = function(x)
+    found = func.vmap(function, in_dims=1)(x.new_empty(x.shape[0], 0, *x.shape[1:]))
+    assert found.shape == (0, *expected.shape) and found.dtype == expected.dtype
+
+
 @pytest.mark.parametrize("operation", ["linear", "plain_sigmoid_loss"])
 @pytest.mark.parametrize("transform", FIRST | SECOND | SERVED)
 def test_what_is_plain_pytorch_is_transformed(operation, transform, device):

@@ -69,3 +69,17 @@ def test_the_triton_backend_refuses_by_name(transform, folder, original):
     how = "create_graph asks for" if transform in SECOND else r"\w+ (is differentiated by torch.func|has a tangent)"
     with pytest.raises(UnsupportedInputError, match=rf"^\w+: {how}.*'eager'"):
         (FIRST | SECOND)[transform](*logits(model))
+
+
+@pytest.mark.skipif(not interpreting() and not torch.cuda.is_available(), reason="needs a GPU or the interpreter")
+def test_padding_per_sample(folder, capfd):
+    """PyTorch's own rule for the operator that counts valid tokens warns of a performance drop, past Python."""
+    model = siglip_model.SiglipModel.from_pretrained(folder, backend="triton").text_model
+    ids = INPUTS["input_ids"]
+
+    def pooled(ids: Tensor, mask: Tensor) -> Tensor:
+        return model(ids[None], attention_mask=mask[None]).pooler_output[0]
+
+    found = torch.func.vmap(pooled, in_dims=(0, 1))(ids, MASK.T)
+    torch.testing.assert_close(found, model(ids, attention_mask=MASK).pooler_output)
+    assert "performance drop" not in capfd.readouterr().err
