@@ -80,6 +80,8 @@ class SiglipImageProcessorFast(ImageProcessor):
 
 
 def _from_numpy(array: np.ndarray) -> torch.Tensor:
+    if not array.dtype.isnative:  # of the other byte order
+        array = array.astype(array.dtype.newbyteorder("="))
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
     try:

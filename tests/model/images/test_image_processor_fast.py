@@ -33,6 +33,13 @@ class TestFast:
             )
             assert (exact.pixel_values - fast.pixel_values).abs().max() <= tolerance
 
+    @pytest.mark.parametrize("dtype", ["u2", "i4", "f4", "f8"])
+    def test_arrays_of_the_other_byte_order(self, dtype: str) -> None:
+        values = noise(20, 30, 3)
+        process = SiglipImageProcessorFast(size=SIZE)
+        native, swapped = (process(values.astype(order + dtype), return_tensors="pt").pixel_values for order in "=>")
+        assert torch.equal(native, swapped)
+
     @pytest.mark.parametrize("mode", [*MODES, *WIDE_MODES])
     def test_modes(self, mode: str) -> None:
         exact, fast = (
