@@ -100,8 +100,14 @@ _CANDIDATES = {
 
 def candidates(kernel: str, gpu: Facts | None = None) -> list[Tile]:
     """The tiles that tuning measures besides the heuristic's for two-byte elements. gpu: the current one by default."""
-    sizes = _CANDIDATES[kernel][(gpu or facts(torch.device("cuda"))).matrix_unit]
-    return [Tile(*size, stages) for size in sizes for stages in (2, 3)]
+    gpu = gpu or facts(torch.device("cuda"))
+    tiles = [Tile(*size, stages) for size in _CANDIDATES[kernel][gpu.matrix_unit] for stages in (2, 3)]
+    return [tile for tile in tiles if _loop_bytes(kernel, tile) <= gpu.shared_memory]
+
+
+def _loop_bytes(kernel: str, tile: Tile) -> int:
+    """Shared memory for the tiles of 80 columns that a loop loads in pairs: keys and values, queries and gradients."""
+    return tile.stages * (tile.queries if kernel == "backward_keys" else tile.keys) * 2 * 80 * 2
 
 
 def short_block(element_bytes: int) -> int:
@@ -127,7 +133,7 @@ def short(
     share = short_block(element_bytes) // block  # fewer rows: fewer warps and more programs
     room = kernel == "short_forward" or (facts.matrix_unit != "mma" and share == 1)  # to prefetch the next sequence
     stages = 2 if element_bytes == 2 and room else 1
-    warps = max(1, (8 if wide and element_bytes == 2 else 4) // share)
+    warps = max(1, (8 if wide else 4) // share)
     return min(sequences, 4 * share * facts.multiprocessors), warps, stages
 
 

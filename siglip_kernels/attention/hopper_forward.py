@@ -25,6 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from siglip_kernels.tma import async_load, async_store
+
 ROWS = gl.constexpr(64)  # queries per consumer warpgroup: the height of a wgmma
 SLOTS = gl.constexpr(2)  # buffers for each consumer's queries: the next tile's are loaded while it works
 
@@ -70,11 +72,11 @@ def load_rows(tensors, stages, index, full, empty, phase, batch, row, head):
     main_bytes: gl.constexpr = tensors[0].block_type.nbytes
     tail_bytes: gl.constexpr = tensors[1].block_type.nbytes if two else 0
     mbarrier.expect(full.index(index), main_bytes + tail_bytes)
-    tma.async_copy_global_to_shared(tensors[0], [batch, row, head, 0], full.index(index), stages[0].index(index))
+    async_load(tensors[0], [batch, row, head, 0], full.index(index), stages[0].index(index))
     if two:
         first_column: gl.constexpr = tensors[0].block_type.shape[3]
         to = stages[1].index(index)
-        tma.async_copy_global_to_shared(tensors[1], [batch, row, head, first_column], full.index(index), to)
+        async_load(tensors[1], [batch, row, head, first_column], full.index(index), to)
 
 
 @gluon.jit
@@ -249,7 +251,7 @@ def store_rows(tensor, staging, CONSUMER: gl.constexpr, out, batch, row, head, F
     staging = staging.index(CONSUMER)
     staging.reshape(out.shape).store(out.to(tensor.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(tensor, [batch, row, head, FIRST], staging)
+    async_store(tensor, [batch, row, head, FIRST], staging)
 
 
 @gluon.jit

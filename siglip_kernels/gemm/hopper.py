@@ -35,6 +35,7 @@ from siglip_kernels.gemm.hopper_pipeline import (
     reciprocal,
     tile_position,
 )
+from siglip_kernels.tma import async_load, async_store
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _send(value, buffer, target, row, column):
     """Rounds to the target's dtype, and starts the copy from the buffer to target[row : , column : ]."""
     buffer.store(value.to(target.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(target, [row, column], buffer)
+    async_store(target, [row, column], buffer)
 
 
 @gluon.jit
@@ -180,7 +181,7 @@ def _consumer(
             tma.store_wait(pendings=0)
             mbarrier.expect(landed.index(consumer), PIECES * added.block_type.nbytes)
             for piece in gl.static_range(PIECES):
-                tma.async_copy_global_to_shared(
+                async_load(
                     added, [first_row, first_column + piece * PIECE], landed.index(consumer),
                     buffers.index(consumer * BUFFERS + piece),
                 )  # fmt: skip

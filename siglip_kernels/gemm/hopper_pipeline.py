@@ -12,10 +12,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from siglip_kernels.tma import async_load
 
 BLOCK_K = gl.constexpr(64)  # 128 bytes of fp16 or bf16: the widest row that shared memory swizzles
 PIECE = gl.constexpr(64)  # columns that an epilogue works on at a time, also 128 bytes of fp16 or bf16
@@ -110,13 +111,13 @@ def load_tiles(
                 row = first_row + consumer * CONSUMER_ROWS
                 block = a_blocks.index(stage * CONSUMERS + consumer)
                 if A_TRANSPOSED:
-                    tma.async_copy_global_to_shared(a, [k, row], landed, block)
+                    async_load(a, [k, row], landed, block)
                 else:
-                    tma.async_copy_global_to_shared(a, [row, k], landed, block)
+                    async_load(a, [row, k], landed, block)
             if B_TRANSPOSED:
-                tma.async_copy_global_to_shared(tile_b, [column, k], landed, b_blocks.index(stage))
+                async_load(tile_b, [column, k], landed, b_blocks.index(stage))
             else:
-                tma.async_copy_global_to_shared(tile_b, [k, column], landed, b_blocks.index(stage))
+                async_load(tile_b, [k, column], landed, b_blocks.index(stage))
             step += 1
 
 

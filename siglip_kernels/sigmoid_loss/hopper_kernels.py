@@ -22,6 +22,7 @@ from siglip_kernels.gemm.hopper_pipeline import (
     tile_position,
 )
 from siglip_kernels.sigmoid_loss.kernels import log1p
+from siglip_kernels.tma import async_store
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LOG_2 = gl.constexpr(0.6931471805599453)
@@ -95,7 +96,7 @@ def _logit_grad_piece(
     if logit_grad_target is not None:
         # Ordinary stores are not visible to TMA without a fence.
         fence_async_shared()
-        tma.async_copy_shared_to_global(logit_grad_target, [first_row, first_column], buffers.index(buffer))
+        async_store(logit_grad_target, [first_row, first_column], buffers.index(buffer))
     return right_sum, dot_sum, logit_grad_sum, softplus
 
 

@@ -247,7 +247,7 @@ BROKEN = {
         "out, 0)\n                mbarrier.arrive(next_turn, count=1)\n", "out, 0)\n"
     ),
     "the output is staged over a store": ("        tma.store_wait(0)\n        store_rows(", "        store_rows("),
-    "the output is stored without a fence": ("    fence_async_shared()\n    tma.async", "    tma.async"),
+    "the output is stored without a fence": ("    fence_async_shared()\n    async_store", "    async_store"),
     "the last store is not waited for": ("query_tokens)\n    tma.store_wait(0)\n", "query_tokens)\n"),
     "one consumer is enough to empty a stage": ("k_empty.index(i), count=CONSUMERS)", "k_empty.index(i), count=1)"),
     "the first consumer waits for a turn that never comes": ("1 if CONSUMER == 0 else 0", "0"),

@@ -254,7 +254,7 @@ IN_PIPELINE = {
     "both consumers take the same rows": ("stage * CONSUMERS + consumer)\n    b =", "stage * CONSUMERS)\n    b ="),
 }  # fmt: skip
 IN_EPILOGUE = {
-    "a result is sent without a fence": ("    fence_async_shared()\n    tma.async", "    tma.async"),
+    "a result is sent without a fence": ("    fence_async_shared()\n    async_store", "    async_store"),
     "a buffer is written while it is sent": (
         "                if added is None:\n                    tma.store_wait(pendings=1)\n", ""
     ),

@@ -195,7 +195,7 @@ def test_nothing_falls_back():
 
 # Lines of the kernels and their faulty replacements. test_linear_hopper.py plants the main loop's faults.
 BROKEN = {
-    "G is sent without a fence": ("        fence_async_shared()\n        tma.async", "        tma.async"),
+    "G is sent without a fence": ("        fence_async_shared()\n        async_store", "        async_store"),
     "G is written while it is sent": ("        tma.store_wait(pendings=BUFFERS - 1)\n", "        pass\n"),
     "the turns of the buffers are mixed up at the edge": (
         "middle of a turn.\n        tma.store_wait(pendings=0)", "middle of a turn.\n        pass"

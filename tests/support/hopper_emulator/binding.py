@@ -32,12 +32,16 @@ _STAND_INS: dict[types.ModuleType, dict[str, Any]] = {
     mbarrier: _named(
         barriers.allocate_mbarrier, barriers.arrive, barriers.expect, barriers.init, barriers.invalidate, barriers.wait
     ),
-    tma: _named(
-        copies.async_copy_global_to_shared,
-        copies.async_copy_shared_to_global,
-        copies.store_wait,
-        copies.make_tensor_descriptor,
-    ),
+    tma: {
+        "async_load": copies.async_copy_global_to_shared,  # since Triton 3.8
+        "async_store": copies.async_copy_shared_to_global,
+        **_named(
+            copies.async_copy_global_to_shared,
+            copies.async_copy_shared_to_global,
+            copies.store_wait,
+            copies.make_tensor_descriptor,
+        ),
+    },
 }
 _BY_IDENTITY = {
     id(getattr(module, name)): stand_in
