@@ -1,6 +1,6 @@
 """The command `python -m bench`.
 
-Exit codes: 0 success, 1 a kernel is wrong, does not compile or spills, 2 usage or setup error, 130 interrupted by
+Exit codes: 0 success, 1 a kernel is wrong or has a problem, 2 usage or setup error, 130 interrupted by
 Ctrl-C (rows measured so far are written; the next run resumes).
 """
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Benchmark SigLIP's operations and models against the strongest peers: checked first, then timed.",
-    epilog="Exit codes: 0 success, 1 a kernel is wrong or spills, 2 usage or setup error, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 a kernel is wrong or has a problem, 2 usage or setup error, 130 interrupted.",
 )
 
 SuitesArgument = Annotated[
