@@ -32,7 +32,7 @@ class TextEmbeddings(nn.Module):
         if position_ids is None and is_fusable(self.position_embedding, nn.Embedding):
             return x + positions[:tokens]
         if position_ids is None:
-            position_ids = torch.arange(tokens, device=input_ids.device)
+            position_ids = torch.arange(tokens, device=input_ids.device)[None]
         return x + _looked_up(self.position_embedding, position_ids, "position_ids")
 
 

@@ -56,7 +56,7 @@ class VisionEmbeddings(UsesBackend, nn.Module):
         embedding = self.position_embedding
         if is_fusable(embedding, nn.Embedding):
             return embedding.weight
-        return embedding(torch.arange(self.grid**2, device=embedding.weight.device))
+        return embedding(torch.arange(self.grid**2, device=embedding.weight.device)[None])[0]
 
     def _interpolated(self, position: Tensor, rows: int, columns: int) -> Tensor:
         square = position.T.reshape(1, -1, self.grid, self.grid)  # [1, width, grid, grid]
@@ -76,8 +76,8 @@ class PoolingHead(UsesBackend, nn.Module):
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self._pool(x)  # [B, width]
-        return add_pre_norm_mlp(self.ops, self.layernorm, self.mlp, pooled)
+        pooled = self._pool(x)[:, None]  # [B, 1, width], the shape that hooks and wrappers see in transformers
+        return add_pre_norm_mlp(self.ops, self.layernorm, self.mlp, pooled)[:, 0]
 
     def _pool(self, x: Tensor) -> Tensor:
         attention = self.attention

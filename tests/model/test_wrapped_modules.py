@@ -257,7 +257,45 @@ def test_lora_of_peft(backend: str) -> None:
     close(run(tuned.merge_and_unload()), out)  # merged, the layers are fused again, with the same result
 
 
-def test_hooks_see_what_they_see_in_transformers() -> None:
+def seen_by_hooks(model: Any, names: list[str]) -> dict[str, Tensor]:
+    """Every module's first argument, its output, and the gradients of both."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, received: str, returned: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            for what, value in ((received, args), (returned, output)):
+                first = value[0] if isinstance(value, tuple) else value
+                if first is not None:
+                    seen[f"{name}, {what}"] = first.detach()
+
+        return hook
+
+    for name in names:
+        module = model.get_submodule(name)
+        module.register_forward_hook(keep(name, "input", "output"))
+        module.register_full_backward_hook(keep(name, "input gradient", "output gradient"))
+    run(model).sum().backward()
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hooks_see_what_they_see_in_transformers(backend: str) -> None:
+    peer = transformers_model({**TINY_TEXT, **ONE_LAYER}, {**TINY_VISION, **ONE_LAYER}).to(DEVICE)
+    project = project_model(peer, backend).to(DEVICE)
+    hidden = "vision_model.head.attention.out_proj"  # nn.MultiheadAttention takes its parameters
+    called_alike = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv2d)  # others are classes of each library
+    names = [name for name, module in peer.named_modules() if isinstance(module, called_alike) and name != hidden]
+    found, expected = seen_by_hooks(project, names), seen_by_hooks(peer, names)
+    assert found.keys() == expected.keys() and len(expected) > 80
+    for name, tensor in expected.items():
+        assert found[name].shape == tensor.shape, name
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_modules_of_towers_are_hooked_as_in_transformers() -> None:
     peer = transformers_model({**TINY_TEXT, **ONE_LAYER}, {**TINY_VISION, **ONE_LAYER}).to(DEVICE)
     project = project_model(peer, "sdpa").to(DEVICE)
     hidden = "vision_model.head.attention.out_proj"  # nn.MultiheadAttention takes its parameters
