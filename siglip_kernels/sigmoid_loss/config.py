@@ -35,8 +35,7 @@ class Config:
 
 
 # 128 × 256 reads the fewest bytes from L2 per product; without TMA, its addresses leave too few registers for it. None
-# of these spills with triton 3.6 and 3.7 (test_sigmoid_loss_ahead_of_time.py); triton 3.8 gives logit_grad_kernel with
-# _HOPPER 72 B of stack per thread.
+# of these spills (test_sigmoid_loss_ahead_of_time.py).
 _HOPPER = Tile(128, 256, 64, num_warps=8, num_stages=4)
 _HOPPER_TALL = Tile(256, 128, 64, num_warps=8, num_stages=4)
 _SQUARE = Tile(128, 128, 64, num_warps=8, num_stages=4)

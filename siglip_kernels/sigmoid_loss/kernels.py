@@ -12,9 +12,12 @@ upstream gradient in fp32.
 import triton
 import triton.language as tl
 
+from siglip_kernels.approximate import log2, reciprocal
 from siglip_kernels.interpreter import dot, narrow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG_2 = tl.constexpr(0.6931471805599453)
+FOLDED = tl.constexpr(16)  # columns of partial sums; on sm_80 fewer belong to another warp
 
 
 @triton.jit
@@ -61,6 +64,12 @@ def log1p(e):
 
 
 @triton.jit
+def _log1p_of_any(e):
+    """log(1 + e) for e >= 0 to a relative 3e-7. Beyond 1, the rounding of 1 + e is harmless."""
+    return tl.where(e <= 1.0, log1p(e), log2(1.0 + e) * LOG_2)
+
+
+@triton.jit
 def _halves(x):
     """The left and the right columns of x, without leaving the registers."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
@@ -72,6 +81,86 @@ def _quarters(x):
     first, second = _halves(left)
     third, fourth = _halves(right)
     return first, second, third, fourth
+
+
+@triton.jit
+def _fold(x):
+    """Sums of columns FOLDED apart: (rows, FOLDED), without an exchange between threads."""
+    if x.shape[1] > 2 * FOLDED:
+        left, right = _halves(x)
+        x = left + right
+    if x.shape[1] > FOLDED:
+        left, right = _halves(x)
+        x = left + right
+    return x
+
+
+@triton.jit
+def _multiply(a, b):
+    """(1 + a) (1 + b) - 1."""
+    return a * b + (a + b)
+
+
+@triton.jit
+def _fold_softplus(x):
+    """Π (1 + x) - 1 over columns FOLDED apart: (rows, FOLDED)."""
+    if x.shape[1] > 2 * FOLDED:
+        left, right = _halves(x)
+        x = _multiply(left, right)
+    if x.shape[1] > FOLDED:
+        left, right = _halves(x)
+        x = _multiply(left, right)
+    return x
+
+
+@triton.jit
+def _sums(
+    products,  # x yᵀ of some images and texts
+    logit_grad_target,
+    logit_grad_stride,
+    first_row,
+    first_column,
+    scale,  # t and b, times log₂ e
+    bias,
+    images,
+    texts,
+    diagonal,
+    GRADIENTS: tl.constexpr,
+    LOGIT_GRAD_SCALE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SPECIAL: tl.constexpr,  # whether there may be positives, or pairs past the last image or text
+):
+    """Σ max(-z s, 0) / log 2, Π (1 + e^-|s|) - 1, Σ G ⊙ x yᵀ and Σ G over columns FOLDED apart. Stores G."""
+    rows = first_row + tl.arange(0, products.shape[0])[:, None]
+    columns = first_column + tl.arange(0, products.shape[1])[None, :]
+    # wrong = -z s: how far a pair is on the wrong side. -inf past the edge: such pairs have no loss and no G.
+    wrong = products * scale + bias
+    if SPECIAL:
+        positive = rows + diagonal == columns
+        wrong = tl.where(positive, -wrong, wrong)
+        wrong = tl.where((rows < images) & (columns < texts), wrong, float("-inf"))
+    e = tl.exp2(-tl.abs(wrong))
+    # Σ log(1 + e) = log Π (1 + e): one logarithm for many pairs. Π - 1 is kept, because Π would lose a small e.
+    softplus = _fold_softplus(e)
+    right_sum = _fold(tl.maximum(wrong, 0.0))
+    dot_sum = tl.zeros_like(right_sum)
+    logit_grad_sum = tl.zeros_like(right_sum)
+    if GRADIENTS:
+        logit_grad = tl.where(wrong >= 0.0, 1.0, e) * reciprocal(1.0 + e)  # σ(-z s)
+        if SPECIAL:
+            logit_grad = tl.where(positive, -logit_grad, logit_grad)
+        dot_sum = _fold(logit_grad * products)
+        logit_grad_sum = _fold(logit_grad)
+        if logit_grad_target is not None:
+            if DESCRIPTORS:
+                stored = narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype)
+                logit_grad_target.store([first_row, first_column], stored)
+            else:
+                # Zeros past the last text are stored as well, because the products read whole tiles.
+                o_logit_grad = rows.to(tl.int64) * tl.multiple_of(logit_grad_stride, 16) + columns
+                stored = narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype.element_ty)
+                tl.store(logit_grad_target + o_logit_grad, stored, mask=rows < images)
+    return right_sum, softplus, dot_sum, logit_grad_sum
 
 
 @triton.jit(do_not_specialize=["images", "texts", "diagonal"])
@@ -106,49 +195,45 @@ def logit_grad_kernel(
         y = _load_tile(text_source, first_column, k, texts, WIDTH, BLOCK_N, BLOCK_K, WIDTH, DESCRIPTORS)
         products = dot(x, y.T, products, PRECISION)
 
-    logit_scale = tl.load(logit_scale_ptr)
-    logit_bias = tl.load(logit_bias_ptr)
-    loss_sum = tl.zeros((BLOCK_M,), tl.float32)
-    dot_sum = tl.zeros((BLOCK_M,), tl.float32)
-    logit_grad_sum = tl.zeros((BLOCK_M,), tl.float32)
-    # A quarter at a time: the epilogue of a whole tile would not fit in the registers beside its accumulator.
+    # e^x = 2^(x log₂ e): logits are computed in units of log₂ e.
+    scale = tl.load(logit_scale_ptr) * LOG2_E
+    bias = tl.load(logit_bias_ptr) * LOG2_E
+    # A quarter at a time: the temporaries of a whole tile would not fit in the registers beside its accumulator.
     PART: tl.constexpr = BLOCK_N // 4
     parts = _quarters(products)
     for part in tl.static_range(4):
-        rows = first_row + tl.arange(0, BLOCK_M)[:, None]
-        columns = first_column + part * PART + tl.arange(0, PART)[None, :]
-        positive = rows + diagonal == columns
-        logits = parts[part] * logit_scale + logit_bias
-        # wrong = -z s: how far a pair is on the wrong side. -inf past the edge: such pairs have no loss and no G.
-        wrong = tl.where(positive, -logits, logits)
-        wrong = tl.where((rows < images) & (columns < texts), wrong, float("-inf"))
-        e = tl.exp2(tl.abs(wrong) * -LOG2_E)
-        loss_sum += tl.sum(tl.maximum(wrong, 0.0) + log1p(e), axis=1)
-        if GRADIENTS:
-            # σ(wrong), from an exponential of its own: keeping e until here would spill.
-            probability = 1.0 / (1.0 + tl.exp2(wrong * -LOG2_E))
-            logit_grad = tl.where(positive, -probability, probability)
-            dot_sum += tl.sum(logit_grad * parts[part], axis=1)
-            logit_grad_sum += tl.sum(logit_grad, axis=1)
-            if logit_grad_target is not None:
-                if DESCRIPTORS:
-                    stored = narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype)
-                    logit_grad_target.store([first_row, first_column + part * PART], stored)
-                else:
-                    # Zeros past the last text are stored as well, because the products read whole tiles.
-                    o_logit_grad = rows.to(tl.int64) * tl.multiple_of(logit_grad_stride, 16) + columns
-                    stored = narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype.element_ty)
-                    tl.store(logit_grad_target + o_logit_grad, stored, mask=rows < images)
+        column = first_column + part * PART
+        has_positives = (first_row + diagonal < column + PART) & (first_row + diagonal + BLOCK_M > column)
+        at_edge = (first_row + BLOCK_M > images) | (column + PART > texts)
+        # The branch also keeps the compiler from interleaving the parts, which would spill.
+        if has_positives | at_edge:
+            right, soft, dots, grads = _sums(
+                parts[part], logit_grad_target, logit_grad_stride, first_row, column, scale, bias, images, texts,
+                diagonal, GRADIENTS, LOGIT_GRAD_SCALE, DESCRIPTORS, True,
+            )  # fmt: skip
+        else:
+            right, soft, dots, grads = _sums(
+                parts[part], logit_grad_target, logit_grad_stride, first_row, column, scale, bias, images, texts,
+                diagonal, GRADIENTS, LOGIT_GRAD_SCALE, DESCRIPTORS, False,
+            )  # fmt: skip
+        if part == 0:
+            right_sum, softplus, dot_sum, logit_grad_sum = right, soft, dots, grads
+        else:
+            right_sum += right
+            softplus = _multiply(softplus, soft)
+            dot_sum += dots
+            logit_grad_sum += grads
+    loss_sum = right_sum * LOG_2 + _log1p_of_any(softplus)
 
-    # Within a row sums are fp32, over rows and tiles fp64. A slot belongs to one program per launch, and launches run
-    # one after another, so the order of every sum is fixed.
+    # Within a tile sums are fp32, a tree with at most 16 terms in a row, over tiles fp64. A slot belongs to one program
+    # per launch, and launches run one after another, so the order of every sum is fixed.
     slot_ptr = totals_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(slot_ptr, tl.load(slot_ptr) + tl.sum(loss_sum.to(tl.float64)))
+    tl.store(slot_ptr, tl.load(slot_ptr) + tl.sum(loss_sum).to(tl.float64))
     if GRADIENTS:
         dot_ptr = slot_ptr + slots
-        tl.store(dot_ptr, tl.load(dot_ptr) + tl.sum(dot_sum.to(tl.float64)))
+        tl.store(dot_ptr, tl.load(dot_ptr) + tl.sum(dot_sum).to(tl.float64))
         sum_ptr = dot_ptr + slots
-        tl.store(sum_ptr, tl.load(sum_ptr) + tl.sum(logit_grad_sum.to(tl.float64)))
+        tl.store(sum_ptr, tl.load(sum_ptr) + tl.sum(logit_grad_sum).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["rows", "depth"])
