@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siglip_kernels.errors import unsupported
-from siglip_kernels.fusable import is_fusable
+from siglip_kernels.fusable import is_fusable, is_unhooked
 from siglip_model.capture import CapturedVision
 from siglip_model.config import SiglipConfig
 from siglip_model.outputs import ImageClassifierOutput
@@ -57,7 +57,10 @@ class SiglipForImageClassification(PreTrainedModel):
             self._default(output_attentions, "attentions"),
             self._default(output_hidden_states, "hidden_states"),
         )
-        if is_fusable(self.vision_model, SiglipVisionModel):
+        head = self.vision_model.head
+        # transformers computes the pooling head and drops its output: a hook in it sees that here as well.
+        unseen = head is None or all(is_unhooked(module) for module in head.modules())
+        if is_fusable(self.vision_model, SiglipVisionModel) and unseen:
             vision = self.vision_model.encode(pixel_values, *asked)
         else:
             vision = self.vision_model(pixel_values, *asked, return_dict=True)

@@ -331,6 +331,16 @@ def test_a_wrapped_tower_of_a_classifier_is_called() -> None:
     assert seen == [1]
 
 
+@pytest.mark.parametrize("hooked", ["head", "head.mlp.fc1"])
+def test_a_hook_in_the_unused_head_of_a_classifier_runs(hooked: str) -> None:
+    classifier = model(kind="SiglipForImageClassification")
+    pixels = torch.randn(2, 3, 48, 48, device=DEVICE)
+    expected, seen = classifier(pixels).logits, []
+    classifier.vision_model.get_submodule(hooked).register_forward_hook(lambda *_: seen.append(1))
+    close(classifier(pixels).logits, expected)
+    assert seen == [1]
+
+
 def counting(ops: backends.Backend, calls: list[str]) -> backends.Backend:
     """The backend, with its calls recorded."""
 
