@@ -38,7 +38,9 @@ def embed(
     ],
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Output file.", show_default=False)],
     normalize: Annotated[bool, typer.Option(help="Scale rows to unit length, or keep the pooled output.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite the output instead of resuming.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start over; the old output is kept until the new one is complete.")
+    ] = False,
     model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
@@ -97,6 +99,8 @@ def embed(
             print(json.dumps({**report, "failures": failures}, indent=2))
         elif summary.rows == 0:
             print(f"no image was embedded; {out} was not written")
+        elif not summary.written:
+            print(f"{out} is kept until all new rows are finished; {summary.rows} are")
         else:
             print(
                 f"{out}: {summary.rows} row{'s' * (summary.rows != 1)} of {summary.width};"

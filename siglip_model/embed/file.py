@@ -1,32 +1,42 @@
-"""The embedding file: a safetensors file that also names its rows."""
+"""The embedding file: a safetensors file that also names its rows.
+
+It holds three tensors, in this order and without gaps. `embeddings` (n, width). `files`, bytes: one line of JSON per
+row, {"file", "stamp"}, where the stamp (size and modification time) shows whether the file has changed. `failed`,
+bytes: one line of JSON per image that could not be read, {"file", "error"}. The header's metadata hold the settings
+that all rows share, among them the rows' `dtype` and `width`, and whether the last run was `complete`.
+
+`EmbeddingFile` reads one and checks all of it on the way; `encode_header` is its counterpart for writing.
+"""
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
 
 PRODUCER = "siglip embed"
-HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors format
+TEXT_LIMIT = 2**24  # bytes of a header or of one line; more is not read
+CHUNK = 2**20  # bytes of rows that are checked at once
 TENSOR_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class EmbeddingFileError(ValueError):
-    """The output file or its journal cannot be used; the message gives the reason and the remedy."""
+    """The output file or its journal cannot be used; the message names the file, the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
     """The content of an embedding file.
 
-    embeddings: (n, width); row i belongs to the image `files[i]`. failed: path -> error of images without a row.
-    settings: what the rows were made with, as text.
+    embeddings: (n, width); row i belongs to the image `files[i]`. failed: path -> error of images that could not be
+    read; one that was embedded before keeps its row. settings: what the rows were made with, as text.
     """
 
     embeddings: torch.Tensor
@@ -36,56 +46,212 @@ class Embeddings:
 
 
 def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
-    """Reads a file that `siglip embed` wrote. Raises EmbeddingFileError for any other kind of file."""
-    from safetensors import safe_open
+    """Reads a file that `siglip embed` wrote and checks all of it: the header, each name, and that rows are finite.
 
-    read_header(Path(path))
-    with safe_open(path, framework="pt") as file:
-        lines = {
-            name: [json.loads(line) for line in file.get_tensor(name).numpy().tobytes().splitlines()]
-            for name in ("files", "failed")
-        }
-        return Embeddings(
-            embeddings=file.get_tensor("embeddings"),
-            files=[line["file"] for line in lines["files"]],
-            failed={line["file"]: line["error"] for line in lines["failed"]},
-            settings=file.metadata(),
-        )
+    Raises FileNotFoundError, and EmbeddingFileError for a damaged file or any other kind of file.
+    """
+    with EmbeddingFile(path) as file:
+        rows: dict[str, None] = {}
+        for name, _, _ in file.rows():
+            if name in rows:
+                raise file.duplicate(name)
+            rows[name] = None
+        return Embeddings(file.embeddings(), list(rows), dict(file.failures()), file.metadata)
 
 
 @dataclass(frozen=True)
-class Header:
-    """What precedes the data of an embedding file; spans: tensor -> [start, end) of its bytes within the file."""
+class RowFormat:
+    """How rows are stored. dtype: a key of TENSOR_DTYPES. width: values per row."""
 
-    metadata: dict[str, str]
-    spans: dict[str, tuple[int, int]]
+    dtype: str
+    width: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * TENSOR_DTYPES[self.dtype].itemsize
+
+    @property
+    def rows_per_chunk(self) -> int:
+        return max(1, CHUNK // self.row_bytes)
+
+    def finite(self, rows: bytes) -> list[bool]:
+        """Whether each of these rows is free of NaN and infinity."""
+        if not rows:
+            return []
+        values = torch.frombuffer(bytearray(rows), dtype=TENSOR_DTYPES[self.dtype])
+        return values.view(-1, self.width).isfinite().all(dim=-1).tolist()
 
 
-def read_header(path: Path) -> Header:
-    """The header of a file written by `siglip embed`. Raises EmbeddingFileError for any other or truncated file."""
-    problem = "it was not written by `siglip embed`"
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size, HEADER_LIMIT):
+def encode_header(metadata: Mapping[str, str], rows: int, files_bytes: int, failed_bytes: int) -> bytes:
+    """All that precedes the data, from the number of rows and the lengths of the two tensors of text."""
+    text = json.dumps(_describe(metadata, rows, files_bytes, failed_bytes)).encode()
+    text += b" " * (-len(text) % 8)  # aligns the rows
+    return struct.pack("<Q", len(text)) + text
+
+
+def _describe(metadata: Mapping[str, str], rows: int, files_bytes: int, failed_bytes: int) -> dict[str, Any]:
+    rows_format = RowFormat(metadata["dtype"], int(metadata["width"]))
+    rows_end = rows * rows_format.row_bytes
+    files_end = rows_end + files_bytes
+    return {
+        "__metadata__": dict(metadata),
+        "embeddings": {
+            "dtype": rows_format.dtype,
+            "shape": [rows, rows_format.width],
+            "data_offsets": [0, rows_end],
+        },
+        "files": {"dtype": "U8", "shape": [files_bytes], "data_offsets": [rows_end, files_end]},
+        "failed": {"dtype": "U8", "shape": [failed_bytes], "data_offsets": [files_end, files_end + failed_bytes]},
+    }
+
+
+class EmbeddingFile:
+    """An embedding file, open for reading in constant memory.
+
+    metadata: the settings, as text. format: of its rows. count: of its rows.
+    Every method raises EmbeddingFileError, which names the file, at the first thing that is wrong with it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if os.path.exists(self.path) and not os.path.isfile(self.path):  # opening a pipe would wait for its writer
+            raise self.error("is not a regular file")
+        try:
+            self._file = open(self.path, "rb")  # noqa: SIM115  # closed by `__exit__`
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self.error(f"cannot be read ({error.strerror or error})") from error
+        try:
+            self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> EmbeddingFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def error(self, problem: str) -> EmbeddingFileError:
+        return EmbeddingFileError(f"{self.path} {problem}")
+
+    def duplicate(self, name: str) -> EmbeddingFileError:
+        """The error for a second row of one image, which the reader detects, who keeps the names."""
+        return self.error(f"is damaged: {name} has two rows")
+
+    def _read_header(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            (length,) = struct.unpack("<Q", self._file.read(8))
+            if length > min(size, TEXT_LIMIT):
                 raise ValueError
-            content = json.loads(file.read(length))
-        metadata = content.pop("__metadata__")
-        if metadata["producer"] == PRODUCER:
-            offsets = {name: content[name]["data_offsets"] for name in ("embeddings", "files", "failed")}
-            spans = {name: (8 + length + start, 8 + length + end) for name, (start, end) in offsets.items()}
-            if spans["failed"][1] == size:
-                return Header(metadata, spans)
-            problem = "it is truncated"
-    except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError):
-        pass
-    raise EmbeddingFileError(f"{path} already exists and {problem}; choose another --out, or --overwrite to replace it")
+            content = json.loads(self._file.read(length).decode())
+            if content["__metadata__"]["producer"] != PRODUCER:
+                raise ValueError
+        except (struct.error, ValueError, KeyError, TypeError, RecursionError):
+            raise self.error("was not written by `siglip embed`") from None
+        self.metadata: dict[str, str] = content["__metadata__"]
+        self._check_metadata()
+        lengths = [self._length(content, name) for name in ("embeddings", "files", "failed")]
+        expected = _describe(self.metadata, *lengths)
+        for name in sorted(content.keys() | expected.keys()):
+            if content.get(name) != expected.get(name):
+                raise self._damaged_header(name, content.get(name))
+        self.format = RowFormat(self.metadata["dtype"], int(self.metadata["width"]))
+        self.count = lengths[0]
+        self._spans = {
+            name: tuple(8 + length + offset for offset in expected[name]["data_offsets"])
+            for name in ("embeddings", "files", "failed")
+        }
+        end = self._spans["failed"][1]
+        if size < end:
+            raise self.error(f"is truncated: it has {size} of {end} bytes")
+        if size > end:
+            raise self.error(f"is damaged: it has {size} bytes, {size - end} more than its header says")
 
+    def _check_metadata(self) -> None:
+        for name, value in self.metadata.items():
+            if not isinstance(value, str):
+                raise self._damaged_header(name, value)
+        width = self.metadata.get("width", "")
+        supported = {
+            "dtype": self.metadata.get("dtype") in TENSOR_DTYPES,
+            "width": width.isascii() and width.isdigit() and len(width) < 10 and int(width) > 0,
+            "complete": self.metadata.get("complete") in ("true", "false"),
+        }
+        for name, is_supported in supported.items():
+            if not is_supported:
+                raise self._damaged_header(name, self.metadata.get(name))
 
-def read_lines(file: BinaryIO, span: tuple[int, int]) -> Iterator[dict[str, str]]:
-    """The JSON lines within a span of bytes, one at a time."""
-    start, end = span
-    file.seek(start)
-    while file.tell() < end:
-        yield json.loads(file.readline())
+    def _length(self, content: dict[str, Any], name: str) -> int:
+        """The first dimension of a tensor in the header."""
+        try:
+            length = content[name]["shape"][0]
+        except (KeyError, TypeError, IndexError):
+            raise self._damaged_header(name, content.get(name)) from None
+        if type(length) is not int or length < 0:
+            raise self._damaged_header(name, content[name])
+        return length
+
+    def _damaged_header(self, name: str, value: object) -> EmbeddingFileError:
+        shown = "is missing" if value is None else f"is {str(value)[:200]}"
+        return self.error(f"is damaged: in its header `{name}` {shown}")
+
+    def rows(self) -> Iterator[tuple[str, str, bytes]]:
+        """Yields (file, stamp, row) in order. That no file has two rows is for the caller to check."""
+        lines = self._lines("files", "stamp")
+        size, chunk = self.format.row_bytes, self.format.rows_per_chunk
+        for first in range(0, self.count, chunk):
+            expected = min(chunk, self.count - first) * size
+            self._file.seek(self._spans["embeddings"][0] + first * size)
+            content = self._file.read(expected)
+            if len(content) != expected:
+                raise self.error("was truncated while it was read")
+            for index, is_finite in enumerate(self.format.finite(content)):
+                line = next(lines, None)
+                if line is None:
+                    raise self.error(f"is damaged: it has {self.count} rows and the names of {first + index}")
+                name, stamp = line
+                if not is_finite:
+                    raise self.error(f"is damaged: the row of {name} is not finite")
+                yield name, stamp, content[index * size : (index + 1) * size]
+        if next(lines, None) is not None:
+            raise self.error(f"is damaged: it has {self.count} rows and the names of more")
+
+    def failures(self) -> Iterator[tuple[str, str]]:
+        """Yields (file, error) of each image that could not be read."""
+        return self._lines("failed", "error")
+
+    def _lines(self, tensor: str, key: str) -> Iterator[tuple[str, str]]:
+        position, end = self._spans[tensor]
+        number = 0
+        while position < end:
+            self._file.seek(position)  # `rows` moves it between two lines
+            line = self._file.readline(min(end - position, TEXT_LIMIT))
+            position += len(line)
+            number += 1
+            try:
+                entry = json.loads(line.decode())
+                name, value = entry["file"], entry[key]
+                if not (line.endswith(b"\n") and len(entry) == 2 and isinstance(value, str)):
+                    raise ValueError
+                if os.fsdecode(os.fsencode(name)) != name or (key == "stamp" and not value.isascii()):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise self.error(f"is damaged: line {number} of its tensor `{tensor}` cannot be read") from None
+            yield name, value
+
+    def embeddings(self) -> torch.Tensor:
+        """(n, width), memory-mapped: pages are read when they are used, and a write to the tensor stays in memory."""
+        if self.count == 0:
+            return torch.empty(0, self.format.width, dtype=TENSOR_DTYPES[self.format.dtype])
+        content = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        values = torch.frombuffer(
+            content,
+            dtype=TENSOR_DTYPES[self.format.dtype],
+            count=self.count * self.format.width,
+            offset=self._spans["embeddings"][0],
+        )
+        return values.view(self.count, self.format.width)

@@ -1,12 +1,17 @@
-"""Embeddings on disk: a journal that survives a kill, and the .safetensors file written from it.
+"""The rows on their way into FILE: a journal that survives a kill, and the replacement of FILE by what it holds.
 
-A .safetensors file states its shapes first and cannot grow, so rows are collected in a journal beside it, `FILE.part`:
-an SQLite database, whose transactions are atomic, so that a killed run loses at most its last seconds and a second
-process is locked out. The finished file is streamed from the journal row by row and moved into place atomically.
+A .safetensors file states its shapes first and cannot grow, so rows are collected in a journal beside it, `FILE.part`,
+an SQLite database. Its life has three states, and each step from one to the next is atomic:
 
-The file holds three tensors. `embeddings` (n, width). `files`, bytes: one line of JSON per row, {"file", "stamp"},
-where the stamp (size and modification time) shows whether the file has changed. `failed`, bytes: one line of JSON per
-image that could not be read, {"file", "error"}. `load_embeddings` reads all three.
+1. None: no `FILE.part`, or one without settings. FILE is the base.
+2. Started, by one transaction that writes the settings and copies all rows of FILE. From here on the journal holds
+   every row of FILE and more. `commit` is the only way to add rows; whatever it was not called for is rolled back.
+   SQLite's lock, held until the journal is closed, keeps other runs out.
+3. Finished: FILE was replaced by a rename, from a file that is complete and on the disk. The journal is then deleted,
+   while it is still locked, so that no other run can begin to use it.
+
+A journal that was started with `overwrite` differs in one point: FILE is not copied, and stays as it is until the new
+rows are complete.
 """
 
 from __future__ import annotations
@@ -14,179 +19,373 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import struct
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from siglip_model.embed.file import PRODUCER, TENSOR_DTYPES, EmbeddingFileError, read_header, read_lines
+from siglip_model.checkpoints.atomic import ordinary_mode, sync_directory
+from siglip_model.embed.file import PRODUCER, EmbeddingFile, EmbeddingFileError, RowFormat, encode_header
+
+# Paths are bytes, because names need not be valid Unicode. The implicit rowid keeps the order of insertion.
+SCHEMA = {
+    "settings": "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT)",
+    "images": "CREATE TABLE images (path BLOB PRIMARY KEY, stamp TEXT, error TEXT, embedding BLOB)",
+}
+OVERWRITES = "overwrites"  # among the settings of a journal: FILE is to be replaced, not continued
+BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+# Failures of the disk or the system, which say nothing against the journal's content.
+SYSTEM = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_INTERRUPT,
+)
 
 
 class EmbeddingJournal:
-    """The finished rows. Starts with the rows of `FILE.part`, else with those of FILE; `write` writes FILE.
+    """The finished rows. Holds those of `FILE.part` and those of FILE; `write` writes FILE.
 
+    out: FILE. A symbolic link is followed: its target is written, and the journal is beside the target.
     settings: everything that must agree between the rows of one file, as text, including `dtype` ("F32", ...) and
-    `width`. overwrite: start without earlier rows.
-    Raises EmbeddingFileError if earlier rows were made with other settings, if FILE is another kind of file, or if
-    another process is writing it.
+    `width`. overwrite: start without earlier rows, and replace FILE once the new ones are complete.
+    The constructor and every method raise EmbeddingFileError: if earlier rows were made with other settings or are
+    damaged, if FILE is another kind of file, if another process is writing it, and if the disk is full.
     """
 
     def __init__(self, out: str | os.PathLike[str], settings: Mapping[str, str], *, overwrite: bool = False) -> None:
-        self.out = Path(out)
+        self.out = resolve_out(out)
         self.part = self.out.with_name(self.out.name + ".part")
         self.settings = dict(settings)
+        self.format = RowFormat(self.settings["dtype"], int(self.settings["width"]))
         self.up_to_date = False  # whether FILE is complete and equal to the journal
-        continues_file = self.out.exists() and not self.part.exists() and not overwrite
-        if continues_file:
-            metadata = read_header(self.out).metadata
-            self._check_settings(metadata, self.out)
+        self._database: sqlite3.Connection | None = None
+        self._state = "unread"  # then "new" until its first transaction is committed, then "started"
         try:
-            self._open()
-            if overwrite:
-                self._database.execute("DELETE FROM images")
-                self._database.execute("DELETE FROM settings")
-            earlier = dict(self._database.execute("SELECT name, value FROM settings"))
-            if earlier:
-                self._check_settings(earlier, self.part)
-            else:
-                self._database.executemany("INSERT INTO settings VALUES (?, ?)", self.settings.items())
-                if continues_file:
-                    self._copy_from_file()
-                    self.up_to_date = metadata["complete"] == "true"
-            self.commit()
-        except EmbeddingFileError:
-            self.close()
-            raise
-        except sqlite3.Error as error:
-            self.close()
-            # The low byte of an extended result code is the primary one.
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise EmbeddingFileError(f"{self.out}: another run is writing it ({self.part} is locked)") from error
-            raise EmbeddingFileError(
-                f"{self.part}: not the journal of an earlier run ({error}); delete it to start over"
-            ) from error
+            with self._explained_errors():
+                if overwrite:
+                    self._discard()
+                self._lock()
+                self._begin(overwrite)
         except BaseException:
-            self.close()
+            if self._state == "new":
+                self.remove()
+            else:
+                self.close()
             raise
 
-    def _open(self) -> None:
-        self._database = sqlite3.connect(self.part, timeout=0, isolation_level=None)
-        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        self._database.execute("PRAGMA synchronous = NORMAL")
-        self._database.execute("PRAGMA cache_size = -8000")  # 8 MB, independent of the number of rows
-        self._database.execute("BEGIN EXCLUSIVE")
-        self._database.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT)")
-        # Paths are bytes, because names need not be valid Unicode. The implicit rowid keeps the order of insertion.
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS images (path BLOB PRIMARY KEY, stamp TEXT, error TEXT, embedding BLOB)"
-        )
+    def _lock(self) -> None:
+        """Opens the journal, creating an empty one if there is none, and keeps other runs out."""
+        while True:
+            with suppress(FileExistsError):
+                os.close(os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            identity = self._identity()
+            self._database = sqlite3.connect(self.part, timeout=0)
+            self._execute("PRAGMA locking_mode = EXCLUSIVE")  # holds the lock across transactions
+            self._execute("PRAGMA synchronous = EXTRA")
+            self._execute("PRAGMA cache_size = -8000")  # 8 MB, independent of the number of rows
+            self._execute("BEGIN EXCLUSIVE")
+            if self._identity() == identity:
+                return
+            self.close()  # a run that ended meanwhile has deleted the file that was opened
 
-    def _check_settings(self, earlier: Mapping[str, str], where: Path) -> None:
+    def _identity(self) -> tuple[int, int] | None:
+        """What tells the journal from a later file of the same name; None if there is none."""
+        try:
+            status = os.lstat(self.part)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            raise EmbeddingFileError(f"{self.part} is not a regular file, so the journal cannot be kept; move it away")
+        return status.st_dev, status.st_ino
+
+    def _discard(self) -> None:
+        """Deletes the journal of an earlier run, readable or not, unless another run holds it."""
+        identity = self._identity()
+        if identity is None:
+            return
+        try:
+            self._lock()
+        except sqlite3.DatabaseError as error:
+            if _code(error) in (*BUSY, *SYSTEM):
+                raise
+            # What cannot be read cannot be locked either, so another run may have replaced it just now.
+            if self._identity() != identity:
+                raise self._busy() from error
+        self.remove()
+
+    def _begin(self, overwrite: bool) -> None:
+        """Continues the journal, or starts it, in one transaction."""
+        tables = dict(self._execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+        if tables and tables != SCHEMA:
+            raise self._damaged("it has other tables")
+        earlier = dict(self._execute("SELECT name, value FROM settings")) if tables else {}
+        if earlier:
+            self._overwrites = earlier.get(OVERWRITES) == "true"
+            if problem := self._other_settings(earlier):
+                raise self._unusable(problem)
+            self._check_records()
+        else:
+            self._state = "new"
+            self._overwrites = overwrite and self.out.exists()
+            for name, statement in SCHEMA.items():
+                self._execute(f"DROP TABLE IF EXISTS {name}")
+                self._execute(statement)
+            for setting in {**self.settings, OVERWRITES: str(self._overwrites).lower()}.items():
+                self._execute("INSERT INTO settings VALUES (?, ?)", setting)
+        if self.out.exists() and not self._overwrites:
+            self._copy_file()
+        self._connection.commit()
+        self._state = "started"
+
+    def _other_settings(self, earlier: Mapping[str, str]) -> str | None:
         changed = [
             f"{name} was {earlier.get(name)} and is now {value}"
             for name, value in self.settings.items()
             if earlier.get(name) != value and not name.endswith("_name")
         ]
-        if changed:
+        return f"was made with other settings ({'; '.join(changed)})" if changed else None
+
+    def _check_records(self) -> None:
+        """Raises EmbeddingFileError unless every record of an earlier run can become part of FILE."""
+        (problem,) = self._execute("PRAGMA integrity_check(1)").fetchone()
+        if problem != "ok":
+            raise self._damaged(problem)
+        wrong = self._execute(
+            "SELECT path, length(embedding) FROM images WHERE NOT ("
+            " typeof(path) = 'blob' AND typeof(stamp) IN ('text', 'null') AND typeof(error) IN ('text', 'null')"
+            " AND CASE typeof(embedding) WHEN 'blob' THEN length(embedding) = ? AND typeof(stamp) = 'text'"
+            " ELSE typeof(embedding) = 'null' AND typeof(error) = 'text' END) LIMIT 1",
+            (self.format.row_bytes,),
+        ).fetchone()
+        if wrong is not None:
+            path, length = wrong
+            raise self._damaged(f"its row of {path!r} has {length} bytes, expected {self.format.row_bytes}")
+        records = self._execute("SELECT path, stamp, error, embedding FROM images")
+        while chunk := records.fetchmany(self.format.rows_per_chunk):
+            rows = {path: row for path, _, _, row in chunk if row is not None}
+            for path, is_finite in zip(rows, self.format.finite(b"".join(rows.values())), strict=True):
+                if not is_finite:
+                    raise self._damaged(f"its row of {os.fsdecode(path)} is not finite")
+
+    def _copy_file(self) -> None:
+        """Adds the rows and failures of FILE, except for images that an earlier run recorded in the journal."""
+        (last,) = self._execute("SELECT COALESCE(MAX(rowid), 0) FROM images").fetchone()
+        try:
+            with EmbeddingFile(self.out) as file:
+                if problem := self._other_settings(file.metadata):
+                    raise file.error(problem)
+                for name, stamp, row in file.rows():
+                    added = self._execute(
+                        "INSERT INTO images (path, stamp, embedding) VALUES (?, ?, ?) ON CONFLICT (path) DO UPDATE"
+                        " SET stamp = excluded.stamp, embedding = excluded.embedding WHERE images.embedding IS NULL",
+                        (os.fsencode(name), stamp, row),
+                    )
+                    if added.rowcount == 0 and self._execute(
+                        "SELECT rowid > ? FROM images WHERE path = ?", (last, os.fsencode(name))
+                    ).fetchone() == (1,):
+                        raise file.duplicate(name)
+                for name, message in file.failures():
+                    self._execute(
+                        "INSERT INTO images (path, error) VALUES (?, ?) ON CONFLICT (path) DO UPDATE"
+                        " SET error = excluded.error WHERE images.rowid > ?",
+                        (os.fsencode(name), _storable(message), last),
+                    )
+                self.up_to_date = last == 0 and file.metadata["complete"] == "true"
+        except EmbeddingFileError as error:
             raise EmbeddingFileError(
-                f"{where} was made with other settings ({'; '.join(changed)}); it was not changed."
-                " Choose another --out, or --overwrite to start over"
-            )
-
-    def _copy_from_file(self) -> None:
-        spans = read_header(self.out).spans
-        row_bytes = self._row_bytes()
-        with open(self.out, "rb") as rows, open(self.out, "rb") as names:
-            rows.seek(spans["embeddings"][0])
-            for line in read_lines(names, spans["files"]):
-                self.add(line["file"], line["stamp"], embedding=rows.read(row_bytes))
-            for line in read_lines(names, spans["failed"]):
-                self.add(line["file"], "", error=line["error"])
-
-    def _row_bytes(self) -> int:
-        return int(self.settings["width"]) * TENSOR_DTYPES[self.settings["dtype"]].itemsize
+                f"{error}; it was not changed. Choose another --out, or --overwrite to replace it"
+            ) from error
 
     def has(self, path: str, stamp: str) -> bool:
         """Whether the image is embedded and its file unchanged."""
-        query = "SELECT 1 FROM images WHERE path = ? AND stamp = ? AND embedding IS NOT NULL"
-        return self._database.execute(query, (os.fsencode(path), stamp)).fetchone() is not None
+        query = "SELECT 1 FROM images WHERE path = ? AND stamp = ? AND embedding IS NOT NULL AND error IS NULL"
+        with self._explained_errors():
+            return self._execute(query, (os.fsencode(path), stamp)).fetchone() is not None
 
     def add(self, path: str, stamp: str, *, embedding: bytes | None = None, error: str | None = None) -> None:
-        """Records an image's row or its error, replacing any earlier record of the image."""
-        self.up_to_date = False
-        self._database.execute(
-            "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?)", (os.fsencode(path), stamp, error, embedding)
-        )
+        """Records an image's row, which replaces an earlier one, or its error, which leaves an earlier row in place."""
+        if embedding is not None and len(embedding) != self.format.row_bytes:
+            expected = self.format.row_bytes
+            raise EmbeddingFileError(f"{self.part}: the row of {path} has {len(embedding)} bytes, expected {expected}")
+        with self._explained_errors():
+            self.up_to_date = False
+            if embedding is not None:
+                self._execute(
+                    "INSERT OR REPLACE INTO images (path, stamp, embedding) VALUES (?, ?, ?)",
+                    (os.fsencode(path), stamp, embedding),
+                )
+            else:
+                self._execute(
+                    "INSERT INTO images (path, error) VALUES (?, ?)"
+                    " ON CONFLICT (path) DO UPDATE SET error = excluded.error",
+                    (os.fsencode(path), _storable(error or "")),
+                )
 
     def commit(self) -> None:
         """Makes all records so far durable."""
-        self._database.execute("COMMIT")
-        self._database.execute("BEGIN EXCLUSIVE")
+        with self._explained_errors():
+            self._connection.commit()
 
     def counts(self) -> tuple[int, int]:
-        """(images embedded, images failed), including earlier runs."""
-        total, embedded = self._database.execute("SELECT COUNT(*), COUNT(embedding) FROM images").fetchone()
-        return embedded, total - embedded
+        """(images embedded, images that failed in their last run), including earlier runs."""
+        with self._explained_errors():
+            embedded, failed = self._execute("SELECT COUNT(embedding), COUNT(error) FROM images").fetchone()
+        return embedded, failed
 
-    def write(self, *, complete: bool) -> None:
-        """Writes FILE atomically from the rows so far, in constant memory."""
-        if complete and self.up_to_date:
-            return
+    def write(self, *, complete: bool) -> bool:
+        """Replaces FILE by the rows so far, in constant memory, and returns whether FILE holds them.
+
+        FILE stays as it is if there is no row, and until the rows that overwrite it are complete. Otherwise it is never
+        replaced by fewer rows than it has: EmbeddingFileError is raised if it came to have more during the run.
+        """
+        if self.up_to_date:
+            return True
         rows, _ = self.counts()
-        sizes = [
-            rows * self._row_bytes(),
-            *(sum(map(len, lines)) for lines in (self._file_lines(), self._failed_lines())),
-        ]
-        ends = [sum(sizes[: index + 1]) for index in range(3)]
-        metadata = {**self.settings, "format": "pt", "producer": PRODUCER, "complete": str(complete).lower()}
-        header = {
-            "__metadata__": metadata,
-            "embeddings": {
-                "dtype": self.settings["dtype"],
-                "shape": [rows, int(self.settings["width"])],
-                "data_offsets": [0, ends[0]],
-            },
-            "files": {"dtype": "U8", "shape": [sizes[1]], "data_offsets": ends[0:2]},
-            "failed": {"dtype": "U8", "shape": [sizes[2]], "data_offsets": ends[1:3]},
-        }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # aligns the rows
-        unfinished = self.out.with_name(f".{self.out.name}.{os.getpid()}.unfinished")
+        if rows == 0 or (self._overwrites and not complete):
+            return False
+        with self._explained_errors():
+            if not self._overwrites and self.out.exists():
+                self._check_file(rows)
+            self._replace_file(rows, complete)
+        self.up_to_date = complete
+        return True
+
+    def _check_file(self, rows: int) -> None:
         try:
-            with open(unfinished, "wb") as file:
-                file.write(struct.pack("<Q", len(text)) + text)
-                query = "SELECT embedding FROM images WHERE embedding IS NOT NULL ORDER BY rowid"
-                for (embedding,) in self._database.execute(query):
-                    file.write(embedding)
-                for line in self._file_lines():
-                    file.write(line)
-                for line in self._failed_lines():
-                    file.write(line)
+            with EmbeddingFile(self.out) as file:
+                if file.count > rows:
+                    raise file.error(f"has {file.count} rows, more than the {rows} of {self.part}")
+        except EmbeddingFileError as error:
+            raise EmbeddingFileError(
+                f"{error}; it was changed during the run, so it was not replaced. The finished rows are in {self.part}"
+            ) from error
+
+    def _replace_file(self, rows: int, complete: bool) -> None:
+        sizes = [sum(map(len, lines)) for lines in (self._file_lines(), self._failed_lines())]
+        metadata = {**self.settings, "format": "pt", "producer": PRODUCER, "complete": str(complete).lower()}
+        header = encode_header(metadata, rows, *sizes)
+        unfinished = self.out.with_name(f".{self.out.name}.unfinished")  # one name: the lock admits one writer
+        unfinished.unlink(missing_ok=True)
+        try:
+            with open(unfinished, "xb") as file:
+                file.write(header)
+                for (row,) in self._execute("SELECT embedding FROM images WHERE embedding IS NOT NULL ORDER BY rowid"):
+                    file.write(row)
+                for lines in (self._file_lines(), self._failed_lines()):
+                    file.writelines(lines)
                 file.flush()
+                os.chmod(unfinished, ordinary_mode(self.out))
                 os.fsync(file.fileno())
             os.replace(unfinished, self.out)
         finally:
-            with suppress(FileNotFoundError):
-                unfinished.unlink()
+            unfinished.unlink(missing_ok=True)
+        sync_directory(self.out.parent)  # before the journal is deleted
 
     def _file_lines(self) -> Iterator[bytes]:
         query = "SELECT path, stamp FROM images WHERE embedding IS NOT NULL ORDER BY rowid"
-        for path, stamp in self._database.execute(query):
+        for path, stamp in self._execute(query):
             yield json.dumps({"file": os.fsdecode(path), "stamp": stamp}).encode() + b"\n"
 
     def _failed_lines(self) -> Iterator[bytes]:
-        query = "SELECT path, error FROM images WHERE embedding IS NULL ORDER BY rowid"
-        for path, error in self._database.execute(query):
+        query = "SELECT path, error FROM images WHERE error IS NOT NULL ORDER BY rowid"
+        for path, error in self._execute(query):
             yield json.dumps({"file": os.fsdecode(path), "error": error}).encode() + b"\n"
 
+    @property
+    def is_open(self) -> bool:
+        return self._database is not None
+
     def close(self) -> None:
-        database = getattr(self, "_database", None)
+        """Releases the journal. What was not committed is rolled back."""
+        database, self._database = self._database, None
         if database is not None:
-            with suppress(sqlite3.Error):
-                database.execute("COMMIT")
             database.close()
 
     def remove(self) -> None:
         """Closes and deletes the journal."""
-        self.close()
-        self.part.unlink(missing_ok=True)
+        database, self._database = self._database, None
+        with self._explained_errors():
+            try:
+                if database is not None and os.name == "nt":  # where an open file cannot be deleted
+                    database.close()
+                for suffix in ("-journal", "-wal", "-shm", ""):  # SQLite's files beside it; it comes last
+                    self.part.with_name(self.part.name + suffix).unlink(missing_ok=True)
+            finally:
+                if database is not None:
+                    database.close()
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        if self._database is None:
+            raise ValueError(f"{self.part}: the journal is closed")
+        return self._database
+
+    def _execute(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        return self._connection.execute(statement, values)
+
+    @contextmanager
+    def _explained_errors(self) -> Iterator[None]:
+        """Turns errors of SQLite and of the system into an EmbeddingFileError that says what is left to do."""
+        kept = "the rows committed so far are kept: run the same command again to resume"
+        if self._state != "started":
+            kept = f"{self.out} was not changed"
+        try:
+            yield
+        except sqlite3.Error as error:
+            if _code(error) in BUSY:
+                raise self._busy() from error
+            if _code(error) in SYSTEM:
+                raise EmbeddingFileError(f"{self.part}: {error}; {kept}") from error
+            raise self._damaged(str(error)) from error
+        except OSError as error:
+            path = error.filename or self.out
+            raise EmbeddingFileError(f"{path}: {error.strerror or error}; {kept}") from error
+
+    def _busy(self) -> EmbeddingFileError:
+        return EmbeddingFileError(f"{self.out}: another run is writing it ({self.part} is locked)")
+
+    def _damaged(self, problem: str) -> EmbeddingFileError:
+        return self._unusable(f"is not the journal of an earlier run, or is damaged ({problem})")
+
+    def _unusable(self, problem: str) -> EmbeddingFileError:
+        continued = f"delete it to continue from {self.out}, " if self.out.exists() else ""
+        return EmbeddingFileError(
+            f"{self.part} {problem}; it was not changed. Choose another --out, {continued}or --overwrite to start over"
+        )
+
+
+def resolve_out(out: str | os.PathLike[str]) -> Path:
+    """The file that is written for `out`: its target if it is a symbolic link, else itself.
+
+    Raises EmbeddingFileError if that is not a regular file or cannot be written.
+    """
+    path = Path(out)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+        if path.is_symlink():
+            raise EmbeddingFileError(f"{out} is a symbolic link to itself; supported: a file name")
+    if path.is_dir():
+        raise EmbeddingFileError(f"{path} is a folder; supported: a file name ending in .safetensors")
+    if path.exists() and not path.is_file():
+        raise EmbeddingFileError(f"{path} is not a regular file; supported: a file name ending in .safetensors")
+    if not path.parent.is_dir():
+        raise EmbeddingFileError(f"the folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise EmbeddingFileError(f"the folder {path.parent} is not writable")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise EmbeddingFileError(f"{path} is read-only; make it writable, or choose another --out")
+    return path
+
+
+def _code(error: sqlite3.Error) -> int:
+    """SQLite's primary result code: the low byte of the extended one. 0 for errors of Python's module itself."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _storable(message: str) -> str:
+    """A message without the surrogates that stand for bytes of file names, which SQLite's text cannot hold."""
+    return message.encode("utf-8", "backslashreplace").decode()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError
-from siglip_model.embed.journal import EmbeddingJournal
+from siglip_model.embed.journal import EmbeddingJournal, resolve_out
 from siglip_model.images.batches import Batch, Failure, read_batches
 from siglip_model.images.files import ImageList, is_url, list_images, load_image
 from siglip_model.outputs import pooled, unit_length
@@ -30,7 +29,11 @@ SAMPLED_VALUES = 4096  # per parameter, in the model's digest
 
 @dataclass(frozen=True)
 class EmbedSummary:
-    """Counts of a run: images `embedded`, `failed` and `skipped` (embedded earlier), and the rows of the file."""
+    """Counts of a run: images `embedded`, `failed` and `skipped` (embedded earlier), and the finished rows.
+
+    written: whether the file `out` holds these rows. Otherwise there are none, or they wait in the journal until they
+    are complete and overwrite the file.
+    """
 
     out: str
     embedded: int
@@ -40,6 +43,7 @@ class EmbedSummary:
     width: int
     complete: bool
     seconds: float
+    written: bool = True
 
     @property
     def images_per_second(self) -> float:
@@ -47,7 +51,7 @@ class EmbedSummary:
 
 
 class EmbeddingInterrupted(KeyboardInterrupt):
-    """The run was interrupted (Ctrl-C); the file holds the finished rows, described by `summary`."""
+    """The run was interrupted (Ctrl-C); the finished rows are kept, as `summary` describes."""
 
     def __init__(self, summary: EmbedSummary) -> None:
         super().__init__(summary)  # the argument of a copy
@@ -77,12 +81,14 @@ def embed_images(
     otherwise rows are the pooled output. dtype: storage dtype, float32, float16 or bfloat16. num_workers: threads
     that open images ahead of the model.
     Images that `out`, or the journal of an interrupted run, already holds are skipped unless their file has changed;
-    failed images are retried. overwrite: replace the output instead of resuming.
+    failed images are retried. An image that was embedded before and fails now keeps its row.
+    overwrite: replace the output instead of resuming. An earlier journal is deleted at once; the old file stays until
+    the new rows are complete, also across interrupted runs.
     on_image(path, outcome, error): called for every image; the outcome is "embedded", "skipped" or "failed".
 
-    Raises EmbeddingFileError if `out` was made with another model or other settings, or is another kind of file;
-    ValueError for an unsupported dtype or a model without a pooling head; EmbeddingInterrupted on Ctrl-C, after the
-    finished rows were written.
+    Raises EmbeddingFileError if `out` was made with another model or other settings, is damaged or another kind of
+    file, cannot be written, or is being written by another run; ValueError for an unsupported dtype or a model without
+    a pooling head; EmbeddingInterrupted on Ctrl-C, after the finished rows were saved.
     """
     codes = {value: code for code, value in TENSOR_DTYPES.items()}
     if dtype not in codes:
@@ -101,17 +107,21 @@ def embed_images(
         "dtype": codes[dtype],
         "width": str(model.config.vision_config.hidden_size),
     }
-    journal = EmbeddingJournal(out, settings, overwrite=overwrite)
-    run = _Run(journal, model, image_processor, normalize, dtype, on_image or (lambda path, outcome, error: None))
-    try:
-        run.over(inputs, batch_size, num_workers)
-        return run.finish(complete=True)
-    except KeyboardInterrupt:
-        raise EmbeddingInterrupted(run.finish(complete=False)) from None
-    except sqlite3.Error as error:  # most likely a full disk; committed rows are kept
-        raise EmbeddingFileError(f"{journal.part}: {error}; run the same command again to resume") from error
-    finally:
-        journal.close()
+    on_image = on_image or (lambda path, outcome, error: None)
+    with closing(EmbeddingJournal(out, settings, overwrite=overwrite)) as journal:
+        run = _Run(journal, str(out), model, image_processor, normalize, dtype, on_image)
+        try:
+            run.over(inputs, batch_size, num_workers)
+            return run.finish(complete=True)
+        except KeyboardInterrupt:
+            raise EmbeddingInterrupted(run.finish(complete=False)) from None
+        except EmbeddingFileError:  # from the journal itself
+            raise
+        except BaseException:
+            if journal.is_open:
+                with suppress(EmbeddingFileError):
+                    journal.commit()
+            raise
 
 
 class _Run:
@@ -120,6 +130,7 @@ class _Run:
     def __init__(
         self,
         journal: EmbeddingJournal,
+        out: str,
         model: SiglipModel,
         image_processor: Any,
         normalize: bool,
@@ -127,12 +138,14 @@ class _Run:
         on_image: Callable[[str, str, str], None],
     ) -> None:
         self.journal = journal
+        self.out = out
         self.model = model
         self.image_processor = image_processor
         self.normalize = normalize
         self.dtype = dtype
         self.on_image = on_image
-        self.embedded = self.failed = self.skipped = 0
+        self.embedded = self.failed = self.skipped = self.rows = 0
+        self.written = False
         self.started = self.committed = time.monotonic()
         self.in_flight: set[str] = set()  # read but not yet in the journal, so that a repeated path is skipped
 
@@ -187,21 +200,22 @@ class _Run:
 
     def finish(self, *, complete: bool) -> EmbedSummary:
         """Writes the file from the journal; a complete run then deletes the journal, an interrupted one keeps it."""
-        self.journal.commit()
-        rows, _ = self.journal.counts()
-        if rows:
-            self.journal.write(complete=complete)
-        if complete:
-            self.journal.remove()
+        if self.journal.is_open:  # else the interrupt came when all was done
+            self.journal.commit()
+            self.rows, _ = self.journal.counts()
+            self.written = self.journal.write(complete=complete)
+            if complete:
+                self.journal.remove()
         return EmbedSummary(
-            out=str(self.journal.out),
+            out=self.out,
             embedded=self.embedded,
             failed=self.failed,
             skipped=self.skipped,
-            rows=rows,
+            rows=self.rows,
             width=int(self.journal.settings["width"]),
             complete=complete,
             seconds=time.monotonic() - self.started,
+            written=self.written,
         )
 
 
@@ -238,12 +252,10 @@ def _one_line(error: Exception) -> str:
 
 def out_problem(out: Path) -> str | None:
     """Why `out` cannot be written, found before any work is done; None if it can."""
-    if out.is_dir():
-        return f"{out} is a folder; supported: a file name ending in .safetensors"
+    try:
+        resolve_out(out)
+    except EmbeddingFileError as error:
+        return str(error)
     if out.suffix != ".safetensors":
         return f"{out} does not end in .safetensors"
-    if not out.parent.is_dir():
-        return f"the folder {out.parent} does not exist; create it first"
-    if not os.access(out.parent, os.W_OK):
-        return f"the folder {out.parent} is not writable"
     return None

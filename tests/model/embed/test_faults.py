@@ -1,0 +1,288 @@
+"""A run that is stopped at any of its steps loses no finished row, and the next run ends as an undisturbed one.
+
+The steps are all calls of `siglip_model.embed` to functions written in C, which are those that reach the disk: each
+statement to SQLite, each commit, write, fsync, rename and unlink. `stopped_at` stops a run at step n; the tests raise
+n until a run finishes. Steps within SQLite are reached by a limit on the size of files, which each write meets.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import posix
+import resource
+import shutil
+import signal
+import sqlite3
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from siglip_model.embed import EmbeddingFileError, EmbeddingInterrupted, embed_images, load_embeddings
+from siglip_model.embed import file as embed_file
+from siglip_model.embed import journal as embed_journal
+from siglip_model.embed import run as embed_run
+
+SOURCES = (embed_journal.__file__, embed_file.__file__)
+DISK_TYPES = (sqlite3.Connection, sqlite3.Cursor, io.IOBase)
+WIDTH = 4
+
+
+class ColourModel:
+    """As much of a model as `embed_images` uses; an image's embedding is its mean colour and 1."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+    config = SimpleNamespace(vision_config=SimpleNamespace(vision_use_head=True, hidden_size=WIDTH))
+
+    def __init__(self, seed=0):
+        self.vision_model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(self.vision_model.weight, seed)
+
+    def eval(self):
+        return self
+
+    def get_image_features(self, pixel_values):
+        colours = pixel_values.mean(dim=(2, 3))
+        return SimpleNamespace(pooler_output=torch.cat([colours, torch.ones(len(colours), 1)], dim=1))
+
+
+class ColourProcessor:
+    def __call__(self, images, return_tensors):
+        return {"pixel_values": torch.tensor([image.getpixel((0, 0)) for image in images]).float()[:, :, None, None]}
+
+    def to_dict(self):
+        return {"size": 1}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Two folders of images, of which old/2.png cannot be read, and a folder for the output."""
+    for name, count in (("old", 4), ("new", 3)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (1, 1), (number, len(name), count)).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "old" / "2.png").write_text("no image")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(embed_run, "COMMIT_SECONDS", -1.0)  # after each batch
+    return tmp_path
+
+
+def embed(folder, name, *, seed=0, out="out", **options):
+    return embed_images(
+        ColourModel(seed),
+        ColourProcessor(),
+        [folder / name],
+        folder / out / "out.safetensors",
+        **{"batch_size": 2, "num_workers": 0, **options},
+    )
+
+
+def interrupt(*_):
+    signal.raise_signal(signal.SIGINT)
+
+
+def prepare_nothing(folder):
+    pass
+
+
+def prepare_file(folder):
+    embed(folder, "old")
+
+
+def prepare_file_and_journal(folder):
+    embed(folder, "old")
+    with pytest.raises(EmbeddingInterrupted):
+        embed(folder, "new", batch_size=1, on_image=interrupt)
+    assert (folder / "out" / "out.safetensors.part").exists()
+
+
+def prepare_file_of_another_model(folder):
+    embed(folder, "old", seed=1)
+
+
+def prepare_damaged_journal(folder):
+    embed(folder, "old", seed=1)
+    (folder / "out" / "out.safetensors.part").write_text("no journal" * 100)
+
+
+CASES = {
+    "first run": (prepare_nothing, {}),
+    "more images": (prepare_file, {}),
+    "resumed": (prepare_file_and_journal, {}),
+    "overwrite": (prepare_file_of_another_model, {"overwrite": True}),
+    "overwrite a damaged journal": (prepare_damaged_journal, {"overwrite": True}),
+}
+
+
+class Case:
+    """The folder before the run that is disturbed, and the file that an undisturbed run makes of it."""
+
+    def __init__(self, folder, prepare, options):
+        self.folder, self.options = folder, options
+        self.out = folder / "out" / "out.safetensors"
+        prepare(folder)
+        shutil.copytree(folder / "out", folder / "before")
+        self.rows = self.rows_of_file()
+        self.run()
+        self.expected = self.out.read_bytes()
+
+    def run(self):
+        return embed(self.folder, "new", **self.options)
+
+    def clear(self):
+        for path in self.out.parent.iterdir():
+            path.unlink()
+
+    def reset(self):
+        self.clear()
+        shutil.copytree(self.folder / "before", self.folder / "out", dirs_exist_ok=True)
+
+    def rows_of_file(self):
+        if not self.out.exists():
+            return {}
+        stored = load_embeddings(self.out)
+        assert stored.embeddings.isfinite().all()
+        return dict(zip(stored.files, stored.embeddings.tolist(), strict=True))
+
+    def check(self):
+        """FILE is whole and has lost nothing; the same run again ends as if it had not been disturbed."""
+        rows = self.rows_of_file()
+        if self.options.get("overwrite"):
+            assert rows == self.rows or self.out.read_bytes() == self.expected
+        else:
+            assert rows.items() >= self.rows.items()
+        self.run()
+        assert self.out.read_bytes() == self.expected
+        assert [path.name for path in self.out.parent.iterdir()] == ["out.safetensors"]
+
+
+@pytest.fixture(params=CASES)
+def case(request, folder):
+    return Case(folder, *CASES[request.param])
+
+
+def reaches_the_disk(function):
+    owner = getattr(function, "__self__", None)
+    return owner is posix or function is sqlite3.connect or isinstance(owner, DISK_TYPES)
+
+
+def at_each_step(act, run, *, event, of=reaches_the_disk, sources=SOURCES):
+    """Runs `run` and calls `act(number)` before each step ("c_call") or after it ("c_return")."""
+    number = 0
+
+    def on_event(frame, what, function):
+        nonlocal number
+        if what == event and frame.f_code.co_filename in sources and of(function):
+            number += 1
+            act(number)
+
+    sys.setprofile(on_event)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+
+
+def stop_at(step, error, run, **options):
+    """Runs `run` and raises error() at one step. Returns whether the run came that far."""
+    reached = []
+
+    def act(number):
+        if number == step:
+            reached.append(number)
+            sys.setprofile(None)
+            raise error()
+
+    with contextlib.suppress(KeyboardInterrupt, EmbeddingFileError, OSError, sqlite3.OperationalError):
+        at_each_step(act, run, **options)
+    return bool(reached)
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_killed_at_any_step(case):
+    """What the disk holds at a step is what a kill at this step leaves."""
+    case.reset()
+    seen = []
+
+    def act(number):
+        found = snapshot(case.out.parent)
+        if found not in seen:
+            seen.append(found)
+
+    at_each_step(act, case.run, event="c_return")
+    assert len(seen) > 5
+    for found in seen:
+        case.clear()
+        for name, content in found.items():
+            (case.out.parent / name).write_bytes(content)
+        case.check()
+
+
+def stop_at_every_step(case, error, **options):
+    step = 0
+    stopped = True
+    while stopped:
+        case.reset()
+        step += 1
+        stopped = stop_at(step, error, case.run, **options)
+        case.check()
+    assert step > 30
+
+
+def no_space():
+    return OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_interrupted_after_any_step(case):
+    stop_at_every_step(case, KeyboardInterrupt, event="c_return")
+
+
+@pytest.mark.parametrize("error", [no_space, sqlite3.OperationalError])
+def test_failure_of_any_step(case, error):
+    stop_at_every_step(case, error, event="c_call")
+
+
+def in_child(run):
+    """Runs `run` in a child process. Returns its exit code, or minus the number of the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+            os._exit(0)
+        except EmbeddingFileError:
+            os._exit(2)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_disk_full_at_any_size(case, is_killed):
+    """Files beyond a limit: the write fails, within SQLite's commits too, or the system ends the process at it."""
+
+    def run():
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if is_killed else signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        case.run()
+
+    codes = []
+    while 0 not in codes:
+        limit = 1024 * len(codes)
+        case.reset()
+        codes.append(in_child(run))
+        case.check()
+    assert set(codes) == {-signal.SIGXFSZ if is_killed else 2, 0} and len(codes) > 10
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("event", ["c_call", "c_return"])
+def test_interrupted_at_any_call(case, event):
+    stop_at_every_step(
+        case, KeyboardInterrupt, event=event, of=lambda function: True, sources=(*SOURCES, embed_run.__file__)
+    )
