@@ -63,6 +63,7 @@ class EmbeddingJournal:
         self.format = RowFormat(self.settings["dtype"], int(self.settings["width"]))
         self.up_to_date = False  # whether FILE is complete and equal to the journal
         self._database: sqlite3.Connection | None = None
+        self._streams: list[sqlite3.Cursor] = []
         self._state = "unread"  # then "new" until its first transaction is committed, then "started"
         try:
             with self._explained_errors():
@@ -164,7 +165,7 @@ class EmbeddingJournal:
         if wrong is not None:
             path, length = wrong
             raise self._damaged(f"its row of {path!r} has {length} bytes, expected {self.format.row_bytes}")
-        records = self._execute("SELECT path, stamp, error, embedding FROM images")
+        records = self._stream("SELECT path, stamp, error, embedding FROM images")
         while chunk := records.fetchmany(self.format.rows_per_chunk):
             rows = {path: row for path, _, _, row in chunk if row is not None}
             for path, is_finite in zip(rows, self.format.finite(b"".join(rows.values())), strict=True):
@@ -273,7 +274,7 @@ class EmbeddingJournal:
         try:
             with open(unfinished, "xb") as file:
                 file.write(header)
-                for (row,) in self._execute("SELECT embedding FROM images WHERE embedding IS NOT NULL ORDER BY rowid"):
+                for (row,) in self._stream("SELECT embedding FROM images WHERE embedding IS NOT NULL ORDER BY rowid"):
                     file.write(row)
                 for lines in (self._file_lines(), self._failed_lines()):
                     file.writelines(lines)
@@ -287,12 +288,12 @@ class EmbeddingJournal:
 
     def _file_lines(self) -> Iterator[bytes]:
         query = "SELECT path, stamp FROM images WHERE embedding IS NOT NULL ORDER BY rowid"
-        for path, stamp in self._execute(query):
+        for path, stamp in self._stream(query):
             yield json.dumps({"file": os.fsdecode(path), "stamp": stamp}).encode() + b"\n"
 
     def _failed_lines(self) -> Iterator[bytes]:
         query = "SELECT path, error FROM images WHERE error IS NOT NULL ORDER BY rowid"
-        for path, error in self._execute(query):
+        for path, error in self._stream(query):
             yield json.dumps({"file": os.fsdecode(path), "error": error}).encode() + b"\n"
 
     @property
@@ -303,7 +304,7 @@ class EmbeddingJournal:
         """Releases the journal. What was not committed is rolled back."""
         database, self._database = self._database, None
         if database is not None:
-            database.close()
+            self._end(database)
 
     def remove(self) -> None:
         """Closes and deletes the journal."""
@@ -311,12 +312,17 @@ class EmbeddingJournal:
         with self._explained_errors():
             try:
                 if database is not None and os.name == "nt":  # where an open file cannot be deleted
-                    database.close()
+                    self._end(database)
                 for suffix in ("-journal", "-wal", "-shm", ""):  # SQLite's files beside it; it comes last
                     self.part.with_name(self.part.name + suffix).unlink(missing_ok=True)
             finally:
                 if database is not None:
-                    database.close()
+                    self._end(database)
+
+    def _end(self, database: sqlite3.Connection) -> None:
+        for cursor in self._streams:  # one that an exception's traceback still holds would keep the lock
+            cursor.close()
+        database.close()
 
     @property
     def _connection(self) -> sqlite3.Connection:
@@ -326,6 +332,12 @@ class EmbeddingJournal:
 
     def _execute(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
         return self._connection.execute(statement, values)
+
+    def _stream(self, query: str) -> sqlite3.Cursor:
+        """A query whose rows are read one by one."""
+        cursor = self._execute(query)
+        self._streams.append(cursor)
+        return cursor
 
     @contextmanager
     def _explained_errors(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """A run that is stopped at any of its steps loses no finished row, and the next run ends as an undisturbed one.
 
-The steps are all calls of `siglip_model.embed` to functions written in C, which are those that reach the disk: each
-statement to SQLite, each commit, write, fsync, rename and unlink. `stopped_at` stops a run at step n; the tests raise
-n until a run finishes. Steps within SQLite are reached by a limit on the size of files, which each write meets.
+The steps are the calls of the journal to functions that reach the disk: each statement to SQLite, each commit, write,
+fsync, rename and unlink. `at_each_step` counts them; the tests stop a run at step 1, 2, 3 ... until one finishes. Steps
+within SQLite are reached by a limit on the size of files, which each write meets.
 """
 
 import contextlib
@@ -15,69 +15,32 @@ import shutil
 import signal
 import sqlite3
 import sys
-from types import SimpleNamespace
 
 import pytest
-import torch
-from PIL import Image
+from colour_embedder import embed_colours, save_colours
 
-from siglip_model.embed import EmbeddingFileError, EmbeddingInterrupted, embed_images, load_embeddings
+from siglip_model.embed import EmbeddingFileError, EmbeddingInterrupted, load_embeddings
 from siglip_model.embed import file as embed_file
 from siglip_model.embed import journal as embed_journal
 from siglip_model.embed import run as embed_run
 
 SOURCES = (embed_journal.__file__, embed_file.__file__)
 DISK_TYPES = (sqlite3.Connection, sqlite3.Cursor, io.IOBase)
-WIDTH = 4
-
-
-class ColourModel:
-    """As much of a model as `embed_images` uses; an image's embedding is its mean colour and 1."""
-
-    dtype, device = torch.float32, torch.device("cpu")
-    config = SimpleNamespace(vision_config=SimpleNamespace(vision_use_head=True, hidden_size=WIDTH))
-
-    def __init__(self, seed=0):
-        self.vision_model = torch.nn.Linear(1, 1, bias=False)
-        torch.nn.init.constant_(self.vision_model.weight, seed)
-
-    def eval(self):
-        return self
-
-    def get_image_features(self, pixel_values):
-        colours = pixel_values.mean(dim=(2, 3))
-        return SimpleNamespace(pooler_output=torch.cat([colours, torch.ones(len(colours), 1)], dim=1))
-
-
-class ColourProcessor:
-    def __call__(self, images, return_tensors):
-        return {"pixel_values": torch.tensor([image.getpixel((0, 0)) for image in images]).float()[:, :, None, None]}
-
-    def to_dict(self):
-        return {"size": 1}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Two folders of images, of which old/2.png cannot be read, and a folder for the output."""
-    for name, count in (("old", 4), ("new", 3)):
-        (tmp_path / name).mkdir()
-        for number in range(count):
-            Image.new("RGB", (1, 1), (number, len(name), count)).save(tmp_path / name / f"{number}.png")
+    save_colours(tmp_path / "old", 4)
+    save_colours(tmp_path / "new", 3)
     (tmp_path / "old" / "2.png").write_text("no image")
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(embed_run, "COMMIT_SECONDS", -1.0)  # after each batch
     return tmp_path
 
 
-def embed(folder, name, *, seed=0, out="out", **options):
-    return embed_images(
-        ColourModel(seed),
-        ColourProcessor(),
-        [folder / name],
-        folder / out / "out.safetensors",
-        **{"batch_size": 2, "num_workers": 0, **options},
-    )
+def embed(folder, name, **options):
+    return embed_colours([folder / name], folder / "out" / "out.safetensors", **options)
 
 
 def interrupt(*_):
