@@ -353,6 +353,8 @@ class EmbeddingJournal:
             if _code(error) in SYSTEM:
                 raise EmbeddingFileError(f"{self.part}: {error}; {kept}") from error
             raise self._damaged(str(error)) from error
+        except UnicodeDecodeError as error:  # from the text of SQLite's own message
+            raise self._damaged(str(error)) from error
         except OSError as error:
             path = error.filename or self.out
             raise EmbeddingFileError(f"{path}: {error.strerror or error}; {kept}") from error
@@ -361,7 +363,7 @@ class EmbeddingJournal:
         return EmbeddingFileError(f"{self.out}: another run is writing it ({self.part} is locked)")
 
     def _damaged(self, problem: str) -> EmbeddingFileError:
-        return self._unusable(f"is not the journal of an earlier run, or is damaged ({problem})")
+        return self._unusable(f"is not the journal of an earlier run, or is damaged ({' '.join(problem.split())})")
 
     def _unusable(self, problem: str) -> EmbeddingFileError:
         continued = f"delete it to continue from {self.out}, " if self.out.exists() else ""
