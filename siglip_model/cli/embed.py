@@ -56,6 +56,7 @@ def embed(
     with errors_in_one_line():
         import torch
 
+        from siglip_model.embed.journal import resuming
         from siglip_model.embed.run import EmbeddingInterrupted, embed_images, out_problem
 
         if problem := out_problem(out):
@@ -108,7 +109,7 @@ def embed(
                 f" {summary.skipped} already present, {summary.failed} failed"
             )
         done = summary.embedded + summary.failed + summary.skipped
-        exit_with(interrupted, summary.failed, done, len(images), "; run the same command again to resume")
+        exit_with(interrupted, summary.failed, done, len(images), f"; {resuming(overwrite)}")
 
 
 @contextmanager

@@ -64,13 +64,14 @@ class EmbeddingJournal:
         self.up_to_date = False  # whether FILE is complete and equal to the journal
         self._database: sqlite3.Connection | None = None
         self._streams: list[sqlite3.Cursor] = []
+        self._overwrite = overwrite
         self._state = "unread"  # then "new" until its first transaction is committed, then "started"
         try:
             with self._explained_errors():
                 if overwrite:
                     self._discard()
                 self._lock()
-                self._begin(overwrite)
+                self._begin()
         except BaseException:
             if self._state == "new":
                 self.remove()
@@ -118,7 +119,7 @@ class EmbeddingJournal:
                 raise self._busy() from error
         self.remove()
 
-    def _begin(self, overwrite: bool) -> None:
+    def _begin(self) -> None:
         """Continues the journal, or starts it, in one transaction."""
         tables = dict(self._execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
         if tables and tables != SCHEMA:
@@ -131,7 +132,7 @@ class EmbeddingJournal:
             self._check_records()
         else:
             self._state = "new"
-            self._overwrites = overwrite and self.out.exists()
+            self._overwrites = self._overwrite and self.out.exists()
             for name, statement in SCHEMA.items():
                 self._execute(f"DROP TABLE IF EXISTS {name}")
                 self._execute(statement)
@@ -342,9 +343,9 @@ class EmbeddingJournal:
     @contextmanager
     def _explained_errors(self) -> Iterator[None]:
         """Turns errors of SQLite and of the system into an EmbeddingFileError that says what is left to do."""
-        kept = "the rows committed so far are kept: run the same command again to resume"
-        if self._state != "started":
-            kept = f"{self.out} was not changed"
+        kept = f"{self.out} was not changed"
+        if self._state == "started":
+            kept = f"the finished rows are kept: {resuming(self._overwrite)}"
         try:
             yield
         except sqlite3.Error as error:
@@ -393,6 +394,11 @@ def resolve_out(out: str | os.PathLike[str]) -> Path:
     if path.exists() and not os.access(path, os.W_OK):
         raise EmbeddingFileError(f"{path} is read-only; make it writable, or choose another --out")
     return path
+
+
+def resuming(overwrite: bool) -> str:
+    """Advice after a run that was stopped: `overwrite` would start over again."""
+    return f"run the same command again {'without --overwrite ' if overwrite else ''}to resume"
 
 
 def _code(error: sqlite3.Error) -> int:

@@ -85,3 +85,55 @@ def test_signals_end_an_embedding_with_130_and_the_finished_rows(siglip, many, t
     assert result.exit_code == 130 and one_line(result.stderr) and "interrupted after 6 of 40" in result.stderr
     assert (report["rows"], report["complete"]) == (6, False) and len(load_embeddings(out).files) == 6
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_damaged_file_or_journal_ends_with_2_and_is_kept(siglip, images, tmp_path):
+    out = tmp_path / "out.safetensors"
+    part = tmp_path / "out.safetensors.part"
+    assert siglip("embed", images, "--out", out).exit_code == 0
+    whole = out.read_bytes()
+    damaged = {
+        "was not written by `siglip embed`": whole.replace(b'"producer"', b'"products"'),
+        "is damaged: line 1 of its tensor `files` cannot be read": whole.replace(b"0.png", b"\xff.png"),
+        "is truncated": whole[:-1],
+    }
+    for problem, content in damaged.items():
+        out.write_bytes(content)
+        for _ in range(2):
+            result = siglip("embed", images, "--out", out)
+            assert result.exit_code == 2 and one_line(result.stderr), result.stderr
+            assert f"{out} {problem}" in result.stderr
+            assert out.read_bytes() == content and not part.exists()
+    out.write_bytes(whole)
+    part.write_text("no journal" * 100)
+    for _ in range(2):
+        result = siglip("embed", images, "--out", out)
+        assert result.exit_code == 2 and one_line(result.stderr) and "resume" not in result.stderr
+        assert f"{part} is not the journal of an earlier run" in result.stderr
+        assert out.read_bytes() == whole
+    result = siglip("embed", images, "--out", out, "--overwrite")
+    assert result.exit_code == 0 and "5 embedded now" in result.stdout and not part.exists()
+
+
+def test_an_interrupted_overwrite_keeps_the_old_file_and_is_resumed_without_it(siglip, many, tmp_path, monkeypatch):
+    out = tmp_path / "link.safetensors"
+    out.symlink_to("out.safetensors")
+    assert siglip("embed", many, "--out", out).exit_code == 0
+    old = out.read_bytes()
+    note = embed_run._Run._note
+
+    def note_and_interrupt(run, *arguments, **options):
+        note(run, *arguments, **options)
+        if run.embedded == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed_run._Run, "_note", note_and_interrupt)
+        result = siglip("embed", many, "--out", out, "--overwrite", "--no-normalize", "--batch-size", 2)
+    assert result.exit_code == 130 and "run the same command again without --overwrite to resume" in result.stderr
+    assert f"{out} is kept until all new rows are finished; 6 are" in result.stdout
+    assert out.read_bytes() == old
+    result = siglip("embed", many, "--out", out, "--no-normalize", "--json")
+    report = json.loads(result.stdout)
+    assert (report["skipped"], report["rows"], report["written"]) == (6, 40, True)
+    assert load_embeddings(out).settings["normalize"] == "false" and out.is_symlink()

@@ -14,7 +14,7 @@ from colour_embedder import WIDTH, embed_colours, save_colours
 
 from siglip_model.embed import EmbeddingFileError, EmbeddingInterrupted, load_embeddings
 from siglip_model.embed import file as embed_file
-from siglip_model.embed.journal import EmbeddingJournal
+from siglip_model.embed.journal import EmbeddingJournal, resuming
 
 ROW = 4 * WIDTH  # bytes
 NAN = struct.pack("<f", float("nan"))
@@ -549,6 +549,11 @@ def test_a_locked_journal_is_not_overwritten(images, out, part):
 
     assert embed_colours([images], out, on_image=on_image).rows == 3
     assert len(refusals) == 8
+
+
+def test_advice_to_resume_fits_the_command():
+    assert resuming(False) == "run the same command again to resume"
+    assert resuming(True) == "run the same command again without --overwrite to resume"
 
 
 @pytest.mark.parametrize("start", ["nothing", "file", "damaged journal"])
