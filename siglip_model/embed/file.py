@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import reprlib
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ import torch
 
 PRODUCER = "siglip embed"
 TEXT_LIMIT = 2**24  # bytes of a header or of one line; more is not read
+MESSAGE_LIMIT = 5000  # characters; twice the settings of an image processor are shorter
+WIDTH_LIMIT = 2**20  # values per row, which is read as a whole
 CHUNK = 2**20  # bytes of rows that are checked at once
 TENSOR_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -135,7 +138,7 @@ class EmbeddingFile:
         self._file.close()
 
     def error(self, problem: str) -> EmbeddingFileError:
-        return EmbeddingFileError(f"{self.path} {problem}")
+        return EmbeddingFileError(f"{self.path} {shortened(problem)}")
 
     def duplicate(self, name: str) -> EmbeddingFileError:
         """The error for a second row of one image, which the reader detects, who keeps the names."""
@@ -178,7 +181,7 @@ class EmbeddingFile:
         width = self.metadata.get("width", "")
         supported = {
             "dtype": self.metadata.get("dtype") in TENSOR_DTYPES,
-            "width": width.isascii() and width.isdigit() and len(width) < 10 and int(width) > 0,
+            "width": width.isascii() and width.isdigit() and len(width) < 10 and 0 < int(width) <= WIDTH_LIMIT,
             "complete": self.metadata.get("complete") in ("true", "false"),
         }
         for name, is_supported in supported.items():
@@ -196,8 +199,8 @@ class EmbeddingFile:
         return length
 
     def _damaged_header(self, name: str, value: object) -> EmbeddingFileError:
-        shown = "is missing" if value is None else f"is {str(value)[:200]}"
-        return self.error(f"is damaged: in its header `{name}` {shown}")
+        shown = value if isinstance(value, str) else reprlib.repr(value)  # which bounds depth and length
+        return self.error(f"is damaged: in its header `{name}` {'is missing' if value is None else f'is {shown}'}")
 
     def rows(self) -> Iterator[tuple[str, str, bytes]]:
         """Yields (file, stamp, row) in order. That no file has two rows is for the caller to check."""
@@ -255,3 +258,8 @@ class EmbeddingFile:
             offset=self._spans["embeddings"][0],
         )
         return values.view(self.count, self.format.width)
+
+
+def shortened(problem: str) -> str:
+    """A message that quotes a file, without most of what is longer than any file of `siglip embed` gives cause for."""
+    return problem if len(problem) <= MESSAGE_LIMIT else f"{problem[:MESSAGE_LIMIT]}... ({len(problem)} characters)"

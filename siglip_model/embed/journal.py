@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from siglip_model.checkpoints.atomic import ordinary_mode, sync_directory
-from siglip_model.embed.file import PRODUCER, EmbeddingFile, EmbeddingFileError, RowFormat, encode_header
+from siglip_model.embed.file import PRODUCER, EmbeddingFile, EmbeddingFileError, RowFormat, encode_header, shortened
 
 # Paths are bytes, because names need not be valid Unicode. The implicit rowid keeps the order of insertion.
 SCHEMA = {
@@ -369,7 +369,8 @@ class EmbeddingJournal:
     def _unusable(self, problem: str) -> EmbeddingFileError:
         continued = f"delete it to continue from {self.out}, " if self.out.exists() else ""
         return EmbeddingFileError(
-            f"{self.part} {problem}; it was not changed. Choose another --out, {continued}or --overwrite to start over"
+            f"{self.part} {shortened(problem)}; it was not changed."
+            f" Choose another --out, {continued}or --overwrite to start over"
         )
 
 

@@ -83,6 +83,16 @@ def width_negative(parts):
     parts.header["__metadata__"]["width"] = "-4"
 
 
+@damage("header `width` is 999999999")
+def width_of_gigabytes(parts):
+    parts.header["__metadata__"]["width"] = "999999999"
+
+
+@damage("header `files` is ")
+def header_deeply_nested(parts):
+    parts.header["files"] = json.loads("[" * 900 + "]" * 900)
+
+
 @damage("header `dtype` is F64")
 def dtype_unknown(parts):
     parts.header["__metadata__"]["dtype"] = "F64"
@@ -271,6 +281,17 @@ def test_a_long_header_is_not_read(out):
             file.truncate(2**26)
         with pytest.raises(EmbeddingFileError, match="was not written by"):
             load_embeddings(out)
+
+
+def test_messages_do_not_repeat_what_is_long(images, out):
+    embed_colours([images], out)
+    parts = Parts(out.read_bytes())
+    parts.header["__metadata__"]["model"] = "x" * 10**6
+    out.write_bytes(parts.joined())
+    assert len(refused(images, out, "model was x.* and is now|1000.*characters")) < 6000
+    parts.header["x" * 10**6] = parts.header.pop("files")
+    out.write_bytes(parts.joined())
+    assert len(refused(images, out, "x* is missing|header `files` is missing")) < 6000
 
 
 def test_loaded_rows_outlive_their_file_and_can_be_changed(images, out):
