@@ -5,8 +5,8 @@ an SQLite database. Its life has three states, and each step from one to the nex
 
 1. None: no `FILE.part`, or one without settings. FILE is the base.
 2. Started, by one transaction that writes the settings and copies all rows of FILE. From here on the journal holds
-   every row of FILE and more. `commit` is the only way to add rows; whatever it was not called for is rolled back.
-   SQLite's lock, held until the journal is closed, keeps other runs out.
+   every row of FILE and more; a run that continues it adds those that FILE has gained otherwise. Only `commit` adds
+   rows for good, all others are rolled back. SQLite's lock, held until the journal is closed, keeps other runs out.
 3. Finished: FILE was replaced by a rename, from a file that is complete and on the disk. The journal is then deleted,
    while it is still locked, so that no other run can begin to use it.
 
@@ -42,7 +42,6 @@ SYSTEM = (
     sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_INTERRUPT,
 )
 
 
@@ -247,10 +246,11 @@ class EmbeddingJournal:
         if self.up_to_date:
             return True
         rows, _ = self.counts()
-        if rows == 0 or (self._overwrites and not complete):
+        is_there = self.out.exists()
+        if rows == 0 or (is_there and self._overwrites and not complete):
             return False
         with self._explained_errors():
-            if not self._overwrites and self.out.exists():
+            if is_there and not self._overwrites:
                 self._check_file(rows)
             self._replace_file(rows, complete)
         self.up_to_date = complete

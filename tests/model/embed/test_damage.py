@@ -530,6 +530,14 @@ def test_overwriting_keeps_the_file_until_the_new_rows_are_complete(images, out,
     )
 
 
+def test_an_overwritten_file_that_was_deleted_is_written_when_interrupted(images, out, part):
+    embed_colours([images], out, seed=1)
+    assert not interrupted(images, out, overwrite=True, after=1).written
+    out.unlink()
+    assert interrupted(images, out, after=2).written
+    assert len(load_embeddings(out).files) == 2 and part.exists()
+
+
 def test_a_row_is_kept_when_its_image_cannot_be_read_any_more(images, out):
     embed_colours([images], out)
     before = load_embeddings(out)
