@@ -17,7 +17,8 @@ import torch
 
 from siglip_model.devices import resolve_device
 from siglip_model.images.batches import Failure, read_batches
-from siglip_model.images.files import load_image
+from siglip_model.images.files import open_image
+from siglip_model.images.limits import PixelBudget
 from siglip_model.outputs import pooled, unit_length
 from siglip_model.text.prompts import TEMPLATE, fill_template
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 TASK = "zero-shot-image-classification"
 LABEL_TOKENS = 64  # SigLIP was trained on texts padded to this length
+CALL_DEFAULTS = {"candidate_labels", "hypothesis_template", "timeout", "tokenizer_kwargs", "max_pixels"}
 LABELS_AT_ONCE = 128  # bounds the text tower's memory for any number of labels
 
 Prediction = dict[str, Any]
@@ -37,6 +39,8 @@ class ZeroShotImageClassificationPipeline:
     model: a SiglipModel; tokenizer, image_processor: its own, or any with transformers' calling convention.
     device: device to move the model to; None leaves the model on its device.
     candidate_labels, hypothesis_template, timeout, tokenizer_kwargs, batch_size, num_workers: defaults of each call.
+    max_pixels: limit on the pixels of a file, and on those decoded at one time by all workers of a call (default:
+    `images.limits.MAX_PIXELS`). Larger files are refused, larger PIL images are processed alone.
     """
 
     task = TASK
@@ -54,6 +58,7 @@ class ZeroShotImageClassificationPipeline:
         hypothesis_template: str = TEMPLATE,
         timeout: float | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
         self.tokenizer = tokenizer
@@ -63,6 +68,7 @@ class ZeroShotImageClassificationPipeline:
         self.candidate_labels = candidate_labels
         self.hypothesis_template = hypothesis_template
         self.timeout = timeout
+        self.max_pixels = PixelBudget(max_pixels).max_pixels
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
 
     @property
@@ -96,7 +102,7 @@ class ZeroShotImageClassificationPipeline:
         lists that draws images lazily.
         candidate_labels: the labels, each inserted into `hypothesis_template` in place of {}; encoded once per call.
         batch_size: images per forward pass. num_workers: threads that open images ahead of the model.
-        timeout: seconds to wait for a URL. tokenizer_kwargs: override the tokenizer's default arguments.
+        timeout: seconds that a URL may take. tokenizer_kwargs: override the tokenizer's default arguments.
         Raises ValueError for missing labels, a template without {} or an unreadable image (UnreadableImageError, naming
         it); TypeError for an input that is not an image.
         """
@@ -120,8 +126,11 @@ class ZeroShotImageClassificationPipeline:
         wait = self.timeout if timeout is None else timeout
 
         def results(items: Iterable[Any]) -> Iterator[list[Prediction]]:
-            batches = read_batches(items, lambda item: self.prepare(item, wait), batch_size=size, workers=workers)
-            with closing(batches):
+            budget = PixelBudget(self.max_pixels)
+            batches = read_batches(
+                items, lambda item: self.prepare(item, wait, budget), batch_size=size, workers=workers
+            )
+            with closing(batches), budget:
                 for batch in batches:
                     if isinstance(batch, Failure):
                         raise batch.error
@@ -156,9 +165,13 @@ class ZeroShotImageClassificationPipeline:
         ]
         return unit_length(torch.cat(embeds))
 
-    def prepare(self, image: Any, timeout: float | None = None) -> torch.Tensor:
-        """One image as pixel values: float32 (1, channels, height, width), on the CPU. Raises like `load_image`."""
-        return self.image_processor(images=[load_image(image, timeout)], return_tensors="pt")["pixel_values"]
+    def prepare(self, image: Any, timeout: float | None = None, budget: PixelBudget | None = None) -> torch.Tensor:
+        """One image as pixel values: float32 (1, channels, height, width), on the CPU. Raises like `load_image`.
+
+        budget: that of all threads that prepare images; by default of this image alone.
+        """
+        with open_image(image, timeout, PixelBudget(self.max_pixels) if budget is None else budget) as opened:
+            return self.image_processor(images=[opened], return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
     def score(self, pixel_values: torch.Tensor, label_embeds: torch.Tensor) -> torch.Tensor:
@@ -208,13 +221,14 @@ def pipeline(
     the CPU. By default a SiglipModel stays on its device.
     use_fast: ignored, accepted for compatibility. trust_remote_code: ignored; code from a checkpoint is never run.
     batch_size, num_workers, candidate_labels, hypothesis_template, timeout, tokenizer_kwargs: defaults of each call.
+    max_pixels: limit on decoded pixels, see ZeroShotImageClassificationPipeline.
     Raises ValueError for an unknown task, a missing component or contradictory arguments, TypeError for unknown ones.
     """
     if task not in (None, TASK):
         raise ValueError(f"pipeline: task is {task!r}; supported: {TASK!r}")
     if model is None:
         raise ValueError("pipeline: model is missing; supported: a checkpoint folder, a Hub id or a SiglipModel")
-    unknown = set(call_defaults) - {"candidate_labels", "hypothesis_template", "timeout", "tokenizer_kwargs"}
+    unknown = set(call_defaults) - CALL_DEFAULTS
     if unknown:
         raise TypeError(f"pipeline() got an unexpected keyword argument {sorted(unknown)[0]!r}")
     if trust_remote_code:

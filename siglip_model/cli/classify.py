@@ -13,11 +13,13 @@ from typer.core import TyperCommand
 
 from siglip_model.cli import terminal
 from siglip_model.cli.options import (
+    IMAGES_HELP,
     BackendOption,
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    MaxPixelsOption,
     ModelOption,
     PlotOption,
     TemplateOption,
@@ -29,7 +31,8 @@ from siglip_model.cli.options import (
 )
 from siglip_model.demo import CHECKPOINT
 from siglip_model.images.batches import Batch, Failure, read_batches
-from siglip_model.images.files import load_image
+from siglip_model.images.files import DOWNLOAD_SECONDS, open_image
+from siglip_model.images.limits import MAX_PIXELS, PixelBudget
 from siglip_model.text.prompts import TEMPLATE
 
 if TYPE_CHECKING:
@@ -83,7 +86,7 @@ def split_labels(values: Iterable[str]) -> list[str]:
 
 
 def classify(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files, folders or URLs.", show_default=False)],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help=IMAGES_HELP, show_default=False)],
     labels: Annotated[
         list[str],
         typer.Option(
@@ -101,6 +104,7 @@ def classify(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 16,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
 ) -> None:
     """Score each image against the labels. Each score is an independent probability: they need not sum to 1."""
@@ -121,7 +125,7 @@ def classify(
                 classifier, chosen, label_embeds, top_k, progress, plotting.ROWS_AT_MOST if plot is not None else 0
             )
             try:
-                run.over(paths, batch_size)
+                run.over(paths, batch_size, PixelBudget(max_pixels))
             except KeyboardInterrupt:  # the finished results are still printed
                 interrupted = True
         results = [result for _, result in sorted(run.results.items())]
@@ -160,23 +164,23 @@ class _ClassifyRun:
         self.results: dict[int, dict[str, Any]] = {}
         self.thumbnails: dict[int, Any] = {}
 
-    def over(self, paths: Iterable[str], batch_size: int) -> None:
-        batches = read_batches(enumerate(paths), self._read, batch_size=batch_size, workers=workers())
-        with closing(batches):
+    def over(self, paths: Iterable[str], batch_size: int, budget: PixelBudget) -> None:
+        from siglip_model.cli.plot import thumbnail
+
+        def read(item: tuple[int, str]) -> Any:
+            index, path = item
+            with open_image(path, DOWNLOAD_SECONDS, budget) as image:
+                if index < self.thumbnails_at_most:
+                    self.thumbnails[index] = thumbnail(image)
+                return self.classifier.prepare(image)
+
+        batches = read_batches(enumerate(paths), read, batch_size=batch_size, workers=workers())
+        with closing(batches), budget:
             for batch in batches:
                 if isinstance(batch, Failure):
                     self._fail(*batch.item, str(batch.error))
                 else:
                     self._score(batch)
-
-    def _read(self, item: tuple[int, str]) -> Any:
-        from siglip_model.cli.plot import thumbnail
-
-        index, path = item
-        image = load_image(path)
-        if index < self.thumbnails_at_most:
-            self.thumbnails[index] = thumbnail(image)
-        return self.classifier.prepare(image)
 
     def _score(self, batch: Batch[tuple[int, str], Any]) -> None:
         import torch

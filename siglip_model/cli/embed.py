@@ -14,11 +14,13 @@ import typer
 
 from siglip_model.cli import terminal
 from siglip_model.cli.options import (
+    IMAGES_HELP,
     BackendOption,
     BatchSizeOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    MaxPixelsOption,
     ModelOption,
     errors_in_one_line,
     exit_with,
@@ -27,15 +29,11 @@ from siglip_model.cli.options import (
     workers,
 )
 from siglip_model.demo import CHECKPOINT
+from siglip_model.images.limits import MAX_PIXELS
 
 
 def embed(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGES_OR_FOLDER", help="Files, folders (searched recursively) or URLs.", show_default=False
-        ),
-    ],
+    inputs: Annotated[list[str], typer.Argument(metavar="IMAGE", help=IMAGES_HELP, show_default=False)],
     out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Output file.", show_default=False)],
     normalize: Annotated[bool, typer.Option(help="Scale rows to unit length, or keep the pooled output.")] = True,
     overwrite: Annotated[
@@ -46,6 +44,7 @@ def embed(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 16,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
 ) -> None:
     """Embed images into one file: `embeddings` (n, width), and the file name of each row.
@@ -88,6 +87,7 @@ def embed(
                     dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype),
                     batch_size=batch_size,
                     num_workers=workers(),
+                    max_pixels=max_pixels,
                     overwrite=overwrite,
                     model_name=model,
                     on_image=on_image,

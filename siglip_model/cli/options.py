@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from siglip_model.zero_shot import ZeroShotImageClassificationPipeline
 
 
+IMAGES_HELP = "Files, folders (searched recursively) or URLs; - reads a list of them from stdin."
 GOOGLE_EXAMPLE = 'siglip classify IMAGE --model google/siglip-so400m-patch14-384 --labels "2 cats" "a plane"'
 SOME_FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -49,6 +50,15 @@ DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; the first GPU by default, else the CPU.")
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
+MaxPixelsOption = Annotated[
+    int,
+    typer.Option(
+        "--max-pixels",
+        metavar="N",
+        min=1,
+        help="Refuse larger images, and decode at most this many pixels at a time.",
+    ),
+]
 PlotOption = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE.png", help="Plot the images beside bars of their scores.")
 ]

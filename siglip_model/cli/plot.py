@@ -36,9 +36,9 @@ class PlotRow:
 
 def thumbnail(image: Image.Image) -> Image.Image:
     """A copy small enough to keep until the plot is drawn."""
-    small = image.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    return small
+    from PIL import ImageOps
+
+    return image.copy() if max(image.size) <= THUMBNAIL else ImageOps.contain(image, (THUMBNAIL, THUMBNAIL))
 
 
 def plot_predictions(rows: Sequence[PlotRow], path: str | os.PathLike[str]) -> None:

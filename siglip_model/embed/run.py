@@ -17,7 +17,8 @@ import torch
 from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal, resolve_out
 from siglip_model.images.batches import Batch, Failure, read_batches
-from siglip_model.images.files import ImageList, is_url, list_images, load_image
+from siglip_model.images.files import DOWNLOAD_SECONDS, ImageList, is_url, list_images, open_image
+from siglip_model.images.limits import PixelBudget
 from siglip_model.outputs import pooled, unit_length
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def embed_images(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
     num_workers: int = 2,
+    max_pixels: int | None = None,
     overwrite: bool = False,
     model_name: str = "",
     on_image: Callable[[str, str, str], None] | None = None,
@@ -79,7 +81,8 @@ def embed_images(
 
     inputs: images, folders (searched recursively) and URLs, or an ImageList. normalize: scale rows to unit length;
     otherwise rows are the pooled output. dtype: storage dtype, float32, float16 or bfloat16. num_workers: threads
-    that open images ahead of the model.
+    that open images ahead of the model. max_pixels: limit on the pixels of an image, and on those that all threads
+    decode at one time (default: `images.limits.MAX_PIXELS`).
     Images that `out`, or the journal of an interrupted run, already holds are skipped unless their file has changed;
     failed images are retried. An image that was embedded before and fails now keeps its row.
     overwrite: replace the output instead of resuming. An earlier journal is deleted at once; the old file stays until
@@ -97,6 +100,7 @@ def embed_images(
         raise ValueError(f"embed_images: batch_size is {batch_size}; supported: a whole number from 1")
     if not model.config.vision_config.vision_use_head:  # checked before the journal is created
         raise ValueError("embed_images: the model has no pooling head (vision_use_head is false), so no embedding")
+    budget = PixelBudget(max_pixels)
     model.eval()
     settings = {
         "model": model_digest(model),
@@ -111,7 +115,7 @@ def embed_images(
     with closing(EmbeddingJournal(out, settings, overwrite=overwrite)) as journal:
         run = _Run(journal, str(out), model, image_processor, normalize, dtype, on_image)
         try:
-            run.over(inputs, batch_size, num_workers)
+            run.over(inputs, batch_size, num_workers, budget)
             return run.finish(complete=True)
         except KeyboardInterrupt:
             raise EmbeddingInterrupted(run.finish(complete=False)) from None
@@ -149,10 +153,16 @@ class _Run:
         self.started = self.committed = time.monotonic()
         self.in_flight: set[str] = set()  # read but not yet in the journal, so that a repeated path is skipped
 
-    def over(self, inputs: Iterable[str | os.PathLike[str]], batch_size: int, workers: int) -> None:
+    def over(
+        self, inputs: Iterable[str | os.PathLike[str]], batch_size: int, workers: int, budget: PixelBudget
+    ) -> None:
+        def read(item: tuple[str, str]) -> torch.Tensor:
+            with open_image(item[0], DOWNLOAD_SECONDS, budget) as image:
+                return self.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+
         paths = inputs if isinstance(inputs, ImageList) else list_images(inputs)
-        batches = read_batches(self._todo(paths), self._read, batch_size=batch_size, workers=workers)
-        with closing(batches):
+        batches = read_batches(self._todo(paths), read, batch_size=batch_size, workers=workers)
+        with closing(batches), budget:
             for batch in batches:
                 if isinstance(batch, Failure):
                     self._note(*batch.item, error=_one_line(batch.error))
@@ -168,9 +178,6 @@ class _Run:
             else:
                 self.in_flight.add(path)
                 yield path, stamp
-
-    def _read(self, item: tuple[str, str]) -> torch.Tensor:
-        return self.image_processor(images=[load_image(item[0])], return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
     def _embed(self, batch: Batch[tuple[str, str], torch.Tensor]) -> None:
@@ -241,7 +248,7 @@ def _stamp(path: str) -> str:
         return ""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError for a name that no file can have
         return ""
     return f"{status.st_size}-{status.st_mtime_ns}"
 

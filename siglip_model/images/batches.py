@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
@@ -84,4 +85,13 @@ def _attempt(item: Item, function: Callable[[Item], Value]) -> tuple[Item, Value
     try:
         return item, function(item), None
     except Exception as error:
+        _clear_locals(error)
         return item, None, error
+
+
+def _clear_locals(error: BaseException) -> None:
+    """Frees what the frames of the error and its causes hold: a broken image, decoded in part, until it is reported."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import base64
+import binascii
+import errno
 import json
 import os
+import re
+import stat
 import tempfile
+import threading
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from siglip_model.images.limits import PixelBudget
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,21 +29,63 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 
 LISTED_IN_MEMORY = 2**24  # bytes of paths; a longer list continues on disk
+DOWNLOAD_BYTES = 2**28  # of one image
+DOWNLOAD_SECONDS = 60.0  # of one image, where a run must not wait indefinitely
+PILLOW_LIMIT = 178_956_970  # pixels from which Pillow refuses to open an image by default
+# Beginnings of ICO and ICNS files: containers whose images tell their size when they are decoded
+SIZE_WITHIN = (b"\0\0\1\0", b"icns")
+_PILLOW_LIMIT_SUSPENDED = threading.Lock()
+_ORIENTATION, _TILE_WIDTH, _TILE_HEIGHT = 0x0112, 322, 323  # tags of EXIF and TIFF
+_KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 
 
 class UnreadableImageError(OSError, ValueError):
     """An image that is missing, truncated, not an image or of unknown value range; the message names source and why."""
 
 
-def load_image(image: str | os.PathLike[str] | Image.Image, timeout: float | None = None) -> Image.Image:
+def load_image(
+    image: str | os.PathLike[str] | Image.Image, timeout: float | None = None, max_pixels: int | None = None
+) -> Image.Image:
     """The image in RGB with its EXIF orientation applied, as transformers' pipelines load it.
 
     Images of more than 8 bits are scaled from their value range (`value_range.to_8_bits`), where transformers clips.
+    Of several frames, the first.
 
-    image: a path, an http(s) URL, a base64 string with or without `data:image/...;base64,`, or a PIL image.
-    timeout: seconds to wait for a URL; None waits indefinitely.
+    image: a path, an http(s) URL, a base64 string with or without `data:image/...;base64,`, or a PIL image, which is
+    returned itself if there is nothing to change.
+    timeout: seconds that a URL may take; None waits indefinitely.
+    max_pixels: refuse a larger image before decoding it (default: `limits.MAX_PIXELS`), unless it is a PIL image.
     Raises UnreadableImageError (an OSError and a ValueError) naming the source, TypeError for any other type.
     """
+    with ExitStack() as held:
+        return _load(image, timeout, PixelBudget(max_pixels), held)
+
+
+@contextmanager
+def open_image(
+    image: str | os.PathLike[str] | Image.Image, timeout: float | None, budget: PixelBudget
+) -> Iterator[Image.Image]:
+    """`load_image` for one of several threads: within the block, the image's pixels take up room in the budget.
+
+    Afterwards the image is closed, unless it is the one given, so that its memory is free when its room is.
+    """
+    with ExitStack() as held:
+        loaded = _load(image, timeout, budget, held)
+        if loaded is not image:
+            held.callback(loaded.close)
+        yield loaded
+
+
+def _load(
+    image: str | os.PathLike[str] | Image.Image, timeout: float | None, budget: PixelBudget, held: ExitStack
+) -> Image.Image:
+    """The image; its room in the budget is held until the stack is closed."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -47,33 +98,114 @@ def load_image(image: str | os.PathLike[str] | Image.Image, timeout: float | Non
         )
     try:
         if isinstance(source, str):
-            with Image.open(_open_source(source, timeout)) as opened:
-                return _upright_rgb(opened)
+            return _decode(source, timeout, budget, held)
+        held.enter_context(budget.reserve(source.width * source.height))
         return _upright_rgb(source)
-    # Decoders raise many types: OSError, SyntaxError, struct.error, DecompressionBombError ...
+    # Decoders raise many types: OSError, SyntaxError, struct.error, MemoryError ...
     except Exception as error:
         raise UnreadableImageError(f"{describe_source(source)}: {_reason(source, error)}") from error
 
 
+def _decode(source: str, timeout: float | None, budget: PixelBudget, held: ExitStack) -> Image.Image:
+    from PIL import Image
+
+    with _open_source(source, timeout) as file:
+        unknown_size = file.read(4) in SIZE_WITHIN
+        file.seek(0)
+        if unknown_size:
+            held.enter_context(budget.reserve(budget.max_pixels))
+        try:
+            with _pillow_permits(budget.max_pixels), Image.open(file, formats=_formats()) as opened:
+                if unknown_size:
+                    opened.load()
+                pixels = max(opened.width * opened.height, _tile_pixels(opened))
+                if refusal := budget.refusal(pixels, f"{opened.width} x {opened.height}"):
+                    raise ValueError(refusal)
+                if not unknown_size:
+                    held.enter_context(budget.reserve(pixels))
+                return _upright_rgb(opened)
+        except Image.DecompressionBombError as error:  # raised before the image's size can be asked
+            count = re.search(r"\d+", str(error))
+            refusal = budget.refusal(int(count[0])) if count else None
+            raise ValueError(refusal or str(error)) from error
+
+
+def _formats() -> list[str]:
+    """Pillow's formats without EPS, whose files are programs that Pillow hands to Ghostscript."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
+def _tile_pixels(image: Image.Image) -> int:
+    """The pixels of one tile of a tiled TIFF image, which is decoded whole however small the image is; else 0."""
+    tags: Any = getattr(image, "tag_v2", {})
+    width, height = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_HEIGHT, 0)
+    return width * height if isinstance(width, int) and isinstance(height, int) else 0
+
+
+@contextmanager
+def _pillow_permits(max_pixels: int) -> Iterator[None]:
+    """Suspends Pillow's own limit, which is global, while an image is opened under a higher one."""
+    from PIL import Image
+
+    if max_pixels <= PILLOW_LIMIT:
+        yield
+        return
+    with _PILLOW_LIMIT_SUSPENDED:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
+    """Copies the pixels only where they change: a copy of a large image is what bounds a run's memory."""
     from PIL import ImageOps
 
     from siglip_model.images.value_range import to_8_bits
 
-    return to_8_bits(ImageOps.exif_transpose(image), opened=image).convert("RGB")
+    image.load()
+    upright = image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+    levels = to_8_bits(upright, opened=image)
+    return levels if levels.mode == "RGB" else levels.convert("RGB")
 
 
-def _open_source(source: str, timeout: float | None) -> str | BytesIO:
+def _open_source(source: str, timeout: float | None) -> BinaryIO:
     if is_url(source):
-        from urllib.request import Request, urlopen
-
-        request = Request(source, headers={"User-Agent": "siglip_model"})
-        with urlopen(request, timeout=timeout) as response:
-            return BytesIO(response.read())
-    if os.path.exists(source):
-        return source
+        return _download(source, timeout)
+    try:
+        mode = os.stat(source).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        pass
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+    else:
+        # Opening a FIFO would wait for a writer, reading a device may never end.
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}, not an image")
+        return open(source, "rb")
     encoded = source.partition(",")[2] if source.startswith("data:image/") else source
     return BytesIO(base64.decodebytes(encoded.encode()))
+
+
+def _download(url: str, timeout: float | None) -> BytesIO:
+    from urllib.request import Request, urlopen
+
+    ends = None if timeout is None else time.monotonic() + timeout
+    content = BytesIO()
+    with urlopen(Request(url, headers={"User-Agent": "siglip_model"}), timeout=timeout) as response:
+        while piece := response.read1(2**16):  # unlike `read`, returns what one wait for the network brought
+            content.write(piece)
+            if content.tell() > DOWNLOAD_BYTES:
+                raise ValueError(f"is larger than {DOWNLOAD_BYTES >> 20} MiB, the limit of a download")
+            if ends is not None and time.monotonic() > ends:
+                raise TimeoutError(f"the download was not complete after {timeout:g} s")
+    content.seek(0)
+    return content
 
 
 def is_url(source: str) -> bool:
@@ -87,33 +219,48 @@ def describe_source(source: object) -> str:
 
 
 def _reason(source: object, error: Exception) -> str:
+    unidentified = type(error).__name__ == "UnidentifiedImageError"
     if isinstance(source, str) and os.path.isdir(source):
-        readable = os.access(source, os.R_OK | os.X_OK)
-        return "is a folder, not an image" if readable else "is a folder that cannot be read"
+        try:
+            os.scandir(source).close()
+        except OSError as problem:
+            return f"is a folder that cannot be read ({problem.strerror})"
+        return "is a folder, not an image"
     if isinstance(source, str) and not source.startswith("data:image/") and not is_url(source):
-        if os.path.islink(source) and not os.path.exists(source):
+        if os.path.islink(source) and isinstance(_problem_of(source), FileNotFoundError):
             return "is a link to a file that does not exist"
-        if not os.path.exists(source):
+        no_base64 = isinstance(error, (FileNotFoundError, binascii.Error, UnicodeError)) or unidentified
+        if no_base64 and not os.path.lexists(source):
             return "no such file (nor is it a URL beginning with http:// or https://, or an image in base64)"
-    if type(error).__name__ == "UnidentifiedImageError":
+    if unidentified:
         return "not an image, or in an unsupported format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
 
 
+def _problem_of(path: str) -> OSError | None:
+    """Why the file's status cannot be read."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error
+    return None
+
+
 def list_images(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
     """Yields the images that the inputs stand for: absolute paths, and URLs unchanged. Memory stays constant.
 
-    A folder stands for the images anywhere below it, chosen by suffix, without hidden names, following links, sorted
-    by name so that two runs agree. Any other input stands for itself and is repeated if it was given twice.
+    A folder stands for the images anywhere below it, chosen by suffix, without hidden names, following links (each
+    linked folder once), sorted by name so that two runs agree. Entries below it that cannot be listed, such as links
+    that lead nowhere, stand for themselves, as does any other input, which is repeated if it was given twice.
     """
     for entry in inputs:
         source = os.fspath(entry)
         if is_url(source):
             yield source
         elif os.path.isdir(source):
-            yield from _walk(os.path.abspath(source), ())
+            yield from _walk(os.path.abspath(source))
         else:
             yield os.path.abspath(source)
 
@@ -149,20 +296,56 @@ def _is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _walk(folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    try:
-        status = os.stat(folder)
-        with os.scandir(folder) as entries:
-            names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    except OSError:
-        yield folder  # opening it as an image reports the reason, and the walk continues
-        return
-    identity = (status.st_dev, status.st_ino)
-    if identity in ancestors:  # a link to an enclosing folder
-        return
-    for name, is_folder in names:
+def _walk(root: str) -> Iterator[str]:
+    """The images below a folder, and the entries that cannot be listed: opening them as images reports the reason.
+
+    A link to an enclosing folder, or to one that another link led to, is not followed: links between n folders would
+    otherwise be followed along each of their n! paths.
+    """
+    reached: set[tuple[int, int]] = set()  # through links
+    enclosing: list[tuple[int, int]] = []
+    levels = [(os.path.dirname(root), iter([(os.path.basename(root), True, False)]))]
+    while levels:
+        folder, entries = levels[-1]
+        entry = next(entries, None)
+        if entry is None:
+            levels.pop()
+            if enclosing:
+                enclosing.pop()
+            continue
+        name, is_folder, is_link = entry
         path = os.path.join(folder, name)
-        if is_folder:
-            yield from _walk(path, (*ancestors, identity))
-        elif _is_image_name(name):
+        if not is_folder:
             yield path
+            continue
+        try:
+            status = os.stat(path)
+            identity = (status.st_dev, status.st_ino)
+            if identity in enclosing or (is_link and identity in reached):
+                continue
+            below = _entries(path)
+        except OSError:
+            yield path
+            continue
+        if is_link:
+            reached.add(identity)
+        enclosing.append(identity)
+        levels.append((path, iter(below)))
+
+
+def _entries(folder: str) -> list[tuple[str, bool, bool]]:
+    """(name, is a folder, is a link) of the folders and images within, and of what may be either, sorted by name."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            is_link = entry.is_symlink()
+            try:
+                is_folder = stat.S_ISDIR(entry.stat().st_mode) if is_link else entry.is_dir()
+            except OSError:  # a link that leads nowhere, or into a loop, or past a folder without permission
+                found.append((entry.name, False, is_link))
+                continue
+            if is_folder or _is_image_name(entry.name):
+                found.append((entry.name, is_folder, is_link))
+    return sorted(found)

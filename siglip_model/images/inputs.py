@@ -97,7 +97,12 @@ def channels_last(image: np.ndarray | torch.Tensor, input_data_format: str | Non
 
 
 def pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
-    """8 bits: (height, width, channels), or (height, width) for a one-band mode that is not converted.
+    """`to_8_bit_image` as an array: (height, width, channels), or (height, width) for one band."""
+    return np.array(to_8_bit_image(image, do_convert_rgb))
+
+
+def to_8_bit_image(image: Image.Image, do_convert_rgb: bool) -> Image.Image:
+    """The image in a mode of 8 bits per band; itself if there is nothing to change.
 
     do_convert_rgb: convert to RGB, compositing alpha or a transparent colour over white. EXIF orientation is ignored.
     Raises UnreadableImageError naming the image's file if its pixels cannot be decoded or their value range is unknown,
@@ -112,12 +117,12 @@ def pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
     except Exception as error:
         raise UnreadableImageError(f"{name}: {error or type(error).__name__}") from error
     if not do_convert_rgb:
-        return np.array(image.convert("L") if image.mode == "1" else image)
+        return image.convert("L") if image.mode == "1" else image
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return np.array(Image.alpha_composite(white, image).convert("RGB"))
-    return np.array(image.convert("RGB"))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def check_alpha_range(image: np.ndarray | torch.Tensor) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from siglip_model.images.inputs import channels_last, check_alpha_range, pil_to_array
+from siglip_model.images.inputs import channels_last, check_alpha_range, to_8_bit_image
 from siglip_model.images.options import ImageOptions, output_size, per_channel
 from siglip_model.images.processor import ImageProcessor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class SiglipImageProcessor(ImageProcessor):
@@ -27,18 +30,16 @@ class SiglipImageProcessor(ImageProcessor):
         return [self._process_one(image, options) for image in images]
 
     def _process_one(self, image: Any, options: ImageOptions) -> np.ndarray:
-        array = _to_channels_first(image, options)
-        if options.do_resize:
-            height, width = output_size(array.shape[1:], options.size)
-            array = _resize_with_pillow(array, (width, height), options.resample)
+        if isinstance(image, (np.ndarray, torch.Tensor)):
+            array = _to_channels_first(image, options)
+            array = _resize_array(array, options) if options.do_resize else array
+        else:
+            array = _resized_to_array(to_8_bit_image(image, options.do_convert_rgb), options)
         return _scale_by_table(array, options) if array.dtype == np.uint8 else _scale(array, options)
 
 
-def _to_channels_first(image: Any, options: ImageOptions) -> np.ndarray:
+def _to_channels_first(image: np.ndarray | torch.Tensor, options: ImageOptions) -> np.ndarray:
     """(channels, height, width); with `do_convert_rgb`, one or four channels become three."""
-    if not isinstance(image, (np.ndarray, torch.Tensor)):
-        array = pil_to_array(image, options.do_convert_rgb)
-        return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
     if isinstance(image, torch.Tensor):
         image = image.to(torch.float32) if image.dtype == torch.bfloat16 else image
         image = image.numpy(force=True)
@@ -56,10 +57,22 @@ def _to_channels_first(image: Any, options: ImageOptions) -> np.ndarray:
     return (np.round(composite) if white == 255 else composite).astype(image.dtype)
 
 
-def _resize_with_pillow(image: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
-    """(channels, height, width) to `size` (width, height), through an 8-bit Pillow image."""
+def _resized_to_array(image: Image.Image, options: ImageOptions) -> np.ndarray:
+    """An 8-bit image as (channels, height, width), resized with `do_resize`."""
+    direct = options.do_resize and image.mode in ("L", "RGB")
+    if direct:  # the same numbers as through an array, without copies of a whole image that may be large
+        height, width = output_size(image.size[::-1], options.size)
+        image = image.resize((width, height), resample=options.resample)
+    array = np.array(image)
+    array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return _resize_array(array, options) if options.do_resize and not direct else array
+
+
+def _resize_array(image: np.ndarray, options: ImageOptions) -> np.ndarray:
+    """(channels, height, width) to the size of the options, through an 8-bit Pillow image."""
     from PIL import Image
 
+    height, width = output_size(image.shape[1:], options.size)
     image = np.moveaxis(image, 0, -1)
     if image.shape[-1] > 4:
         raise ValueError(f"images: got {image.shape[-1]} channels to resize with Pillow; supported: 1 to 4")
@@ -67,7 +80,7 @@ def _resize_with_pillow(image: np.ndarray, size: tuple[int, int], resample: int)
     to_unit_range = _needs_scaling(image)
     if to_unit_range:
         image = (image.astype(np.float64) * 255).astype(np.float32)
-    resized = np.array(Image.fromarray(image.astype(np.uint8)).resize(size, resample=resample))
+    resized = np.array(Image.fromarray(image.astype(np.uint8)).resize((width, height), resample=options.resample))
     resized = resized[None] if resized.ndim == 2 else np.moveaxis(resized, -1, 0)
     return (resized.astype(np.float64) * (1 / 255)).astype(np.float32) if to_unit_range else resized
 

@@ -1,11 +1,14 @@
 """Listing image files: selection, order, links, and one walk per command."""
 
 import os
+import socket
+from contextlib import closing
 
 import pytest
+from PIL import Image
 
 from siglip_model.images import files as image_files
-from siglip_model.images.files import ImageList, list_images
+from siglip_model.images.files import ImageList, UnreadableImageError, list_images, load_image
 
 
 def test_folders_are_listed_in_order_following_links_without_cycles(tmp_path):
@@ -46,3 +49,97 @@ def test_an_image_list_walks_each_folder_once(tmp_path, monkeypatch, in_memory):
     assert len(images) == 5 and list(images) == expected and list(images) == expected
     assert walked == [str(tmp_path), str(tmp_path / "below")]
     images.close()
+
+
+def reason(path):
+    """Why an image cannot be opened; "" if it can."""
+    try:
+        load_image(path)
+    except UnreadableImageError as error:
+        assert str(error).startswith(f"{path}: ")
+        return str(error).removeprefix(f"{path}: ")
+    return ""
+
+
+def test_each_broken_entry_is_listed_for_itself_and_says_why(tmp_path, monkeypatch):
+    folder = tmp_path / "all"
+    (folder / "a").mkdir(parents=True)
+    (folder / "b").mkdir()
+    (folder / "shut").mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "good.png")
+    Image.new("RGB", (4, 4)).save(folder / "a" / "good.png")
+    Image.new("RGB", (4, 4)).save(os.path.join(os.fsencode(folder), b"z\xff.png"), "PNG")
+    (folder / "itself").symlink_to("itself")
+    (folder / "itself.png").symlink_to("itself.png")
+    (folder / "ping").symlink_to("pong")
+    (folder / "pong").symlink_to("ping")
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "a" / "to_b").symlink_to("../b")
+    (folder / "b" / "to_a").symlink_to("../a")
+    (folder / "up").symlink_to("..")
+    (folder / "notes.txt").touch()
+    os.mkfifo(folder / "fifo.png")
+    os.mkfifo(folder / "fifo")  # neither a folder nor an image by name
+    monkeypatch.chdir(folder)  # a socket's address is short
+    scandir = os.scandir
+
+    def scan(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(image_files.os, "scandir", scan)
+    with closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind("socket.png")
+        found = {path.removeprefix(f"{folder}/"): reason(path) for path in list_images([folder])}
+    loop = "Too many levels of symbolic links"
+    assert found == {
+        "a/good.png": "",
+        "b/to_a/good.png": "",
+        "fifo.png": "is a FIFO, not an image",
+        "gone": "is a link to a file that does not exist",
+        "good.png": "",
+        "itself": loop,
+        "itself.png": loop,
+        "ping": loop,
+        "pong": loop,
+        "shut": "is a folder that cannot be read (Permission denied)",
+        "socket.png": "is a socket, not an image",
+        os.fsdecode(b"z\xff.png"): "",
+    }
+
+
+def test_folders_that_link_to_each_other_are_walked_in_bounded_time(tmp_path):
+    """Twelve folders, each of which links to all others, have 12! paths."""
+    folders = [tmp_path / f"{number:02}" for number in range(12)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "x.png").touch()
+    for folder in folders:
+        for other in folders:
+            (folder / f"to_{other.name}").symlink_to(other)
+    found = list(list_images([tmp_path]))
+    assert {os.path.realpath(path) for path in found} == {str(folder / "x.png") for folder in folders}
+    assert len(found) <= 2 * len(folders)
+
+
+def test_folders_deeper_than_python_recurses_are_walked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1200):
+        os.mkdir("d")
+        os.chdir("d")
+    open("x.png", "w").close()
+    (path,) = list_images([tmp_path])
+    assert path == f"{tmp_path}/{'d/' * 1200}x.png"
+    os.unlink("x.png")
+    for _ in range(1200):  # pytest's own removal recurses
+        os.chdir("..")
+        os.rmdir("d")
+
+
+def test_a_file_that_vanishes_after_it_was_listed(tmp_path):
+    for name in ("0.png", "1.png", "2.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    with closing(ImageList([tmp_path])) as images:
+        (tmp_path / "1.png").unlink()
+        assert [reason(path)[:12] for path in images] == ["", "no such file", ""]
