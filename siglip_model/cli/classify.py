@@ -98,7 +98,7 @@ def classify(
     ],
     template: TemplateOption = TEMPLATE,
     plot: PlotOption = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Show the k best labels per image.")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Show the k best labels per image.")] = None,
     model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",

@@ -1,11 +1,13 @@
 """The command `siglip`: zero-shot classification, bulk embedding, a demo, and what this machine supports.
 
-Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 130 interrupted.
+Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 130 interrupted, 141 the output
+was closed early, as by `siglip ... | head -1`.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from typing import Annotated
@@ -17,15 +19,17 @@ from siglip_model.cli.classify import LabelListCommand, classify
 from siglip_model.cli.demo import demo
 from siglip_model.cli.embed import embed
 from siglip_model.cli.info import DISTRIBUTION, info, installed_version
+from siglip_model.cli.options import OUTPUT_CLOSED, USAGE_ERROR
 
 app = typer.Typer(
     name="siglip",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # rich's columns cut the names of options in narrow terminals
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Score images against labels, and embed images, with SigLIP.",
-    epilog="Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 130 interrupted,"
+    " 141 the output was closed early.",
 )
 
 
@@ -44,17 +48,44 @@ def siglip(
     """The options before the command."""
 
 
-app.command(cls=LabelListCommand)(classify)
-app.command()(embed)
-app.command()(demo)
-app.command()(info)
+app.command(cls=LabelListCommand, short_help="Score images against labels.")(classify)
+app.command(short_help="Embed images into one file.")(embed)
+app.command(short_help="Classify eight bundled images.")(demo)
+app.command(short_help="Show versions, devices and backends.")(info)
 
 
 def main() -> None:
     """The entry point of `siglip`."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the command
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the process ends
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):  # an unprintable file name must not end the run
             stream.reconfigure(errors="backslashreplace")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides its retries; the final error is reported
     warnings.showwarning = lambda message, *details, **more: terminal.say(f"warning: {' '.join(str(message).split())}")
-    app()
+    # Pillow's warning about images of half its own limit; here --max-pixels decides.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit of .* decompression bomb")
+    code: str | int | None = 0
+    try:
+        code = _run()
+        sys.stdout.flush()
+    except OSError as error:  # of stdout: the reader of a pipe has left, or the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what Python writes when it ends
+        if isinstance(error, BrokenPipeError):
+            code = OUTPUT_CLOSED
+        elif code != USAGE_ERROR:  # else it was reported
+            terminal.say(f"error: {error.strerror}")
+            code = USAGE_ERROR
+    sys.exit(code)
+
+
+def _run() -> str | int | None:
+    """Runs the command and returns its exit code. Raises BrokenPipeError, for which typer and rich exit with 1."""
+    try:
+        app()
+    except SystemExit as ending:
+        if isinstance(ending.__context__, BrokenPipeError):
+            raise ending.__context__ from None
+        return ending.code
+    return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 IMAGES_HELP = "Files, folders (searched recursively) or URLs; - reads a list of them from stdin."
 GOOGLE_EXAMPLE = 'siglip classify IMAGE --model google/siglip-so400m-patch14-384 --labels "2 cats" "a plane"'
-SOME_FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+SOME_FAILED, USAGE_ERROR, INTERRUPTED, OUTPUT_CLOSED = 1, 2, 130, 141
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+BACKEND_NAMES = ("auto", "eager", "sdpa", "flash_attention_2", "triton")  # `backends` imports PyTorch
+LIST_ON_STDIN = "-"
+READ_AT_ONCE = 2**16  # bytes: longer than any path, so that the first piece shows the separator
 
 TemplateOption = Annotated[
     str, typer.Option("--template", metavar="TEXT", help="Sentence in which {} stands for the label.")
@@ -36,7 +40,13 @@ ModelOption = Annotated[
     ),
 ]
 BackendOption = Annotated[
-    str, typer.Option("--backend", metavar="NAME", help="Compute backend; `siglip info` lists those available.")
+    str,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="Compute backend; `siglip info` lists those available.",
+        autocompletion=lambda: list(BACKEND_NAMES),
+    ),
 ]
 DtypeOption = Annotated[
     str,
@@ -44,12 +54,14 @@ DtypeOption = Annotated[
         "--dtype",
         metavar="NAME",
         help="Compute dtype: float32, float16, bfloat16, or auto (as stored in the checkpoint's configuration).",
+        autocompletion=lambda: list(DTYPES),
     ),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; the first GPU by default, else the CPU.")
+    str | None,
+    typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; the first GPU by default, else the CPU."),
 ]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Images per forward pass.")]
 MaxPixelsOption = Annotated[
     int,
     typer.Option(
@@ -66,13 +78,36 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothin
 
 
 def find_images(inputs: Sequence[str]) -> ImageList:
-    """The images that the inputs stand for. Raises ValueError if there are none, or if none of the inputs exists."""
-    if not any(is_url(entry) or os.path.lexists(entry) for entry in inputs):
+    """The images that the inputs stand for; - stands for those listed on stdin.
+
+    Raises ValueError if there are none, or if none of the inputs exists.
+    """
+    if inputs.count(LIST_ON_STDIN) > 1:
+        raise ValueError("- is given twice; stdin holds one list (./- is the file of that name)")
+    if not any(is_url(entry) or entry == LIST_ON_STDIN or os.path.lexists(entry) for entry in inputs):
         raise ValueError(f"no such file or folder: {', '.join(inputs[:3])}{' ...' * (len(inputs) > 3)}")
-    images = ImageList(inputs)
+    images = ImageList(name for entry in inputs for name in (listed_on_stdin() if entry == LIST_ON_STDIN else [entry]))
     if len(images) == 0:
-        raise ValueError(f"no images in {', '.join(inputs[:3])}; looked for names ending in {' '.join(IMAGE_SUFFIXES)}")
+        places = ", ".join("the list on stdin" if entry == LIST_ON_STDIN else entry for entry in inputs[:3])
+        raise ValueError(f"no images in {places}; looked for names ending in {' '.join(IMAGE_SUFFIXES)}")
     return images
+
+
+def listed_on_stdin() -> Iterator[str]:
+    """Names separated by newlines, or by NUL bytes (`find -print0`) where stdin begins with one so ended."""
+    if sys.stdin is None:
+        raise ValueError("- reads a list from stdin, which is closed")
+    rest = sys.stdin.buffer.read(READ_AT_ONCE)
+    separator = b"\0" if b"\0" in rest else b"\n"
+    while rest:
+        *names, rest = rest.split(separator)
+        piece = sys.stdin.buffer.read(READ_AT_ONCE)
+        names, rest = (names, rest + piece) if piece else ([*names, rest], b"")
+        for name in names:
+            if separator == b"\n":
+                name = name.removesuffix(b"\r")
+            if name:
+                yield os.fsdecode(name)
 
 
 def load_classifier(model: str, backend: str, dtype: str, device: str | None) -> ZeroShotImageClassificationPipeline:
@@ -106,8 +141,10 @@ def errors_in_one_line() -> Iterator[None]:
     """Reports usage and setup errors in one line, with exit code 2. SIGLIP_TRACEBACK=1 shows the traceback."""
     try:
         yield
-    except (typer.Exit, BrokenPipeError):
+    except typer.Exit:
         raise
+    except BrokenPipeError:  # the reader of stdout or stderr has seen enough
+        raise typer.Exit(OUTPUT_CLOSED) from None
     except KeyboardInterrupt:
         terminal.say("interrupted")
         raise typer.Exit(INTERRUPTED) from None

@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def console(**options: Any) -> Any:
+    """rich's console. NO_COLOR (https://no-color.org) turns off all styles, of which rich would keep bold and dim."""
+    from rich.console import Console
+
+    return Console(highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto", **options)
+
+
 def say(message: str) -> None:
     print(f"siglip: {message}", file=sys.stderr, flush=True)
 
@@ -39,24 +46,22 @@ def progress(total: int, what: str, *, hidden: bool) -> Iterator[ProgressReport]
     if hidden or not sys.stderr.isatty():
         yield ProgressReport()
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=console(stderr=True), transient=True) as bar:
         yield ProgressReport(bar, bar.add_task(what, total=total, speed=""))
 
 
 def print_predictions(results: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
+    out = console()
     for result in results:
         if "error" in result:
             continue  # already reported on stderr
-        console.print(Text(os.path.basename(result["image"]), style="bold"))
-        console.print(_bars(result["predictions"], console.width))
+        out.print(Text(os.path.basename(result["image"]), style="bold"))
+        out.print(_bars(result["predictions"], out.width))
 
 
 def _bars(predictions: Sequence[dict[str, Any]], width: int) -> Any:
@@ -77,12 +82,11 @@ def _bars(predictions: Sequence[dict[str, Any]], width: int) -> Any:
 
 
 def print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", width=min(console.width, 100))
+    out = console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", width=min(out.width, 100))
     table.add_column("image", ratio=2)
     table.add_column("")
     for title in ("best name", "second", "third"):
@@ -91,8 +95,8 @@ def print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
         mark = Text("✓", "green") if result["right"] else Text("✗", "red")
         cells = [_named_bar(entry, entry["label"] == result["name"]) for entry in result["predictions"][:3]]
         table.add_row(result["name"], mark, *cells)
-    console.print(table)
-    console.print(f"{right} of {len(results)} right, each among {len(results[0]['predictions'])} names.")
+    out.print(table)
+    out.print(f"{right} of {len(results)} right, each among {len(results[0]['predictions'])} names.")
 
 
 def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
@@ -107,15 +111,14 @@ def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
 
 def print_machine(facts: Mapping[str, Mapping[str, str | None]]) -> None:
     """Prints the result of `describe_machine`, one line per entry."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=True)
+    out = console(soft_wrap=True)
     for title, entries in facts.items():
-        console.print(Text(title, "bold"))
+        out.print(Text(title, "bold"))
         for name, value in entries.items():
             if title == "backends":
                 state = Text("yes", "green") if value is None else Text("no", "yellow") + Text(f": {value}")
             else:
                 state = Text("not installed", "dim") if value is None else Text(value)
-            console.print(Text(f"  {name:<19}") + state)
+            out.print(Text(f"  {name:<19}") + state)

@@ -16,11 +16,11 @@ def checkpoint(tmp_path_factory):
 def siglip(checkpoint):
     """Runs the command in this process, on the tiny checkpoint by default."""
 
-    def run(*arguments):
+    def run(*arguments, stdin=None):
         words = [str(argument) for argument in arguments]
-        if words[0] in ("classify", "embed") and "--model" not in words:
+        if words[:1] in (["classify"], ["embed"]) and "--model" not in words:
             words[1:1] = ["--model", str(checkpoint), *([] if "--device" in words else ["--device", "cpu"])]
-        return CliRunner().invoke(main.app, words, prog_name="siglip")
+        return CliRunner().invoke(main.app, words, input=stdin, prog_name="siglip")
 
     return run
 

@@ -98,7 +98,11 @@ def test_info_says_which_gpus_run_no_kernels(siglip, monkeypatch):
     assert facts["devices"]["cuda:0"].startswith("PyTorch cannot use it: Invalid device id; no triton: cuda:0 is an ")
 
 
-@pytest.mark.parametrize("command", [["siglip"], [sys.executable, "-m", "siglip_model.cli"]], ids=["siglip", "-m"])
+@pytest.mark.parametrize(
+    "command",
+    [["siglip"], [sys.executable, "-m", "siglip_model.cli"], [sys.executable, "-m", "siglip_model"]],
+    ids=["siglip", "-m cli", "-m"],
+)
 def test_version(siglip, command):
     expected = f"siglip-triton {importlib.metadata.version('siglip-triton')}\n"
     if command == ["siglip"]:
