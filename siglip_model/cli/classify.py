@@ -31,7 +31,7 @@ from siglip_model.cli.options import (
 )
 from siglip_model.demo import CHECKPOINT
 from siglip_model.images.batches import Batch, Failure, read_batches
-from siglip_model.images.files import DOWNLOAD_SECONDS, open_image
+from siglip_model.images.files import DOWNLOAD_SECONDS, describe_failure, open_image
 from siglip_model.images.limits import MAX_PIXELS, PixelBudget
 from siglip_model.text.prompts import TEMPLATE
 
@@ -178,7 +178,7 @@ class _ClassifyRun:
         with closing(batches), budget:
             for batch in batches:
                 if isinstance(batch, Failure):
-                    self._fail(*batch.item, str(batch.error))
+                    self._fail(*batch.item, describe_failure(batch.item[1], batch.error))
                 else:
                     self._score(batch)
 
@@ -197,9 +197,8 @@ class _ClassifyRun:
                 self._fail(index, path, f"{path}: its scores are not finite in {self.classifier.dtype}")
 
     def _fail(self, index: int, path: str, error: str) -> None:
-        reason = " ".join(error.split())
-        self.results[index] = {"image": path, "error": reason}
-        self.progress.say(f"failed: {reason}")
+        self.results[index] = {"image": path, "error": error}
+        self.progress.say(f"failed: {error}")
         self.progress.advance()
 
     def plot_rows(self) -> list[PlotRow]:

@@ -19,7 +19,7 @@ from siglip_model.cli.classify import LabelListCommand, classify
 from siglip_model.cli.demo import demo
 from siglip_model.cli.embed import embed
 from siglip_model.cli.info import DISTRIBUTION, info, installed_version
-from siglip_model.cli.options import OUTPUT_CLOSED, USAGE_ERROR
+from siglip_model.cli.options import INTERRUPTED, OUTPUT_CLOSED, USAGE_ERROR
 
 app = typer.Typer(
     name="siglip",
@@ -71,12 +71,17 @@ def main() -> None:
         code = _run()
         sys.stdout.flush()
     except OSError as error:  # of stdout: the reader of a pipe has left, or the disk is full
+        if os.environ.get("SIGLIP_TRACEBACK"):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what Python writes when it ends
         if isinstance(error, BrokenPipeError):
             code = OUTPUT_CLOSED
         elif code != USAGE_ERROR:  # else it was reported
             terminal.say(f"error: {error.strerror}")
             code = USAGE_ERROR
+    if code == INTERRUPTED:  # without waiting for threads that still read or download
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
     sys.exit(code)
 
 

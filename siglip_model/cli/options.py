@@ -148,8 +148,11 @@ def errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         terminal.say("interrupted")
         raise typer.Exit(INTERRUPTED) from None
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("SIGLIP_TRACEBACK"):
             raise
-        terminal.say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+        text = " ".join(str(error).split())
+        if not text or not isinstance(error, (OSError, ValueError, TypeError, RuntimeError, ImportError)):
+            text = f"{type(error).__name__}{': ' * bool(text)}{text} (SIGLIP_TRACEBACK=1 shows where)"
+        terminal.say(f"error: {text}")
         raise typer.Exit(USAGE_ERROR) from None

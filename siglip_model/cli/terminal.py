@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+_CONTROLS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 
 
 def console(**options: Any) -> Any:
@@ -17,7 +20,12 @@ def console(**options: Any) -> Any:
 
 
 def say(message: str) -> None:
-    print(f"siglip: {message}", file=sys.stderr, flush=True)
+    print(f"siglip: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what a terminal would act on or cannot show, such as an escape code in a file name."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class ProgressReport:
@@ -38,7 +46,7 @@ class ProgressReport:
         if self.bar is None:
             say(message)
         else:  # printed above the bar
-            self.bar.console.print(f"siglip: {message}", markup=False, highlight=False, soft_wrap=True)
+            self.bar.console.print(f"siglip: {printable(message)}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -60,7 +68,7 @@ def print_predictions(results: Sequence[dict[str, Any]]) -> None:
     for result in results:
         if "error" in result:
             continue  # already reported on stderr
-        out.print(Text(os.path.basename(result["image"]), style="bold"))
+        out.print(Text(printable(os.path.basename(result["image"])), style="bold"))
         out.print(_bars(result["predictions"], out.width))
 
 
@@ -77,7 +85,7 @@ def _bars(predictions: Sequence[dict[str, Any]], width: int) -> Any:
         filled = round(entry["score"] * cells)
         bar = Text("█" * filled, style="blue") + Text("░" * (cells - filled), style="dim")
         style = "bold" if place == 0 else ""
-        table.add_row("", Text(str(entry["label"]), style), bar, Text(format_score(entry["score"]), style))
+        table.add_row("", Text(printable(str(entry["label"])), style), bar, Text(format_score(entry["score"]), style))
     return table
 
 

@@ -17,7 +17,7 @@ import torch
 from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal, resolve_out
 from siglip_model.images.batches import Batch, Failure, read_batches
-from siglip_model.images.files import DOWNLOAD_SECONDS, ImageList, is_url, list_images, open_image
+from siglip_model.images.files import DOWNLOAD_SECONDS, ImageList, describe_failure, is_url, list_images, open_image
 from siglip_model.images.limits import PixelBudget
 from siglip_model.outputs import pooled, unit_length
 
@@ -165,7 +165,7 @@ class _Run:
         with closing(batches), budget:
             for batch in batches:
                 if isinstance(batch, Failure):
-                    self._note(*batch.item, error=_one_line(batch.error))
+                    self._note(*batch.item, error=describe_failure(batch.item[0], batch.error))
                 else:
                     self._embed(batch)
 
@@ -251,10 +251,6 @@ def _stamp(path: str) -> str:
     except (OSError, ValueError):  # ValueError for a name that no file can have
         return ""
     return f"{status.st_size}-{status.st_mtime_ns}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def out_problem(out: Path) -> str | None:

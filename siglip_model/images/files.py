@@ -134,6 +134,7 @@ def _formats() -> list[str]:
     """Pillow's formats without EPS, whose files are programs that Pillow hands to Ghostscript."""
     from PIL import Image
 
+    Image.preinit()  # first, as in Image.open: the usual formats are tried before the others
     Image.init()
     return [name for name in Image.ID if name != "EPS"]
 
@@ -216,6 +217,12 @@ def describe_source(source: object) -> str:
     """A source as error messages name it; long base64 strings are shortened."""
     text = source if isinstance(source, str) else f"<{type(source).__name__}>"
     return text if len(text) <= 500 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def describe_failure(source: str, error: Exception) -> str:
+    """One line that names the source and why it could not be read or prepared."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, UnreadableImageError) else f"{describe_source(source)}: {text}"
 
 
 def _reason(source: object, error: Exception) -> str:

@@ -339,3 +339,22 @@ def test_an_image_that_is_not_decoded_yet_can_be_reused(classifier):
     random_image(0).save(written, "png")
     image = Image.open(written)
     assert classifier(image, LABELS) == classifier(image, LABELS)
+
+
+@pytest.mark.parametrize("num_workers", [0, 8])
+def test_max_pixels_refuses_files_and_processes_larger_pil_images_alone(checkpoint, classifier, tmp_path, num_workers):
+    images = [random_image(seed, size=(40, 30)) for seed in range(20)]
+    paths = []
+    for index, image in enumerate(images):
+        paths.append(str(tmp_path / f"{index}.png"))
+        image.save(paths[-1])
+    expected = classifier(images, LABELS)
+    tight = pipeline(model=checkpoint, device="cpu", max_pixels=1200, num_workers=num_workers)
+    assert_all_same(tight(paths, LABELS, batch_size=16), expected)
+    tighter = pipeline(model=checkpoint, device="cpu", max_pixels=1199, num_workers=num_workers)
+    assert_all_same(tighter(images, LABELS, batch_size=16), expected)
+    for source in (paths[0], paths, iter(paths)):
+        with pytest.raises(UnreadableImageError, match="0.png: 40 x 30 pixels exceed the limit of 1,199; raise it"):
+            list(tighter(source, LABELS))
+    with pytest.raises(ValueError, match="max_pixels is 0; supported: a whole number from 1"):
+        pipeline(model=checkpoint, device="cpu", max_pixels=0)

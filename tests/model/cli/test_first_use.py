@@ -4,16 +4,22 @@ import io
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import closing
 
 import pytest
 from command_line import LABELS, one_line
 from tiny_checkpoint import random_image
 
 from siglip_model.backends import BACKENDS
-from siglip_model.cli import main, options, terminal
+from siglip_model.cli import classify, main, options, terminal
 from siglip_model.embed import load_embeddings
+from siglip_model.images.files import DOWNLOAD_SECONDS
+from siglip_model.images.pillow import SiglipImageProcessor
 
 COMMANDS = ("classify", "embed", "demo", "info")
 
@@ -194,6 +200,56 @@ def test_a_full_disk_under_stdout_is_an_error(option, unbuffered):
 def test_closed_streams_end_nothing():
     command = f"'{sys.executable}' -m siglip_model --version >&- 2>&-"
     assert subprocess.run(["bash", "-c", command]).returncode == 0
+
+
+def test_control_characters_in_names_are_shown_as_escapes(capsys):
+    name = "\x1b[31m\x9b2Jx\ny" + os.fsdecode(b"\xff") + "👩\u200d🚀"
+    terminal.say(name)
+    terminal.print_predictions([{"image": f"/{name}", "predictions": []}])
+    shown = capsys.readouterr()
+    escaped = r"\x1b[31m\x9b2Jx\ny\udcff" + "👩\u200d🚀\n"
+    assert shown.err == f"siglip: {escaped}" and shown.out.startswith(escaped)
+
+
+def test_an_error_without_words_still_names_file_and_type(siglip, images, tmp_path, monkeypatch):
+    process = SiglipImageProcessor._process_one
+
+    def process_some(self, image, options):
+        if image.size == (42, 50):
+            raise MemoryError
+        return process(self, image, options)
+
+    monkeypatch.setattr(SiglipImageProcessor, "_process_one", process_some)
+    for command in (["classify", images, "--labels", "a"], ["embed", images, "--out", tmp_path / "x.safetensors"]):
+        result = siglip(*command)
+        assert result.exit_code == 1 and f"failed: {images}/2.png: MemoryError\n" in result.stderr
+        assert "1 of 5 images failed" in result.stderr
+
+
+@pytest.mark.parametrize("error", [KeyError("weights"), MemoryError(), AttributeError("x"), OverflowError()])
+def test_an_unexpected_error_is_one_line_and_not_some_failed_images(siglip, images, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(classify, "load_classifier", fail)
+    result = siglip("classify", images, "--labels", "a")
+    assert result.exit_code == 2 and one_line(result.stderr) and type(error).__name__ in result.stderr
+    monkeypatch.setenv("SIGLIP_TRACEBACK", "1")
+    assert siglip("classify", images, "--labels", "a").exception is error
+
+
+def test_ctrl_c_does_not_wait_for_a_download(checkpoint):
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/x.png"
+        words = ["classify", url, "--labels", "a", "--model", str(checkpoint), "--device", "cpu"]
+        process = subprocess.Popen([sys.executable, "-m", "siglip_model", *words], stderr=subprocess.PIPE, text=True)
+        connection, _ = listener.accept()
+        with closing(connection):  # which answers nothing
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and one_line(stderr) and "interrupted after 0 of 1" in stderr
+    assert time.monotonic() - start < DOWNLOAD_SECONDS / 3
 
 
 def test_max_pixels_names_the_file_and_leaves_the_others(siglip, images, tmp_path):
