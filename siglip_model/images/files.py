@@ -6,6 +6,7 @@ import base64
 import binascii
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -35,6 +36,7 @@ PILLOW_LIMIT = 178_956_970  # pixels from which Pillow refuses to open an image 
 # Beginnings of ICO and ICNS files: containers whose images tell their size when they are decoded
 SIZE_WITHIN = (b"\0\0\1\0", b"icns")
 _PILLOW_LIMIT_SUSPENDED = threading.Lock()
+_DECODED_AS = {"WEBP": 2, "AVIF": 2, "JPEG2000": 3}  # times eight bytes per pixel, rounded up
 _ORIENTATION, _TILE_WIDTH, _TILE_HEIGHT = 0x0112, 322, 323  # tags of EXIF and TIFF
 _KINDS = {
     stat.S_IFDIR: "folder",
@@ -118,12 +120,12 @@ def _decode(source: str, timeout: float | None, budget: PixelBudget, held: ExitS
             with _pillow_permits(budget.max_pixels), Image.open(file, formats=_formats()) as opened:
                 if unknown_size:
                     opened.load()
-                pixels = max(opened.width * opened.height, _tile_pixels(opened))
-                if refusal := budget.refusal(pixels, f"{opened.width} x {opened.height}"):
+                pixels, described = _size_of(opened)
+                if refusal := budget.refusal(pixels, described):
                     raise ValueError(refusal)
                 if not unknown_size:
                     held.enter_context(budget.reserve(pixels))
-                return _upright_rgb(opened)
+                return _upright_rgb(opened, own=True)
         except Image.DecompressionBombError as error:  # raised before the image's size can be asked
             count = re.search(r"\d+", str(error))
             refusal = budget.refusal(int(count[0])) if count else None
@@ -139,11 +141,22 @@ def _formats() -> list[str]:
     return [name for name in Image.ID if name != "EPS"]
 
 
-def _tile_pixels(image: Image.Image) -> int:
-    """The pixels of one tile of a tiled TIFF image, which is decoded whole however small the image is; else 0."""
+def _size_of(image: Image.Image) -> tuple[int, str]:
+    """The pixels that an image counts as before it is decoded, and its size in words.
+
+    A tiled TIFF image counts as at least one tile, which is decoded whole. Images that take more than eight bytes per
+    pixel until they are RGB count several times: their decoder keeps copies, or their mode is scaled in float32.
+    """
+    from siglip_model.images.value_range import WIDE_MODES
+
     tags: Any = getattr(image, "tag_v2", {})
-    width, height = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_HEIGHT, 0)
-    return width * height if isinstance(width, int) and isinstance(height, int) else 0
+    tile = [side for side in (tags.get(_TILE_WIDTH), tags.get(_TILE_HEIGHT)) if isinstance(side, int)]
+    pixels = max(image.width * image.height, math.prod(tile) if len(tile) == 2 else 0)
+    described = f"{image.width} x {image.height} pixels"
+    times = _DECODED_AS.get(image.format or "", 2 if image.mode in WIDE_MODES else 1)
+    if times == 1:
+        return pixels, described
+    return times * pixels, f"{described} of mode {image.mode} in {image.format}, which count {times} times,"
 
 
 @contextmanager
@@ -162,14 +175,18 @@ def _pillow_permits(max_pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Copies the pixels only where they change: a copy of a large image is what bounds a run's memory."""
+def _upright_rgb(image: Image.Image, own: bool = False) -> Image.Image:
+    """Copies the pixels only where they change, since large images bound a run's memory. own: `image` may be closed."""
     from PIL import ImageOps
 
     from siglip_model.images.value_range import to_8_bits
 
     image.load()
-    upright = image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+    upright = image
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        upright = ImageOps.exif_transpose(image)
+        if own:
+            image.close()
     levels = to_8_bits(upright, opened=image)
     return levels if levels.mode == "RGB" else levels.convert("RGB")
 
@@ -188,7 +205,7 @@ def _open_source(source: str, timeout: float | None) -> BinaryIO:
         # Opening a FIFO would wait for a writer, reading a device may never end.
         if not stat.S_ISREG(mode):
             raise ValueError(f"is a {_KINDS.get(stat.S_IFMT(mode), 'special file')}, not an image")
-        return open(source, "rb")
+        return open(source, "rb")  # Pillow would map a file given by name, and end in SIGBUS if it shrinks
     encoded = source.partition(",")[2] if source.startswith("data:image/") else source
     return BytesIO(base64.decodebytes(encoded.encode()))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-MAX_PIXELS = 2**27  # admits photos of 108 megapixels; 0.5 GiB in Pillow's RGB, of four bytes per pixel
+MAX_PIXELS = 2**27  # admits photos of 108 megapixels; 1 GiB at the eight bytes per pixel of a conversion to RGB
 LARGE = 2**24  # pixels; memory of this size and more is given back to the system before more is taken
 
 
@@ -30,12 +30,12 @@ class PixelBudget:
         self._closed = False
         self._changed = threading.Condition()
 
-    def refusal(self, pixels: int, size: str = "") -> str | None:
-        """Why an image of so many pixels is not decoded; None if it may be. size: how the message writes its size."""
+    def refusal(self, pixels: int, described: str = "") -> str | None:
+        """Why an image that counts as so many pixels is not decoded; None if it may be. described: its own size."""
         if pixels <= self.max_pixels:
             return None
         return (
-            f"{size or f'{pixels:,}'} pixels exceed the limit of {self.max_pixels:,};"
+            f"{described or f'{pixels:,} pixels'} exceed the limit of {self.max_pixels:,};"
             " raise it with --max-pixels (in Python: max_pixels)"
         )
 

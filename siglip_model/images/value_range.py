@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WHITE_IN_16_BITS = 65535
-_WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _BITS_PER_SAMPLE, _PHOTOMETRIC_INTERPRETATION, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
 
 
@@ -35,7 +35,7 @@ def to_8_bits(image: Image.Image, opened: Image.Image | None = None) -> Image.Im
     Warns once per mode and white. Raises ValueError naming mode and values if one is negative, not finite or above the
     largest white. (Pillow, and with it transformers, clips all of these modes at 255.)
     """
-    if image.mode not in _WIDE_MODES:
+    if image.mode not in WIDE_MODES:
         return image
     from PIL import Image
 

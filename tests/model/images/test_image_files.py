@@ -4,8 +4,9 @@ import os
 import socket
 from contextlib import closing
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from siglip_model.images import files as image_files
 from siglip_model.images.files import ImageList, UnreadableImageError, list_images, load_image
@@ -143,3 +144,21 @@ def test_a_file_that_vanishes_after_it_was_listed(tmp_path):
     with closing(ImageList([tmp_path])) as images:
         (tmp_path / "1.png").unlink()
         assert [reason(path)[:12] for path in images] == ["", "no such file", ""]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF", "MPO"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_an_image_is_turned_upright_once_however_often_it_is_loaded(tmp_path, kind, mode):
+    if kind == "AVIF" and kind not in image_files._formats():
+        pytest.skip("this Pillow reads no AVIF")
+    levels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(levels).convert(mode).save(tmp_path / "x", kind, exif=exif)
+        # Pillow maps an uncompressed TIFF file given by name into memory, and then turns it wrongly.
+        with open(tmp_path / "x", "rb") as file, Image.open(file) as opened:
+            expected = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+            assert np.array_equal(load_image(opened), expected)
+        once = load_image(tmp_path / "x")
+        assert np.array_equal(once, expected) and np.array_equal(load_image(once), expected)

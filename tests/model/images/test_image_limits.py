@@ -58,14 +58,16 @@ def test_an_image_over_the_limit_is_refused_naming_file_size_limit_and_option(tm
     path = tmp_path / "large"
     frames = {"save_all": True, "append_images": [Image.new("L", (40, 30), 9)]} if kind in ("GIF", "MPO") else {}
     path.write_bytes(encoded(Image.new("RGB", (40, 30)), kind, **frames))
+    times = {"WEBP": 2, "AVIF": 2, "JPEG2000": 3}.get(kind, 1)
+    limit = times * 1200
+    remark = f" of mode RGB in {kind}, which count {times} times," if times > 1 else ""
+    refusal = f"40 x 30 pixels{remark} exceed the limit of {limit - 1:,}; raise it with --max-"
     for source in (str(path), base64.encodebytes(path.read_bytes()).decode()):
-        with pytest.raises(
-            UnreadableImageError, match="40 x 30 pixels exceed the limit of 1,199; raise it with --max-"
-        ):
-            load_image(source, max_pixels=1199)
+        with pytest.raises(UnreadableImageError, match=refusal):
+            load_image(source, max_pixels=limit - 1)
     with pytest.raises(UnreadableImageError, match=f"^{path}: 40 x 30"):
-        load_image(path, max_pixels=1199)
-    assert load_image(path, max_pixels=1200).size == (40, 30)
+        load_image(path, max_pixels=limit - 1)
+    assert load_image(path, max_pixels=limit).size == (40, 30)
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -101,6 +103,55 @@ def test_sizes_that_the_header_does_not_tell_count_as_well(tmp_path):
             load_image(tmp_path / name, max_pixels=20_000)
     with PixelBudget(10**5) as budget, open_image(str(tmp_path / "x.ico"), None, budget) as icon_image:
         assert icon_image.size == (300, 300) and budget._free == 0
+
+
+@pytest.mark.filterwarnings("ignore:images of mode")
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_count_twice(tmp_path, mode):
+    Image.new(mode, (40, 30)).save(tmp_path / "x.tif")
+    with pytest.raises(
+        UnreadableImageError, match=f"40 x 30 pixels of mode {mode} in TIFF, which count 2 times, exceed"
+    ):
+        load_image(tmp_path / "x.tif", max_pixels=2399)
+    assert load_image(tmp_path / "x.tif", max_pixels=2400).mode == "RGB"
+
+
+PEAK = """
+import sys
+from siglip_model.images.files import load_image
+from PIL import Image
+Image.init()
+def peak():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1])
+load_image(sys.argv[1])
+before = peak()
+load_image(sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("PNG", "1"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "I;16"), ("TIFF", "F"), ("TIFF", "I"), ("TIFF", "CMYK"),
+     ("WEBP", "RGB"), ("WEBP", "RGBA"), ("AVIF", "RGB"), ("JPEG2000", "RGB"), ("JPEG", "RGB"), ("GIF", "P")],
+)  # fmt: skip
+def test_no_kind_of_file_takes_more_than_eight_bytes_per_counted_pixel(tmp_path, kind, mode):
+    if kind not in image_files._formats():
+        pytest.skip(f"this Pillow reads no {kind}")
+    image = Image.new(mode, (4000, 3000))
+    if mode in ("RGBA", "RGB", "CMYK"):
+        image.getexif()[0x0112] = 6
+    slow = {"WEBP": {"lossless": True, "method": 0}, "AVIF": {"speed": 10}, "TIFF": {"compression": "tiff_deflate"}}
+    options = {"exif": image.getexif()} if kind in ("PNG", "JPEG", "WEBP") and mode in ("RGB", "RGBA") else {}
+    for name, size in (("small", (16, 16)), ("large", image.size)):
+        image.resize(size).save(tmp_path / name, kind, **options, **slow.get(kind, {}))
+    command = [sys.executable, "-W", "ignore", "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large")]
+    growth = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    with Image.open(tmp_path / "large") as opened:
+        assert growth * 1024 < 8 * image_files._size_of(opened)[0] + 2**24
 
 
 def test_pil_images_are_not_refused_and_nothing_is_copied_in_vain():
