@@ -9,6 +9,8 @@ overflow and give NaN.
 import triton
 import triton.language as tl
 
+from siglip_kernels.approximate import reciprocal
+
 # e^(-2u) = 2^(x (_LINEAR + _CUBIC x²)), and 2 du/dx = _SLOPE + _SLOPE_SQUARE x²
 _LINEAR = tl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654)
 _CUBIC = tl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654 * 0.044715)
@@ -19,16 +21,16 @@ _SLOPE_SQUARE = tl.constexpr(2 * 0.7978845608028654 * 3 * 0.044715)
 @triton.jit
 def gelu(x):
     """x: fp32."""
-    x = tl.where(x < -100.0, -100.0, x)  # -inf would give -inf · 0
-    return x / (1.0 + tl.exp2((x * x * _CUBIC + _LINEAR) * x))
+    x = tl.maximum(x, -100.0, propagate_nan=tl.PropagateNan.ALL)  # -inf would give -inf · 0
+    return x * reciprocal(1.0 + tl.exp2((x * x * _CUBIC + _LINEAR) * x))
 
 
 @triton.jit
 def gelu_and_derivative(x):
     """gelu(x) and d gelu / dx = s + x s (1 - s) · 2 du/dx, where s = σ(2u) and 1 - s = s e^(-2u). x: fp32."""
-    x = tl.where(x < -10.0, -10.0, x)  # gelu(-10) is -1e-37; much further e^(-2u) would overflow
-    near = tl.where(x > 10.0, 10.0, x)
+    x = tl.maximum(x, -10.0, propagate_nan=tl.PropagateNan.ALL)  # gelu(-10) is -1e-37; beyond, e^(-2u) would overflow
+    near = tl.minimum(x, 10.0, propagate_nan=tl.PropagateNan.ALL)
     square = near * near
     e = tl.exp2((square * _CUBIC + _LINEAR) * near)
-    s = 1.0 / (1.0 + e)
+    s = reciprocal(1.0 + e)
     return x * s, s + near * s * (s * e) * (square * _SLOPE_SQUARE + _SLOPE)
