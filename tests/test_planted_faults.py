@@ -124,8 +124,7 @@ CONSTANTS = {
     ),
     "loss: logarithm": Planted("sigmoid_loss/kernels.py", "p * e + 0.9999999403953552", "p * e + 0.9999", LOSS),
     "loss: logit gradient": Planted(
-        "sigmoid_loss/kernels.py", "(positive, -probability, probability)",
-        "(positive, -probability, 1.01 * probability)", LOSS,
+        "sigmoid_loss/kernels.py", "e) * reciprocal(1.0 + e)", "e) * reciprocal(1.01 + e)", LOSS
     ),
     "loss: product": Planted(
         "sigmoid_loss/kernels.py", "total *= tl.load(logit_scale_ptr)", "total *= 1.01 * tl.load(logit_scale_ptr)", LOSS

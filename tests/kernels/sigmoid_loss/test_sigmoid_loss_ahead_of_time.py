@@ -33,6 +33,22 @@ def test_tiles_are_loaded_by_tma_or_sixteen_bytes_at_a_time(rows):
             assert "tma" in row.accesses if GPUS[row.gpu].has_tma else "cp.async 16" in row.accesses, str(row)
 
 
+_COST = """
+from bench.compiled.launches.sigmoid_loss import launches
+from bench.compiled.tile_cost import costs_of
+cost = next(cost for cost in costs_of([next(launches())]) if cost.kernel == "logit_grad_kernel")
+print(max(cost.clocks.values()))
+"""
+
+
+def test_the_epilogue_leaves_the_tensor_cores_their_time(run_python):
+    """Of a 128 x 256 tile at width 768: two warps per quarter of a multiprocessor, 512 multiply-adds a clock."""
+    done = run_python(_COST)
+    assert done.returncode == 0, done.stderr
+    products = 128 * 256 * 768 / 4 / 512
+    assert products / (products + 2 * float(done.stdout)) >= 0.72
+
+
 _EVERY_SIZE = """
 import torch
 from bench.compiled.ahead_of_time import GPUS, compiling_for
