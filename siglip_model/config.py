@@ -5,13 +5,49 @@ from __future__ import annotations
 import copy
 import json
 import typing
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 
 from siglip_model.checkpoints.atomic import atomic_write
+from siglip_model.checkpoints.errors import build_from_file
+from siglip_model.checkpoints.fields import (
+    FLAG,
+    NOTHING,
+    Field,
+    check_fields,
+    is_finite,
+    is_index,
+    is_text,
+    mapping,
+    shown,
+    whole,
+)
 from siglip_model.checkpoints.files import load_config_dict, split_hub_arguments
+
+# Far above every model, and small enough that shapes and the names of labels can be computed.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2**14,
+    "num_attention_heads": 2**17,
+    "max_position_embeddings": 2**24,
+    "projection_size": 2**17,
+    "num_channels": 2**10,
+    "image_size": 2**16,
+    "patch_size": 2**16,
+}
+MOST_LABELS = 2**20
+
+_SWITCHES = dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), FLAG | NOTHING)
+_LABELS = {
+    "num_labels": whole(0, MOST_LABELS) | NOTHING,
+    "id2label": mapping(is_index, is_text, "a dict from ids to strings") | NOTHING,
+    "label2id": mapping(is_text, is_index, "a dict from strings to ids") | NOTHING,
+}
 
 
 class PretrainedConfig:
@@ -23,7 +59,7 @@ class PretrainedConfig:
     model_type: ClassVar[str] = ""
     base_config_key: ClassVar[str] = ""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, /, *args: Any, **kwargs: Any):
         names = list(self._field_types())
         if len(args) > len(names):
             raise TypeError(f"{type(self).__name__} takes at most {len(names)} positional arguments, got {len(args)}")
@@ -33,7 +69,8 @@ class PretrainedConfig:
             kwargs[name] = value
         foreign = kwargs.pop("model_type", self.model_type)
         if foreign != self.model_type:
-            raise ValueError(f"{type(self).__name__}: model_type is {foreign!r}; supported: {self.model_type!r}")
+            raise ValueError(f"{type(self).__name__}: model_type is {shown(foreign)}; supported: {self.model_type!r}")
+        check_fields(type(self).__name__, kwargs, {**_SWITCHES, **_LABELS})
         self.output_hidden_states: bool = kwargs.pop("output_hidden_states", False)
         self.output_attentions: bool = kwargs.pop("output_attentions", False)
         self.return_dict: bool = kwargs.pop("return_dict", True)
@@ -43,6 +80,8 @@ class PretrainedConfig:
             default = getattr(type(self), name)
             setattr(self, name, self._checked(name, kwargs.pop(name, default), expected))
         for name, value in kwargs.items():
+            if hasattr(self, name):  # a method, or one of Python's own attributes
+                raise ValueError(f"{type(self).__name__}: {name} is not a field; supported: names of no attribute")
             setattr(self, name, value)
         self._validate()
 
@@ -59,28 +98,32 @@ class PretrainedConfig:
         if isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)):
             return value
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
-        raise TypeError(f"{type(self).__name__}: {name} is {value!r} ({type(value).__name__}); supported: {wanted}")
+        raise TypeError(
+            f"{type(self).__name__}: {name} is {shown(value)} ({type(value).__name__}); supported: {wanted}"
+        )
 
     def _validate(self) -> None:
         if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise ValueError(f"problem_type is {self.problem_type!r}; supported: {', '.join(PROBLEM_TYPES)}")
+            raise ValueError(f"problem_type is {shown(self.problem_type)}; supported: {', '.join(PROBLEM_TYPES)}")
 
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)}; supported: above 0")
+    def _check(self, **fields: Field) -> None:
+        check_fields(type(self).__name__, vars(self), fields)
+
+    def _check_sizes(self, *names: str, least: int = 1) -> None:
+        self._check(**{name: whole(least, LARGEST[name]) for name in names})
 
     def _validate_transformer(self) -> None:
-        self._require_positive("hidden_size", "intermediate_size", "num_attention_heads", "layer_norm_eps")
+        self._check_sizes("hidden_size", "intermediate_size", "num_attention_heads")
+        self._check_sizes("num_hidden_layers", least=0)
+        self._check(
+            layer_norm_eps=Field("a finite number above 0", lambda value: is_finite(value) and value > 0),
+            attention_dropout=Field("a number from 0 to below 1", lambda value: 0 <= value < 1),
+        )
         width, heads = self.hidden_size, self.num_attention_heads  # type: ignore[attr-defined]
         if width % heads:
             raise ValueError(
                 f"{type(self).__name__}: hidden_size {width} is not divisible by num_attention_heads {heads}"
             )
-        if self.num_hidden_layers < 0:  # type: ignore[attr-defined]
-            raise ValueError(f"{type(self).__name__}: num_hidden_layers is negative")
-        if not 0 <= self.attention_dropout < 1:  # type: ignore[attr-defined]
-            raise ValueError(f"{type(self).__name__}: attention_dropout is {self.attention_dropout}; supported: [0, 1)")  # type: ignore[attr-defined]
 
     def _set_labels(self, num_labels: int | None, id2label: dict | None, label2id: dict | None) -> None:
         """Labels by id: int keys in memory, string keys in JSON. Without names they are LABEL_0, LABEL_1, ..."""
@@ -122,6 +165,8 @@ class PretrainedConfig:
         values = copy.deepcopy(values)
         if cls.base_config_key and values.get("model_type") == SiglipConfig.model_type:
             values = values.get(cls.base_config_key) or {}
+            if not isinstance(values, dict):
+                raise TypeError(f"{cls.__name__}: {cls.base_config_key} is {shown(values)}; supported: dict or None")
         if "num_labels" in overrides and "id2label" not in overrides:
             values.pop("id2label", None)
             values.pop("label2id", None)
@@ -135,7 +180,8 @@ class PretrainedConfig:
         Raises CheckpointError for a missing or invalid config.json, and for another kind of model.
         """
         hub, overrides = split_hub_arguments(kwargs)
-        return cls.from_dict(load_config_dict(path_or_id, **hub), **overrides)
+        content = load_config_dict(path_or_id, **hub)
+        return build_from_file(content.path, partial(cls.from_dict, content), {}, overrides)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json."""
@@ -190,7 +236,7 @@ class SiglipTextConfig(PretrainedConfig):
         self._validate_transformer()
         if self.projection_size is None:
             self.projection_size = self.hidden_size
-        self._require_positive("vocab_size", "max_position_embeddings", "projection_size")
+        self._check_sizes("vocab_size", "max_position_embeddings", "projection_size")
 
 
 class SiglipVisionConfig(PretrainedConfig):
@@ -214,7 +260,7 @@ class SiglipVisionConfig(PretrainedConfig):
     def _validate(self) -> None:
         super()._validate()
         self._validate_transformer()
-        self._require_positive("num_channels", "patch_size")
+        self._check_sizes("num_channels", "image_size", "patch_size")
         if self.image_size < self.patch_size:
             raise ValueError(
                 f"SiglipVisionConfig: image_size {self.image_size} is smaller than patch_size {self.patch_size}"
@@ -232,6 +278,7 @@ class SiglipConfig(PretrainedConfig):
 
     def _validate(self) -> None:
         super()._validate()
+        self._check(initializer_factor=Field("a finite number", is_finite))
         if not isinstance(self.text_config, SiglipTextConfig):
             self.text_config = SiglipTextConfig(**(self.text_config or {}))
         if not isinstance(self.vision_config, SiglipVisionConfig):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -12,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from siglip_kernels.errors import unsupported
 from siglip_model import backends
+from siglip_model.checkpoints.commit import CONFIG_NAME
+from siglip_model.checkpoints.errors import naming
 from siglip_model.checkpoints.files import split_hub_arguments
 from siglip_model.config import PretrainedConfig
 from siglip_model.devices import resolve_device_map
@@ -20,6 +24,7 @@ from siglip_model.layers import UsesBackend
 from siglip_model.outputs import ModelOutput
 
 DEFAULT_BACKEND = "sdpa"  # as in transformers
+MOST_NEW_VALUES = 2**26  # that a checkpoint's own config.json may add to its weights; a caller's may add any number
 
 
 class PreTrainedModel(nn.Module):
@@ -191,7 +196,9 @@ class PreTrainedModel(nn.Module):
         Raises CheckpointError (an OSError and ValueError), naming file, tensor and shapes, for missing, unexpected or
         damaged tensors, TypeError for unknown arguments, MissingBackendError if the backend cannot run here.
         """
-        from siglip_model.checkpoints.loading import load_into
+        from siglip_model.checkpoints.loading import load_weights
+        from siglip_model.checkpoints.sizes import buildable, differing_sizes
+        from siglip_model.checkpoints.weights import find_weights
 
         backend = _one_of("backend", backend, "attn_implementation", attn_implementation, None)
         dtype = _one_of("dtype", _as_dtype(dtype), "torch_dtype", _as_dtype(torch_dtype), None)
@@ -199,6 +206,7 @@ class PreTrainedModel(nn.Module):
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError(f"{cls.__name__}: use_safetensors is False; supported: True (no pickle is ever opened)")
         kwargs.pop("low_cpu_mem_usage", None)  # always the case
+        stored_config = config is None and not kwargs
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
         for name in kwargs:
@@ -207,18 +215,21 @@ class PreTrainedModel(nn.Module):
         if kwargs:
             config = type(config).from_dict(config.to_dict(), **kwargs)
         device = resolve_device_map(device_map)
-        with torch.device("meta"), _WithoutInitialisation():
-            model = cls(config, backend="eager")
         name = DEFAULT_BACKEND if backend is None else backend
-        backends.resolve(name, device)  # before the weights are read
-        load_into(
+        backends.resolve(name, device)  # before any file of the weights is opened
+        weights = find_weights(pretrained_model_name_or_path, hub)
+        in_file = naming(Path(pretrained_model_name_or_path, CONFIG_NAME)) if stored_config else nullcontext()
+        with torch.device("meta"), _WithoutInitialisation(), in_file:
+            model = cls(buildable(config, weights), backend="eager")
+        load_weights(
             model,
-            pretrained_model_name_or_path,
+            weights,
             dtype=dtype,
             device=device,
             new_parameters=cls.new_parameters,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
-            **hub,
+            most_new_values=MOST_NEW_VALUES if stored_config else math.inf,
+            differing_sizes=differing_sizes(config, weights),
         )
         model.set_backend(name)
         return model.eval()

@@ -1,5 +1,62 @@
-"""The exception for a checkpoint's files."""
+"""The exception for a checkpoint's files, and the one place where other exceptions become it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Built = TypeVar("Built")
+
+_LONGEST_REASON = 2000  # characters: a message must not repeat a whole hostile file
 
 
 class CheckpointError(OSError, ValueError):
     """A checkpoint is missing, incomplete, damaged or does not fit the model; the message names file and tensor."""
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns whatever the body raises into a CheckpointError that begins with the file's name.
+
+    A CheckpointError, which names its file already, passes unchanged.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{os.fspath(path)}: {_reason(error)}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of libraries written in Rust, not derived from Exception
+            raise
+        raise CheckpointError(f"{os.fspath(path)}: {_reason(error)}") from error
+
+
+def build_from_file(
+    path: str | os.PathLike[str],
+    build: Callable[..., Built],
+    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+) -> Built:
+    """`build` called with a file's settings, overridden by the caller's arguments.
+
+    Raises CheckpointError, naming the file, for settings that are wrong without the arguments also; other errors, which
+    the arguments caused, unchanged.
+    """
+    try:
+        return build(**{**settings, **arguments})
+    except Exception:
+        with naming(path):
+            build(**settings)
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    """The error's message, never empty. For unexpected exceptions it begins with their type."""
+    text = str(error)
+    if not text or not isinstance(error, (ValueError, TypeError, OSError)):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    half = _LONGEST_REASON // 2
+    return text if len(text) <= _LONGEST_REASON else f"{text[:half]} ... {text[-half:]}"

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Self
 
 from siglip_model.checkpoints.atomic import atomic_write
 from siglip_model.checkpoints.commit import CONFIG_NAME
-from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.errors import CheckpointError, naming
+from siglip_model.checkpoints.fields import Field, check_fields, shown
 from siglip_model.checkpoints.hub import HUB_ARGUMENTS, resolve_file
+
+# Bytes: bounds the time and the memory of parsing. tokenizer.json of SigLIP 2 has 34 MB.
+LARGEST_JSON, LARGEST_TOKENIZER_JSON = 16 * 2**20, 48 * 2**20
+
+
+class StoredObject(dict[str, Any]):
+    """The JSON object in a file of a checkpoint, and the file's path."""
+
+    path: Path
+
+    def check(self, fields: Mapping[str, Field]) -> Self:
+        """Itself. Raises CheckpointError, naming file and field, for a value that its field does not support."""
+        check_fields(self.path, self, fields, CheckpointError)
+        return self
+
+    def refuse(self, name: str, supported: str) -> NoReturn:
+        """Raises CheckpointError for the value of one field."""
+        raise CheckpointError(f"{self.path}: {name} is {shown(self[name])}; supported: {supported}")
 
 
 def split_hub_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -25,7 +44,7 @@ def find_file(path_or_id: str | os.PathLike[str], name: str, hub: dict[str, Any]
     return resolve_file(path_or_id, name, **hub)
 
 
-def find_json(path_or_id: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> dict[str, Any] | None:
+def find_json(path_or_id: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> StoredObject | None:
     """The JSON object in one file, or None without the file. Raises CheckpointError, naming the file, if damaged."""
     path = find_file(path_or_id, name, hub)
     return None if path is None else read_json_object(path)
@@ -49,15 +68,22 @@ def write_file(directory: str | os.PathLike[str], name: str, data: bytes) -> str
     return path
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError, naming the file, if it holds anything else."""
+def read_json_object(path: Path, largest: int = LARGEST_JSON) -> StoredObject:
+    """The JSON object in a file. Raises CheckpointError, naming the file, if it holds anything else or is too large."""
+    with naming(path):
+        size = path.stat().st_size
+        if size > largest:
+            raise CheckpointError(f"{path} has {size:,} bytes; supported: at most {largest:,}")
+        data = path.read_bytes()
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content
+    stored = StoredObject(content)
+    stored.path = path
+    return stored
 
 
 def listed(items: Iterable[str], most: int = 5) -> str:
@@ -76,7 +102,7 @@ def load_config_dict(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
-) -> dict[str, Any]:
+) -> StoredObject:
     """The content of config.json of a directory or Hub repository (see `resolve_file`).
 
     Raises:
@@ -89,5 +115,5 @@ def load_config_dict(
     content = read_json_object(path)
     model_type = content.get("model_type", MODEL_TYPES[0])
     if model_type not in MODEL_TYPES:
-        raise CheckpointError(f"{path}: model_type is {model_type!r}; supported: {', '.join(MODEL_TYPES)}")
+        content.refuse("model_type", ", ".join(MODEL_TYPES))
     return content

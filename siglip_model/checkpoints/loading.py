@@ -1,6 +1,7 @@
 """Loading checkpoints into models: every tensor is matched, checked and read before the model receives any."""
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 
@@ -9,6 +10,7 @@ import torch
 from siglip_kernels.errors import MissingBackendError, unsupported
 from siglip_model.checkpoints.commit import CONFIG_NAME
 from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.fields import shown
 from siglip_model.checkpoints.files import listed
 from siglip_model.checkpoints.weights import WEIGHT_DTYPES, StoredWeights, find_weights, read_tensors
 
@@ -84,10 +86,37 @@ def load_into(
         MissingBackendError: this machine has no such device.
     """
     hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+    load_weights(
+        model,
+        find_weights(path_or_id, hub),
+        dtype=dtype,
+        device=device,
+        new_parameters=new_parameters,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
+
+
+def load_weights(
+    model: torch.nn.Module,
+    weights: StoredWeights,
+    *,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str,
+    new_parameters: tuple[str, ...] = (),
+    ignore_mismatched_sizes: bool = False,
+    most_new_values: float = math.inf,
+    differing_sizes: Iterable[str] = (),
+) -> None:
+    """`load_into` for weights whose header was read.
+
+    most_new_values: supported number of values in tensors that are newly initialised; more raise a CheckpointError.
+    differing_sizes: what the configuration and the header contradict each other in, for the error message.
+    """
     device = _usable(device)
-    weights = find_weights(path_or_id, hub)
     config = getattr(model, "config", None)
-    configured = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    configured = getattr(config, "dtype", None)
+    if configured is None:
+        configured = getattr(config, "torch_dtype", None)
     dtype = _resolve_dtype(dtype, configured, weights)
 
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -102,7 +131,14 @@ def load_into(
         new_names += misshapen
         for name in misshapen:
             del stored_names[name]
-    _check_fit(type(model).__name__, expected, stored_names, strays, new_names, weights)
+    _check_fit(type(model).__name__, expected, stored_names, strays, new_names, weights, differing_sizes)
+    new_values = sum(math.prod(expected[name]) for name in new_names)
+    if new_values > most_new_values:
+        lacked = listed(f"{name} {expected[name]}" for name in new_names)
+        raise CheckpointError(
+            f"{weights.source} lacks {lacked}, {new_values:,} values; supported: at most {most_new_values:,}, or give "
+            "the configuration as config="
+        )
 
     tensors = read_tensors(weights, stored_names, dtype, device)
     for name in new_names:
@@ -153,6 +189,10 @@ def _resolve_dtype(dtype: object, configured: object, weights: StoredWeights) ->
         found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
         if isinstance(found, torch.dtype) and found in supported.values():
             return found
+        if value is configured:
+            raise CheckpointError(
+                f"{weights.source}: {argument} is {shown(value)}; supported: auto, {', '.join(supported)}"
+            )
         raise unsupported("loading a checkpoint", argument, f"is {value!r}", f"auto, {', '.join(supported)}")
     # As in transformers, one dtype even if the file mixes them: that of the first floating-point tensor.
     stored = (tensor.dtype for name, tensor in weights.tensors.items() if not _is_position_ids(name))
@@ -198,6 +238,7 @@ def _check_fit(
     strays: Iterable[str],
     new_names: Iterable[str],
     weights: StoredWeights,
+    differing_sizes: Iterable[str],
 ) -> None:
     """Raise one error for all missing, unexpected and misshapen tensors."""
     stored = weights.tensors
@@ -211,6 +252,7 @@ def _check_fit(
     )
     problems = [f"{kind}: {listed(names)}" for kind, names in kinds if names]
     if problems:
+        problems += differing_sizes
         raise CheckpointError(f"{weights.source} does not fit {model} with its config; {'; '.join(problems)}")
 
 

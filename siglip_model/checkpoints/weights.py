@@ -3,6 +3,7 @@
 Pickles (``pytorch_model.bin``) are never opened, since unpickling can run arbitrary code.
 """
 
+import json
 import math
 import os
 import re
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 
 from siglip_model.checkpoints.commit import INDEX_NAME, WEIGHTS_NAME
-from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.errors import CheckpointError, naming
+from siglip_model.checkpoints.fields import shown
 from siglip_model.checkpoints.files import listed, read_json_object
 from siglip_model.checkpoints.hub import is_local, resolve_file
 
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LARGEST_HEADER = 8 * 2**20  # bytes; 130 tensors per MB are usual, and the format itself permits 100 MB
+MOST_SHARDS = 1000
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json")
 _OTHER_SUFFIXES = (".safetensors", ".h5", ".msgpack", ".onnx", ".gguf")
 _CONVERT = """python -c "import torch; from safetensors.torch import save_file; \
@@ -28,11 +32,13 @@ save_file({name: tensor.clone() for name, tensor in tensors.items()}, 'model.saf
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file, not read yet. dtype: safetensors' name, such as F32, BF16, I64."""
+    """One tensor of a file, not read yet. dtype: safetensors' name, such as F32, BF16, I64. start, end: bytes."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,15 @@ def find_weights(path_or_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> 
     for name, file_name in weight_map.items():
         # An index is untrusted input: it must lead neither out of its directory nor to a pickle.
         if not (isinstance(file_name, str) and re.fullmatch(r"[^/\\]+\.safetensors", file_name)):
-            raise CheckpointError(f"{index} has {name} in {file_name!r}, which names no safetensors file beside it")
+            raise CheckpointError(
+                f"{index} has {shown(name)} in {shown(file_name)}, which names no safetensors file beside it"
+            )
+    files = sorted(set(weight_map.values()))
+    if len(files) > MOST_SHARDS:
+        raise CheckpointError(f"{index} names {len(files):,} shards; supported: at most {MOST_SHARDS:,}")
     tensors: dict[str, StoredTensor] = {}
     identities: dict[Path, tuple[int, ...]] = {}
-    for file_name in sorted(set(weight_map.values())):
+    for file_name in files:
         shard = resolve_file(path_or_id, file_name, **hub)
         if shard is None:
             names = [name for name, file in weight_map.items() if file == file_name]
@@ -90,8 +101,6 @@ def read_tensors(
     weights: StoredWeights, stored_names: Mapping[str, str], dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Tensors by new name, from new → stored names. See `loading.load_state_dict` for memory and errors."""
-    from safetensors import safe_open
-
     for stored_name in stored_names.values():
         stored = weights.tensors[stored_name]
         if stored.dtype not in WEIGHT_DTYPES:
@@ -101,12 +110,10 @@ def read_tensors(
             )
     tensors: dict[str, torch.Tensor] = {}
     for name, stored_name in stored_names.items():
-        path = weights.tensors[stored_name].path
-        # Opened again for each tensor: pages stay in memory as long as their mapping lives, so the mapping of a tensor
-        # that is converted or moved has to end with it.
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(stored_name)
-        _check_values(path, stored_name, tensor, dtype)
+        stored = weights.tensors[stored_name]
+        with naming(stored.path):
+            tensor = _mapped(stored)
+        _check_values(stored.path, stored_name, tensor, dtype)
         tensors[name] = tensor.to(device=device, dtype=dtype)
     for path, identity in weights.identities.items():
         if _identity(path) != identity:
@@ -114,24 +121,49 @@ def read_tensors(
     return tensors
 
 
+def _mapped(stored: StoredTensor) -> torch.Tensor:
+    """A private mapping of the tensor, copied on write.
+
+    Each tensor has its own: pages stay in memory as long as their mapping lives, so the mapping of a tensor that is
+    converted or moved has to end with it.
+    """
+    if stored.start == stored.end:
+        return torch.empty(stored.shape, dtype=WEIGHT_DTYPES[stored.dtype])
+    storage = torch.UntypedStorage.from_file(str(stored.path), False, stored.end)
+    data = torch.asarray(storage[stored.start : stored.end], dtype=torch.uint8)
+    return data.view(WEIGHT_DTYPES[stored.dtype]).reshape(stored.shape)
+
+
 def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors that a file holds. The header is parsed once, after its length was compared with the limit."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                name: StoredTensor(path, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
-            }
-    except SafetensorError as error:
+    with naming(path):
         with path.open("rb") as file:
-            start = file.read(40)
-        if start.startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`") from error
-        size = f"{path.stat().st_size:,} bytes"
-        raise CheckpointError(
-            f"{path} ({size}) is not a valid safetensors file (truncated or corrupted): {error}"
-        ) from error
+            start = file.read(8)
+            length, size = int.from_bytes(start, "little"), path.stat().st_size
+            if LARGEST_HEADER < length <= size - 8:
+                raise CheckpointError(
+                    f"{path}: its header has {length:,} bytes; supported: at most {LARGEST_HEADER:,} bytes"
+                )
+            header = file.read(min(length, LARGEST_HEADER))
+        try:
+            with safe_open(path, framework="pt"):  # checks the header: lengths, offsets, dtypes
+                pass
+        except SafetensorError as error:
+            if (start + header).startswith(b"version https://git-lfs"):
+                raise CheckpointError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`") from error
+            raise CheckpointError(
+                f"{path} ({size:,} bytes) is not a valid safetensors file (truncated or corrupted): {error}"
+            ) from error
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        return {
+            name: StoredTensor(
+                path, tuple(entry["shape"]), entry["dtype"], *(8 + length + at for at in entry["data_offsets"])
+            )
+            for name, entry in sorted(entries.items())
+        }
 
 
 def _check_values(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

@@ -1,0 +1,86 @@
+"""The sizes of a configuration beside those in the header of the weights, compared before modules are built."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from siglip_model.checkpoints.commit import CONFIG_NAME
+from siglip_model.checkpoints.weights import StoredWeights
+
+# Tensors that show the sizes, by tower: the field of each dimension.
+_SHOWN: dict[str, dict[str, tuple[str, ...]]] = {
+    "text": {
+        "embeddings.token_embedding.weight": ("vocab_size", "hidden_size"),
+        "embeddings.position_embedding.weight": ("max_position_embeddings", "hidden_size"),
+        "encoder.layers.0.mlp.fc1.weight": ("intermediate_size", "hidden_size"),
+        "head.weight": ("projection_size", "hidden_size"),
+    },
+    "vision": {
+        "embeddings.patch_embedding.weight": ("hidden_size", "num_channels", "patch_size", "patch_size"),
+        "embeddings.position_embedding.weight": ("patches (image_size // patch_size squared)", "hidden_size"),
+        "encoder.layers.0.mlp.fc1.weight": ("intermediate_size", "hidden_size"),
+        "head.mlp.fc1.weight": ("intermediate_size", "hidden_size"),
+    },
+}
+_LAYER = re.compile(r"encoder\.layers\.(\d{1,9})\.")
+
+
+def differing_sizes(config: Any, weights: StoredWeights) -> list[str]:
+    """Each field of the configuration whose size is not the weights', with both values."""
+    found: dict[str, str] = {}
+    for tower, field, part in _towers(config):
+        shapes = _shapes(tower, weights)
+        configured: dict[str, Any] = dict(vars(part))
+        if tower == "vision":
+            configured["patches (image_size // patch_size squared)"] = (part.image_size // part.patch_size) ** 2
+        if shapes:
+            _compare(found, field, "num_hidden_layers", configured, _layers(shapes))
+        for name, fields in _SHOWN[tower].items():
+            for size, stored in zip(fields, shapes.get(name, ()), strict=False):
+                _compare(found, field, size, configured, stored)
+    return list(found.values())
+
+
+def buildable(config: Any, weights: StoredWeights) -> Any:
+    """The configuration; a copy with fewer layers where it has many more than the weights.
+
+    The first layer that the weights lack is an error, whatever number follows it, so one suffices to report it.
+    """
+    for tower, field, part in _towers(config):
+        most = _layers(_shapes(tower, weights)) + 1
+        if part.num_hidden_layers > most:
+            config = copy.deepcopy(config)
+            (getattr(config, field) if field else config).num_hidden_layers = most
+    return config
+
+
+def _towers(config: Any) -> list[tuple[str, str, Any]]:
+    """(tower, field that holds its configuration or "", its configuration) of every tower."""
+    kind = getattr(config, "model_type", "")
+    if kind == "siglip":
+        return [(tower, f"{tower}_config", getattr(config, f"{tower}_config")) for tower in _SHOWN]
+    return [(tower, "", config) for tower in _SHOWN if kind == f"siglip_{tower}_model"]
+
+
+def _shapes(tower: str, weights: StoredWeights) -> dict[str, tuple[int, ...]]:
+    """The shapes of one tower's tensors, by their names within the tower."""
+    prefix = f"{tower}_model."
+    if not any(name.startswith(prefix) for name in weights.tensors):
+        mark = "embeddings.token_embedding.weight" if tower == "text" else "embeddings.patch_embedding.weight"
+        prefix = "" if mark in weights.tensors else prefix  # a tower that was saved alone
+    return {
+        name.removeprefix(prefix): tensor.shape for name, tensor in weights.tensors.items() if name.startswith(prefix)
+    }
+
+
+def _layers(names: Mapping[str, object]) -> int:
+    return 1 + max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=-1)
+
+
+def _compare(found: dict[str, str], field: str, size: str, configured: Mapping[str, Any], stored: int) -> None:
+    if configured[size] != stored:
+        name = f"{field}.{size}" if field else size
+        found.setdefault(name, f"{name} of {CONFIG_NAME} is {configured[size]}, of the weights {stored}")
