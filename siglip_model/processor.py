@@ -9,7 +9,7 @@ from typing import Any
 from siglip_model.batch import BatchFeature
 from siglip_model.checkpoints.files import split_hub_arguments, to_json, write_file
 from siglip_model.images.auto import load_image_processor
-from siglip_model.images.processor import ImageProcessor
+from siglip_model.images.processor import PROCESSOR_NAME, ImageProcessor
 from siglip_model.text.auto import load_tokenizer
 from siglip_model.text.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ _IMAGE_ARGUMENTS = frozenset((*ImageProcessor.defaults, *ImageProcessor.call_arg
 class SiglipProcessor:
     """`processor(images=..., text=...)`: pixel values and token ids, as transformers 5's SiglipProcessor returns."""
 
-    config_name = "processor_config.json"
+    config_name = PROCESSOR_NAME
 
     def __init__(self, image_processor: ImageProcessor, tokenizer: Tokenizer) -> None:
         if not isinstance(image_processor, ImageProcessor):

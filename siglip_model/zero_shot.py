@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.devices import resolve_device
 from siglip_model.images.batches import Failure, read_batches
-from siglip_model.images.files import open_image
+from siglip_model.images.files import describe_source, open_image
 from siglip_model.images.limits import PixelBudget
 from siglip_model.outputs import pooled, unit_length
 from siglip_model.text.prompts import TEMPLATE, fill_template
@@ -104,7 +105,7 @@ class ZeroShotImageClassificationPipeline:
         batch_size: images per forward pass. num_workers: threads that open images ahead of the model.
         timeout: seconds that a URL may take. tokenizer_kwargs: override the tokenizer's default arguments.
         Raises ValueError for missing labels, a template without {} or an unreadable image (UnreadableImageError, naming
-        it); TypeError for an input that is not an image.
+        it) and for scores that are not finite; TypeError for an input that is not an image.
         """
         given = {
             name: value
@@ -134,7 +135,10 @@ class ZeroShotImageClassificationPipeline:
                 for batch in batches:
                     if isinstance(batch, Failure):
                         raise batch.error
-                    for row in self.score(torch.cat(batch.values), label_embeds).tolist():
+                    scores = self.score(torch.cat(batch.values), label_embeds)
+                    for item, row, finite in zip(batch.items, scores.tolist(), are_finite(scores), strict=True):
+                        if not finite:
+                            raise ValueError(self.not_finite(item))
                         yield rank(row, labels)
 
         if isinstance(source, (list, tuple)):
@@ -179,6 +183,15 @@ class ZeroShotImageClassificationPipeline:
         pixel_values = pixel_values.to(self.device, self.dtype)
         image_embeds = unit_length(pooled(self.model.get_image_features(pixel_values)))
         return torch.sigmoid(self.model.logits_per_text(label_embeds, image_embeds).t().float())
+
+    def not_finite(self, image: Any) -> str:
+        """The error for an image whose scores are not finite."""
+        return f"{describe_source(image)}: its scores are not finite in {self.dtype}"
+
+
+def are_finite(scores: torch.Tensor) -> list[bool]:
+    """Whether all scores of each image are finite, from `score`'s (images, labels)."""
+    return scores.isfinite().all(dim=-1).tolist()
 
 
 def rank(scores: Sequence[float], labels: Sequence[Any]) -> list[Prediction]:
@@ -280,6 +293,7 @@ def pipeline(
                 " a Hub id (or use model.set_backend and model.to)"
             )
     tokenizer, image_processor = _components(model, tokenizer, image_processor, processor, hub)
+    _check_size(loaded, image_processor, model)
     return ZeroShotImageClassificationPipeline(
         loaded,  # type: ignore[arg-type]
         tokenizer,
@@ -322,6 +336,26 @@ def _components(
 
         image_processor = load_image_processor(image_processor, **hub)
     return tokenizer, image_processor
+
+
+def _check_size(model: Any, image_processor: Any, origin: Any) -> None:
+    """Raises CheckpointError if the model takes no image of the processor's size: found before any is prepared."""
+    from siglip_model.images.processor import ImageProcessor
+
+    if not isinstance(image_processor, ImageProcessor) or not image_processor.do_resize:
+        return
+    size, vision = image_processor.size, model.config.vision_config  # type: ignore[attr-defined]
+    if "height" not in size:  # else it depends on the image
+        return
+    patches = (size["height"] // vision.patch_size) * (size["width"] // vision.patch_size)
+    grid = vision.image_size // vision.patch_size
+    if patches not in (1, grid**2):
+        side = grid * vision.patch_size
+        where = origin if isinstance(origin, (str, os.PathLike)) else TASK
+        raise CheckpointError(
+            f"{where}: the image processor's size is {size}, {patches:,} patches of the model; supported: "
+            f"{ {'height': side, 'width': side} }, {grid**2:,} patches"
+        )
 
 
 def _only_one(name: str, value: Any, alias: str, alias_value: Any) -> Any:

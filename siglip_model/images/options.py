@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from siglip_model.checkpoints.fields import shown
+
 NEAREST, LANCZOS, BILINEAR, BICUBIC = 0, 1, 2, 3  # Pillow's numbers, as in the files
+
+MOST_PIXELS = 2**24  # of one resized image: 4096 x 4096, 200 MB in float32
 
 _SIZE_KEYS = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
 
@@ -32,7 +36,10 @@ class ImageOptions:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int above the largest float
+        return False
 
 
 def to_size(size: Any, default_to_square: bool) -> dict[str, int]:
@@ -52,9 +59,12 @@ def to_size(size: Any, default_to_square: bool) -> dict[str, int]:
         )
     ):
         raise ValueError(
-            f"size is {given!r}; supported: a positive int, (height, width), or a dict of positive ints with height "
-            "and width, with shortest_edge (and longest_edge), or with max_height and max_width"
+            f"size is {shown(given)}; supported: a positive int, (height, width), or a dict of positive ints with "
+            "height and width, with shortest_edge (and longest_edge), or with max_height and max_width"
         )
+    edges = [int(edge) for name, edge in size.items() if name != "longest_edge"]
+    if edges[0] * edges[-1] > MOST_PIXELS:
+        raise ValueError(f"size is {shown(given)}; supported: at most {MOST_PIXELS:,} pixels")
     return {name: int(edge) for name, edge in size.items()}
 
 
@@ -70,7 +80,7 @@ def to_resample(resample: Any) -> int:
     except (KeyError, ValueError):
         pass
     names = ", ".join(f"{int(filter_)} ({filter_.name.lower()})" for filter_ in Image.Resampling)
-    raise ValueError(f"resample is {resample!r}; supported: {names}")
+    raise ValueError(f"resample is {shown(resample)}; supported: {names}")
 
 
 def per_channel(name: str, value: Any, channels: int) -> list[float]:
@@ -82,7 +92,10 @@ def per_channel(name: str, value: Any, channels: int) -> list[float]:
 
 
 def output_size(shape: Sequence[int], size: Mapping[str, int]) -> tuple[int, int]:
-    """(height, width) after resizing an image of `shape` (height, width). Raises ValueError if either becomes 0."""
+    """(height, width) after resizing an image of `shape` (height, width).
+
+    Raises ValueError if either becomes 0, or both together exceed MOST_PIXELS.
+    """
     height, width = int(shape[0]), int(shape[1])
     if "height" in size:
         return size["height"], size["width"]
@@ -93,6 +106,11 @@ def output_size(shape: Sequence[int], size: Mapping[str, int]) -> tuple[int, int
         new = _shortest_edge(height, width, size["shortest_edge"], size.get("longest_edge"))
     if 0 in new:
         raise ValueError(f"size {dict(size)} makes an image of {height} x {width} pixels {new[0]} x {new[1]}")
+    if new[0] * new[1] > MOST_PIXELS:
+        raise ValueError(
+            f"size {dict(size)} makes an image of {height} x {width} pixels {new[0]} x {new[1]}; supported: at most "
+            f"{MOST_PIXELS:,} pixels"
+        )
     return new
 
 

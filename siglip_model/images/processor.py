@@ -10,10 +10,14 @@ import numpy as np
 import torch
 
 from siglip_model.batch import BatchFeature, check_tensor_kind
-from siglip_model.checkpoints.errors import CheckpointError
-from siglip_model.checkpoints.files import find_json, split_hub_arguments, to_json, write_file
+from siglip_model.checkpoints.errors import CheckpointError, build_from_file
+from siglip_model.checkpoints.fields import shown
+from siglip_model.checkpoints.files import StoredObject, find_json, split_hub_arguments, to_json, write_file
 from siglip_model.images.inputs import LAYOUTS, flatten_images, to_levels
 from siglip_model.images.options import BICUBIC, ImageOptions, is_number, to_resample, to_size
+
+PROCESSOR_NAME = "processor_config.json"
+_KINDS = ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil")
 
 
 class ImageProcessor:
@@ -43,6 +47,8 @@ class ImageProcessor:
         "image_std": [0.5, 0.5, 0.5],
     }
     default_to_square: bool
+    do_resize: bool
+    size: dict[str, int]
     resample: Any
     # Further arguments of a call.
     call_arguments: ClassVar[tuple[str, ...]] = ("input_data_format", "data_format", "device", "return_tensors")
@@ -58,7 +64,7 @@ class ImageProcessor:
         }
         settings["size"] = to_size(settings["size"], settings["default_to_square"])
         for name, value in settings.items():
-            setattr(self, name, list(value) if name in ("image_mean", "image_std") and not is_number(value) else value)
+            setattr(self, name, list(value) if isinstance(value, (tuple, np.ndarray)) else value)
         self._resolve({})  # reports bad values early
 
     def __repr__(self) -> str:
@@ -103,26 +109,29 @@ class ImageProcessor:
                 known = ", ".join((*self.defaults, *self.call_arguments))
                 raise TypeError(f"{type(self).__name__}: unknown argument {name}; known: {known}")
             settings[name] = value
-        for name in ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"):
+        for name in ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "default_to_square"):
             if settings[name] is not None and not isinstance(settings[name], (bool, np.bool_)):
-                raise ValueError(f"{name} is {settings[name]!r}; supported: True, False")
+                raise ValueError(f"{name} is {shown(settings[name])}; supported: True, False")
             settings[name] = bool(settings[name])
         default_to_square = settings.pop("default_to_square")
         if settings["do_resize"]:
             settings["size"] = to_size(settings["size"], default_to_square)
             settings["resample"] = to_resample(settings["resample"])
-        if settings["do_rescale"] and not is_number(settings["rescale_factor"]):
-            raise ValueError(f"rescale_factor is {settings['rescale_factor']!r}; supported: a number")
+        factor = settings["rescale_factor"]
+        if settings["do_rescale"] and not (is_number(factor) and factor != 0):
+            raise ValueError(f"rescale_factor is {shown(factor)}; supported: a number other than 0")
         if settings["do_normalize"]:
             for name in ("image_mean", "image_std"):
                 value = settings[name]
                 if isinstance(value, np.ndarray):
                     value = settings[name] = value.tolist()
-                if not is_number(value) and not (isinstance(value, (list, tuple)) and all(map(is_number, value))):
-                    raise ValueError(f"{name} is {value!r}; supported: a number, or one per channel")
+                if not is_number(value) and not (
+                    isinstance(value, (list, tuple)) and value and all(map(is_number, value))
+                ):
+                    raise ValueError(f"{name} is {shown(value)}; supported: a number, or one per channel")
             std = settings["image_std"]
             if 0 in ([std] if is_number(std) else std):
-                raise ValueError(f"image_std is {std!r}; supported: numbers other than 0")
+                raise ValueError(f"image_std is {shown(std)}; supported: numbers other than 0")
         layout = settings.setdefault("input_data_format", None)
         settings["input_data_format"] = next((name for name in LAYOUTS if layout == name), None)
         if layout is not None and settings["input_data_format"] is None:
@@ -142,8 +151,9 @@ class ImageProcessor:
         return cls._from_settings(read_settings(path_or_id, hub), given)
 
     @classmethod
-    def _from_settings(cls, settings: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-        return cls(**{**{name: value for name, value in settings.items() if name in cls.defaults}, **given})
+    def _from_settings(cls, settings: StoredObject, given: Mapping[str, Any]) -> Any:
+        known = {name: value for name, value in settings.items() if name in cls.defaults}
+        return build_from_file(settings.path, cls, known, given)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of preprocessor_config.json."""
@@ -161,26 +171,27 @@ class ImageProcessor:
         return [write_file(save_directory, self.file_name, to_json(self.to_dict()))]
 
 
-def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
+def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> StoredObject:
     """The image processor's settings: nested in processor_config.json (transformers 5), or in their own file."""
-    name = "processor_config.json"
-    settings = (find_json(path_or_id, name, hub) or {}).get("image_processor")
-    if settings is None:
-        name = ImageProcessor.file_name
-        settings = find_json(path_or_id, name, hub)
-    if settings is None:
-        raise CheckpointError(f"{path_or_id} has neither {name} nor a processor_config.json with an image processor")
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{name} of {path_or_id}: image_processor is {settings!r}; supported: an object")
-    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "SiglipImageProcessor"
-    if kind not in ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil"):
-        raise CheckpointError(
-            f"{name} of {path_or_id}: image_processor_type is {kind!r}; supported: SiglipImageProcessor, "
-            "SiglipImageProcessorFast"
-        )
+    whole = find_json(path_or_id, PROCESSOR_NAME, hub)
+    if whole is not None and whole.get("image_processor") is not None:
+        if not isinstance(whole["image_processor"], dict):
+            whole.refuse("image_processor", "an object")
+        settings = StoredObject(whole["image_processor"])
+        settings.path = whole.path
+    else:
+        alone = find_json(path_or_id, ImageProcessor.file_name, hub)
+        if alone is None:
+            raise CheckpointError(
+                f"{path_or_id} has neither {ImageProcessor.file_name} nor a {PROCESSOR_NAME} with an image processor"
+            )
+        settings = alone
+    kind = "image_processor_type" if settings.get("image_processor_type") else "feature_extractor_type"
+    if settings.get(kind) and settings[kind] not in _KINDS:
+        settings.refuse(kind, "SiglipImageProcessor, SiglipImageProcessorFast")
     for step in ("do_center_crop", "do_pad"):
         if settings.get(step):
-            raise CheckpointError(f"{name} of {path_or_id}: {step} is {settings[step]!r}; supported: false")
+            settings.refuse(step, "false")
     return settings
 
 

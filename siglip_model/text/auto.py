@@ -6,9 +6,10 @@ import os
 from typing import Any
 
 from siglip_model.checkpoints.errors import CheckpointError
-from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments
+from siglip_model.checkpoints.files import find_file, split_hub_arguments
 from siglip_model.text.siglip import SiglipTokenizer
 from siglip_model.text.tokenizer import Tokenizer
+from siglip_model.text.tokenizer_config import find_settings
 
 
 def load_tokenizer(path_or_id: str | os.PathLike[str], **arguments: Any) -> Tokenizer:
@@ -20,8 +21,8 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], **arguments: Any) -> Toke
     from siglip_model.text.gemma import TOKENIZER_FILE, class_for
 
     hub, _ = split_hub_arguments(arguments)
-    config = find_json(path_or_id, Tokenizer.config_name, hub) or {}
-    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    config = find_settings(path_or_id, Tokenizer.config_name, hub)
+    name = ((config and config.get("tokenizer_class")) or "").removesuffix("Fast")
     if name == "SiglipTokenizer" or (not name and find_file(path_or_id, SiglipTokenizer.vocab_file_name, hub)):
         return SiglipTokenizer.from_pretrained(path_or_id, **arguments)
     if not name and not find_file(path_or_id, TOKENIZER_FILE, hub):
@@ -30,8 +31,9 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], **arguments: Any) -> Toke
         )
     tokenizer_class = class_for(name)
     if tokenizer_class is None:
-        raise CheckpointError(
-            f"{path_or_id}: tokenizer_class is {config['tokenizer_class']!r}; supported: SiglipTokenizer, "
-            "GemmaTokenizer, Siglip2Tokenizer, PreTrainedTokenizerFast, TokenizersBackend"
+        assert config is not None  # it named the class
+        config.refuse(
+            "tokenizer_class",
+            "SiglipTokenizer, GemmaTokenizer, Siglip2Tokenizer, PreTrainedTokenizerFast, TokenizersBackend",
         )
     return tokenizer_class.from_pretrained(path_or_id, **arguments)

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from siglip_model.checkpoints.errors import CheckpointError
-from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments, to_json, write_file
+from siglip_model.checkpoints.errors import CheckpointError, build_from_file, naming
+from siglip_model.checkpoints.fields import check_fields
+from siglip_model.checkpoints.files import (
+    LARGEST_TOKENIZER_JSON,
+    StoredObject,
+    find_file,
+    find_json,
+    read_json_object,
+    split_hub_arguments,
+    to_json,
+    write_file,
+)
 from siglip_model.text.tokenizer import EncodeOptions, Tokenizer, check_unicode
 from siglip_model.text.tokenizer_config import (
     NAMED_TOKENS,
+    SETTINGS,
+    TOKENIZER_JSON,
     AddedToken,
     call_defaults,
     constructor_arguments,
-    lower_case_flag,
+    find_settings,
 )
 
 if TYPE_CHECKING:
     import tokenizers
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -59,6 +75,7 @@ class TokenizersTokenizer(Tokenizer):
         split_special_tokens: bool = False,
         do_lower_case: bool | None = None,
     ) -> None:
+        check_fields(type(self).__name__, locals(), SETTINGS)
         given = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "sep_token": sep_token,
                  "pad_token": pad_token, "cls_token": cls_token, "mask_token": mask_token}  # fmt: skip
         self.tokenizer_file = os.fspath(tokenizer_file)
@@ -75,8 +92,9 @@ class TokenizersTokenizer(Tokenizer):
             split_special_tokens=split_special_tokens,
         )
         self._lock = threading.Lock()  # truncation is state of the library's object, set for each call
-        self._tokenizer = self._build(content, lower_case_flag(type(self), do_lower_case, self._lower_case))
-        self._add_tokens(added_tokens_decoder or {})
+        self._tokenizer = self._build(content, self._lower_case if do_lower_case is None else do_lower_case)
+        with naming(self.tokenizer_file):
+            self._add_tokens(added_tokens_decoder or {})
 
     def _adapt(self, content: dict[str, Any]) -> dict[str, Any]:
         """The content of tokenizer.json as this class interprets it."""
@@ -85,13 +103,11 @@ class TokenizersTokenizer(Tokenizer):
     def _build(self, content: dict[str, Any], lower_case: bool | None) -> tokenizers.Tokenizer:
         import tokenizers
 
-        try:
+        with naming(self.tokenizer_file):
             adapted = self._adapt(content)
             if lower_case is not None:
                 adapted = {**adapted, "normalizer": _lower_casing(adapted.get("normalizer"), lower_case)}
             built = tokenizers.Tokenizer.from_str(json.dumps(adapted))
-        except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{self.tokenizer_file} is not a usable tokenizer.json: {error}") from error
         if lower_case is False and _lower_cases(built.normalizer):
             raise ValueError(
                 f"{type(self).__name__}: do_lower_case is False, but {self.tokenizer_file} lower-cases in another "
@@ -246,13 +262,17 @@ class TokenizersTokenizer(Tokenizer):
         tokenizer_file = find_file(path_or_id, TOKENIZER_FILE, hub)
         if tokenizer_file is None:
             raise CheckpointError(f"{path_or_id} has no {TOKENIZER_FILE}, which {cls.__name__} needs")
-        config = find_json(path_or_id, cls.config_name, hub) or {}
-        if "added_tokens_decoder" not in config:
-            config = {**config, **(find_json(path_or_id, "special_tokens_map.json", hub) or {})}
-        config = {**config, **cls._checkpoint_defaults(path_or_id, config, hub)}
-        tokenizer = cls(tokenizer_file, **constructor_arguments(cls, config, given))
+        config = find_settings(path_or_id, cls.config_name, hub)
+        if config is None:
+            logger.warning("%s has no %s: the defaults of %s apply", path_or_id, cls.config_name, cls.__name__)
+        found: dict[str, Any] = dict(config or {})
+        if "added_tokens_decoder" not in found:
+            found.update(find_settings(path_or_id, "special_tokens_map.json", hub) or {})
+        found.update(cls._checkpoint_defaults(path_or_id, found, hub))
+        blamed = tokenizer_file if config is None else config.path
+        tokenizer = build_from_file(blamed, partial(cls, tokenizer_file), constructor_arguments(cls, found), given)
         tokenizer.name_or_path = os.fspath(path_or_id)
-        tokenizer.call_defaults = call_defaults(config)
+        tokenizer.call_defaults = call_defaults(found)
         return tokenizer
 
     @classmethod
@@ -323,7 +343,8 @@ class GemmaTokenizer(TokenizersTokenizer):
     ) -> dict[str, Any]:
         if config.get("do_lower_case") is not None:
             return {}
-        kinds = (config.get("processor_class"), (find_json(path_or_id, "config.json", hub) or {}).get("model_type"))
+        model = find_json(path_or_id, "config.json", hub)
+        kinds = (config.get("processor_class"), None if model is None else model.get("model_type"))
         return {"do_lower_case": True} if any(str(kind).lower().startswith("siglip") for kind in kinds) else {}
 
     def _adapt(self, content: dict[str, Any]) -> dict[str, Any]:
@@ -364,12 +385,10 @@ def class_for(name: str) -> type[TokenizersTokenizer] | None:
     return classes.get(name)
 
 
-def _read_document(path: str) -> dict[str, Any]:
-    from siglip_model.checkpoints.files import read_json_object
-
+def _read_document(path: str) -> StoredObject:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file")
-    return read_json_object(Path(path))
+    return read_json_object(Path(path), LARGEST_TOKENIZER_JSON).check(TOKENIZER_JSON)
 
 
 def _lower_casing(normalizer: Any, wanted: bool) -> dict[str, Any] | None:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import string
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.errors import CheckpointError, build_from_file, naming
+from siglip_model.checkpoints.fields import Field, check_fields, is_index
 from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments, to_json, write_file
 from siglip_model.text.tokenizer import EncodeOptions, Tokenizer, check_unicode
 from siglip_model.text.tokenizer_config import (
     NAMED_TOKENS,
+    SETTINGS,
+    TOKENIZER_JSON,
     AddedToken,
     call_defaults,
     constructor_arguments,
-    lower_case_flag,
+    find_settings,
 )
+
+logger = logging.getLogger(__name__)
 
 UNDERLINE = "▁"  # SentencePiece's mark for a space
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -62,6 +69,7 @@ class SiglipTokenizer(Tokenizer):
         split_special_tokens: bool = False,
         legacy: bool = True,
     ) -> None:
+        check_fields(type(self).__name__, locals(), SETTINGS)
         given = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "sep_token": sep_token,
                  "pad_token": pad_token, "cls_token": cls_token, "mask_token": mask_token}  # fmt: skip
         super().__init__(
@@ -77,12 +85,13 @@ class SiglipTokenizer(Tokenizer):
         if self.unk_token is None:
             raise ValueError("SiglipTokenizer: unk_token is None; supported: a string")
         self.vocab_file = os.fspath(vocab_file)
-        self.do_lower_case = lower_case_flag(type(self), do_lower_case, default=True)
+        self.do_lower_case = True if do_lower_case is None else do_lower_case
         self.legacy = legacy
         self.sp_model_kwargs = dict(sp_model_kwargs or {})
-        self._model_bytes = _read_model(self.vocab_file)
-        self._load_model()
-        self._add_tokens({int(i): AddedToken.from_json(token) for i, token in (added_tokens_decoder or {}).items()})
+        with naming(self.vocab_file):
+            self._model_bytes = _read_model(self.vocab_file)
+            self._load_model()
+            self._add_tokens({int(i): AddedToken.from_json(token) for i, token in (added_tokens_decoder or {}).items()})
 
     def _load_model(self) -> None:
         import sentencepiece
@@ -372,11 +381,20 @@ class SiglipTokenizer(Tokenizer):
         vocab_file = find_file(path_or_id, cls.vocab_file_name, hub)
         if vocab_file is None:
             raise CheckpointError(f"{path_or_id} has no {cls.vocab_file_name}, which SiglipTokenizer needs")
-        config = find_json(path_or_id, cls.config_name, hub) or {}
-        legacy = _legacy_files(path_or_id, hub) if "added_tokens_decoder" not in config else {}
-        tokenizer = cls(vocab_file, **constructor_arguments(cls, {**config, **legacy}, given))
+        config = find_settings(path_or_id, cls.config_name, hub)
+        if config is None:
+            logger.warning(
+                "%s has no %s: the defaults of %s apply, which return an attention mask",
+                path_or_id,
+                cls.config_name,
+                cls.__name__,
+            )
+        legacy = {} if config is not None and "added_tokens_decoder" in config else _legacy_files(path_or_id, hub)
+        settings = constructor_arguments(cls, {**(config or {}), **legacy})
+        blamed = vocab_file if config is None else config.path
+        tokenizer = build_from_file(blamed, partial(cls, vocab_file), settings, given)
         tokenizer.name_or_path = os.fspath(path_or_id)
-        tokenizer.call_defaults = call_defaults(config)
+        tokenizer.call_defaults = call_defaults(config or {})
         return tokenizer
 
     def save_vocabulary(
@@ -424,11 +442,14 @@ def _read_model(path: str) -> bytes:
 
 def _legacy_files(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, Any]:
     """Settings from transformers 4's older files: special_tokens_map.json, added_tokens.json, tokenizer.json."""
-    settings = find_json(path_or_id, "special_tokens_map.json", hub) or {}
-    added: dict[int, AddedToken] = {}
+    settings = dict(find_settings(path_or_id, "special_tokens_map.json", hub) or {})
     special = [AddedToken.from_json(token).content for name in NAMED_TOKENS if (token := settings.get(name))]
-    for content, index in (find_json(path_or_id, "added_tokens.json", hub) or {}).items():
-        added[int(index)] = AddedToken(content, special=content in special)
-    for token in (find_json(path_or_id, "tokenizer.json", hub) or {}).get("added_tokens", []):
-        added[int(token["id"])] = AddedToken.from_json(token)
+    ids = find_json(path_or_id, "added_tokens.json", hub)
+    if ids is not None:
+        ids.check(dict.fromkeys(ids, Field("an id from 0", is_index)))
+    added = {int(index): AddedToken(content, special=content in special) for content, index in (ids or {}).items()}
+    library = find_json(path_or_id, "tokenizer.json", hub)
+    if library is not None:
+        for token in library.check(TOKENIZER_JSON).get("added_tokens") or ():
+            added[int(token["id"])] = AddedToken.from_json(token)
     return {**settings, "added_tokens_decoder": added}

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from siglip_model.checkpoints.fields import (
+    FLAG,
+    TEXT,
+    Field,
+    choice,
+    is_finite,
+    is_index,
+    is_text,
+    mapping,
+    number,
+    optional,
+    texts,
+    whole,
+)
+from siglip_model.checkpoints.files import StoredObject, find_json
+from siglip_model.text.padding import NO_LIMIT, PADDING, SIDES, TRUNCATION
 
 # In the order of transformers.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -37,19 +55,100 @@ class AddedToken:
         return asdict(self)
 
 
-# Call arguments that tokenizer_config.json may hold; SiglipProcessor takes them as defaults.
-CALL_ARGUMENTS = (
-    "add_special_tokens", "padding", "truncation", "max_length", "stride", "is_split_into_words", "pad_to_multiple_of",
-    "return_token_type_ids", "return_attention_mask", "return_special_tokens_mask", "return_length",
-)  # fmt: skip
+def _is_token(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        flags = (value.get(name, False) for name in AddedToken.__dataclass_fields__ if name != "content")
+        return is_text(value.get("content")) and all(isinstance(flag, bool) for flag in flags)
+    return is_text(value) or is_text(getattr(value, "content", None))  # an AddedToken
+
+
+def _is_stored_token(value: Any) -> bool:
+    return isinstance(value, Mapping) and is_index(value.get("id")) and _is_token(value)
+
+
+MOST_TOKENS = 2**20  # of a text: a checkpoint could otherwise have each text padded to gigabytes
+
+_TOKEN = Field("a string or an object with a string 'content'", _is_token)
+_TOKENS = Field("a list of tokens", lambda value: isinstance(value, (list, tuple)) and all(map(_is_token, value)))
+# The options of SentencePieceProcessor that a checkpoint may set. Others, such as model_file, open files.
+_SENTENCEPIECE = {"enable_sampling": FLAG, "nbest_size": whole(-1, 512), "alpha": number(0, 1000)}
+
+# Arguments of a call that tokenizer_config.json may hold; SiglipProcessor takes them as defaults.
+CALL_ARGUMENTS = optional(
+    {
+        "add_special_tokens": FLAG,
+        "padding": FLAG | choice(*PADDING),
+        "truncation": FLAG | choice(*TRUNCATION),
+        "max_length": whole(1, MOST_TOKENS),
+        "stride": whole(0, MOST_TOKENS),
+        "is_split_into_words": FLAG,
+        "pad_to_multiple_of": whole(1, MOST_TOKENS),
+        "return_token_type_ids": FLAG,
+        "return_attention_mask": FLAG,
+        "return_special_tokens_mask": FLAG,
+        "return_length": FLAG,
+    }
+)
+
+# Arguments of the tokenizers' constructors, by their names in tokenizer_config.json and special_tokens_map.json.
+SETTINGS = optional(
+    {
+        **dict.fromkeys(NAMED_TOKENS, _TOKEN),
+        **dict.fromkeys(
+            ("extra_special_tokens", "additional_special_tokens"),
+            _TOKENS | mapping(is_text, _is_token, "an object of tokens"),
+        ),
+        "added_tokens_decoder": mapping(is_index, _is_token, "an object from ids to tokens"),
+        "model_max_length": Field(
+            f"a whole number from 1 to {MOST_TOKENS}, or above {NO_LIMIT:g} for no limit",
+            lambda value: is_finite(value) and value % 1 == 0 and (1 <= value <= MOST_TOKENS or value > NO_LIMIT),
+        ),
+        **dict.fromkeys(("padding_side", "truncation_side"), choice(*SIDES)),
+        "model_input_names": texts(),
+        **dict.fromkeys(("clean_up_tokenization_spaces", "split_special_tokens", "legacy"), FLAG),
+        "do_lower_case": FLAG,
+        "sp_model_kwargs": Field(
+            "an object with any of "
+            + "; ".join(f"{name}: {field.supported}" for name, field in _SENTENCEPIECE.items()),
+            lambda value: (
+                isinstance(value, Mapping)
+                and all(name in _SENTENCEPIECE and _SENTENCEPIECE[name].accepts(value[name]) for name in value)
+            ),
+        ),
+        **dict.fromkeys(("tokenizer_class", "processor_class"), TEXT),
+    }
+)
+
+# Fields of tokenizer.json that are read here; the `tokenizers` library reads the others.
+TOKENIZER_JSON = optional(
+    {
+        "added_tokens": Field(
+            "a list of objects with 'id' and 'content'",
+            lambda value: isinstance(value, list) and all(map(_is_stored_token, value)),
+        ),
+        "padding": Field(
+            "an object whose direction is Left or Right",
+            lambda value: isinstance(value, Mapping) and value.get("direction", "Right") in ("Left", "Right"),
+        ),
+    }
+)
+
+
+def find_settings(path_or_id: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> StoredObject | None:
+    """The checked settings in tokenizer_config.json or special_tokens_map.json; None without the file.
+
+    Raises CheckpointError naming file and field.
+    """
+    found = find_json(path_or_id, name, hub)
+    return None if found is None else found.check({**SETTINGS, **CALL_ARGUMENTS})
 
 
 def call_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in CALL_ARGUMENTS if config.get(name) is not None}
 
 
-def constructor_arguments(cls: type, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor arguments: a file's settings (transformers 4 or 5), overridden by those given by the caller."""
+def constructor_arguments(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments from the settings of a checkpoint (transformers 4 or 5)."""
     config = dict(config)
     if not config.get("extra_special_tokens"):  # transformers 4 wrote the older name, or an empty object
         config["extra_special_tokens"] = config.pop("additional_special_tokens", None)
@@ -57,13 +156,5 @@ def constructor_arguments(cls: type, config: Mapping[str, Any], given: Mapping[s
         config["extra_special_tokens"] = list(config["extra_special_tokens"].values())
     # null is meaningful only for these
     nullable = (*NAMED_TOKENS, "model_max_length")
-    known = inspect.signature(cls).parameters
-    read = {name: value for name, value in config.items() if name in known and (value is not None or name in nullable)}
-    return {**read, **given}
-
-
-def lower_case_flag(cls: type, value: Any, default: Any) -> Any:
-    """`do_lower_case`, or `default` for None. Raises ValueError for anything but True, False and None."""
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{cls.__name__}: do_lower_case is {value!r}; supported: True, False")
-    return default if value is None else value
+    known = set(inspect.signature(cls).parameters) - {"vocab_file", "tokenizer_file"}  # settings choose no file
+    return {name: value for name, value in config.items() if name in known and (value is not None or name in nullable)}
