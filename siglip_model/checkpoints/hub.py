@@ -1,23 +1,33 @@
 """Resolving a checkpoint's files, in a directory or in a repository of the Hugging Face Hub."""
 
+from __future__ import annotations
+
+import difflib
 import logging
 import os
 import re
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
 from siglip_model.checkpoints.commit import current_file
+from siglip_model.checkpoints.errors import CheckpointError
 
 # One or two parts ("gpt2", "google/siglip-base-patch16-224") of letters, digits, "_", "-" and ".", as the Hub allows.
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+_FILE_SUFFIXES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".model")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# huggingface_hub retries a connection for 20 s. After a failure the cache alone is used for a while, so that the other
-# files of the checkpoint do not wait again.
+# huggingface_hub retries a connection for 20 s and more. Here the Hub is asked once whether it answers; afterwards,
+# for a while, it is used without asking or, if it did not answer, the cache alone is used.
+_SECONDS_TO_ANSWER = 2.0
 _SECONDS_BETWEEN_ATTEMPTS = 60.0
-_last_failure = -_SECONDS_BETWEEN_ATTEMPTS
+_last_failure = _last_answer = -_SECONDS_BETWEEN_ATTEMPTS
 
 
 def is_local(path_or_id: str | os.PathLike[str]) -> bool:
@@ -42,24 +52,52 @@ def resolve_file(
 
     A repository's file is downloaded once into huggingface_hub's cache (``HF_HOME``, ``cache_dir``). With
     ``local_files_only`` or ``HF_HUB_OFFLINE=1``, and for a minute after a connection failed, only the cache is read.
+    The Hub has 2 seconds to answer, or as many as ``HF_HUB_ETAG_TIMEOUT`` says; on a terminal, stderr says so.
 
     Raises:
-        OSError: no such directory, repository or revision; or no network and nothing in the cache.
+        CheckpointError: no such directory, repository or revision; or no network and nothing in the cache.
         TypeError: the argument is neither a str nor a PathLike.
     """
     if not isinstance(path_or_id, (str, os.PathLike)):
         raise TypeError(f"expected a directory or a Hub id, as str or PathLike; got {type(path_or_id).__name__}")
     if is_local(path_or_id):
-        directory = Path(path_or_id).expanduser()
-        if directory.is_dir():
+        directory = Path(os.path.expanduser(path_or_id))
+        if os.path.isdir(directory):
             return current_file(directory, filename)
-        if directory.exists():
-            raise OSError(f"{directory} is a file; give the directory that holds it")
-        raise OSError(f"there is no directory {directory}")
+        if os.path.exists(directory):
+            raise CheckpointError(f"{directory} is a file; give the directory that holds it")
+        raise CheckpointError(f"there is no directory {directory}{_similar_directory(str(directory))}")
     repository = os.fspath(path_or_id)
-    if not _REPOSITORY_ID.fullmatch(repository):
-        raise OSError(f"{path_or_id!r} is neither an existing directory nor a Hub id such as 'owner/name'")
+    if not _REPOSITORY_ID.fullmatch(repository) or repository.endswith(_FILE_SUFFIXES):
+        raise CheckpointError(
+            f"{repository!r} is neither an existing directory nor a Hub id such as 'owner/name'{_path_hint(repository)}"
+        )
     return _resolve_on_hub(repository, filename, revision, cache_dir, local_files_only, token)
+
+
+def _path_hint(name: str) -> str:
+    """Why a name that may be a Hub id looks like a path, and the directory that was perhaps meant; else empty."""
+    parent, _, last = name.rstrip("/").rpartition("/")
+    signs = []
+    if name.endswith(_FILE_SUFFIXES):
+        signs.append("it ends like a file, and a checkpoint is the directory that holds it")
+    elif name.count("/") > 1:
+        signs.append("it has more than one slash")
+    if parent and os.path.isdir(parent):
+        signs.append(f"the directory {parent} exists and has no {last}")
+    return (f"; it looks like a path: {', '.join(signs)}" if signs else "") + _similar_directory(name)
+
+
+def _similar_directory(name: str) -> str:
+    """The directory whose name is most similar, or nothing."""
+    parent, last = os.path.split(name.rstrip(os.sep))
+    try:
+        with os.scandir(parent or ".") as entries:
+            beside = [entry.name for entry in islice(entries, 1000) if entry.is_dir()]
+    except OSError:
+        return ""
+    similar = difflib.get_close_matches(last, beside, n=1)
+    return f"; there is a directory {os.path.join(parent, similar[0])}" if similar else ""
 
 
 def _resolve_on_hub(
@@ -71,12 +109,19 @@ def _resolve_on_hub(
     token: str | bool | None,
 ) -> Path | None:
     global _last_failure
-    from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    local_files_only = local_files_only or time.monotonic() - _last_failure < _SECONDS_BETWEEN_ATTEMPTS
     cache = None if cache_dir is None else os.path.expanduser(cache_dir)
+    if revision is not None and _COMMIT.fullmatch(revision):  # never changes
+        cached = try_to_load_from_cache(repository, filename, cache_dir=cache, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached)
+    failed_before = time.monotonic() - _last_failure < _SECONDS_BETWEEN_ATTEMPTS
+    local_files_only = local_files_only or constants.HF_HUB_OFFLINE or failed_before
     try:
+        if not local_files_only:
+            _require_answer(repository, filename, revision, token)
         with _without_retry_warnings():  # one error below reports their outcome
             return Path(
                 hf_hub_download(
@@ -86,6 +131,7 @@ def _resolve_on_hub(
                     cache_dir=cache,
                     local_files_only=local_files_only,
                     token=token,
+                    etag_timeout=_seconds_to_answer(),
                 )
             )
     except EntryNotFoundError as error:
@@ -113,6 +159,59 @@ def _resolve_on_hub(
     _raise_clearly(download_error, repository, filename, revision)
 
 
+def _seconds_to_answer() -> float:
+    from huggingface_hub import constants
+
+    return float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else _SECONDS_TO_ANSWER
+
+
+def _require_answer(repository: str, filename: str, revision: str | None, token: str | bool | None) -> None:
+    """Raises the network's error, the server's, or TimeoutError if the Hub does not answer in time."""
+    global _last_answer
+    if time.monotonic() - _last_answer < _SECONDS_BETWEEN_ATTEMPTS:
+        return
+    seconds = _seconds_to_answer()
+    errors: list[Exception] = []
+    # In a thread, because no timeout of an HTTP library covers the resolution of names, or an answer byte by byte.
+    asking = threading.Thread(
+        target=_ask, args=(repository, filename, revision, token, seconds, errors), daemon=True, name="ask_hub"
+    )
+    asking.start()
+    asking.join(min(0.5, seconds))
+    if asking.is_alive() and sys.stderr is not None and sys.stderr.isatty():
+        limit = f"at most {seconds:g} s, or as many as HF_HUB_ETAG_TIMEOUT says"
+        print(f"waiting for the Hugging Face Hub to find {repository} ({limit}) ...", file=sys.stderr, flush=True)
+    asking.join(max(0.0, seconds - 0.5))
+    if asking.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s; HF_HUB_ETAG_TIMEOUT=30 waits for 30 s")
+    if errors:
+        raise errors[0]
+    _last_answer = time.monotonic()
+
+
+def _ask(
+    repository: str,
+    filename: str,
+    revision: str | None,
+    token: str | bool | None,
+    seconds: float,
+    errors: list[Exception],
+) -> None:
+    """Appends the error of a Hub that does not answer, or answers that it is unavailable."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, filename, revision=revision), token=token, timeout=seconds)
+    except Exception as error:  # any other error is an answer, which the download repeats
+        if _is_network_error(error) or _status(error) in (429, 500, 502, 503, 504):
+            errors.append(error)
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status of an error of huggingface_hub."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 @contextmanager
 def _without_retry_warnings() -> Iterator[None]:
     http = logging.getLogger("huggingface_hub.utils._http")
@@ -125,7 +224,7 @@ def _without_retry_warnings() -> Iterator[None]:
 
 
 def _raise_clearly(error: Exception, repository: str, filename: str, revision: str | None) -> NoReturn:
-    """Raises OSError with one sentence per way in which the Hub can fail."""
+    """Raises CheckpointError with one sentence per way in which the Hub can fail."""
     from huggingface_hub import errors
 
     where = repository if revision is None else f"{repository} (revision {revision})"
@@ -134,7 +233,7 @@ def _raise_clearly(error: Exception, repository: str, filename: str, revision: s
     elif isinstance(error, errors.RepositoryNotFoundError):
         message = (
             f"{repository!r} is neither an existing directory nor a hub repository that can be read; "
-            "if it is private, give token= or log in with `hf auth login`"
+            f"if it is private, give token= or log in with `hf auth login`{_path_hint(repository)}"
         )
     elif isinstance(error, errors.RevisionNotFoundError):
         message = f"the hub repository {repository} has no revision {revision!r}"
@@ -144,16 +243,21 @@ def _raise_clearly(error: Exception, repository: str, filename: str, revision: s
         message = (
             f"{repository!r} is not an existing directory, and {filename} of the hub repository {where} is neither "
             f"cached nor reachable without a network: run `hf download {repository}` with a network, or pass the "
-            "directory of a downloaded checkpoint"
+            f"directory of a downloaded checkpoint{_network_reason(error)}{_path_hint(repository)}"
         )
     else:
         message = f"could not get {filename} of the hub repository {where}: {type(error).__name__}: {error}"
-    raise OSError(message) from error
+    raise CheckpointError(" ".join(message.split())) from error
+
+
+def _network_reason(error: Exception) -> str:
+    return f" ({type(error).__name__}: {error})" if _is_network_error(error) and str(error) else ""
 
 
 def _is_network_error(error: Exception) -> bool:
     """Connection, proxy and time-out errors, whichever HTTP library the installed huggingface_hub uses."""
-    network_errors = {"ConnectionError", "ProxyError", "ConnectError", "TransportError", "Timeout", "TimeoutException"}
+    network_errors = {"ConnectionError", "ProxyError", "ConnectError", "TransportError", "Timeout", "TimeoutException",
+                      "TimeoutError"}  # fmt: skip
     return any(base.__name__ in network_errors for base in type(error).__mro__)
 
 

@@ -1,6 +1,7 @@
 """Finding a checkpoint's files in directories and in huggingface_hub's cache, and the errors if they are missing."""
 
 import os
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -13,8 +14,10 @@ from siglip_model.checkpoints.hub import resolve_file
 
 
 @pytest.fixture(autouse=True)
-def no_earlier_failure(monkeypatch):
+def answering_hub(monkeypatch):
+    """No earlier failure, and a Hub that answered just now: what it answers is up to each test."""
     monkeypatch.setattr(hub, "_last_failure", -1e9)
+    monkeypatch.setattr(hub, "_last_answer", time.monotonic())
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
