@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -218,7 +219,8 @@ class PreTrainedModel(nn.Module):
         name = DEFAULT_BACKEND if backend is None else backend
         backends.resolve(name, device)  # before any file of the weights is opened
         weights = find_weights(pretrained_model_name_or_path, hub)
-        in_file = naming(Path(pretrained_model_name_or_path, CONFIG_NAME)) if stored_config else nullcontext()
+        config_file = os.path.join(pretrained_model_name_or_path, CONFIG_NAME)
+        in_file = naming(config_file) if stored_config else nullcontext()
         with torch.device("meta"), _WithoutInitialisation(), in_file:
             model = cls(buildable(config, weights), backend="eager")
         load_weights(
@@ -230,6 +232,7 @@ class PreTrainedModel(nn.Module):
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             most_new_values=MOST_NEW_VALUES if stored_config else math.inf,
             differing_sizes=differing_sizes(config, weights),
+            config_source=config_file if stored_config else "its config",
         )
         model.set_backend(name)
         return model.eval()

@@ -9,11 +9,22 @@ from typing import Any, TypeVar
 
 Built = TypeVar("Built")
 
-_LONGEST_REASON = 2000  # characters: a message must not repeat a whole hostile file
+_LONGEST_MESSAGE = 2500  # characters: names of tensors and values may come from a hostile file
 
 
 class CheckpointError(OSError, ValueError):
-    """A checkpoint is missing, incomplete, damaged or does not fit the model; the message names file and tensor."""
+    """A checkpoint is missing, incomplete, damaged or does not fit the model; the message names file and tensor.
+
+    The middle of a long message is left out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message, _LONGEST_MESSAGE))
+
+
+def shortened(text: str, most: int) -> str:
+    """The text without its middle if it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 @contextmanager
@@ -58,5 +69,4 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     if not text or not isinstance(error, (ValueError, TypeError, OSError)):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
-    half = _LONGEST_REASON // 2
-    return text if len(text) <= _LONGEST_REASON else f"{text[:half]} ... {text[-half:]}"
+    return text

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Self
 
 from siglip_model.checkpoints.atomic import atomic_write
 from siglip_model.checkpoints.commit import CONFIG_NAME
-from siglip_model.checkpoints.errors import CheckpointError, naming
+from siglip_model.checkpoints.errors import CheckpointError, naming, shortened
 from siglip_model.checkpoints.fields import Field, check_fields, shown
 from siglip_model.checkpoints.hub import HUB_ARGUMENTS, resolve_file
 
@@ -87,9 +87,10 @@ def read_json_object(path: Path, largest: int = LARGEST_JSON) -> StoredObject:
 
 
 def listed(items: Iterable[str], most: int = 5) -> str:
-    """The first items, and the number of the others."""
+    """The first items, and the number of the others. Names from a file may be long: the middle of each is left out."""
     items = list(items)
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+    others = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(shortened(item, 300) for item in items[:most]) + others
 
 
 MODEL_TYPES = ("siglip", "siglip_text_model", "siglip_vision_model")

@@ -106,11 +106,13 @@ def load_weights(
     ignore_mismatched_sizes: bool = False,
     most_new_values: float = math.inf,
     differing_sizes: Iterable[str] = (),
+    config_source: str = "its config",
 ) -> None:
     """`load_into` for weights whose header was read.
 
     most_new_values: supported number of values in tensors that are newly initialised; more raise a CheckpointError.
-    differing_sizes: what the configuration and the header contradict each other in, for the error message.
+    differing_sizes, config_source: for the error message, what the configuration and the header contradict each other
+        in, and where the configuration is from.
     """
     device = _usable(device)
     config = getattr(model, "config", None)
@@ -131,7 +133,7 @@ def load_weights(
         new_names += misshapen
         for name in misshapen:
             del stored_names[name]
-    _check_fit(type(model).__name__, expected, stored_names, strays, new_names, weights, differing_sizes)
+    _check_fit(type(model).__name__, expected, stored_names, strays, new_names, weights, differing_sizes, config_source)
     new_values = sum(math.prod(expected[name]) for name in new_names)
     if new_values > most_new_values:
         lacked = listed(f"{name} {expected[name]}" for name in new_names)
@@ -239,6 +241,7 @@ def _check_fit(
     new_names: Iterable[str],
     weights: StoredWeights,
     differing_sizes: Iterable[str],
+    config_source: str,
 ) -> None:
     """Raise one error for all missing, unexpected and misshapen tensors."""
     stored = weights.tensors
@@ -253,7 +256,7 @@ def _check_fit(
     problems = [f"{kind}: {listed(names)}" for kind, names in kinds if names]
     if problems:
         problems += differing_sizes
-        raise CheckpointError(f"{weights.source} does not fit {model} with its config; {'; '.join(problems)}")
+        raise CheckpointError(f"{weights.source} does not fit {model} with {config_source}; {'; '.join(problems)}")
 
 
 def _restore_buffers(model: torch.nn.Module, device: torch.device) -> None:

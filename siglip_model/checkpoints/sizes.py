@@ -31,6 +31,9 @@ _LAYER = re.compile(r"encoder\.layers\.(\d{1,9})\.")
 def differing_sizes(config: Any, weights: StoredWeights) -> list[str]:
     """Each field of the configuration whose size is not the weights', with both values."""
     found: dict[str, str] = {}
+    classifier = weights.tensors.get("classifier.weight")
+    if classifier is not None and classifier.shape:
+        _compare(found, "", "num_labels", {"num_labels": config.num_labels}, classifier.shape[0])
     for tower, field, part in _towers(config):
         shapes = _shapes(tower, weights)
         configured: dict[str, Any] = dict(vars(part))

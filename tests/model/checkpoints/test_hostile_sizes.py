@@ -72,6 +72,15 @@ def test_sizes_that_are_not_those_of_the_weights(checkpoint, tower, field, value
     assert f"{tower}.{field} of config.json is {value}, of the weights {stored}" in message
 
 
+def test_labels_that_are_not_those_of_the_weights(tmp_path, checkpoint):
+    config = siglip_model.SiglipConfig.from_pretrained(checkpoint, num_labels=3)
+    siglip_model.SiglipForImageClassification(config).save_pretrained(tmp_path / "classifier")
+    edit_json(tmp_path / "classifier/config.json", lambda config: config["id2label"].pop("1"))
+    message = refusal(tmp_path / "classifier", "SiglipForImageClassification")
+    assert f"does not fit SiglipForImageClassification with {tmp_path}/classifier/config.json; misshapen" in message
+    assert "num_labels of config.json is 2, of the weights 3" in message
+
+
 def test_image_size_is_compared_in_patches(checkpoint):
     edit_json(checkpoint / "config.json", lambda config: config["vision_config"].update(image_size=60_000))
     assert "vision_config.patches (image_size // patch_size squared) of config.json is 14062500, of the weights 4" in (
@@ -190,6 +199,18 @@ def test_json_files_of_any_size(sharded, name):
     path.write_bytes(b'{"a": [' + b"[]," * 10_000_000 + b"[]]}")
     message = refusal(sharded)
     assert f"{path} has 30,000,0" in message and "supported: at most 16,777,216" in message
+
+
+def test_names_of_any_length(checkpoint, sharded):
+    """The message names the file, and leaves out the middle of what the file holds."""
+    rewrite(checkpoint, lambda tensors: tensors.update({"x" * 10**6: torch.ones(1), "y" * 10**6: torch.ones(1)}))
+    message = refusal(checkpoint)
+    assert "unexpected: xxx" in message and "yyy (1,)" in message and len(message) < 2000
+    edit_json(sharded / "model.safetensors.index.json", lambda index: index["weight_map"].update({"x" * 10**6: "y"}))
+    assert len(refusal(sharded)) < 2000
+    edit_json(checkpoint / "config.json", lambda config: config.update({"id2label": {"0": "a", "z" * 10**6: "b"}}))
+    message = refusal(checkpoint)
+    assert "config.json: SiglipConfig: id2label is " in message and len(message) < 2000
 
 
 def test_file_of_many_tensors(checkpoint):
