@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.files import load_config_dict, split_hub_arguments
 from siglip_model.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from siglip_model.model import SiglipModel
@@ -24,15 +25,12 @@ class AutoModel:
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
-        """Arguments: see `SiglipModel.from_pretrained`. Raises ValueError for a model_type that is not SigLIP's."""
+        """Arguments: see `SiglipModel.from_pretrained`. Raises CheckpointError if model_type is not SigLIP's."""
         hub, _ = split_hub_arguments(kwargs)
-        model_type = load_config_dict(pretrained_model_name_or_path, **hub).get("model_type")
-        if model_type not in MODELS:
-            raise ValueError(
-                f"AutoModel: {pretrained_model_name_or_path} has model_type {model_type!r}; "
-                f"supported: {', '.join(MODELS)}"
-            )
-        return MODELS[model_type].from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config = load_config_dict(pretrained_model_name_or_path, **hub)
+        if "model_type" not in config:
+            raise CheckpointError(f"{config.path}: model_type is missing; supported: {', '.join(MODELS)}")
+        return MODELS[config["model_type"]].from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 class AutoProcessor:

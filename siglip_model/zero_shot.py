@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.devices import resolve_device
+from siglip_model.fit import check_fit
 from siglip_model.images.batches import Failure, read_batches
 from siglip_model.images.files import describe_source, open_image
 from siglip_model.images.limits import PixelBudget
@@ -293,7 +293,8 @@ def pipeline(
                 " a Hub id (or use model.set_backend and model.to)"
             )
     tokenizer, image_processor = _components(model, tokenizer, image_processor, processor, hub)
-    _check_size(loaded, image_processor, model)
+    where = os.fspath(model) if isinstance(model, (str, os.PathLike)) else TASK
+    check_fit(loaded.config, tokenizer, image_processor, where)  # type: ignore[union-attr]
     return ZeroShotImageClassificationPipeline(
         loaded,  # type: ignore[arg-type]
         tokenizer,
@@ -336,26 +337,6 @@ def _components(
 
         image_processor = load_image_processor(image_processor, **hub)
     return tokenizer, image_processor
-
-
-def _check_size(model: Any, image_processor: Any, origin: Any) -> None:
-    """Raises CheckpointError if the model takes no image of the processor's size: found before any is prepared."""
-    from siglip_model.images.processor import ImageProcessor
-
-    if not isinstance(image_processor, ImageProcessor) or not image_processor.do_resize:
-        return
-    size, vision = image_processor.size, model.config.vision_config  # type: ignore[attr-defined]
-    if "height" not in size:  # else it depends on the image
-        return
-    patches = (size["height"] // vision.patch_size) * (size["width"] // vision.patch_size)
-    grid = vision.image_size // vision.patch_size
-    if patches not in (1, grid**2):
-        side = grid * vision.patch_size
-        where = origin if isinstance(origin, (str, os.PathLike)) else TASK
-        raise CheckpointError(
-            f"{where}: the image processor's size is {size}, {patches:,} patches of the model; supported: "
-            f"{ {'height': side, 'width': side} }, {grid**2:,} patches"
-        )
 
 
 def _only_one(name: str, value: Any, alias: str, alias_value: Any) -> Any:

@@ -46,8 +46,10 @@ class ImageProcessor:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
+    name_or_path: str = ""  # the file that the options were loaded from
     default_to_square: bool
     do_resize: bool
+    do_normalize: bool
     size: dict[str, int]
     resample: Any
     # Further arguments of a call.
@@ -129,7 +131,11 @@ class ImageProcessor:
                     isinstance(value, (list, tuple)) and value and all(map(is_number, value))
                 ):
                     raise ValueError(f"{name} is {shown(value)}; supported: a number, or one per channel")
-            std = settings["image_std"]
+            mean, std = settings["image_mean"], settings["image_std"]
+            if not is_number(mean) and not is_number(std) and len(mean) != len(std):
+                raise ValueError(
+                    f"image_mean has {len(mean)} numbers and image_std is {shown(std)}; supported: equally many"
+                )
             if 0 in ([std] if is_number(std) else std):
                 raise ValueError(f"image_std is {shown(std)}; supported: numbers other than 0")
         layout = settings.setdefault("input_data_format", None)
@@ -153,7 +159,9 @@ class ImageProcessor:
     @classmethod
     def _from_settings(cls, settings: StoredObject, given: Mapping[str, Any]) -> Any:
         known = {name: value for name, value in settings.items() if name in cls.defaults}
-        return build_from_file(settings.path, cls, known, given)
+        processor = build_from_file(settings.path, cls, known, given)
+        processor.name_or_path = str(settings.path)
+        return processor
 
     def to_dict(self) -> dict[str, Any]:
         """The content of preprocessor_config.json."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from siglip_model.checkpoints.errors import CheckpointError, build_from_file, naming
-from siglip_model.checkpoints.fields import check_fields
+from siglip_model.checkpoints.fields import check_fields, shown
 from siglip_model.checkpoints.files import (
     LARGEST_TOKENIZER_JSON,
     StoredObject,
@@ -351,6 +351,8 @@ class GemmaTokenizer(TokenizersTokenizer):
         model = content.get("model")
         if not isinstance(model, dict) or "merges" not in model:
             raise ValueError("its model is not a byte-pair encoding")
+        if self.unk_token is not None and self.unk_token not in model.get("vocab", {}):
+            raise ValueError(f"unk_token is {shown(self.unk_token)}; supported: a token of its vocabulary, or None")
         space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         decoders = [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},

@@ -329,7 +329,10 @@ class Tokenizer(abc.ABC):
             model_max_length=self.model_max_length,
         )
         if lengths.padding != "do_not_pad" and self.pad_token is None:
-            raise ValueError("padding: the tokenizer has no pad_token; set one (tokenizer.pad_token = ...) to pad")
+            origin = f", and {self.config_name} of {self.name_or_path} names none" if self.name_or_path else ""
+            raise ValueError(
+                f"padding: the tokenizer has no pad_token{origin}; set one (tokenizer.pad_token = ...) to pad"
+            )
         return lengths
 
     # ---- padding

@@ -276,7 +276,9 @@ def _load_state(
     except SafetensorError as error:
         raise ValueError(f"{path} is not the state of a run: {error}; remove it to start again") from error
     with state as file:
-        metadata = file.metadata()
+        metadata = file.metadata() or {}
+        if not {"step", "config"} <= metadata.keys():
+            raise ValueError(f"{path} is not the state of a run: no step and config; remove it to start again")
         saved, wanted = json.loads(metadata["config"]), json.loads(json.dumps(_identity(config)))
         if saved != wanted:
             differing = [key for key in wanted if saved.get(key) != wanted[key]]

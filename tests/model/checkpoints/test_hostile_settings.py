@@ -209,7 +209,7 @@ IMAGE_FIELDS = {
                     of_other_types(bool)),
     "rescale_factor": ["x", [], {}, True, float("nan"), float("inf"), 10**400, 0],
     "image_mean": ["x", [], {}, True, float("nan"), [float("inf")], ["x"], 10**400],
-    "image_std": ["x", [], {}, True, float("nan"), [0.5, 0, 0.5], 0, ["x"], 10**400],
+    "image_std": ["x", [], {}, True, float("nan"), [0.5, 0, 0.5], 0, ["x"], 10**400, [0.5, 0.5]],
     "image_processor_type": ["x", 3, [1], {"a": 1}],
     "do_center_crop": [True, "x"],
     "do_pad": [True],
@@ -247,10 +247,47 @@ def test_a_size_that_the_model_does_not_take(checkpoint):
     change(checkpoint / "preprocessor_config.json", size={"height": 4000, "width": 4000})
     with bounded(), pytest.raises(CheckpointError) as caught:
         pipeline(TASK, model=checkpoint)
-    assert "size is {'height': 4000, 'width': 4000}" in str(caught.value) and str(checkpoint) in str(caught.value)
+    path = checkpoint / "preprocessor_config.json"
+    assert f"{path}: size is {{'height': 4000, 'width': 4000}}, 250,000 patches" in str(caught.value)
     assert "supported: {'height': 32, 'width': 32}" in str(caught.value)
     change(checkpoint / "preprocessor_config.json", size={"height": 39, "width": 33})  # as many patches
     pipeline(TASK, model=checkpoint)
+
+
+@pytest.mark.parametrize("value", [[0.5], [0.5] * 6])
+def test_numbers_per_channel_that_the_model_does_not_have(checkpoint, value):
+    change(checkpoint / "preprocessor_config.json", image_mean=value, image_std=value)
+    with pytest.raises(CheckpointError, match="image_mean is .*each of the model's 3 channels") as caught:
+        pipeline(TASK, model=checkpoint)
+    assert str(checkpoint / "preprocessor_config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["eos_token", "pad_token"])
+def test_a_tokenizer_whose_ids_the_model_does_not_have(checkpoint, field):
+    """On a GPU such an id is a device-side assertion."""
+    change(checkpoint / "tokenizer_config.json", **{field: "<new>"})
+    size = load_tokenizer(checkpoint).vocab_size
+    with pytest.raises(CheckpointError) as caught:
+        pipeline(TASK, model=checkpoint)
+    assert str(checkpoint / "tokenizer_config.json") in str(caught.value)
+    assert f"{field} reaches id {size}; supported: ids below the model's vocab_size, {size}" in str(caught.value)
+
+
+def test_a_tokenizer_that_cannot_pad(checkpoint):
+    change(checkpoint / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(CheckpointError, match="tokenizer_config.json: pad_token is None; supported") as caught:
+        pipeline(TASK, model=checkpoint)
+    assert str(checkpoint) in str(caught.value)
+    with pytest.raises(ValueError, match=f"tokenizer_config.json of {checkpoint} names none"):
+        load_tokenizer(checkpoint)(["a", "a cat"], padding=True)
+
+
+def test_auto_model_without_a_model_type(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["model_type"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    message = refusal(siglip_model.AutoModel.from_pretrained, checkpoint / "config.json")
+    assert "model_type is missing; supported: siglip, " in message
 
 
 FILES = {

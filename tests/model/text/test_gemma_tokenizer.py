@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import tokenizers
 import transformers
+from bounded import bounded
 from tokenizer_samples import plain
 from typer.testing import CliRunner
 
 from siglip_model import AutoProcessor, pipeline
+from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.cli.main import app
 from siglip_model.demo import CHECKPOINT, PICTURES
 from siglip_model.text.auto import load_tokenizer
@@ -154,6 +156,83 @@ class TestGemma:
             tokenizer("a", paddign=True)
         with pytest.raises(IndexError, match="10000"):
             tokenizer.convert_ids_to_tokens([10_000])
+
+
+class TestHostileFiles:
+    """Every error names the file; a field of the settings is named with what it supports."""
+
+    @pytest.mark.parametrize("name", ["GemmaTokenizer", "PreTrainedTokenizerFast"])
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"pad_token": 3}, {"eos_token": {"content": None}}, {"model_max_length": "x"}, {"model_max_length": 2**40},
+            {"padding_side": "top"}, {"model_input_names": [3]}, {"added_tokens_decoder": {"x": "<a>"}},
+            {"extra_special_tokens": {"a": 3}}, {"do_lower_case": "yes"}, {"processor_class": []},
+        ],
+    )  # fmt: skip
+    def test_settings(
+        self, gemma_folders: dict[str, Path], name: str, settings: dict[str, Any], tmp_path: Path
+    ) -> None:
+        folder = _copy(gemma_folders[name], tmp_path / "in", **settings)
+        with pytest.raises(CheckpointError, match=f"{next(iter(settings))} is .*; supported: ") as caught:
+            load_tokenizer(folder)
+        assert str(folder / "tokenizer_config.json") in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["GemmaTokenizer", "PreTrainedTokenizerFast"])
+    @pytest.mark.parametrize(
+        "field, value",
+        [
+            ("padding", "Left"), ("padding", {"direction": 3}), ("added_tokens", {}), ("added_tokens", [{"id": -1}]),
+            ("normalizer", {"type": "Unknown"}), ("normalizer", [3]), ("post_processor", {"type": []}), ("model", []),
+            ("model", {"type": "BPE", "vocab": {"a": -1}, "merges": []}), ("decoder", 3), ("version", {}),
+        ],
+    )  # fmt: skip
+    def test_document(self, gemma_folders: dict[str, Path], name: str, field: str, value: Any, tmp_path: Path) -> None:
+        if name == "GemmaTokenizer" and field in ("normalizer", "decoder"):
+            pytest.skip("GemmaTokenizer has its own")
+        folder = _copy(gemma_folders[name], tmp_path / "in", do_lower_case=True)
+        document = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps({**document, field: value}))
+        with bounded(), pytest.raises(CheckpointError) as caught:
+            load_tokenizer(folder)
+        assert f"{folder / 'tokenizer.json'}: " in str(caught.value)
+
+    def test_an_unknown_token_outside_the_vocabulary(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
+        folder = _copy(gemma_folders["GemmaTokenizer"], tmp_path / "in", unk_token="<unk> ")
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: unk_token is '<unk> '; supported: a token of its"):
+            load_tokenizer(folder)
+
+    def test_a_panic_of_the_library(
+        self, gemma_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It does not derive from Exception."""
+        panic = type("PanicException", (BaseException,), {})
+
+        def fail(text: str) -> None:
+            raise panic("index out of bounds")
+
+        monkeypatch.setattr(tokenizers.Tokenizer, "from_str", fail)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: PanicException: index out of bounds"):
+            load_tokenizer(gemma_folders["GemmaTokenizer"])
+
+    def test_a_large_document(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
+        folder = _copy(gemma_folders["GemmaTokenizer"], tmp_path / "in")
+        with (folder / "tokenizer.json").open("wb") as file:
+            file.truncate(2**33)  # a sparse file
+        with bounded(), pytest.raises(CheckpointError, match="has 8,589,934,592 bytes; supported: at most 50,331,648"):
+            load_tokenizer(folder)
+
+    def test_missing_settings_are_said(
+        self, gemma_folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = _copy(gemma_folders["GemmaTokenizer"], tmp_path / "in")
+        load_tokenizer(folder)
+        assert not caplog.messages
+        (folder / "tokenizer_config.json").unlink()
+        tokenizer = load_tokenizer(folder)
+        assert caplog.messages == [f"{folder} has no tokenizer_config.json: the defaults of TokenizersTokenizer apply"]
+        with pytest.raises(ValueError, match=f"no pad_token, and tokenizer_config.json of {folder} names none"):
+            tokenizer(["a", "a cat"], padding=True)
 
 
 def _copy(folder: Path, target: Path, **changes: Any) -> Path:

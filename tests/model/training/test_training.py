@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from siglip_model import SiglipConfig, SiglipModel
 from siglip_model.training.loop import (
@@ -221,6 +222,9 @@ def test_what_cannot_go_on_says_why(tmp_path):
         train(tiny_model(), coloured_squares, TrainingConfig(2, 0.01, 0), tmp_path, show_progress=False)
     with pytest.raises(ValueError, match=r"patch_embedding.weight is \(32, 3, 4, 4\), not \(32, 3, 2, 2\)"):
         train(tiny_model(patch_size=2), coloured_squares, config, tmp_path, show_progress=False)
+    save_file({"weight": torch.ones(2)}, tmp_path / "training_state.safetensors")
+    with pytest.raises(ValueError, match="training_state.safetensors is not the state of a run: no step and config"):
+        train(tiny_model(), coloured_squares, config, tmp_path, show_progress=False)
     (tmp_path / "training_state.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="not the state of a run"):
         train(tiny_model(), coloured_squares, config, tmp_path, show_progress=False)

@@ -1,0 +1,64 @@
+"""Whether a tokenizer and an image processor suit a model: found before any image is read.
+
+Components of other libraries are not examined.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.fields import shown
+from siglip_model.config import SiglipConfig
+from siglip_model.images.processor import ImageProcessor
+from siglip_model.text.tokenizer import Tokenizer
+
+
+def check_fit(config: SiglipConfig, tokenizer: Any, image_processor: Any, where: str) -> None:
+    """Raises CheckpointError if the model takes neither the processor's images nor the tokenizer's ids.
+
+    where: what the message names if a component was not loaded from a file.
+    """
+    if isinstance(image_processor, ImageProcessor):
+        _check_images(config.vision_config, image_processor, image_processor.name_or_path or where)
+    if isinstance(tokenizer, Tokenizer):
+        _check_ids(config.text_config, tokenizer, _file(tokenizer) or where)
+
+
+def _check_images(vision: Any, processor: ImageProcessor, where: str) -> None:
+    for name in ("image_mean", "image_std") if processor.do_normalize else ():
+        value = getattr(processor, name)
+        if isinstance(value, list) and len(value) != vision.num_channels:
+            raise CheckpointError(
+                f"{where}: {name} is {shown(value)}; supported: a number, or one for each of the model's "
+                f"{vision.num_channels} channels"
+            )
+    size = processor.size
+    if not processor.do_resize or "height" not in size:  # else the size depends on the image
+        return
+    grid = vision.image_size // vision.patch_size
+    patches = (size["height"] // vision.patch_size) * (size["width"] // vision.patch_size)
+    if patches not in (1, grid**2):
+        side = grid * vision.patch_size
+        raise CheckpointError(
+            f"{where}: size is {size}, {patches:,} patches of the model; supported: "
+            f"{ {'height': side, 'width': side} }, {grid**2:,} patches"
+        )
+
+
+def _file(tokenizer: Tokenizer) -> str:
+    return os.path.join(tokenizer.name_or_path, tokenizer.config_name) if tokenizer.name_or_path else ""
+
+
+def _check_ids(text: Any, tokenizer: Tokenizer, where: str) -> None:
+    if tokenizer.pad_token is None and tokenizer.name_or_path:
+        raise CheckpointError(f"{where}: pad_token is None; supported: a token, which every text is padded with")
+    # A GPU would end with a device-side assertion.
+    ids = {"vocabulary": tokenizer.vocab_size - 1}
+    ids.update({name: getattr(tokenizer, f"{name}_id") or 0 for name in ("eos_token", "pad_token")})
+    for name, largest in ids.items():
+        if largest >= text.vocab_size:
+            raise CheckpointError(
+                f"{where}: {name} reaches id {largest}; supported: ids below the model's vocab_size, {text.vocab_size}"
+            )
