@@ -91,10 +91,14 @@ class TokenizersTokenizer(Tokenizer):
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             split_special_tokens=split_special_tokens,
         )
+        self._check_tokens(content)
         self._lock = threading.Lock()  # truncation is state of the library's object, set for each call
         self._tokenizer = self._build(content, self._lower_case if do_lower_case is None else do_lower_case)
         with naming(self.tokenizer_file):
             self._add_tokens(added_tokens_decoder or {})
+
+    def _check_tokens(self, content: dict[str, Any]) -> None:
+        """Raises ValueError for a special token that this class cannot use with the content of tokenizer.json."""
 
     def _adapt(self, content: dict[str, Any]) -> dict[str, Any]:
         """The content of tokenizer.json as this class interprets it."""
@@ -347,12 +351,19 @@ class GemmaTokenizer(TokenizersTokenizer):
         kinds = (config.get("processor_class"), None if model is None else model.get("model_type"))
         return {"do_lower_case": True} if any(str(kind).lower().startswith("siglip") for kind in kinds) else {}
 
+    def _check_tokens(self, content: dict[str, Any]) -> None:
+        model = content.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if self.unk_token is not None and isinstance(vocabulary, dict) and self.unk_token not in vocabulary:
+            raise ValueError(
+                f"{type(self).__name__}: unk_token is {shown(self.unk_token)}; supported: a token of the vocabulary of "
+                f"{self.tokenizer_file}, or None"
+            )
+
     def _adapt(self, content: dict[str, Any]) -> dict[str, Any]:
         model = content.get("model")
         if not isinstance(model, dict) or "merges" not in model:
             raise ValueError("its model is not a byte-pair encoding")
-        if self.unk_token is not None and self.unk_token not in model.get("vocab", {}):
-            raise ValueError(f"unk_token is {shown(self.unk_token)}; supported: a token of its vocabulary, or None")
         space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
         decoders = [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},

@@ -195,12 +195,13 @@ class TestHostileFiles:
         (folder / "tokenizer.json").write_text(json.dumps({**document, field: value}))
         with bounded(), pytest.raises(CheckpointError) as caught:
             load_tokenizer(folder)
-        assert f"{folder / 'tokenizer.json'}: " in str(caught.value)
+        assert str(folder / "tokenizer.json") in str(caught.value)
 
     def test_an_unknown_token_outside_the_vocabulary(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
         folder = _copy(gemma_folders["GemmaTokenizer"], tmp_path / "in", unk_token="<unk> ")
-        with pytest.raises(CheckpointError, match=r"tokenizer\.json: unk_token is '<unk> '; supported: a token of its"):
+        with pytest.raises(CheckpointError, match=r"unk_token is '<unk> '; supported: a token of the voc") as caught:
             load_tokenizer(folder)
+        assert str(folder / "tokenizer_config.json") in str(caught.value)
 
     def test_a_panic_of_the_library(
         self, gemma_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
