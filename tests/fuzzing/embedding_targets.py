@@ -1,0 +1,133 @@
+"""A file of embeddings, and a journal beside its file."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checkpoint_targets import WIDTH, build_siglip
+from mutations import safetensors_file, sqlite_file
+from target import Result, Target, run_command
+
+from siglip_model import SiglipModel
+from siglip_model.demo import PICTURES
+from siglip_model.embed import EmbeddingFileError, EmbeddingInterrupted, embed_images, load_embeddings
+from siglip_model.images.pillow import SiglipImageProcessor
+
+IMAGES = sorted(str(path) for path in PICTURES.glob("*.png"))
+FINISHED, ADDED = IMAGES[:4], IMAGES[3:]  # ADDED is embedded after the damage; its first row is there already
+OUT, PART = "out.safetensors", "out.safetensors.part"
+WITHIN_HEADER = ("offsets", "dtype", "shape", "name", "length", "padding", "more")  # damages that leave the rows alone
+
+
+def build_output(folder: Path) -> None:
+    """A file with rows of FINISHED and a failure, and the checkpoint that made them."""
+    folder.mkdir()
+    build_siglip(folder / "checkpoint")
+    embed(folder, [*FINISHED, "/nonexistent/picture.png"])
+
+
+def build_journal(folder: Path) -> None:
+    """As `build_output`, and the journal of a run that was killed after one more image."""
+    build_output(folder)
+    finished = (folder / OUT).read_bytes()
+
+    def interrupt(*_: str) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        embed(folder, [IMAGES[4]], on_image=interrupt)
+    except EmbeddingInterrupted:
+        (folder / OUT).write_bytes(finished)  # which a killed run does not replace
+        return
+    raise AssertionError("the run was not interrupted")
+
+
+def embed(folder: Path, images: list[str], **options: Any) -> None:
+    model = SiglipModel.from_pretrained(folder / "checkpoint")
+    processor = SiglipImageProcessor.from_pretrained(folder / "checkpoint")
+    options = {"num_workers": 0, "model_name": "tiny", **options}
+    embed_images(model, processor, images, folder / OUT, **options)
+
+
+def _rows(folder: Path, least: int) -> Result:
+    """The content of the file. least: the rows that it has to have."""
+    stored = load_embeddings(folder / OUT)
+    return {
+        "least": least,
+        "shape": list(stored.embeddings.shape),
+        "finite": bool(stored.embeddings.isfinite().all()),
+        "rows": dict(zip(stored.files, stored.embeddings.tolist(), strict=True)),
+    }
+
+
+def _least(folder: Path) -> int:
+    """The rows that a file has to have after a run over ADDED: finished ones stay, if there is a file."""
+    return len({*ADDED, *(FINISHED if (folder / OUT).exists() else [])})
+
+
+def use_load(folder: Path) -> Result:
+    return _rows(folder, len(FINISHED))
+
+
+def use_embed_images(folder: Path) -> Result:
+    least = _least(folder)
+    embed(folder, ADDED)
+    return _rows(folder, least)
+
+
+def use_embed_command(folder: Path) -> Result:
+    least = _least(folder)
+    words = ["--model", str(folder / "checkpoint"), "--device", "cpu", "--json", "--out", str(folder / OUT)]
+    run_command(["embed", *ADDED, *words])
+    return _rows(folder, least)
+
+
+def use_overwrite(folder: Path) -> Result:
+    """Starts again, whatever the files hold; only what is no regular file may be refused."""
+    regular = all(path.is_file() or not os.path.lexists(path) for path in (folder / OUT, folder / PART))
+    try:
+        embed(folder, ADDED, overwrite=True)
+    except EmbeddingFileError as error:
+        if regular:
+            raise AssertionError("overwrite does not start again") from error
+        raise
+    return _rows(folder, len(ADDED))
+
+
+def rows_problem(result: Result, whole: Result, done: str) -> str:
+    """No row is lost; those of this run are right, the others also unless their bytes were damaged; all are finite."""
+    rows = result["rows"]
+    if result["shape"] != [len(rows), WIDTH] or not result["finite"]:
+        return f"shape {result['shape']}, finite: {result['finite']}"
+    if len(rows) < result["least"]:
+        return f"rows were lost: {len(rows)} of {result['least']}"
+    certain = set(whole["rows"]) - (set() if done.startswith(WITHIN_HEADER) else set(FINISHED))
+    wrong = sorted(
+        path for path in certain if path not in rows or not np.allclose(rows[path], whole["rows"][path], atol=1e-5)
+    )
+    return f"no row or another for {wrong}" if wrong else ""
+
+
+EMBED_WAYS = {
+    "embed_images": use_embed_images,
+    "siglip embed": use_embed_command,
+    "embed_images, overwrite": use_overwrite,
+}
+EMBED_ERRORS = ("EmbeddingFileError", "FileNotFoundError")
+OUTPUT = Target(
+    "output",
+    build_output,
+    {OUT: safetensors_file},
+    {"load_embeddings": use_load, **EMBED_WAYS},
+    EMBED_ERRORS,
+    rows_problem,
+)
+JOURNAL = Target(
+    "journal",
+    build_journal,
+    {PART: sqlite_file},
+    EMBED_WAYS,
+    EMBED_ERRORS,
+    rows_problem,
+)
