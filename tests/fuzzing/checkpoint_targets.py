@@ -1,7 +1,8 @@
-"""Two checkpoints, which together have each kind of file that can be loaded."""
+"""Two checkpoints, which together have each kind of file that can be loaded, and one of an image classifier."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -11,7 +12,14 @@ from PIL import Image
 from target import NotFinite, Refused, Result, Target, run_command
 from tokenizer_samples import train_sentencepiece
 
-from siglip_model import AutoModel, AutoProcessor, SiglipConfig, SiglipModel, pipeline
+from siglip_model import (
+    AutoModel,
+    AutoProcessor,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipModel,
+    pipeline,
+)
 from siglip_model.images.fast import SiglipImageProcessorFast
 from siglip_model.images.pillow import SiglipImageProcessor
 from siglip_model.processor import SiglipProcessor
@@ -45,12 +53,25 @@ def build_gemma(folder: Path) -> None:
     picture().save(folder / PICTURE)
 
 
-def _tiny_model(vocabulary: int) -> SiglipModel:
-    layers = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**layers, "vocab_size": vocabulary, "max_position_embeddings": 64}
+def build_classifier(folder: Path) -> None:
+    """A vision tower whose config.json names the classes."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = SiglipModel(SiglipConfig(text, {**layers, "image_size": 32, "patch_size": 8}))
+        config = _tiny_config(8, id2label={0: "cat", 1: "dog", 2: "bird"})
+        SiglipForImageClassification(config).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def _tiny_config(vocabulary: int, **options: Any) -> SiglipConfig:
+    layers = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**layers, "vocab_size": vocabulary, "max_position_embeddings": 64}
+    return SiglipConfig(text, {**layers, "image_size": 32, "patch_size": 8}, **options)
+
+
+def _tiny_model(vocabulary: int) -> SiglipModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SiglipModel(_tiny_config(vocabulary))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
@@ -112,6 +133,22 @@ def use_classify(folder: Path) -> Result:
     return {"scores": [entry["score"] for entry in sorted(result["predictions"], key=lambda entry: entry["label"])]}
 
 
+@torch.no_grad()
+def use_classifier(folder: Path) -> Result:
+    model = SiglipForImageClassification.from_pretrained(folder)
+    processor = SiglipImageProcessor.from_pretrained(folder)
+    side = model.config.vision_config.image_size
+    size = {"height": side, "width": side}  # the processor does not know the model
+    try:
+        inputs = processor(picture(), size=size, return_tensors="pt")
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    scores = model(**inputs).logits[0].sigmoid()
+    if not scores.isfinite().all():
+        raise NotFinite
+    return {"scores": scores.tolist(), "labels": [model.config.id2label[index] for index in range(len(scores))]}
+
+
 def scores_problem(result: Result, whole: Result, done: str) -> str:
     scores = result["scores"]
     if len(scores) != len(whole["scores"]) or not all(0 <= score <= 1 for score in scores):
@@ -152,6 +189,15 @@ GEMMA = Target(
         "model-00002-of-00003.safetensors": safetensors_file,
     },
     CHECKPOINT_WAYS,
+    ("CheckpointError",),
+    scores_problem,
+    read_only=True,
+)
+CLASSIFIER = Target(
+    "classifier",
+    build_classifier,
+    {"config.json": json_file, "preprocessor_config.json": json_file, "model.safetensors": safetensors_file},
+    {"SiglipForImageClassification": use_classifier},
     ("CheckpointError",),
     scores_problem,
     read_only=True,

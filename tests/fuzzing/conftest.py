@@ -14,4 +14,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("fuzzing: cases by ending")
     for target, counts in sorted(totals.items()):
         listed = ", ".join(f"{count} {ending}" for ending, count in sorted(counts.items()))
-        terminalreporter.write_line(f"{target:<10} {sum(counts.values()):>5} cases: {listed}")
+        terminalreporter.write_line(f"{target:<12} {sum(counts.values()):>5} cases: {listed}")

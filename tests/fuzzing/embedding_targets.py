@@ -1,6 +1,7 @@
-"""A file of embeddings, and a journal beside its file."""
+"""A file of embeddings, and the journal of a run that resumes it or replaces it."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,23 @@ def build_output(folder: Path) -> None:
 def build_journal(folder: Path) -> None:
     """As `build_output`, and the journal of a run that was killed after one more image."""
     build_output(folder)
+    _leave_journal(folder, overwrite=False)
+
+
+def build_overwriting(folder: Path) -> None:
+    """As `build_output`, and the journal of a run that was killed while it was replacing the file."""
+    build_output(folder)
+    _leave_journal(folder, overwrite=True)
+
+
+def _leave_journal(folder: Path, overwrite: bool) -> None:
     finished = (folder / OUT).read_bytes()
 
     def interrupt(*_: str) -> None:
         raise KeyboardInterrupt
 
     try:
-        embed(folder, [IMAGES[4]], on_image=interrupt)
+        embed(folder, [IMAGES[4]], on_image=interrupt, overwrite=overwrite)
     except EmbeddingInterrupted:
         (folder / OUT).write_bytes(finished)  # which a killed run does not replace
         return
@@ -95,6 +106,15 @@ def use_overwrite(folder: Path) -> Result:
     return _rows(folder, len(ADDED))
 
 
+def _without_earlier_rows(use: Callable[[Path], Result]) -> Callable[[Path], Result]:
+    """A run that continues one with overwrite may end with the new rows alone."""
+
+    def without(folder: Path) -> Result:
+        return {**use(folder), "least": len(ADDED)}
+
+    return without
+
+
 def rows_problem(result: Result, whole: Result, done: str) -> str:
     """No row is lost; those of this run are right, the others also unless their bytes were damaged; all are finite."""
     rows = result["rows"]
@@ -114,6 +134,7 @@ EMBED_WAYS = {
     "siglip embed": use_embed_command,
     "embed_images, overwrite": use_overwrite,
 }
+OVERWRITING_WAYS = {way: _without_earlier_rows(use) for way, use in EMBED_WAYS.items()}
 EMBED_ERRORS = ("EmbeddingFileError", "FileNotFoundError")
 OUTPUT = Target(
     "output",
@@ -123,11 +144,6 @@ OUTPUT = Target(
     EMBED_ERRORS,
     rows_problem,
 )
-JOURNAL = Target(
-    "journal",
-    build_journal,
-    {PART: sqlite_file},
-    EMBED_WAYS,
-    EMBED_ERRORS,
-    rows_problem,
-)
+JOURNAL_FILES = {PART: sqlite_file, OUT: safetensors_file}
+JOURNAL = Target("journal", build_journal, JOURNAL_FILES, EMBED_WAYS, EMBED_ERRORS, rows_problem)
+OVERWRITING = Target("overwriting", build_overwriting, JOURNAL_FILES, OVERWRITING_WAYS, EMBED_ERRORS, rows_problem)

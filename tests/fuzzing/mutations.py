@@ -283,6 +283,44 @@ def image_file(rng: random.Random, path: Path) -> str:
     return f"{size} bytes at {start}: {number} becomes {new}"
 
 
+def png_file(rng: random.Random, path: Path) -> str:
+    """A number in its header, or a chunk: removed, repeated, moved, added, or compressed from very much."""
+    kind = rng.choice(["number", "number", "remove", "repeat", "move", "add", "compressed"])
+    if kind == "number":
+        return image_file(rng, path)
+    chunks = _chunks(path.read_bytes())
+    index = rng.randrange(len(chunks))
+    name, data = chunks[index]
+    if kind == "remove":
+        del chunks[index]
+    elif kind == "repeat":
+        chunks.insert(index, (name, data))
+    elif kind == "move":
+        chunks.insert(rng.randrange(len(chunks)), chunks.pop(index))
+    elif kind == "add":
+        name = rng.choice([b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"gAMA", b"cHRM", b"iCCP", b"acTL", b"fcTL", b"tEXt"])
+        chunks.insert(index, (name, rng.randbytes(rng.choice([0, 1, 4, 100, 768]))))
+    else:
+        name = rng.choice([b"zTXt", b"iCCP", b"iTXt"])
+        start = b"a\0\1\0\0\0" if name == b"iTXt" else b"a\0\0"
+        chunks.insert(1, (name, start + zlib.compress(bytes(rng.choice([10**6, 10**8])))))
+    written = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    ]
+    path.write_bytes(path.read_bytes()[:8] + b"".join(written))
+    return f"{kind} {name.decode()}"
+
+
+def _chunks(content: bytes) -> list[tuple[bytes, bytes]]:
+    """Name and data of each chunk of a PNG."""
+    chunks, position = [], 8
+    while position < len(content):
+        length = struct.unpack_from(">I", content, position)[0]
+        chunks.append((content[position + 4 : position + 8], content[position + 8 : position + 8 + length]))
+        position += length + 12
+    return chunks
+
+
 # ---- SQLite, in which journals are written
 
 STATEMENTS = [
@@ -337,7 +375,8 @@ STATEMENTS = [
 def sqlite_file(rng: random.Random, path: Path) -> str:
     """A statement that the program never executes, in a database that stays one."""
     statement = rng.choice(STATEMENTS).format(
-        row=rng.randint(1, 6), setting=rng.choice(["width", "dtype", "model", "normalize", "image_processor"])
+        row=rng.randint(1, 6),
+        setting=rng.choice(["width", "dtype", "model", "normalize", "image_processor", "overwrites"]),
     )
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute(statement)

@@ -47,10 +47,10 @@ class Target:
         return name, change(rng, folder / name)
 
 
-def run_command(words: list[str]) -> str:
-    """stdout. Raises Refused for a documented error, and what the command raised otherwise."""
+def run_command(words: list[str], allowed: tuple[int, ...] = (0,)) -> str:
+    """stdout, if the exit code is allowed. Raises Refused for a documented error, and what was raised otherwise."""
     result = CliRunner().invoke(app, words, prog_name="siglip")
-    if result.exit_code == 0:
+    if result.exit_code in allowed:
         return result.stdout
     lines = [line for line in result.stderr.splitlines() if line.startswith("siglip: error: ")]
     if result.exit_code == 2 and len(lines) == 1:

@@ -1,4 +1,4 @@
-"""Damaged checkpoints, embedding files and journals give a clear error or the same result, and nothing is replaced.
+"""Damaged checkpoints, embeddings, journals and images give a clear error or the same result; nothing is replaced.
 
 Each case damages one file of a whole folder (`mutations.py`) and uses the folder in a forked child (`target.py`).
 `cases.py` judges the ending: an error must be of the documented class and name the damaged file, and a second run must
@@ -7,6 +7,7 @@ end in the same way; a result must be finite and keep every finished row. Either
 """
 
 import dataclasses
+import math
 import os
 import random
 import signal
@@ -21,13 +22,14 @@ import cases
 import forked
 import torch
 from cases import Fault, Fuzzer, snapshot
-from checkpoint_targets import GEMMA, SIGLIP
-from embedding_targets import JOURNAL, OUT, OUTPUT, use_load
+from checkpoint_targets import CLASSIFIER, GEMMA, SIGLIP
+from embedding_targets import JOURNAL, OUT, OUTPUT, OVERWRITING, use_load
 from image_targets import IMAGE
 
 from siglip_model.embed import EmbeddingFileError
 
-TARGETS = {target.name: target for target in (SIGLIP, GEMMA, OUTPUT, JOURNAL, IMAGE)}
+TARGETS = {target.name: target for target in (SIGLIP, GEMMA, CLASSIFIER, OUTPUT, JOURNAL, OVERWRITING, IMAGE)}
+pytestmark = pytest.mark.filterwarnings("ignore:images of mode")  # which value range is assumed
 SEED = int(os.environ.get("TEST_SEED", "0"))
 CASE = os.environ.get("FUZZ_CASE")  # the only one to run
 QUICK = 3  # cases per target in the default tests
@@ -165,6 +167,24 @@ def test_what_is_allowed_passes(judge, output):
     assert judge(error) == "clear error"
     assert judge(lambda folder: use_load(output)) == "same result"
     assert judge(lambda folder: {**use_load(output), "least": 0}) == "finite result"
+
+
+WHOLE = {"rows": {"a.png": [0.25], "b.png": [0.75]}, "failed": {}}
+IMAGE_RESULTS = {
+    "one fails": ({"rows": {"a.png": [0.25]}, "failed": {"b.png": "/b.png: is truncated"}}, ""),
+    "one is missing": ({"rows": {"a.png": [0.25]}, "failed": {}}, ""),
+    "one has another row": ({"rows": {"a.png": [0.25], "b.png": [0.5]}, "failed": {}}, ""),
+    "two have": ({"rows": {"a.png": [0.5], "b.png": [0.5]}, "failed": {}}, "no row or another for ['a.png', 'b.png']"),
+    "not finite": ({"rows": {"a.png": [0.25], "b.png": [math.nan]}, "failed": {}}, "no row or another for ['b.png']"),
+    "no reason": ({"rows": {"a.png": [0.25]}, "failed": {"b.png": "/b.png: "}}, "the reason is '/b.png: '"),
+    "no name": ({"rows": {"a.png": [0.25]}, "failed": {"b.png": "is truncated"}}, "the reason is 'is truncated'"),
+}
+
+
+@pytest.mark.parametrize("case", IMAGE_RESULTS)
+def test_what_a_damaged_image_may_change(case):
+    result, expected = IMAGE_RESULTS[case]
+    assert IMAGE.problem(result, WHOLE, "") == expected
 
 
 @pytest.mark.thorough
