@@ -110,7 +110,7 @@ def use_classes(folder: Path) -> Result:
         )
     except ValueError as error:
         raise Refused(str(error)) from error
-    scores = torch.sigmoid(model(**inputs).logits_per_image)[0]
+    scores = torch.sigmoid(model(**inputs, return_dict=True).logits_per_image)[0]
     if not scores.isfinite().all():
         raise NotFinite
     return {"scores": scores.tolist()}
@@ -143,7 +143,7 @@ def use_classifier(folder: Path) -> Result:
         inputs = processor(picture(), size=size, return_tensors="pt")
     except ValueError as error:
         raise Refused(str(error)) from error
-    scores = model(**inputs).logits[0].sigmoid()
+    scores = model(**inputs, return_dict=True).logits[0].sigmoid()
     if not scores.isfinite().all():
         raise NotFinite
     return {"scores": scores.tolist(), "labels": [model.config.id2label[index] for index in range(len(scores))]}
