@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,19 +28,25 @@ class SiglipImageProcessorFast(ImageProcessor):
     TOLERANCE_LEVELS: ClassVar[int] = 2
     _MODES: ClassVar[dict[int, str]] = {NEAREST: "nearest-exact", BILINEAR: "bilinear", BICUBIC: "bicubic"}
 
-    def _process(self, images: list[Any], options: ImageOptions, device: Any) -> list[torch.Tensor]:
+    def _resolve(self, overrides: Mapping[str, Any]) -> ImageOptions:
+        options = super()._resolve(overrides)
         if options.do_resize and options.resample not in self._MODES:
             raise ValueError(
                 f"resample is {options.resample}: SiglipImageProcessorFast supports {NEAREST} (nearest), {BILINEAR} "
                 f"(bilinear) and {BICUBIC} (bicubic); use SiglipImageProcessor for other filters"
             )
+        return options
+
+    def _process(self, images: list[Any], options: ImageOptions, device: Any) -> list[torch.Tensor]:
         tensors = [self._to_tensor(image, options, device) for image in images]
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, tensor in enumerate(tensors):
             groups.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(index)
         results = list(tensors)
         for indices in groups.values():
-            batch = self._transform(torch.stack([tensors[index] for index in indices]), options)
+            group = [tensors[index] for index in indices]
+            # A large photograph is not copied.
+            batch = self._transform(torch.stack(group) if len(group) > 1 else group[0][None], options)
             for index, result in zip(indices, batch, strict=True):
                 results[index] = result
         return results

@@ -254,6 +254,22 @@ def test_a_size_that_the_model_does_not_take(checkpoint):
     pipeline(TASK, model=checkpoint)
 
 
+def test_towers_that_embed_into_different_spaces(checkpoint):
+    whole = json.loads((checkpoint / "config.json").read_text())
+    change(checkpoint / "config.json", text_config={**whole["text_config"], "projection_size": 48})
+    with pytest.raises(CheckpointError) as caught:
+        siglip_model.SiglipModel.from_pretrained(checkpoint, ignore_mismatched_sizes=True)
+    message = str(caught.value)
+    assert str(checkpoint / "config.json") in message
+    assert "text_config.projection_size is 48; supported: the images' width, 32" in message
+
+
+def test_a_filter_that_the_fast_processor_does_not_have(checkpoint):
+    change(checkpoint / "preprocessor_config.json", image_processor_type="SiglipImageProcessorFast", resample=1)
+    message = refusal(siglip_model.SiglipImageProcessorFast.from_pretrained, checkpoint / "preprocessor_config.json")
+    assert "resample is 1: SiglipImageProcessorFast supports 0 (nearest)" in message
+
+
 @pytest.mark.parametrize("value", [[0.5], [0.5] * 6])
 def test_numbers_per_channel_that_the_model_does_not_have(checkpoint, value):
     change(checkpoint / "preprocessor_config.json", image_mean=value, image_std=value)
