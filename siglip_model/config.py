@@ -40,7 +40,7 @@ LARGEST = {
     "image_size": 2**16,
     "patch_size": 2**16,
 }
-MOST_LABELS = 2**20
+MOST_LABELS = 2**17
 
 _SWITCHES = dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), FLAG | NOTHING)
 _LABELS = {

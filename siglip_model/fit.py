@@ -57,6 +57,7 @@ def _check_ids(text: Any, tokenizer: Tokenizer, where: str) -> None:
     # A GPU would end with a device-side assertion.
     ids = {"vocabulary": tokenizer.vocab_size - 1}
     ids.update({name: getattr(tokenizer, f"{name}_id") or 0 for name in ("eos_token", "pad_token")})
+    ids["added_tokens_decoder"] = max(tokenizer.added_tokens_decoder, default=0)
     for name, largest in ids.items():
         if largest >= text.vocab_size:
             raise CheckpointError(

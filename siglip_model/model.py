@@ -26,9 +26,6 @@ class SiglipModel(UsesBackend, PreTrainedModel):
 
     def __init__(self, config: SiglipConfig, **kwargs: str):
         super().__init__(config, **kwargs)
-        text, image = config.text_config.projection_size, config.vision_config.hidden_size  # type: ignore[union-attr]
-        if text != image and config.vision_config.vision_use_head:  # type: ignore[union-attr]
-            raise unsupported("SiglipModel", "text_config.projection_size", f"is {text}", f"the images' width, {image}")
         self.text_model = SiglipTextModel(config.text_config, **kwargs)  # type: ignore[arg-type]
         self.vision_model = SiglipVisionModel(config.vision_config, **kwargs)  # type: ignore[arg-type]
         self.logit_scale = nn.Parameter(torch.zeros(1))  # log of the paper's t

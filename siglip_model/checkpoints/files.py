@@ -15,7 +15,7 @@ from siglip_model.checkpoints.fields import Field, check_fields, shown
 from siglip_model.checkpoints.hub import HUB_ARGUMENTS, resolve_file
 
 # Bytes: bounds the time and the memory of parsing. tokenizer.json of SigLIP 2 has 34 MB.
-LARGEST_JSON, LARGEST_TOKENIZER_JSON = 16 * 2**20, 48 * 2**20
+LARGEST_JSON, LARGEST_TOKENIZER_JSON = 4 * 2**20, 48 * 2**20
 
 
 class StoredObject(dict[str, Any]):

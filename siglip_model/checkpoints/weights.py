@@ -21,7 +21,7 @@ from siglip_model.checkpoints.files import listed, read_json_object
 from siglip_model.checkpoints.hub import is_local, resolve_file
 
 WEIGHT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-LARGEST_HEADER = 8 * 2**20  # bytes; 130 tensors per MB are usual, and the format itself permits 100 MB
+LARGEST_HEADER = 2**22  # bytes, of all shards together: about 30,000 tensors, where SigLIP's largest models have 2,000
 MOST_SHARDS = 1000
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json")
 _OTHER_SUFFIXES = (".safetensors", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -61,7 +61,7 @@ def find_weights(path_or_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> 
     single = resolve_file(path_or_id, WEIGHTS_NAME, **hub)
     if single is not None:
         identity = _identity(single)
-        return StoredWeights(single, _read_header(single), {single: identity})
+        return StoredWeights(single, _read_header(single, LARGEST_HEADER)[0], {single: identity})
     index = resolve_file(path_or_id, INDEX_NAME, **hub)
     if index is None:
         raise CheckpointError(_explain_absence(path_or_id))
@@ -80,13 +80,16 @@ def find_weights(path_or_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> 
         raise CheckpointError(f"{index} names {len(files):,} shards; supported: at most {MOST_SHARDS:,}")
     tensors: dict[str, StoredTensor] = {}
     identities: dict[Path, tuple[int, ...]] = {}
+    left = LARGEST_HEADER
     for file_name in files:
         shard = resolve_file(path_or_id, file_name, **hub)
         if shard is None:
             names = [name for name, file in weight_map.items() if file == file_name]
             raise CheckpointError(f"{index} names the shard {file_name}, which is missing; it holds {listed(names)}")
         identities[shard] = _identity(shard)
-        for name, tensor in _read_header(shard).items():
+        header, length = _read_header(shard, left)
+        left -= length
+        for name, tensor in header.items():
             if weight_map.get(name) != file_name:
                 place = f"in {weight_map[name]}" if name in weight_map else "nowhere"
                 raise CheckpointError(f"{shard} holds {name} {tensor.shape}, which {index.name} has {place}")
@@ -134,19 +137,20 @@ def _mapped(stored: StoredTensor) -> torch.Tensor:
     return data.view(WEIGHT_DTYPES[stored.dtype]).reshape(stored.shape)
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors that a file holds. The header is parsed once, after its length was compared with the limit."""
+def _read_header(path: Path, most: int) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors that a file holds, and the bytes of its header, which is parsed if they are at most `most`."""
     from safetensors import SafetensorError, safe_open
 
     with naming(path):
         with path.open("rb") as file:
             start = file.read(8)
             length, size = int.from_bytes(start, "little"), path.stat().st_size
-            if LARGEST_HEADER < length <= size - 8:
+            if most < length <= size - 8:
+                before = f", {LARGEST_HEADER - most:,} of them in other shards" if most < LARGEST_HEADER else ""
                 raise CheckpointError(
-                    f"{path}: its header has {length:,} bytes; supported: at most {LARGEST_HEADER:,} bytes"
+                    f"{path}: its header has {length:,} bytes; supported: at most {LARGEST_HEADER:,} bytes{before}"
                 )
-            header = file.read(min(length, LARGEST_HEADER))
+            header = file.read(min(length, most))
         try:
             with safe_open(path, framework="pt"):  # checks the header: lengths, offsets, dtypes
                 pass
@@ -158,12 +162,13 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             ) from error
         entries = json.loads(header)
         entries.pop("__metadata__", None)
-        return {
+        tensors = {
             name: StoredTensor(
                 path, tuple(entry["shape"]), entry["dtype"], *(8 + length + at for at in entry["data_offsets"])
             )
             for name, entry in sorted(entries.items())
         }
+        return tensors, length
 
 
 def _check_values(path: Path, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

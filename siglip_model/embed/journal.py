@@ -252,6 +252,8 @@ class EmbeddingJournal:
         with self._explained_errors():
             if is_there and not self._overwrites:
                 self._check_file(rows)
+            elif is_there and not self._overwrite:
+                self._check_overwritten(rows)
             self._replace_file(rows, complete)
         self.up_to_date = complete
         return True
@@ -265,6 +267,20 @@ class EmbeddingJournal:
             raise EmbeddingFileError(
                 f"{error}; it was changed during the run, so it was not replaced. The finished rows are in {self.part}"
             ) from error
+
+    def _check_overwritten(self, rows: int) -> None:
+        """Raises EmbeddingFileError where a run that was not asked to overwrite would leave FILE with fewer rows."""
+        try:
+            with EmbeddingFile(self.out) as file:
+                count = file.count
+        except EmbeddingFileError:  # there is nothing to lose in a file that cannot be read
+            return
+        if count > rows:
+            raise EmbeddingFileError(
+                f"{self.out} has {count} rows, more than the {rows} of {self.part}, which an interrupted run with"
+                f" --overwrite left; it was not changed. Embed the other images of that run, or delete {self.out} to"
+                f" replace it, or {self.part} to continue from it"
+            )
 
     def _replace_file(self, rows: int, complete: bool) -> None:
         sizes = [sum(map(len, lines)) for lines in (self._file_lines(), self._failed_lines())]

@@ -132,13 +132,18 @@ def _decode(source: str, timeout: float | None, budget: PixelBudget, held: ExitS
             raise ValueError(refusal or str(error)) from error
 
 
+# EPS files are programs, which Pillow hands to Ghostscript. BLP and IPTC files state one size and hold an image of
+# another, which Pillow decodes.
+_REFUSED_FORMATS = ("EPS", "BLP", "IPTC")
+
+
 def _formats() -> list[str]:
-    """Pillow's formats without EPS, whose files are programs that Pillow hands to Ghostscript."""
+    """The formats of Pillow that are opened."""
     from PIL import Image
 
     Image.preinit()  # first, as in Image.open: the usual formats are tried before the others
     Image.init()
-    return [name for name in Image.ID if name != "EPS"]
+    return [name for name in Image.ID if name not in _REFUSED_FORMATS]
 
 
 def _size_of(image: Image.Image) -> tuple[int, str]:

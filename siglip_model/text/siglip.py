@@ -31,6 +31,7 @@ UNDERLINE = "▁"  # SentencePiece's mark for a space
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WHITE_SPACE = re.compile(r"\s+")
 # A serialized ModelProto is extended by appending: here normalizer_spec { add_dummy_prefix: false }.
+LARGEST_MODEL = 2**24  # bytes; SigLIP's models of 32,000 and 250,000 pieces have 0.8 and 4.3 MB
 _NO_DUMMY_PREFIX = bytes((0x1A, 0x02, 0x18, 0x00))
 
 
@@ -432,9 +433,12 @@ class SiglipTokenizer(Tokenizer):
 
 def _read_model(path: str) -> bytes:
     try:
-        content = Path(path).read_bytes()
+        size = os.stat(path).st_size
+        content = Path(path).read_bytes() if size <= LARGEST_MODEL else b""
     except OSError as error:
         raise CheckpointError(f"{path}: the SentencePiece model cannot be read: {error.strerror}") from error
+    if size > LARGEST_MODEL:
+        raise CheckpointError(f"{path} has {size:,} bytes; supported: at most {LARGEST_MODEL:,}")
     if not content:
         raise CheckpointError(f"{path} is empty, not a SentencePiece model")
     return content

@@ -134,6 +134,11 @@ class Tokenizer(abc.ABC):
     def vocab_size(self) -> int:
         """Size of the vocabulary without added tokens."""
 
+    @property
+    @abc.abstractmethod
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """Tokens that are never split, by id."""
+
     @abc.abstractmethod
     def get_vocab(self) -> dict[str, int]:
         """Every token, including added ones, with its id."""

@@ -25,6 +25,11 @@ from siglip_model.checkpoints.fields import (
 from siglip_model.checkpoints.files import StoredObject, find_json
 from siglip_model.text.padding import NO_LIMIT, PADDING, SIDES, TRUNCATION
 
+MOST_TOKENS = 2**20  # of a text: a checkpoint could otherwise have each text padded to gigabytes
+# Added tokens are searched for in every text.
+MOST_ADDED_TOKENS = 2**14
+LONGEST_TOKEN = 1000  # letters
+
 # In the order of transformers.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -55,21 +60,30 @@ class AddedToken:
         return asdict(self)
 
 
+def _is_content(value: Any) -> bool:
+    return is_text(value) and len(value) <= LONGEST_TOKEN
+
+
 def _is_token(value: Any) -> bool:
     if isinstance(value, Mapping):
         flags = (value.get(name, False) for name in AddedToken.__dataclass_fields__ if name != "content")
-        return is_text(value.get("content")) and all(isinstance(flag, bool) for flag in flags)
-    return is_text(value) or is_text(getattr(value, "content", None))  # an AddedToken
+        return _is_content(value.get("content")) and all(isinstance(flag, bool) for flag in flags)
+    return _is_content(value) or _is_content(getattr(value, "content", None))  # an AddedToken
+
+
+def _are_few(values: Any) -> bool:
+    return len(values) <= MOST_ADDED_TOKENS
 
 
 def _is_stored_token(value: Any) -> bool:
     return isinstance(value, Mapping) and is_index(value.get("id")) and _is_token(value)
 
 
-MOST_TOKENS = 2**20  # of a text: a checkpoint could otherwise have each text padded to gigabytes
-
-_TOKEN = Field("a string or an object with a string 'content'", _is_token)
-_TOKENS = Field("a list of tokens", lambda value: isinstance(value, (list, tuple)) and all(map(_is_token, value)))
+_TOKEN = Field(f"a string of at most {LONGEST_TOKEN} letters, or an object with such a 'content'", _is_token)
+_TOKENS = Field(
+    f"a list of at most {MOST_ADDED_TOKENS} tokens",
+    lambda value: isinstance(value, (list, tuple)) and _are_few(value) and all(map(_is_token, value)),
+)
 # The options of SentencePieceProcessor that a checkpoint may set. Others, such as model_file, open files.
 _SENTENCEPIECE = {"enable_sampling": FLAG, "nbest_size": whole(-1, 512), "alpha": number(0, 1000)}
 
@@ -98,7 +112,10 @@ SETTINGS = optional(
             ("extra_special_tokens", "additional_special_tokens"),
             _TOKENS | mapping(is_text, _is_token, "an object of tokens"),
         ),
-        "added_tokens_decoder": mapping(is_index, _is_token, "an object from ids to tokens"),
+        "added_tokens_decoder": Field(
+            f"an object from ids to at most {MOST_ADDED_TOKENS} tokens",
+            lambda value: mapping(is_index, _is_token, "").accepts(value) and _are_few(value),
+        ),
         "model_max_length": Field(
             f"a whole number from 1 to {MOST_TOKENS}, or above {NO_LIMIT:g} for no limit",
             lambda value: is_finite(value) and value % 1 == 0 and (1 <= value <= MOST_TOKENS or value > NO_LIMIT),
@@ -123,8 +140,8 @@ SETTINGS = optional(
 TOKENIZER_JSON = optional(
     {
         "added_tokens": Field(
-            "a list of objects with 'id' and 'content'",
-            lambda value: isinstance(value, list) and all(map(_is_stored_token, value)),
+            f"a list of at most {MOST_ADDED_TOKENS} objects with 'id' and 'content'",
+            lambda value: isinstance(value, list) and _are_few(value) and all(map(_is_stored_token, value)),
         ),
         "padding": Field(
             "an object whose direction is Left or Right",

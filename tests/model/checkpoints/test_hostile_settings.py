@@ -254,16 +254,6 @@ def test_a_size_that_the_model_does_not_take(checkpoint):
     pipeline(TASK, model=checkpoint)
 
 
-def test_towers_that_embed_into_different_spaces(checkpoint):
-    whole = json.loads((checkpoint / "config.json").read_text())
-    change(checkpoint / "config.json", text_config={**whole["text_config"], "projection_size": 48})
-    with pytest.raises(CheckpointError) as caught:
-        siglip_model.SiglipModel.from_pretrained(checkpoint, ignore_mismatched_sizes=True)
-    message = str(caught.value)
-    assert str(checkpoint / "config.json") in message
-    assert "text_config.projection_size is 48; supported: the images' width, 32" in message
-
-
 def test_a_filter_that_the_fast_processor_does_not_have(checkpoint):
     change(checkpoint / "preprocessor_config.json", image_processor_type="SiglipImageProcessorFast", resample=1)
     message = refusal(siglip_model.SiglipImageProcessorFast.from_pretrained, checkpoint / "preprocessor_config.json")
@@ -287,6 +277,35 @@ def test_a_tokenizer_whose_ids_the_model_does_not_have(checkpoint, field):
         pipeline(TASK, model=checkpoint)
     assert str(checkpoint / "tokenizer_config.json") in str(caught.value)
     assert f"{field} reaches id {size}; supported: ids below the model's vocab_size, {size}" in str(caught.value)
+
+
+def test_an_added_token_whose_id_the_model_does_not_have(checkpoint):
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    added = {**settings["added_tokens_decoder"], "1000000": {"content": "cat"}}
+    change(checkpoint / "tokenizer_config.json", added_tokens_decoder=added)
+    with pytest.raises(
+        CheckpointError, match="added_tokens_decoder reaches id 1000000; supported: ids below"
+    ) as caught:
+        pipeline(TASK, model=checkpoint)
+    assert str(checkpoint / "tokenizer_config.json") in str(caught.value)
+
+
+def test_added_tokens_are_short_and_few(checkpoint):
+    """Each is searched for in every text."""
+    path = checkpoint / "tokenizer_config.json"
+    original = path.read_text()
+    change(path, unk_token="a b" * 10**6)
+    assert "a string of at most 1000 letters" in refusal(load_tokenizer, path, "unk_token")
+    path.write_text(original)
+    change(path, added_tokens_decoder={str(index): {"content": f"x{index}"} for index in range(2**14 + 1)})
+    assert "at most 16384 tokens" in refusal(load_tokenizer, path, "added_tokens_decoder")
+
+
+def test_a_sentencepiece_model_of_any_size(checkpoint):
+    with (checkpoint / "spiece.model").open("r+b") as file:
+        file.truncate(3 * 2**30)  # a hole, which takes no space on the disk
+    message = refusal(load_tokenizer, checkpoint / "spiece.model")
+    assert "has 3,221,225,472 bytes; supported: at most 16,777,216" in message
 
 
 def test_a_tokenizer_that_cannot_pad(checkpoint):

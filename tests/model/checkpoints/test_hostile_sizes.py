@@ -146,8 +146,8 @@ def test_padded_header(checkpoint):
 
 
 def test_header_is_parsed_once(checkpoint, oracle):
-    """7 MB for each of 88 tensors would take seconds."""
-    _pad_header(checkpoint / "model.safetensors", 7_000_000)
+    """4 MB for each of 88 tensors would take seconds."""
+    _pad_header(checkpoint / "model.safetensors", 4_000_000)
     with bounded(seconds=1.0):
         model = siglip_model.SiglipModel.from_pretrained(checkpoint)
     expected = oracle.state_dict()
@@ -185,6 +185,15 @@ def test_index_of_many_shards(sharded, monkeypatch):
     )
 
 
+def test_headers_of_all_shards_together(sharded):
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    for shard in shards:
+        _pad_header(shard, 2_000_000)
+    message = refusal(sharded)
+    assert f"{shards[2]}: its header has 2,00" in message
+    assert "supported: at most 4,194,304 bytes, 4,00" in message and "of them in other shards" in message
+
+
 def _without_shards(resolve):
     def resolve_file(path_or_id, name, **hub):
         assert not name.startswith("shard"), "a shard was looked for"
@@ -198,7 +207,7 @@ def test_json_files_of_any_size(sharded, name):
     path = sharded / name
     path.write_bytes(b'{"a": [' + b"[]," * 10_000_000 + b"[]]}")
     message = refusal(sharded)
-    assert f"{path} has 30,000,0" in message and "supported: at most 16,777,216" in message
+    assert f"{path} has 30,000,0" in message and "supported: at most 4,194,304" in message
 
 
 def test_names_of_any_length(checkpoint, sharded):

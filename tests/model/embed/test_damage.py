@@ -529,6 +529,18 @@ def test_overwriting_keeps_the_file_until_the_new_rows_are_complete(images, out,
     )
 
 
+def test_an_interrupted_overwrite_does_not_cost_rows_later(images, out, part):
+    """A run without --overwrite was not asked to leave fewer rows, whatever the run before it was asked."""
+    embed_colours([images], out)
+    before = out.read_bytes()
+    interrupted(images, out, overwrite=True, after=1)
+    for _ in range(2):
+        with pytest.raises(EmbeddingFileError, match=r"has 3 rows, more than the 1 .* --overwrite left; it was not"):
+            embed_colours([images / "0.png"], out)
+        assert out.read_bytes() == before and part.exists()
+    assert embed_colours([images], out).rows == 3 and not part.exists()
+
+
 def test_an_overwritten_file_that_was_deleted_is_written_when_interrupted(images, out, part):
     embed_colours([images], out, seed=1)
     assert not interrupted(images, out, overwrite=True, after=1).written

@@ -335,6 +335,21 @@ def test_postscript_is_not_run(tmp_path):
         load_image(path)
 
 
+def test_an_image_within_another_of_one_pixel_is_not_decoded(tmp_path):
+    """Pillow opens an IPTC file as what it holds, whatever size it states."""
+    inner = BytesIO()
+    Image.new("1", (4000, 4000)).save(inner, "PNG")
+
+    def field(record, dataset, content):
+        return struct.pack(">BBBH", 0x1C, record, dataset, len(content)) + content
+
+    headers = field(3, 60, b"\1\0") + field(3, 65, b"\1") + field(3, 20, b"\0\1") + field(3, 30, b"\0\1")
+    path = tmp_path / "x.png"
+    path.write_bytes(headers + field(3, 120, b"\5") + field(8, 10, inner.getvalue()))
+    with pytest.raises(UnreadableImageError, match="not an image, or in an unsupported format"):
+        load_image(path, max_pixels=2**20)
+
+
 @contextmanager
 def server(send):
     class Handler(http.server.BaseHTTPRequestHandler):
