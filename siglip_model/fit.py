@@ -55,9 +55,9 @@ def _check_ids(text: Any, tokenizer: Tokenizer, where: str) -> None:
     if tokenizer.pad_token is None and tokenizer.name_or_path:
         raise CheckpointError(f"{where}: pad_token is None; supported: a token, which every text is padded with")
     # A GPU would end with a device-side assertion.
-    ids = {"vocabulary": tokenizer.vocab_size - 1}
-    ids.update({name: getattr(tokenizer, f"{name}_id") or 0 for name in ("eos_token", "pad_token")})
+    ids = {name: getattr(tokenizer, f"{name}_id") or 0 for name in ("eos_token", "pad_token")}
     ids["added_tokens_decoder"] = max(tokenizer.added_tokens_decoder, default=0)
+    ids["vocabulary"] = max(tokenizer.get_vocab().values(), default=0)
     for name, largest in ids.items():
         if largest >= text.vocab_size:
             raise CheckpointError(

@@ -88,7 +88,7 @@ def main() -> None:
 def _run() -> str | int | None:
     """Runs the command and returns its exit code. Raises BrokenPipeError, for which typer and rich exit with 1."""
     try:
-        app()
+        app(prog_name="siglip")  # also under `python -m`: usage and shell completion name this command
     except SystemExit as ending:
         if isinstance(ending.__context__, BrokenPipeError):
             raise ending.__context__ from None

@@ -25,7 +25,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from siglip_model.checkpoints.atomic import ordinary_mode, sync_directory
-from siglip_model.embed.file import PRODUCER, EmbeddingFile, EmbeddingFileError, RowFormat, encode_header, shortened
+from siglip_model.embed.file import (
+    PRODUCER,
+    TEXT_LIMIT,
+    EmbeddingFile,
+    EmbeddingFileError,
+    RowFormat,
+    encode_header,
+    shortened,
+)
 
 # Paths are bytes, because names need not be valid Unicode. The implicit rowid keeps the order of insertion.
 SCHEMA = {
@@ -165,6 +173,12 @@ class EmbeddingJournal:
         if wrong is not None:
             path, length = wrong
             raise self._damaged(f"its row of {path!r} has {length} bytes, expected {self.format.row_bytes}")
+        for lines in (self._file_lines(), self._failed_lines()):
+            for line in lines:
+                if len(line) > TEXT_LIMIT:
+                    raise self._damaged(f"one of its records has {len(line):,} bytes, more than {TEXT_LIMIT:,}")
+        if wrong := self._execute("SELECT path FROM images WHERE stamp GLOB '*[^ -~]*' LIMIT 1").fetchone():
+            raise self._damaged(f"the stamp of {wrong[0]!r} is not one that a run writes")
         records = self._stream("SELECT path, stamp, error, embedding FROM images")
         while chunk := records.fetchmany(self.format.rows_per_chunk):
             rows = {path: row for path, _, _, row in chunk if row is not None}

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 logger = logging.getLogger(__name__)
+MOST_GROWTH = 1000  # of a text by the replacements of a normaliser
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -111,6 +112,7 @@ class TokenizersTokenizer(Tokenizer):
             adapted = self._adapt(content)
             if lower_case is not None:
                 adapted = {**adapted, "normalizer": _lower_casing(adapted.get("normalizer"), lower_case)}
+            _check_growth(adapted.get("normalizer"), self.tokenizer_file)
             built = tokenizers.Tokenizer.from_str(json.dumps(adapted))
         if lower_case is False and _lower_cases(built.normalizer):
             raise ValueError(
@@ -230,6 +232,9 @@ class TokenizersTokenizer(Tokenizer):
                 )
             except Exception as error:  # the library raises bare Exceptions
                 raise ValueError(f"{type(self).__name__}: {error}") from error
+            except BaseException as error:
+                with naming(self.tokenizer_file):  # of a panic, such as a regular expression that does not end
+                    raise error
             finally:
                 self._tokenizer.no_truncation()
         return {
@@ -402,6 +407,24 @@ def _read_document(path: str) -> StoredObject:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file")
     return read_json_object(Path(path), LARGEST_TOKENIZER_JSON).check(TOKENIZER_JSON)
+
+
+def _check_growth(normalizer: Any, path: str) -> None:
+    """Raises CheckpointError for a normaliser whose replacements can multiply a text's length by more than MOST_GROWTH.
+
+    A kilobyte of tokenizer.json could otherwise make gigabytes of a word.
+    """
+    growth, steps = 1, [normalizer]
+    while steps:
+        step = steps.pop()
+        if isinstance(step, dict):
+            steps += step["normalizers"] if isinstance(step.get("normalizers"), list) else []
+            for name in ("content", "prepend"):
+                growth *= max(1, len(step[name])) if isinstance(step.get(name), str) else 1
+    if growth > MOST_GROWTH:
+        raise CheckpointError(
+            f"{path}: its normalizer can make a text {growth:,} times as long; supported: at most {MOST_GROWTH} times"
+        )
 
 
 def _lower_casing(normalizer: Any, wanted: bool) -> dict[str, Any] | None:

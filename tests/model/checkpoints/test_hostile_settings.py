@@ -301,6 +301,30 @@ def test_added_tokens_are_short_and_few(checkpoint):
     assert "at most 16384 tokens" in refusal(load_tokenizer, path, "added_tokens_decoder")
 
 
+def test_a_normalizer_that_multiplies_the_text(tmp_path):
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    write_tokenizer(tmp_path, {"type": "Sequence", "normalizers": [step] * 4})
+    message = refusal(load_tokenizer, tmp_path / "tokenizer.json")
+    assert "can make a text 1,000,000,000,000 times as long; supported: at most 1000 times" in message
+
+
+def test_a_regular_expression_that_does_not_end(tmp_path):
+    """The library panics, with an exception that does not derive from Exception."""
+    write_tokenizer(tmp_path, {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"})
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        tokenizer("a" * 40 + "c")
+    assert str(tmp_path / "tokenizer.json") in str(caught.value)
+
+
+def write_tokenizer(folder, normalizer):
+    model = {"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"}
+    content = {"version": "1.0", "normalizer": normalizer, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "pad_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def test_a_sentencepiece_model_of_any_size(checkpoint):
     with (checkpoint / "spiece.model").open("r+b") as file:
         file.truncate(3 * 2**30)  # a hole, which takes no space on the disk

@@ -65,6 +65,14 @@ def test_completion_scripts(siglip, monkeypatch, shell):
     assert "siglip" in script and f"complete_{shell}" in script
 
 
+def test_completion_under_python_is_of_siglip():
+    """Not of `python`, whose own completion it would replace."""
+    environment = {**os.environ, "_SIGLIP_COMPLETE": "source_bash"}
+    command = [sys.executable, "-m", "siglip_model"]
+    script = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert script.rstrip().endswith("siglip") and "python" not in script
+
+
 def names_in(result):
     assert result.exit_code == 0, result.stderr
     return [os.path.basename(entry["image"]) for entry in json.loads(result.stdout)]

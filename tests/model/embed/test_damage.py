@@ -529,6 +529,21 @@ def test_overwriting_keeps_the_file_until_the_new_rows_are_complete(images, out,
     )
 
 
+@pytest.mark.parametrize("damage", ["stamp = '12\u00e9'", "error = printf('%.*c', 17000000, 'x')"])
+def test_a_journal_whose_records_a_file_cannot_hold(images, out, part, damage):
+    embed_colours([images / "0.png", images / "1.png"], out)
+    interrupted(images, out, after=1)
+    before = out.read_bytes()
+    with contextlib.closing(sqlite3.connect(part)) as database:
+        database.execute(f"UPDATE images SET {damage} WHERE rowid = 1")
+        database.commit()
+    for _ in range(2):
+        with pytest.raises(EmbeddingFileError, match=r"\.part .* is damaged"):
+            embed_colours([images], out)
+        assert out.read_bytes() == before
+    assert embed_colours([images], out, overwrite=True).rows == 3
+
+
 def test_an_interrupted_overwrite_does_not_cost_rows_later(images, out, part):
     """A run without --overwrite was not asked to leave fewer rows, whatever the run before it was asked."""
     embed_colours([images], out)
