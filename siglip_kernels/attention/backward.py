@@ -60,6 +60,25 @@ def products_by_key(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr, PRECISIO
 
 
 @triton.jit
+def weights_of_tile(
+    q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, key_is_valid,
+    row_log_sum_exp, normaliser, exponent_scale,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """P and dP [BLOCK_Q, BLOCK_K], and the tile of k. key_is_valid: None if every key is."""
+    k_main, k_tail = load_tile(k, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+    scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)
+    weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
+    if NORMALISE:
+        weights *= normaliser[:, None]
+    if key_is_valid is not None:
+        weights = tl.where(key_is_valid[None, :], weights, 0.0)
+    v_main, v_tail = load_tile(v, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+    weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION)
+    return weights, weights_grad, k_main, k_tail
+
+
+@triton.jit
 def sums_of_rows(
     q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, k_step, v_step, limit,
     row_log_sum_exp, row_delta, exponent_scale,
@@ -71,16 +90,31 @@ def sums_of_rows(
     total = tl.zeros([BLOCK_Q], tl.float32)
     keys = tl.arange(0, BLOCK_K)
     for first_key in tl.range(0, limit, BLOCK_K, num_stages=STAGES):
-        key_is_valid = keys < limit - first_key
-        k_main, k_tail = load_tile(k + first_key * k_step, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-        scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)
-        weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
-        weights = tl.where(key_is_valid[None, :], weights, 0.0)
-        v_main, v_tail = load_tile(v + first_key * v_step, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-        weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION)
+        weights, weights_grad, _, _ = weights_of_tile(
+            q_main, q_tail, out_grad_main, out_grad_tail,
+            k + first_key * k_step, v + first_key * v_step, k_offsets, v_offsets, keys < limit - first_key,
+            row_log_sum_exp, None, exponent_scale,
+            HEAD_DIM, MAIN, TAIL, False, PRECISION,
+        )  # fmt: skip
         excess += tl.sum(weights * (weights_grad - row_delta[:, None]), 1)
         total += tl.sum(weights, 1)
     return excess, total
+
+
+@triton.jit
+def add_tile(
+    q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, key_is_valid,
+    row_log_sum_exp, row_delta, normaliser, exponent_scale, q_grad_main, q_grad_tail,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """dQ / scale after one more tile of keys. key_is_valid: None if every key is."""
+    weights, weights_grad, k_main, k_tail = weights_of_tile(
+        q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, key_is_valid,
+        row_log_sum_exp, normaliser, exponent_scale,
+        HEAD_DIM, MAIN, TAIL, EXACT, PRECISION,
+    )  # fmt: skip
+    scores_grad = narrow(score_gradients(weights, weights_grad, row_delta[:, None], EXACT), k_main.dtype)
+    return accumulate(scores_grad, k_main, k_tail, q_grad_main, q_grad_tail, TAIL, PRECISION)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -119,6 +153,7 @@ def attention_backward_queries_kernel(
     BLOCK_K: tl.constexpr,
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
+    SAME_STRIDE: tl.constexpr,  # of k and v: see forward.py
     HAS_LENGTHS: tl.constexpr,
     ONLY_DELTA: tl.constexpr,  # q_grad is not required
     EXACT: tl.constexpr,  # delta by a pass of its own, and P divided by its sum
@@ -162,7 +197,7 @@ def attention_backward_queries_kernel(
         limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
     q_main, q_tail = load_tile(q, queries * (q_token_stride * UNIT), query_is_valid, HEAD_DIM, MAIN, TAIL)
     k_offsets = keys * (k_token_stride * UNIT)
-    v_offsets = keys * (v_token_stride * UNIT)
+    v_offsets = k_offsets if SAME_STRIDE else keys * (v_token_stride * UNIT)
 
     out_main, out_tail = load_tile(out + contiguous, queries * row, query_is_valid, HEAD_DIM, MAIN, TAIL)
     row_delta = tl.sum(out_main.to(tl.float32) * out_grad_main.to(tl.float32), 1)
@@ -186,31 +221,25 @@ def attention_backward_queries_kernel(
     if not ONLY_DELTA:
         q_grad_main = tl.zeros([BLOCK_Q, MAIN], tl.float32)
         q_grad_tail = tl.zeros([BLOCK_Q, TAIL if TAIL > 0 else 16], tl.float32)
-        for first_key in tl.range(0, limit, BLOCK_K):
-            key_is_valid = keys < limit - first_key
-            k_tile = k + first_key * k_step
-            v_tile = v + first_key * v_step
-            k_main, k_tail = load_tile(k_tile, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-            scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)  # [BLOCK_Q, BLOCK_K]
-            weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
-            if EXACT:
-                weights *= normaliser[:, None]
-            if first_key + BLOCK_K > limit:  # only the last tile needs the mask
-                weights = tl.where(key_is_valid[None, :], weights, 0.0)
-            v_main, v_tail = load_tile(v_tile, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-            weights_grad = inner_products(
-                out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION
-            )  # [BLOCK_Q, BLOCK_K]
-            scores_grad = score_gradients(weights, weights_grad, row_delta[:, None], EXACT)
-            q_grad_main, q_grad_tail = accumulate(
-                narrow(scores_grad, k_main.dtype),
-                k_main,
-                k_tail,
-                q_grad_main,
-                q_grad_tail,
-                TAIL,
-                PRECISION,
-            )
+        # The tile with the mask first, as in forward.py; in fp32 each copy of a tile's code would take registers.
+        end = limit
+        if not EXACT:
+            end = tl.maximum(tl.cdiv(limit, BLOCK_K) - 1, 0) * BLOCK_K
+            q_grad_main, q_grad_tail = add_tile(
+                q_main, q_tail, out_grad_main, out_grad_tail,
+                k + end * k_step, v + end * v_step, k_offsets, v_offsets, keys < limit - end,
+                row_log_sum_exp, row_delta, normaliser, exponent_scale, q_grad_main, q_grad_tail,
+                HEAD_DIM, MAIN, TAIL, EXACT, PRECISION,
+            )  # fmt: skip
+        for first_key in tl.range(0, end, BLOCK_K):
+            q_grad_main, q_grad_tail = add_tile(
+                q_main, q_tail, out_grad_main, out_grad_tail,
+                k, v, k_offsets, v_offsets, (keys < limit - first_key) if EXACT else None,
+                row_log_sum_exp, row_delta, normaliser, exponent_scale, q_grad_main, q_grad_tail,
+                HEAD_DIM, MAIN, TAIL, EXACT, PRECISION,
+            )  # fmt: skip
+            k += BLOCK_K * k_step
+            v += BLOCK_K * v_step
         store_tile(
             q_grad + contiguous,
             queries * row,
@@ -423,6 +452,7 @@ def attention_backward(
             BLOCK_Q=tile.queries,
             BLOCK_K=tile.keys,
             WIDE=strides.wide or heads * head_dim * tile.queries >= 2**31,
+            SAME_STRIDE=k.stride(1) == v.stride(1),
             ONLY_DELTA=not needs_q,
             PASS_STAGES=tile.stages if facts(q.device).matrix_unit == "wgmma" else 1,  # more spills elsewhere
             num_warps=tile.warps,

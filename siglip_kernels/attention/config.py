@@ -55,8 +55,8 @@ def tile(kernel: str, facts: Facts, element_bytes: int, head_dim: int, query_tok
 
 
 def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> Tile:
-    """Not measured. The largest tiles without a spill, then two or three programs per multiprocessor, which hide each
-    other's exponentials behind products; `python -m bench.compiled.ahead_of_time attention` shows both.
+    """Not measured. Of the tiles without a spill (`python -m bench.compiled.ahead_of_time attention`), those with the
+    fewest clocks of the busiest pipe per product, then the fewest issue slots (`python -m bench count attention`).
     """
     if facts.interpreted:
         return Tile(128, 128, 4, 1)
@@ -67,15 +67,29 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
         if kernel == "backward_queries":
             return Tile(32, 32, 8, 1) if narrow else Tile(16, 16, 8, 1)
         return Tile(16, 32, 4 if narrow else 8, 1)
+    unit = facts.matrix_unit
     if kernel == "forward":
-        if facts.matrix_unit == "wgmma":
-            return Tile(128, 64, 8, 3, 128 if narrow else None)
-        if facts.matrix_unit == "mma" and columns == 80:
-            return Tile(128, 32, 4, 3)
-        return Tile(128, 64, 4, 2) if narrow else Tile(128, 64, 8, 2)
+        if unit == "wgmma":
+            return Tile(128, 128, 8, 2) if narrow else Tile(128, 64, 8, 3)
+        if unit == "mma" and columns == 80 and _triton_version() >= (3, 9):  # which spills with 64 keys
+            return Tile(128, 32, 4, 2)
+        return Tile(128, 64, 4, 2) if columns <= (64 if unit == "tcgen05" else 80) else Tile(128, 64, 8, 2)
     if kernel == "backward_queries":
-        return Tile(64, 64, 4, 2, 168 if narrow else None) if facts.matrix_unit == "wgmma" else Tile(64, 32, 4, 2)
-    return Tile(32 if facts.matrix_unit == "mma" else 64, 64, 4 if narrow else 8, 2)
+        if unit == "wgmma":
+            return Tile(128, 128, 8, 2) if narrow else Tile(64, 64, 4, 2)
+        if unit == "mma" and narrow:
+            return Tile(128, 32 if columns <= 64 else 16, 4, 2)
+        return Tile(64, 32, 4, 2)
+    if narrow and unit != "tcgen05":
+        return Tile(64, 128, 8, 2) if unit == "wgmma" else Tile(16, 128, 4, 2)
+    return Tile(32 if unit == "mma" else 64, 64, 4 if narrow else 8, 2)
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 # (queries, keys, warps) worth measuring, by the matrix unit. None spills at head dims 64 and 72.

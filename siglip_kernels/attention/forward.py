@@ -22,6 +22,7 @@ _STRIDES = stride_names("q", "k", "v")
 # These change from call to call: specialising on them (are they 1, do they divide by 16) would only recompile the
 # kernel. UNIT already says what matters of the strides, whether they divide by 8.
 _INTEGERS = [*_STRIDES, "heads", "query_tokens", "key_tokens", "query_tiles"]
+LOWEST = tl.constexpr(-(2.0 - 2**-23) * 2.0**127)  # the lowest finite number of fp32
 
 
 @triton.jit
@@ -35,6 +36,30 @@ def mark(log_sum_exp, rows):
 def is_marked(log_sum_exp):
     """1 for rows that `mark` marked, else 0."""
     return log_sum_exp.to(tl.int32, bitcast=True) & 1
+
+
+@triton.jit
+def attend(
+    q_main, q_tail, k, v, k_offsets, v_offsets, key_is_valid, running_max, running_sum, out_main, out_tail,
+    exponent_scale,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr
+):  # fmt: skip
+    """The running maximum and sum and the output after one more tile of keys. key_is_valid: None if every key is."""
+    k_main, k_tail = load_tile(k, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+    scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)  # [BLOCK_Q, BLOCK_K]
+    if key_is_valid is not None:
+        scores = tl.where(key_is_valid[None, :], scores, float("inf") if NEGATIVE_SCALE else float("-inf"))
+    extreme = tl.min(scores, 1) if NEGATIVE_SCALE else tl.max(scores, 1)
+    new_max = tl.maximum(running_max, extreme * exponent_scale)
+    correction = tl.exp2(running_max - new_max)
+    weights = tl.exp2(scores * exponent_scale - new_max[:, None])
+    running_sum = running_sum * correction + tl.sum(weights, 1)
+    out_main *= correction[:, None]
+    out_tail *= correction[:, None]
+    v_main, v_tail = load_tile(v, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
+    out_main, out_tail = accumulate(narrow(weights, v_main.dtype), v_main, v_tail, out_main, out_tail, TAIL, PRECISION)
+    return new_max, running_sum, out_main, out_tail
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -68,6 +93,7 @@ def attention_forward_kernel(
     BLOCK_K: tl.constexpr,
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
+    SAME_STRIDE: tl.constexpr,  # from token to token, of k and v: their offsets share registers
     NEGATIVE_SCALE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     KEEP_LOG_SUM_EXP: tl.constexpr,
@@ -99,34 +125,33 @@ def attention_forward_kernel(
     query_is_valid = queries < query_tokens - first_query
     q_main, q_tail = load_tile(q, queries * (q_token_stride * UNIT), query_is_valid, HEAD_DIM, MAIN, TAIL)
     k_offsets = keys * (k_token_stride * UNIT)
-    v_offsets = keys * (v_token_stride * UNIT)
+    v_offsets = k_offsets if SAME_STRIDE else keys * (v_token_stride * UNIT)
 
-    running_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    # Finite: infinite inputs can make every score of a row -inf, and -inf - (-inf) would be NaN.
+    running_max = tl.full([BLOCK_Q], LOWEST, tl.float32)
     running_sum = tl.zeros([BLOCK_Q], tl.float32)
     out_main = tl.zeros([BLOCK_Q, MAIN], tl.float32)
     out_tail = tl.zeros([BLOCK_Q, TAIL if TAIL > 0 else 16], tl.float32)
-    for first_key in tl.range(0, limit, BLOCK_K):
-        key_is_valid = keys < limit - first_key
-        k_tile = k + first_key * k_step
-        v_tile = v + first_key * v_step
-        k_main, k_tail = load_tile(k_tile, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-        scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)  # [BLOCK_Q, BLOCK_K]
-        if first_key + BLOCK_K > limit:  # only the last tile needs the mask
-            scores = tl.where(key_is_valid[None, :], scores, float("inf") if NEGATIVE_SCALE else float("-inf"))
-        extreme = tl.min(scores, 1) if NEGATIVE_SCALE else tl.max(scores, 1)
-        new_max = tl.maximum(running_max, extreme * exponent_scale)
-        # Infinite inputs can make every score of a row -inf, and -inf - (-inf) would be NaN.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        correction = tl.exp2(running_max - shift)
-        weights = tl.exp2(scores * exponent_scale - shift[:, None])
-        running_sum = running_sum * correction + tl.sum(weights, 1)
-        running_max = new_max
-        out_main *= correction[:, None]
-        out_tail *= correction[:, None]
-        v_main, v_tail = load_tile(v_tile, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-        out_main, out_tail = accumulate(
-            narrow(weights, v_main.dtype), v_main, v_tail, out_main, out_tail, TAIL, PRECISION
-        )
+    # The last tile comes first and is the only one with a mask: in the loop, the mask would cost every tile, and its
+    # branch keeps the compiler from giving each warp whole rows of scores; behind the loop, it takes registers there.
+    # In fp32, each copy of a tile's code takes registers.
+    MASK_FIRST: tl.constexpr = q.dtype.element_ty != tl.float32
+    end = limit
+    if MASK_FIRST:
+        end = tl.maximum(tl.cdiv(limit, BLOCK_K) - 1, 0) * BLOCK_K
+        running_max, running_sum, out_main, out_tail = attend(
+            q_main, q_tail, k + end * k_step, v + end * v_step, k_offsets, v_offsets, keys < limit - end,
+            running_max, running_sum, out_main, out_tail, exponent_scale,
+            HEAD_DIM, MAIN, TAIL, NEGATIVE_SCALE, PRECISION,
+        )  # fmt: skip
+    for first_key in tl.range(0, end, BLOCK_K):
+        running_max, running_sum, out_main, out_tail = attend(
+            q_main, q_tail, k, v, k_offsets, v_offsets, None if MASK_FIRST else (keys < limit - first_key),
+            running_max, running_sum, out_main, out_tail, exponent_scale,
+            HEAD_DIM, MAIN, TAIL, NEGATIVE_SCALE, PRECISION,
+        )  # fmt: skip
+        k += BLOCK_K * k_step
+        v += BLOCK_K * v_step
 
     normaliser = tl.where(limit > 0, 1.0 / running_sum, 0.0)
     row = heads * HEAD_DIM
@@ -196,6 +221,7 @@ def attention_forward(
         BLOCK_K=tile.keys,
         UNIT=strides.unit,
         WIDE=strides.wide or heads * head_dim * tile.queries >= 2**31,
+        SAME_STRIDE=k.stride(1) == v.stride(1),
         NEGATIVE_SCALE=scale < 0,
         HAS_LENGTHS=lengths is not None,
         KEEP_LOG_SUM_EXP=keep_log_sum_exp,

@@ -76,16 +76,16 @@ def forward_tile(head_dim: int, query_tokens: int, last: int, has_lengths: bool)
     beyond 64 columns the accumulators spill, and then wgmmas are serialised; so do, without lengths, the scores of a
     first step (`last_keys`) that is as wide as the others.
 
-    Counted by `python -m bench.compiled.sass attention_hopper attention` with triton 3.7.1: clocks of a quarter of a
+    Counted by `python -m bench count attention_hopper attention --gpu h200` with triton 3.7.1: clocks of a quarter of a
     multiprocessor for 16 × 128 scores, and the share of the tensor pipe's peak that the busiest pipe allows, here and
     in the portable kernel, whose loop issues no exponential beneath its products.
 
     | D      | tensor | exponentials | fma | alu | issue | share | portable         |
     |--------|--------|--------------|-----|-----|-------|-------|------------------|
-    | 64     | 512    | 528          | 170 | 226 | 423   | 97 %  | 70 % (issue)     |
-    | 72, 80 | 640    | 528          | 176 | 230 | 462   | 100 % | 76 % (issue)     |
-    | 96     | 768    | 528          | 184 | 230 | 483   | 100 % | 91 % at 88 (issue) |
-    | 128    | 1024   | 528          | 200 | 230 | 465   | 100 % | 100 %            |
+    | 64     | 512    | 528          | 170 | 226 | 423   | 97 %  | 97 % (MUFU)      |
+    | 72, 80 | 640    | 528          | 176 | 230 | 462   | 100 % | 100 %            |
+    | 96     | 768    | 528          | 184 | 230 | 483   | 100 % | 93 % (shared)    |
+    | 128    | 1024   | 528          | 200 | 230 | 465   | 100 % | 95 % (shared)    |
 
     So all exponentials stay on the special-function units: at D = 64, where those are the bound, computing an eighth of
     them by a polynomial would gain at most 3 % and take half of the free issue slots.
@@ -171,21 +171,22 @@ def backward_tile(kernel: str, head_dim: int) -> BackwardTile:
     """The tile of the kernel that owns "queries" or "keys". Not measured on a GPU.
 
     The widest that does not spill and fits 227 KB of shared memory. Counted as in `forward_tile`: clocks of a quarter
-    of a multiprocessor for 16 rows × `columns` of scores. "operands": those that wgmma reads from shared memory.
+    of a multiprocessor for 16 rows × `columns` of scores. "operands": those that wgmma reads from shared memory. What
+    TMA writes there comes on top; in the portable kernels, copies and statistics are counted with it.
 
     | D      | kernel  | tensor | operands | exponentials | alu | issue | share | portable        |
     |--------|---------|--------|----------|--------------|-----|-------|-------|-----------------|
     | 64     | queries | 768    | 512      | 512          | 324 | 488   | 100 % | 100 %           |
-    |        | keys    | 512    | 384      | 256          | 314 | 431   | 100 % | 100 %           |
+    |        | keys    | 512    | 384      | 256          | 314 | 431   | 100 % | 82 % (shared)   |
     | 72, 80 | queries | 960    | 640      | 512          | 326 | 531   | 100 % | 100 %           |
-    |        | keys    | 640    | 480      | 256          | 320 | 473   | 100 % | 100 %           |
-    | 96     | queries | 576    | 480      | 256          | 174 | 317   | 100 % | not counted     |
-    |        | keys    | 768    | 576      | 256          | 342 | 486   | 100 % | not counted     |
-    | 128    | queries | 768    | 640      | 256          | 166 | 326   | 100 % | 100 %           |
-    |        | keys    | 512    | 512      | 128          | 208 | 296   | 100 % | 86 % (operands) |
+    |        | keys    | 640    | 480      | 256          | 320 | 473   | 100 % | 87 % (shared)   |
+    | 96     | queries | 576    | 480      | 256          | 174 | 317   | 100 % | 82 % (shared)   |
+    |        | keys    | 768    | 576      | 256          | 342 | 486   | 100 % | 61 % (shared)   |
+    | 128    | queries | 768    | 640      | 256          | 166 | 326   | 100 % | 83 % (shared)   |
+    |        | keys    | 512    | 512      | 128          | 208 | 296   | 100 % | 64 % (shared)   |
 
-    The tensor pipe is the bound here and, except in one row, in the portable kernels. What those lack is exponentials
-    beneath their products, loads without registers and instructions of the same warps, and persistent programs.
+    The tensor pipe is the bound here. The portable kernels lack exponentials beneath their products, loads without
+    registers and instructions of the same warps, and persistent programs.
     """
     columns = sum(config.split_head_dim(head_dim))
     slots = 2 if columns <= 96 else 1

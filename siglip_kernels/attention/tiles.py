@@ -18,13 +18,22 @@ def stride_names(*tensors: str) -> list[str]:
 
 @triton.jit
 def load_block(pointer, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[rows, WIDTH] from column FIRST on. offsets, valid: [rows]. Zeros in invalid rows and beyond HEAD_DIM."""
+    """[rows, WIDTH] from column FIRST on. offsets: [rows]. valid: [rows], or None if every row is.
+
+    Zeros in invalid rows and beyond HEAD_DIM.
+    """
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = pointer + (offsets[:, None] + columns[None, :])
-    if FIRST + WIDTH <= HEAD_DIM:
-        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    if valid is None:
+        if FIRST + WIDTH <= HEAD_DIM:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
     else:
-        return tl.load(pointers, mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+        if FIRST + WIDTH <= HEAD_DIM:
+            return tl.load(pointers, mask=valid[:, None], other=0.0)
+        else:
+            return tl.load(pointers, mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
