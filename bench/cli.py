@@ -6,7 +6,9 @@ Ctrl-C (rows measured so far are written; the next run resumes).
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -179,6 +181,63 @@ def compile_kernels(
         tell(f"{len(found) - wrong} of {len(found)} kernels compile without a problem, in {seconds:.0f} s.")
         if wrong:
             raise typer.Exit(FAILED)
+
+
+@app.command()
+def count(
+    operations: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPERATION]...", help="All by default.", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME,…",
+            help="By name (h200) or architecture (sm_90); by default sm_80, sm_86, sm_89, sm_90 and sm_120.",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        str, typer.Option(help="Launches whose name contains this regular expression, instead of published shapes.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+    results: ResultsOption = None,
+) -> None:
+    """Count the clocks that compiled kernels cost each pipe, without a GPU, beside a public Triton kernel."""
+    with _errors_in_one_line():
+        from bench import terminal
+        from bench.compiled import count
+        from bench.compiled.launch import BY_NAME
+        from bench.compiled.table import use_the_compiler
+        from bench.report.rows import results_directory
+
+        every = count.operations()
+        chosen = _known("operation", _split(operations), every) or every
+        names = [name for name, known in BY_NAME.items() if known in count.COUNTED]
+        gpus = list(dict.fromkeys(BY_NAME[name] for name in _known("--gpu", _split(gpu), names))) or list(count.COUNTED)
+        _check_pattern(only)
+        use_the_compiler()
+        found = []
+        for one in count.counts(chosen, gpus, only):
+            terminal.say(f"{one.gpu} {one.operation} {one.launch}, {one.kernel} {one.part}: {one.bound}")
+            found.append(one)
+        if not found:
+            raise ValueError(f"no launch of {', '.join(chosen)} for {', '.join(gpus)} matches {only!r}")
+        if as_json:
+            print(json.dumps([dataclasses.asdict(one) for one in found]))
+        else:
+            terminal.print_counts(found)
+        complete = not only and set(chosen) == set(every) and set(gpus) == set(count.COUNTED)
+        if complete or results is not None:
+            tell = terminal.say if as_json else print
+            tell(f"Written to {count.write(found, results or results_directory())}.")
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--only is {pattern!r} ({error}); supported: regular expressions") from error
 
 
 @app.command()

@@ -6,12 +6,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.compiled.ahead_of_time import Row as Compiled
 from bench.measure.check import Checked
 from bench.measure.progress import Event, Progress
 from bench.report.tables import Group, milliseconds, share, size
+
+if TYPE_CHECKING:
+    from bench.compiled.count import Count
 
 
 def say(message: str) -> None:
@@ -122,6 +125,15 @@ def print_checks(checked: Sequence[Checked]) -> None:
         errors = [number(value) for value in (one.error, one.allowed, one.eager_error, one.sdpa_error)]
         operation = f"{one.op} for Hopper" if one.kernels == "triton:hopper" else one.op
         table.add_row(operation, str(one.shape["name"]), one.dtype, one.what, *errors, verdict)
+    _print(table)
+
+
+def print_counts(found: Sequence[Count]) -> None:
+    from bench.compiled.count import HEADER, SAYS
+
+    table = _table(SAYS, *HEADER)
+    for one in found:
+        table.add_row(*one.cells())
     _print(table)
 
 

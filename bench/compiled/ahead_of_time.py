@@ -192,9 +192,7 @@ def _read(row: Row, compiled: Any) -> None:
     row.warps = compiled.metadata.num_warps
     row.shared_bytes = compiled.metadata.shared
     row.tensor_memory_columns = getattr(compiled.metadata, "tmem_size", None) or 0
-    usage = _resource_usage(compiled.asm["cubin"])
-    row.registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
-    row.stack_bytes = max(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    row.registers, row.stack_bytes = resources(compiled.asm["cubin"])
     row.matrix = matrix_instructions(compiled.asm["ptx"])
     row.accesses = global_accesses(compiled.asm["ptx"])
     row.register_moves = sorted({int(n) for n in re.findall(r"setmaxnreg\.\S+\s+(\d+)", compiled.asm["ptx"])})
@@ -204,8 +202,12 @@ def _read(row: Row, compiled: Any) -> None:
 
 
 @functools.cache
-def _resource_usage(cubin: bytes) -> str:
-    return _output_of("cuobjdump", "-res-usage", cubin)
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack per thread."""
+    usage = _output_of("cuobjdump", "-res-usage", cubin)
+    found = (re.findall(pattern, usage) for pattern in (r"REG:(\d+)", r"(?:STACK|LOCAL):(\d+)"))
+    registers, stack = (max(int(n) for n in numbers) for numbers in found)
+    return registers, stack
 
 
 def sass(cubin: bytes) -> str:

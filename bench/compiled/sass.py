@@ -1,15 +1,18 @@
-"""Counts the clocks that the inner loops of compiled kernels cost each pipe of a Hopper multiprocessor.
+"""Counts the clocks that the inner loops of compiled kernels cost each pipe of a multiprocessor.
 
     python -m bench.compiled.sass attention_hopper attention --only "S=729 D=72" [--json]
 
-For each innermost loop that issues wgmma: the clocks that one warp's pass through it takes on its quarter of the
-multiprocessor, by pipe. Passes of all warps there add up, so no kernel runs faster than its busiest pipe; if that is
-the tensor pipe, the kernel can reach the peak, and otherwise `share` is the fraction that it can reach. Latencies, and
-waits for memory or for other warps, come on top: the result is a bound, not a prediction.
+For each innermost loop that issues matrix instructions: the clocks that one warp's pass through it takes on its quarter
+of the multiprocessor, by pipe. Passes of all warps there add up, so no kernel runs faster than its busiest pipe; if
+that is the tensor pipe, the kernel can reach the peak, and otherwise `share` is the fraction that it can reach.
+Latencies, waits for memory or for other warps, and conflicts of banks come on top: the result is a bound, not a
+prediction.
 
-A quarter (CUDA C++ programming guide, arithmetic throughput, compute capability 9.0) takes a warp's instruction of fp32
-multiply-add in 1 clock, of integers, comparisons or conversions in 2, a shuffle or memory access in 4, an exponential
-in 8; and 512 multiply-adds of fp16 or bf16 per clock. Shared memory delivers wgmma's operands at 128 bytes per clock.
+A quarter (CUDA C++ programming guide, arithmetic throughput) takes a warp's instruction of integers, comparisons or
+conversions in 2 clocks, a shuffle or memory access in 4, an exponential in 8, and one of fp32 in the clocks of
+`RATES`, which also has the multiply-adds of fp16 and bf16 per clock. Shared memory moves 128 bytes per clock for all
+four quarters: what loads (LDS, LDSM), stores (STS, STSM), copies from global memory (cp.async, TMA) and wgmma, which
+reads operands there, move. tcgen05's shapes are not in its instructions: Blackwell's data-centre GPUs are not counted.
 """
 
 import dataclasses
@@ -18,14 +21,36 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.compiled.ahead_of_time import GPUS, arguments_of, compiling_for, sass
 from bench.compiled.launch import Launch
 from bench.compiled.launches import launches_of
 
-_CLOCKS = {"fma": 1, "alu": 2, "lsu": 4, "mufu": 8}
+
+class Rates(NamedTuple):
+    """Of a quarter of a multiprocessor. Its other rates are the same on every GPU that is counted."""
+
+    fma: int  # clocks per warp's instruction of fp32: 16 or 32 of its 32 lanes per clock
+    multiply_adds: int  # of fp16 and bf16 per clock, accumulated in fp32; TF32 has half of them
+
+
+# Published rates of dense products, as in siglip_kernels.gemm.clocks: A100 312 TFLOP/s, H100 989. Of the GPUs with one
+# architecture the fastest: A10, L40S (362 at 2.52 GHz) and RTX PRO 6000. Their GeForce siblings have half.
+RATES = {
+    (8, 0): Rates(2, 256),
+    (8, 6): Rates(1, 128),
+    (8, 9): Rates(1, 128),
+    (9, 0): Rates(1, 512),
+    (12, 0): Rates(1, 128),
+}
+HOPPER = RATES[9, 0]
+
+PIPES = ("tensor", "shared", "mufu", "fma", "alu", "lsu", "issue")
+
+_CLOCKS = {"alu": 2, "lsu": 4, "mufu": 8}
 _FMA = ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2")
+_MATRIX = ("HGMMA", "HMMA")
 _LSU = ("LD", "ST", "SHFL", "ATOM", "RED", "SYNCS", "UTMA")
 _CONTROL = ("BAR", "BRA", "WARPGROUP", "WARPSYNC", "NOP", "DEPBAR", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "YIELD")
 
@@ -36,10 +61,11 @@ class Loop:
 
     launch: str
     kernel: str
-    clocks: dict[str, float]  # by pipe: tensor, shared (operands of wgmma), mufu, fma, alu, lsu, issue
+    clocks: dict[str, float]  # by pipe: tensor, shared (memory), mufu, fma, alu, lsu, issue
     instructions: dict[str, int]  # by name: {"HGMMA.64x128x16": 5, "MUFU": 66, ...}
     waits: int  # for wgmma; if as many as HGMMA, products run one by one
     exponentials_under_way: int  # exponentials issued while wgmma are in flight
+    multiply_adds: float = 0
 
     @property
     def bound(self) -> str:
@@ -53,17 +79,18 @@ class Loop:
 
     def __str__(self) -> str:
         clocks = "  ".join(f"{pipe} {round(count)}" for pipe, count in self.clocks.items())
-        products = "  ".join(f"{name} x{n}" for name, n in self.instructions.items() if name.startswith("HGMMA"))
+        products = "  ".join(f"{name} x{n}" for name, n in self.instructions.items() if name.startswith(_MATRIX))
         return (
             f"{self.launch:34} {self.kernel:32} clocks: {clocks}  bound by {self.bound}, {self.share:.0%} of peak  "
-            f"{products}  {self.waits} waits  {self.exponentials_under_way} exponentials under way"
+            f"{products}  {self.instructions.get('BAR', 0)} barriers  {self.waits} waits  "
+            f"{self.exponentials_under_way} exponentials under way"
         )
 
 
 def pipe_of(instruction: str) -> str:
     """The pipe that an instruction occupies; "" for control and the uniform data path."""
     name = instruction.split(".")[0]
-    if name == "HGMMA":
+    if name in _MATRIX:
         return "tensor"
     if name == "MUFU":
         return "mufu"
@@ -76,18 +103,28 @@ def pipe_of(instruction: str) -> str:
     return "alu"
 
 
-def tensor_clocks(instruction: str) -> float:
-    """Clocks of HGMMA.64xNxK on a quarter, which computes 16 of the 64 rows."""
-    rows, columns, depth = (int(n) for n in re.search(r"(\d+)x(\d+)x(\d+)", instruction).groups())  # type: ignore[union-attr]
-    return rows * columns * depth / 4 / 512
+def multiply_adds(instruction: str) -> float:
+    """Multiply-adds of one warp: of HMMA.16816, or of the 16 of 64 rows that it has of HGMMA.64xNxK. TF32 twice."""
+    if shape := re.search(r"HGMMA\.64x(\d+)x(\d+)", instruction):
+        count = 16 * int(shape[1]) * int(shape[2])
+    else:
+        count = 16 * 8 * int(re.search(r"HMMA\.168(\d+)", instruction)[1])  # type: ignore[index]
+    return 2 * count if "TF32" in instruction else count
 
 
 def shared_clocks(line: str) -> float:
-    """Clocks of the operands that HGMMA reads from shared memory: always the right one, often both."""
-    name, destination_and_sources = line.split(maxsplit=1)
-    rows, columns, depth = (int(n) for n in re.search(r"(\d+)x(\d+)x(\d+)", name).groups())  # type: ignore[union-attr]
-    left_as_well = destination_and_sources.split(",")[1].strip().startswith("gdesc")
-    return 2 * depth * (columns + (rows if left_as_well else 0)) / 128
+    """Clocks of shared memory for an instruction that every warp of the four quarters issues."""
+    name, destination_and_sources = line.split(maxsplit=1) if " " in line else (line, "")
+    if name.startswith("HGMMA"):  # of four warps together: always the right operand, often both
+        rows, columns, depth = (int(n) for n in re.search(r"(\d+)x(\d+)x(\d+)", name).groups())  # type: ignore[union-attr]
+        element_bytes = 4 if "TF32" in name else 2
+        left_as_well = destination_and_sources.split(",")[1].strip().startswith("gdesc")
+        return element_bytes * depth * (columns + (rows if left_as_well else 0)) / 128
+    if matrices := re.match(r"(?:LD|ST)SM\.16\.MT?88(?:\.([24]))?", name):
+        return 4 * int(matrices[1] or 1)
+    if name.startswith(("LDS", "STS", "LDGSTS", "ATOMS")):  # bytes per thread · 32 threads · 4 warps / 128
+        return max(4, int((re.search(r"\.(32|64|128)\b(?!B)", name) or [0, 32])[1]) // 8)
+    return 0
 
 
 def parse(code: str) -> tuple[list[str], dict[str, int]]:
@@ -108,26 +145,28 @@ def without_predicate(line: str) -> str:
 
 
 def innermost_loops(lines: list[str], labels: dict[str, int]) -> list[tuple[int, int]]:
-    """First and last instruction of each innermost loop that contains HGMMA."""
+    """First and last instruction of each innermost loop that issues matrix instructions."""
     loops = []
     for end, line in enumerate(lines):
-        # Only a conditional branch closes a loop: code that was moved out of line returns by an unconditional one.
-        branch = re.match(r"@!?U?P\w+\s+BRA.*`\((\.L_\w+)\)", line)
-        if branch and labels.get(branch[1], end + 1) <= end:
-            loops.append((labels[branch[1]], end))
-    loops = [(a, b) for a, b in loops if any("HGMMA" in line for line in lines[a:b])]
+        # Code that was moved out of line returns by an unconditional branch: that closes a loop only behind its exit.
+        branch = re.match(r"(@!?U?P\w+\s+)?BRA(.*)`\((\.L_\w+)\)", line)
+        conditional = branch and (branch[1] or "UP" in branch[2] or re.match(r"@!?U?P\w+\s+CALL", lines[end - 1]))
+        if branch and conditional and labels.get(branch[3], end + 1) <= end:
+            loops.append((labels[branch[3]], end))
+    loops = [(a, b) for a, b in loops if any(re.search(r"\bHG?MMA\.", line) for line in lines[a:b])]
     return [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
 
 
 def inner_loops(code: str) -> list[list[str]]:
-    """The instructions of each innermost loop that contains HGMMA. code: nvdisasm's output, with labels."""
+    """The instructions of each innermost loop that issues matrix instructions. code: nvdisasm's output, with labels."""
     lines, labels = parse(code)
     return [[without_predicate(line) for line in lines[a : b + 1]] for a, b in innermost_loops(lines, labels)]
 
 
-def measure(launch: str, kernel: str, loop: list[str]) -> Loop:
+def measure(launch: str, kernel: str, loop: list[str], rates: Rates = HOPPER) -> Loop:
     """Counts the instructions of a loop, or of another part of a kernel, and their clocks."""
-    clocks = dict.fromkeys(("tensor", "shared", "mufu", "fma", "alu", "lsu", "issue"), 0.0)
+    clocks = dict.fromkeys(PIPES, 0.0)
+    products = 0.0
     names: Counter[str] = Counter()
     waits = under_way = 0
     in_flight = False
@@ -135,18 +174,21 @@ def measure(launch: str, kernel: str, loop: list[str]) -> Loop:
         name = line.split()[0]
         pipe = pipe_of(name)
         clocks["issue"] += 1
-        if pipe:
-            clocks[pipe] += tensor_clocks(name) if pipe == "tensor" else _CLOCKS[pipe]
-        names[".".join(name.split(".")[: 2 if pipe == "tensor" else 1])] += 1
+        clocks["shared"] += shared_clocks(line)
         if pipe == "tensor":
-            clocks["shared"] += shared_clocks(line)
+            clocks[pipe] += multiply_adds(name) / rates.multiply_adds
+            products += multiply_adds(name)
+        elif pipe:
+            clocks[pipe] += rates.fma if pipe == "fma" else _CLOCKS[pipe]
+        names[".".join(name.split(".")[: 2 if pipe == "tensor" else 1])] += 1
+        if name.startswith("HGMMA"):
             in_flight = True
         elif name.startswith("WARPGROUP.DEPBAR"):
             waits += 1
             in_flight = not line.rstrip().endswith("0x0")
         elif name == "MUFU.EX2" and in_flight:
             under_way += 1
-    return Loop(launch, kernel, clocks, dict(names.most_common()), waits, under_way)
+    return Loop(launch, kernel, clocks, dict(names.most_common()), waits, under_way, products)
 
 
 def measure_parts(launches: Iterable[Launch], parts_of: Callable[[str], list[list[str]]]) -> list[Loop]:

@@ -1,0 +1,156 @@
+"""What compiled kernels cost each pipe of a multiprocessor, beside a public Triton kernel: `python -m bench count`.
+
+A row is a loop or an epilogue of a kernel: clocks by pipe (`bench.compiled.sass`), the busiest pipe, and the share of
+the tensor cores' peak that it allows. Nothing is run, so nothing is measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from bench.compiled.ahead_of_time import STACK_LIMIT, compiling_for, resources, sass
+from bench.compiled.launch import GPUS, Launch, architecture
+from bench.compiled.launches import HOPPER, launches_of, operation_names, published
+from bench.compiled.sass import PIPES, RATES, inner_loops, measure
+from bench.compiled.tile_cost import epilogues
+from bench.environment import commit, version
+
+COUNTED = tuple(gpu for gpu in GPUS if GPUS[gpu].capability in RATES)
+TUTORIAL = "triton_tutorial_attention"
+WITH_EPILOGUES = ("linear", "patch_embed")
+SAYS = "Counted from compiled code, not measured."
+HEADER = (
+    "arch",
+    "operation",
+    "launch",
+    "kernel",
+    "part",
+    "registers",
+    "stack",
+    *PIPES,
+    "bound",
+    "of peak",
+    "issue",
+    "busiest",
+)
+
+
+@dataclasses.dataclass
+class Count:
+    """A loop or an epilogue of a kernel for one GPU, in clocks of one warp on its quarter of a multiprocessor."""
+
+    operation: str
+    launch: str
+    gpu: str
+    kernel: str
+    part: str  # "loop 1", "epilogue 1"
+    registers: int  # per thread
+    stack_bytes: int  # per thread
+    clocks: dict[str, float]
+    multiply_adds: float  # of the warp, with those for columns of zeros
+
+    @property
+    def bound(self) -> str:
+        """The busiest pipe."""
+        return max(self.clocks, key=lambda pipe: self.clocks[pipe])
+
+    @property
+    def share(self) -> float:
+        """The fraction of the tensor cores' peak that the busiest pipe allows."""
+        return self.clocks["tensor"] / self.clocks[self.bound]
+
+    def per_thousand(self, pipe: str) -> float:
+        """Clocks of the pipe per 1,000 multiply-adds."""
+        return 1000 * self.clocks[pipe] / self.multiply_adds
+
+    def cells(self) -> list[str]:
+        """The texts under HEADER."""
+        clocks = [f"{self.clocks[pipe]:.0f}" for pipe in PIPES]
+        share, rates = "", ["", ""]
+        if self.part.startswith("loop"):
+            share = f"{self.share:.0%}"
+            rates = [f"{self.per_thousand(pipe):.2f}" for pipe in ("issue", self.bound)]
+        name = [architecture(self.gpu), self.operation, self.launch, self.kernel, self.part]
+        return [*name, str(self.registers), str(self.stack_bytes), *clocks, self.bound, share, *rates]
+
+
+def operations() -> list[str]:
+    """The operations with products of tiles, and the public kernels."""
+    return [*(name for name in operation_names() if not name.startswith("layer_norm")), TUTORIAL]
+
+
+def counts(names: Iterable[str], gpus: Iterable[str], only: str = "") -> Iterator[Count]:
+    """Compiles and counts launches: of published models, or those whose names contain the regular expression `only`.
+
+    names: of `operations()`. gpus: of COUNTED; the kernels for Hopper are only counted for it.
+    """
+    for name, gpu in itertools.product(names, gpus):
+        if name == TUTORIAL:
+            from bench.compiled import tutorial  # imports Triton
+
+            launches = tutorial.launches(only)
+        elif name.endswith(HOPPER) and GPUS[gpu].capability[0] != 9:
+            continue
+        else:
+            launches = launches_of(name, only or published(name))
+        for launch in launches:
+            yield from _count(name, launch, gpu)
+
+
+def _count(operation: str, launch: Launch, gpu: str) -> list[Count]:
+    found: list[Count] = []
+
+    def record(kernel: str, compiled: Any) -> None:
+        if isinstance(compiled, Exception):
+            raise compiled
+        usage = resources(compiled.asm["cubin"])
+        code = sass(compiled.asm["cubin"])
+        parts = [("loop", number, lines) for number, lines in enumerate(inner_loops(code), 1)]
+        if operation.removesuffix(HOPPER) in WITH_EPILOGUES:
+            parts += [("epilogue", number, lines) for number, lines in enumerate(epilogues(code), 1)]
+        for name, number, lines in parts:
+            cost = measure(launch.name, kernel, lines, RATES[GPUS[gpu].capability])
+            part = f"{name} {number}"
+            found.append(Count(operation, launch.name, gpu, kernel, part, *usage, cost.clocks, cost.multiply_adds))
+
+    with compiling_for(GPUS[gpu], record):
+        launch.call()
+    return found
+
+
+def best(found: Iterable[Count]) -> Count:
+    """Of loops without a spill, the one with the fewest clocks of the busiest pipe per multiply-add, then of issue."""
+    loops = [one for one in found if one.stack_bytes <= STACK_LIMIT]
+    return min(loops, key=lambda one: (round(one.per_thousand(one.bound), 2), one.per_thousand("issue")))
+
+
+def markdown(found: Sequence[Count]) -> str:
+    """The page in bench/results."""
+    sha, changed = commit()
+    dirty = " (with changes)" if changed else ""
+    lines = [HEADER, ["---"] * len(HEADER), *(one.cells() for one in found)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"""# Counted kernels
+
+{SAYS} By `python -m bench count`, triton {version("triton")}, commit {sha}{dirty}, {date.today()}.
+
+Clocks of one warp on its quarter of a multiprocessor, by pipe, in a loop or an epilogue; the busiest pipe bounds
+a loop. "of peak" is the share of the tensor cores' peak that this bound allows; "issue" and "busiest" on the right are
+clocks per 1,000 multiply-adds. `{TUTORIAL}` is a public Triton kernel to compare attention with.
+[What is counted, and what is not](../compiled/README.md).
+
+{table}
+"""
+
+
+def write(found: Sequence[Count], where: Path) -> Path:
+    """Writes the page; returns its path. where: a directory, or a .md file."""
+    path = where if where.suffix == ".md" else where / f"counted-triton-{version('triton')}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown(found))
+    return path

@@ -1,0 +1,68 @@
+"""Clocks counted from machine code, and the table of `python -m bench count`."""
+
+import pytest
+
+from bench.compiled.count import HEADER, SAYS, Count, best, markdown
+from bench.compiled.sass import RATES, inner_loops, measure, shared_clocks
+
+AMPERE = """
+.L_x_1:
+        /*0000*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0010*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R28, R40, R216, RZ ;
+        /*0030*/                   FFMA R1, R1, R2, R3 ;
+        /*0040*/                   MUFU.EX2 R1, R1 ;
+        /*0050*/                   FMNMX R1, R1, R2, PT ;
+        /*0060*/                   LDGSTS.E.BYPASS.128 [R0+0x4000], [R14.64], !P0 ;
+        /*0070*/               @P0 CALL.REL.NOINC `(.L_x_2) ;
+        /*0080*/                   BRA `(.L_x_1) ;
+.L_x_2:
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_clocks_by_pipe_on_ampere():
+    """The loop ends with a conditional exit and an unconditional branch."""
+    (loop,) = inner_loops(AMPERE)
+    counted = measure("launch", "kernel", loop, RATES[8, 0])
+    assert counted.clocks == dict(tensor=8, shared=32, mufu=8, fma=2, alu=2, lsu=8, issue=9)
+    assert (counted.multiply_adds, counted.bound) == (2048, "shared")
+
+
+def test_a_loop_that_a_uniform_predicate_closes():
+    (loop,) = inner_loops(AMPERE.replace("BRA `(.L_x_1)", "BRA.U !UP0, `(.L_x_1)").replace("@P0 CALL.REL.NOINC", "NOP"))
+    assert len(loop) == 9
+
+
+@pytest.mark.parametrize(
+    ("line", "clocks"),
+    [
+        ("LDS R1, [R2]", 4),
+        ("LDS.64 R2, [R2]", 8),
+        ("STS.128 [R2], R4", 16),
+        ("LDSM.16.MT88.2 R4, [R2]", 8),
+        ("STSM.16.M88.4 [R2], R4", 16),
+        ("LDGSTS.E [R2], [R4.64]", 4),
+        ("LDG.E.128 R4, [R2.64]", 0),
+        ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0", 48),
+        ("HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR16], R24, gsb0", 32),
+    ],
+)
+def test_clocks_of_shared_memory(line, clocks):
+    assert shared_clocks(line) == clocks
+
+
+def count(busiest: float, issue: float, stack_bytes: int = 0) -> Count:
+    clocks = dict(tensor=busiest, shared=0.0, mufu=0.0, fma=0.0, alu=0.0, lsu=0.0, issue=issue)
+    return Count("attention", "S=1 forward", "a100", "kernel", "loop 1", 255, stack_bytes, clocks, 1000)
+
+
+def test_the_best_of_several_tiles():
+    assert best([count(5, 1), count(4, 3), count(4, 2), count(3, 1, stack_bytes=24)]) == count(4, 2)
+
+
+def test_the_page_says_that_nothing_was_measured():
+    page = markdown([count(4, 2)])
+    assert SAYS in page and "not measured" in SAYS
+    cells = dict(zip(HEADER, page.splitlines()[-1].strip("| ").split(" | "), strict=False))
+    assert (cells["arch"], cells["bound"], cells["of peak"], cells["busiest"]) == ("sm_80", "tensor", "100%", "4.00")
