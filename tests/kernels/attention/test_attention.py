@@ -455,6 +455,17 @@ def test_offsets_beyond_32_bits(device):
             )
 
 
+@pytest.mark.parametrize("tokens", [130, 256])
+def test_keys_and_values_of_different_strides(device, tokens):
+    """The kernels that loop over keys have a variant for k and v whose tokens have the same stride."""
+    q, k, v, out_grad = random_inputs(1, tokens, tokens, 2, 16, torch.float16, device)
+    padded = torch.cat([v, torch.full_like(v, float("nan"))], dim=2)[:, :, :2]  # a view, twice the stride
+    assert k.stride(1) != padded.stride(1)
+    expected = run(attention, [q, k, v, out_grad], torch.float16)
+    found = run(attention, [q, k, padded, out_grad], torch.float16)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
 def _sparse_storage(size: int) -> Tensor:
     """fp16 zeros that take no memory until they are written. The file is deleted with the tensor."""
     with tempfile.NamedTemporaryFile() as file:
