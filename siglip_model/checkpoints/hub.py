@@ -243,7 +243,7 @@ def _raise_clearly(error: Exception, repository: str, filename: str, revision: s
         message = (
             f"{repository!r} is not an existing directory, and {filename} of the hub repository {where} is neither "
             f"cached nor reachable without a network: run `hf download {repository}` with a network, or pass the "
-            f"directory of a downloaded checkpoint{_network_reason(error)}{_path_hint(repository)}"
+            f"directory of a downloaded checkpoint, and check the name{_network_reason(error)}{_path_hint(repository)}"
         )
     else:
         message = f"could not get {filename} of the hub repository {where}: {type(error).__name__}: {error}"
