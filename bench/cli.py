@@ -28,6 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Benchmark SigLIP's operations and models against the strongest peers: checked first, then timed.",
     epilog="Exit codes: 0 success, 1 a kernel is wrong or has a problem, 2 usage or setup error, 130 interrupted.",
 )

@@ -40,7 +40,9 @@ SCHEMA = {
     "settings": "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT)",
     "images": "CREATE TABLE images (path BLOB PRIMARY KEY, stamp TEXT, error TEXT, embedding BLOB)",
 }
+LONGEST_NAME = 255 - len(".part-journal")  # bytes of FILE's name, to which SQLite's file beside the journal adds
 OVERWRITES = "overwrites"  # among the settings of a journal: FILE is to be replaced, not continued
+BUSY_SECONDS = 0.2  # with less, two runs that start at once may each see the other, and both be refused
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 # Failures of the disk or the system, which say nothing against the journal's content.
 SYSTEM = (
@@ -92,7 +94,7 @@ class EmbeddingJournal:
             with suppress(FileExistsError):
                 os.close(os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             identity = self._identity()
-            self._database = sqlite3.connect(self.part, timeout=0)
+            self._database = sqlite3.connect(self.part, timeout=BUSY_SECONDS)
             self._execute("PRAGMA locking_mode = EXCLUSIVE")  # holds the lock across transactions
             self._execute("PRAGMA synchronous = EXTRA")
             self._execute("PRAGMA cache_size = -8000")  # 8 MB, independent of the number of rows
@@ -410,8 +412,10 @@ def resolve_out(out: str | os.PathLike[str]) -> Path:
     Raises EmbeddingFileError if that is not a regular file or cannot be written.
     """
     path = Path(out)
+    _check_name(path)
     if path.is_symlink():
         path = Path(os.path.realpath(path))
+        _check_name(path)
         if path.is_symlink():
             raise EmbeddingFileError(f"{out} is a symbolic link to itself; supported: a file name")
     if path.is_dir():
@@ -425,6 +429,11 @@ def resolve_out(out: str | os.PathLike[str]) -> Path:
     if path.exists() and not os.access(path, os.W_OK):
         raise EmbeddingFileError(f"{path} is read-only; make it writable, or choose another --out")
     return path
+
+
+def _check_name(path: Path) -> None:
+    if (length := len(os.fsencode(path.name))) > LONGEST_NAME:
+        raise EmbeddingFileError(f"the name of {path} has {length} bytes; supported: at most {LONGEST_NAME}")
 
 
 def resuming(overwrite: bool) -> str:

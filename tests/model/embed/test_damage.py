@@ -544,6 +544,17 @@ def test_a_journal_whose_records_a_file_cannot_hold(images, out, part, damage):
     assert embed_colours([images], out, overwrite=True).rows == 3
 
 
+def test_a_name_too_long_for_the_journal(images, tmp_path):
+    for length, fits in ((242, True), (243, False), (300, False)):
+        out = tmp_path / ("x" * (length - 12) + ".safetensors")
+        if fits:
+            assert embed_colours([images], out).rows == 3
+        else:
+            with pytest.raises(EmbeddingFileError, match=f"has {length} bytes; supported: at most 242"):
+                embed_colours([images], out)
+    assert len(list(tmp_path.glob("x*"))) == 1
+
+
 def test_an_interrupted_overwrite_does_not_cost_rows_later(images, out, part):
     """A run without --overwrite was not asked to leave fewer rows, whatever the run before it was asked."""
     embed_colours([images], out)
