@@ -95,12 +95,17 @@ class EmbeddingJournal:
                 os.close(os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             identity = self._identity()
             self._database = sqlite3.connect(self.part, timeout=BUSY_SECONDS)
-            self._execute("PRAGMA locking_mode = EXCLUSIVE")  # holds the lock across transactions
-            self._execute("PRAGMA synchronous = EXTRA")
-            self._execute("PRAGMA cache_size = -8000")  # 8 MB, independent of the number of rows
-            self._execute("BEGIN EXCLUSIVE")
-            if self._identity() == identity:
-                return
+            try:
+                self._execute("PRAGMA locking_mode = EXCLUSIVE")  # holds the lock across transactions
+                self._execute("PRAGMA synchronous = EXTRA")
+                self._execute("PRAGMA cache_size = -8000")  # 8 MB, independent of the number of rows
+                self._execute("BEGIN EXCLUSIVE")
+            except sqlite3.DatabaseError:
+                if self._identity() == identity:
+                    raise
+            else:
+                if self._identity() == identity:
+                    return
             self.close()  # a run that ended meanwhile has deleted the file that was opened
 
     def _identity(self) -> tuple[int, int] | None:
@@ -121,12 +126,33 @@ class EmbeddingJournal:
         try:
             self._lock()
         except sqlite3.DatabaseError as error:
+            if self._identity() != identity:  # another run has replaced it just now
+                raise self._busy() from error
             if _code(error) in (*BUSY, *SYSTEM):
                 raise
-            # What cannot be read cannot be locked either, so another run may have replaced it just now.
-            if self._identity() != identity:
-                raise self._busy() from error
-        self.remove()
+            self._remove_unreadable(identity)
+        else:
+            self.remove()
+
+    def _remove_unreadable(self, identity: tuple[int, int]) -> None:
+        """Deletes a journal that SQLite cannot lock, because it cannot read it, unless another run does so."""
+        try:
+            descriptor = os.open(self.part, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise self._busy() from error
+        try:
+            with suppress(ImportError):  # Windows, where an open file cannot be deleted
+                import fcntl
+
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = os.fstat(descriptor)
+            if not identity == (status.st_dev, status.st_ino) == self._identity():
+                raise self._busy()
+            self.remove()
+        except BlockingIOError as error:
+            raise self._busy() from error
+        finally:
+            os.close(descriptor)
 
     def _begin(self) -> None:
         """Continues the journal, or starts it, in one transaction."""
