@@ -60,6 +60,8 @@ def _check_ids(text: Any, tokenizer: Tokenizer, where: str) -> None:
     ids["vocabulary"] = max(tokenizer.get_vocab().values(), default=0)
     for name, largest in ids.items():
         if largest >= text.vocab_size:
+            if name in ("added_tokens_decoder", "vocabulary"):  # both files add tokens
+                where = f"{where} with {tokenizer.vocabulary_path}"
             raise CheckpointError(
                 f"{where}: {name} reaches id {largest}; supported: ids below the model's vocab_size, {text.vocab_size}"
             )

@@ -166,6 +166,10 @@ class TokenizersTokenizer(Tokenizer):
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @property
+    def vocabulary_path(self) -> str:
+        return self.tokenizer_file
+
+    @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         """Tokens that are never split, by id."""
         return {

@@ -137,6 +137,10 @@ class SiglipTokenizer(Tokenizer):
         return self.sp_model.get_piece_size()
 
     @property
+    def vocabulary_path(self) -> str:
+        return self.vocab_file
+
+    @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         """Tokens that are never split, by id: special tokens and those that the checkpoint added."""
         return dict(sorted(self._added_by_id.items()))

@@ -136,6 +136,11 @@ class Tokenizer(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def vocabulary_path(self) -> str:
+        """The file of the vocabulary."""
+
+    @property
+    @abc.abstractmethod
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         """Tokens that are never split, by id."""
 
