@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.fields import shown
 from siglip_model.config import SiglipConfig
@@ -44,6 +46,21 @@ def _check_images(vision: Any, processor: ImageProcessor, where: str) -> None:
         raise CheckpointError(
             f"{where}: size is {size}, {patches:,} patches of the model; supported: "
             f"{ {'height': side, 'width': side} }, {grid**2:,} patches"
+        )
+
+
+def check_pixels(config: SiglipConfig, image_processor: Any, pixel_values: torch.Tensor) -> None:
+    """Raises CheckpointError if a processor that does not resize made pixels (.., height, width) of another size."""
+    if not isinstance(image_processor, ImageProcessor) or image_processor.do_resize:
+        return
+    vision: Any = config.vision_config
+    height, width = pixel_values.shape[-2:]
+    grid = vision.image_size // vision.patch_size
+    if (height // vision.patch_size) * (width // vision.patch_size) not in (1, grid**2):
+        side = grid * vision.patch_size
+        where = image_processor.name_or_path or "the image processor"
+        raise CheckpointError(
+            f"{where}: do_resize is False, and the image has {height} x {width} pixels; supported: {side} x {side}"
         )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from siglip_model.devices import resolve_device
-from siglip_model.fit import check_fit
+from siglip_model.fit import check_fit, check_pixels
 from siglip_model.images.batches import Failure, read_batches
 from siglip_model.images.files import describe_source, open_image
 from siglip_model.images.limits import PixelBudget
@@ -175,7 +175,9 @@ class ZeroShotImageClassificationPipeline:
         budget: that of all threads that prepare images; by default of this image alone.
         """
         with open_image(image, timeout, PixelBudget(self.max_pixels) if budget is None else budget) as opened:
-            return self.image_processor(images=[opened], return_tensors="pt")["pixel_values"]
+            pixel_values = self.image_processor(images=[opened], return_tensors="pt")["pixel_values"]
+        check_pixels(self.model.config, self.image_processor, pixel_values)
+        return pixel_values
 
     @torch.no_grad()
     def score(self, pixel_values: torch.Tensor, label_embeds: torch.Tensor) -> torch.Tensor:

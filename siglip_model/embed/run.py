@@ -16,6 +16,7 @@ import torch
 
 from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal, resolve_out
+from siglip_model.fit import check_pixels
 from siglip_model.images.batches import Batch, Failure, read_batches
 from siglip_model.images.files import DOWNLOAD_SECONDS, ImageList, describe_failure, is_url, list_images, open_image
 from siglip_model.images.limits import PixelBudget
@@ -158,7 +159,9 @@ class _Run:
     ) -> None:
         def read(item: tuple[str, str]) -> torch.Tensor:
             with open_image(item[0], DOWNLOAD_SECONDS, budget) as image:
-                return self.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+                pixel_values = self.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+            check_pixels(self.model.config, self.image_processor, pixel_values)
+            return pixel_values
 
         paths = inputs if isinstance(inputs, ImageList) else list_images(inputs)
         batches = read_batches(self._todo(paths), read, batch_size=batch_size, workers=workers)

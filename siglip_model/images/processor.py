@@ -17,6 +17,7 @@ from siglip_model.images.inputs import LAYOUTS, flatten_images, to_levels
 from siglip_model.images.options import BICUBIC, ImageOptions, is_number, to_resample, to_size
 
 PROCESSOR_NAME = "processor_config.json"
+LARGEST = 1e9  # of factors, means and deviations, and the inverse of the least: pixel values remain finite in float32
 _KINDS = ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil")
 
 
@@ -120,8 +121,10 @@ class ImageProcessor:
             settings["size"] = to_size(settings["size"], default_to_square)
             settings["resample"] = to_resample(settings["resample"])
         factor = settings["rescale_factor"]
-        if settings["do_rescale"] and not (is_number(factor) and factor != 0):
-            raise ValueError(f"rescale_factor is {shown(factor)}; supported: a number other than 0")
+        if settings["do_rescale"] and not (is_number(factor) and 1 / LARGEST <= abs(factor) <= LARGEST):
+            raise ValueError(
+                f"rescale_factor is {shown(factor)}; supported: {1 / LARGEST:g} to {LARGEST:g}, or negative"
+            )
         if settings["do_normalize"]:
             for name in ("image_mean", "image_std"):
                 value = settings[name]
@@ -136,8 +139,9 @@ class ImageProcessor:
                 raise ValueError(
                     f"image_mean has {len(mean)} numbers and image_std is {shown(std)}; supported: equally many"
                 )
-            if 0 in ([std] if is_number(std) else std):
-                raise ValueError(f"image_std is {shown(std)}; supported: numbers other than 0")
+            for name, value, least in (("image_mean", mean, 0), ("image_std", std, 1 / LARGEST)):
+                if not all(least <= abs(number) <= LARGEST for number in ([value] if is_number(value) else value)):
+                    raise ValueError(f"{name} is {shown(value)}; supported: {least:g} to {LARGEST:g}, or negative")
         layout = settings.setdefault("input_data_format", None)
         settings["input_data_format"] = next((name for name in LAYOUTS if layout == name), None)
         if layout is not None and settings["input_data_format"] is None:

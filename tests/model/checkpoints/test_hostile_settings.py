@@ -325,6 +325,21 @@ def write_tokenizer(folder, normalizer):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def test_a_processor_that_does_not_resize(checkpoint):
+    change(checkpoint / "preprocessor_config.json", do_resize=False)
+    classify = pipeline(TASK, model=checkpoint)
+    with pytest.raises(CheckpointError, match="do_resize is False, and the image has 40 x 48 .* 32 x 32") as caught:
+        classify(Image.new("RGB", (48, 40)), candidate_labels=["cat"])
+    assert str(checkpoint / "preprocessor_config.json") in str(caught.value)
+    assert classify(Image.new("RGB", (32, 32)), candidate_labels=["cat"])[0]["label"] == "cat"
+
+
+@pytest.mark.parametrize("field, value", [("image_std", 1e-320), ("image_mean", -1e300), ("rescale_factor", 1e300)])
+def test_numbers_that_make_no_finite_pixels(checkpoint, field, value):
+    change(checkpoint / "preprocessor_config.json", **{field: value})
+    refusal(load_image_processor, checkpoint / "preprocessor_config.json", field)
+
+
 def test_a_sentencepiece_model_of_any_size(checkpoint):
     with (checkpoint / "spiece.model").open("r+b") as file:
         file.truncate(3 * 2**30)  # a hole, which takes no space on the disk
