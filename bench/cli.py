@@ -62,6 +62,9 @@ QuickOption = Annotated[bool, typer.Option("--quick", help="Main shapes, and pee
 MinutesOption = Annotated[
     float | None, typer.Option("--minutes", min=0.05, help="Time limit; what did not fit is listed.")
 ]
+OperationsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[OPERATION]...", help="All by default.", show_default=False)
+]
 ResultsOption = Annotated[
     Path | None,
     typer.Option("--results", metavar="PATH", help="A .jsonl file or a directory; bench/results by default."),
@@ -119,9 +122,7 @@ def check(
 
 @app.command("compile")
 def compile_kernels(
-    operations: Annotated[
-        list[str] | None, typer.Argument(metavar="[OPERATION]...", help="All by default.", show_default=False)
-    ] = None,
+    operations: OperationsArgument = None,
     gpu: Annotated[
         list[str] | None,
         typer.Option(
@@ -186,9 +187,7 @@ def compile_kernels(
 
 @app.command()
 def count(
-    operations: Annotated[
-        list[str] | None, typer.Argument(metavar="[OPERATION]...", help="All by default.", show_default=False)
-    ] = None,
+    operations: OperationsArgument = None,
     gpu: Annotated[
         list[str] | None,
         typer.Option(
@@ -243,9 +242,7 @@ def _check_pattern(pattern: str) -> None:
 
 @app.command()
 def tune(
-    operations: Annotated[
-        list[str] | None, typer.Argument(metavar="[OPERATION]...", help="All by default.", show_default=False)
-    ] = None,
+    operations: OperationsArgument = None,
     dtype: DtypeOption = None,
     quick: QuickOption = False,
     minutes: MinutesOption = None,

@@ -16,7 +16,7 @@ from typing import Any
 from bench.compiled.ahead_of_time import STACK_LIMIT, compiling_for, resources, sass
 from bench.compiled.launch import GPUS, Launch, architecture
 from bench.compiled.launches import HOPPER, launches_of, operation_names, published
-from bench.compiled.sass import PIPES, RATES, inner_loops, measure
+from bench.compiled.sass import PIPES, RATES, Clocked, inner_loops, measure
 from bench.compiled.tile_cost import epilogues
 from bench.environment import commit, version
 
@@ -41,7 +41,7 @@ HEADER = (
 
 
 @dataclasses.dataclass
-class Count:
+class Count(Clocked):
     """A loop or an epilogue of a kernel for one GPU, in clocks of one warp on its quarter of a multiprocessor."""
 
     operation: str
@@ -53,16 +53,6 @@ class Count:
     stack_bytes: int  # per thread
     clocks: dict[str, float]
     multiply_adds: float  # of the warp, with those for columns of zeros
-
-    @property
-    def bound(self) -> str:
-        """The busiest pipe."""
-        return max(self.clocks, key=lambda pipe: self.clocks[pipe])
-
-    @property
-    def share(self) -> float:
-        """The fraction of the tensor cores' peak that the busiest pipe allows."""
-        return self.clocks["tensor"] / self.clocks[self.bound]
 
     def per_thousand(self, pipe: str) -> float:
         """Clocks of the pipe per 1,000 multiply-adds."""

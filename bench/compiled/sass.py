@@ -55,17 +55,10 @@ _LSU = ("LD", "ST", "SHFL", "ATOM", "RED", "SYNCS", "UTMA")
 _CONTROL = ("BAR", "BRA", "WARPGROUP", "WARPSYNC", "NOP", "DEPBAR", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "YIELD")
 
 
-@dataclasses.dataclass
-class Loop:
-    """An inner loop of a kernel: instructions of one warp, and clocks of its quarter of the multiprocessor."""
+class Clocked:
+    """What has clocks by pipe."""
 
-    launch: str
-    kernel: str
-    clocks: dict[str, float]  # by pipe: tensor, shared (memory), mufu, fma, alu, lsu, issue
-    instructions: dict[str, int]  # by name: {"HGMMA.64x128x16": 5, "MUFU": 66, ...}
-    waits: int  # for wgmma; if as many as HGMMA, products run one by one
-    exponentials_under_way: int  # exponentials issued while wgmma are in flight
-    multiply_adds: float = 0
+    clocks: dict[str, float]
 
     @property
     def bound(self) -> str:
@@ -76,6 +69,19 @@ class Loop:
     def share(self) -> float:
         """The fraction of the tensor pipe's peak that the busiest pipe allows."""
         return self.clocks["tensor"] / self.clocks[self.bound]
+
+
+@dataclasses.dataclass
+class Loop(Clocked):
+    """An inner loop of a kernel: instructions of one warp, and clocks of its quarter of the multiprocessor."""
+
+    launch: str
+    kernel: str
+    clocks: dict[str, float]  # by pipe: tensor, shared (memory), mufu, fma, alu, lsu, issue
+    instructions: dict[str, int]  # by name: {"HGMMA.64x128x16": 5, "MUFU": 66, ...}
+    waits: int  # for wgmma; if as many as HGMMA, products run one by one
+    exponentials_under_way: int  # exponentials issued while wgmma are in flight
+    multiply_adds: float = 0
 
     def __str__(self) -> str:
         clocks = "  ".join(f"{pipe} {round(count)}" for pipe, count in self.clocks.items())
