@@ -61,7 +61,7 @@ def _autocast_without_cache(device: torch.device) -> torch.autocast:
     return torch.autocast(kind, torch.get_autocast_dtype(kind), enabled, cache_enabled=False)
 
 
-class _Weights:
+class Weights:
     """The weights that a graph reads. Keeps them alive and detects that the model has others now."""
 
     def __init__(self, modules: Iterable[torch.nn.Module]):
@@ -73,14 +73,20 @@ class _Weights:
             if tensor is not None
         ]
 
-    def check(self) -> None:
+    def moved(self) -> str | None:
+        """The name of a tensor that the model no longer has at its address."""
         for owner, name, _, address in self._tensors:
             tensor = owner.get(name)
             if tensor is None or tensor.data_ptr() != address:
-                raise RuntimeError(
-                    f"the model's weights were moved or replaced after `capture` (one named {name!r}); "
-                    "call capture again (loading values in place needs no new capture)"
-                )
+                return name
+        return None
+
+    def check(self) -> None:
+        if (name := self.moved()) is not None:
+            raise RuntimeError(
+                f"the model's weights were moved or replaced after `capture` (one named {name!r}); "
+                "call capture again (loading values in place needs no new capture)"
+            )
 
 
 def _recorder(model: PreTrainedModel, **sizes: int) -> CudaGraphRecorder:
@@ -117,7 +123,7 @@ def _refused(name: str, got: str, supported: str) -> Exception:
     return unsupported("captured model", name, got, supported)
 
 
-class _Recording:
+class Recording:
     """A recorded function with the tensors that it reads and returns."""
 
     def __init__(self, function: Callable[..., Any], inputs: dict[str, Tensor], record: Recorder):
@@ -165,8 +171,8 @@ class CapturedVision(_Captured):
         def encode(pixel_values: Tensor) -> Any:
             return model(pixel_values, interpolate_pos_encoding=image_size is not None, return_dict=True)
 
-        self._weights = _Weights(model.modules())
-        self.recording = _Recording(encode, {"pixel_values": pixels}, record)
+        self._weights = Weights(model.modules())
+        self.recording = Recording(encode, {"pixel_values": pixels}, record)
 
     def replay(self, pixel_values: Tensor) -> None:
         buffer = self.recording.inputs["pixel_values"]
@@ -209,9 +215,9 @@ class CapturedText(_Captured):
         def encode(input_ids: Tensor, **mask: Tensor) -> Any:
             return model(input_ids, mask or None, return_dict=True)
 
-        self._weights = _Weights(model.modules())
+        self._weights = Weights(model.modules())
         mask = {name: _buffer(model, tensor.shape, tensor.dtype) for name, tensor in self._no_padding.items()}
-        self.recording = _Recording(encode, {"input_ids": ids, **mask}, record)
+        self.recording = Recording(encode, {"input_ids": ids, **mask}, record)
 
     def replay(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         buffer = self.recording.inputs["input_ids"]
@@ -255,9 +261,9 @@ class CapturedSiglip(_Captured):
         record = record or _recorder(model, batch_size=batch_size, text_batch_size=texts)
         self._vision = CapturedVision(vision_model, batch_size, image_size, record)
         self._text = CapturedText(text_model, texts, text_length, attention_mask, record)
-        self._weights = _Weights([model])  # its own parameters: the towers check theirs
+        self._weights = Weights([model])  # its own parameters: the towers check theirs
         vision, text = self._vision.recording.results, self._text.recording.results
-        self._comparison = _Recording(lambda: compare(vision, text), {}, record)
+        self._comparison = Recording(lambda: compare(vision, text), {}, record)
 
     @torch.no_grad()
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.devices import resolve_device
 from siglip_model.fit import check_fit, check_pixels
 from siglip_model.images.batches import Failure, read_batches
@@ -62,6 +63,7 @@ class ZeroShotImageClassificationPipeline:
         max_pixels: int | None = None,
     ) -> None:
         self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
+        self.encode_images = CapturesRepeats(self.model)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.batch_size = _count("batch_size", 1 if batch_size is None else batch_size, at_least=1)
@@ -183,7 +185,7 @@ class ZeroShotImageClassificationPipeline:
     def score(self, pixel_values: torch.Tensor, label_embeds: torch.Tensor) -> torch.Tensor:
         """σ(t·⟨image, label⟩ + b) for pixels (images, channels, height, width): float32 (images, labels)."""
         pixel_values = pixel_values.to(self.device, self.dtype)
-        image_embeds = unit_length(pooled(self.model.get_image_features(pixel_values)))
+        image_embeds = unit_length(pooled(self.encode_images(pixel_values)))
         return torch.sigmoid(self.model.logits_per_text(label_embeds, image_embeds).t().float())
 
     def not_finite(self, image: Any) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal, resolve_out
 from siglip_model.fit import check_pixels
@@ -145,6 +146,7 @@ class _Run:
         self.journal = journal
         self.out = out
         self.model = model
+        self.encode_images = CapturesRepeats(model)
         self.image_processor = image_processor
         self.normalize = normalize
         self.dtype = dtype
@@ -185,7 +187,7 @@ class _Run:
     @torch.no_grad()
     def _embed(self, batch: Batch[tuple[str, str], torch.Tensor]) -> None:
         pixel_values = torch.cat(batch.values).to(self.model.device, self.model.dtype)
-        rows = pooled(self.model.get_image_features(pixel_values)).float()
+        rows = pooled(self.encode_images(pixel_values)).float()
         if self.normalize:
             rows = unit_length(rows)
         rows = rows.to(self.dtype).cpu().contiguous()
