@@ -48,6 +48,12 @@ def boxes(tokens: int, **tensors: Tensor) -> dict[str, TensorDescriptor | None]:
     return descriptors
 
 
+def box_of_statistics(statistics: Tensor, tokens: int) -> TensorDescriptor:
+    """The descriptor of statistics (B · H, 2, Sq), with boxes of both of `tokens` tokens of one head."""
+    box = [1, 2, tokens]
+    return TensorDescriptor.from_tensor(statistics, box, gl.NVMMASharedLayout.get_default_for(box, gl.float32))
+
+
 def readable_by_tma(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where TMA cannot read it: rows not aligned to 16 bytes, or expanded axes."""
     if tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 and stride > 0 for stride in tensor.stride()[:3]):
@@ -220,12 +226,12 @@ def attention_backward_hopper(
         return q_grad, k_grad, v_grad
     if query_tokens == 0 or key_tokens == 0:
         return q_grad.zero_(), k_grad.zero_(), v_grad.zero_()
-    delta = torch.empty((batch, heads, query_tokens), dtype=torch.float32, device=q.device)
+    # Log-sum-exp and delta. TMA reads rows of whole 16 bytes.
+    statistics_row = -(-query_tokens // 4) * 4
+    statistics = torch.empty((batch * heads, 2, statistics_row), dtype=torch.float32, device=q.device)
     q, k, v, out_grad = readable_by_tma(q), readable_by_tma(k), readable_by_tma(v), readable_by_tma(out_grad)
     rows = CONSUMERS.value * ROWS.value
     same_in_both: dict[str, Any] = dict(
-        log_sum_exp=log_sum_exp,
-        delta=delta,
         lengths=lengths,
         heads=heads,
         query_tokens=query_tokens,
@@ -242,8 +248,11 @@ def attention_backward_hopper(
         **boxes(ROWS.value, q=q, out_grad=out_grad, out=out, q_grad=q_grad if needs_q else out),
         **boxes(chosen.columns, k=k, v=v),
         **same_in_both,
+        log_sum_exp=log_sum_exp,
+        statistics=statistics,
         query_tiles=query_tiles,
         tiles=tiles,
+        statistics_row=statistics_row,
         SLOTS=chosen.slots,
         STAGES=chosen.stages,
         ONLY_DELTA=not needs_q,
@@ -256,6 +265,7 @@ def attention_backward_hopper(
             **boxes(ROWS.value, k=k, v=v, k_grad=k_grad, v_grad=v_grad),
             **boxes(chosen.columns, q=q, out_grad=out_grad),
             **same_in_both,
+            statistics=box_of_statistics(statistics[:, :, :query_tokens], chosen.columns),
             key_tiles=key_tiles,
             tiles=tiles,
             SLOTS=chosen.slots,

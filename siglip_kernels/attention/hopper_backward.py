@@ -2,11 +2,12 @@
 
 Programs of one kernel own queries and compute dQ and delta, programs of the other own keys and compute dK and dV, so
 that atomics are not needed. In both, a producer loads by TMA and two consumers own ROWS rows each; a consumer's
-exponentials run beneath its own second product, and all its other work beneath the other consumer's products.
+exponentials run beneath its own second product, and all its other work beneath the other consumer's products. The
+first kernel writes the log-sum-exp and delta of a head as two rows, which the second loads with each tile of queries.
 
 As in the forward, the first step over the keys takes the last ones, in a box that ends with the last valid key. Where
 keys are rows, an invalid key affects its own row only, whose gradients are set to zero. Beyond the last query, tiles
-are zeros, and weights are 2^(0 − inf) = 0.
+and statistics are zeros: there weights are 2^(0 − 0) = 1, and multiply zeros.
 """
 
 from triton.experimental import gluon
@@ -33,6 +34,7 @@ from siglip_kernels.attention.hopper_forward import (
     store_rows,
     wait_for_all,
 )
+from siglip_kernels.tma import async_load
 
 CONSUMERS = gl.constexpr(2)
 
@@ -59,12 +61,12 @@ def valid_keys(batch, lengths, key_tokens):
 
 
 @gluon.jit
-def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT barriers for full stages, and COUNT for empty ones, which complete after ARRIVALS."""
+def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr, LOADS: gl.constexpr = 1):
+    """COUNT barriers for full stages, which LOADS loads fill, and COUNT for empty ones, complete after ARRIVALS."""
     full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=LOADS)
         mbarrier.init(empty.index(i), count=ARRIVALS)
     return full, empty
 
@@ -78,7 +80,7 @@ def load_for_queries(tensors, shared, barriers, numbers, lengths, ONLY_DELTA: gl
     q, out_grad, out, k, v = tensors
     q_tiles, out_grad_tiles, out_tiles, k_stages, v_stages, _staging = shared
     q_full, q_empty, grad_full, grad_empty, out_full, out_empty, k_full, k_empty, v_full, v_empty = barriers
-    heads, _query_tokens, key_tokens, query_tiles, tiles, _scale, _exponent_scale = numbers
+    heads, _query_tokens, key_tokens, query_tiles, tiles, _statistics_row, _scale, _exponent_scale = numbers
     SLOTS: gl.constexpr = q_tiles[0].shape[0] // CONSUMERS
     STAGES: gl.constexpr = k_stages[0].shape[0]
     KEYS: gl.constexpr = k_stages[0].shape[2]
@@ -143,13 +145,13 @@ def row_products(a, b, mine, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def own_queries(
-    CONSUMER: gl.constexpr, q_grad_tensors, shared, barriers, numbers, log_sum_exp, delta, lengths,
+    CONSUMER: gl.constexpr, q_grad_tensors, shared, barriers, numbers, log_sum_exp, statistics, lengths,
     ONLY_DELTA: gl.constexpr,
 ):  # fmt: skip
     """A consumer of ROWS queries of each tile."""
     q_tiles, out_grad_tiles, out_tiles, k_stages, v_stages, staging = shared
     q_full, q_empty, grad_full, grad_empty, out_full, out_empty, k_full, k_empty, v_full, v_empty = barriers
-    heads, query_tokens, key_tokens, query_tiles, tiles, scale, exponent_scale = numbers
+    heads, query_tokens, key_tokens, query_tiles, tiles, statistics_row, scale, exponent_scale = numbers
     SLOTS: gl.constexpr = q_tiles[0].shape[0] // CONSUMERS
     STAGES: gl.constexpr = k_stages[0].shape[0]
     KEYS: gl.constexpr = k_stages[0].shape[2]
@@ -164,8 +166,11 @@ def own_queries(
         row = ((tile % query_tiles) * CONSUMERS + CONSUMER) * ROWS
         mine = slot * CONSUMERS + CONSUMER
         queries = row + gl.arange(0, ROWS, row_layout)
-        statistics = sequence.to(gl.int64) * query_tokens + queries
-        row_log_sum_exp = gl.load(log_sum_exp + statistics, mask=queries < query_tokens, other=float("inf"))
+        exists = queries < query_tokens
+        kept = log_sum_exp + sequence.to(gl.int64) * query_tokens
+        row_log_sum_exp = gl.load(kept + queries, mask=exists, other=float("inf"))
+        written = statistics + sequence.to(gl.int64) * 2 * statistics_row
+        gl.store(written + queries, row_log_sum_exp, mask=exists)
 
         mbarrier.wait(grad_full.index(mine), slot_phase)
         mbarrier.wait(out_full.index(mine), slot_phase)
@@ -177,7 +182,7 @@ def own_queries(
                 row_products(out_tiles[1], out_grad_tiles[1], mine, out_tiles[1].shape[4]), row_layout
             )
         mbarrier.arrive(out_empty.index(mine), count=1)
-        gl.store(delta + statistics, row_delta, mask=queries < query_tokens)
+        gl.store(written + statistics_row + queries, row_delta, mask=exists)
 
         if not ONLY_DELTA:
             limit = valid_keys(batch, lengths, key_tokens)
@@ -203,7 +208,7 @@ def own_queries(
     tma.store_wait(0)
 
 
-_INTEGERS = ["heads", "query_tokens", "key_tokens", "query_tiles", "key_tiles", "tiles"]
+_INTEGERS = ["heads", "query_tokens", "key_tokens", "query_tiles", "key_tiles", "tiles", "statistics_row"]
 
 
 @gluon.jit(do_not_specialize=_INTEGERS)
@@ -221,13 +226,14 @@ def attention_backward_queries_hopper_kernel(
     q_grad_main,  # of (B, Sq, H, D), boxes of ROWS tokens; written unless ONLY_DELTA
     q_grad_tail,
     log_sum_exp,  # (B, H, Sq) fp32, as the forward kernel keeps it
-    delta,  # (B, H, Sq) fp32; written
+    statistics,  # (B · H, 2, statistics_row) fp32; written: log-sum-exp and delta, as the kernel below reads them
     lengths,  # (B,) int32, or None
     heads,
     query_tokens,
     key_tokens,
     query_tiles,  # of one head
     tiles,
+    statistics_row,  # the number of queries, rounded up to whole 16 bytes
     scale,
     exponent_scale,  # scale · log2(e)
     SLOTS: gl.constexpr,
@@ -255,12 +261,12 @@ def attention_backward_queries_hopper_kernel(
     v_full, v_empty = make_barriers(STAGES, CONSUMERS)
     fence_async_shared()
     barriers = (q_full, q_empty, grad_full, grad_empty, out_full, out_empty, k_full, k_empty, v_full, v_empty)
-    numbers = (heads, query_tokens, key_tokens, query_tiles, tiles, scale, exponent_scale)
+    numbers = (heads, query_tokens, key_tokens, query_tiles, tiles, statistics_row, scale, exponent_scale)
     tensors = (q, out_grad, out, k, v)
     gl.warp_specialize(
         [
-            (own_queries, (0, q_grad, shared, barriers, numbers, log_sum_exp, delta, lengths, ONLY_DELTA)),
-            (own_queries, (1, q_grad, shared, barriers, numbers, log_sum_exp, delta, lengths, ONLY_DELTA)),
+            (own_queries, (0, q_grad, shared, barriers, numbers, log_sum_exp, statistics, lengths, ONLY_DELTA)),
+            (own_queries, (1, q_grad, shared, barriers, numbers, log_sum_exp, statistics, lengths, ONLY_DELTA)),
             (load_for_queries, (tensors, shared, barriers, numbers, lengths, ONLY_DELTA)),
         ],
         [4, 1],
@@ -274,8 +280,8 @@ def attention_backward_queries_hopper_kernel(
 @gluon.jit
 def load_for_keys(tensors, shared, barriers, numbers, lengths):
     """The producer: loads the keys and values of each tile, then all queries and gradients of the output."""
-    k, v, q, out_grad = tensors
-    k_tiles, v_tiles, q_stages, out_grad_stages, _k_staging, _v_staging = shared
+    k, v, q, out_grad, statistics = tensors
+    k_tiles, v_tiles, q_stages, out_grad_stages, statistics_stages, _k_staging, _v_staging = shared
     k_full, k_empty, v_full, v_empty, q_full, q_empty, grad_full, grad_empty = barriers
     heads, query_tokens, key_tokens, key_tiles, tiles, _scale, _exponent_scale = numbers
     SLOTS: gl.constexpr = k_tiles[0].shape[0] // CONSUMERS
@@ -299,6 +305,8 @@ def load_for_keys(tensors, shared, barriers, numbers, lengths):
         end = gl.where(first_key < valid_keys(batch, lengths, key_tokens), query_tokens, 0)
         for row in range(0, end, QUERIES):
             load_rows(q, q_stages, stage, q_full, q_empty, phase, batch, row, head)
+            mbarrier.expect(q_full.index(stage), statistics.block_type.nbytes)
+            async_load(statistics, [sequence, 0, row], q_full.index(stage), statistics_stages.index(stage))
             load_rows(out_grad, out_grad_stages, stage, grad_full, grad_empty, phase, batch, row, head)
             stage, phase = following(stage, phase, STAGES)
 
@@ -315,10 +323,10 @@ def where_real(out, real):
 
 @gluon.jit
 def own_keys(
-    CONSUMER: gl.constexpr, k_grad_tensors, v_grad_tensors, shared, barriers, numbers, log_sum_exp, delta, lengths,
+    CONSUMER: gl.constexpr, k_grad_tensors, v_grad_tensors, shared, barriers, numbers, lengths
 ):  # fmt: skip
     """A consumer of ROWS keys of each tile. Its scores are transposed."""
-    k_tiles, v_tiles, q_stages, out_grad_stages, k_staging, v_staging = shared
+    k_tiles, v_tiles, q_stages, out_grad_stages, statistics_stages, k_staging, v_staging = shared
     k_full, k_empty, v_full, v_empty, q_full, q_empty, grad_full, grad_empty = barriers
     heads, query_tokens, key_tokens, key_tiles, tiles, scale, exponent_scale = numbers
     SLOTS: gl.constexpr = k_tiles[0].shape[0] // CONSUMERS
@@ -343,16 +351,14 @@ def own_keys(
         v_grad = nothing_yet(q_stages)
         mbarrier.wait(k_full.index(mine), slot_phase)
         mbarrier.wait(v_full.index(mine), slot_phase)
-        for first_query in range(0, gl.where(first_key < limit, query_tokens, 0), QUERIES):
-            queries = first_query + gl.arange(0, QUERIES, gl.SliceLayout(0, layout))
-            statistics = sequence.to(gl.int64) * query_tokens + queries
-            there = queries < query_tokens
-            column_log_sum_exp = gl.load(log_sum_exp + statistics, mask=there, other=float("inf"))
-            column_delta = gl.load(delta + statistics, mask=there, other=0.0)
+        for _ in range(0, gl.where(first_key < limit, query_tokens, 0), QUERIES):
             mbarrier.wait(q_full.index(stage), phase)
             mbarrier.wait(grad_full.index(stage), phase)
             scores = issue_scores(k_tiles, q_stages, mine, stage, 0, QUERIES)
             weights_grad = issue_scores(v_tiles, out_grad_stages, mine, stage, 0, QUERIES)
+            statistics = statistics_stages.index(stage).reshape([2 * QUERIES])
+            column_log_sum_exp = statistics.slice(0, QUERIES).load(gl.SliceLayout(0, layout))
+            column_delta = statistics.slice(QUERIES, QUERIES).load(gl.SliceLayout(0, layout))
             scores = warpgroup_mma_wait(PARTS, deps=(scores,))
             weights = gl.exp2(scores * exponent_scale - column_log_sum_exp[None, :])
             # Already complete. The branch of this wait keeps the assembler from moving the next wait before the
@@ -393,8 +399,7 @@ def attention_backward_keys_hopper_kernel(
     k_grad_tail,
     v_grad_main,
     v_grad_tail,
-    log_sum_exp,  # (B, H, Sq) fp32
-    delta,  # (B, H, Sq) fp32, as the kernel above writes it
+    statistics,  # of (B · H, 2, Sq) fp32, as the kernel above writes them, boxes of QUERIES queries
     lengths,  # (B,) int32, or None
     heads,
     query_tokens,
@@ -417,21 +422,22 @@ def attention_backward_keys_hopper_kernel(
         allocate(v, SLOTS * CONSUMERS),
         allocate(q, STAGES),
         allocate(out_grad, STAGES),
+        allocate((statistics,), STAGES)[0],
         allocate(k_grad, CONSUMERS),
         allocate(v_grad, CONSUMERS),
     )
     k_full, k_empty = make_barriers(SLOTS * CONSUMERS, 1)
     v_full, v_empty = make_barriers(SLOTS * CONSUMERS, 1)
-    q_full, q_empty = make_barriers(STAGES, CONSUMERS)
+    q_full, q_empty = make_barriers(STAGES, CONSUMERS, 2)  # of the queries and of their statistics
     grad_full, grad_empty = make_barriers(STAGES, CONSUMERS)
     fence_async_shared()
     barriers = (k_full, k_empty, v_full, v_empty, q_full, q_empty, grad_full, grad_empty)
     numbers = (heads, query_tokens, key_tokens, key_tiles, tiles, scale, exponent_scale)
-    tensors = (k, v, q, out_grad)
+    tensors = (k, v, q, out_grad, statistics)
     gl.warp_specialize(
         [
-            (own_keys, (0, k_grad, v_grad, shared, barriers, numbers, log_sum_exp, delta, lengths)),
-            (own_keys, (1, k_grad, v_grad, shared, barriers, numbers, log_sum_exp, delta, lengths)),
+            (own_keys, (0, k_grad, v_grad, shared, barriers, numbers, lengths)),
+            (own_keys, (1, k_grad, v_grad, shared, barriers, numbers, lengths)),
             (load_for_keys, (tensors, shared, barriers, numbers, lengths)),
         ],
         [4, 1],
