@@ -154,7 +154,7 @@ DROPPED_WAITS = {
         ATTENTION_HOPPER_BACKWARD,
     ),
     "GEMM: a producer's for an empty stage": Planted(
-        "gemm/hopper_pipeline.py", "            mbarrier.wait(emptied.index(stage), (step // STAGES & 1) ^ 1)\n", "",
+        "gemm/ring.py", "            mbarrier.wait(emptied.index(stage), (step // STAGES & 1) ^ 1)\n", "",
         LINEAR_HOPPER,
     ),
     "GEMM: a consumer's for its block": Planted(

@@ -8,9 +8,7 @@ that start at multiples of 16 bytes. Anything else raises UnsupportedInputError 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -18,24 +16,18 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip_kernels.device import Facts, facts
-from siglip_kernels.errors import unsupported
+from siglip_kernels.gemm.epilogue import PIECE, finish_piece, load_added
+from siglip_kernels.gemm.gluon_launch import GROUP, arguments, buffers_of, check_supported, stages
 from siglip_kernels.gemm.hopper_pipeline import (
-    BLOCK_K,
     CONSUMERS,
-    PIECE,
     accumulator_layout,
-    choose,
-    load_tiles,
     make_ring,
     multiply_tile,
     pieces_of,
-    reciprocal,
-    tile_position,
 )
-from siglip_kernels.tma import async_load, async_store
+from siglip_kernels.gemm.ring import choose, load_tiles, tile_position
 
 
 @dataclass(frozen=True)
@@ -50,13 +42,10 @@ class Tile:
         return CONSUMERS.value * self.consumer_rows
 
     def stages(self, buffers: int, out_dtype: torch.dtype, shared_memory: int) -> int:
-        """As many stages of 2-byte operands as fit beside the epilogue's buffers and 1 KiB for the barriers."""
-        epilogue = buffers * self.rows * PIECE.value * out_dtype.itemsize + 1024
-        return (shared_memory - epilogue) // ((self.rows + self.columns) * BLOCK_K.value * 2)
+        return stages(self.rows, self.columns, buffers, out_dtype, shared_memory)
 
 
 WIDE, TALL, SMALL = Tile(64, 256), Tile(128, 128), Tile(64, 128)
-GROUP = 8  # row tiles that are computed together, so that their operands stay in the L2
 
 
 def tile_for(rows: int, columns: int, depth: int, parts: int, gelu: str, out_dtype: torch.dtype, gpu: Facts) -> Tile:
@@ -99,39 +88,6 @@ def tile_for(rows: int, columns: int, depth: int, parts: int, gelu: str, out_dty
     return min((WIDE, SMALL) if gelu == "backward" else (WIDE, TALL, SMALL), key=clocks)
 
 
-# As in gelu.py: e^(-2u) = 2^(x (_LINEAR + _CUBIC x²)), and 2 du/dx = _SLOPE + _SLOPE_SQUARE x².
-_LINEAR = gl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654)
-_CUBIC = gl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654 * 0.044715)
-_SLOPE = gl.constexpr(2 * 0.7978845608028654)
-_SLOPE_SQUARE = gl.constexpr(2 * 0.7978845608028654 * 3 * 0.044715)
-
-
-@gluon.jit
-def _gelu(x):
-    """tanh-GELU as x σ(2u), u = √(2/π) (x + 0.044715 x³). x: fp32."""
-    x = gl.where(x < -100.0, -100.0, x)  # -inf would give -inf · 0
-    return x * reciprocal(1.0 + gl.exp2((x * x * _CUBIC + _LINEAR) * x))
-
-
-@gluon.jit
-def _gelu_and_derivative(x):
-    """gelu(x) and s + x s (1 - s) · 2 du/dx, where s = σ(2u) and 1 - s = s e^(-2u). x: fp32."""
-    x = gl.where(x < -10.0, -10.0, x)  # gelu(-10) is -1e-37; much further e^(-2u) would overflow
-    near = gl.where(x > 10.0, 10.0, x)
-    square = near * near
-    e = gl.exp2((square * _CUBIC + _LINEAR) * near)
-    s = reciprocal(1.0 + e)
-    return x * s, s + near * s * (s * e) * (square * _SLOPE_SQUARE + _SLOPE)
-
-
-@gluon.jit
-def _send(value, buffer, target, row, column):
-    """Rounds to the target's dtype, and starts the copy from the buffer to target[row : , column : ]."""
-    buffer.store(value.to(target.dtype))
-    fence_async_shared()
-    async_store(target, [row, column], buffer)
-
-
 @gluon.jit
 def _consumer(
     consumer: gl.constexpr,
@@ -161,10 +117,8 @@ def _consumer(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
-    BUFFERS: gl.constexpr,
 ):
     LAYOUT: gl.constexpr = accumulator_layout(BLOCK_N)
-    PIECE_LAYOUT: gl.constexpr = accumulator_layout(PIECE)
     PIECES: gl.constexpr = BLOCK_N // PIECE
     row_tiles = gl.cdiv(rows, CONSUMERS * CONSUMER_ROWS)
     PART_TILES: gl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
@@ -176,15 +130,8 @@ def _consumer(
         first_row = (row_tile * CONSUMERS + consumer) * CONSUMER_ROWS
         first_column = column_tile % PART_TILES * BLOCK_N
 
-        if added is not None:
-            # Into the buffers that the last tile was sent from; the load overlaps with the products.
-            tma.store_wait(pendings=0)
-            mbarrier.expect(landed.index(consumer), PIECES * added.block_type.nbytes)
-            for piece in gl.static_range(PIECES):
-                async_load(
-                    added, [first_row, first_column + piece * PIECE], landed.index(consumer),
-                    buffers.index(consumer * BUFFERS + piece),
-                )  # fmt: skip
+        if added is not None:  # the load overlaps with the products
+            load_added(added, landed.index(consumer), buffers, first_row, first_column, PIECES)
 
         total = gl.zeros((CONSUMER_ROWS, BLOCK_N), gl.float32, LAYOUT)
         if bias is not None:
@@ -198,44 +145,19 @@ def _consumer(
 
         if added is not None:
             mbarrier.wait(landed.index(consumer), done & 1)
+        sums = column_sums
+        if column_sums is not None:
+            sums += (row_tile * CONSUMERS + consumer) * COLUMNS
         pieces = pieces_of(total, PIECE)
         for piece in gl.static_range(PIECES):
             column = first_column + piece * PIECE
             # The condition also keeps the pieces apart: all at once would not fit the registers. out.shape[1] equals
             # COLUMNS, which the compiler must not know.
             if column < out.shape[1]:
-                value = pieces[piece]
-                # Of two results for each piece, the second has a buffer of its own.
-                if added is not None:
-                    buffer = buffers.index(consumer * BUFFERS + piece)
-                    second_buffer = buffers.index(consumer * BUFFERS + BUFFERS - 1)
-                elif second_out is not None:
-                    buffer = buffers.index(consumer * BUFFERS)
-                    second_buffer = buffers.index(consumer * BUFFERS + 1)
-                else:
-                    buffer = buffers.index(consumer * BUFFERS + piece % 2)
-
-                if GELU == "forward":
-                    if second_out is not None:
-                        tma.store_wait(pendings=1)
-                        _send(value, second_buffer, second_out, first_row, column)
-                    value = _gelu(value)
-                elif GELU == "backward":
-                    again, derivative = _gelu_and_derivative(buffer.load(PIECE_LAYOUT).to(gl.float32))
-                    if second_out is not None:
-                        tma.store_wait(pendings=1)
-                        _send(again, second_buffer, second_out, first_row, column)
-                    value *= derivative
-                    if column_sums is not None:
-                        columns = column + gl.arange(0, PIECE, gl.SliceLayout(0, PIECE_LAYOUT))
-                        sums = column_sums + (row_tile * CONSUMERS + consumer) * COLUMNS + columns
-                        gl.store(sums, gl.sum(value, 0), mask=columns < COLUMNS)
-                elif added is not None:
-                    value += buffer.load(PIECE_LAYOUT).to(gl.float32)
-
-                if added is None:
-                    tma.store_wait(pendings=1)
-                _send(value, buffer, choose(part, out, out_second, out_third, PARTS), first_row, column)
+                finish_piece(
+                    pieces[piece], piece, buffers, added, second_out, choose(part, out, out_second, out_third, PARTS),
+                    sums, first_row, column, COLUMNS, GELU,
+                )  # fmt: skip
         if added is None and second_out is None and first_column + BLOCK_N > COLUMNS:
             # The buffers alternate, and a tile at the edge may have stopped between the two.
             tma.store_wait(pendings=0)
@@ -273,7 +195,8 @@ def gemm_kernel(
 ):
     """Persistent: program p owns the tiles p, p + programs, ... of 2 CONSUMER_ROWS by BLOCK_N."""
     a_blocks, b_blocks, filled, emptied, lead = make_ring(a, weight, STAGES)
-    buffers = gl.allocate_shared_memory(out.dtype, [CONSUMERS * BUFFERS, CONSUMER_ROWS, PIECE], out.layout)
+    upper_buffers = gl.allocate_shared_memory(out.dtype, [BUFFERS, CONSUMER_ROWS, PIECE], out.layout)
+    lower_buffers = gl.allocate_shared_memory(out.dtype, [BUFFERS, CONSUMER_ROWS, PIECE], out.layout)
     landed = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     for consumer in gl.static_range(CONSUMERS):
         mbarrier.init(landed.index(consumer), count=1)
@@ -281,14 +204,14 @@ def gemm_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                0, a_blocks, b_blocks, filled, emptied, lead, buffers, landed, bias, bias_second, bias_third,
+                0, a_blocks, b_blocks, filled, emptied, lead, upper_buffers, landed, bias, bias_second, bias_third,
                 added, second_out, out, out_second, out_third, column_sums, rows, COLUMNS, DEPTH, PARTS, TRANSPOSED,
-                GELU, CONSUMER_ROWS, BLOCK_N, STAGES, GROUP, BUFFERS,
+                GELU, CONSUMER_ROWS, BLOCK_N, STAGES, GROUP,
             )),
             (_consumer, (
-                1, a_blocks, b_blocks, filled, emptied, lead, buffers, landed, bias, bias_second, bias_third,
+                1, a_blocks, b_blocks, filled, emptied, lead, lower_buffers, landed, bias, bias_second, bias_third,
                 added, second_out, out, out_second, out_third, column_sums, rows, COLUMNS, DEPTH, PARTS, TRANSPOSED,
-                GELU, CONSUMER_ROWS, BLOCK_N, STAGES, GROUP, BUFFERS,
+                GELU, CONSUMER_ROWS, BLOCK_N, STAGES, GROUP,
             )),
             (load_tiles, (
                 a, weight, weight_second, weight_third, a_blocks, b_blocks, filled, emptied,
@@ -299,24 +222,6 @@ def gemm_kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
-
-
-def check_supported(a: Tensor, columns: int) -> None:
-    """Raises UnsupportedInputError unless the kernel supports the product of `a` (M, K) and a weight (columns, K)."""
-    gpu = facts(a.device)
-    if gpu.capability != (9, 0):
-        raise unsupported("linear", "x", f"is on {gpu.name}", "Hopper (sm_90) with SIGLIP_KERNELS_HOPPER=1")
-    if a.dtype not in (torch.float16, torch.bfloat16):
-        raise unsupported("linear", "x", f"has dtype {a.dtype}", "float16, bfloat16 with SIGLIP_KERNELS_HOPPER=1")
-    for name, extent in (("in_features", a.shape[1]), ("out_features", columns)):
-        if extent == 0 or extent % 8:
-            raise unsupported("linear", name, f"is {extent}", "multiples of 8 with SIGLIP_KERNELS_HOPPER=1")
-
-
-def _by_part(values: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """A kernel argument of its three parts, such as weight, weight_second and weight_third; None beyond `values`."""
-    first, second, third = (*values, None, None)[:3]
-    return first, second, third
 
 
 def launch(
@@ -340,45 +245,32 @@ def launch(
     """
     rows, depth = a.shape
     columns, parts = outs[0].shape[1], len(outs)
-    check_supported(a, columns)
+    kept = activation if gelu == "backward" else pre_activation
+    check_supported(a, columns, (9, 0), "Hopper (sm_90)", "SIGLIP_KERNELS_HOPPER=1")
     gpu = facts(a.device)
     tile = tile_for(rows, columns, depth, parts, gelu, outs[0].dtype, gpu)
-    added = pre_activation if gelu == "backward" else residual
-    second_out = activation if gelu == "backward" else pre_activation
-    pieces = tile.columns // PIECE.value
-    buffers = 2 if added is None else pieces + (second_out is not None)
+    buffers = buffers_of(gelu == "backward" or residual is not None, kept is not None, tile.columns // PIECE.value)
     row_tiles = triton.cdiv(rows, tile.rows)
     tiles = row_tiles * triton.cdiv(columns, tile.columns) * parts
     partial_sums = None
     if keep_column_sums:
         shape = (CONSUMERS.value * row_tiles, columns)
         partial_sums = torch.empty(shape, dtype=torch.float32, device=a.device)
-
-    result_block = [tile.consumer_rows, PIECE.value]
-    weight_block = [BLOCK_K.value, tile.columns] if transposed else [tile.columns, BLOCK_K.value]
-    weight, weight_second, weight_third = _by_part([descriptor(weight, weight_block) for weight in weights])
-    bias, bias_second, bias_third = _by_part(biases)
-    out, out_second, out_third = _by_part([descriptor(out, result_block) for out in outs])
     gemm_kernel[(min(tiles, gpu.multiprocessors),)](
-        a=descriptor(a, [tile.consumer_rows, BLOCK_K.value]),
-        weight=weight,
-        weight_second=weight_second,
-        weight_third=weight_third,
-        bias=bias,
-        bias_second=bias_second,
-        bias_third=bias_third,
-        added=None if added is None else descriptor(added, result_block),
-        second_out=None if second_out is None else descriptor(second_out, result_block),
-        out=out,
-        out_second=out_second,
-        out_third=out_third,
-        column_sums=partial_sums,
-        rows=rows,
-        COLUMNS=columns,
-        DEPTH=depth,
-        PARTS=parts,
-        TRANSPOSED=transposed,
-        GELU=gelu,
+        **arguments(
+            a,
+            weights,
+            biases,
+            outs,
+            transposed=transposed,
+            residual=residual,
+            gelu=gelu,
+            pre_activation=pre_activation,
+            activation=activation,
+            partial_sums=partial_sums,
+            block_rows=tile.consumer_rows,
+            block_columns=tile.columns,
+        ),
         CONSUMER_ROWS=tile.consumer_rows,
         BLOCK_N=tile.columns,
         STAGES=tile.stages(buffers, outs[0].dtype, gpu.shared_memory),
@@ -388,17 +280,3 @@ def launch(
     )
     # One partial sum per consumer's rows, added in their order: the same bits every time.
     return None if partial_sums is None else partial_sums.sum(0)
-
-
-_GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
-
-
-def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    """The tensor descriptor of a matrix with rows of unit stride, or of a copy if not all rows start at multiples of 16
-    bytes."""
-    stride = matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // 8) * 8
-    if matrix.data_ptr() % 16 or stride * matrix.element_size() % 16:
-        matrix = matrix.clone(memory_format=torch.contiguous_format)
-        stride = matrix.shape[1]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON_DTYPES[matrix.dtype])
-    return TensorDescriptor(matrix, list(matrix.shape), [stride, 1], block, layout)

@@ -1,8 +1,7 @@
 """The main loop of every GEMM on Hopper: wgmma multiplies a and b from shared memory, which a producer refills.
 
-A thread block has three partitions. The producer, one warp, copies blocks of both operands into a ring of stages (TMA).
-Two consumers, a warpgroup each, read the upper and the lower half of a tile's rows from the same stages. A stage has
-two barriers: `filled` counts the bytes that have landed, `emptied` the consumers that have read it.
+A thread block has three partitions. The producer, one warp, copies blocks of both operands into a ring of stages
+(ring.py). Two consumers, a warpgroup each, read the upper and the lower half of a tile's rows from the same stages.
 
 The consumers are staggered: the second starts each tile LAG blocks behind the first. One of them works on its epilogue
 while the other has the tensor cores to itself, and the loads of the next tile are always under way.
@@ -16,10 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from siglip_kernels.tma import async_load
-
-BLOCK_K = gl.constexpr(64)  # 128 bytes of fp16 or bf16: the widest row that shared memory swizzles
-PIECE = gl.constexpr(64)  # columns that an epilogue works on at a time, also 128 bytes of fp16 or bf16
+from siglip_kernels.gemm.ring import BLOCK_K, make_stages
 
 CONSUMERS = gl.constexpr(2)
 THREADS = gl.constexpr(128)  # of a consumer
@@ -33,92 +29,12 @@ def accumulator_layout(columns):
 
 
 @gluon.jit
-def tile_position(tile, row_tiles, column_tiles, GROUP: gl.constexpr):
-    """Row and column of a tile: GROUP rows of tiles together, column by column, so that the L2 keeps their operands."""
-    group_tiles = GROUP * column_tiles
-    first = tile // group_tiles * GROUP
-    rows = gl.minimum(row_tiles - first, GROUP)
-    return first + tile % group_tiles % rows, tile % group_tiles // rows
-
-
-@gluon.jit
-def choose(part, first, second, third, PARTS: gl.constexpr):
-    """The argument of this part, one of PARTS (1 or 3)."""
-    chosen = first
-    if PARTS == 3:
-        if part == 1:
-            chosen = second
-        elif part == 2:
-            chosen = third
-    return chosen
-
-
-@gluon.jit
-def make_ring(
-    a,  # descriptor of a consumer's blocks: [rows, BLOCK_K], or [BLOCK_K, rows] where a lies transposed
-    b,  # descriptor of blocks [BLOCK_K, columns], or [columns, BLOCK_K] where b lies transposed
-    STAGES: gl.constexpr,
-):
-    """Shared memory and barriers of the ring: a's blocks, b's blocks, filled, emptied, lead."""
-    a_blocks = gl.allocate_shared_memory(
-        a.dtype, [STAGES * CONSUMERS, a.block_type.shape[0], a.block_type.shape[1]], a.layout
-    )
-    b_blocks = gl.allocate_shared_memory(b.dtype, [STAGES, b.block_type.shape[0], b.block_type.shape[1]], b.layout)
-    filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    emptied = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+def make_ring(a, b, STAGES: gl.constexpr):
+    """The ring for two consumers, and the barrier `lead`: a's blocks, b's blocks, filled, emptied, lead."""
+    a_blocks, b_blocks, filled, emptied = make_stages(a, b, STAGES, CONSUMERS)
     lead = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(filled.index(stage), count=1)
-        mbarrier.init(emptied.index(stage), count=CONSUMERS)
     mbarrier.init(lead.index(0), count=1)
     return a_blocks, b_blocks, filled, emptied, lead
-
-
-@gluon.jit
-def load_tiles(
-    a,
-    b,
-    b_second,  # PARTS operands b side by side; None beyond them
-    b_third,
-    a_blocks,
-    b_blocks,
-    filled,
-    emptied,
-    row_tiles,
-    part_tiles,  # columns of tiles of one b
-    depth,
-    CONSUMER_ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    PARTS: gl.constexpr,
-    A_TRANSPOSED: gl.constexpr,
-    B_TRANSPOSED: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    """The producer: all blocks of all tiles of this program."""
-    step = 0
-    for tile in range(gl.program_id(0), row_tiles * part_tiles * PARTS, gl.num_programs(0)):
-        row_tile, column_tile = tile_position(tile, row_tiles, part_tiles * PARTS, GROUP)
-        first_row = row_tile * CONSUMERS * CONSUMER_ROWS
-        column = column_tile % part_tiles * BLOCK_N
-        tile_b = choose(column_tile // part_tiles, b, b_second, b_third, PARTS)
-        for k in range(0, depth, BLOCK_K):
-            stage = step % STAGES
-            landed = filled.index(stage)
-            mbarrier.wait(emptied.index(stage), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(landed, CONSUMERS * a.block_type.nbytes + b.block_type.nbytes)
-            for consumer in gl.static_range(CONSUMERS):
-                row = first_row + consumer * CONSUMER_ROWS
-                block = a_blocks.index(stage * CONSUMERS + consumer)
-                if A_TRANSPOSED:
-                    async_load(a, [k, row], landed, block)
-                else:
-                    async_load(a, [row, k], landed, block)
-            if B_TRANSPOSED:
-                async_load(tile_b, [column, k], landed, b_blocks.index(stage))
-            else:
-                async_load(tile_b, [k, column], landed, b_blocks.index(stage))
-            step += 1
 
 
 @gluon.jit
@@ -184,12 +100,6 @@ def multiply_tile(
     accumulator = warpgroup_mma_wait(num_outstanding=0, deps=(accumulator,))
     mbarrier.arrive(emptied.index((step + blocks - 1) % STAGES), count=1)
     return accumulator, step + blocks
-
-
-@gluon.jit
-def reciprocal(x):
-    """1 / x for 1 <= x <= inf, by one instruction: a division handles the whole range of its operands."""
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from siglip_kernels.device import facts
 from siglip_kernels.errors import unsupported
-from siglip_kernels.gemm.hopper import GROUP, TALL, WIDE, Tile, descriptor
-from siglip_kernels.gemm.hopper_pipeline import BLOCK_K, CONSUMERS, THREADS
+from siglip_kernels.gemm.gluon_launch import GROUP, descriptor
+from siglip_kernels.gemm.hopper import TALL, WIDE, Tile
+from siglip_kernels.gemm.hopper_pipeline import CONSUMERS, THREADS
+from siglip_kernels.gemm.ring import BLOCK_K
 from siglip_kernels.sigmoid_loss.hopper_kernels import BUFFERS, PIECE, logit_grad_kernel, product_kernel
 from siglip_kernels.sigmoid_loss.triton_engine import TritonEngine, config_for
 

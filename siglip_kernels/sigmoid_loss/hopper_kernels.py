@@ -8,19 +8,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from siglip_kernels.gemm.epilogue import reciprocal
 from siglip_kernels.gemm.hopper_pipeline import (
     CONSUMERS,
     THREAD_LAYOUT,
     THREADS,
     accumulator_layout,
-    load_tiles,
     make_ring,
     multiply_tile,
     pieces_of,
-    reciprocal,
     sum_in_thread,
-    tile_position,
 )
+from siglip_kernels.gemm.ring import load_tiles, tile_position
 from siglip_kernels.sigmoid_loss.kernels import log1p
 from siglip_kernels.tma import async_store
 

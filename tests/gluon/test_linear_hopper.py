@@ -2,22 +2,20 @@
 
 import contextlib
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from error_budget import check_error
+from gemm_cases import SHAPES, check, gelu, gelu_derivative, operands
 from hopper_emulator.faults import Fault
 from hopper_emulator.launch import emulating
+from planting import with_fault_in_one_of
 from torch import Tensor
 
 from bench.compiled.ahead_of_time import GPUS
 from siglip_kernels import MissingBackendError, UnsupportedInputError, linear, mlp, pre_norm_qkv
 from siglip_kernels.device import pretend
-from siglip_kernels.gemm import hopper, hopper_pipeline
+from siglip_kernels.gemm import epilogue, hopper, hopper_pipeline, ring
 from siglip_kernels.gemm.kernels import gemm
 
 # Few multiprocessors, so that each program has several tiles.
@@ -44,35 +42,6 @@ def on_hopper(seed: int = 0, gpu=HOPPER):
 def pin(monkeypatch):
     """Pins the tile."""
     return lambda tile: monkeypatch.setattr(hopper, "tile_for", lambda *_: TILES[tile])
-
-
-def operands(rows: int, columns: int, depth: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
-    """x, three weights, two biases, and a residual of the result's shape."""
-    generator = torch.Generator().manual_seed(rows + columns + depth)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    x, weights = random(rows, depth), random(3, columns, depth) * depth**-0.5
-    return tuple(t.to(dtype) for t in (x, *weights, random(columns), random(columns), random(rows, columns)))
-
-
-def check(project: Tensor, truth: Tensor, eager: Tensor) -> None:
-    """The error budget; every element written."""
-    assert project.isfinite().all()
-    check_error(project, eager, truth)
-
-
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def gelu_derivative(x: Tensor) -> Tensor:
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(gelu(x).sum(), x)[0]
-
-
-SHAPES = [(1, 8, 8), (63, 72, 64), (65, 264, 72), (130, 520, 328), (300, 136, 200)]
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -237,12 +206,12 @@ def test_tiles_follow_the_shapes_of_models():
     assert hopper.WIDE.stages(5, torch.bfloat16, h200.shared_memory) == 3
 
 
-# A line of the main loop or of the epilogues, and what breaks it.
-IN_PIPELINE = {
+# What breaks a line of the ring, of the main loop, of the kernel or of the epilogues.
+BROKEN = {
     "the producer does not wait": ("            mbarrier.wait(emptied.index(stage), (step // STAGES & 1) ^ 1)\n", ""),
     "the producer waits for the other phase": ("(step // STAGES & 1) ^ 1)", "step // STAGES & 1)"),
-    "half of a's bytes are counted": ("CONSUMERS * a.block_type.nbytes +", "a.block_type.nbytes +"),
-    "one consumer empties a stage": ("emptied.index(stage), count=CONSUMERS)", "emptied.index(stage), count=1)"),
+    "half of a's bytes are counted": ("BLOCKS * a.block_type.nbytes +", "a.block_type.nbytes +"),
+    "one consumer empties a stage": ("emptied.index(stage), count=READERS)", "emptied.index(stage), count=1)"),
     "a stage is handed back while it is read": ("(step + block - 1) % STAGES)", "(step + block) % STAGES)"),
     "a consumer does not wait for its block": ("    mbarrier.wait(filled.index(stage), step // STAGES & 1)\n", ""),
     "the last product is not waited for": ("num_outstanding=0, deps", "num_outstanding=1, deps"),
@@ -252,47 +221,27 @@ IN_PIPELINE = {
     "the first consumer never gets ahead": ("(block == LAG))", "(block == -1))"),
     "the lead is taken with one stage": ("staggered = blocks >= STAGES", "staggered = blocks >= 1"),
     "both consumers take the same rows": ("stage * CONSUMERS + consumer)\n    b =", "stage * CONSUMERS)\n    b ="),
-}  # fmt: skip
-IN_EPILOGUE = {
     "a result is sent without a fence": ("    fence_async_shared()\n    async_store", "    async_store"),
     "a buffer is written while it is sent": (
-        "                if added is None:\n                    tma.store_wait(pendings=1)\n", ""
+        "    if added is None:\n        tma.store_wait(pendings=1)\n", ""
     ),
     "the turns of the buffers are mixed up at the edge": (
         "            tma.store_wait(pendings=0)\n        done += 1", "            pass\n        done += 1"
     ),
     "the last results are not waited for": ("    tma.store_wait(pendings=0)\n\n", "\n"),
     "the residual arrives on a result that is being sent": (
-        "            tma.store_wait(pendings=0)\n            mbarrier", "            mbarrier"
+        "    tma.store_wait(pendings=0)\n    mbarrier", "    mbarrier"
     ),
     "the residual is not waited for": ("mbarrier.wait(landed.index(consumer), done & 1)", "pass"),
     "the residual's phase does not turn": ("landed.index(consumer), done & 1)", "landed.index(consumer), 0)"),
 }  # fmt: skip
 
 
-def broken_kernel(path: Path, line: str, replacement: str, in_pipeline: bool):
-    """gemm_kernel with one line changed, in the kernel or in the main loop that it imports."""
-    sources = {"broken_pipeline": Path(hopper_pipeline.__file__), "broken_hopper": Path(hopper.__file__)}
-    modules = {}
-    for name, source in sources.items():
-        text = source.read_text()
-        if in_pipeline == (name == "broken_pipeline"):
-            assert text.count(line) == 1, text.count(line)
-            text = text.replace(line, replacement)
-        text = text.replace("siglip_kernels.gemm.hopper_pipeline import", "broken_pipeline import")
-        (path / f"{name}.py").write_text(text)
-        specification = importlib.util.spec_from_file_location(name, path / f"{name}.py")
-        sys.modules[name] = modules[name] = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(modules[name])
-    return modules["broken_hopper"].gemm_kernel
-
-
-@pytest.mark.parametrize("broken", [*IN_PIPELINE, *IN_EPILOGUE])
+@pytest.mark.parametrize("broken", BROKEN)
 def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch, pin):
     """Each of these compiles, and each is found by a fault or by its numbers, under every seed."""
-    line, replacement = (IN_PIPELINE | IN_EPILOGUE)[broken]
-    kernel = broken_kernel(tmp_path, line, replacement, broken in IN_PIPELINE)
-    monkeypatch.setattr(hopper, "gemm_kernel", kernel)
+    broken_hopper = with_fault_in_one_of([ring, epilogue, hopper_pipeline, hopper], *BROKEN[broken], tmp_path)
+    monkeypatch.setattr(hopper, "gemm_kernel", broken_hopper.gemm_kernel)
     pin("wide")
     x, w, _, _, _, _, residual = operands(300, 264, 456)
     for seed in range(2):
