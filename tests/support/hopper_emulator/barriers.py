@@ -60,20 +60,24 @@ class Barrier:
     def require_fence(self) -> None:
         self.require_initialised()
         if not self.fenced_for_copies:
-            message = "a TMA load uses it with no fence_async_shared() since mbarrier.init"
+            message = "a TMA load or a commit uses it with no fence_async_shared() since mbarrier.init"
             self.block.fault(NOT_FENCED, message, self.name)
 
-    def arrive(self, count: int, expected_bytes: int = 0) -> None:
+    def arrive(
+        self, count: int, expected_bytes: int = 0, by: str = "", knowledge: dict[int, int] | None = None
+    ) -> None:
+        """An arrival of the running partition or, with its knowledge, of another agent."""
         self.require_initialised()
         me = self.block.partition
         self.bytes += expected_bytes
-        self.arrivals[me.name] += count
+        self.arrivals[by or me.name] += count
         if count > self.pending:
             got = f"{self.count - self.pending + count} arrivals in phase {self.phase}, its count is {self.count}"
             self.block.fault(OVER_ARRIVAL, f"{got}; {self._who(self.arrivals)}", self.name)
         self.pending -= count
-        learn(self.incoming, me.clock)
-        me.clock[me.number] += 1
+        learn(self.incoming, me.clock if knowledge is None else knowledge)
+        if knowledge is None:
+            me.clock[me.number] += 1
         self.settle()
 
     def settle(self) -> None:

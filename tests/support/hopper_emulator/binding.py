@@ -9,12 +9,12 @@ import inspect
 import types
 from typing import Any
 
-from hopper_emulator import barriers, copies, language, matrix, memory
+from hopper_emulator import barriers, copies, language, matrix, memory, tensor_core, tensor_memory
 from hopper_emulator.faults import UnsupportedByEmulator as Unsupported
 from hopper_emulator.values import unwrap
 from triton import language as tl
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia import blackwell, hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.runtime.jit import ConstexprFunction, JITFunction
 
@@ -29,6 +29,7 @@ _STAND_INS: dict[types.ModuleType, dict[str, Any]] = {
     hopper: _named(
         memory.fence_async_shared, matrix.warpgroup_mma, matrix.warpgroup_mma_wait, matrix.warpgroup_mma_init
     ),
+    blackwell: _named(tensor_memory.allocate_tensor_memory, tensor_core.tcgen05_commit, tensor_core.tcgen05_mma),
     mbarrier: _named(
         barriers.allocate_mbarrier, barriers.arrive, barriers.expect, barriers.init, barriers.invalidate, barriers.wait
     ),

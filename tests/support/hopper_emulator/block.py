@@ -1,9 +1,10 @@
 """One running thread block: its scheduler, its agents and what they know of each other.
 
-Agents are partitions and barriers. Each has a clock, and each partition has a vector clock of all agents, as in race
-detectors (Flanagan & Freund, "FastTrack", PLDI 2009). Knowledge passes through barriers only: an arrival adds the
-partition's knowledge to the barrier's, a wait takes the barrier's. An access of one agent is ordered before another's
-exactly if the other knows of it, independent of the interleaving that happened to run.
+Agents are partitions, barriers and, on Blackwell, each partition's queue of products. Each has a clock, and each
+partition has a vector clock of all agents, as in race detectors (Flanagan & Freund, "FastTrack", PLDI 2009). Knowledge
+passes through barriers only: an arrival adds the partition's knowledge to the barrier's, a wait takes the barrier's. An
+access of one agent is ordered before another's exactly if the other knows of it, independent of the interleaving that
+happened to run.
 """
 
 import random
@@ -27,10 +28,12 @@ class Block:
         self, program: tuple[int, int, int], grid: tuple[int, int, int], seed: object, warps: int, global_writes: Any
     ):
         self.program, self.grid, self.global_writes = program, grid, global_writes
-        self.agents: list[Any] = []  # by number: partitions and barriers
+        self.agents: list[Any] = []  # by number
         self.allocations: list[Any] = []
         self.barriers: list[Any] = []
         self.loads: list[Any] = []  # TMA loads that no partition has waited for
+        self.tensor_cores: dict[int, Any] = {}  # by the number of the partition that starts products
+        self.tensor_columns = 0  # allocated in tensor memory
         self.scheduler = Scheduler(random.Random(repr((seed, program))), self, warps)
         self.enroll(self.scheduler.main)
 

@@ -284,7 +284,7 @@ def allocate_shared_memory(element_ty: Any, shape: Any, layout: Any, value: Valu
     block = current()
     shape = [int(unwrap(n)) for n in shape]
     layout = unwrap(layout)
-    name = _assigned_name(sys._getframe(1))
+    name = assigned_name(sys._getframe(1))
     if isinstance(layout, real_mbarrier.MBarrierLayout):
         return barriers.allocate(block, shape[0], name)
     allocation = Allocation(block, element_ty, shape, name)
@@ -294,7 +294,7 @@ def allocate_shared_memory(element_ty: Any, shape: Any, layout: Any, value: Valu
     return view
 
 
-def _assigned_name(frame: Any) -> str:
+def assigned_name(frame: Any) -> str:
     """A name for messages: the variable that the line assigns, or, if a function of the kernel allocates for its
     callers, the caller's: q_full, not full, for `q_full, q_empty = make_barriers(...)`; otherwise q_tiles.main."""
     name = ", ".join(_targets(_line(frame)))

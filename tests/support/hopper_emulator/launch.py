@@ -1,14 +1,14 @@
-"""Runs unmodified Gluon kernels for Hopper on the CPU: their results, and the protocol of their barriers.
+"""Runs unmodified Gluon kernels for Hopper and Blackwell on the CPU: their results, and the protocol of their barriers.
 
     with emulating(seed=3):            # launches of @gluon.jit kernels are emulated:
         attention_forward(q, k, v)     # the launcher's own code, with CPU tensors
 
     emulate(kernel, grid, seed=3, q=tensor_descriptor, out=tensor, BLOCK=64)   # or a single kernel
 
-It executes the kernel's own Python functions, those that are compiled for sm_90, with stand-ins for `gl` (binding.py,
-language.py, values.py). What hardware may do late is done late, and what it may do in any order is done in a random
-order that the seed determines, so run several seeds. A broken rule raises `Fault` with its kind (faults.py), program,
-partition, barrier and step.
+It executes the kernel's own Python functions, those that are compiled for sm_90 or sm_100, with stand-ins for `gl`
+(binding.py, language.py, values.py). What hardware may do late is done late, and what it may do in any order is done in
+a random order that the seed determines, so run several seeds. A broken rule raises `Fault` with its kind (faults.py),
+program, partition, barrier and step.
 
 Modelled
 - warp-specialised partitions, one thread each, under a scheduler that varies the interleaving (scheduler.py);
@@ -20,6 +20,8 @@ Modelled
   asynchronous proxy (memory.py, block.py);
 - asynchronous warpgroup_mma, from registers or shared memory, that reads its operands at the wait that completes it,
   and whose result cannot be used before (matrix.py);
+- tensor memory and tcgen05: products that one partition starts run late, in its order, and only a commit's arrival at
+  a barrier tells that they have read their operands and written their accumulators (tensor_memory.py, tensor_core.py);
 - Triton's types: promotion, integers that wrap and truncate, bf16 and fp16 rounded to nearest even (values.py);
 - pointers with masks and bounds; races in global memory: between two programs, or between two partitions without
   synchronisation (global_memory.py);
@@ -32,7 +34,8 @@ Not modelled
 - a generic read that a later TMA load overwrites counts as ordered by barriers alone, without a proxy fence;
 - communication between programs: they run one after another, in a random order; global memory shows a TMA store when
   its source has been read;
-- clusters, multicast, cp.async, atomics, unsigned integers, fp32 (TF32) matrix products: UnsupportedByEmulator.
+- clusters, multicast, cp.async, atomics, unsigned integers, matrix products of fp32 (TF32) and of two blocks together:
+  UnsupportedByEmulator.
 """
 
 import contextlib
@@ -90,6 +93,9 @@ def _check_end(block: Block) -> None:
         load = block.loads[0]
         message = f"{len(block.loads)} TMA loads without a wait, one of {load.issuer} into {load.shared.name}"
         block.fault(IN_FLIGHT, message, load.barrier.name, load.issuer)
+    for core in block.tensor_cores.values():
+        core.check_end()
+    block.scheduler.land_all()
     for barrier in block.barriers:
         barrier.check_end()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from hopper_emulator import values
+from hopper_emulator.barriers import Barrier
 from hopper_emulator.block import Block, current
 from hopper_emulator.faults import ILLEGAL, IN_USE, NOT_AWAITED, NOT_FENCED, OUT_OF_BOUNDS, UNWRITTEN, WRONG_PHASE
 from hopper_emulator.faults import UnsupportedByEmulator as Unsupported
@@ -60,7 +61,7 @@ class View:
         return SimpleNamespace(element_ty=self.dtype, shape=self.shape, layout=self.layout)
 
     def _with(self, window: Tensor, name: str = "") -> "View":
-        return View(self.block, self.allocation, window, self.dtype, self.layout, name or self.name)
+        return type(self)(self.block, self.allocation, window, self.dtype, self.layout, name or self.name)
 
     def index(self, index: Any) -> "View":
         i = int(index)
@@ -154,7 +155,7 @@ class View:
             if latest <= me.clock.get(number, 0):
                 continue
             agent = self.block.agents[number]
-            if isinstance(agent, Partition):
+            if not isinstance(agent, Barrier):
                 message = f"{me.name} {verb} {self.name} before it could know that {agent.name} has written it"
                 self.block.fault(NOT_AWAITED, f"{message}; {self._last_wait(me)}", self._last_barrier(me))
             message = f"{me.name} {verb} {self.name}, which a TMA load fills in phase {latest - 1} of {agent.name}"

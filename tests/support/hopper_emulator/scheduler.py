@@ -131,6 +131,10 @@ class Scheduler:
             return True
         return False
 
+    def land_all(self) -> None:
+        while self._land_one():
+            pass
+
     def _ready(self) -> list[Partition]:
         return [partition for partition in self.alive if not partition.is_ready or partition.is_ready()]
 
