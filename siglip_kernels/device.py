@@ -218,9 +218,31 @@ def hopper_kernels_enabled() -> bool:
     selected, a call that they do not support raises UnsupportedInputError. What they do not cover runs as without them:
     attention over short sequences, normalisation, and GEMMs without a fused epilogue.
 
-    Raises MissingBackendError for any value but 1, 0 and the empty string.
+    Raises MissingBackendError for any value but 1, 0 and the empty string, and where both families are selected.
     """
-    value = os.environ.get("SIGLIP_KERNELS_HOPPER", "")
-    if value not in ("", "0", "1"):
-        raise MissingBackendError(f"SIGLIP_KERNELS_HOPPER is {value!r}; supported: 1 (Hopper's kernels), 0 or unset")
-    return value == "1"
+    return _selected() == "SIGLIP_KERNELS_HOPPER"
+
+
+def blackwell_kernels_enabled() -> bool:
+    """Whether SIGLIP_KERNELS_BLACKWELL=1 selects the kernels for data-centre Blackwell (sm_100), with the same rules.
+
+    They also leave the backward of attention and the loss to the portable kernels.
+    """
+    return _selected() == "SIGLIP_KERNELS_BLACKWELL"
+
+
+_FAMILIES = {"SIGLIP_KERNELS_HOPPER": "Hopper's kernels", "SIGLIP_KERNELS_BLACKWELL": "Blackwell's kernels"}
+
+
+def _selected() -> str:
+    """The environment variable that selects a family of kernels; "" for the portable ones."""
+    chosen = []
+    for variable, family in _FAMILIES.items():
+        value = os.environ.get(variable, "")
+        if value not in ("", "0", "1"):
+            raise MissingBackendError(f"{variable} is {value!r}; supported: 1 ({family}), 0 or unset")
+        if value == "1":
+            chosen.append(variable)
+    if len(chosen) > 1:
+        raise MissingBackendError(f"{' and '.join(chosen)} are both 1; supported: one of them")
+    return chosen[0] if chosen else ""

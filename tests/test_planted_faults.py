@@ -39,6 +39,7 @@ ATTENTION_HOPPER = "gluon/test_attention_hopper.py"
 ATTENTION_HOPPER_BACKWARD = "gluon/test_attention_hopper_backward.py"
 LINEAR_HOPPER = "gluon/test_linear_hopper.py"
 LOSS_HOPPER = "gluon/test_sigmoid_loss_hopper.py"
+LINEAR_BLACKWELL = "gluon/test_linear_blackwell.py"
 
 CONSTANTS = {
     "attention forward: normaliser": Planted(
@@ -168,6 +169,14 @@ DROPPED_WAITS = {
     ),
     "GEMM epilogue: for the last results": Planted(
         "gemm/hopper.py", "    tma.store_wait(pendings=0)\n\n", "\n", LINEAR_HOPPER
+    ),
+    "GEMM on Blackwell: for an accumulator that is being read": Planted(
+        "gemm/blackwell.py", "        mbarrier.wait(drained.index(which), (done // ACCUMULATORS & 1) ^ 1)\n", "",
+        LINEAR_BLACKWELL,
+    ),
+    "GEMM on Blackwell: for a tile's products": Planted(
+        "gemm/blackwell.py", "        mbarrier.wait(finished.index(which), done // ACCUMULATORS & 1)\n", "",
+        LINEAR_BLACKWELL,
     ),
     "loss: for a buffer that is being stored": Planted(
         "sigmoid_loss/hopper_kernels.py", "tma.store_wait(pendings=BUFFERS - 1)", "pass", LOSS_HOPPER

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from siglip_kernels.device import facts, hopper_kernels_enabled, precision
+from siglip_kernels.device import blackwell_kernels_enabled, facts, hopper_kernels_enabled, precision
 from siglip_kernels.errors import unsupported
 from siglip_kernels.gemm.gelu import gelu, gelu_and_derivative
 from siglip_kernels.gemm.plan import layout, plan
@@ -435,11 +435,14 @@ def gemm(
     ]
     biases = _biases_to_read(biases, columns, a)
     outs = [out] if parts == 1 else list(out.view(rows, parts, columns).unbind(1))
-    if hopper_kernels_enabled():
-        from siglip_kernels.gemm import hopper
+    if hopper_kernels_enabled() or blackwell_kernels_enabled():
+        if hopper_kernels_enabled():
+            from siglip_kernels.gemm.hopper import launch
+        else:
+            from siglip_kernels.gemm.blackwell import launch
 
         a, *weights, residual, kept = inputs
-        sums = hopper.launch(
+        sums = launch(
             a,
             weights,
             biases,
