@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.compiled.ahead_of_time import STACK_LIMIT, compiling_for, resources, sass
 from bench.compiled.launch import GPUS, Launch, architecture
-from bench.compiled.launches import HOPPER, launches_of, operation_names, published
+from bench.compiled.launches import has_kernels_for, launches_of, operation_names, portable, published
 from bench.compiled.sass import PIPES, RATES, Clocked, inner_loops, measure
 from bench.compiled.tile_cost import epilogues
 from bench.environment import commit, version
@@ -77,14 +77,14 @@ def operations() -> list[str]:
 def counts(names: Iterable[str], gpus: Iterable[str], only: str = "") -> Iterator[Count]:
     """Compiles and counts launches: of published models, or those whose names contain the regular expression `only`.
 
-    names: of `operations()`. gpus: of COUNTED; the kernels for Hopper are only counted for it.
+    names: of `operations()`. gpus: of COUNTED; kernels for one architecture are only counted for it.
     """
     for name, gpu in itertools.product(names, gpus):
         if name == TUTORIAL:
             from bench.compiled import tutorial  # imports Triton
 
             launches = tutorial.launches(only)
-        elif name.endswith(HOPPER) and GPUS[gpu].capability[0] != 9:
+        elif not has_kernels_for(name, gpu):
             continue
         else:
             launches = launches_of(name, only or published(name))
@@ -101,7 +101,7 @@ def _count(operation: str, launch: Launch, gpu: str) -> list[Count]:
         usage = resources(compiled.asm["cubin"])
         code = sass(compiled.asm["cubin"])
         parts = [("loop", number, lines) for number, lines in enumerate(inner_loops(code), 1)]
-        if operation.removesuffix(HOPPER) in WITH_EPILOGUES:
+        if portable(operation) in WITH_EPILOGUES:
             parts += [("epilogue", number, lines) for number, lines in enumerate(epilogues(code), 1)]
         for name, number, lines in parts:
             cost = measure(launch.name, kernel, lines, RATES[GPUS[gpu].capability])

@@ -1,4 +1,4 @@
-"""A launch to compile, the GPUs to compile it for, and two switches: TF32 and the kernels for Hopper."""
+"""A launch to compile, the GPUs to compile it for, and two switches: TF32 and kernels for one architecture."""
 
 import dataclasses
 import os
@@ -60,11 +60,11 @@ def with_tf32(allow_tf32: bool, call: Callable[[], object]) -> Callable[[], None
     return launch
 
 
-def on_hopper(call: Callable[[], object]) -> Callable[[], None]:
-    """The call with the kernels for Hopper."""
+def with_kernels_for(family: str, call: Callable[[], object]) -> Callable[[], None]:
+    """The call with the kernels for "hopper" or "blackwell"."""
 
     def launch() -> None:
-        with mock.patch.dict(os.environ, SIGLIP_KERNELS_HOPPER="1"):
+        with mock.patch.dict(os.environ, {f"SIGLIP_KERNELS_{family.upper()}": "1"}):
             call()
 
     return launch

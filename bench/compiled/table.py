@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bench.compiled.ahead_of_time import GPUS, Row, compile_launches, in_one_line
+from bench.compiled.ahead_of_time import Row, compile_launches, in_one_line
 from bench.compiled.launch import Launch, architecture
-from bench.compiled.launches import HOPPER, launches_of, published
+from bench.compiled.launches import has_kernels_for, launches_of, published
 from bench.compiled.processes import Crashed, work_on
 from bench.environment import commit, version
 from bench.measure.progress import Event, Progress, silent
@@ -44,7 +44,7 @@ def tasks(operations: Sequence[str], gpus: Sequence[str], quick: bool = False) -
         for operation in operations
         for launch in launches_of(operation, published(operation) if quick else "")
         for gpu in gpus
-        if not operation.endswith(HOPPER) or GPUS[gpu].capability[0] == 9
+        if has_kernels_for(operation, gpu)
     ]
 
 

@@ -127,7 +127,9 @@ def test_compile_takes_every_architecture_unless_some_are_named(fake_compiler):
         (operation, name)
         for operation in ("attention", "attention_pool", "layer_norm", "linear", "patch_embed", "sigmoid_loss")
         for name in ARCHITECTURES
-    } | {(f"{operation}_hopper", "sm_90") for operation in ("attention", "linear", "sigmoid_loss")}
+    } | {(f"{operation}_hopper", "sm_90") for operation in ("attention", "linear", "sigmoid_loss")} | {
+        ("linear_blackwell", "sm_100")
+    }
     assert list(dict.fromkeys(task.gpu for task in some)) == ["rtx5090", "h200"] and jobs == 3
 
 
@@ -164,8 +166,8 @@ def test_compile_prints_json(fake_compiler):
 def test_every_module_of_launches_is_found():
     from bench.compiled.launches import operation_names
 
-    hopper = {"attention_hopper", "sigmoid_loss_hopper", "linear_hopper"}
-    assert {"attention", "sigmoid_loss", "linear", "layer_norm", *hopper} <= set(operation_names())
+    special = {"attention_hopper", "sigmoid_loss_hopper", "linear_hopper", "linear_blackwell"}
+    assert {"attention", "sigmoid_loss", "linear", "layer_norm", *special} <= set(operation_names())
 
 
 def test_report(tmp_path):

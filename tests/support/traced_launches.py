@@ -11,7 +11,7 @@ from typing import Any
 from triton.runtime.jit import JITFunction
 
 from bench.compiled.launch import GPUS
-from bench.compiled.launches import HOPPER, launches_of, operation_names
+from bench.compiled.launches import has_kernels_for, launches_of, operation_names
 from siglip_kernels.device import pretend
 
 
@@ -25,7 +25,7 @@ def trace() -> dict[str, dict[str, dict[str, list[str]]]]:
     found: dict[str, dict[str, dict[str, list[str]]]] = {}
     for operation in operation_names():
         for name, gpu in GPUS.items():
-            if operation.endswith(HOPPER) and gpu.capability[0] != 9:
+            if not has_kernels_for(operation, name):
                 continue
             launches = found.setdefault(operation, {}).setdefault(name, {})
             for launch in launches_of(operation):

@@ -2,27 +2,45 @@
 
 A module has a function `launches()`, which yields `Launch(name, call)`, and PUBLISHED, a regular expression that the
 names of a few of them contain: every kernel and epilogue of a published model, once. If the operation has kernels for
-Hopper, which run with SIGLIP_KERNELS_HOPPER=1, `hopper_launches()` and HOPPER_PUBLISHED are theirs.
+one of FAMILIES, which run with SIGLIP_KERNELS_<FAMILY>=1, `<family>_launches()` and <FAMILY>_PUBLISHED are theirs, and
+"<operation>_<family>" is the name of an operation of its own.
 """
 
 import importlib
 import pkgutil
 import re
 from collections.abc import Iterator
+from types import ModuleType
 
-from bench.compiled.launch import Launch
+from bench.compiled.launch import GPUS, Launch
 
-HOPPER = "_hopper"  # suffix of the names of operations with the kernels for Hopper (compute capability 9)
+FAMILIES = {"hopper": 9, "blackwell": 10}  # and the major compute capability that they are written for
 
 
 def operation_names() -> list[str]:
-    """Every operation, and "<operation>_hopper" for those with kernels for Hopper."""
+    """Every operation, and "<operation>_<family>" for those with kernels for one architecture."""
     names = []
     for found in pkgutil.iter_modules(__path__):
         names.append(found.name)
-        if hasattr(importlib.import_module(f"{__name__}.{found.name}"), "hopper_launches"):
-            names.append(found.name + HOPPER)
+        module = importlib.import_module(f"{__name__}.{found.name}")
+        names += [f"{found.name}_{family}" for family in FAMILIES if hasattr(module, f"{family}_launches")]
     return sorted(names)
+
+
+def family_of(operation: str) -> str:
+    """One of FAMILIES, or "" for an operation with the portable kernels."""
+    return next((family for family in FAMILIES if operation.endswith(f"_{family}")), "")
+
+
+def portable(operation: str) -> str:
+    """The name of the operation without a family."""
+    return operation.removesuffix(f"_{family_of(operation)}")
+
+
+def has_kernels_for(operation: str, gpu: str) -> bool:
+    """Whether the operation has kernels for a GPU of GPUS."""
+    family = family_of(operation)
+    return not family or GPUS[gpu].capability[0] == FAMILIES[family]
 
 
 def launches_of(operation: str, only: str = "") -> Iterator[Launch]:
@@ -30,13 +48,17 @@ def launches_of(operation: str, only: str = "") -> Iterator[Launch]:
 
     only: a regular expression that their names contain.
     """
-    module = importlib.import_module(f"{__name__}.{operation.removesuffix(HOPPER)}")
-    launches = module.hopper_launches() if operation.endswith(HOPPER) else module.launches()
+    module, family = _module(operation), family_of(operation)
+    launches = getattr(module, f"{family}_launches" if family else "launches")()
     yield from {launch.name: launch for launch in launches if re.search(only, launch.name)}.values()
 
 
 def published(operation: str) -> str:
     """The regular expression `only` for the launches of published models."""
-    module = importlib.import_module(f"{__name__}.{operation.removesuffix(HOPPER)}")
-    pattern: str = module.HOPPER_PUBLISHED if operation.endswith(HOPPER) else module.PUBLISHED
+    family = family_of(operation)
+    pattern: str = getattr(_module(operation), f"{family.upper()}_PUBLISHED" if family else "PUBLISHED")
     return pattern
+
+
+def _module(operation: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{portable(operation)}")

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.compiled.launch import NAMES, Launch, on_hopper, precision_name, with_tf32
+from bench.compiled.launch import NAMES, Launch, precision_name, with_kernels_for, with_tf32
 
 PUBLISHED = "^bf16 (so400m 46656 |base 196 gelu$|base 64 fc2, residual$)"  # every epilogue; small tiles, a split depth
-HOPPER_PUBLISHED = "^bf16 46656x1152 "
+HOPPER_PUBLISHED = BLACKWELL_PUBLISHED = "^bf16 46656x1152 "
 
 _WIDTHS = {"so400m": (1152, 4304), "base": (768, 3072), "odd": (1151, 4303)}
 
@@ -40,8 +40,17 @@ def _small_batches() -> Iterator[Launch]:
 
 def hopper_launches() -> Iterator[Launch]:
     """Every epilogue at so400m's widths, including an fp32 residual; some in fp16 at a smaller size."""
-    yield from _layer_on_hopper(1152, 4304, 46_656, torch.bfloat16)
-    in_fp16 = _layer_on_hopper(768, 3072, 1024, torch.float16)
+    yield from _layers_with_kernels_for("hopper")
+
+
+def blackwell_launches() -> Iterator[Launch]:
+    """The same."""
+    yield from _layers_with_kernels_for("blackwell")
+
+
+def _layers_with_kernels_for(family: str) -> Iterator[Launch]:
+    yield from _layer_with_kernels_for(family, 1152, 4304, 46_656, torch.bfloat16)
+    in_fp16 = _layer_with_kernels_for(family, 768, 3072, 1024, torch.float16)
     yield from (launch for launch in in_fp16 if launch.name.endswith(("bias, residual", "kept", "weight")))
 
 
@@ -59,9 +68,9 @@ def _layer(
             yield Launch(name, with_tf32(allow_tf32, call))
 
 
-def _layer_on_hopper(width: int, hidden: int, tokens: int, dtype: torch.dtype) -> Iterator[Launch]:
+def _layer_with_kernels_for(family: str, width: int, hidden: int, tokens: int, dtype: torch.dtype) -> Iterator[Launch]:
     for epilogue, call in _products(width, hidden, tokens, dtype).items():
-        yield Launch(f"{NAMES[dtype]} {tokens}x{width} {epilogue}", on_hopper(call))
+        yield Launch(f"{NAMES[dtype]} {tokens}x{width} {epilogue}", with_kernels_for(family, call))
 
 
 def _products(width: int, hidden: int, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:

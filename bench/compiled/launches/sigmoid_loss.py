@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bench.compiled.launch import Launch, on_hopper, with_tf32
+from bench.compiled.launch import Launch, with_kernels_for, with_tf32
 
 PUBLISHED = "^bf16 D=768 train"
 HOPPER_PUBLISHED = "^bf16 D=768 train"
@@ -24,9 +24,11 @@ def launches() -> Iterator[Launch]:
 
 def hopper_launches() -> Iterator[Launch]:
     """Training with several blocks and with one, and the gradients of the scalars alone."""
-    yield Launch("bf16 D=768 train, blocks", on_hopper(lambda: _loss(torch.bfloat16, 6000, 768)))
-    yield Launch("fp16 D=1152 train, one block", on_hopper(lambda: _loss(torch.float16, 1000, 1152)))
-    yield Launch("bf16 D=768 scalars", on_hopper(lambda: _loss(torch.bfloat16, 1000, 768, gradients=False)))
+    yield Launch("bf16 D=768 train, blocks", with_kernels_for("hopper", lambda: _loss(torch.bfloat16, 6000, 768)))
+    yield Launch("fp16 D=1152 train, one block", with_kernels_for("hopper", lambda: _loss(torch.float16, 1000, 1152)))
+    yield Launch(
+        "bf16 D=768 scalars", with_kernels_for("hopper", lambda: _loss(torch.bfloat16, 1000, 768, gradients=False))
+    )
 
 
 def _loss(dtype: torch.dtype, pairs: int, width: int, gradients: bool = True, scalars: bool = True) -> Any:

@@ -13,7 +13,7 @@ import pytest
 from bench.compiled import table
 from bench.compiled.ahead_of_time import Row
 from bench.compiled.launch import Launch
-from bench.compiled.launches import HOPPER, launches_of, published
+from bench.compiled.launches import family_of, launches_of, published
 from bench.compiled.table import Task, compile_task, compile_tasks, kernels, tasks
 from bench.environment import ROOT, process_environment
 from bench.measure.progress import Event
@@ -38,7 +38,7 @@ def traced():
 
 def test_a_quick_run_compiles_every_kernel_for_every_gpu(traced):
     for operation, gpus in traced.items():
-        assert tuple(gpus) == (("h200",) if operation.endswith(HOPPER) else GPUS)
+        assert tuple(gpus) == {"hopper": ("h200",), "blackwell": ("b200",), "": tuple(GPUS)}[family_of(operation)]
         quick = {launch.name for launch in launches_of(operation, published(operation))}
         assert quick
         for gpu, launches in gpus.items():
@@ -56,7 +56,7 @@ def test_a_gpu_gets_the_launches_that_the_operations_make_there(traced):
     assert all(started for name, started in traced["linear"]["rtx5090"].items())
 
 
-def test_kernels_for_hopper_are_compiled_for_hopper_alone(monkeypatch):
+def test_kernels_for_an_architecture_are_compiled_for_it_alone(monkeypatch):
     def launches(operation, only=""):
         yield Launch("bf16", lambda: None)
         yield Launch("broken", lambda: None)
@@ -70,6 +70,7 @@ def test_kernels_for_hopper_are_compiled_for_hopper_alone(monkeypatch):
         Task("mlp_hopper", "bf16", "h200"),
         Task("mlp_hopper", "broken", "h200"),
     ]
+    assert [task.gpu for task in tasks(["mlp_blackwell"], list(GPUS))] == ["b200", "b200"]
 
 
 def test_a_launch_that_raises_is_a_row(monkeypatch):
