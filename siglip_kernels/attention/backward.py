@@ -4,16 +4,14 @@ With P = softmax(scale · q kᵀ) and delta = rowsum(dO ∘ O) (FlashAttention-2
 
     dV = Pᵀ dO        dS = P ∘ (dO Vᵀ − delta)        dQ = scale · dS K        dK = scale · dSᵀ Q
 
-Both kernels recompute P from the log-sum-exp. The first writes delta, which the second reads.
+Both kernels recompute P from the log-sum-exp. The first completes delta, which the second reads.
 
 dS is a difference that should vanish where one key takes all the weight or where values are nearly equal. In half
-precision, delta is computed from the rounded O, as in FlashAttention, and a difference that is within the rounding of
-fp32 sums counts as zero. Where one key of a row has more than half of the weight (the forward marks such rows), dS is
-so small beside its two terms that the rounding of O would show. Tiles with such a row, and fp32 always, therefore take
-an additional pass over the keys to make delta exact: rows of dS sum to zero, so the sum of a computed row is the error
-of delta. In fp32 that pass also gives rowsum(P), by which P is divided, because among scores of 1e4 the log-sum-exp has
-only three decimals. Products and sums are also rounded separately in fp32, as eager rounds them. In total fp32 takes
-nine products of tiles, half precision seven.
+precision, a difference that is within the rounding of fp32 sums counts as zero, and for rows in which one key has more
+than half of the weight, a kernel before these two makes delta exact (exact_delta.py). In fp32 that kernel does so for
+every row, and also gives rowsum(P), by which P is divided, because among scores of 1e4 the log-sum-exp has only three
+decimals. Products and sums are also rounded separately in fp32, as eager rounds them. In total fp32 takes nine products
+of tiles, half precision seven, and two more for the rows that need them.
 """
 
 from typing import Any
@@ -24,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip_kernels.attention import config
+from siglip_kernels.attention.exact_delta import exact_delta, row_products, weights_of_tile
 from siglip_kernels.attention.forward import exponent_scale, is_marked
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile, stride_names
 from siglip_kernels.device import facts, precision
@@ -60,48 +59,6 @@ def products_by_key(a_main, a_tail, b_main, b_tail, TAIL: tl.constexpr, PRECISIO
 
 
 @triton.jit
-def weights_of_tile(
-    q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, key_is_valid,
-    row_log_sum_exp, normaliser, exponent_scale,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORMALISE: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """P and dP [BLOCK_Q, BLOCK_K], and the tile of k. key_is_valid: None if every key is."""
-    k_main, k_tail = load_tile(k, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-    scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)
-    weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[:, None])
-    if NORMALISE:
-        weights *= normaliser[:, None]
-    if key_is_valid is not None:
-        weights = tl.where(key_is_valid[None, :], weights, 0.0)
-    v_main, v_tail = load_tile(v, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
-    weights_grad = inner_products(out_grad_main, out_grad_tail, v_main, v_tail, TAIL, PRECISION)
-    return weights, weights_grad, k_main, k_tail
-
-
-@triton.jit
-def sums_of_rows(
-    q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, k_step, v_step, limit,
-    row_log_sum_exp, row_delta, exponent_scale,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """One pass over the keys: rowsum(dS), which should be 0 and is delta's error, and rowsum(P), which should be 1."""
-    excess = tl.zeros([BLOCK_Q], tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    keys = tl.arange(0, BLOCK_K)
-    for first_key in tl.range(0, limit, BLOCK_K, num_stages=STAGES):
-        weights, weights_grad, _, _ = weights_of_tile(
-            q_main, q_tail, out_grad_main, out_grad_tail,
-            k + first_key * k_step, v + first_key * v_step, k_offsets, v_offsets, keys < limit - first_key,
-            row_log_sum_exp, None, exponent_scale,
-            HEAD_DIM, MAIN, TAIL, False, PRECISION,
-        )  # fmt: skip
-        excess += tl.sum(weights * (weights_grad - row_delta[:, None]), 1)
-        total += tl.sum(weights, 1)
-    return excess, total
-
-
-@triton.jit
 def add_tile(
     q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, key_is_valid,
     row_log_sum_exp, row_delta, normaliser, exponent_scale, q_grad_main, q_grad_tail,
@@ -126,7 +83,7 @@ def attention_backward_queries_kernel(
     out,  # (B, Sq, H, D), contiguous
     log_sum_exp,  # (B, H, Sq) fp32, as the forward kernel keeps it
     q_grad,  # (B, Sq, H, D), contiguous; written
-    delta,  # (B, H, Sq) fp32; written. If EXACT: (B, H, 2, Sq), delta and the factors that normalise P
+    delta,  # (B, H, Sq) fp32, read for marked rows, written for the others. If EXACT: (B, H, 2, Sq), see exact_delta.py
     lengths,  # (B,) int32
     q_batch_stride,  # strides in UNIT elements
     q_token_stride,
@@ -156,8 +113,7 @@ def attention_backward_queries_kernel(
     SAME_STRIDE: tl.constexpr,  # of k and v: see forward.py
     HAS_LENGTHS: tl.constexpr,
     ONLY_DELTA: tl.constexpr,  # q_grad is not required
-    EXACT: tl.constexpr,  # delta by a pass of its own, and P divided by its sum
-    PASS_STAGES: tl.constexpr,  # depth of the pipeline that loads that pass's tiles
+    EXACT: tl.constexpr,  # delta is exact for every row, and P is divided by its sum
     PRECISION: tl.constexpr,
 ):
     # A program owns BLOCK_Q queries of one head of one sample and loops over the keys.
@@ -190,7 +146,6 @@ def attention_backward_queries_kernel(
     out_grad_offsets = queries * (out_grad_token_stride * UNIT)
     out_grad_main, out_grad_tail = load_tile(out_grad, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
     statistics = sequence.to(tl.int64) * query_tokens + first_query + queries
-    exact_statistics = statistics + (sequence.to(tl.int64) * query_tokens if EXACT else 0)
     row_log_sum_exp = tl.load(log_sum_exp + statistics, mask=query_is_valid, other=float("inf"))
     limit = key_tokens
     if HAS_LENGTHS:
@@ -199,24 +154,19 @@ def attention_backward_queries_kernel(
     k_offsets = keys * (k_token_stride * UNIT)
     v_offsets = k_offsets if SAME_STRIDE else keys * (v_token_stride * UNIT)
 
-    out_main, out_tail = load_tile(out + contiguous, queries * row, query_is_valid, HEAD_DIM, MAIN, TAIL)
-    row_delta = tl.sum(out_main.to(tl.float32) * out_grad_main.to(tl.float32), 1)
-    if TAIL > 0:
-        row_delta += tl.sum(out_tail.to(tl.float32) * out_grad_tail.to(tl.float32), 1)
-
-    passes = 1  # to make delta exact
-    if not EXACT:
-        passes = tl.max(is_marked(row_log_sum_exp), 0)
-    excess, total = sums_of_rows(
-        q_main, q_tail, out_grad_main, out_grad_tail, k, v, k_offsets, v_offsets, k_step, v_step, limit * passes,
-        row_log_sum_exp, row_delta, exponent_scale,
-        BLOCK_Q, BLOCK_K, HEAD_DIM, MAIN, TAIL, PASS_STAGES, PRECISION,
-    )  # fmt: skip
-    normaliser = 1.0 / tl.where(total == 0.0, 1.0, total)
-    row_delta += excess * normaliser
     if EXACT:
-        tl.store(delta + exact_statistics + query_tokens, normaliser, mask=query_is_valid)
-    tl.store(delta + exact_statistics, row_delta, mask=query_is_valid)
+        delta += sequence.to(tl.int64) * query_tokens
+        row_delta = tl.load(delta + statistics, mask=query_is_valid, other=0.0)
+        normaliser = tl.load(delta + query_tokens + statistics, mask=query_is_valid, other=0.0)
+    else:
+        normaliser = None
+        out_offsets = queries.to(tl.int64) * row  # not as for q_grad: those would take registers through the loop
+        row_delta = row_products(
+            out + contiguous, out_offsets, out_grad_main, out_grad_tail, query_is_valid, HEAD_DIM, MAIN, TAIL
+        )
+        exact = query_is_valid & (is_marked(row_log_sum_exp) == 1)
+        row_delta = tl.load(delta + statistics, mask=exact, other=row_delta)
+        tl.store(delta + statistics, row_delta, mask=query_is_valid)
 
     if not ONLY_DELTA:
         q_grad_main = tl.zeros([BLOCK_Q, MAIN], tl.float32)
@@ -442,6 +392,8 @@ def attention_backward(
         enable_fp_fusion=not exact,  # in fp32, products and sums are rounded separately
     )
     if query_tokens > 0:
+        exact_delta(out_grad, q, k, v, out, log_sum_exp, delta, lengths, scale)
+    if query_tokens > 0 and (needs_q or not exact):
         tile = config.tile("backward_queries", facts(q.device), *sizes)
         query_tiles = triton.cdiv(query_tokens, tile.queries)
         attention_backward_queries_kernel[(config.grid(batch * heads * query_tiles),)](
@@ -454,7 +406,6 @@ def attention_backward(
             WIDE=strides.wide or heads * head_dim * tile.queries >= 2**31,
             SAME_STRIDE=k.stride(1) == v.stride(1),
             ONLY_DELTA=not needs_q,
-            PASS_STAGES=tile.stages if facts(q.device).matrix_unit == "wgmma" else 1,  # more spills elsewhere
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,

@@ -78,11 +78,21 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
         if unit == "wgmma":
             return Tile(128, 128, 8, 2) if narrow else Tile(64, 64, 4, 2)
         if unit == "mma" and narrow:
-            return Tile(128, 32 if columns <= 64 else 16, 4, 2)
+            return Tile(128, 32, 4, 2)
         return Tile(64, 32, 4, 2)
     if narrow and unit != "tcgen05":
         return Tile(64, 128, 8, 2) if unit == "wgmma" else Tile(16, 128, 4, 2)
     return Tile(32 if unit == "mma" else 64, 64, 4 if narrow else 8, 2)
+
+
+def delta_tile(facts: Facts, element_bytes: int, head_dim: int) -> Tile:
+    """The tile of the kernel that makes delta exact; in half precision 64 rows, as newer matrix instructions need."""
+    columns = sum(split_head_dim(head_dim))
+    if element_bytes == 4 or facts.interpreted:
+        return _heuristic("backward_queries", facts, element_bytes, columns)
+    if facts.matrix_unit == "mma":
+        return Tile(64, 32, 4 if columns <= 96 else 8, 2)
+    return Tile(64, 64, 4 if columns <= 80 else 8, 2)
 
 
 @functools.cache

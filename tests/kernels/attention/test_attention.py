@@ -399,7 +399,7 @@ def test_nothing_to_do(shape, device):
 
 def test_more_heads_than_a_grid_axis_is_long(device, monkeypatch):
     """A grid's other axes are limited to 65,535, so every launch uses the first only."""
-    from siglip_kernels.attention import backward, forward, short
+    from siglip_kernels.attention import backward, exact_delta, forward, short
 
     grids = []
 
@@ -408,16 +408,16 @@ def test_more_heads_than_a_grid_axis_is_long(device, monkeypatch):
             grids.append(grid)
             return lambda *arguments, **options: None
 
-    for module in (forward, backward, short):
+    for module in (forward, exact_delta, backward, short):
         for name in vars(module).copy():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Recorder())
     for tokens in (1, 65):
         one = torch.zeros((), dtype=torch.float16, device=device).expand(70_000, tokens, 2, 8)
         run(lambda q, k, v: attention(q, k, v), [one] * 4, torch.float16)
-    assert len(grids) == 5
+    assert len(grids) == 6
     assert all(len(grid) == 1 for grid in grids)
-    assert sum(grid[0] >= 140_000 for grid in grids) == 3
+    assert sum(grid[0] >= 140_000 for grid in grids) == 4
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from siglip_kernels.attention import config
 
 KERNELS = {
     "attention_forward_kernel",
+    "attention_backward_delta_kernel",
     "attention_backward_queries_kernel",
     "attention_backward_keys_kernel",
     "attention_short_forward_kernel",
@@ -78,11 +79,12 @@ def columns(row: Row) -> set[int]:
 
 def test_head_dim_72_costs_80_columns(rows):
     """Products are as wide as the tile's keys or queries, or 64 + 16 columns: five steps of 16 along the head, not six
-    or eight. A tile with the mask precedes the loop of the first two kernels.
+    or eight. A tile with the mask precedes the loop of the first three kernels.
     """
     for kernel, tokens, products_along_it, products_across_it in (
         ("attention_forward_kernel", 128, 2 * 1, 2 * 1),
-        ("attention_backward_queries_kernel", 128, 2 + 2 * 2, 2 * 1),  # two of them in the pass that makes delta exact
+        ("attention_backward_delta_kernel", 64, 2 * 2, 0),
+        ("attention_backward_queries_kernel", 128, 2 * 2, 2 * 1),
         ("attention_backward_keys_kernel", 64, 2, 2),
         ("attention_short_forward_kernel", 64, 1, 1),
         ("attention_short_backward_kernel", 64, 2, 3),
@@ -95,7 +97,7 @@ def test_head_dim_72_costs_80_columns(rows):
         steps_across = tokens // 16 * products_across_it
         expected = Counter({"wgmma m64n64k16": steps_across, "wgmma m64n16k16": steps_across})
         expected[f"wgmma m64n{tokens}k16"] += 5 * products_along_it
-        assert row.matrix == expected, str(row)
+        assert row.matrix == +expected, str(row)
 
 
 TILES = {f"attention_{name}_kernel": name for name in ("forward", "backward_queries", "backward_keys")}
@@ -119,7 +121,10 @@ def blocks_of_the_loop(row: Row) -> tuple[int, int]:
 
 
 def test_accesses_are_as_wide_as_the_alignment_allows(rows):
-    """Elements are never loaded one by one; what is narrower than 8 bytes is a statistic, a length or an fp32 tail."""
+    """Elements are never loaded one by one; what is narrower than 8 bytes is a statistic, a length or an fp32 tail.
+
+    The kernel that makes delta exact has more statistics than others: it looks for rows among those of many tiles.
+    """
     for row in rows:
         widths = {int(access.split()[1]) for access in row.accesses}
         assert 16 in widths and 2 not in widths and 1 not in widths, str(row)
@@ -131,7 +136,8 @@ def test_accesses_are_as_wide_as_the_alignment_allows(rows):
             count for access, count in row.accesses.items() if int(access.split()[1]) < 16 and access not in too_small
         )
         wide = sum(count for access, count in row.accesses.items() if int(access.split()[1]) == 16)
-        if "lengths" not in row.launch and "fp32" not in row.launch and "tf32" not in row.launch:
+        usual = "_delta_" not in row.kernel and "lengths" not in row.launch
+        if usual and "fp32" not in row.launch and "tf32" not in row.launch:
             assert wide >= 2 * narrow, str(row)
 
 

@@ -20,7 +20,7 @@ OWN = r"S=729 D=72 \w+$|S=1024 D=64 \w+$"
 PEER = {"published": r"128x64 4|128x128", "every": r"\dx\d"}  # in the quick run the tiles that are best anywhere
 
 # Of the backward, with Triton 3.7.1; the other GPUs' products are slower. Shared memory is the bound.
-SHARES = {("a100", "D=64"): 0.85, ("a100", "D=72"): 0.83, ("h200", "D=64"): 0.88, ("h200", "D=72"): 0.92}
+SHARES = {("a100", "D=64"): 0.91, ("a100", "D=72"): 0.92, ("h200", "D=64"): 0.88, ("h200", "D=72"): 0.92}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +56,9 @@ def test_the_forward_is_no_slower_than_the_tutorial_at_its_best_tile(counts, ext
 
 @pytest.mark.parametrize("head_dim", ["D=64", "D=72"])
 def test_the_backward_is_bound_by_products(counts, extent, head_dim):
-    """The share of the tensor cores' peak, over the loops of both kernels, without the pass for an exact delta."""
+    """The share of the tensor cores' peak, over the loops of the two kernels that every row takes."""
     for gpu in GPUS[extent]:
-        queries = loops(counts, "attention_backward_queries_kernel", gpu, head_dim)[-1]
+        (queries,) = loops(counts, "attention_backward_queries_kernel", gpu, head_dim)
         (keys,) = loops(counts, "attention_backward_keys_kernel", gpu, head_dim)
         clocks = {"tensor": 0.0, "bound": 0.0}
         for loop in (queries, keys):
