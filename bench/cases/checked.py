@@ -9,9 +9,11 @@ from bench.cases import shapes
 from bench.cases.shapes import Shape
 
 
-def _attention(tokens: Iterable[int], head_dims: Iterable[int], batch: int = 2, heads: int = 4) -> tuple[Shape, ...]:
+def _attention(
+    tokens: Iterable[int], head_dims: Iterable[int], batch: int = 2, heads: int = 4, peaked: int = 0
+) -> tuple[Shape, ...]:
     return tuple(
-        shapes.AttentionShape(f"s{length}-d{width}", batch, length, heads, width)
+        shapes.AttentionShape(f"s{length}-d{width}{'-peaked' * (peaked > 0)}", batch, length, heads, width, peaked)
         for width, length in itertools.product(head_dims, tokens)
     )
 
@@ -50,7 +52,7 @@ def _loss(*sizes: tuple[int, int]) -> tuple[Shape, ...]:
 
 # On a GPU: sizes of published models, then sizes that tiles do not divide.
 QUICK: dict[str, tuple[Shape, ...]] = {
-    "attention": _attention((64, 729), (64, 72), heads=16),
+    "attention": _attention((64, 729), (64, 72), heads=16) + _attention((729,), (64, 72), heads=16, peaked=10),
     "linear": _linear((729, 1152, 4304)),
     "pre_norm_qkv": _qkv((729, 1152, 16)),
     "mlp": _mlp((729, 1152, 4304)),
@@ -61,7 +63,8 @@ QUICK: dict[str, tuple[Shape, ...]] = {
     "sigmoid_loss": _loss((2048, 768), (1000, 1152)),
 }
 THOROUGH: dict[str, tuple[Shape, ...]] = {
-    "attention": _attention((1, 17, 63, 65, 196, 256, 577, 1024, 1025), (64, 72, 80, 88, 128)),
+    "attention": _attention((1, 17, 63, 65, 196, 256, 577, 1024, 1025), (64, 72, 80, 88, 128))
+    + _attention((65, 577, 1025), (64, 72, 128), peaked=25),
     "linear": _linear((1, 1152, 1152), (46_656, 1152, 1152), (257, 4304, 1152), (65, 768, 3072), (127, 72, 24)),
     "pre_norm_qkv": _qkv((1, 1152, 16), (513, 768, 12), (46_656, 1152, 16)),
     "mlp": _mlp((1, 1152, 4304), (513, 768, 3072), (65, 1024, 4096), (46_656, 1152, 4304)),
@@ -79,7 +82,7 @@ HUGE: dict[str, Shape] = {
 }
 # The interpreter's time grows with the number of tiles: one or two tiles of each kernel.
 TINY: dict[str, tuple[Shape, ...]] = {
-    "attention": _attention((65, 17), (72,), heads=2),
+    "attention": _attention((65, 17), (72,), heads=2) + _attention((65,), (72,), heads=2, peaked=25),
     "linear": _linear((33, 72, 40)),
     "pre_norm_qkv": _qkv((33, 48, 2)),
     "mlp": _mlp((33, 48, 72)),

@@ -111,6 +111,11 @@ class AttentionShape(Shape):
     tokens: int
     heads: int
     head_dim: int
+    peaked: int = 0  # per cent of the queries that give more than half of their weight to one key
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.peaked <= 100:
+            raise ValueError(f"shape {self.name!r}: peaked is {self.peaked}; supported: 0 to 100")
 
     def sample(self) -> Self:
         return dataclasses.replace(self, batch=min(self.batch, 2))
@@ -346,7 +351,7 @@ def parse(shape_class: type[Shape], text: str) -> Shape:
             raise ValueError(f"shape {text!r}: {name} is {value!r}; supported: an integer") from None
         if name == "model" and value not in MODELS:
             raise ValueError(f"shape {text!r}: model is {value!r}; supported: {', '.join(MODELS)}")
-        if name != "model" and values[name] < (name not in ("residual", "layers", "text")):
+        if name != "model" and values[name] < (name not in ("residual", "layers", "text", "peaked")):
             raise ValueError(f"shape {text!r}: {name} is {value}; supported: 1 and more")
     missing = [name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING]
     if missing:

@@ -102,10 +102,10 @@ def _possible(operation: Operation) -> tuple[str, ...]:
     return ("fwd", "fwd+bwd") if operation.name in ("sigmoid_loss", "training_step") else DIRECTIONS
 
 
-def _attention(model: str, batch: int, text: bool = False, quick: bool = False, cpu: str = "") -> Case:
+def _attention(model: str, batch: int, text: bool = False, peaked: int = 0, quick: bool = False, cpu: str = "") -> Case:
     tower = MODELS[model].text if text else MODELS[model].vision
-    name = f"{model}{'-text' if text else ''}-b{batch}"
-    return Case("attention", AttentionShape(name, batch, tower.tokens, tower.heads, tower.head_dim), quick, cpu)
+    name = f"{model}{'-text' if text else ''}{'-peaked' if peaked else ''}-b{batch}"
+    return Case("attention", AttentionShape(name, batch, tower.tokens, tower.heads, tower.head_dim, peaked), quick, cpu)
 
 
 def _rows(model: str, batch: int) -> int:
@@ -174,6 +174,8 @@ SUITES = {
                 _attention("so400m-384", 64, quick=True),
                 _attention("base-512", 64, quick=True),
                 _attention("so400m-384", 1024, text=True, quick=True),
+                _attention("so400m-384", 64, peaked=10, quick=True),
+                _attention("base-512", 64, peaked=10),
                 _attention("so400m-384", 2, cpu="quick"),
                 _attention("base-224", 8, cpu="full"),
                 *(_attention("so400m-384", batch) for batch in (8, 256)),

@@ -3,7 +3,9 @@
 import dataclasses
 
 import pytest
+import torch
 
+from bench.cases import checked
 from bench.cases.operations import OPERATIONS
 from bench.cases.shapes import (
     MODELS,
@@ -107,6 +109,26 @@ def test_parse():
 def test_parse_names_the_fields(text):
     with pytest.raises(ValueError, match="supported"):
         parse(LinearShape, text)
+
+
+@pytest.mark.parametrize(("peaked", "within"), [(0, (0, 0)), (10, (9, 11)), (25, (24, 26)), (100, (99, 100))])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(729, 72), (1024, 64)])
+def test_peaked_queries_give_more_than_half_of_their_weight_to_one_key(tokens, head_dim, peaked, within):
+    (case,) = SUITES["attention"]._named([f"batch=1,tokens={tokens},heads=2,head_dim={head_dim},peaked={peaked}"])
+    operation = OPERATIONS["attention"]
+    tensors = operation.inputs(case.shape, torch.bfloat16, "cpu", torch.Generator().manual_seed(0)).tensors
+    q, k = (tensors[name].float().transpose(1, 2) for name in "qk")
+    heaviest = (q @ k.transpose(-1, -2) * head_dim**-0.5).softmax(-1).amax(-1)
+    assert within[0] <= 100 * (heaviest > 0.5).float().mean() <= within[1]
+
+
+def test_peaked_shapes_have_names_and_are_checked():
+    names = SUITES["attention"].shape_names()
+    assert "so400m-384-peaked-b64" in names and "so400m-384-b64" in names
+    for shapes in (checked.QUICK, checked.THOROUGH, checked.TINY):
+        assert any(isinstance(shape, AttentionShape) and shape.peaked for shape in shapes["attention"])
+    with pytest.raises(ValueError, match="peaked is 101; supported: 0 to 100"):
+        parse(AttentionShape, "batch=1,tokens=9,heads=1,head_dim=8,peaked=101")
 
 
 def test_parse_lists_the_models():
