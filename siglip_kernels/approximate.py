@@ -1,7 +1,8 @@
-"""Functions by one instruction of the special-function unit, to a relative 2⁻²² within the stated range.
+"""Functions by the single instructions that Triton does not choose by itself.
 
-tl.log2 and a division handle the whole range of their operands, denormal numbers included, and take ten instructions
-more. Triton's interpreter has no inline assembly; there the exact functions stand in.
+`reciprocal` and `log2` use the special-function unit, to a relative 2⁻²² within the stated range; tl.log2 and a
+division handle the whole range of their operands, denormal numbers included, and take ten instructions more. The others
+are exact. Triton's interpreter has no inline assembly; there plain operations stand in.
 """
 
 import triton
@@ -29,4 +30,27 @@ def log2(x):
     else:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def saturated_fma(x, y, z):
+    """x y + z in fp32, rounded once and limited to [0, 1]; 0 if it is not a number."""
+    if INTERPRETED:
+        result = x * y + z
+        return tl.where(result >= 0.0, tl.minimum(result, 1.0), 0.0)
+    else:
+        return tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def widen(x):
+    """x in fp32. A pair of bf16 in a register takes two instructions; left to itself the compiler spends three."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2
         )

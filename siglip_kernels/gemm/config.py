@@ -118,8 +118,8 @@ def _fitted(
         if not facts.has_tma and shape.residual_bytes == 4 and rows * columns > 64 * 32 * warps:
             continue  # the residual's addresses would take the registers of so many sums per thread
         least = max(1, rows * columns // (32 * 32 * warps))
-        if facts.has_tma and shape.residual_bytes == 2 and shape.gelu == "":
-            least = max(1, least // 2)  # each piece waits for its part of the residual: fewer waits
+        if facts.has_tma and (shape.residual_bytes == 2 or shape.gelu == "forward"):
+            least = max(1, least // 2)  # each piece waits for its part of the residual, and to be copied: fewer waits
         if shape.gelu == "backward":
             # It holds two results at once, and between TMA's loads and stores mma's layouts of them.
             least = min(4, 2 * least) if facts.matrix_unit == "mma" and facts.has_tma else max(2, least)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from siglip_kernels.approximate import widen
 from siglip_kernels.device import blackwell_kernels_enabled, facts, hopper_kernels_enabled, precision
 from siglip_kernels.errors import unsupported
 from siglip_kernels.gemm.gelu import gelu, gelu_and_derivative
@@ -124,6 +125,24 @@ def _choose(part, first, second, third, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _store_column_sums(target, value, columns, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """target[columns] = the sums of value's columns.
+
+    Tensor cores sum sixteen bits, rounded as in the result, in a product with ones. Shuffles between the threads that
+    share a column take ten times as many instructions, but fewer registers, which without TMA are used up.
+    """
+    if not DESCRIPTORS or DTYPE.primitive_bitwidth == 32:
+        tl.store(target + columns, tl.sum(value, 0), mask=columns < COLUMNS)
+    else:
+        rounded = narrow(value, DTYPE)
+        ones = tl.full((16, value.shape[0]), 1.0, tl.float32).to(DTYPE)  # a product has at least sixteen rows
+        sums = dot(ones, rounded, tl.zeros((16, value.shape[1]), tl.float32), "ieee")
+        o_sums = tl.broadcast_to(columns[None, :], sums.shape)
+        is_first_row = tl.arange(0, 16)[:, None] == 0  # all are equal
+        tl.store(target + o_sums, sums, mask=is_first_row & (columns < COLUMNS)[None, :])
+
+
+@triton.jit
 def _partial_sums(partial_sums, split, part, rows, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
     """The first element of the partial sums of one split and part, whose rows are PARTS * COLUMNS apart."""
     return partial_sums + (tl.cast(rows, tl.int64) * split * (PARTS * COLUMNS) + part * COLUMNS)
@@ -163,23 +182,23 @@ def _finish(
     columns = column + tl.arange(0, WIDTH)
     if bias is not None:
         tile_bias = _choose(part, bias, bias_second, bias_third, PARTS)
-        value += tl.load(tile_bias + columns, mask=columns < COLUMNS, other=0.0).to(tl.float32)[None, :]
+        value += widen(tl.load(tile_bias + columns, mask=columns < COLUMNS, other=0.0))[None, :]
     if GELU == "forward":
         if pre_activation is not None:
             _store(pre_activation, value, row, column, rows, ROWS, WIDTH, EDGE, COLUMNS, DESCRIPTORS)
         value = gelu(value)
     if GELU == "backward":
         kept = _load(pre_activation, row, column, rows, pre_activation_stride, ROWS, WIDTH, EDGE, UNIT, DESCRIPTORS)
-        again, derivative = gelu_and_derivative(_where_it_is_needed(kept.to(tl.float32), value))
+        again, derivative = gelu_and_derivative(_where_it_is_needed(widen(kept), value))
         if activation is not None:
             _store(activation, again, row, column, rows, ROWS, WIDTH, EDGE, COLUMNS, DESCRIPTORS)
         value *= derivative
         if column_sums is not None:
-            o_sums = tl.cast(row_tile, tl.int64) * COLUMNS + columns
-            tl.store(column_sums + o_sums, tl.sum(value, 0), mask=columns < COLUMNS)
+            sums = column_sums + tl.cast(row_tile, tl.int64) * COLUMNS
+            _store_column_sums(sums, value, columns, COLUMNS, kept.dtype, DESCRIPTORS)
     if residual is not None:
         added = _load(residual, row, column, rows, residual_stride, ROWS, WIDTH, EDGE, UNIT, DESCRIPTORS)
-        value += added.to(tl.float32)
+        value += widen(added)
     tile_out = _choose(part, out, out_second, out_third, PARTS)
     _store(tile_out, value, row, column, rows, ROWS, WIDTH, EDGE, PARTS * COLUMNS, DESCRIPTORS)
 
@@ -200,7 +219,7 @@ def gemm_kernel(
     out,  # (rows, COLUMNS), rows are PARTS * COLUMNS apart
     out_second,
     out_third,
-    column_sums,  # fp32 (row tiles, COLUMNS) pointer: sums of each tile's columns, before rounding; or None
+    column_sums,  # fp32 (row tiles, COLUMNS) pointer: sums of each tile's columns; or None
     partial_sums,  # fp32 (SPLITS, rows, PARTS * COLUMNS) pointer: written instead of the results; None if SPLITS == 1
     a_stride,
     weight_stride,
@@ -221,6 +240,7 @@ def gemm_kernel(
     UNIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     FLATTEN: tl.constexpr,  # loads of the next tile overlap with the epilogue of this one
+    HIDE_ZEROS: tl.constexpr,  # the compiler would move known ones twice into every accumulator of a flattened loop
     PRECISION: tl.constexpr,
 ):
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -247,6 +267,8 @@ def gemm_kernel(
 
         tile_weight = _choose(part, weight, weight_second, weight_third, PARTS)
         products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if HIDE_ZEROS:
+            products += tl.minimum(rows, 0).to(tl.float32)
         for k in tl.range(first_k, end_k, BLOCK_K):
             a_block = _load(a, row, k, rows, a_stride, BLOCK_M, BLOCK_K, DEPTH_EDGE, UNIT, DESCRIPTORS)
             if TRANSPOSED:

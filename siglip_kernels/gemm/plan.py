@@ -183,6 +183,7 @@ def plan(
         "UNIT": unit,
         "DESCRIPTORS": descriptors,
         "FLATTEN": descriptors and not split,
+        "HIDE_ZEROS": descriptors and not split and facts.matrix_unit == "wgmma",
         "PRECISION": precision,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

@@ -172,7 +172,7 @@ def test_gelu_is_computed_once_where_it_is_also_stored(gelu_costs):
     assert round(stored["mufu"]) == round(not_stored["mufu"])
 
 
-@pytest.mark.parametrize(("epilogue", "share"), [("gelu", 0.81), ("gelu, kept", 0.81), ("gelu backward", 0.71)])
+@pytest.mark.parametrize(("epilogue", "share"), [("gelu", 0.84), ("gelu, kept", 0.83), ("gelu backward", 0.76)])
 def test_gelu_leaves_the_tensor_cores_their_time(gelu_costs, epilogue, share):
     """Bounds of 128 x 256 tiles of depth 1152: two warps per quarter of a multiprocessor, 512 multiply-adds a clock."""
     products = 128 * 256 * 1152 / 4 / 512

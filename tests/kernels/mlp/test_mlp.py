@@ -129,6 +129,20 @@ def test_every_tile_has_its_gelu_and_its_column_sums(descriptors, device):
     torch.testing.assert_close(sums.double(), exact_out.sum(0), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("descriptors", "roundings"), [(True, 0), (False, 1)])
+def test_column_sums_of_sixteen_bits(descriptors, roundings, dtype, device):
+    """Those of the result as it is rounded, where tensor cores sum it; otherwise of the result before."""
+    from siglip_kernels.gemm.config import Tile
+    from siglip_kernels.gemm.kernels import gemm
+
+    x, weight, kept = (torch.randn(shape).to(device, dtype) for shape in ((70, 24), (72, 24), (70, 72)))
+    tile = Tile(32, 32, 16, 4, 2, pieces=2, descriptors=descriptors)
+    out, _, _, sums = gemm(x, [weight], [None], gelu="backward", pre_activation=kept, keep_column_sums=True, tile=tile)
+    rounding = torch.finfo(dtype).eps / 2 * out.double().abs().sum(0)
+    assert ((sums.double() - out.double().sum(0)).abs() <= (roundings + 1e-3) * rounding).all()
+
+
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
 def test_leading_shapes(leading, device):
     check_budget(mlp, reference.mlp, *mlp_inputs(leading, 24, 40, torch.bfloat16, device))
@@ -218,6 +232,22 @@ def test_gelu_and_its_derivative_everywhere(dtype, device):
     # Element by element: a rounding of the result, and far below zero, where gelu is tiny, fp32's of the exponent.
     assert ((out - exact).abs() <= eps * exact.abs() + 2e-6 * exact.abs().sqrt() + torch.finfo(dtype).tiny).all()
     assert ((slope - exact_slope).abs() <= eps * exact_slope.abs() + 2e-6).all()
+
+
+def test_neighbours_share_nothing_but_time(device):
+    """Whatever the other column of a pair is: a number far from zero, infinite or none at all. gelu(-inf) is NaN."""
+    from siglip_kernels.gemm.kernels import gemm
+
+    values = torch.tensor([0.0, 1.0, -1.0, -5.0, -7.4, -7.6, -12.0, 30.0, -1e38, 1e38, math.inf, -math.inf, math.nan])
+    biases = torch.cartesian_prod(values, values).flatten().to(device)  # all pairs, side by side
+    nothing = torch.zeros(1, 8, device=device), torch.zeros(len(biases), 8, device=device)
+    out, *_ = gemm(nothing[0], [nothing[1]], [biases], gelu="forward")
+    exact = biases.double() * torch.sigmoid(
+        2 * math.sqrt(2 / math.pi) * (biases.double() + 0.044715 * biases.double() ** 3)
+    )
+    exact[biases == -1e38] = 0.0
+    torch.testing.assert_close(out[0].double(), exact, atol=1e-12, rtol=1e-6, equal_nan=True)
+    assert (out[0, biases.isfinite() & (biases <= -12)] == 0).all()
 
 
 def test_infinite_pre_activations(device):
