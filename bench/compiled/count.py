@@ -17,7 +17,7 @@ from bench.compiled.ahead_of_time import STACK_LIMIT, compiling_for, resources, 
 from bench.compiled.launch import GPUS, Launch, architecture
 from bench.compiled.launches import has_kernels_for, launches_of, operation_names, portable, published
 from bench.compiled.sass import PIPES, RATES, Clocked, inner_loops, measure
-from bench.compiled.tile_cost import epilogues
+from bench.compiled.tile_cost import epilogues, main_loops
 from bench.environment import commit, version
 
 COUNTED = tuple(gpu for gpu in GPUS if GPUS[gpu].capability in RATES)
@@ -100,8 +100,10 @@ def _count(operation: str, launch: Launch, gpu: str) -> list[Count]:
             raise compiled
         usage = resources(compiled.asm["cubin"])
         code = sass(compiled.asm["cubin"])
-        parts = [("loop", number, lines) for number, lines in enumerate(inner_loops(code), 1)]
-        if portable(operation) in WITH_EPILOGUES:
+        has_epilogue = portable(operation) in WITH_EPILOGUES
+        loops = main_loops(code) if has_epilogue else inner_loops(code)
+        parts = [("loop", number, lines) for number, lines in enumerate(loops, 1)]
+        if has_epilogue:
             parts += [("epilogue", number, lines) for number, lines in enumerate(epilogues(code), 1)]
         for name, number, lines in parts:
             cost = measure(launch.name, kernel, lines, RATES[GPUS[gpu].capability])

@@ -78,7 +78,8 @@ class _Code:
         target = self.target(number)
         if target is None:
             return [number + 1] if number + 1 < len(self.lines) else []
-        if not self.lines[number].startswith("@"):
+        is_conditional = self.lines[number].startswith("@") or re.match(r"BRA[.\w]* !?UP", self.name(number))
+        if not is_conditional:
             return [target]
         return [number + 1, target]
 
@@ -99,6 +100,17 @@ def epilogues(code: str) -> list[list[str]]:
                 continue
             numbers = path.numbers()
         found.append([parsed.name(n) for n in numbers])
+    return found
+
+
+def main_loops(code: str) -> list[list[str]]:
+    """The instructions of each main loop for a block of depth that is not a tile's last: without the epilogue."""
+    parsed = _Code(code)
+    found = []
+    for first, last in innermost_loops(parsed.lines, parsed.labels):
+        path = parsed.path(first, last, most_work=False)
+        assert path is not None
+        found.append([parsed.name(n) for n in (*path.numbers(), last)])
     return found
 
 

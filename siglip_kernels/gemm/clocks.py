@@ -1,6 +1,7 @@
 """A count of the clocks that a GEMM takes, from public rates and stated assumptions; nothing is measured.
 
-Tiles are chosen by it where no measurement is in `tuned.py`. `python -m bench.compiled.small_batches` prints it.
+Tiles are chosen by it where no measurement is in `tuned.py`. `python -m bench.compiled.small_batches` prints it, and
+`bench.compiled.gemm_tiles` counts the same in compiled code: tests compare the two.
 """
 
 import math
@@ -15,21 +16,28 @@ SHARED_BYTES = 128  # CUDA C++ programming guide
 # Clocks; assumed.
 LATENCY = 700  # of a load from the L2 or the memory
 SECOND_LAUNCH = 4000  # from the last products of a kernel to the first sums of the next in a CUDA graph, about 2 µs
+NOT_HIDDEN = 0.1  # of what takes less time than the busiest; assumed
+
+# Clocks of an epilogue, counted from compiled code: per four warps, and per element of the tile by what is fused.
+EPILOGUE_START = 120
+EPILOGUES = {"": 0.028, "residual": 0.046, "forward": 0.098, "backward": 0.172}
+WITHOUT_TMA = 100, 0.005  # more, for addresses and masks
 
 
 class Clocks(NamedTuple):
     """Of the busiest multiprocessor. Its tiles take as long as the slowest of the first four, which overlap."""
 
     products: float
-    l2: float  # reads of operands
+    l2: float  # reads of operands, reads and writes of epilogues
     shared: float  # operands written to shared memory and read from it
     waits: float  # for loads that are not in flight early enough
-    outside: float  # starts of tiles, and epilogues that no other program's blocks hide
+    outside: float  # the first loads, and epilogues: all, or the last if another program's products hide the others
     addition: float  # the second launch, which adds partial sums
 
     @property
     def total(self) -> float:
-        return max(self[:4]) + self.outside + self.addition
+        busiest = max(self[:4])
+        return busiest + NOT_HIDDEN * (sum(self[:4]) - busiest) + self.outside + self.addition
 
 
 def clocks(shape: Shape, facts: Facts, tile: Tile) -> Clocks:
@@ -39,15 +47,33 @@ def clocks(shape: Shape, facts: Facts, tile: Tile) -> Clocks:
     turns = math.ceil(programs / facts.multiprocessors)
     depth = math.ceil(math.ceil(shape.depth / tile.depth) / tile.splits) * tile.depth  # of a program
     row = turns * depth * shape.element_bytes  # bytes, of one row or column of the tile
-    epilogue = tile.rows * tile.columns / 16 if residents == 1 else 0
+    rows, columns = min(tile.rows, shape.rows), min(tile.columns, shape.columns)
+    moved = row * (rows + columns) + turns * rows * columns * _epilogue_bytes(shape, tile)
+    exposed = turns if residents == 1 else 1
+    starts = 1 if tile.descriptors and tile.splits == 1 else exposed  # a flattened loop loads the next tile's operands
     return Clocks(
         products=turns * depth * tile.rows * tile.columns / _multiply_adds(shape, facts),
-        l2=row * (min(tile.rows, shape.rows) + min(tile.columns, shape.columns)) / _l2_bytes(facts, programs),
+        l2=moved / _l2_bytes(facts, programs),
         shared=row * _shared_rows(facts, tile) / SHARED_BYTES,
         waits=turns * depth / tile.depth * LATENCY / (tile.stages - 1) / residents,
-        outside=turns * (epilogue + LATENCY),
+        outside=exposed * epilogue(shape, tile) + starts * LATENCY,
         addition=_addition(shape, facts, tile.splits) if tile.splits > 1 else 0,
     )
+
+
+def epilogue(shape: Shape, tile: Tile) -> float:
+    """The clocks of a multiprocessor for a tile's epilogue."""
+    fused = "" if tile.splits > 1 else shape.gelu or ("residual" if shape.residual_bytes else "")
+    start, per_element = (0, 0) if tile.descriptors else WITHOUT_TMA
+    return (EPILOGUE_START + start) * tile.warps / 4 + (EPILOGUES[fused] + per_element) * tile.rows * tile.columns
+
+
+def _epilogue_bytes(shape: Shape, tile: Tile) -> int:
+    """Read and written per element of the result: partial sums, or it and what is fused."""
+    if tile.splits > 1:
+        return 4
+    matrices = {"": 1, "forward": 1, "backward": 3}[shape.gelu]
+    return matrices * shape.element_bytes + shape.residual_bytes
 
 
 def _multiply_adds(shape: Shape, facts: Facts) -> int:
@@ -80,12 +106,13 @@ def _l2_bytes(facts: Facts, programs: int) -> float:
 def _shared_rows(facts: Facts, tile: Tile) -> int:
     """Rows and columns of the tile that pass through shared memory for every element of depth.
 
-    Each is written once. Each warp of mma reads its rows and columns, in a grid of warps two across. wgmma and tcgen05
-    are fed without taking clocks from the products.
+    Each is written once. Each warp of mma reads its rows and columns, in a grid of warps two across. An instruction of
+    wgmma reads 64 rows and all columns, of tcgen05 up to 128.
     """
-    if facts.matrix_unit != "mma":
-        return 0
-    across, down = 2, tile.warps // 2
+    if facts.matrix_unit == "mma":
+        across, down = 2, tile.warps // 2
+    else:
+        across, down = 1, max(1, tile.rows // (64 if facts.matrix_unit == "wgmma" else 128))
     return tile.rows * (1 + across) + tile.columns * (1 + down)
 
 

@@ -75,8 +75,9 @@ def usual_tiles(shape: Shape, facts: Facts) -> list[Tile]:
     if shape.element_bytes == 4:
         return _fitted(shape, facts, [(128, 128, 32, 8, 1), (64, 64, 32, 4, 1)])
     if facts.matrix_unit == "mma":
-        # TMA's buffers leave no room for a second program of the largest.
-        largest = (128, 128, 32, 8, 1) if facts.has_tma else (128, 128, 32, 4, 2)
+        # TMA's buffers leave no room for a second program of the largest, nor do the addresses of an fp32 residual.
+        alone = facts.has_tma or shape.residual_bytes == 4
+        largest = (128, 128, 32, 8, 1) if alone else (128, 128, 32, 4, 2)
         return _fitted(shape, facts, [largest, (64, 128, 32, 4, 2), (64, 64, 32, 4, 3)])
     sizes = [(128, 256, 64, 8, 1), (256, 128, 64, 8, 1), (128, 128, 64, 8, 1), (64, 128, 64, 4, 2), (64, 64, 64, 4, 3)]
     return _fitted(shape, facts, sizes)

@@ -1,7 +1,9 @@
 """The cost of a tile outside its main loop, counted from machine code."""
 
+import pytest
+
 from bench.compiled.sass import measure
-from bench.compiled.tile_cost import epilogues
+from bench.compiled.tile_cost import epilogues, main_loops
 
 PERSISTENT = """
 .L_x_0:
@@ -51,9 +53,19 @@ ONE_LOOP = """
 """
 
 
-def test_one_loop_of_tiles_and_blocks():
-    (path,) = epilogues(ONE_LOOP)
+@pytest.mark.parametrize("branch", ["@!P0 BRA `(.L_x_1)", "BRA.U !UP0, `(.L_x_1)"])
+def test_one_loop_of_tiles_and_blocks(branch):
+    """The branch around the epilogue may have a uniform predicate among its operands."""
+    code = ONE_LOOP.replace("@!P0 BRA `(.L_x_1)", branch)
+    (path,) = epilogues(code)
     assert [line.split()[0] for line in path] == ["MUFU.EX2", "UTMASTG.2D"]
+    (loop,) = main_loops(code)
+    assert [line.split()[0].split(".")[0] for line in loop] == ["HGMMA", "BRA", "IADD3", "BRA"]
+
+
+def test_a_main_loop_of_its_own_is_all_of_it():
+    (loop,) = main_loops(PERSISTENT)
+    assert [line.split()[0].split(".")[0] for line in loop] == ["HGMMA", "BRA"]
 
 
 def test_a_kernel_of_one_tile_ends():
