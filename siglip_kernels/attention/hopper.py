@@ -171,6 +171,8 @@ class BackwardTile:
     columns: int  # tokens per stage
     stages: int
     slots: int  # buffers for each consumer's rows: with two, the next tile's are loaded early
+    k_in_registers: bool = False  # of the kernel that owns keys: rows that its consumers keep in registers
+    v_in_registers: bool = False
 
 
 def backward_tile(kernel: str, head_dim: int) -> BackwardTile:
@@ -195,10 +197,13 @@ def backward_tile(kernel: str, head_dim: int) -> BackwardTile:
     registers and instructions of the same warps, and persistent programs.
     """
     columns = sum(config.split_head_dim(head_dim))
-    slots = 2 if columns <= 96 else 1
     if kernel == "queries":
-        return BackwardTile(128 if columns <= 80 else 64, 2, slots)
-    return BackwardTile(64 if columns <= 96 else 32, 3 if columns <= 80 else 2, slots)
+        return BackwardTile(128 if columns <= 80 else 64, 2, 2 if columns <= 96 else 1)
+    if columns <= 80:
+        return BackwardTile(64, 4, 1, k_in_registers=True, v_in_registers=True)
+    if columns <= 96:
+        return BackwardTile(64, 2, 2, k_in_registers=True)
+    return BackwardTile(32, 4, 1, k_in_registers=True)
 
 
 def attention_backward_hopper(
@@ -270,5 +275,7 @@ def attention_backward_hopper(
             tiles=tiles,
             SLOTS=chosen.slots,
             STAGES=chosen.stages,
+            K_IN_REGISTERS=chosen.k_in_registers,
+            V_IN_REGISTERS=chosen.v_in_registers,
         )
     return q_grad, k_grad, v_grad

@@ -4,6 +4,8 @@ Programs of one kernel own queries and compute dQ and delta, programs of the oth
 that atomics are not needed. In both, a producer loads by TMA and two consumers own ROWS rows each; a consumer's
 exponentials run beneath its own second product, and all its other work beneath the other consumer's products. The
 first kernel writes the log-sum-exp and delta of a head as two rows, which the second loads with each tile of queries.
+There each consumer keeps its tile of keys, and of values up to head dim 80, in registers, as left operands: read from
+shared memory in every step, these would make that the bound.
 
 As in the forward, the first step over the keys takes the last ones, in a box that ends with the last valid key. Where
 keys are rows, an invalid key affects its own row only, whose gradients are set to zero. Beyond the last query, tiles
@@ -28,10 +30,12 @@ from siglip_kernels.attention.hopper_forward import (
     issue_scores,
     load_rows,
     nothing_yet,
+    operand_layout,
     parts_of,
     product_layout,
     scaled,
     store_rows,
+    tile_of,
     wait_for_all,
 )
 from siglip_kernels.tma import async_load
@@ -111,16 +115,16 @@ def load_for_queries(tensors, shared, barriers, numbers, lengths, ONLY_DELTA: gl
 
 @gluon.jit
 def add_keys(
-    q_grad, q_tiles, out_grad_tiles, mine, k_stages, v_stages, stage, phase, k_full, k_empty, v_full, v_empty,
+    q_grad, queries, out_grad, k_stages, v_stages, stage, phase, k_full, k_empty, v_full, v_empty,
     log_sum_exp, delta, exponent_scale, counted, MASKED: gl.constexpr,
 ):  # fmt: skip
     """q_grad + dS K for one stage of keys. If MASKED, all but its last `counted` keys are masked."""
     KEYS: gl.constexpr = k_stages[0].shape[2]
     mbarrier.wait(k_full.index(stage), phase)
     mbarrier.wait(v_full.index(stage), phase)
-    scores = issue_scores(q_tiles, k_stages, mine, stage, 0, KEYS)
-    weights_grad = issue_scores(out_grad_tiles, v_stages, mine, stage, 0, KEYS)
-    scores = warpgroup_mma_wait(len(q_tiles), deps=(scores,))
+    scores = issue_scores(queries, k_stages, stage, 0, KEYS)
+    weights_grad = issue_scores(out_grad, v_stages, stage, 0, KEYS)
+    scores = warpgroup_mma_wait(len(queries), deps=(scores,))
     weights = gl.exp2(scores * exponent_scale - log_sum_exp[:, None])
     if MASKED:
         keys = gl.arange(0, KEYS, gl.SliceLayout(0, product_layout(KEYS)))
@@ -136,11 +140,10 @@ def add_keys(
 
 
 @gluon.jit
-def row_products(a, b, mine, COLUMNS: gl.constexpr):
-    """The dot product of each row of one tile in shared memory with the same row of the other."""
-    layout: gl.constexpr = product_layout(COLUMNS)
-    left = a.index(mine).reshape([ROWS, COLUMNS]).load(layout).to(gl.float32)
-    return gl.sum(left * b.index(mine).reshape([ROWS, COLUMNS]).load(layout).to(gl.float32), 1)
+def row_products(a, b):
+    """The dot product of each row of one matrix in shared memory with the same row of the other."""
+    layout: gl.constexpr = product_layout(a.shape[1])
+    return gl.sum(a.load(layout).to(gl.float32) * b.load(layout).to(gl.float32), 1)
 
 
 @gluon.jit
@@ -165,37 +168,36 @@ def own_queries(
         batch = sequence // heads
         row = ((tile % query_tiles) * CONSUMERS + CONSUMER) * ROWS
         mine = slot * CONSUMERS + CONSUMER
-        queries = row + gl.arange(0, ROWS, row_layout)
-        exists = queries < query_tokens
+        queries = tile_of(q_tiles, mine)
+        out_grad = tile_of(out_grad_tiles, mine)
+        tokens = row + gl.arange(0, ROWS, row_layout)
+        exists = tokens < query_tokens
         kept = log_sum_exp + sequence.to(gl.int64) * query_tokens
-        row_log_sum_exp = gl.load(kept + queries, mask=exists, other=float("inf"))
+        row_log_sum_exp = gl.load(kept + tokens, mask=exists, other=float("inf"))
         written = statistics + sequence.to(gl.int64) * 2 * statistics_row
-        gl.store(written + queries, row_log_sum_exp, mask=exists)
+        gl.store(written + tokens, row_log_sum_exp, mask=exists)
 
         mbarrier.wait(grad_full.index(mine), slot_phase)
         mbarrier.wait(out_full.index(mine), slot_phase)
-        row_delta = gl.convert_layout(
-            row_products(out_tiles[0], out_grad_tiles[0], mine, out_tiles[0].shape[4]), row_layout
-        )
-        if len(out_tiles) == 2:
-            row_delta += gl.convert_layout(
-                row_products(out_tiles[1], out_grad_tiles[1], mine, out_tiles[1].shape[4]), row_layout
-            )
+        out = tile_of(out_tiles, mine)
+        row_delta = gl.convert_layout(row_products(out[0], out_grad[0]), row_layout)
+        if len(out) == 2:
+            row_delta += gl.convert_layout(row_products(out[1], out_grad[1]), row_layout)
         mbarrier.arrive(out_empty.index(mine), count=1)
-        gl.store(written + statistics_row + queries, row_delta, mask=exists)
+        gl.store(written + statistics_row + tokens, row_delta, mask=exists)
 
         if not ONLY_DELTA:
             limit = valid_keys(batch, lengths, key_tokens)
             whole = (gl.maximum(limit, 1) - 1) // KEYS
             mbarrier.wait(q_full.index(mine), slot_phase)
             q_grad = add_keys(
-                nothing_yet(k_stages), q_tiles, out_grad_tiles, mine, k_stages, v_stages, stage, phase, k_full,
-                k_empty, v_full, v_empty, row_log_sum_exp, row_delta, exponent_scale, limit - whole * KEYS, True,
+                nothing_yet(k_stages), queries, out_grad, k_stages, v_stages, stage, phase, k_full, k_empty,
+                v_full, v_empty, row_log_sum_exp, row_delta, exponent_scale, limit - whole * KEYS, True,
             )  # fmt: skip
             stage, phase = following(stage, phase, STAGES)
             for _ in range(whole):
                 q_grad = add_keys(
-                    q_grad, q_tiles, out_grad_tiles, mine, k_stages, v_stages, stage, phase, k_full, k_empty, v_full,
+                    q_grad, queries, out_grad, k_stages, v_stages, stage, phase, k_full, k_empty, v_full,
                     v_empty, row_log_sum_exp, row_delta, exponent_scale, KEYS, False,
                 )  # fmt: skip
                 stage, phase = following(stage, phase, STAGES)
@@ -312,6 +314,16 @@ def load_for_keys(tensors, shared, barriers, numbers, lengths):
 
 
 @gluon.jit
+def in_registers(tile, COLUMNS: gl.constexpr):
+    """A tile's parts as left operands of products of COLUMNS columns: wgmma then reads them without shared memory."""
+    layout: gl.constexpr = operand_layout(COLUMNS)
+    if len(tile) == 1:
+        return (tile[0].load(layout),)
+    else:
+        return tile[0].load(layout), tile[1].load(layout)
+
+
+@gluon.jit
 def where_real(out, real):
     """Each part of the columns, with zeros in the rows that are not real."""
     main = gl.where(gl.convert_layout(real, gl.SliceLayout(1, out[0].type.layout))[:, None], out[0], 0.0)
@@ -323,7 +335,8 @@ def where_real(out, real):
 
 @gluon.jit
 def own_keys(
-    CONSUMER: gl.constexpr, k_grad_tensors, v_grad_tensors, shared, barriers, numbers, lengths
+    CONSUMER: gl.constexpr, k_grad_tensors, v_grad_tensors, shared, barriers, numbers, lengths,
+    K_IN_REGISTERS: gl.constexpr, V_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """A consumer of ROWS keys of each tile. Its scores are transposed."""
     k_tiles, v_tiles, q_stages, out_grad_stages, statistics_stages, k_staging, v_staging = shared
@@ -349,13 +362,21 @@ def own_keys(
         limit = valid_keys(batch, lengths, key_tokens)
         k_grad = nothing_yet(q_stages)
         v_grad = nothing_yet(q_stages)
+        keys = tile_of(k_tiles, mine)
+        values = tile_of(v_tiles, mine)
         mbarrier.wait(k_full.index(mine), slot_phase)
+        if K_IN_REGISTERS:
+            keys = in_registers(keys, QUERIES)
+            mbarrier.arrive(k_empty.index(mine), count=1)
         mbarrier.wait(v_full.index(mine), slot_phase)
+        if V_IN_REGISTERS:
+            values = in_registers(values, QUERIES)
+            mbarrier.arrive(v_empty.index(mine), count=1)
         for _ in range(0, gl.where(first_key < limit, query_tokens, 0), QUERIES):
             mbarrier.wait(q_full.index(stage), phase)
             mbarrier.wait(grad_full.index(stage), phase)
-            scores = issue_scores(k_tiles, q_stages, mine, stage, 0, QUERIES)
-            weights_grad = issue_scores(v_tiles, out_grad_stages, mine, stage, 0, QUERIES)
+            scores = issue_scores(keys, q_stages, stage, 0, QUERIES)
+            weights_grad = issue_scores(values, out_grad_stages, stage, 0, QUERIES)
             statistics = statistics_stages.index(stage).reshape([2 * QUERIES])
             column_log_sum_exp = statistics.slice(0, QUERIES).load(gl.SliceLayout(0, layout))
             column_delta = statistics.slice(QUERIES, QUERIES).load(gl.SliceLayout(0, layout))
@@ -373,8 +394,10 @@ def own_keys(
             mbarrier.arrive(grad_empty.index(stage), count=1)
             mbarrier.arrive(q_empty.index(stage), count=1)
             stage, phase = following(stage, phase, STAGES)
-        mbarrier.arrive(k_empty.index(mine), count=1)
-        mbarrier.arrive(v_empty.index(mine), count=1)
+        if not K_IN_REGISTERS:
+            mbarrier.arrive(k_empty.index(mine), count=1)
+        if not V_IN_REGISTERS:
+            mbarrier.arrive(v_empty.index(mine), count=1)
         slot, slot_phase = following(slot, slot_phase, SLOTS)
 
         real = row + gl.arange(0, ROWS, row_layout) < limit
@@ -410,6 +433,8 @@ def attention_backward_keys_hopper_kernel(
     exponent_scale,  # scale · log2(e)
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
+    K_IN_REGISTERS: gl.constexpr,  # a consumer reads its tile once, not once per step
+    V_IN_REGISTERS: gl.constexpr,
 ):
     k = parts_of(k_main, k_tail)
     v = parts_of(v_main, v_tail)
@@ -436,8 +461,8 @@ def attention_backward_keys_hopper_kernel(
     tensors = (k, v, q, out_grad, statistics)
     gl.warp_specialize(
         [
-            (own_keys, (0, k_grad, v_grad, shared, barriers, numbers, lengths)),
-            (own_keys, (1, k_grad, v_grad, shared, barriers, numbers, lengths)),
+            (own_keys, (0, k_grad, v_grad, shared, barriers, numbers, lengths, K_IN_REGISTERS, V_IN_REGISTERS)),
+            (own_keys, (1, k_grad, v_grad, shared, barriers, numbers, lengths, K_IN_REGISTERS, V_IN_REGISTERS)),
             (load_for_keys, (tensors, shared, barriers, numbers, lengths)),
         ],
         [4, 1],

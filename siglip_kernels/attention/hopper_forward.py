@@ -116,14 +116,23 @@ def rows_of(stages, index, FIRST: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def issue_scores(q_tiles, k_stages, mine, stage, FIRST: gl.constexpr, COUNT: gl.constexpr):
-    """Starts q kᵀ [ROWS, COUNT] with COUNT of the stage's keys from FIRST on."""
+def tile_of(tiles, index):
+    """Each part of the columns of a tile in shared memory, as a matrix [ROWS, columns]."""
+    if len(tiles) == 1:
+        return (rows_of(tiles[0], index, 0, ROWS),)
+    else:
+        return rows_of(tiles[0], index, 0, ROWS), rows_of(tiles[1], index, 0, ROWS)
+
+
+@gluon.jit
+def issue_scores(queries, k_stages, stage, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """Starts q kᵀ [ROWS, COUNT] with COUNT of the stage's keys from FIRST on. queries: a tile's parts."""
     nothing = gl.zeros([ROWS, COUNT], gl.float32, product_layout(COUNT))
     keys = rows_of(k_stages[0], stage, FIRST, COUNT).permute((1, 0))
-    scores = warpgroup_mma(rows_of(q_tiles[0], mine, 0, ROWS), keys, nothing, use_acc=False, is_async=True)
-    if len(q_tiles) == 2:
+    scores = warpgroup_mma(queries[0], keys, nothing, use_acc=False, is_async=True)
+    if len(queries) == 2:
         keys = rows_of(k_stages[1], stage, FIRST, COUNT).permute((1, 0))
-        scores = warpgroup_mma(rows_of(q_tiles[1], mine, 0, ROWS), keys, scores, is_async=True)
+        scores = warpgroup_mma(queries[1], keys, scores, is_async=True)
     return scores
 
 
@@ -198,7 +207,7 @@ def weigh(scores, exponent_scale, largest):
 
 @gluon.jit
 def attend_to_last_keys(
-    q_tiles, k_stages, v_stages, mine, stage, phase, k_full, k_empty, v_full, v_empty, my_turn, next_turn, turn_phase,
+    queries, k_stages, v_stages, stage, phase, k_full, k_empty, v_full, v_empty, my_turn, next_turn, turn_phase,
     exponent_scale, limit, first_key, LAST: gl.constexpr, FIRST_PART: gl.constexpr,
     NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
@@ -214,9 +223,9 @@ def attend_to_last_keys(
     element: gl.constexpr = v_stages[0].dtype
     mbarrier.wait(k_full.index(stage), phase)
     mbarrier.wait(my_turn, turn_phase)
-    scores = issue_scores(q_tiles, k_stages, mine, stage, SKIPPED, FIRST_PART)
+    scores = issue_scores(queries, k_stages, stage, SKIPPED, FIRST_PART)
     if SECOND_PART > 0:
-        more_scores = issue_scores(q_tiles, k_stages, mine, stage, SKIPPED + FIRST_PART, SECOND_PART)
+        more_scores = issue_scores(queries, k_stages, stage, SKIPPED + FIRST_PART, SECOND_PART)
         mbarrier.arrive(next_turn, count=1)
         scores, more_scores = warpgroup_mma_wait(0, deps=(scores, more_scores))
     else:
@@ -280,10 +289,11 @@ def attend(
     for tile in range(gl.program_id(0), numbers[4], gl.num_programs(0)):
         batch, head, query_tile, limit, whole = read_problem(tile, lengths, numbers, KEYS, LAST)
         mine = slot * CONSUMERS + CONSUMER
+        queries = tile_of(q_tiles, mine)
         mbarrier.wait(q_full.index(mine), q_phase)
         if LAST > 0:
             running_max, running_sum, out = attend_to_last_keys(
-                q_tiles, k_stages, v_stages, mine, stage, phase, k_full, k_empty, v_full, v_empty, my_turn,
+                queries, k_stages, v_stages, stage, phase, k_full, k_empty, v_full, v_empty, my_turn,
                 next_turn, turn_phase, exponent_scale, limit, whole * KEYS, LAST, FIRST_PART, NEGATIVE_SCALE,
             )  # fmt: skip
             turn_phase ^= 1
@@ -295,7 +305,7 @@ def attend(
         if whole > 0:
             mbarrier.wait(k_full.index(stage), phase)
             mbarrier.wait(my_turn, turn_phase)
-            scores = issue_scores(q_tiles, k_stages, mine, stage, 0, KEYS)
+            scores = issue_scores(queries, k_stages, stage, 0, KEYS)
             mbarrier.arrive(next_turn, count=1)
             turn_phase ^= 1
             scores = warpgroup_mma_wait(0, deps=(scores,))
@@ -312,7 +322,7 @@ def attend(
                 mbarrier.wait(k_full.index(next_stage), next_phase)
                 mbarrier.wait(v_full.index(stage), phase)
                 mbarrier.wait(my_turn, turn_phase)
-                scores = issue_scores(q_tiles, k_stages, mine, next_stage, 0, KEYS)
+                scores = issue_scores(queries, k_stages, next_stage, 0, KEYS)
                 out = issue_products(operand, v_stages, stage, out, 0)
                 mbarrier.arrive(next_turn, count=1)
                 turn_phase ^= 1
@@ -352,9 +362,9 @@ def attend(
             kept = running_max + gl.log2(divisor)
             if lengths is not None:
                 kept = gl.where(running_sum == 0.0, float("inf"), kept)
-            queries = row + gl.arange(0, ROWS, row_layout)
+            tokens = row + gl.arange(0, ROWS, row_layout)
             first = (tile // query_tiles).to(gl.int64) * query_tokens
-            gl.store(log_sum_exp + (first + queries), kept, mask=queries < query_tokens)
+            gl.store(log_sum_exp + (first + tokens), kept, mask=tokens < query_tokens)
     tma.store_wait(0)
 
 
