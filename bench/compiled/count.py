@@ -16,7 +16,7 @@ from typing import Any
 from bench.compiled.ahead_of_time import STACK_LIMIT, compiling_for, resources, sass
 from bench.compiled.launch import GPUS, Launch, architecture
 from bench.compiled.launches import has_kernels_for, launches_of, operation_names, portable, published
-from bench.compiled.sass import PIPES, RATES, Clocked, inner_loops, measure
+from bench.compiled.sass import PIPES, RATES, Clocked, fill_clocks, inner_loops, measure
 from bench.compiled.tile_cost import epilogues, main_loops
 from bench.environment import commit, version
 
@@ -102,11 +102,12 @@ def _count(operation: str, launch: Launch, gpu: str) -> list[Count]:
         code = sass(compiled.asm["cubin"])
         has_epilogue = portable(operation) in WITH_EPILOGUES
         loops = main_loops(code) if has_epilogue else inner_loops(code)
-        parts = [("loop", number, lines) for number, lines in enumerate(loops, 1)]
+        filled = fill_clocks(compiled.asm["ttgir"], len(loops)) if loops else 0.0
+        parts = [("loop", number, lines, filled) for number, lines in enumerate(loops, 1)]
         if has_epilogue:
-            parts += [("epilogue", number, lines) for number, lines in enumerate(epilogues(code), 1)]
-        for name, number, lines in parts:
-            cost = measure(launch.name, kernel, lines, RATES[GPUS[gpu].capability])
+            parts += [("epilogue", number, lines, 0.0) for number, lines in enumerate(epilogues(code), 1)]
+        for name, number, lines, fills in parts:
+            cost = measure(launch.name, kernel, lines, RATES[GPUS[gpu].capability], fills)
             part = f"{name} {number}"
             found.append(Count(operation, launch.name, gpu, kernel, part, *usage, cost.clocks, cost.multiply_adds))
 

@@ -11,8 +11,9 @@ prediction.
 A quarter (CUDA C++ programming guide, arithmetic throughput) takes a warp's instruction of integers, comparisons or
 conversions in 2 clocks, a shuffle or memory access in 4, an exponential in 8, and one of fp32 in the clocks of
 `RATES`, which also has the multiply-adds of fp16 and bf16 per clock. Shared memory moves 128 bytes per clock for all
-four quarters: what loads (LDS, LDSM), stores (STS, STSM), copies from global memory (cp.async, TMA) and wgmma, which
-reads operands there, move. tcgen05's shapes are not in its instructions: Blackwell's data-centre GPUs are not counted.
+four quarters: what loads (LDS, LDSM), stores (STS, STSM), copies from global memory (cp.async) and wgmma, which reads
+operands there, move, and what TMA writes for a loop if a warp of its own loads. tcgen05's shapes are not in its
+instructions: Blackwell's data-centre GPUs are not counted.
 """
 
 import dataclasses
@@ -169,9 +170,30 @@ def inner_loops(code: str) -> list[list[str]]:
     return [[without_predicate(line) for line in lines[a : b + 1]] for a, b in innermost_loops(lines, labels)]
 
 
-def measure(launch: str, kernel: str, loop: list[str], rates: Rates = HOPPER) -> Loop:
-    """Counts the instructions of a loop, or of another part of a kernel, and their clocks."""
-    clocks = dict.fromkeys(PIPES, 0.0)
+def fill_clocks(ttgir: str, loops: int) -> float:
+    """Clocks of shared memory that TMA's writes cost each of the `loops` that share what a warp of its own loads.
+
+    From Triton's IR, because the size of a load is not in its instruction: the bytes that barriers expect in a turn of
+    the innermost loop with loads, one for each turn of the others. 0 where the same warps load and compute.
+    """
+    if "ttg.warp_specialize" not in ttgir:
+        return 0.0
+    expected = 0
+    innermost: list[int] = []  # bytes in each loop that contains no other
+    for line in ttgir.splitlines():
+        if re.match(r"\s*(%\S+ = )?scf\.(for|while) ", line):
+            indentation, expected = line[: -len(line.lstrip())], 0
+        elif size := re.match(r"\s*ttng\.barrier_expect [^,]+, (\d+)", line):
+            expected += int(size[1])
+        elif expected and line.startswith(f"{indentation}}}"):
+            innermost.append(expected)
+            expected = 0
+    return max(innermost, default=0) / 128 / loops
+
+
+def measure(launch: str, kernel: str, loop: list[str], rates: Rates = HOPPER, filled: float = 0.0) -> Loop:
+    """Counts the instructions of a loop, or of another part of a kernel, and their clocks. filled: by TMA."""
+    clocks = dict.fromkeys(PIPES, 0.0) | {"shared": filled}
     products = 0.0
     names: Counter[str] = Counter()
     waits = under_way = 0
@@ -205,7 +227,9 @@ def measure_parts(launches: Iterable[Launch], parts_of: Callable[[str], list[lis
         def record(kernel: str, compiled: Any, launch: Launch = launch) -> None:
             if isinstance(compiled, Exception):
                 raise compiled
-            found.extend(measure(launch.name, kernel, part) for part in parts_of(sass(compiled.asm["cubin"])))
+            parts = parts_of(sass(compiled.asm["cubin"]))
+            filled = fill_clocks(compiled.asm["ttgir"], len(parts)) if parts_of is inner_loops else 0.0
+            found.extend(measure(launch.name, kernel, part, filled=filled) for part in parts)
 
         with compiling_for(GPUS["h200"], record):
             launch.call()

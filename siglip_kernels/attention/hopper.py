@@ -84,14 +84,15 @@ def forward_tile(head_dim: int, query_tokens: int, last: int, has_lengths: bool)
 
     Counted by `python -m bench count attention_hopper attention --gpu h200` with triton 3.7.1: clocks of a quarter of a
     multiprocessor for 16 × 128 scores, and the share of the tensor pipe's peak that the busiest pipe allows, here and
-    in the portable kernel, whose loop issues no exponential beneath its products.
+    in the portable kernel, whose loop issues no exponential beneath its products. "shared": operands of wgmma in shared
+    memory, and what TMA writes there; with three consumers 405 at D = 64.
 
-    | D      | tensor | exponentials | fma | alu | issue | share | portable         |
-    |--------|--------|--------------|-----|-----|-------|-------|------------------|
-    | 64     | 512    | 528          | 170 | 226 | 423   | 97 %  | 97 % (MUFU)      |
-    | 72, 80 | 640    | 528          | 176 | 230 | 462   | 100 % | 100 %            |
-    | 96     | 768    | 528          | 184 | 230 | 483   | 100 % | 93 % (shared)    |
-    | 128    | 1024   | 528          | 200 | 230 | 465   | 100 % | 95 % (shared)    |
+    | D      | tensor | shared | exponentials | fma | alu | issue | share | portable         |
+    |--------|--------|--------|--------------|-----|-----|-------|-------|------------------|
+    | 64     | 512    | 448    | 528          | 170 | 226 | 423   | 97 %  | 97 % (MUFU)      |
+    | 72, 80 | 640    | 560    | 528          | 176 | 230 | 462   | 100 % | 100 %            |
+    | 96     | 768    | 672    | 528          | 184 | 230 | 483   | 100 % | 93 % (shared)    |
+    | 128    | 1024   | 896    | 528          | 200 | 230 | 465   | 100 % | 95 % (shared)    |
 
     So all exponentials stay on the special-function units: at D = 64, where those are the bound, computing an eighth of
     them by a polynomial would gain at most 3 % and take half of the free issue slots.
@@ -178,22 +179,23 @@ class BackwardTile:
 def backward_tile(kernel: str, head_dim: int) -> BackwardTile:
     """The tile of the kernel that owns "queries" or "keys". Not measured on a GPU.
 
-    The widest that does not spill and fits 227 KB of shared memory. Counted as in `forward_tile`: clocks of a quarter
-    of a multiprocessor for 16 rows × `columns` of scores. "operands": those that wgmma reads from shared memory. What
-    TMA writes there comes on top; in the portable kernels, copies and statistics are counted with it.
+    The widest that does not spill in its loop and fits 227 KB of shared memory. Counted as in `forward_tile`: clocks of
+    a quarter of a multiprocessor for 16 rows × `columns` of scores. "shared" has the loads of statistics too.
 
-    | D      | kernel  | tensor | operands | exponentials | alu | issue | share | portable        |
-    |--------|---------|--------|----------|--------------|-----|-------|-------|-----------------|
-    | 64     | queries | 768    | 512      | 512          | 324 | 488   | 100 % | 100 %           |
-    |        | keys    | 512    | 384      | 256          | 314 | 431   | 100 % | 82 % (shared)   |
-    | 72, 80 | queries | 960    | 640      | 512          | 326 | 531   | 100 % | 100 %           |
-    |        | keys    | 640    | 480      | 256          | 320 | 473   | 100 % | 87 % (shared)   |
-    | 96     | queries | 576    | 480      | 256          | 174 | 317   | 100 % | 82 % (shared)   |
-    |        | keys    | 768    | 576      | 256          | 342 | 486   | 100 % | 61 % (shared)   |
-    | 128    | queries | 768    | 640      | 256          | 166 | 326   | 100 % | 83 % (shared)   |
-    |        | keys    | 512    | 512      | 128          | 208 | 296   | 100 % | 64 % (shared)   |
+    | D      | kernel  | tensor | shared | exponentials | alu | issue | share | portable        |
+    |--------|---------|--------|--------|--------------|-----|-------|-------|-----------------|
+    | 64     | queries | 768    | 640    | 512          | 324 | 488   | 100 % | 100 %           |
+    |        | keys    | 512    | 450    | 256          | 196 | 335   | 100 % | 82 % (shared)   |
+    | 72, 80 | queries | 960    | 800    | 512          | 326 | 531   | 100 % | 100 %           |
+    |        | keys    | 640    | 530    | 256          | 194 | 371   | 100 % | 87 % (shared)   |
+    | 96     | queries | 576    | 576    | 256          | 174 | 319   | 100 % | 82 % (shared)   |
+    |        | keys    | 768    | 706    | 256          | 194 | 372   | 100 % | 61 % (shared)   |
+    | 128    | queries | 768    | 768    | 256          | 168 | 326   | 100 % | 83 % (shared)   |
+    |        | keys    | 512    | 513    | 128          | 98  | 219   | 100 % | 64 % (shared)   |
 
-    The tensor pipe is the bound here. The portable kernels lack exponentials beneath their products, loads without
+    The tensor pipe is the bound here. With keys and values in shared memory, it would be shared memory for the kernel
+    that owns keys: 578 clocks at D = 64, 690 at 72, 802 at 96, 641 at 128. With both in registers, that kernel would
+    spill in its loop from D = 96 on. The portable kernels lack exponentials beneath their products, loads without
     registers and instructions of the same warps, and persistent programs.
     """
     columns = sum(config.split_head_dim(head_dim))

@@ -3,7 +3,7 @@
 import pytest
 
 from bench.compiled.count import HEADER, SAYS, Count, best, markdown
-from bench.compiled.sass import RATES, inner_loops, measure, shared_clocks
+from bench.compiled.sass import RATES, fill_clocks, inner_loops, measure, shared_clocks
 
 AMPERE = """
 .L_x_1:
@@ -50,6 +50,31 @@ def test_a_loop_that_a_uniform_predicate_closes():
 )
 def test_clocks_of_shared_memory(line, clocks):
     assert shared_clocks(line) == clocks
+
+
+SPECIALISED = """
+    ttg.warp_specialize(%q)
+    partition0(%q) num_warps(1) {
+      %0:2 = scf.for %tile = %a to %b step %c -> (i32, i32)  : i32 {
+        ttng.barrier_expect %full, 8192, %true : !ttg.memdesc<1xi64, #shared>
+        %1 = scf.for %row = %a to %b step %c -> (i32)  : i32 {
+          ttng.barrier_expect %k_full, 2048, %true : !ttg.memdesc<1xi64, #shared>
+          scf.if %tail {
+            ttng.barrier_expect %v_full, 512, %true : !ttg.memdesc<1xi64, #shared>
+          }
+          scf.yield %2 : i32
+        }
+        ttng.barrier_expect %next, 4096, %true : !ttg.memdesc<1xi64, #shared>
+      }
+"""
+
+
+def test_clocks_of_what_another_warp_loads():
+    """In the innermost loop, for two loops together: not what a tile loads once, nor what the same warp loads."""
+    assert fill_clocks(SPECIALISED, 2) == (2048 + 512) / 128 / 2
+    assert fill_clocks(SPECIALISED.replace("ttg.warp_specialize", ""), 2) == 0
+    (loop,) = inner_loops(AMPERE)
+    assert measure("launch", "kernel", loop, RATES[8, 0], 10).clocks["shared"] == 42
 
 
 def count(busiest: float, issue: float, stack_bytes: int = 0) -> Count:

@@ -58,10 +58,12 @@ def test_matrices_move_by_tma(rows):
 
 
 def test_the_main_loop_keeps_the_tensor_cores_busy(loops, extent):
-    """Nothing but products of one block of depth, one of which is always in flight."""
+    """Nothing but products of one block of depth, one of which is always in flight. Of narrow products, the operands
+    and what TMA writes keep shared memory busier than the tensor cores are."""
     assert len(loops) == 2 * LAUNCHES[extent]
     for loop in loops:
         products = [n for name, n in loop.instructions.items() if name.startswith("HGMMA")]
         assert sum(products) in (4, 8) and loop.waits == 1, str(loop)
-        assert loop.share == 1 and loop.clocks["issue"] < 0.5 * loop.clocks["tensor"], str(loop)
+        narrow = any(name.startswith("HGMMA.64x128x") for name in loop.instructions)
+        assert loop.share >= (0.8 if narrow else 1) and loop.clocks["issue"] < 0.5 * loop.clocks["tensor"], str(loop)
         assert not {"STL", "LDL", "LDS", "STS", "LDG", "STG"} & set(loop.instructions), str(loop)
