@@ -4,7 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from siglip_model.auto import AutoModel, AutoProcessor
+    from siglip_model.auto import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForImageClassification,
+        AutoModelForZeroShotImageClassification,
+        AutoProcessor,
+    )
     from siglip_model.classifier import SiglipForImageClassification
     from siglip_model.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
     from siglip_model.images.fast import SiglipImageProcessorFast
@@ -17,7 +23,10 @@ if TYPE_CHECKING:
     from siglip_model.zero_shot import pipeline
 
 __all__ = [
+    "AutoConfig",
     "AutoModel",
+    "AutoModelForImageClassification",
+    "AutoModelForZeroShotImageClassification",
     "AutoProcessor",
     "SiglipConfig",
     "SiglipForImageClassification",
@@ -36,7 +45,10 @@ __all__ = [
 # Imported on first use: running the model alone imports no image or tokenizer library, and the command `siglip` prints
 # its help without importing PyTorch.
 _LAZY = {
+    "AutoConfig": "auto",
     "AutoModel": "auto",
+    "AutoModelForImageClassification": "auto",
+    "AutoModelForZeroShotImageClassification": "auto",
     "AutoProcessor": "auto",
     "SiglipConfig": "config",
     "SiglipForImageClassification": "classifier",

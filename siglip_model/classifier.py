@@ -22,6 +22,7 @@ class SiglipForImageClassification(PreTrainedModel):
 
     config_class = SiglipConfig
     main_input_name = "pixel_values"
+    input_modalities = ("image",)
     new_parameters = ("classifier.",)
 
     def __init__(self, config: SiglipConfig, **kwargs: str):
@@ -32,8 +33,12 @@ class SiglipForImageClassification(PreTrainedModel):
         self.classifier = nn.Linear(config.vision_config.hidden_size, config.num_labels)  # type: ignore[union-attr]
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_model.embeddings.patch_embedding
+    @property
+    def num_labels(self) -> int:
+        return self.config.num_labels
+
+    def _input_embeddings(self) -> tuple[nn.Module, str]:
+        return self.vision_model._input_embeddings()
 
     def forward(
         self,

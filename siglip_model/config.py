@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import typing
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 
+from siglip_model.checkpoints.arguments import supported_arguments
 from siglip_model.checkpoints.atomic import atomic_write
+from siglip_model.checkpoints.commit import CONFIG_NAME
 from siglip_model.checkpoints.errors import build_from_file
 from siglip_model.checkpoints.fields import (
     FLAG,
@@ -25,7 +29,8 @@ from siglip_model.checkpoints.fields import (
     shown,
     whole,
 )
-from siglip_model.checkpoints.files import load_config_dict, split_hub_arguments
+from siglip_model.checkpoints.files import StoredObject, load_config_dict, read_json_object, split_hub_arguments
+from siglip_model.checkpoints.upload import upload
 
 # Far above every model, and small enough that shapes and the names of labels can be computed.
 LARGEST = {
@@ -58,6 +63,8 @@ class PretrainedConfig:
 
     model_type: ClassVar[str] = ""
     base_config_key: ClassVar[str] = ""
+    sub_configs: ClassVar[dict[str, type[PretrainedConfig]]] = {}
+    attribute_map: ClassVar[dict[str, str]] = {}  # transformers' aliases of fields, of which SigLIP has none
 
     def __init__(self, /, *args: Any, **kwargs: Any):
         names = list(self._field_types())
@@ -75,6 +82,10 @@ class PretrainedConfig:
         self.output_attentions: bool = kwargs.pop("output_attentions", False)
         self.return_dict: bool = kwargs.pop("return_dict", True)
         self.problem_type: str | None = kwargs.pop("problem_type", None)
+        former = kwargs.pop("torch_dtype", None)  # the name before transformers 5
+        self.dtype: Any = _as_dtype(kwargs.pop("dtype", None) or former)
+        self._name_or_path: str = str(kwargs.pop("_name_or_path", "") or kwargs.pop("name_or_path", ""))
+        attn_implementation = kwargs.pop("attn_implementation", None)
         self._set_labels(kwargs.pop("num_labels", None), kwargs.pop("id2label", None), kwargs.pop("label2id", None))
         for name, expected in self._field_types().items():
             default = getattr(type(self), name)
@@ -84,6 +95,7 @@ class PretrainedConfig:
                 raise ValueError(f"{type(self).__name__}: {name} is not a field; supported: names of no attribute")
             setattr(self, name, value)
         self._validate()
+        self._attn_implementation = attn_implementation
 
     @classmethod
     def _field_types(cls) -> dict[str, Any]:
@@ -119,11 +131,6 @@ class PretrainedConfig:
             layer_norm_eps=Field("a finite number above 0", lambda value: is_finite(value) and value > 0),
             attention_dropout=Field("a number from 0 to below 1", lambda value: 0 <= value < 1),
         )
-        width, heads = self.hidden_size, self.num_attention_heads  # type: ignore[attr-defined]
-        if width % heads:
-            raise ValueError(
-                f"{type(self).__name__}: hidden_size {width} is not divisible by num_attention_heads {heads}"
-            )
 
     def _set_labels(self, num_labels: int | None, id2label: dict | None, label2id: dict | None) -> None:
         """Labels by id: int keys in memory, string keys in JSON. Without names they are LABEL_0, LABEL_1, ..."""
@@ -151,17 +158,59 @@ class PretrainedConfig:
     def use_return_dict(self) -> bool:
         return self.return_dict
 
+    @property
+    def torch_dtype(self) -> Any:
+        """The name of `dtype` before transformers 5."""
+        return self.dtype
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        """The backend of models that are built from it, or None for their default; not written to config.json."""
+        return self._backend
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, name: str | Mapping[str, str] | None) -> None:
+        self._backend: str | None = name.get("") if isinstance(name, Mapping) else name
+        for part in self.sub_configs:
+            chosen = name.get(part) if isinstance(name, Mapping) else name
+            getattr(self, part)._attn_implementation = chosen
+
+    @property
+    def name_or_path(self) -> str:
+        """Where it was loaded from, or an empty string."""
+        return self._name_or_path
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """The text tower's configuration, or itself for a tower alone. decoder, encoder: SigLIP has one of texts."""
+        return getattr(self, "text_config", self)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in vars(self) if not name.startswith("_"))
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Set these fields. Raises as the constructor for unsupported values, and then sets none."""
+        updated = type(self).from_dict({**self.to_dict(), **values})
+        vars(self).update({name: vars(updated)[name] for name in values if name in vars(updated)})
+
     def to_dict(self) -> dict[str, Any]:
         """All values in the form of config.json, where the keys of id2label are strings."""
-        values = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        values = {name: _as_json(value) for name, value in values.items()}
+        values = {name: _as_json(getattr(self, name)) for name in self}
         values["id2label"] = {str(index): label for index, label in self.id2label.items()}
         values["model_type"] = self.model_type
+        if self.dtype is None:
+            del values["dtype"]
         return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The values of `to_dict` that are not the defaults, and model_type."""
+        return {**_difference(self.to_dict(), type(self)().to_dict()), "model_type": self.model_type}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Self:
-        """Build from the content of a config.json. A tower takes its part of a whole SigLIP configuration."""
+        """Build from the content of a config.json. A tower takes its part of a whole SigLIP configuration.
+
+        overrides: other values of fields. Of a tower's configuration, a dict replaces the fields that it names.
+        """
         values = copy.deepcopy(values)
         if cls.base_config_key and values.get("model_type") == SiglipConfig.model_type:
             values = values.get(cls.base_config_key) or {}
@@ -170,26 +219,65 @@ class PretrainedConfig:
         if "num_labels" in overrides and "id2label" not in overrides:
             values.pop("id2label", None)
             values.pop("label2id", None)
+        for name in cls.sub_configs:
+            if isinstance(overrides.get(name), Mapping) and isinstance(values.get(name), Mapping):
+                overrides[name] = {**values[name], **overrides[name]}
         return cls(**{**values, **overrides})
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
         """Read config.json of a directory or Hub repository.
 
-        revision, cache_dir, local_files_only, token: as in huggingface_hub. Other arguments override fields.
+        revision, cache_dir, local_files_only, token, subfolder, force_download: as in huggingface_hub. Other arguments
+        override fields, as in `from_dict`. return_unused_kwargs: also return those that are no fields, in a dict.
         Raises CheckpointError for a missing or invalid config.json, and for another kind of model.
         """
-        hub, overrides = split_hub_arguments(kwargs)
-        content = load_config_dict(path_or_id, **hub)
-        return build_from_file(content.path, partial(cls.from_dict, content), {}, overrides)
+        content, overrides = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        unused = {}
+        if return_unused_kwargs:
+            known = {*vars(cls()), "num_labels", "torch_dtype", *content}
+            unused = {name: value for name, value in overrides.items() if name not in known}
+            overrides = {name: value for name, value in overrides.items() if name in known}
+        config = build_from_file(content.path, partial(cls.from_dict, content), {}, overrides)
+        config._name_or_path = str(pretrained_model_name_or_path)
+        return (config, unused) if return_unused_kwargs else config
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        atomic_write(Path(directory) / "config.json", (self.to_json_string() + "\n").encode())
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> tuple[StoredObject, dict[str, Any]]:
+        """(The content of config.json; the arguments that do not say where it is). See `from_pretrained`."""
+        hub, others = split_hub_arguments(supported_arguments(cls.__name__, kwargs))
+        return load_config_dict(pretrained_model_name_or_path, **hub), others
 
-    def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+    @classmethod
+    def from_json_file(cls, json_file: str | Path) -> Self:
+        """Read a file in the form of config.json. Raises CheckpointError, naming it, if it is invalid."""
+        path = Path(json_file)
+        return build_from_file(path, partial(cls.from_dict, read_json_object(path)), {}, {})
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json. push_to_hub, and its arguments in kwargs: see `push_to_hub`."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.to_json_file(Path(save_directory) / CONFIG_NAME)
+        if push_to_hub:
+            upload(save_directory, [CONFIG_NAME], **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Write config.json to a repository of the Hugging Face Hub. Arguments: see `checkpoints.upload.upload`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, [CONFIG_NAME], repo_id=repo_id, **kwargs)
+
+    def to_json_string(self, use_diff: bool = False) -> str:
+        """`to_dict` as JSON, or `to_diff_dict` with use_diff."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True)
+
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = False) -> None:
+        """Write `to_json_string` to a file, atomically."""
+        atomic_write(json_file_path, (self.to_json_string(use_diff) + "\n").encode())
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()  # type: ignore[attr-defined]
@@ -209,6 +297,25 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return copy.deepcopy(value)
+
+
+def _as_dtype(value: Any) -> Any:
+    """A torch.dtype from its name. Other values stay: loading refuses them, naming the file."""
+    found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else value
+
+
+def _difference(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The values that are not the defaults; of nested configurations, recursively."""
+    found = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if name.endswith("_config") and isinstance(value, dict) and isinstance(default, dict):
+            value = _difference(value, default)
+            default = {}
+        if name not in defaults or value != default:
+            found[name] = value
+    return found
 
 
 class SiglipTextConfig(PretrainedConfig):
@@ -271,6 +378,10 @@ class SiglipConfig(PretrainedConfig):
     """Both towers. `text_config` and `vision_config`: a configuration, a dict of its fields, or None for defaults."""
 
     model_type = "siglip"
+    sub_configs: ClassVar[dict[str, type[PretrainedConfig]]] = {
+        "text_config": SiglipTextConfig,
+        "vision_config": SiglipVisionConfig,
+    }
 
     text_config: SiglipTextConfig | dict | None = None
     vision_config: SiglipVisionConfig | dict | None = None

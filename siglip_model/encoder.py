@@ -35,8 +35,11 @@ class Attention(UsesBackend, nn.Module):
 
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
-        width = config.hidden_size
-        self.num_heads = config.num_attention_heads
+        width, self.num_heads = config.hidden_size, config.num_attention_heads
+        if width % self.num_heads:
+            raise ValueError(
+                f"{type(config).__name__}: hidden_size {width} is not divisible by num_attention_heads {self.num_heads}"
+            )
         self.dropout = config.attention_dropout
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)

@@ -38,8 +38,8 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         nn.init.zeros_(self.logit_scale)
         nn.init.zeros_(self.logit_bias)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.embeddings.token_embedding
+    def _input_embeddings(self) -> tuple[nn.Module, str]:
+        return self.text_model._input_embeddings()
 
     def use_global_loss(
         self, enable: bool = True, *, group: dist.ProcessGroup | None = None, dist_impl: str = "ring"

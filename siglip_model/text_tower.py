@@ -60,6 +60,7 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
 
     config_class = SiglipTextConfig
     base_model_prefix = "text_model"
+    input_modalities = ("text",)
 
     def __init__(self, config: SiglipTextConfig, **kwargs: str):
         super().__init__(config, **kwargs)
@@ -69,8 +70,8 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         self.head = nn.Linear(config.hidden_size, config.projection_size or config.hidden_size)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.token_embedding
+    def _input_embeddings(self) -> tuple[nn.Module, str]:
+        return self.embeddings, "token_embedding"
 
     def forward(
         self,

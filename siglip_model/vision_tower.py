@@ -107,6 +107,7 @@ class SiglipVisionModel(UsesBackend, PreTrainedModel):
     config_class = SiglipVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
+    input_modalities = ("image",)
 
     def __init__(self, config: SiglipVisionConfig, **kwargs: str):
         super().__init__(config, **kwargs)
@@ -116,8 +117,8 @@ class SiglipVisionModel(UsesBackend, PreTrainedModel):
         self.head = PoolingHead(config) if config.vision_use_head else None
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embedding
+    def _input_embeddings(self) -> tuple[nn.Module, str]:
+        return self.embeddings, "patch_embedding"
 
     def encode(
         self,

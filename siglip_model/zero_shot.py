@@ -262,7 +262,7 @@ def pipeline(
         if isinstance(config, (str, os.PathLike)):
             from siglip_model.config import SiglipConfig
 
-            config = SiglipConfig.from_pretrained(os.fspath(config), **hub)
+            config = SiglipConfig.from_pretrained(os.fspath(config), **hub)  # type: ignore[arg-type]
         options: dict[str, Any] = {**(model_kwargs or {}), **hub}
         for name, value in (
             ("config", config),

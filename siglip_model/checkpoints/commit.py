@@ -1,8 +1,9 @@
 """A checkpoint's directory, and the atomic replacement of all its files.
 
 A checkpoint is ``config.json`` with either ``model.safetensors`` or ``model.safetensors.index.json`` and its shards
-(with both, ``model.safetensors`` counts, as in transformers). No system call renames several files at once, so a save
-uses two hidden directories beside them:
+(with both, ``model.safetensors`` counts, as in transformers). A variant has names of its own, such as
+``model.fp16.safetensors`` and ``model.safetensors.index.fp16.json``, and the same rules. No system call renames several
+files at once, so a save uses two hidden directories beside them:
 
 1. All new files are written to ``.save-partial`` and synced to the disk. The old files are untouched.
 2. ``.save-partial`` is renamed to ``.save-complete``. This one rename is the commit.
@@ -28,6 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from siglip_kernels.errors import unsupported
 from siglip_model.checkpoints.atomic import ordinary_mode, sync_directory, sync_file
 
 CONFIG_NAME = "config.json"
@@ -36,7 +38,25 @@ INDEX_NAME = "model.safetensors.index.json"
 
 _PARTIAL = ".save-partial"
 _COMPLETE = ".save-complete"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"model(?:\.(\w+))?-\d{5}-of-\d{5}\.safetensors")
+_INDEX = re.compile(r"model\.safetensors\.index(?:\.(\w+))?\.json")
+_WEIGHTS = re.compile(r"model(?:\.(\w+))?\.safetensors")
+
+
+def weights_name(variant: str | None) -> str:
+    """The name of the single file: model.safetensors, or model.fp16.safetensors for the variant "fp16"."""
+    return WEIGHTS_NAME if variant is None else f"model.{_checked(variant)}.safetensors"
+
+
+def index_name(variant: str | None) -> str:
+    """The name of the shards' index: model.safetensors.index.json or model.safetensors.index.fp16.json."""
+    return INDEX_NAME if variant is None else f"model.safetensors.index.{_checked(variant)}.json"
+
+
+def _checked(variant: str) -> str:
+    if not isinstance(variant, str) or not re.fullmatch(r"\w+", variant):
+        raise unsupported("a checkpoint", "variant", f"is {variant!r}", "letters, digits and '_', such as 'fp16'")
+    return variant
 
 
 def current_file(directory: Path, name: str) -> Path | None:
@@ -44,7 +64,8 @@ def current_file(directory: Path, name: str) -> Path | None:
     complete = directory / _COMPLETE
     if (complete / name).is_file():
         return complete / name
-    if name == WEIGHTS_NAME and (complete / INDEX_NAME).is_file():
+    single = _WEIGHTS.fullmatch(name)
+    if single and (complete / index_name(single[1])).is_file():
         return None  # the single file is old: the new index replaces it
     return directory / name if (directory / name).is_file() else None
 
@@ -84,8 +105,9 @@ def _finish(directory: Path) -> None:
     shards = {name for name in names if _SHARD.fullmatch(name)}
     for name in sorted(shards):
         os.replace(complete / name, directory / name)
-    if INDEX_NAME in names:
-        (directory / WEIGHTS_NAME).unlink(missing_ok=True)
+    for name in names:
+        if index := _INDEX.fullmatch(name):
+            (directory / weights_name(index[1])).unlink(missing_ok=True)
     for name in sorted(names - shards - {CONFIG_NAME}):
         os.replace(complete / name, directory / name)
     if CONFIG_NAME in names:
@@ -98,15 +120,17 @@ def _finish(directory: Path) -> None:
 
 def _remove_superseded(directory: Path) -> None:
     """Remove an index and shards that a single file has replaced, and shards that the index does not name."""
-    if (directory / WEIGHTS_NAME).is_file():
-        (directory / INDEX_NAME).unlink(missing_ok=True)
-        needed = ""
-    elif (directory / INDEX_NAME).is_file():
-        needed = (directory / INDEX_NAME).read_text(encoding="utf-8")
-    else:
-        return
+    needed = {}  # by variant, the text of the index
     for path in directory.iterdir():
-        if _SHARD.fullmatch(path.name) and f'"{path.name}"' not in needed:
+        if index := _INDEX.fullmatch(path.name):
+            needed[index[1]] = path.read_text(encoding="utf-8")
+    for path in directory.iterdir():
+        if single := _WEIGHTS.fullmatch(path.name):
+            (directory / index_name(single[1])).unlink(missing_ok=True)
+            needed[single[1]] = ""
+    for path in directory.iterdir():
+        shard = _SHARD.fullmatch(path.name)
+        if shard and shard[1] in needed and f'"{path.name}"' not in needed[shard[1]]:
             path.unlink()
 
 

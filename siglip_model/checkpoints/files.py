@@ -34,7 +34,7 @@ class StoredObject(dict[str, Any]):
 
 
 def split_hub_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(revision, cache_dir, local_files_only and token, as far as given; all other arguments)."""
+    """(The arguments of `resolve_file`, as far as given; all other arguments)."""
     hub = {name: value for name, value in arguments.items() if name in HUB_ARGUMENTS}
     return hub, {name: value for name, value in arguments.items() if name not in HUB_ARGUMENTS}
 
@@ -93,26 +93,19 @@ def listed(items: Iterable[str], most: int = 5) -> str:
     return ", ".join(shortened(item, 300) for item in items[:most]) + others
 
 
-MODEL_TYPES = ("siglip", "siglip_text_model", "siglip_vision_model")
+MODEL_TYPES = ["siglip", "siglip_text_model", "siglip_vision_model"]  # AutoConfig.register appends
 
 
-def load_config_dict(
-    path_or_id: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-) -> StoredObject:
-    """The content of config.json of a directory or Hub repository (see `resolve_file`).
+def load_config_dict(path_or_id: str | os.PathLike[str], **hub: Any) -> StoredObject:
+    """The content of config.json of a directory or Hub repository. hub: arguments of `resolve_file`.
 
     Raises:
         CheckpointError: config.json is missing, is not a JSON object, or describes another kind of model.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-    path = resolve_file(path_or_id, CONFIG_NAME, **hub)  # type: ignore[arg-type]
+    path = resolve_file(path_or_id, CONFIG_NAME, **hub)
     if path is None:
-        raise CheckpointError(f"{path_or_id} has no {CONFIG_NAME}")
+        where = os.path.join(path_or_id, hub.get("subfolder") or "")
+        raise CheckpointError(f"{where.rstrip(os.sep)} has no {CONFIG_NAME}; give the configuration as config=")
     content = read_json_object(path)
     model_type = content.get("model_type", MODEL_TYPES[0])
     if model_type not in MODEL_TYPES:

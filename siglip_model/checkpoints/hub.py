@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
+from siglip_kernels.errors import unsupported
 from siglip_model.checkpoints.commit import current_file
 from siglip_model.checkpoints.errors import CheckpointError
 
@@ -47,6 +48,9 @@ def resolve_file(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    subfolder: str | None = None,
+    force_download: bool = False,
+    proxies: None = None,
 ) -> Path | None:
     """The path of one file of a directory or Hub repository; None if that directory or repository lacks the file.
 
@@ -54,14 +58,25 @@ def resolve_file(
     ``local_files_only`` or ``HF_HUB_OFFLINE=1``, and for a minute after a connection failed, only the cache is read.
     The Hub has 2 seconds to answer, or as many as ``HF_HUB_ETAG_TIMEOUT`` says; on a terminal, stderr says so.
 
+    Args:
+        path_or_id: a directory or a Hub id.
+        filename: in it, or in its ``subfolder``.
+        revision, cache_dir, token: as in huggingface_hub.
+        force_download: download the file again even if it is cached. No cached file stands in for it.
+
     Raises:
         CheckpointError: no such directory, repository or revision; or no network and nothing in the cache.
         TypeError: the argument is neither a str nor a PathLike.
+        ValueError: proxies (see the message), or force_download without the Hub.
     """
+    if proxies:
+        raise unsupported("loading", "proxies", f"is {proxies!r}", "None: set HTTP_PROXY and HTTPS_PROXY instead")
+    if force_download and local_files_only:
+        raise unsupported("loading", "force_download", "is True, as is local_files_only", "one of both")
     if not isinstance(path_or_id, (str, os.PathLike)):
         raise TypeError(f"expected a directory or a Hub id, as str or PathLike; got {type(path_or_id).__name__}")
     if is_local(path_or_id):
-        directory = Path(os.path.expanduser(path_or_id))
+        directory = Path(os.path.expanduser(path_or_id), subfolder or "")
         if os.path.isdir(directory):
             return current_file(directory, filename)
         if os.path.exists(directory):
@@ -72,7 +87,9 @@ def resolve_file(
         raise CheckpointError(
             f"{repository!r} is neither an existing directory nor a Hub id such as 'owner/name'{_path_hint(repository)}"
         )
-    return _resolve_on_hub(repository, filename, revision, cache_dir, local_files_only, token)
+    if subfolder:
+        filename = f"{subfolder.strip('/')}/{filename}"
+    return _resolve_on_hub(repository, filename, revision, cache_dir, local_files_only, token, force_download)
 
 
 def _path_hint(name: str) -> str:
@@ -107,18 +124,19 @@ def _resolve_on_hub(
     cache_dir: str | os.PathLike[str] | None,
     local_files_only: bool,
     token: str | bool | None,
+    force_download: bool,
 ) -> Path | None:
     global _last_failure
     from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     cache = None if cache_dir is None else os.path.expanduser(cache_dir)
-    if revision is not None and _COMMIT.fullmatch(revision):  # never changes
+    if revision is not None and _COMMIT.fullmatch(revision) and not force_download:  # never changes
         cached = try_to_load_from_cache(repository, filename, cache_dir=cache, revision=revision)
         if isinstance(cached, str):
             return Path(cached)
     failed_before = time.monotonic() - _last_failure < _SECONDS_BETWEEN_ATTEMPTS
-    local_files_only = local_files_only or constants.HF_HUB_OFFLINE or failed_before
+    local_files_only = not force_download and (local_files_only or constants.HF_HUB_OFFLINE or failed_before)
     try:
         if not local_files_only:
             _require_answer(repository, filename, revision, token)
@@ -132,6 +150,7 @@ def _resolve_on_hub(
                     local_files_only=local_files_only,
                     token=token,
                     etag_timeout=_seconds_to_answer(),
+                    force_download=force_download,
                 )
             )
     except EntryNotFoundError as error:
@@ -144,6 +163,8 @@ def _resolve_on_hub(
     no_connection = isinstance(download_error, LocalEntryNotFoundError) or _is_network_error(download_error)
     if no_connection and not local_files_only:
         _last_failure = time.monotonic()
+    if force_download:
+        _raise_clearly(download_error, repository, filename, revision)
     # No answer from the Hub: look into the cache.
     try:
         cached = try_to_load_from_cache(repository, filename, cache_dir=cache, revision=revision)
@@ -261,4 +282,4 @@ def _is_network_error(error: Exception) -> bool:
     return any(base.__name__ in network_errors for base in type(error).__mro__)
 
 
-HUB_ARGUMENTS = ("revision", "cache_dir", "local_files_only", "token")
+HUB_ARGUMENTS = ("revision", "cache_dir", "local_files_only", "token", "subfolder", "force_download", "proxies")

@@ -4,12 +4,13 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from siglip_kernels.errors import MissingBackendError, unsupported
 from siglip_model.checkpoints.commit import CONFIG_NAME
-from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.checkpoints.errors import CheckpointError, shortened
 from siglip_model.checkpoints.fields import shown
 from siglip_model.checkpoints.files import listed
 from siglip_model.checkpoints.weights import WEIGHT_DTYPES, StoredWeights, find_weights, read_tensors
@@ -25,10 +26,7 @@ def load_state_dict(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
+    **hub: Any,
 ) -> dict[str, torch.Tensor]:
     """All weights of a checkpoint by their names in the file, each checked to be floating-point and finite.
 
@@ -37,7 +35,7 @@ def load_state_dict(
     are converted and moved one by one: peak memory is the result and the largest tensor.
 
     Args:
-        path_or_id: a directory or a Hub id; revision, cache_dir, local_files_only and token as in `resolve_file`.
+        path_or_id: a directory or a Hub id; hub: arguments of `resolve_file`, such as revision and subfolder.
         dtype: float64, float32, float16 or bfloat16, or its name; None or "auto": that of the file's first tensor.
         device: of the returned tensors.
 
@@ -45,7 +43,6 @@ def load_state_dict(
         CheckpointError: naming file and tensor: weights missing, damaged, integer, non-finite, or too large for dtype.
         MissingBackendError: this machine has no such device.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     device = _usable(device)
     weights = find_weights(path_or_id, hub)
     names = {name: name for name in weights.tensors if not _is_position_ids(name)}
@@ -60,20 +57,18 @@ def load_into(
     device: torch.device | str,
     new_parameters: tuple[str, ...] = (),
     ignore_mismatched_sizes: bool = False,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
+    **hub: Any,
 ) -> None:
     """Load the weights of a checkpoint into a model on any device, meta included; after an error it is unchanged.
 
     A tower loads its part of a whole model's checkpoint, and its own with or without the prefix ``text_model.`` or
     ``vision_model.``; a classifier loads a whole model's without the text tower. ``position_ids`` in old files are
-    ignored. Memory as in `load_state_dict`.
+    ignored; other tensors that the model does not have, such as another head's, are not loaded, and a warning names
+    them. Memory as in `load_state_dict`.
 
     Args:
         model: its ``state_dict()`` defines the expected tensors; its ``config.dtype`` is the dtype of "auto".
-        path_or_id: a directory or a Hub id; revision, cache_dir, local_files_only and token as in `resolve_file`.
+        path_or_id: a directory or a Hub id; hub: arguments of `resolve_file`, such as revision and subfolder.
         dtype: of the whole model, or its name; None or "auto": the config's, else that of the file's first tensor.
         device: of the loaded weights.
         new_parameters: prefixes such as ``("classifier.",)``. Where the checkpoint has no parameter with the prefix,
@@ -81,11 +76,10 @@ def load_into(
         ignore_mismatched_sizes: initialise tensors whose shape differs from the model's in the same way.
 
     Raises:
-        CheckpointError: naming file, tensor and shapes: missing, unexpected and misshapen tensors, and as
+        CheckpointError: naming file, tensor and shapes: missing and misshapen tensors, and as
             `load_state_dict`.
         MissingBackendError: this machine has no such device.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     load_weights(
         model,
         find_weights(path_or_id, hub),
@@ -105,14 +99,20 @@ def load_weights(
     new_parameters: tuple[str, ...] = (),
     ignore_mismatched_sizes: bool = False,
     most_new_values: float = math.inf,
+    most_bytes: float = math.inf,
     differing_sizes: Iterable[str] = (),
-    config_source: str = "its config",
-) -> None:
-    """`load_into` for weights whose header was read.
+    config_file: str | None = None,
+) -> dict[str, Any]:
+    """`load_into` for weights whose header was read. Returns transformers' loading info.
+
+    missing_keys, unexpected_keys: sets of names; mismatched_keys: a set of (name, stored shape, model's shape);
+    error_msgs: empty, since what is not among the former is an exception.
 
     most_new_values: supported number of values in tensors that are newly initialised; more raise a CheckpointError.
-    differing_sizes, config_source: for the error message, what the configuration and the header contradict each other
-        in, and where the configuration is from.
+    most_bytes: supported size of all weights on the device.
+    differing_sizes: what the configuration and the header contradict each other in, for the error message.
+    config_file: where the configuration is from. If it has fewer layers than the weights, that is an error; if the
+        caller's configuration has fewer, the caller wants fewer.
     """
     device = _usable(device)
     config = getattr(model, "config", None)
@@ -122,18 +122,19 @@ def load_weights(
     dtype = _resolve_dtype(dtype, configured, weights)
 
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored_names, strays = _match_names(expected, weights.tensors)
+    stored_names, unused, strays = _match_names(expected, weights.tensors)
     new_names: list[str] = []
     for prefix in new_parameters:
         names = [name for name in expected if name.startswith(prefix)]
         if not any(name in stored_names for name in names):
             new_names += names
     lacking, misshapen = list(new_names), _misshapen(expected, stored_names, weights)
+    shapes = {(name, weights.tensors[stored_names[name]].shape, expected[name]) for name in misshapen}
     if ignore_mismatched_sizes:
         new_names += misshapen
         for name in misshapen:
             del stored_names[name]
-    _check_fit(type(model).__name__, expected, stored_names, strays, new_names, weights, differing_sizes, config_source)
+    _check_fit(type(model).__name__, expected, stored_names, strays, new_names, weights, differing_sizes, config_file)
     new_values = sum(math.prod(expected[name]) for name in new_names)
     if new_values > most_new_values:
         lacked = listed(f"{name} {expected[name]}" for name in new_names)
@@ -141,6 +142,10 @@ def load_weights(
             f"{weights.source} lacks {lacked}, {new_values:,} values; supported: at most {most_new_values:,}, or give "
             "the configuration as config="
         )
+    size = sum(math.prod(shape) for shape in expected.values()) * dtype.itemsize
+    if size > most_bytes:
+        got = f"grants {device} {int(most_bytes):,} bytes, and the weights have {size:,}"
+        raise unsupported("loading", "max_memory", got, "a device that holds the whole model")
 
     tensors = read_tensors(weights, stored_names, dtype, device)
     for name in new_names:
@@ -151,9 +156,18 @@ def load_weights(
         model.init_new_parameters(new_names)  # type: ignore[operator]
     if lacking:
         logger.warning("%s lacks %s: newly initialised, to be trained", weights.source, ", ".join(lacking))
-    if ignore_mismatched_sizes and misshapen:
-        shapes = ", ".join(misshapen.values())
-        logger.warning("%s has other shapes (%s): newly initialised, to be trained", weights.source, shapes)
+    if misshapen:
+        others = ", ".join(misshapen.values())
+        logger.warning("%s has other shapes (%s): newly initialised, to be trained", weights.source, others)
+    if strays:
+        unexpected = shortened(listed((f"{name} {weights.tensors[name].shape}" for name in strays), most=50), 2500)
+        logger.warning("%s has tensors that %s does not: %s", weights.source, type(model).__name__, unexpected)
+    return {
+        "missing_keys": set(lacking),
+        "unexpected_keys": set(unused),
+        "mismatched_keys": shapes,
+        "error_msgs": [],
+    }
 
 
 def _misshapen(
@@ -206,8 +220,8 @@ def _is_position_ids(name: str) -> bool:
     return name.rpartition(".")[2] == "position_ids"
 
 
-def _match_names(expected: Mapping[str, object], stored: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """The model's names → stored names; and stored names that the model neither has nor may ignore."""
+def _match_names(expected: Mapping[str, object], stored: Iterable[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """The model's names → stored names; stored names that the model has not; those of them in no other known part."""
     candidates = [name for name in stored if not _is_position_ids(name)]
     prefix = ""
     if "embeddings.token_embedding.weight" in expected:  # the model is a single tower
@@ -223,14 +237,14 @@ def _match_names(expected: Mapping[str, object], stored: Iterable[str]) -> tuple
     else:
         ignorable = ()
     names: dict[str, str] = {}
-    strays: list[str] = []
+    unused: list[str] = []
     for stored_name in candidates:
         name = stored_name.removeprefix(prefix)
         if stored_name.startswith(prefix) and name in expected:
             names[name] = stored_name
-        elif not stored_name.startswith(ignorable):
-            strays.append(stored_name)
-    return names, strays
+        else:
+            unused.append(stored_name)
+    return names, unused, [name for name in unused if not name.startswith(ignorable)]
 
 
 def _check_fit(
@@ -241,9 +255,13 @@ def _check_fit(
     new_names: Iterable[str],
     weights: StoredWeights,
     differing_sizes: Iterable[str],
-    config_source: str,
+    config_file: str | None,
 ) -> None:
-    """Raise one error for all missing, unexpected and misshapen tensors."""
+    """Raise one error for all missing and misshapen tensors, which lists the unexpected ones also.
+
+    The unexpected ones are an error if the checkpoint's own configuration does not fit its weights.
+    """
+    differing_sizes = list(differing_sizes)
     stored = weights.tensors
     missing = [f"{name} {expected[name]}" for name in expected if name not in stored_names and name not in new_names]
     unexpected = [f"{name} {stored[name].shape}" for name in strays]
@@ -253,10 +271,12 @@ def _check_fit(
         ("unexpected", unexpected),
         ("misshapen (ignore_mismatched_sizes=True re-initialises them)", misshapen),
     )
-    problems = [f"{kind}: {listed(names)}" for kind, names in kinds if names]
-    if problems:
+    if missing or misshapen or (unexpected and differing_sizes and config_file):
+        problems = [f"{kind}: {listed(names)}" for kind, names in kinds if names]
         problems += differing_sizes
-        raise CheckpointError(f"{weights.source} does not fit {model} with {config_source}; {'; '.join(problems)}")
+        raise CheckpointError(
+            f"{weights.source} does not fit {model} with {config_file or 'its config'}; {'; '.join(problems)}"
+        )
 
 
 def _restore_buffers(model: torch.nn.Module, device: torch.device) -> None:

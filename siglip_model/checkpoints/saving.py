@@ -2,19 +2,16 @@
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from siglip_kernels.errors import unsupported
 from siglip_kernels.fusable import wraps_tensors
-from siglip_model.checkpoints.commit import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, replacing_checkpoint
+from siglip_model.checkpoints.commit import CONFIG_NAME, index_name, replacing_checkpoint, weights_name
 from siglip_model.checkpoints.errors import CheckpointError
-
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+from siglip_model.checkpoints.sizes import size_in_bytes
 
 
 def save_checkpoint(
@@ -23,6 +20,7 @@ def save_checkpoint(
     config_dict: Mapping[str, Any],
     *,
     max_shard_size: int | str = "50GB",
+    variant: str | None = None,
 ) -> None:
     """Write ``config.json`` and the weights in place of the directory's, all or nothing.
 
@@ -36,6 +34,7 @@ def save_checkpoint(
         config_dict: the content of ``config.json``; a ``torch.dtype`` is written by its name.
         max_shard_size: bytes, as an int or a string such as "5GB" (5 · 10^9 bytes). Larger weights are split into
             several files with an index; a tensor larger than this has a file of its own.
+        variant: part of the names of the weights' files, such as ``model.fp16.safetensors`` for "fp16".
 
     Raises:
         CheckpointError: the directory is a file; a tensor is on the meta device, not floating-point, quantised or
@@ -47,14 +46,15 @@ def save_checkpoint(
     directory = Path(directory).expanduser()
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"cannot save a checkpoint to {directory}: it is a file, not a directory")
-    limit = _size_in_bytes(max_shard_size)
+    limit = size_in_bytes("save_checkpoint", "max_shard_size", max_shard_size)
+    single = weights_name(variant)
     _check_tensors(model_state_dict)
     config = _to_json(config_dict)
     # The factory counts tensors that share memory once per name, as they are written.
     shards = split_state_dict_into_shards_factory(
         dict(model_state_dict),
         get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern=WEIGHTS_NAME.replace(".", "{suffix}."),
+        filename_pattern=single.removesuffix(".safetensors") + "{suffix}.safetensors",
         max_shard_size=limit,
     )
 
@@ -63,13 +63,13 @@ def save_checkpoint(
         old_config = directory / CONFIG_NAME
         if not old_config.is_file() or old_config.read_bytes() != config:
             (partial / CONFIG_NAME).write_bytes(config)
-        for file_name, names in (shards.filename_to_tensors or {WEIGHTS_NAME: []}).items():
+        for file_name, names in (shards.filename_to_tensors or {single: []}).items():
             _write_tensors(partial / file_name, names, model_state_dict)
         if shards.is_sharded:
             parameters = sum(tensor.numel() for tensor in model_state_dict.values())
             metadata = {"total_parameters": parameters, **shards.metadata}
             index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
-            (partial / INDEX_NAME).write_bytes(_to_json(index))
+            (partial / index_name(variant)).write_bytes(_to_json(index))
 
 
 def _check_tensors(tensors: Mapping[str, Any]) -> None:
@@ -100,20 +100,6 @@ def _write_tensors(path: Path, names: list[str], tensors: Mapping[str, torch.Ten
         to_write[name] = tensor
     # transformers refuses files whose metadata does not name the framework.
     save_file(to_write, path, metadata={"format": "pt"})
-
-
-def _size_in_bytes(size: int | str) -> int:
-    """Stricter than huggingface_hub, which takes zero and negative sizes."""
-    if isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)\s*", size, re.IGNORECASE)
-        limit = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    else:
-        limit = size if isinstance(size, int) else 0
-    if limit < 1:
-        raise unsupported(
-            "save_checkpoint", "max_shard_size", f"is {size!r}", "a positive number of bytes, or like '5GB'"
-        )
-    return limit
 
 
 def _to_json(content: Mapping[str, Any]) -> bytes:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from siglip_kernels.errors import unsupported
 from siglip_model.checkpoints.commit import CONFIG_NAME
 from siglip_model.checkpoints.weights import StoredWeights
+
+DECIMAL_UNITS = {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+_ALL_UNITS = {**DECIMAL_UNITS, **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}}
 
 # Tensors that show the sizes, by tower: the field of each dimension.
 _SHOWN: dict[str, dict[str, tuple[str, ...]]] = {
@@ -32,7 +39,7 @@ def differing_sizes(config: Any, weights: StoredWeights) -> list[str]:
     """Each field of the configuration whose size is not the weights', with both values."""
     found: dict[str, str] = {}
     classifier = weights.tensors.get("classifier.weight")
-    if classifier is not None and classifier.shape:
+    if classifier is not None and classifier.shape and getattr(config, "model_type", "") == "siglip":
         _compare(found, "", "num_labels", {"num_labels": config.num_labels}, classifier.shape[0])
     for tower, field, part in _towers(config):
         shapes = _shapes(tower, weights)
@@ -58,6 +65,27 @@ def buildable(config: Any, weights: StoredWeights) -> Any:
             config = copy.deepcopy(config)
             (getattr(config, field) if field else config).num_hidden_layers = most
     return config
+
+
+def memory_limit(max_memory: Mapping[int | str, int | str] | None, device: torch.device) -> float:
+    """Bytes that max_memory, by ordinal of a GPU or "cpu", grants the device. Raises ValueError if it has no entry."""
+    if max_memory is None:
+        return math.inf
+    key: int | str = "cpu" if device.type == "cpu" else device.index or 0
+    if not isinstance(max_memory, Mapping) or key not in max_memory:
+        raise unsupported("loading", "max_memory", f"is {max_memory!r}", f"a dict with the model's device, {key!r}")
+    return size_in_bytes("loading", "max_memory", max_memory[key], _ALL_UNITS)
+
+
+def size_in_bytes(operation: str, argument: str, size: int | str, units: Mapping[str, int] = DECIMAL_UNITS) -> int:
+    """Bytes, from an int or a string such as "5GB". Stricter than huggingface_hub, which takes zero and less."""
+    limit = size if isinstance(size, int) else 0
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Z]+)\s*", size.upper())
+        limit = int(float(match[1]) * units.get(match[2], 0)) if match else 0
+    if limit < 1:
+        raise unsupported(operation, argument, f"is {size!r}", "a positive number of bytes, or like '5GB'")
+    return limit
 
 
 def _towers(config: Any) -> list[tuple[str, str, Any]]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from siglip_model.checkpoints.commit import INDEX_NAME, WEIGHTS_NAME
+from siglip_kernels.errors import unsupported
+from siglip_model.checkpoints.commit import index_name, weights_name
 from siglip_model.checkpoints.errors import CheckpointError, naming
 from siglip_model.checkpoints.fields import shown
 from siglip_model.checkpoints.files import listed, read_json_object
@@ -32,13 +33,17 @@ save_file({name: tensor.clone() for name, tensor in tensors.items()}, 'model.saf
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file, not read yet. dtype: safetensors' name, such as F32, BF16, I64. start, end: bytes."""
+    """One tensor of a file, not read yet. dtype: safetensors' name, such as F32, BF16, I64. start, end: bytes.
+
+    given: the tensor itself, if it comes from a caller's state_dict instead of a file.
+    """
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
-    start: int
-    end: int
+    start: int = 0
+    end: int = 0
+    given: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,18 +58,21 @@ class StoredWeights:
     identities: dict[Path, tuple[int, ...]]
 
 
-def find_weights(path_or_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> StoredWeights:
+def find_weights(
+    path_or_id: str | os.PathLike[str], hub: Mapping[str, Any], variant: str | None = None
+) -> StoredWeights:
     """Read the header of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` names.
 
+    variant: of the files' names, such as ``model.fp16.safetensors`` for "fp16".
     Raises CheckpointError if there is neither, a file is damaged or missing, or index and shards disagree.
     """
-    single = resolve_file(path_or_id, WEIGHTS_NAME, **hub)
+    single = resolve_file(path_or_id, weights_name(variant), **hub)
     if single is not None:
         identity = _identity(single)
         return StoredWeights(single, _read_header(single, LARGEST_HEADER)[0], {single: identity})
-    index = resolve_file(path_or_id, INDEX_NAME, **hub)
+    index = resolve_file(path_or_id, index_name(variant), **hub)
     if index is None:
-        raise CheckpointError(_explain_absence(path_or_id))
+        raise CheckpointError(_explain_absence(path_or_id, hub.get("subfolder") or "", variant))
 
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -100,6 +108,19 @@ def find_weights(path_or_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> 
     return StoredWeights(index, tensors, identities)
 
 
+def given_weights(state_dict: Mapping[str, torch.Tensor]) -> StoredWeights:
+    """The tensors of a caller's state dict, in place of a checkpoint's."""
+    names = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
+    source = Path("state_dict")
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise unsupported("loading", "state_dict", f"has a {type(tensor).__name__} as {shown(name)}", "tensors")
+        dtype = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        tensors[name] = StoredTensor(source, tuple(tensor.shape), dtype, given=tensor)
+    return StoredWeights(source, tensors, {})
+
+
 def read_tensors(
     weights: StoredWeights, stored_names: Mapping[str, str], dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
@@ -117,7 +138,7 @@ def read_tensors(
         with naming(stored.path):
             tensor = _mapped(stored)
         _check_values(stored.path, stored_name, tensor, dtype)
-        tensors[name] = tensor.to(device=device, dtype=dtype)
+        tensors[name] = tensor.to(device=device, dtype=dtype, copy=stored.given is not None)
     for path, identity in weights.identities.items():
         if _identity(path) != identity:
             raise CheckpointError(f"{path} was replaced while it was read; load it again")
@@ -130,6 +151,8 @@ def _mapped(stored: StoredTensor) -> torch.Tensor:
     Each tensor has its own: pages stay in memory as long as their mapping lives, so the mapping of a tensor that is
     converted or moved has to end with it.
     """
+    if stored.given is not None:
+        return stored.given.detach()
     if stored.start == stored.end:
         return torch.empty(stored.shape, dtype=WEIGHT_DTYPES[stored.dtype])
     storage = torch.UntypedStorage.from_file(str(stored.path), False, stored.end)
@@ -189,12 +212,13 @@ def _identity(path: Path) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _explain_absence(path_or_id: str | os.PathLike[str]) -> str:
-    absence = f"{path_or_id} has neither {WEIGHTS_NAME} nor {INDEX_NAME}"
+def _explain_absence(path_or_id: str | os.PathLike[str], subfolder: str, variant: str | None) -> str:
+    folder = os.path.join(path_or_id, subfolder) if subfolder else path_or_id
+    absence = f"{folder} has neither {weights_name(variant)} nor {index_name(variant)}"
     why = "a pickle, which is never opened here since it can run code. If you trust its origin, convert it: "
     if not is_local(path_or_id):
         return f"{absence} (offline: in the cache). If it has only pytorch_model.bin, that is {why}{_CONVERT}"
-    names = sorted(path.name for path in Path(path_or_id).expanduser().iterdir())
+    names = sorted(path.name for path in Path(folder).expanduser().iterdir())
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if pickles:
         return f"{absence}, only {listed(pickles)}: {why}{_CONVERT}"

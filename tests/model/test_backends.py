@@ -53,7 +53,7 @@ def test_alias() -> None:
         tiny(backend="sdpa", attn_implementation="eager")
 
 
-@pytest.mark.parametrize("name", ["flash", "", ["sdpa"], {"vision_config": "sdpa"}])
+@pytest.mark.parametrize("name", ["flash", "", ["sdpa"]])
 def test_unknown_backend_lists_the_known(name: Any, tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path)
@@ -63,11 +63,32 @@ def test_unknown_backend_lists_the_known(name: Any, tmp_path: Path) -> None:
             ask(name)
 
 
+def test_a_backend_per_part(tmp_path: Path) -> None:
+    model = tiny()
+    model.set_backend({"vision_config": "eager"})
+    assert (model.backend, model.text_model.backend, model.vision_model.backend) == ("sdpa", "sdpa", "eager")
+    layers = model.vision_model.encoder.layers
+    assert layers[0].ops is layers[0].mlp.ops is backends.EAGER and model.text_model.ops is model.ops is backends.SDPA
+    model.set_attn_implementation({"": "eager", "vision_config": "sdpa"})
+    assert (model.backend, model.text_model.backend, model.vision_model.backend) == ("eager", "sdpa", "sdpa")
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, attn_implementation={"text_config": "eager"})
+    assert (loaded.backend, loaded.text_model.backend, loaded.vision_model.backend) == ("sdpa", "eager", "sdpa")
+    config = siglip_model.SiglipConfig.from_pretrained(tmp_path, attn_implementation="eager")
+    assert siglip_model.SiglipModel(config).vision_model.backend == "eager"
+    with pytest.raises(
+        ValueError, match="is for the part 'audio_config'; supported: 'text_config', 'vision_config', ''"
+    ):
+        model.set_backend({"audio_config": "eager"})
+    with pytest.raises(ValueError, match="backend is 'flash'; supported: eager"):
+        load(tmp_path, backend={"vision_config": "flash"})
+
+
 def load(folder: Path, **kwargs: Any) -> siglip_model.SiglipModel:
     return siglip_model.SiglipModel.from_pretrained(folder, **kwargs)
 
 
-@pytest.mark.parametrize("name", ["output_attention", "to_dict", "trust_remote_code"])
+@pytest.mark.parametrize("name", ["output_attention", "to_dict", "use_auth_token"])
 def test_unknown_arguments_of_loading(name: str, tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     with pytest.raises(TypeError, match=f"from_pretrained got an unexpected argument '{name}'"):

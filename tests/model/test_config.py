@@ -86,7 +86,6 @@ def test_labels() -> None:
         (siglip_model.SiglipTextConfig, {"hidden_size": "768"}, TypeError, "hidden_size is '768'"),
         (siglip_model.SiglipTextConfig, {"hidden_size": True}, TypeError, "hidden_size is True"),
         (siglip_model.SiglipVisionConfig, {"image_size": [224, 224]}, TypeError, "image_size is .*supported: int"),
-        (siglip_model.SiglipVisionConfig, {"hidden_size": 100}, ValueError, "100 is not divisible by .* 12"),
         (siglip_model.SiglipVisionConfig, {"image_size": 8}, ValueError, "image_size 8 is smaller than patch_size 16"),
         (siglip_model.SiglipTextConfig, {"vocab_size": 0}, ValueError, "vocab_size is 0"),
         (siglip_model.SiglipTextConfig, {"attention_dropout": 1.5}, ValueError, "attention_dropout is 1.5"),
@@ -99,6 +98,13 @@ def test_labels() -> None:
 def test_contradictions_are_named(config: type, fields: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         config(**fields)
+
+
+def test_heads_are_checked_when_a_model_is_built() -> None:
+    """As in transformers, where such a configuration may be completed later."""
+    config = siglip_model.SiglipVisionConfig(hidden_size=100)
+    with pytest.raises(ValueError, match="SiglipVisionConfig: hidden_size 100 is not divisible by .* 12"):
+        siglip_model.SiglipVisionModel(config)
 
 
 def test_dtype_is_written_as_its_name() -> None:

@@ -166,8 +166,8 @@ def test_arguments_of_the_caller_are_not_blamed_on_the_file(checkpoint):
         with pytest.raises(ValueError, match="supported: ") as caught:
             load_tokenizer(checkpoint, **arguments)
         assert not isinstance(caught.value, CheckpointError)
-    with pytest.raises(ValueError, match="hidden_size 33") as caught:
-        siglip_model.SiglipTextConfig.from_pretrained(checkpoint, hidden_size=33)
+    with pytest.raises(ValueError, match="hidden_size is -33") as caught:
+        siglip_model.SiglipTextConfig.from_pretrained(checkpoint, hidden_size=-33)
     assert not isinstance(caught.value, CheckpointError)
     with pytest.raises(ValueError, match="size is ") as caught:
         load_image_processor(checkpoint, size=-1)

@@ -32,19 +32,6 @@ def test_missing_tensor(checkpoint):
     assert "unexpected" not in message and "misshapen" not in message
 
 
-def test_unexpected_tensor(checkpoint):
-    rewrite(checkpoint, lambda tensors: tensors.update({"vision_model.extra": torch.ones(3, 4)}))
-    fails(checkpoint, checkpoint / "model.safetensors", "unexpected: vision_model.extra (3, 4)")
-    fails(checkpoint, "unexpected: vision_model.extra (3, 4)", name="SiglipVisionModel")
-    siglip_model.SiglipTextModel.from_pretrained(checkpoint)  # the text tower ignores the other tower's tensors
-
-
-def test_unexpected_tensor_beside_the_towers(checkpoint):
-    rewrite(checkpoint, lambda tensors: tensors.update({"embeddings.patch_embedding.weight": torch.ones(3, 4)}))
-    for name in ("SiglipModel", "SiglipVisionModel", "SiglipForImageClassification"):
-        fails(checkpoint, "unexpected: embeddings.patch_embedding.weight (3, 4)", name=name)
-
-
 def test_misshapen_tensor(checkpoint):
     rewrite(checkpoint, lambda tensors: tensors.update({TENSOR: torch.ones(32, 48)}))
     fails(checkpoint, "model.safetensors", TENSOR, "has shape (32, 48), expected (48, 32)")
