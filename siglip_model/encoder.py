@@ -12,13 +12,29 @@ from torch.utils.checkpoint import checkpoint
 
 from siglip_kernels import reference
 from siglip_kernels.fusable import is_fusable
+from siglip_model.backends import Backend
 from siglip_model.config import SiglipTextConfig, SiglipVisionConfig
 from siglip_model.layers import MLP, UsesBackend, add_pre_norm_mlp, apply_layer_norm, apply_linear
+from siglip_model.outputs import BaseModelOutput
 
 logger = logging.getLogger(__name__)
 
 MaskArguments = dict[str, Any]  # keyword arguments of the backend's attention
 Projected = tuple[Tensor, Tensor, Tensor]  # q, k and v, each [B, S, H, D]
+
+
+class AttentionWeights:
+    """The weights of each layer so far. Not a list, which wrappers of layers copy with the other arguments."""
+
+    def __init__(self) -> None:
+        self.by_layer: list[Any] = []
+
+
+def mask_arguments(ops: Backend, attention_mask: Tensor | MaskArguments | None) -> MaskArguments:
+    """Keyword arguments of `ops.attention`, from a mask that may be converted already."""
+    if isinstance(attention_mask, Tensor):
+        return ops.attention_mask(attention_mask)
+    return attention_mask or {}
 
 
 @functools.cache
@@ -47,14 +63,21 @@ class Attention(UsesBackend, nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, mask: MaskArguments, return_weights: bool = False, residual: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | MaskArguments | None = None,
+        return_weights: bool = False,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x: (B, S, width), normalised. Returns (B, S, width) and, with return_weights, the weights (B, H, S, S)."""
-        heads = (self.num_heads, -1)
+        """hidden_states: (B, S, width), normalised. attention_mask: see `EncoderLayer`.
+
+        Returns (B, S, width) and, with return_weights, the weights (B, H, S, S).
+        """
+        x, heads = hidden_states, (self.num_heads, -1)
         q = apply_linear(self.ops, self.q_proj, x).unflatten(-1, heads)
         k = apply_linear(self.ops, self.k_proj, x).unflatten(-1, heads)
         v = apply_linear(self.ops, self.v_proj, x).unflatten(-1, heads)
-        return self.attend((q, k, v), mask, return_weights, residual)
+        return self.attend((q, k, v), mask_arguments(self.ops, attention_mask), return_weights, residual)
 
     def attend(
         self, projected: Projected, mask: MaskArguments, return_weights: bool, residual: Tensor | None
@@ -92,9 +115,22 @@ class EncoderLayer(UsesBackend, nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
-    def forward(self, x: Tensor, mask: MaskArguments, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        x, weights = self._add_attention(x, mask, return_weights)
-        return add_pre_norm_mlp(self.ops, self.layer_norm2, self.mlp, x), weights
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | MaskArguments | None = None,
+        weights: AttentionWeights | None = None,
+    ) -> Tensor:
+        """hidden_states: (B, S, width). Returns the same shape.
+
+        attention_mask: what the backend's `attention_mask` takes or returns, such as (B, S), non-zero for valid keys.
+        weights: receives the attention weights (B, H, S, S) if it is given.
+        """
+        mask = mask_arguments(self.ops, attention_mask)
+        x, layer_weights = self._add_attention(hidden_states, mask, weights is not None)
+        if weights is not None:
+            weights.by_layer.append(layer_weights)
+        return add_pre_norm_mlp(self.ops, self.layer_norm2, self.mlp, x)
 
     def _add_attention(self, x: Tensor, mask: MaskArguments, return_weights: bool) -> tuple[Tensor, Tensor | None]:
         norm, attention = self.layer_norm1, self.self_attn
@@ -134,25 +170,32 @@ class Encoder(nn.Module):
         self.checkpointed_every = 1  # layers
 
     def forward(
-        self, x: Tensor, mask: MaskArguments, output_hidden_states: bool, output_attentions: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """x: (B, S, width). Returns the last hidden state, all layers + 1 of them, and attention weights per layer."""
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | MaskArguments | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutput:
+        """inputs_embeds: (B, S, width). attention_mask: see `EncoderLayer`.
+
+        Returns the last hidden state and, if asked for, all layers + 1 of them and the attention weights per layer.
+        """
+        x = inputs_embeds
         checkpointing = self.checkpointing if self.training else None
         if checkpointing is not None and checkpointing.get("use_reentrant") and self._is_trained_alone(x):
             x = x.detach().requires_grad_()  # reentrant checkpoints give no gradients if their input needs none
         hidden_states = [x]
-        attentions = []
+        weights = AttentionWeights() if output_attentions else None
         for number, layer in enumerate(self.layers):
             if checkpointing is not None and number % self.checkpointed_every == 0:
-                x, weights = checkpoint(layer, x, mask, output_attentions, **checkpointing)
+                x = checkpoint(layer, x, attention_mask, weights, **checkpointing)
             else:
-                x, weights = layer(x, mask, output_attentions)
+                x = layer(x, attention_mask, weights)
             hidden_states.append(x)
-            attentions.append(weights)
-        return (
+        return BaseModelOutput(
             x,
             tuple(hidden_states) if output_hidden_states else None,
-            tuple(attentions) if output_attentions else None,
+            None if weights is None else tuple(weights.by_layer),
         )
 
     def _is_trained_alone(self, x: Tensor) -> bool:

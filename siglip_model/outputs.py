@@ -88,6 +88,15 @@ class ModelOutput(dict[str, Any]):
 
 
 @dataclass
+class BaseModelOutput(ModelOutput):
+    """An encoder's output: as a tower's, but last_hidden_state is before the final LayerNorm."""
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
 class BaseModelOutputWithPooling(ModelOutput):
     """A tower's output.
 

@@ -21,18 +21,32 @@ class TextEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        tokens, positions = input_ids.shape[-1], self.position_embedding.weight
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids: integers (B, L). inputs_embeds: (B, L, width), instead of the tokens' embeddings.
+
+        Returns (B, L, width), with the embeddings of the positions.
+        """
+        if inputs_embeds is None and input_ids is None:
+            raise unsupported("SiglipTextModel", "input_ids", "is None, as is inputs_embeds", "one of both")
+        source: Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
+        tokens, positions = source.shape[1 if source is inputs_embeds else -1], self.position_embedding.weight
         if tokens > len(positions):
             raise ValueError(
                 f"SiglipTextModel: input_ids has {tokens} tokens per text; supported: at most max_position_embeddings "
                 f"= {len(positions)} (tokenize with truncation=True, max_length={len(positions)})"
             )
-        x = _looked_up(self.token_embedding, input_ids, "input_ids")
+        x = inputs_embeds
+        if x is None:
+            x = _looked_up(self.token_embedding, source, "input_ids")
         if position_ids is None and is_fusable(self.position_embedding, nn.Embedding):
             return x + positions[:tokens]
         if position_ids is None:
-            position_ids = torch.arange(tokens, device=input_ids.device)[None]
+            position_ids = torch.arange(tokens, device=source.device)[None]
         return x + _looked_up(self.position_embedding, position_ids, "position_ids")
 
 
@@ -81,6 +95,7 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> BaseModelOutputWithPooling | tuple:
         """Encode texts.
 
@@ -88,6 +103,7 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         attention_mask: (B, L), non-zero where a token may be attended to; eager and sdpa also support four dimensions.
             Or the keyword arguments that the backend's `attention_mask` returned, which a CUDA graph reads.
         position_ids: integers (B, L) or (1, L); by default 0 … L - 1.
+        token_type_ids: ignored, as in transformers: some tokenizers return them.
         Raises ValueError for ids that are missing, too long, not integers or (on the CPU) out of range, and for masks
         and positions of other shapes.
         """
@@ -102,16 +118,17 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
                 raise unsupported("SiglipTextModel", "position_ids", got, f"{(batch, tokens)} or {(1, tokens)}")
         x = self.embeddings(input_ids, position_ids)  # [B, L, width]
         mask = self._mask(attention_mask, batch, tokens)
-        x, hidden_states, attentions = self.encoder(
+        encoded = self.encoder(
             x,
             mask,
             self._default(output_hidden_states, "hidden_states"),
             self._default(output_attentions, "attentions"),
         )
-        x = apply_layer_norm(self.ops, self.final_layer_norm, x)
+        x = apply_layer_norm(self.ops, self.final_layer_norm, encoded.last_hidden_state)
         # The last position is the text's embedding even if it is padding: SigLIP is trained that way.
         pooled = apply_linear(self.ops, self.head, x[:, -1])
-        return finish(BaseModelOutputWithPooling(x, pooled, hidden_states, attentions), self, return_dict)
+        output = BaseModelOutputWithPooling(x, pooled, encoded.hidden_states, encoded.attentions)
+        return finish(output, self, return_dict)
 
     def _mask(self, attention_mask: Tensor | MaskArguments | None, batch: int, tokens: int) -> MaskArguments:
         if attention_mask is None or isinstance(attention_mask, dict):

@@ -26,14 +26,16 @@ class VisionEmbeddings(UsesBackend, nn.Module):
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
         self.position_embedding = nn.Embedding(self.grid**2, config.hidden_size)
 
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """pixel_values: floating point or uint8 (B, C, H, W). Returns (B, patches, width)."""
         weight = self.patch_embedding.weight
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != weight.shape[1] or not pixel_values.is_floating_point():
+        has_pixels = pixel_values.is_floating_point() or pixel_values.dtype == torch.uint8
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != weight.shape[1] or not has_pixels:
             raise unsupported(
                 "SiglipVisionModel",
                 "pixel_values",
                 f"has shape {tuple(pixel_values.shape)} and dtype {pixel_values.dtype}",
-                f"floating point (batch, {weight.shape[1]}, height, width)",
+                f"floating point or uint8 (batch, {weight.shape[1]}, height, width)",
             )
         height, width = pixel_values.shape[-2:]
         rows, columns = height // self.patch_size, width // self.patch_size
@@ -133,11 +135,14 @@ class SiglipVisionModel(UsesBackend, PreTrainedModel):
             got = "is None" if pixel_values is None else f"is {type(pixel_values).__name__}"
             raise unsupported("SiglipVisionModel", "pixel_values", got, "a tensor (batch, channels, height, width)")
         x = self.embeddings(pixel_values, interpolate_pos_encoding)  # [B, S, width]
-        x, hidden_states, attentions = self.encoder(
-            x, {}, self._default(output_hidden_states, "hidden_states"), self._default(output_attentions, "attentions")
+        encoded = self.encoder(
+            x,
+            None,
+            self._default(output_hidden_states, "hidden_states"),
+            self._default(output_attentions, "attentions"),
         )
-        x = apply_layer_norm(self.ops, self.post_layernorm, x)
-        return BaseModelOutputWithPooling(x, None, hidden_states, attentions)
+        x = apply_layer_norm(self.ops, self.post_layernorm, encoded.last_hidden_state)
+        return BaseModelOutputWithPooling(x, None, encoded.hidden_states, encoded.attentions)
 
     def forward(
         self,
@@ -149,7 +154,7 @@ class SiglipVisionModel(UsesBackend, PreTrainedModel):
     ) -> BaseModelOutputWithPooling | tuple:
         """Encode images.
 
-        pixel_values: floating point (B, C, H, W), cast to the weights' dtype.
+        pixel_values: floating point or uint8 (B, C, H, W), cast to the weights' dtype.
         interpolate_pos_encoding: resample the position embedding (bicubic) for images of another size.
         Raises ValueError for another number of dimensions, of channels or (without interpolation) of patches.
         """

@@ -44,7 +44,7 @@ def saved_bytes(backend: str, tokens: int, *, batch: int = 1, dtype: torch.dtype
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out, _ = layer(x, {})
+            out = layer(x)
         assert tensors_hidden_in_graph(out) == []
         weights = {parameter.untyped_storage()._cdata for parameter in layer.parameters()}
         return sum(storage.nbytes() for address, storage in storages.items() if address not in weights)
@@ -93,5 +93,5 @@ def test_nothing_is_kept_without_gradients() -> None:
             module.ops = BACKENDS["triton"]
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: storages.append(t) or t, lambda t: t)
     with torch.no_grad(), hooks:
-        layer(torch.randn(1, 16, 64), {})
+        layer(torch.randn(1, 16, 64))
     assert storages == []

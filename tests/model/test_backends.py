@@ -261,7 +261,7 @@ def test_models_copy_and_pickle_with_their_backend() -> None:
         ({"pixel_values": torch.zeros(2, 3, 64, 64)}, "64 × 64, 16 patches; supported: 9 patches"),
         ({"pixel_values": torch.zeros(2, 1, 48, 48)}, r"pixel_values has shape \(2, 1, 48, 48\)"),
         ({"pixel_values": torch.zeros(3, 48, 48)}, r"pixel_values has shape \(3, 48, 48\)"),
-        ({"pixel_values": torch.zeros(2, 3, 48, 48, dtype=torch.uint8)}, "torch.uint8; supported: floating point"),
+        ({"pixel_values": torch.zeros(2, 3, 48, 48, dtype=torch.int64)}, "torch.int64; supported: floating point"),
         ({"pixel_values": torch.zeros(2, 3, 8, 8), "interpolate_pos_encoding": True}, "8 × 8, 0 patches"),
         ({"pixel_values": torch.zeros(3, 3, 48, 48), "return_loss": True}, "loss of 3 images and 2 texts"),
     ],
