@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     )
     from siglip_model.classifier import SiglipForImageClassification
     from siglip_model.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
-    from siglip_model.images.fast import SiglipImageProcessorFast
-    from siglip_model.images.pillow import SiglipImageProcessor
+    from siglip_model.images.auto import AutoImageProcessor
+    from siglip_model.images.pillow import SiglipImageProcessorPil
+    from siglip_model.images.tensor import SiglipImageProcessor, SiglipImageProcessorFast
     from siglip_model.model import SiglipModel
     from siglip_model.processor import SiglipProcessor
     from siglip_model.text.siglip import SiglipTokenizer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoConfig",
+    "AutoImageProcessor",
     "AutoModel",
     "AutoModelForImageClassification",
     "AutoModelForZeroShotImageClassification",
@@ -32,6 +34,7 @@ __all__ = [
     "SiglipForImageClassification",
     "SiglipImageProcessor",
     "SiglipImageProcessorFast",
+    "SiglipImageProcessorPil",
     "SiglipModel",
     "SiglipProcessor",
     "SiglipTextConfig",
@@ -46,14 +49,16 @@ __all__ = [
 # its help without importing PyTorch.
 _LAZY = {
     "AutoConfig": "auto",
+    "AutoImageProcessor": "images.auto",
     "AutoModel": "auto",
     "AutoModelForImageClassification": "auto",
     "AutoModelForZeroShotImageClassification": "auto",
     "AutoProcessor": "auto",
     "SiglipConfig": "config",
     "SiglipForImageClassification": "classifier",
-    "SiglipImageProcessor": "images.pillow",
-    "SiglipImageProcessorFast": "images.fast",
+    "SiglipImageProcessor": "images.tensor",
+    "SiglipImageProcessorFast": "images.tensor",
+    "SiglipImageProcessorPil": "images.pillow",
     "SiglipModel": "model",
     "SiglipProcessor": "processor",
     "SiglipTextConfig": "config",

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 TENSOR_KINDS = ("pt", "np")
+_TARGETS = "BatchFeature.to: got {}; supported: a device, then a torch.dtype, or one of them"
 
 
 class BatchFeature(dict[str, Any]):
@@ -56,15 +57,17 @@ class BatchFeature(dict[str, Any]):
 
         `batch.to("cuda")`, `batch.to(torch.float16)`, `batch.to("cuda", torch.float16)`, or by name: device=, dtype=.
         Integer tensors (token ids, masks) keep their dtype; tensors within lists and tuples are included, other values
-        are kept. Raises ValueError for an argument that is neither a device nor a dtype.
+        are kept. Raises TypeError for an argument that is neither a device nor a dtype.
         """
         for argument in target:
             if isinstance(argument, torch.dtype) and dtype is None:
                 dtype = argument
             elif isinstance(argument, (str, int, torch.device)) and not isinstance(argument, bool) and device is None:
+                if dtype is not None and len(target) > 1:
+                    raise TypeError(_TARGETS.format(target))
                 device = argument
             else:
-                raise ValueError(f"BatchFeature.to: got {argument!r}; supported: one device and one torch.dtype")
+                raise TypeError(_TARGETS.format(target))
 
         def move(value: Any) -> Any:
             if isinstance(value, torch.Tensor):

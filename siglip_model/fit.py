@@ -36,22 +36,30 @@ def _check_images(vision: Any, processor: ImageProcessor, where: str) -> None:
                 f"{where}: {name} is {shown(value)}; supported: a number, or one for each of the model's "
                 f"{vision.num_channels} channels"
             )
-    size = processor.size
-    if not processor.do_resize or "height" not in size:  # else the size depends on the image
+    name, size = _size_of_pixels(processor)
+    if "height" not in size:
         return
     grid = vision.image_size // vision.patch_size
     patches = (size["height"] // vision.patch_size) * (size["width"] // vision.patch_size)
     if patches not in (1, grid**2):
         side = grid * vision.patch_size
         raise CheckpointError(
-            f"{where}: size is {size}, {patches:,} patches of the model; supported: "
+            f"{where}: {name} is {dict(size)}, {patches:,} patches of the model; supported: "
             f"{ {'height': side, 'width': side} }, {grid**2:,} patches"
         )
 
 
+def _size_of_pixels(processor: ImageProcessor) -> tuple[str, dict[str, int]]:
+    """The option that decides how large all images become, and its value; an empty size if each image decides."""
+    for step, name in (("do_pad", "pad_size"), ("do_center_crop", "crop_size"), ("do_resize", "size")):
+        if getattr(processor, step):
+            return name, getattr(processor, name) or {}
+    return "size", {}
+
+
 def check_pixels(config: SiglipConfig, image_processor: Any, pixel_values: torch.Tensor) -> None:
     """Raises CheckpointError if a processor that does not resize made pixels (.., height, width) of another size."""
-    if not isinstance(image_processor, ImageProcessor) or image_processor.do_resize:
+    if not isinstance(image_processor, ImageProcessor) or "height" in _size_of_pixels(image_processor)[1]:
         return
     vision: Any = config.vision_config
     height, width = pixel_values.shape[-2:]

@@ -8,7 +8,8 @@ from typing import Any
 
 from siglip_model.batch import BatchFeature
 from siglip_model.checkpoints.files import split_hub_arguments, to_json, write_file
-from siglip_model.images.auto import load_image_processor
+from siglip_model.images.auto import AutoImageProcessor
+from siglip_model.images.options import SiglipImageProcessorKwargs
 from siglip_model.images.processor import PROCESSOR_NAME, ImageProcessor
 from siglip_model.text.auto import load_tokenizer
 from siglip_model.text.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ from siglip_model.text.tokenizer import Tokenizer
 __all__ = ["SiglipProcessor"]
 
 _TEXT_ARGUMENTS = frozenset(inspect.signature(Tokenizer.__call__).parameters) - {"self", "text", "text_pair"}
-_IMAGE_ARGUMENTS = frozenset((*ImageProcessor.defaults, *ImageProcessor.call_arguments))
+_IMAGE_ARGUMENTS = frozenset(SiglipImageProcessorKwargs.__annotations__)
 
 
 class SiglipProcessor:
@@ -27,7 +28,7 @@ class SiglipProcessor:
     def __init__(self, image_processor: ImageProcessor, tokenizer: Tokenizer) -> None:
         if not isinstance(image_processor, ImageProcessor):
             raise TypeError(
-                f"image_processor is a {type(image_processor).__name__}; supported: SiglipImageProcessor(Fast)"
+                f"image_processor is a {type(image_processor).__name__}; supported: SiglipImageProcessor(Pil)"
             )
         if not isinstance(tokenizer, Tokenizer):
             raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; supported: SiglipTokenizer, GemmaTokenizer")
@@ -106,17 +107,24 @@ class SiglipProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | os.PathLike[str], *, use_fast: bool | None = None, **arguments: Any
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        backend: str | None = None,
+        use_fast: bool | None = None,
+        **arguments: Any,
     ) -> SiglipProcessor:
         """Loads image processor and tokenizer from a directory or Hub repository, in transformers 4's or 5's files.
 
-        use_fast: True for SiglipImageProcessorFast, False for SiglipImageProcessor, None for the class the file names.
+        backend, use_fast: of the image processor, see `AutoImageProcessor`.
         arguments: options of tokenizer or image processor; revision, cache_dir, local_files_only, token.
         """
         hub, given = split_hub_arguments(arguments)
-        of_images = {name: value for name, value in given.items() if name in ImageProcessor.defaults}
+        of_images = {name: value for name, value in given.items() if name in _IMAGE_ARGUMENTS}
         of_text = {name: value for name, value in given.items() if name not in of_images}
-        image_processor = load_image_processor(path_or_id, use_fast=use_fast, **hub, **of_images)
+        image_processor = AutoImageProcessor.from_pretrained(
+            path_or_id, backend=backend, use_fast=use_fast, **hub, **of_images
+        )
         return cls(image_processor, load_tokenizer(path_or_id, **hub, **of_text))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:

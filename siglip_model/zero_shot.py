@@ -337,9 +337,9 @@ def _components(
 
         tokenizer = load_tokenizer(tokenizer, **hub)
     if isinstance(image_processor, (str, os.PathLike)):
-        from siglip_model.images.auto import load_image_processor
+        from siglip_model.images.auto import AutoImageProcessor
 
-        image_processor = load_image_processor(image_processor, **hub)
+        image_processor = AutoImageProcessor.from_pretrained(image_processor, **hub)
     return tokenizer, image_processor
 
 

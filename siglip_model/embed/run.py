@@ -243,7 +243,8 @@ def model_digest(model: SiglipModel) -> str:
 
 
 def _settings_of(image_processor: Any) -> str:
-    settings: Mapping[str, Any] = image_processor.to_dict()
+    """Also which of both processors it is: they resize differently, and write the same files."""
+    settings: Mapping[str, Any] = {**image_processor.to_dict(), "computed_by": type(image_processor).__name__}
     return json.dumps(settings, sort_keys=True, default=str)
 
 

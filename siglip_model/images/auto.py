@@ -1,4 +1,4 @@
-"""Selects the image processor class from a checkpoint's files."""
+"""`AutoImageProcessor`: the image processor of a checkpoint, computed by PyTorch or by Pillow."""
 
 from __future__ import annotations
 
@@ -6,21 +6,41 @@ import os
 from typing import Any
 
 from siglip_model.checkpoints.files import split_hub_arguments
-from siglip_model.images.fast import SiglipImageProcessorFast
-from siglip_model.images.pillow import SiglipImageProcessor
-from siglip_model.images.processor import ImageProcessor, read_settings
+from siglip_model.images.pillow import SiglipImageProcessorPil
+from siglip_model.images.processor import read_settings
+from siglip_model.images.tensor import SiglipImageProcessor
+
+_CLASSES = {cls.backend: cls for cls in (SiglipImageProcessor, SiglipImageProcessorPil)}
 
 
-def load_image_processor(
-    path_or_id: str | os.PathLike[str], *, use_fast: bool | None = None, **arguments: Any
-) -> ImageProcessor:
-    """The image processor of a directory or Hub repository; `use_fast` overrides the class that the file names.
+class AutoImageProcessor:
+    """`AutoImageProcessor.from_pretrained(...)` returns a SiglipImageProcessor, or a SiglipImageProcessorPil."""
 
-    Other arguments and errors as for `ImageProcessor.from_pretrained`.
-    """
-    hub, given = split_hub_arguments(arguments)
-    settings = read_settings(path_or_id, hub)
-    if use_fast is None:
-        use_fast = settings.get("image_processor_type") == SiglipImageProcessorFast.__name__
-    cls = SiglipImageProcessorFast if use_fast else SiglipImageProcessor
-    return cls._from_settings(settings, given)
+    @staticmethod
+    def from_pretrained(
+        path_or_id: str | os.PathLike[str],
+        *,
+        backend: str | None = None,
+        use_fast: bool | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """The image processor of a directory or Hub repository.
+
+        backend: "torchvision" for SiglipImageProcessor, the default whichever class the file names, as in transformers
+            5; "pil" for SiglipImageProcessorPil. use_fast: True and False, transformers 4's names for them.
+        Other arguments and errors as for `ImageProcessor.from_pretrained`; ValueError if both contradict.
+        """
+        older = None if use_fast is None else _backend_of(use_fast)
+        if backend is not None and older not in (None, backend):
+            raise ValueError(f"use_fast is {use_fast} and backend is {backend!r}; give one of them")
+        backend = backend or older or SiglipImageProcessor.backend
+        if backend not in _CLASSES:
+            raise ValueError(f"backend is {backend!r}; supported: {', '.join(map(repr, _CLASSES))}, None")
+        hub, given = split_hub_arguments(arguments)
+        return _CLASSES[backend]._from_settings(read_settings(path_or_id, hub), given)
+
+
+def _backend_of(use_fast: Any) -> str:
+    if not isinstance(use_fast, bool):
+        raise ValueError(f"use_fast is {use_fast!r}; supported: True, False, None")
+    return (SiglipImageProcessor if use_fast else SiglipImageProcessorPil).backend

@@ -96,11 +96,6 @@ def channels_last(image: np.ndarray | torch.Tensor, input_data_format: str | Non
     )
 
 
-def pil_to_array(image: Image.Image, do_convert_rgb: bool) -> np.ndarray:
-    """`to_8_bit_image` as an array: (height, width, channels), or (height, width) for one band."""
-    return np.array(to_8_bit_image(image, do_convert_rgb))
-
-
 def to_8_bit_image(image: Image.Image, do_convert_rgb: bool) -> Image.Image:
     """The image in a mode of 8 bits per band; itself if there is nothing to change.
 

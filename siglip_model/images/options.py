@@ -6,7 +6,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -16,7 +16,41 @@ NEAREST, LANCZOS, BILINEAR, BICUBIC = 0, 1, 2, 3  # Pillow's numbers, as in the 
 
 MOST_PIXELS = 2**24  # of one resized image: 4096 x 4096, 200 MB in float32
 
+_EDGES = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 _SIZE_KEYS = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
+
+
+class SiglipImageProcessorKwargs(TypedDict, total=False):
+    """The options of an image processor: each is an attribute, and an argument of its constructor and of a call."""
+
+    do_convert_rgb: bool | None
+    do_resize: bool | None
+    size: Any
+    default_to_square: bool | None
+    resample: Any
+    do_center_crop: bool | None
+    crop_size: Any
+    do_rescale: bool | None
+    rescale_factor: float
+    do_normalize: bool | None
+    image_mean: float | list[float]
+    image_std: float | list[float]
+    do_pad: bool | None
+    pad_size: Any
+    input_data_format: str | None
+    data_format: str | None
+    disable_grouping: bool | None
+    device: Any
+    return_tensors: str | None
+
+
+class Size(dict[str, int]):
+    """A size as a dict, whose edges are also attributes (None for those that it does not give)."""
+
+    def __getattr__(self, name: str) -> int | None:
+        if name in _EDGES:
+            return self.get(name)
+        raise AttributeError(f"Size has no {name!r}; it may hold {', '.join(_EDGES)}")
 
 
 @dataclass(frozen=True)
@@ -27,12 +61,17 @@ class ImageOptions:
     do_resize: bool
     size: dict[str, int]
     resample: int
+    do_center_crop: bool
+    crop_size: dict[str, int] | None
     do_rescale: bool
     rescale_factor: float
     do_normalize: bool
     image_mean: Any
     image_std: Any
+    do_pad: bool
+    pad_size: dict[str, int] | None
     input_data_format: str | None
+    disable_grouping: bool
 
 
 def is_number(value: Any) -> bool:
@@ -65,7 +104,35 @@ def to_size(size: Any, default_to_square: bool) -> dict[str, int]:
     edges = [int(edge) for name, edge in size.items() if name != "longest_edge"]
     if edges[0] * edges[-1] > MOST_PIXELS:
         raise ValueError(f"size is {shown(given)}; supported: at most {MOST_PIXELS:,} pixels")
-    return {name: int(edge) for name, edge in size.items()}
+    return Size({name: int(edge) for name, edge in size.items()})
+
+
+def to_exact_size(name: str, size: Any) -> dict[str, int]:
+    """Any accepted form of `crop_size` or `pad_size` as height and width. Raises ValueError for other forms."""
+    try:
+        exact = to_size(size, default_to_square=True)
+        if "height" in exact:
+            return exact
+    except ValueError:
+        pass
+    raise ValueError(
+        f"{name} is {shown(size)}; supported: a positive int, (height, width) or {{'height', 'width'}}, of at most "
+        f"{MOST_PIXELS:,} pixels"
+    )
+
+
+def padded_size(shapes: Sequence[Sequence[int]], pad_size: Mapping[str, int] | None) -> tuple[int, int]:
+    """(height, width) that images of these shapes (.., height, width) are padded to: `pad_size`, else the largest.
+
+    Raises ValueError if an image is larger, or if padding makes one of more than MOST_PIXELS.
+    """
+    largest = max(int(shape[-2]) for shape in shapes), max(int(shape[-1]) for shape in shapes)
+    height, width = largest if pad_size is None else (pad_size["height"], pad_size["width"])
+    if largest[0] > height or largest[1] > width:
+        raise ValueError(f"pad_size is {dict(pad_size or {})}; supported: at least the images' {largest}")
+    if height * width > MOST_PIXELS and any(tuple(shape[-2:]) != (height, width) for shape in shapes):
+        raise ValueError(f"do_pad makes images of {height} x {width} pixels; supported: at most {MOST_PIXELS:,} pixels")
+    return height, width
 
 
 def to_resample(resample: Any) -> int:

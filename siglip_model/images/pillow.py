@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from siglip_model.images.inputs import channels_last, check_alpha_range, to_8_bit_image
-from siglip_model.images.options import ImageOptions, output_size, per_channel
+from siglip_model.images.options import ImageOptions, SiglipImageProcessorKwargs, output_size, padded_size, per_channel
 from siglip_model.images.processor import ImageProcessor
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-class SiglipImageProcessor(ImageProcessor):
+class SiglipImageProcessorPil(ImageProcessor):
     """Resizes with Pillow and scales with numpy: bit for bit transformers' SiglipImageProcessorPil, from 8-bit images.
 
     Resizing converts arrays to 8-bit Pillow images: floating arrays are quantised to 256 levels of [0, 1] (or must hold
     whole numbers from 0 to 255); others raise ValueError.
     """
 
+    backend: ClassVar[str] = "pil"
+    valid_kwargs: ClassVar[type] = SiglipImageProcessorKwargs
+
     def _process(self, images: list[Any], options: ImageOptions, device: Any) -> list[np.ndarray]:
         if device is not None and torch.device(device).type != "cpu":
             raise ValueError(
-                f"device is {device!r}: SiglipImageProcessor works on the CPU; use SiglipImageProcessorFast"
+                f"device is {device!r}: SiglipImageProcessorPil works on the CPU; use SiglipImageProcessor"
             )
-        return [self._process_one(image, options) for image in images]
+        processed = [self._process_one(image, options) for image in images]
+        if not options.do_pad:
+            return processed
+        height, width = padded_size([image.shape for image in processed], options.pad_size)
+        return [
+            np.pad(image, ((0, 0), (0, height - image.shape[1]), (0, width - image.shape[2]))) for image in processed
+        ]
 
     def _process_one(self, image: Any, options: ImageOptions) -> np.ndarray:
         if isinstance(image, (np.ndarray, torch.Tensor)):
@@ -35,6 +45,8 @@ class SiglipImageProcessor(ImageProcessor):
             array = _resize_array(array, options) if options.do_resize else array
         else:
             array = _resized_to_array(to_8_bit_image(image, options.do_convert_rgb), options)
+        if options.crop_size is not None and options.do_center_crop:
+            array = _center_crop(array, options.crop_size)
         return _scale_by_table(array, options) if array.dtype == np.uint8 else _scale(array, options)
 
 
@@ -85,6 +97,16 @@ def _resize_array(image: np.ndarray, options: ImageOptions) -> np.ndarray:
     return (resized.astype(np.float64) * (1 / 255)).astype(np.float32) if to_unit_range else resized
 
 
+def _center_crop(image: np.ndarray, crop: Mapping[str, int]) -> np.ndarray:
+    """The centre of (channels, height, width); a smaller image is padded, one zero more before it than behind."""
+    height, width = crop["height"], crop["width"]
+    missing = max(0, height - image.shape[1]), max(0, width - image.shape[2])
+    before = -(-missing[0] // 2), -(-missing[1] // 2)
+    image = np.pad(image, ((0, 0), (before[0], missing[0] - before[0]), (before[1], missing[1] - before[1])))
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width]
+
+
 def _scale(array: np.ndarray, options: ImageOptions) -> np.ndarray:
     """Rescales in float64 and casts to float32, then normalises in the dtype of the array."""
     if options.do_rescale:
@@ -117,6 +139,6 @@ def _needs_scaling(image: np.ndarray) -> bool:
     if not (np.all(image >= 0) and np.all(image <= high)):
         raise ValueError(
             f"images: got {image.dtype} values of [{image.min()}, {image.max()}], which Pillow cannot resize; "
-            "supported: whole numbers from 0 to 255, and any numbers from 0 to 1 (or use SiglipImageProcessorFast)"
+            "supported: whole numbers from 0 to 255, and any numbers from 0 to 1 (or use SiglipImageProcessor)"
         )
     return not whole

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -12,66 +15,101 @@ import torch
 from siglip_model.batch import BatchFeature, check_tensor_kind
 from siglip_model.checkpoints.errors import CheckpointError, build_from_file
 from siglip_model.checkpoints.fields import shown
-from siglip_model.checkpoints.files import StoredObject, find_json, split_hub_arguments, to_json, write_file
+from siglip_model.checkpoints.files import (
+    StoredObject,
+    find_json,
+    read_json_object,
+    split_hub_arguments,
+    to_json,
+    write_file,
+)
 from siglip_model.images.inputs import LAYOUTS, flatten_images, to_levels
-from siglip_model.images.options import BICUBIC, ImageOptions, is_number, to_resample, to_size
+from siglip_model.images.options import (
+    BICUBIC,
+    ImageOptions,
+    SiglipImageProcessorKwargs,
+    is_number,
+    to_exact_size,
+    to_resample,
+    to_size,
+)
 
 PROCESSOR_NAME = "processor_config.json"
 LARGEST = 1e9  # of factors, means and deviations, and the inverse of the least: pixel values remain finite in float32
 _KINDS = ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil")
+_OPTIONS = tuple(SiglipImageProcessorKwargs.__annotations__)
+# Of a machine and of a caller: neither written to files nor read from them.
+_STORED = tuple(name for name in _OPTIONS if name not in ("device", "return_tensors"))
+_FLAGS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "default_to_square",
+          "disable_grouping")  # fmt: skip
+_STEPS = ("do_resize", "do_rescale", "do_normalize")  # None is kept, as in transformers: the step is left out
 
 
 class ImageProcessor:
     """The base of both image processors; a subclass implements `_process`.
 
-    do_convert_rgb, do_resize, do_rescale, do_normalize: the steps to run.
+    do_convert_rgb, do_resize, do_center_crop, do_rescale, do_normalize, do_pad: the steps to run, in this order.
     size: {"height", "width"} or (height, width); {"shortest_edge"}, optionally limited by "longest_edge" (an int means
         shortest_edge, or a square if `default_to_square`); or {"max_height", "max_width"}.
     resample: Pillow's number or name of a filter; 3 is bicubic.
+    crop_size: height and width of the centre to cut out; a smaller image is padded with zeros.
     rescale_factor, image_mean, image_std: numbers; the last two also as one number per channel.
+    pad_size: height and width that finished images are padded to, with zeros on the right and below; None: the largest
+        of the batch.
+    input_data_format, device, return_tensors: see `preprocess`. disable_grouping: resize each image by itself.
 
     Each option is an attribute and an argument of a call, which overrides the attribute.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
     file_name: ClassVar[str] = "preprocessor_config.json"
-    defaults: ClassVar[dict[str, Any]] = {
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": 224, "width": 224},
-        "default_to_square": False,
-        "resample": BICUBIC,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
+    valid_kwargs: ClassVar[type]
+    backend: ClassVar[str] = ""  # transformers' name of what computes
     name_or_path: str = ""  # the file that the options were loaded from
-    default_to_square: bool
-    do_resize: bool
-    do_normalize: bool
-    size: dict[str, int]
-    resample: Any
-    # Further arguments of a call.
-    call_arguments: ClassVar[tuple[str, ...]] = ("input_data_format", "data_format", "device", "return_tensors")
+
+    # The defaults, which a subclass may replace; each instance has its own values.
+    do_convert_rgb: bool | None = True
+    do_resize: bool | None = True
+    size: Any = {"height": 224, "width": 224}  # noqa: RUF012
+    default_to_square: bool | None = False
+    resample: Any = BICUBIC
+    do_center_crop: bool | None = None
+    crop_size: Any = None
+    do_rescale: bool | None = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool | None = True
+    image_mean: Any = [0.5, 0.5, 0.5]  # noqa: RUF012
+    image_std: Any = [0.5, 0.5, 0.5]  # noqa: RUF012
+    do_pad: bool | None = None
+    pad_size: Any = None
+    input_data_format: str | None = None
+    data_format: str | None = None
+    disable_grouping: bool | None = None
+    device: Any = None
+    return_tensors: str | None = None
 
     def __init__(self, **options: Any) -> None:
-        unknown = [name for name in options if name not in self.defaults]
+        unknown = [name for name in options if name not in _OPTIONS]
         if unknown:
             raise TypeError(
-                f"{type(self).__name__}: unknown argument {', '.join(unknown)}; known: {', '.join(self.defaults)}"
+                f"{type(self).__name__}: unknown argument {', '.join(unknown)}; known: {', '.join(_OPTIONS)}"
             )
-        settings = {
-            name: default if options.get(name) is None else options[name] for name, default in self.defaults.items()
-        }
-        settings["size"] = to_size(settings["size"], settings["default_to_square"])
-        for name, value in settings.items():
+        for name in _OPTIONS:
+            value = options.get(name)
+            if value is None and not (name in options and name in _STEPS):
+                value = copy.deepcopy(getattr(type(self), name))
+            if name == "size":
+                value = to_size(value, bool(options.get("default_to_square") or type(self).default_to_square))
+            elif name in ("crop_size", "pad_size") and value is not None:
+                value = to_exact_size(name, value)
             setattr(self, name, list(value) if isinstance(value, (tuple, np.ndarray)) else value)
+        check_tensor_kind(self.return_tensors)
         self._resolve({})  # reports bad values early
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.defaults)})"
+        given = ((name, getattr(self, name)) for name in _OPTIONS)
+        shown_options = (f"{name}={value!r}" for name, value in given if value is not None)
+        return f"{type(self).__name__}({', '.join(shown_options)})"
 
     def __call__(self, images: Any, **options: Any) -> BatchFeature:
         """Same as `preprocess`."""
@@ -86,17 +124,15 @@ class ImageProcessor:
             Arrays of other dtypes hold levels from 0 to 255, or else belong with do_rescale=False.
         return_tensors: "pt" or "np" for one float32 tensor or array (batch, channels, height, width); None for a list.
         input_data_format: "channels_first" or "channels_last" instead of inferring the layout.
-        device: device of computation and result ("cuda", torch.device ...); SiglipImageProcessorFast only.
+        device: device of computation and result ("cuda", torch.device ...); not for SiglipImageProcessorPil.
         options: any constructor option, for this call only.
 
         Raises UnreadableImageError (an OSError) naming a file that is not an image; TypeError for an unknown argument
         or an input that is not an image; ValueError for other bad values, and for unequal sizes where a tensor was
         requested.
         """
-        kind = check_tensor_kind(options.pop("return_tensors", None))
-        device = options.pop("device", None)
-        if options.pop("data_format", None) not in (None, "channels_first"):
-            raise ValueError("data_format: supported: 'channels_first', the model's layout")
+        kind = check_tensor_kind(options.pop("return_tensors", self.return_tensors))
+        device = options.pop("device", self.device)
         resolved = self._resolve(options)
         flat = [to_levels(image, resolved) for image in flatten_images(images)]
         pixel_values = self._process(flat, resolved, device)
@@ -106,13 +142,12 @@ class ImageProcessor:
         raise NotImplementedError
 
     def _resolve(self, overrides: Mapping[str, Any]) -> ImageOptions:
-        settings: dict[str, Any] = {name: getattr(self, name) for name in self.defaults}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _STORED}
         for name, value in overrides.items():
-            if name not in settings and name != "input_data_format":
-                known = ", ".join((*self.defaults, *self.call_arguments))
-                raise TypeError(f"{type(self).__name__}: unknown argument {name}; known: {known}")
+            if name not in settings:
+                raise TypeError(f"{type(self).__name__}: unknown argument {name}; known: {', '.join(_OPTIONS)}")
             settings[name] = value
-        for name in ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "default_to_square"):
+        for name in _FLAGS:
             if settings[name] is not None and not isinstance(settings[name], (bool, np.bool_)):
                 raise ValueError(f"{name} is {shown(settings[name])}; supported: True, False")
             settings[name] = bool(settings[name])
@@ -120,6 +155,12 @@ class ImageProcessor:
         if settings["do_resize"]:
             settings["size"] = to_size(settings["size"], default_to_square)
             settings["resample"] = to_resample(settings["resample"])
+        if settings["do_center_crop"]:
+            settings["crop_size"] = to_exact_size("crop_size", settings["crop_size"])
+        if settings["do_pad"] and settings["pad_size"] is not None:
+            settings["pad_size"] = to_exact_size("pad_size", settings["pad_size"])
+        if settings.pop("data_format") not in (None, "channels_first"):
+            raise ValueError("data_format: supported: 'channels_first', the model's layout")
         factor = settings["rescale_factor"]
         if settings["do_rescale"] and not (is_number(factor) and 1 / LARGEST <= abs(factor) <= LARGEST):
             raise ValueError(
@@ -142,7 +183,7 @@ class ImageProcessor:
             for name, value, least in (("image_mean", mean, 0), ("image_std", std, 1 / LARGEST)):
                 if not all(least <= abs(number) <= LARGEST for number in ([value] if is_number(value) else value)):
                     raise ValueError(f"{name} is {shown(value)}; supported: {least:g} to {LARGEST:g}, or negative")
-        layout = settings.setdefault("input_data_format", None)
+        layout = settings["input_data_format"]
         settings["input_data_format"] = next((name for name in LAYOUTS if layout == name), None)
         if layout is not None and settings["input_data_format"] is None:
             raise ValueError(f"input_data_format is {layout!r}; supported: {', '.join(map(repr, LAYOUTS))}, None")
@@ -154,7 +195,8 @@ class ImageProcessor:
     def from_pretrained(cls, path_or_id: str | os.PathLike[str], **arguments: Any) -> Any:
         """Loads a directory or Hub repository: processor_config.json, else preprocessor_config.json.
 
-        arguments: the constructor's options, which override the file; revision, cache_dir, local_files_only, token.
+        arguments: the constructor's options, which override the file; those of the Hub (see `resolve_file`).
+        return_unused_kwargs: return unknown arguments beside the processor, as a dict, instead of raising TypeError.
         Raises CheckpointError naming a missing, damaged or unsupported file; OSError like `resolve_file`.
         """
         hub, given = split_hub_arguments(arguments)
@@ -162,21 +204,56 @@ class ImageProcessor:
 
     @classmethod
     def _from_settings(cls, settings: StoredObject, given: Mapping[str, Any]) -> Any:
-        known = {name: value for name, value in settings.items() if name in cls.defaults}
-        processor = build_from_file(settings.path, cls, known, given)
+        given = dict(given)
+        return_unused = given.pop("return_unused_kwargs", False)
+        unused = {name: given.pop(name) for name in list(given) if return_unused and name not in _OPTIONS}
+        processor = build_from_file(settings.path, cls, _known(settings), given)
         processor.name_or_path = str(settings.path)
-        return processor
+        return (processor, unused) if return_unused else processor
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: Mapping[str, Any], **options: Any) -> Any:
+        """The processor with the settings of `to_dict` or of a file, overridden by options.
+
+        Names in the dict that are no options are left out, as in a file; see `from_pretrained` for
+        return_unused_kwargs.
+        """
+        return_unused = options.pop("return_unused_kwargs", False)
+        unused = {name: options.pop(name) for name in list(options) if return_unused and name not in _OPTIONS}
+        processor = cls(**{**_known(image_processor_dict), **options})
+        return (processor, unused) if return_unused else processor
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Self:
+        """The processor with the settings in a file. Raises CheckpointError naming it."""
+        return cls._from_settings(read_json_object(Path(json_file)), {})  # type: ignore[no-any-return]
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of preprocessor_config.json."""
-        settings = {name: getattr(self, name) for name in self.defaults}
+        """The content of preprocessor_config.json, without options that are None by default.
+
+        Both processors write the name SiglipImageProcessor, which every version of transformers loads.
+        """
+        settings = {name: getattr(self, name) for name in _STORED}
         for name in ("rescale_factor", "image_mean", "image_std"):  # may be numpy numbers
             value = settings[name]
             settings[name] = float(value) if is_number(value) else [float(number) for number in value]
-        if not self.default_to_square:
-            del settings["default_to_square"]
         settings["resample"] = int(to_resample(self.resample))
-        return {**settings, "data_format": "channels_first", "image_processor_type": type(self).__name__}
+        settings["default_to_square"] = self.default_to_square or None
+        settings = {
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name, value in settings.items()
+            if value is not None or name in _STEPS
+        }
+        return {**settings, "image_processor_type": "SiglipImageProcessor"}
+
+    def to_json_string(self) -> str:
+        """`to_dict` in JSON."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Writes `to_json_string` atomically."""
+        path = Path(json_file_path)
+        write_file(path.parent, path.name, self.to_json_string().encode())
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
         """Writes preprocessor_config.json atomically. Returns its path in a list."""
@@ -201,10 +278,12 @@ def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> St
     kind = "image_processor_type" if settings.get("image_processor_type") else "feature_extractor_type"
     if settings.get(kind) and settings[kind] not in _KINDS:
         settings.refuse(kind, "SiglipImageProcessor, SiglipImageProcessorFast")
-    for step in ("do_center_crop", "do_pad"):
-        if settings.get(step):
-            settings.refuse(step, "false")
     return settings
+
+
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a file's settings that are options."""
+    return {name: value for name, value in settings.items() if name in _STORED}
 
 
 def _stack(images: list[Any], kind: str) -> torch.Tensor | np.ndarray:

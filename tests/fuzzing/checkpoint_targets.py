@@ -20,8 +20,8 @@ from siglip_model import (
     SiglipModel,
     pipeline,
 )
-from siglip_model.images.fast import SiglipImageProcessorFast
-from siglip_model.images.pillow import SiglipImageProcessor
+from siglip_model.images.pillow import SiglipImageProcessorPil
+from siglip_model.images.tensor import SiglipImageProcessor
 from siglip_model.processor import SiglipProcessor
 from siglip_model.text.gemma import GemmaTokenizer
 from siglip_model.text.siglip import SiglipTokenizer
@@ -37,7 +37,7 @@ def build_siglip(folder: Path) -> None:
     (folder / "spiece.model").write_bytes(train_sentencepiece(False))
     tokenizer = SiglipTokenizer(folder / "spiece.model", model_input_names=["input_ids"])
     tokenizer.save_pretrained(folder)
-    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     _tiny_model(len(tokenizer)).save_pretrained(folder)
     picture().save(folder / PICTURE)
 
@@ -47,7 +47,7 @@ def build_gemma(folder: Path) -> None:
     folder.mkdir()
     (folder / "tokenizer.json").write_text(_tokenizer_json())
     tokenizer = GemmaTokenizer(folder / "tokenizer.json", pad_token="<pad>", eos_token="<eos>", model_max_length=64)
-    image_processor = SiglipImageProcessorFast(size={"height": 32, "width": 32})
+    image_processor = SiglipImageProcessor(size={"height": 32, "width": 32})
     SiglipProcessor(image_processor, tokenizer).save_pretrained(folder)
     _tiny_model(len(tokenizer)).save_pretrained(folder, max_shard_size="100KB")
     picture().save(folder / PICTURE)
@@ -59,7 +59,7 @@ def build_classifier(folder: Path) -> None:
         torch.manual_seed(0)
         config = _tiny_config(8, id2label={0: "cat", 1: "dog", 2: "bird"})
         SiglipForImageClassification(config).save_pretrained(folder)
-    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
 def _tiny_config(vocabulary: int, **options: Any) -> SiglipConfig:
@@ -136,7 +136,7 @@ def use_classify(folder: Path) -> Result:
 @torch.no_grad()
 def use_classifier(folder: Path) -> Result:
     model = SiglipForImageClassification.from_pretrained(folder)
-    processor = SiglipImageProcessor.from_pretrained(folder)
+    processor = SiglipImageProcessorPil.from_pretrained(folder)
     side = model.config.vision_config.image_size
     size = {"height": side, "width": side}  # the processor does not know the model
     try:

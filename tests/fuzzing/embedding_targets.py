@@ -13,7 +13,7 @@ from target import Result, Target, run_command
 from siglip_model import SiglipModel
 from siglip_model.demo import PICTURES
 from siglip_model.embed import EmbeddingFileError, EmbeddingInterrupted, embed_images, load_embeddings
-from siglip_model.images.pillow import SiglipImageProcessor
+from siglip_model.images.tensor import SiglipImageProcessor
 
 IMAGES = sorted(str(path) for path in PICTURES.glob("*.png"))
 FINISHED, ADDED = IMAGES[:4], IMAGES[3:]  # ADDED is embedded after the damage; its first row is there already

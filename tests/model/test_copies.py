@@ -72,8 +72,8 @@ OBJECTS: dict[str, Callable[[Path], Any]] = {
     "vision configuration": lambda _: siglip_model.SiglipVisionConfig(),
     "processor": lambda folder: siglip_model.AutoProcessor.from_pretrained(folder),
     "tokenizer": lambda folder: siglip_model.SiglipTokenizer.from_pretrained(folder),
-    "image processor": lambda folder: siglip_model.SiglipImageProcessor.from_pretrained(folder),
-    "fast image processor": lambda folder: siglip_model.SiglipImageProcessorFast.from_pretrained(folder),
+    "image processor": lambda folder: siglip_model.SiglipImageProcessorPil.from_pretrained(folder),
+    "fast image processor": lambda folder: siglip_model.SiglipImageProcessor.from_pretrained(folder),
     "pipeline": lambda folder: siglip_model.pipeline("zero-shot-image-classification", model=folder),
     "batch of the processor": lambda folder: siglip_model.AutoProcessor.from_pretrained(folder)(
         text=["a cat"], images=Image.new("RGB", (40, 40)), return_tensors="pt"

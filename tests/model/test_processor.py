@@ -1,6 +1,7 @@
 """SiglipProcessor against transformers' from the same files, and the batch that it returns."""
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,11 @@ import pytest
 import torch
 import transformers
 from tiny_checkpoint import random_image, shared_tiny_checkpoint
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from siglip_model import AutoProcessor
+from siglip_model import AutoImageProcessor, AutoProcessor
 from siglip_model.batch import BatchFeature
-from siglip_model.images.fast import SiglipImageProcessorFast
-from siglip_model.images.pillow import SiglipImageProcessor
+from siglip_model.images.pillow import SiglipImageProcessorPil
+from siglip_model.images.tensor import SiglipImageProcessor
 from siglip_model.processor import SiglipProcessor
 from siglip_model.text.siglip import SiglipTokenizer
 
@@ -34,8 +34,7 @@ def processor(checkpoint: Path) -> SiglipProcessor:
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> Any:
-    """transformers' processor, with the Pillow-based image processor in every environment."""
-    loaded = SiglipImageProcessorPil.from_pretrained(checkpoint)
+    loaded = transformers.SiglipImageProcessor.from_pretrained(checkpoint)
     return transformers.SiglipProcessor(loaded, transformers.SiglipTokenizer.from_pretrained(checkpoint))
 
 
@@ -44,8 +43,8 @@ def assert_same(got: Any, expected: Any) -> None:
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):
             assert got[name].dtype == value.dtype and torch.equal(got[name], value), name
-        elif isinstance(value, np.ndarray) or (value and isinstance(value[0], np.ndarray)):
-            np.testing.assert_array_equal(got[name], value)
+        elif isinstance(value, np.ndarray) or (value and isinstance(value[0], torch.Tensor)):
+            assert len(got[name]) == len(value) and all(map(np.array_equal, got[name], value)), name
         else:
             assert got[name] == value, name
 
@@ -134,7 +133,7 @@ class TestFiles:
             "preprocessor_config.json", "processor_config.json", "spiece.model", "tokenizer_config.json",
         ]  # fmt: skip
         (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
-        image = random_image(0, size=(32, 32))  # no resizing, so that Pillow and torchvision agree
+        image = random_image(0, size=(32, 32))
         expected = processor(images=image, text=TEXTS, padding="max_length", return_tensors="pt")
         for loader in (transformers.SiglipProcessor, transformers.AutoProcessor, SiglipProcessor, AutoProcessor):
             loaded = loader.from_pretrained(tmp_path)
@@ -148,14 +147,31 @@ class TestFiles:
         arguments = {"images": random_image(3), "text": TEXTS, "padding": "max_length", "return_tensors": "pt"}
         assert_same(SiglipProcessor.from_pretrained(tmp_path)(**arguments), reference(**arguments))
 
-    def test_fast(self, processor: SiglipProcessor, checkpoint: Path, tmp_path: Path) -> None:
-        assert type(processor.image_processor) is SiglipImageProcessor
-        fast = SiglipProcessor.from_pretrained(checkpoint, use_fast=True)
-        assert type(fast.image_processor) is SiglipImageProcessorFast
-        fast.save_pretrained(tmp_path)
-        assert type(SiglipProcessor.from_pretrained(tmp_path).image_processor) is SiglipImageProcessorFast
-        assert type(SiglipProcessor.from_pretrained(tmp_path, use_fast=False).image_processor) is SiglipImageProcessor
-        assert transformers.SiglipProcessor.from_pretrained(tmp_path).image_processor.size["height"] == 32
+    def test_pytorch_is_the_default_and_pillow_a_choice(self, checkpoint: Path, tmp_path: Path) -> None:
+        for name in ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil"):
+            SiglipProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
+            (tmp_path / "processor_config.json").unlink()
+            settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+            settings["image_processor_type"] = name
+            (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+            for cls, arguments in (
+                (SiglipImageProcessor, {}),
+                (SiglipImageProcessor, {"use_fast": None}),
+                (SiglipImageProcessor, {"use_fast": True}),
+                (SiglipImageProcessor, {"backend": "torchvision"}),
+                (SiglipImageProcessorPil, {"use_fast": False}),
+                (SiglipImageProcessorPil, {"backend": "pil"}),
+                (SiglipImageProcessorPil, {"backend": "pil", "use_fast": False}),
+            ):
+                for loader in (AutoImageProcessor, AutoProcessor):
+                    loaded = loader.from_pretrained(tmp_path, **arguments)
+                    assert type(getattr(loaded, "image_processor", loaded)) is cls
+                if "use_fast" not in arguments:
+                    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, **arguments)
+                    assert type(theirs).__name__ == cls.__name__
+        for arguments in ({"backend": "cv2"}, {"backend": "pil", "use_fast": True}, {"use_fast": "no"}):
+            with pytest.raises(ValueError, match=next(iter(arguments))):
+                AutoImageProcessor.from_pretrained(tmp_path, **arguments)
 
     def test_arguments_reach_their_component(self, checkpoint: Path) -> None:
         processor = SiglipProcessor.from_pretrained(checkpoint, do_normalize=False, model_max_length=7)
@@ -193,7 +209,7 @@ class TestBatch:
             del batch.more
         assert dict(**batch).keys() == batch.keys() and batch[0:1]["pixels"].shape == (1, 3)
 
-    @pytest.mark.parametrize("arguments", [(torch.float16,), ("cpu", torch.float16), (torch.float16, "cpu")])
+    @pytest.mark.parametrize("arguments", [(torch.float16,), ("cpu", torch.float16)])
     def test_dtype_is_for_floats(self, arguments: tuple[Any, ...]) -> None:
         batch = self.batch()
         assert batch.to(*arguments) is batch
@@ -209,9 +225,11 @@ class TestBatch:
             batch = self.batch().to(*arguments, **named)
             assert {batch.ids.device.type, batch.pixels.device.type, batch.rows[0].device.type} == {"meta"}
 
-    @pytest.mark.parametrize("arguments", [(None,), (1.5,), ("cpu", "cpu"), (torch.half, torch.half), (True,)])
+    @pytest.mark.parametrize(
+        "arguments", [(None,), (1.5,), ("cpu", "cpu"), (torch.half, torch.half), (True,), (torch.half, "cpu")]
+    )
     def test_neither_device_nor_dtype(self, arguments: tuple[Any, ...]) -> None:
-        with pytest.raises(ValueError, match="one device and one"):
+        with pytest.raises(TypeError, match="a device, then a torch.dtype"):
             self.batch().to(*arguments)
 
     def test_copies(self) -> None:

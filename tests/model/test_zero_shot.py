@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(checkpoint):
-    pillow = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint)  # torchvision's differs
+    pillow = transformers.SiglipImageProcessor.from_pretrained(checkpoint)
     return transformers.pipeline(TASK, model=str(checkpoint), image_processor=pillow, device=-1)
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil as TransformersPil
 
-from siglip_model.images.pillow import SiglipImageProcessor
+from siglip_model.images.pillow import SiglipImageProcessorPil
 
 SIZE = {"height": 24, "width": 20}
 NEW_ENOUGH = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
@@ -55,7 +55,7 @@ def assert_equal(images: Any, make: Any = None, **options: Any) -> None:
     if not NEW_ENOUGH:
         pytest.skip("transformers before 5.23 treats alpha and single channels differently")
     make = make or {"size": SIZE}
-    processor, reference = SiglipImageProcessor(**make), SiglipImageProcessorPil(**make)
+    processor, reference = SiglipImageProcessorPil(**make), TransformersPil(**make)
     got, expected = (one(images, **options)["pixel_values"] for one in (processor, reference))
     assert type(got) is type(expected) and len(got) == len(expected)
     for one, other in zip(got, expected, strict=True):

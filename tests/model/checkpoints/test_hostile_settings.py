@@ -12,7 +12,7 @@ from tiny_checkpoint import shared_tiny_checkpoint
 
 import siglip_model
 from siglip_model.checkpoints.errors import CheckpointError
-from siglip_model.images.auto import load_image_processor
+from siglip_model.images.auto import AutoImageProcessor
 from siglip_model.text.auto import load_tokenizer
 from siglip_model.zero_shot import TASK, pipeline
 
@@ -170,7 +170,7 @@ def test_arguments_of_the_caller_are_not_blamed_on_the_file(checkpoint):
         siglip_model.SiglipTextConfig.from_pretrained(checkpoint, hidden_size=-33)
     assert not isinstance(caught.value, CheckpointError)
     with pytest.raises(ValueError, match="size is ") as caught:
-        load_image_processor(checkpoint, size=-1)
+        AutoImageProcessor.from_pretrained(checkpoint, size=-1)
     assert not isinstance(caught.value, CheckpointError)
 
 
@@ -205,14 +205,14 @@ IMAGE_FIELDS = {
         {"max_height": 10**9, "max_width": 10**9}, {"height": 10**400, "width": 1}, 40_000, float("nan"),
     ],
     "resample": [99, "x", 1.5, [], {}, True, 10**400],
-    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "default_to_square"),
-                    of_other_types(bool)),
+    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "default_to_square",
+                     "do_center_crop", "do_pad", "disable_grouping"), of_other_types(bool)),
+    "crop_size": ["x", 0, -1, [1], {"shortest_edge": 4}, {"height": 4}, 40_000],
+    "pad_size": ["x", 0, -1, [1], {"shortest_edge": 4}, {"height": 4}, 40_000],
     "rescale_factor": ["x", [], {}, True, float("nan"), float("inf"), 10**400, 0],
     "image_mean": ["x", [], {}, True, float("nan"), [float("inf")], ["x"], 10**400],
     "image_std": ["x", [], {}, True, float("nan"), [0.5, 0, 0.5], 0, ["x"], 10**400, [0.5, 0.5]],
     "image_processor_type": ["x", 3, [1], {"a": 1}],
-    "do_center_crop": [True, "x"],
-    "do_pad": [True],
 }  # fmt: skip
 
 
@@ -224,20 +224,20 @@ def test_fields_of_the_image_processor(checkpoint, field, nested):
     for value in IMAGE_FIELDS[field]:
         content = {**settings, field: value}
         path.write_text(json.dumps({"image_processor": content} if nested else content))
-        for load in (load_image_processor, siglip_model.SiglipProcessor.from_pretrained):
+        for load in (AutoImageProcessor.from_pretrained, siglip_model.SiglipProcessor.from_pretrained):
             refusal(load, path, field)
 
 
 @pytest.mark.parametrize("value", [3, "x", [1], True])
 def test_image_processor_that_is_no_object(checkpoint, value):
     change(checkpoint / "processor_config.json", image_processor=value)
-    refusal(load_image_processor, checkpoint / "processor_config.json", "image_processor")
+    refusal(AutoImageProcessor.from_pretrained, checkpoint / "processor_config.json", "image_processor")
 
 
 def test_a_size_that_depends_on_the_image_is_bounded(checkpoint):
     change(checkpoint / "preprocessor_config.json", size={"shortest_edge": 4000})
     for use_fast in (False, True):
-        processor = load_image_processor(checkpoint, use_fast=use_fast)
+        processor = AutoImageProcessor.from_pretrained(checkpoint, use_fast=use_fast)
         with bounded(), pytest.raises(ValueError, match="supported: at most 16,777,216 pixels"):
             processor(Image.new("RGB", (5000, 5)))
 
@@ -254,10 +254,18 @@ def test_a_size_that_the_model_does_not_take(checkpoint):
     pipeline(TASK, model=checkpoint)
 
 
-def test_a_filter_that_the_fast_processor_does_not_have(checkpoint):
-    change(checkpoint / "preprocessor_config.json", image_processor_type="SiglipImageProcessorFast", resample=1)
-    message = refusal(siglip_model.SiglipImageProcessorFast.from_pretrained, checkpoint / "preprocessor_config.json")
-    assert "resample is 1: SiglipImageProcessorFast supports 0 (nearest)" in message
+def test_the_centre_needs_a_size(checkpoint):
+    change(checkpoint / "preprocessor_config.json", do_center_crop=True)
+    refusal(AutoImageProcessor.from_pretrained, checkpoint / "preprocessor_config.json", "crop_size")
+    change(checkpoint / "preprocessor_config.json", do_center_crop=True, crop_size=48)
+    with pytest.raises(CheckpointError, match="crop_size is .*48.* patches of the model"):
+        pipeline(TASK, model=checkpoint)
+
+
+def test_a_filter_that_pytorch_does_not_have(checkpoint):
+    change(checkpoint / "preprocessor_config.json", resample=4)
+    message = refusal(siglip_model.SiglipImageProcessor.from_pretrained, checkpoint / "preprocessor_config.json")
+    assert "resample is 4: SiglipImageProcessor supports 0 (nearest)" in message
 
 
 @pytest.mark.parametrize("value", [[0.5], [0.5] * 6])
@@ -337,7 +345,7 @@ def test_a_processor_that_does_not_resize(checkpoint):
 @pytest.mark.parametrize("field, value", [("image_std", 1e-320), ("image_mean", -1e300), ("rescale_factor", 1e300)])
 def test_numbers_that_make_no_finite_pixels(checkpoint, field, value):
     change(checkpoint / "preprocessor_config.json", **{field: value})
-    refusal(load_image_processor, checkpoint / "preprocessor_config.json", field)
+    refusal(AutoImageProcessor.from_pretrained, checkpoint / "preprocessor_config.json", field)
 
 
 def test_a_sentencepiece_model_of_any_size(checkpoint):
@@ -366,8 +374,8 @@ def test_auto_model_without_a_model_type(checkpoint):
 
 FILES = {
     "config.json": load_model,
-    "preprocessor_config.json": load_image_processor,
-    "processor_config.json": load_image_processor,
+    "preprocessor_config.json": AutoImageProcessor.from_pretrained,
+    "processor_config.json": AutoImageProcessor.from_pretrained,
     "tokenizer_config.json": load_tokenizer,
     "special_tokens_map.json": load_tokenizer,
     "added_tokens.json": load_tokenizer,

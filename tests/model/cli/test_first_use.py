@@ -19,7 +19,7 @@ from siglip_model.backends import BACKENDS
 from siglip_model.cli import classify, main, options, terminal
 from siglip_model.embed import load_embeddings
 from siglip_model.images.files import DOWNLOAD_SECONDS
-from siglip_model.images.pillow import SiglipImageProcessor
+from siglip_model.images.tensor import SiglipImageProcessor
 
 COMMANDS = ("classify", "embed", "demo", "info")
 
@@ -220,14 +220,14 @@ def test_control_characters_in_names_are_shown_as_escapes(capsys):
 
 
 def test_an_error_without_words_still_names_file_and_type(siglip, images, tmp_path, monkeypatch):
-    process = SiglipImageProcessor._process_one
+    process = SiglipImageProcessor._process
 
-    def process_some(self, image, options):
-        if image.size == (42, 50):
+    def process_some(self, images, options, device):
+        if images[0].size == (42, 50):
             raise MemoryError
-        return process(self, image, options)
+        return process(self, images, options, device)
 
-    monkeypatch.setattr(SiglipImageProcessor, "_process_one", process_some)
+    monkeypatch.setattr(SiglipImageProcessor, "_process", process_some)
     for command in (["classify", images, "--labels", "a"], ["embed", images, "--out", tmp_path / "x.safetensors"]):
         result = siglip(*command)
         assert result.exit_code == 1 and f"failed: {images}/2.png: MemoryError\n" in result.stderr

@@ -204,7 +204,7 @@ def test_the_shipped_checkpoint_runs_in_transformers_pipeline():
         "zero-shot-image-classification",
         model=transformers.SiglipModel.from_pretrained(CHECKPOINT),
         tokenizer=transformers.SiglipTokenizer.from_pretrained(CHECKPOINT),
-        image_processor=transformers.SiglipImageProcessorPil.from_pretrained(CHECKPOINT),
+        image_processor=transformers.SiglipImageProcessor.from_pretrained(CHECKPOINT),
     )(str(PICTURES / "rocket.png"), candidate_labels=["guitar", "rocket"], hypothesis_template=TEMPLATE)
     scores = {each["label"]: each["score"] for each in reference}
     assert [scores["guitar"], scores["rocket"]] == pytest.approx(logits.sigmoid()[0].tolist(), abs=1e-5)

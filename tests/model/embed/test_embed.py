@@ -19,7 +19,8 @@ from tiny_checkpoint import random_image, save_tiny_checkpoint, shared_tiny_chec
 
 from siglip_model.embed import EmbeddingFileError, EmbeddingInterrupted, embed_images, load_embeddings
 from siglip_model.embed.run import model_digest
-from siglip_model.images.pillow import SiglipImageProcessor
+from siglip_model.images.pillow import SiglipImageProcessorPil
+from siglip_model.images.tensor import SiglipImageProcessor
 from siglip_model.model import SiglipModel
 
 
@@ -80,7 +81,7 @@ def test_rows_are_the_models_features(embed, checkpoint, folder, normalize):
     assert (summary.embedded, summary.failed, summary.skipped, summary.rows) == (23, 0, 0, 23)
     assert summary.complete and summary.width == 32 and summary.images_per_second > 0
     reference = transformers.SiglipModel.from_pretrained(checkpoint)
-    processor = transformers.SiglipImageProcessorPil.from_pretrained(checkpoint)
+    processor = transformers.SiglipImageProcessor.from_pretrained(checkpoint)
     stored = load_embeddings(embed.out)
     assert stored.files == sorted(stored.files) and len(stored.files) == 23 and stored.failed == {}
     images = [Image.open(path).convert("RGB") for path in stored.files]
@@ -188,7 +189,9 @@ def test_the_same_image_twice_is_one_row(embed, folder):
 
 
 @pytest.mark.parametrize("half_way", [False, True])
-@pytest.mark.parametrize("change", ["model", "normalize", "dtype", "image_processor", "computed_in"])
+@pytest.mark.parametrize(
+    "change", ["model", "normalize", "dtype", "image_processor", "image_processor:Pil", "computed_in"]
+)
 def test_other_settings_are_rejected(embed, model, image_processor, folder, tmp_path, change, half_way):
     if half_way:
         with pytest.raises(EmbeddingInterrupted):
@@ -205,13 +208,15 @@ def test_other_settings_are_rejected(embed, model, image_processor, folder, tmp_
     elif change == "image_processor":
         settings = image_processor.to_dict()
         other_processor = SiglipImageProcessor(size=settings["size"], image_mean=[0.4] * 3)
+    elif change == "image_processor:Pil":  # the same settings
+        other_processor = SiglipImageProcessorPil.from_dict(image_processor.to_dict())
     else:
         options = {"normalize": False} if change == "normalize" else {"dtype": torch.float16}
 
     def run(**more):
         return embed_images(other_model, other_processor, [folder], embed.out, **options, **more)
 
-    with pytest.raises(EmbeddingFileError, match=rf"other settings.*{change} was .* and is now"):
+    with pytest.raises(EmbeddingFileError, match=rf"other settings.*{change.partition(':')[0]} was .* and is now"):
         run()
     assert embed.out.read_bytes() == before
     assert run(overwrite=True).embedded == 23
@@ -353,7 +358,7 @@ def test_memory_does_not_grow_with_the_number_of_images(embed, folder, tmp_path)
 KILLED_RUN = """
 import os, signal, sys
 from siglip_model.embed import run as embed
-from siglip_model.images.pillow import SiglipImageProcessor
+from siglip_model.images.tensor import SiglipImageProcessor
 from siglip_model.model import SiglipModel
 embed.COMMIT_SECONDS = 0.0
 checkpoint, folder, out, stop = sys.argv[1:]

@@ -245,7 +245,7 @@ from PIL import Image
 from siglip_model.images.batches import read_batches
 from siglip_model.images.files import open_image
 from siglip_model.images.limits import PixelBudget
-from siglip_model.images.pillow import SiglipImageProcessor
+from siglip_model.images.tensor import SiglipImageProcessor
 Image.init()
 processor, budget = SiglipImageProcessor(size={"height": 64, "width": 64}), PixelBudget(int(sys.argv[1]))
 def read(path):

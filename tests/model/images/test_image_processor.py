@@ -1,4 +1,4 @@
-"""SiglipImageProcessor: bit for bit transformers' Pillow processor, for every input and option."""
+"""SiglipImageProcessorPil: bit for bit transformers' Pillow processor, for every input and option."""
 
 import base64
 import io
@@ -11,11 +11,11 @@ import torch
 import transformers
 from image_samples import ARRAYS, MODES, SIZE, assert_equal, noise, picture
 from PIL import Image
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil as TransformersPil
 
 from siglip_model.batch import BatchFeature
-from siglip_model.images.fast import SiglipImageProcessorFast
-from siglip_model.images.pillow import SiglipImageProcessor
+from siglip_model.images.pillow import SiglipImageProcessorPil
+from siglip_model.images.tensor import SiglipImageProcessor
 
 pytestmark = pytest.mark.filterwarnings("ignore:(images of mode|arrays of dtype)")
 
@@ -31,7 +31,7 @@ class TestPillowModes:
                 assert_equal(image, do_convert_rgb=False, do_normalize=False)
 
     def test_premultiplied_grey_is_an_error(self) -> None:
-        for processor in (SiglipImageProcessor(), SiglipImageProcessorPil(), SiglipImageProcessorFast()):
+        for processor in (SiglipImageProcessorPil(), TransformersPil(), SiglipImageProcessor()):
             with pytest.raises(ValueError, match="La"):
                 processor(picture("LA").convert("La"))
 
@@ -44,13 +44,13 @@ class TestPillowModes:
         assert_equal(
             str(tmp_path / "turned.jpg"), do_resize=False
         )  # but applied to files loaded by name, as in transformers
-        upright = SiglipImageProcessor(do_resize=False)(tmp_path / "turned.jpg")["pixel_values"][0]
+        upright = SiglipImageProcessorPil(do_resize=False)(tmp_path / "turned.jpg")["pixel_values"][0]
         assert upright.shape == (3, 31, 17)
 
     @pytest.mark.parametrize("size", [(10_000, 3), (3, 10_000), (1, 1), (1, 500), (20, 24)])
     def test_extreme_sizes(self, size: tuple[int, int]) -> None:
         assert_equal(picture("RGB", size), return_tensors="pt")
-        fast = SiglipImageProcessorFast(size=SIZE)(picture("RGB", size), return_tensors="pt")
+        fast = SiglipImageProcessor(size=SIZE)(picture("RGB", size), return_tensors="pt")
         assert fast.pixel_values.shape == (1, 3, 24, 20)
 
 
@@ -83,15 +83,15 @@ class TestArrays:
 
     def test_graphs_and_half_precision(self) -> None:
         image = torch.rand(3, 8, 6, requires_grad=True)
-        exact = SiglipImageProcessor(size=SIZE)(image.detach(), return_tensors="pt").pixel_values
-        assert torch.equal(SiglipImageProcessor(size=SIZE)(image, return_tensors="pt").pixel_values, exact)
-        for processor in (SiglipImageProcessor(size=SIZE), SiglipImageProcessorFast(size=SIZE)):
+        exact = SiglipImageProcessorPil(size=SIZE)(image.detach(), return_tensors="pt").pixel_values
+        assert torch.equal(SiglipImageProcessorPil(size=SIZE)(image, return_tensors="pt").pixel_values, exact)
+        for processor in (SiglipImageProcessorPil(size=SIZE), SiglipImageProcessor(size=SIZE)):
             assert processor(image.bfloat16(), return_tensors="pt").pixel_values.dtype == torch.float32
             assert not processor(image, return_tensors="pt").pixel_values.requires_grad
 
     def test_the_input_is_not_changed(self) -> None:
         for options in ({}, {"do_resize": False}, {"do_resize": False, "do_rescale": False, "do_normalize": False}):
-            for processor in (SiglipImageProcessor(size=SIZE), SiglipImageProcessorFast(size=SIZE)):
+            for processor in (SiglipImageProcessorPil(size=SIZE), SiglipImageProcessor(size=SIZE)):
                 array = np.random.default_rng(0).random((3, 24, 20)).astype(np.float32)
                 tensor, before = torch.from_numpy(array.copy()), array.copy()
                 processor([array, tensor], return_tensors="pt", **options).pixel_values.add_(1)
@@ -108,6 +108,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"image_mean": 0.3, "image_std": 0.2},
     {"image_mean": [0.1, 0.2, 0.3], "image_std": (0.4, 0.5, 0.6)}, {"do_rescale": False, "do_normalize": False},
     {"do_resize": False, "do_rescale": False, "do_normalize": False}, {"do_convert_rgb": False},
+    {"do_center_crop": True, "crop_size": 10}, {"do_center_crop": True, "crop_size": (36, 15)},
+    {"do_center_crop": True, "crop_size": (27, 34)}, {"do_pad": True, "pad_size": (300, 400)},
 ]  # fmt: skip
 
 
@@ -122,20 +124,20 @@ class TestOptions:
             assert_equal(picture("RGBA"), {**options, "size": options.get("size", SIZE)}, return_tensors="pt")
 
     def test_attributes_can_be_set(self) -> None:
-        processor = SiglipImageProcessor(size=SIZE)
+        processor = SiglipImageProcessorPil(size=SIZE)
         assert processor.size["height"] == 24
         processor.size, processor.do_normalize = {"height": 4, "width": 5}, False
         assert processor(picture("RGB"), return_tensors="pt").pixel_values.shape == (1, 3, 4, 5)
         assert processor(picture("RGB"), return_tensors="pt").pixel_values.min() >= 0
 
     def test_preprocess_and_result(self) -> None:
-        processor = SiglipImageProcessor()
+        processor = SiglipImageProcessorPil()
         batch = processor.preprocess(images=picture("RGB"), return_tensors="pt")
         assert isinstance(batch, BatchFeature) and list(batch) == processor.model_input_names == ["pixel_values"]
         assert batch.pixel_values.shape == (1, 3, 224, 224) and batch.pixel_values.dtype == torch.float32
         assert isinstance(processor(picture("RGB"))["pixel_values"], list)
 
-    @pytest.mark.parametrize("cls", [SiglipImageProcessor, SiglipImageProcessorFast])
+    @pytest.mark.parametrize("cls", [SiglipImageProcessorPil, SiglipImageProcessor])
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
@@ -155,6 +157,9 @@ class TestOptions:
             ({"input_data_format": "first"}, ValueError, "input_data_format"),
             ({"data_format": "channels_last"}, ValueError, "data_format"),
             ({"return_tensors": "tf"}, ValueError, "return_tensors"),
+            ({"do_center_crop": True}, ValueError, "crop_size is None"),
+            ({"do_center_crop": True, "crop_size": {"shortest_edge": 4}}, ValueError, "crop_size is"),
+            ({"do_pad": True, "pad_size": 0}, ValueError, "pad_size is 0"),
         ],
     )
     def test_bad_options(self, cls: Any, options: dict[str, Any], error: type, message: str) -> None:
@@ -165,12 +170,12 @@ class TestOptions:
                 cls(**options)
 
     def test_device_of_the_pillow_path(self) -> None:
-        assert SiglipImageProcessor()(picture("RGB"), device="cpu")
-        with pytest.raises(ValueError, match="SiglipImageProcessorFast"):
-            SiglipImageProcessor()(picture("RGB"), device="cuda")
+        assert SiglipImageProcessorPil()(picture("RGB"), device="cpu")
+        with pytest.raises(ValueError, match="SiglipImageProcessor"):
+            SiglipImageProcessorPil()(picture("RGB"), device="cuda")
 
 
-@pytest.mark.parametrize("cls", [SiglipImageProcessor, SiglipImageProcessorFast])
+@pytest.mark.parametrize("cls", [SiglipImageProcessorPil, SiglipImageProcessor])
 class TestInputs:
     def test_names_and_base64(self, cls: Any, tmp_path: Path) -> None:
         image = picture("RGBA")
@@ -188,7 +193,7 @@ class TestInputs:
             assert torch.equal(cls()(source, return_tensors="pt").pixel_values, expected)
         both = cls()([str(tmp_path / "image.png"), image], return_tensors="pt").pixel_values
         assert torch.equal(both[:1], expected)
-        reference = SiglipImageProcessorPil()(str(tmp_path / "image.png"), return_tensors="pt").pixel_values
+        reference = TransformersPil()(str(tmp_path / "image.png"), return_tensors="pt").pixel_values
         assert (reference - expected).abs().max() <= 2 / 127.5
 
     @pytest.mark.parametrize("name", ["text.png", "empty.jpg", "cut.jpg", "cut.png", "missing.png", "folder.png"])
@@ -239,10 +244,19 @@ class TestInputs:
                 cls()(images, do_resize=False, return_tensors=kind)
 
 
+@pytest.mark.parametrize("cls", [SiglipImageProcessor, SiglipImageProcessorPil])
+def test_padding_is_bounded(cls: Any) -> None:
+    with pytest.raises(ValueError, match=r"pad_size is .*supported: at least"):
+        cls(size=20, do_pad=True, pad_size=19)(picture("RGB"))
+    images = [Image.new("L", (30_000, 1)), Image.new("L", (1, 30_000))]
+    with pytest.raises(ValueError, match="do_pad makes images of 30000 x 30000"):
+        cls(do_resize=False, do_pad=True)(images)
+
+
 class TestPillowLimits:
     @pytest.mark.parametrize("image", [np.full((3, 4, 4), 0.5) + 1, np.full((3, 4, 4), -1), np.full((3, 4, 4), 300),
                                        np.full((3, 4, 4), np.nan)])  # fmt: skip
     def test_values_that_pillow_cannot_represent(self, image: np.ndarray) -> None:
         with pytest.raises(ValueError, match="Pillow cannot resize"):
-            SiglipImageProcessor()(image)
-        assert SiglipImageProcessorFast()(image, return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)
+            SiglipImageProcessorPil()(image)
+        assert SiglipImageProcessor()(image, return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)
