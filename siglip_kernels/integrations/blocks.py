@@ -57,6 +57,10 @@ class LayerNorm(Accelerated):
             return (), ("timm's fast norm is on, which normalises in the autocast dtype",)
         return ("layer_norm",), ()
 
+    @staticmethod
+    def example(module, drawn):
+        return (drawn(2, 5, module.normalized_shape[0]),)
+
     def forward(self: Any, x: Tensor) -> Tensor:
         if takes_norm(x, self):
             return siglip_kernels.layer_norm(x, self.weight, self.bias, self.eps)

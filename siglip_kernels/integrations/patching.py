@@ -39,6 +39,14 @@ class Accelerated(nn.Module):
         """The operations that would compute the module, none if it is unsupported, and remarks on the rest of it."""
         raise NotImplementedError
 
+    @staticmethod
+    def example(module: Any, drawn: Callable[..., Tensor]) -> tuple[Any, ...] | None:
+        """Arguments for a comparison with the library's forward, the input first, or None if there is none.
+
+        drawn: random numbers of a shape, in the module's dtype and on its device.
+        """
+        return None
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         made = type(self)
         return _new, (made.replacement, made.original), *super().__reduce_ex__(max(protocol, 2))[2:]  # type: ignore[misc]

@@ -34,7 +34,16 @@ from siglip_kernels.integrations.patching import (
     restore,
 )
 from siglip_kernels.integrations.report import Report
-from siglip_kernels.integrations.transformers_modules import LEFT, REPLACEMENTS, TOWERS, MaskedTower
+from siglip_kernels.integrations.transformers_modules import (
+    LEFT,
+    REPLACEMENTS,
+    TOWERS,
+    MaskedTower,
+    is_intact,
+    recognised,
+)
+from siglip_kernels.integrations.verification import require_comparable
+from siglip_kernels.integrations.verification import verify as compare
 
 __all__ = ["accelerate", "register", "restore"]
 
@@ -42,8 +51,8 @@ NAME = "siglip_triton"
 _VERSIONS = ((4, 50), (6,))
 
 
-def accelerate(model: nn.Module) -> Report:
-    """Compute the SigLIP and SigLIP 2 towers anywhere in this model instance with the kernels.
+def accelerate(model: nn.Module, verify: bool = False) -> Report:
+    """Compute the SigLIP and SigLIP 2 towers, and others of their form, anywhere in this model with the kernels.
 
     Attention, MLP, LayerNorm, MAP head, patch embedding and the loss of SiglipModel(return_loss=True) call the kernels;
     a language model beside the tower is not changed. Parameters, `state_dict`, `save_pretrained`, hooks, gradient
@@ -54,17 +63,29 @@ def accelerate(model: nn.Module) -> Report:
     accelerated on the CPU and moved afterwards. A second call only returns a new report. FSDP2 makes its own
     subclasses: accelerate before `fully_shard`.
 
+    Towers of other classes are recognised by their structure, by the source of their forward and by what it computes
+    in a run on stand-ins (see `transformers_structure`): attention, MLP with GELU's tanh form, LayerNorm and the layers
+    of them are replaced where their mathematics is SigLIP's. Rotary positions, layer scales, windows and packed
+    sequences stay with transformers, and the report says so.
+
+    verify: also compare each replaced module with transformers' own on random input, result and gradient, and put back
+    those that differ.
+
     Returns a report of what was replaced and what was not, and why. `restore(model)` undoes it.
     Raises MissingBackendError, and changes nothing, if this version of transformers is not supported, Triton is not
-    installed, or no GPU of this machine runs the kernels (AMD's and those before compute capability 8.0 do not).
+    installed, no GPU of this machine runs the kernels (AMD's and those before compute capability 8.0 do not), or
+    `verify` is asked for where they do not run.
     """
     version = _require_version()
     towers = () if not isinstance(model, nn.Module) else tuple(_paths_of_towers(model))
+    others = {} if not isinstance(model, nn.Module) else recognised(model)
 
     def replacement(path: str, module: nn.Module) -> type[Accelerated] | str | None:
         kind = original_class(module)
         name = full_name(kind)
         if name in REPLACEMENTS:
+            if not is_intact(kind):
+                return f"the forward of its class was replaced by one of {kind.forward.__module__}"
             wrapper = REPLACEMENTS[name] is MaskedTower and not hasattr(module, "encoder")  # in transformers 4
             return None if wrapper else REPLACEMENTS[name]
         if name in LEFT:
@@ -73,12 +94,15 @@ def accelerate(model: nn.Module) -> Report:
         if known:
             return f"{name} is a subclass of {known[0]} with its own code"
         in_tower = any(path == tower or not tower or path.startswith(f"{tower}.") for tower in towers)
-        return LayerNorm if in_tower and kind is nn.LayerNorm else None
+        return LayerNorm if in_tower and kind is nn.LayerNorm else others.get(path)
 
-    empty = "no module of a SigLIP or SigLIP 2 tower is in it"
+    empty = "no encoder of SigLIP's form is in it"
     if type(model).__module__.partition(".")[0] == "siglip_model":
         empty = "it is siglip_model's own model, whose kernels are a backend: model.set_backend('triton')"
-    return accelerate_modules(model, f"transformers {version}", replacement, empty)
+    if verify and isinstance(model, nn.Module):
+        require_comparable(model)
+    report = accelerate_modules(model, f"transformers {version}", replacement, empty)
+    return compare(model, report) if verify else report
 
 
 def _paths_of_towers(model: nn.Module) -> list[str]:

@@ -1,7 +1,8 @@
 """Replacements for the modules of SigLIP towers in transformers, 4.50 to 5.
 
-They fit all classes with the structure and attributes of SigLIP's: SigLIP, SigLIP 2, and the towers of Idefics 2,
-Idefics 3 and SmolVLM, which are copies.
+The classes of SigLIP, SigLIP 2, and of the towers of Idefics 2, Idefics 3 and SmolVLM, which are copies, are replaced
+by name. `Attention`, `MLP`, `EncoderLayer` and `Encoder` also fit the classes that `transformers_structure` recognises:
+the names of their submodules differ, and arguments may reach their attention that SigLIP's ignores.
 """
 
 import inspect
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import siglip_kernels
 from siglip_kernels.fusable import is_fusable, is_unhooked
 from siglip_kernels.integrations.blocks import (
+    LayerNorm,
     add_linear,
     add_pre_norm_mlp,
     describe_called,
@@ -32,13 +34,35 @@ from siglip_kernels.integrations.patching import (
     Accelerated,
     full_name,
     is_replaced,
+    original_class,
     runs,
     why_not_fusable,
+)
+from siglip_kernels.integrations.transformers_structure import (
+    attention_dropout,
+    attention_scale,
+    is_encoder,
+    is_in,
+    layers_of,
+    name_of,
+    part,
+    passes_through,
+    read_layer,
+    tower_of,
+    why_not_attention,
+    why_not_mlp,
 )
 
 
 class Attention(Accelerated):
     """Replaces SiglipAttention: calls its linear layers, wrapped or not, around siglip_kernels.attention."""
+
+    ignores_arguments = False  # True for SigLIP's own, which keep their keyword arguments from attention
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if cls.original is not None:
+            cls.ignores_arguments = full_name(cls.original) in REPLACEMENTS
 
     @staticmethod
     def describe(module):
@@ -48,11 +72,17 @@ class Attention(Accelerated):
             refusal.append(f"its attention is {implementation!r}, which may not be softmax attention")
         if refusal:
             return (), tuple(refusal)
-        if not module.dropout:
-            return ("attention",), ()
-        return ("attention",), (
-            f"attention_dropout is {module.dropout}, which PyTorch's attention applies in training",
-        )
+        remarks = []
+        if dropout := attention_dropout(module):
+            remarks.append(f"attention_dropout is {dropout}, which PyTorch's attention applies in training")
+        if _is_causal_without_mask(module):
+            remarks.append("its is_causal is True, so transformers computes calls without a mask")
+        return ("attention",), tuple(remarks)
+
+    @staticmethod
+    def example(module, drawn):
+        width = getattr(part(module, "q"), "in_features", None)
+        return None if width is None else (drawn(2, 5, width),)
 
     def attends(self: Any, x: Tensor, padding: Any, arguments: dict[str, Any]) -> bool:
         """Whether siglip_kernels.attention can compute this call; it returns no attention weights."""
@@ -60,13 +90,22 @@ class Attention(Accelerated):
             runs(x)
             and is_served(padding)
             and _is_softmax_attention(self.config)
-            and not (self.training and self.dropout)
+            and not (self.training and attention_dropout(self))
             and not (arguments.get("output_attentions") or getattr(self.config, "output_attentions", False))
+            and (self.ignores_arguments or not changes_attention(arguments))
+            and not (_is_causal_without_mask(self) and (padding is None or not _is_sdpa_or_eager(self.config)))
+            and passes_through(self)
         )
+
+    def key_padding(self: Any, x: Tensor, mask: Any, arguments: dict[str, Any]) -> Any:
+        """What `read_key_padding` returns, or the mask unread if the library computes the call."""
+        if self.ignores_arguments or not changes_attention(arguments):
+            return read_key_padding(mask, *x.shape[:2])
+        return mask
 
     def project(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, S, width). Returns q, k and v, each (B, S, H, D)."""
-        heads = (self.num_heads, self.head_dim)
+        heads = (-1, self.head_dim)
         return (
             self.q_proj(x).unflatten(-1, heads),
             self.k_proj(x).unflatten(-1, heads),
@@ -74,11 +113,30 @@ class Attention(Accelerated):
         )
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **arguments: Any):
-        padding = read_key_padding(attention_mask, *hidden_states.shape[:2])
+        padding = self.key_padding(hidden_states, attention_mask, arguments)
         if not self.attends(hidden_states, padding, arguments):
             return super().forward(hidden_states=hidden_states, attention_mask=as_given(attention_mask), **arguments)
-        out = attend(self.project(hidden_states), self.scale, padding)
-        return self.out_proj(out.flatten(2)), None
+        out = attend(self.project(hidden_states), attention_scale(self), padding)
+        return part(self, "out")(out.flatten(2)), None
+
+
+# Arguments that transformers passes through a model and that leave attention as it is.
+_INERT = {"output_attentions", "output_hidden_states", "return_dict", "use_cache", "num_items_in_batch"}
+
+
+def changes_attention(arguments: dict[str, Any]) -> bool:
+    """Whether an argument beside the mask may change attention, such as is_causal or position_embeddings."""
+    return any(value is not None and value is not False and name not in _INERT for name, value in arguments.items())
+
+
+def _is_causal_without_mask(attention: Any) -> bool:
+    """Whether PyTorch's attention is causal where there is no mask, because transformers takes it for a decoder's."""
+    return bool(getattr(attention, "is_causal", False))
+
+
+def _is_sdpa_or_eager(config: Any) -> bool:
+    """Whether the implementation is never causal where there is a mask."""
+    return config._attn_implementation in (None, "sdpa", "eager")
 
 
 _SOFTMAX_ATTENTIONS = {
@@ -97,20 +155,35 @@ class MLP(Accelerated):
 
     @staticmethod
     def describe(module):
-        fc1, fc2 = why_not_fusable("fc1", module.fc1, nn.Linear), why_not_fusable("fc2", module.fc2, nn.Linear)
-        remarks = tuple(fc1 + fc2 + why_not_tanh_gelu(module.activation_fn))
-        return ((), remarks) if remarks else (("mlp",), ())
+        remarks = why_not_fusable(*_named(module, "fc1"), nn.Linear) + why_not_fusable(
+            *_named(module, "fc2"), nn.Linear
+        )
+        remarks += why_not_tanh_gelu(part(module, "activation"))
+        return ((), tuple(remarks)) if remarks else (("mlp",), ())
 
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if fuses_mlp(self.fc1, self.activation_fn, self.fc2, hidden_states):
-            return mlp(hidden_states, self.fc1, self.fc2)
-        return super().forward(hidden_states)
+    @staticmethod
+    def example(module, drawn):
+        return (drawn(2, 5, part(module, "fc1").in_features),)
+
+    def forward(self: Any, *arguments: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*arguments, *named.values())  # whose name differs between classes
+        fc1, fc2 = part(self, "fc1"), part(self, "fc2")
+        if fuses_mlp(fc1, part(self, "activation"), fc2, x) and passes_through(self):
+            return mlp(x, fc1, fc2)
+        return super().forward(x)
+
+
+def _named(module: Any, role: str, prefix: str = "") -> tuple[str, Any]:
+    """A submodule with its path in a report."""
+    name = name_of(module, role)
+    return prefix + name, getattr(module, name)
 
 
 class EncoderLayer(Accelerated):
     """Replaces SiglipEncoderLayer: four operations, or calls of modules that were replaced, wrapped or hooked."""
 
     returns_tuple = False  # True for transformers before 4.56
+    positional = 0  # how many arguments its attention gets by position: hooks see the difference
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -119,42 +192,49 @@ class EncoderLayer(Accelerated):
 
     @staticmethod
     def describe(module):
-        attention, mlp = module.self_attn, module.mlp
-        norm1, norm2 = module.layer_norm1, module.layer_norm2
+        norm1, norm2 = _named(module, "norm1"), _named(module, "norm2")
+        name, attention = _named(module, "attention")
         if is_replaced(attention, Attention) and is_unhooked(attention):
-            names = ("q_proj", "k_proj", "v_proj", "out_proj")
-            *projections, out = [(f"self_attn.{name}", getattr(attention, name)) for name in names]
+            projections = [_named(attention, role, f"{name}.") for role in ("q", "k", "v")]
             remarks = Attention.describe(attention)[1]
-            first = describe_pre_norm_attention(("layer_norm1", norm1), projections, out, *remarks)
+            out = _named(attention, "out", f"{name}.")
+            first = describe_pre_norm_attention(norm1, projections, out, *remarks)
         else:
-            first = describe_called(norm1, "self_attn has hooks or is not replaced, and is called normally")
+            first = describe_called(norm1[1], f"{name} has hooks or is not replaced, and is called normally")
+        name, mlp = _named(module, "mlp")
         if _is_known_mlp(mlp):
-            fc1, fc2 = ("mlp.fc1", mlp.fc1), ("mlp.fc2", mlp.fc2)
-            second = describe_pre_norm_mlp(("layer_norm2", norm2), fc1, mlp.activation_fn, fc2)
+            fc1, fc2 = _named(mlp, "fc1", f"{name}."), _named(mlp, "fc2", f"{name}.")
+            second = describe_pre_norm_mlp(norm2, fc1, part(mlp, "activation"), fc2)
         else:
-            second = describe_called(norm2, "mlp has hooks or is not replaced, and is called normally")
+            second = describe_called(norm2[1], f"{name} has hooks or is not replaced, and is called normally")
         return joined(first, second)
+
+    @staticmethod
+    def example(module, drawn):
+        width = part(module, "norm1").weight.shape[0]
+        return drawn(2, 5, width), None
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, *arguments: Any, **named: Any):
         if arguments:  # transformers before 4.56 passes it by position when it checkpoints
             named["output_attentions"] = arguments[0]
-        if not runs(hidden_states) or named.get("output_attentions"):
+        if not runs(hidden_states) or named.get("output_attentions") or not passes_through(self):
             return super().forward(hidden_states, as_given(attention_mask), **named)
         x = self._add_attention(hidden_states, attention_mask, named)
-        module = self.mlp
+        norm, module = part(self, "norm2"), part(self, "mlp")
         if _is_known_mlp(module):
-            x = add_pre_norm_mlp(x, self.layer_norm2, module.fc1, module.activation_fn, module.fc2)
+            x = add_pre_norm_mlp(x, norm, part(module, "fc1"), part(module, "activation"), part(module, "fc2"))
         else:
-            x = x + module(self.layer_norm2(x))
+            x = x + module(norm(x))
         return (x,) if self.returns_tuple else x
 
     def _add_attention(self: Any, x: Tensor, mask: Any, arguments: dict[str, Any]) -> Tensor:
-        norm, attention = self.layer_norm1, self.self_attn
-        padding = read_key_padding(mask, *x.shape[:2])
-        if not (
-            is_replaced(attention, Attention) and is_unhooked(attention) and attention.attends(x, padding, arguments)
-        ):
-            return x + attention(hidden_states=norm(x), attention_mask=as_given(mask), **arguments)[0]
+        norm, attention = part(self, "norm1"), part(self, "attention")
+        replaced = is_replaced(attention, Attention) and is_unhooked(attention)
+        padding = attention.key_padding(x, mask, arguments) if replaced else mask
+        if not (replaced and attention.attends(x, padding, arguments)):
+            given = {"hidden_states": norm(x), "attention_mask": as_given(mask)}
+            placed = [given.pop(name) for name in list(given)[: self.positional]]
+            return x + attention(*placed, **given, **arguments)[0]
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         fusable = is_fusable(q, nn.Linear) and is_fusable(k, nn.Linear) and is_fusable(v, nn.Linear)
         if fusable and is_fusable_norm(norm, x) and runs(x, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias):
@@ -169,16 +249,29 @@ class EncoderLayer(Accelerated):
                 k.bias,
                 v.weight,
                 v.bias,
-                attention.num_heads,
+                q.weight.shape[0] // attention.head_dim,
             )
         else:
             projected = attention.project(norm(x))
-        return add_linear(x, attention.out_proj, attend(projected, attention.scale, padding).flatten(2))
+        return add_linear(x, part(attention, "out"), attend(projected, attention_scale(attention), padding).flatten(2))
+
+
+class EncoderLayerWithPositionalInput(EncoderLayer):
+    """Replaces layers that call attention(x, attention_mask=mask)."""
+
+    positional = 1
+
+
+class EncoderLayerWithPositionalMask(EncoderLayer):
+    """Replaces layers that call attention(x, mask)."""
+
+    positional = 2
 
 
 def _is_known_mlp(module: nn.Module) -> bool:
-    """Whether a SiglipMLP may be computed from its layers, even if another activation kept it from being replaced."""
-    return is_unhooked(module) and (is_replaced(module, MLP) or REPLACEMENTS.get(full_name(type(module))) is MLP)
+    """Whether an MLP may be computed from its layers: also a SiglipMLP that is not replaced for its activation."""
+    known = is_replaced(module, MLP) or (REPLACEMENTS.get(full_name(type(module))) is MLP and is_intact(type(module)))
+    return known and is_unhooked(module) and passes_through(module)
 
 
 class Encoder(Accelerated):
@@ -189,7 +282,8 @@ class Encoder(Accelerated):
         return ("attention",), ()
 
     def forward(self: Any, inputs_embeds: Tensor, attention_mask: Any = None, *arguments: Any, **named: Any):
-        if attention_mask is not None and runs(inputs_embeds) and all(_takes_key_padding(x) for x in self.layers):
+        served = attention_mask is not None and not named.get("is_causal")
+        if served and runs(inputs_embeds) and all(_takes_key_padding(layer) for layer in self.layers):
             attention_mask = read_key_padding(attention_mask, *inputs_embeds.shape[:2])
         return super().forward(inputs_embeds, attention_mask, *arguments, **named)
 
@@ -211,6 +305,10 @@ class PoolingHead(Accelerated):
         fc1, fc2 = ("mlp.fc1", module.mlp.fc1), ("mlp.fc2", module.mlp.fc2)
         mlp = describe_pre_norm_mlp(("layernorm", module.layernorm), fc1, module.mlp.activation_fn, fc2)
         return joined((("attention_pool",), ()), mlp)
+
+    @staticmethod
+    def example(module, drawn):
+        return (drawn(2, 5, module.probe.shape[-1]),)
 
     def forward(self: Any, hidden_state: Tensor, attention_mask: Any = None) -> Tensor:
         padding = read_key_padding(attention_mask, *hidden_state.shape[:2])
@@ -248,6 +346,11 @@ class VisionEmbeddings(Accelerated):
     def describe(module):
         remarks = why_not_patches("patch_embedding", module.patch_embedding)
         return ((), tuple(remarks)) if remarks else (("patch_embed",), ())
+
+    @staticmethod
+    def example(module, drawn):
+        side = round(module.num_positions**0.5) * module.patch_size
+        return (drawn(2, module.patch_embedding.in_channels, side, side),)
 
     def forward(self: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         convolution = self.patch_embedding
@@ -387,6 +490,12 @@ REPLACEMENTS: dict[str, type[Accelerated]] = {
     "transformers.models.siglip2.modeling_siglip2.Siglip2Model": Model,
 }
 
+
+def is_intact(kind: type) -> bool:
+    """Whether a class has the forward of its own file, and not one that another package has set."""
+    return kind.forward.__module__ == kind.__module__  # type: ignore[attr-defined]
+
+
 # Modules whose LayerNorms, direct or nested, are replaced.
 TOWERS = frozenset(
     f"transformers.models.{package}.modeling_{package}.{name}"
@@ -406,3 +515,36 @@ LEFT = {
     )
     for package, name in (("idefics2", "Idefics2"), ("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
 }
+
+# By the number of arguments that attention gets by position.
+LAYERS = (EncoderLayer, EncoderLayerWithPositionalInput, EncoderLayerWithPositionalMask)
+
+
+def recognised(model: nn.Module) -> dict[str, type[Accelerated] | str]:
+    """The replacements of what `transformers_structure` recognises, by path, or why it is left.
+
+    These are attention, MLP, layer and encoder of each tower, and all LayerNorms of a tower.
+    """
+    found: dict[str, type[Accelerated] | str] = {}
+    towers = set()
+    for path in layers_of(model):
+        layer = model.get_submodule(path)
+        if full_name(original_class(layer)) in REPLACEMENTS:
+            continue
+        remarks, positional = read_layer(layer)
+        attention = _or_why(Attention, why_not_attention(part(layer, "attention")))
+        found[f"{path}.{name_of(layer, 'attention')}"] = attention
+        found[f"{path}.{name_of(layer, 'mlp')}"] = _or_why(MLP, why_not_mlp(part(layer, "mlp")))
+        found[path] = _or_why(LAYERS[positional], remarks)
+        towers.add(tower_of(model, path))
+        encoder = ".".join(path.split(".")[:-2])
+        if attention is Attention and not remarks and is_encoder(model.get_submodule(encoder)):
+            found[encoder] = Encoder
+    for path, module in model.named_modules():
+        if original_class(module) is nn.LayerNorm and any(is_in(tower, model, path) for tower in towers):
+            found[path] = LayerNorm
+    return found
+
+
+def _or_why(replacement: type[Accelerated], remarks: list[str]) -> type[Accelerated] | str:
+    return "; ".join(remarks) or replacement

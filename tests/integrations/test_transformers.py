@@ -422,7 +422,7 @@ def test_autocast():
 
 def test_a_model_without_siglip_is_reported():
     report = accelerate(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
-    assert report.replaced == () and "no module of a SigLIP" in report.note
+    assert report.replaced == () and "no encoder of SigLIP's form" in report.note
     with pytest.raises(UnsupportedInputError, match="accelerate: model is a str"):
         accelerate("google/siglip-base-patch16-224")
     with pytest.raises(UnsupportedInputError, match="restore: model is a str"):

@@ -1,0 +1,99 @@
+"""Compares accelerated modules with the library's own on random input, where `accelerate(verify=True)` asks for it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from siglip_kernels.arguments import KERNEL_DTYPES
+from siglip_kernels.device import kernels_run_on
+from siglip_kernels.errors import MissingBackendError
+from siglip_kernels.integrations.patching import is_replaced, put_back
+from siglip_kernels.integrations.report import Left, Replaced, Report
+
+# The largest relative difference. Other mathematics differs by tens of per cent; rounding, TF32's included, by less.
+_TOLERANCES = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def require_comparable(model: nn.Module) -> None:
+    """Raises MissingBackendError unless the kernels run where the model is, in its dtypes."""
+    for path, parameter in model.named_parameters():
+        if not kernels_run_on(parameter.device) or parameter.dtype not in KERNEL_DTYPES:
+            found = f"{path} is {parameter.dtype} on {parameter.device}".replace("torch.", "")
+            raise MissingBackendError(
+                f"accelerate: verify=True compares results of the kernels, which do not run there: {found}; "
+                "move the model first"
+            )
+
+
+def verify(model: nn.Module, report: Report) -> Report:
+    """Puts back every module whose result, or whose gradient with respect to its input, differs from the library's,
+    and returns the report without it. Dropout is off meanwhile; hooks on submodules run."""
+    failed: dict[str, Left] = {}
+    compared = 0
+    modes = {module: module.training for module in model.modules()}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        model.eval()
+        for entry in sorted(report.replaced, key=lambda entry: -entry.path.count(".")):  # parts before wholes
+            module: Any = model.get_submodule(entry.path)
+            arguments = type(module).replacement.example(module, _drawn(module, generator))
+            if arguments is not None:
+                compared += 1
+                if reason := _difference(module, arguments):
+                    failed[entry.path] = Left(entry.path, entry.module, reason)
+                    put_back(module)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    kept = [_described_again(model, entry) for entry in report.replaced if entry.path not in failed]
+    note = f"compared with the library on random input: {compared} of {len(report.replaced)} modules"
+    return dataclasses.replace(
+        report,
+        replaced=tuple(kept),
+        left=(*report.left, *failed.values()),
+        note="; ".join(filter(None, (report.note, note))),
+    )
+
+
+def _drawn(module: nn.Module, generator: torch.Generator) -> Callable[..., Tensor]:
+    like = next(module.parameters())
+    return lambda *shape: torch.randn(shape, generator=generator).to(like)
+
+
+def _described_again(model: nn.Module, entry: Replaced) -> Replaced:
+    """A module that calls what was put back computes less by itself."""
+    module: Any = model.get_submodule(entry.path)
+    operations, remarks = type(module).replacement.describe(module)
+    return dataclasses.replace(entry, operations=operations, remarks=remarks)
+
+
+def _difference(module: nn.Module, arguments: tuple[Any, ...]) -> str:
+    """Why the module does not compute what its library's class does, or an empty string."""
+    classes = [(part, type(part)) for part in module.modules() if is_replaced(part)]
+    for part, _ in classes:
+        put_back(part)
+    try:
+        expected = _results(module, arguments)
+    finally:
+        for part, made in classes:
+            part.__class__ = made
+    for found, wanted in zip(_results(module, arguments), expected, strict=True):
+        difference = ((found - wanted).norm() / wanted.norm()).item()
+        allowed = _TOLERANCES[wanted.dtype]
+        if not difference <= allowed:
+            return f"its result differs from the library's by {difference:.2g}, relative; {allowed:.2g} is allowed"
+    return ""
+
+
+def _results(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The output, and the gradient of a combination of it with respect to the input."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = arguments[0].clone().requires_grad_()
+        out = module(x, *arguments[1:])
+        out = out[0] if isinstance(out, tuple) else out
+        weights = torch.linspace(-1, 1, out.numel(), device=out.device).to(out.dtype).view_as(out)
+        (gradient,) = torch.autograd.grad((out * weights).sum(), x)
+    return out.detach(), gradient
