@@ -28,7 +28,8 @@ def test_operations_of_pytorch_read_their_inputs_and_write_their_results_once():
         _ = x + row.expand(10, 20)
         x.add_(row)
         _ = torch.empty_like(x).view(20, 10).unbind(1)
-    assert moved(recorder) == [("mm", 2 * 400, 200), ("add", 440, 400), ("add_", 440, 400)]
+        _ = x.new_zeros(5)
+    assert moved(recorder) == [("mm", 2 * 400, 200), ("add", 440, 400), ("add_", 440, 400), ("new_zeros", 0, 10)]
 
 
 def test_kernels_write_what_nothing_was_written_to():
