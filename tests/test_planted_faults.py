@@ -93,8 +93,11 @@ CONSTANTS = {
     "layer norm forward: eps": Planted(
         "layer_norm/kernels.py", "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance + 1.1 * eps)", LAYER_NORM
     ),
+    "layer norm backward: sums of the residual": Planted(
+        "layer_norm/kernels.py", "residual_sums[chunk] + residual", "residual_sums[chunk] + residual * 1.01", LAYER_NORM
+    ),
     "layer norm backward: projection": Planted(
-        "layer_norm/kernels.py", "normed * projection[:, None])", "normed * projection[:, None] * 1.01)", LAYER_NORM
+        "layer_norm/kernels.py", "x_hat * projection[:, None])", "x_hat * projection[:, None] * 1.01)", LAYER_NORM
     ),
     "layer norm: parameter gradients": Planted(
         "layer_norm/kernels.py", "narrow(tl.sum(total, 0), element", "narrow(tl.sum(total, 0) * 1.01, element",

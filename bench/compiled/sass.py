@@ -151,17 +151,22 @@ def without_predicate(line: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", line)
 
 
-def innermost_loops(lines: list[str], labels: dict[str, int]) -> list[tuple[int, int]]:
-    """First and last instruction of each innermost loop that issues matrix instructions."""
-    loops = []
+def loops(lines: list[str], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """First and last instruction of each loop."""
+    found = []
     for end, line in enumerate(lines):
         # Code that was moved out of line returns by an unconditional branch: that closes a loop only behind its exit.
         branch = re.match(r"(@!?U?P\w+\s+)?BRA(.*)`\((\.L_\w+)\)", line)
         conditional = branch and (branch[1] or "UP" in branch[2] or re.match(r"@!?U?P\w+\s+CALL", lines[end - 1]))
         if branch and conditional and labels.get(branch[3], end + 1) <= end:
-            loops.append((labels[branch[3]], end))
-    loops = [(a, b) for a, b in loops if any(re.search(r"\bHG?MMA\.", line) for line in lines[a:b])]
-    return [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+            found.append((labels[branch[3]], end))
+    return found
+
+
+def innermost_loops(lines: list[str], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """First and last instruction of each innermost loop that issues matrix instructions."""
+    found = [(a, b) for a, b in loops(lines, labels) if any(re.search(r"\bHG?MMA\.", line) for line in lines[a:b])]
+    return [(a, b) for a, b in found if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)]
 
 
 def inner_loops(code: str) -> list[list[str]]:

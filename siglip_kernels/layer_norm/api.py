@@ -64,7 +64,7 @@ def _layer_norm_backward(
     from siglip_kernels.layer_norm.kernels import layer_norm_backward
 
     with on_device(x):
-        x_grad, weight_grad, bias_grad = layer_norm_backward(
+        x_grad, weight_grad, bias_grad, _ = layer_norm_backward(
             as_rows(y_grad),
             as_rows(x),
             _contiguous(weight),

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 WIDEST_IN_REGISTERS = 8192  # columns; a wider row is read twice
 WIDE_BLOCK = 2048  # columns of such a row at a time
+_CHUNK = 128  # columns of a row that a warp has at a time, in the backward
+_NARROWEST_IN_CHUNKS, _WIDEST_IN_CHUNKS = 520, 1152
 
 
 @dataclass(frozen=True)
@@ -33,25 +35,48 @@ def forward_tile(width: int, rows: int, element_bytes: int, multiprocessors: int
     )  # a wider row with its weight and bias spills
 
 
+@dataclass(frozen=True)
+class BackwardTile:
+    """`rows` rows, each as `chunks` blocks of columns."""
+
+    rows: int
+    block: int
+    chunks: int
+    warps: int
+    registers: int  # per thread; otherwise ptxas sometimes spills for the sake of one more resident program
+    residents: int  # programs per multiprocessor
+
+
 @functools.cache
-def backward_tile(width: int, rows: int, multiprocessors: int) -> Tile:
-    """Not measured. 32 elements per thread, of x and of dy: with a second block of columns it would spill."""
+def backward_tile(width: int, rows: int, multiprocessors: int, aligned: bool) -> BackwardTile:
+    """Not measured. A warp per row, whose columns are chunks of 4 per thread. Narrow rows are one block, of 16 elements
+    per thread, or 32 of the widest, and so are rows whose chunks would spill: wide ones, and those that are not
+    `aligned`, whose elements are loaded one by one.
+
+    Counted for 1152 columns on sm_90, instructions of all warps per row: 848 in chunks, 1,640 as a block of 2048.
+    """
     if width > WIDEST_IN_REGISTERS:
-        return Tile(1, WIDE_BLOCK, 0, 4)
+        return BackwardTile(1, WIDE_BLOCK, 1, 4, 192, 3)
+    if aligned and width % 8 == 0 and _NARROWEST_IN_CHUNKS <= width <= _WIDEST_IN_CHUNKS:
+        return BackwardTile(4, _CHUNK, -(-width // _CHUNK), 4, 255, 2)
     block = _power_of_two(width)
     for tile_rows in (16, 8, 4, 2, 1):
-        if tile_rows * block <= 32 * 128 and -(-rows // tile_rows) >= 3 * multiprocessors:
+        if tile_rows * block <= 16 * 128 and -(-rows // tile_rows) >= 3 * multiprocessors:
             break
-    return Tile(tile_rows, block, 0, 4 if tile_rows * block <= 32 * 128 else 8)
+    wide = tile_rows * block > 16 * 128
+    return BackwardTile(tile_rows, block, 1, 8 if wide else 4, 255 if wide else 192, 1 if wide else 2)
 
 
-def backward_stages(tile: Tile, loaded_bytes: int, shared_memory: int) -> int:
+def backward_stages(tile: BackwardTile, loaded_bytes: int, shared_memory: int) -> int:
     """How deep the loads of the loop are pipelined: 3, or what shared memory holds. All stages but one have a buffer.
 
-    loaded_bytes: of one element of each matrix that is loaded. shared_memory: bytes.
+    loaded_bytes: of one element of each tensor that is loaded. shared_memory: bytes.
     """
-    buffer = tile.rows * tile.main * loaded_bytes
-    return min(3, 1 + (shared_memory - 2048) // buffer)  # some of it is for sums across warps
+    buffer = tile.rows * tile.block * tile.chunks * loaded_bytes
+    room = shared_memory // tile.residents - 2048  # for sums across warps
+    if room < buffer:
+        room = shared_memory - 2048  # rather fewer programs than loads that nothing hides
+    return min(3, 1 + room // buffer)
 
 
 def _power_of_two(width: int) -> int:

@@ -1,8 +1,8 @@
 """Layer normalisation (Ba et al., arXiv 1607.06450) of rows: y = (x - μ)·rstd·γ + β, rstd = (σ² + eps)^-1/2.
 
-A row is read once and stays in registers, in the forward as a wide and a narrow block of columns (MAIN, TAIL): 1152 is
-1024 + 128, not 2048. For rows too wide for that (WIDE) a separate kernel first computes the sums; the same kernels then
-process one block of columns at a time.
+A row is read once and stays in registers, in the forward as a wide and a narrow block of columns (MAIN, TAIL), 1152 as
+1024 + 128, and in the backward as chunks, 9 · 128: the next power of two would be 2048. For rows too wide for that
+(WIDE) a separate kernel first computes the sums; the same kernels then process one block of columns at a time.
 
 Statistics are computed in two steps: the mean m as a sum in fp32, then Σ(x - m) and Σ(x - m)². The first of these would
 be 0 if m were exact; it measures the rounding error of m, which matters where the mean is large compared with the
@@ -139,6 +139,12 @@ def layer_norm_forward_kernel(
         store_rows(y, y_offsets, valid, tail_columns, tail, WIDTH, TAIL_FULL)
 
 
+@triton.jit
+def extended(values, value):
+    """The tuple with one more value."""
+    return values + (value,)  # noqa: RUF005 (the compiler takes no stars)
+
+
 @triton.jit(do_not_specialize=["y_grad_stride", "x_stride", "residual_stride", "rows"])
 def layer_norm_backward_kernel(
     y_grad,  # (rows, WIDTH)
@@ -151,58 +157,96 @@ def layer_norm_backward_kernel(
     x_grad,  # (rows, WIDTH), contiguous; written, or None
     weight_partials,  # (programs, WIDTH) fp32; written, or None
     bias_partials,  # (programs, WIDTH) fp32; written, or None
+    residual_partials,  # (programs, WIDTH) fp32: sums of residual_grad; written, or None
     y_grad_stride,  # between rows, in UNIT elements
     x_stride,
     residual_stride,
     rows,
     WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a chunk
+    CHUNKS: tl.constexpr,  # of a row
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,  # how deep the loads of the loop are pipelined
 ):
-    # A program owns every num_programs-th tile of ROWS rows; if they are WIDE, BLOCK columns of them.
+    # A program owns every num_programs-th tile of ROWS rows; if they are WIDE, BLOCK columns of them. Sums over rows
+    # stay apart until the end: where warps have rows of their own, they add to them without the others.
     program = tl.program_id(0).to(tl.int64)
-    FULL: tl.constexpr = BLOCK == WIDTH
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    weight_sum = tl.zeros([BLOCK], tl.float32)
-    bias_sum = tl.zeros([BLOCK], tl.float32)
-    gamma = 1.0
-    if weight is not None:
-        gamma = load_parameter(weight, columns, WIDTH, FULL)
+    FULL: tl.constexpr = 0 if WIDE else WIDTH // BLOCK  # chunks that need no mask
+    nothing = tl.zeros([ROWS, BLOCK], tl.float32)
+    weight_sums = (nothing,) * CHUNKS
+    bias_sums = (nothing,) * CHUNKS
+    residual_sums = (nothing,) * CHUNKS
     for tile in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.arange(0, ROWS).to(tl.int64) + tile * ROWS
         valid = row < rows
         average = tl.load(mean + row, mask=valid, other=0.0)
         scale = tl.load(rstd + row, mask=valid, other=0.0)
-        dy = load_rows(y_grad, row * y_grad_stride * UNIT, valid, columns, WIDTH, FULL)
-        normed = load_rows(x, row * x_stride * UNIT, valid, columns, WIDTH, FULL)
-        normed = centre(normed, average, columns, WIDTH, FULL) * scale[:, None]
-        g = dy * gamma
+        dy = ()
+        g = ()
+        normed = ()
+        normed_sum = nothing
+        g_sum = nothing
+        product_sum = nothing
+        for chunk in tl.static_range(CHUNKS):
+            columns = (tl.program_id(1) + chunk) * BLOCK + tl.arange(0, BLOCK)
+            dy_chunk = load_rows(y_grad, row * y_grad_stride * UNIT, valid, columns, WIDTH, chunk < FULL)
+            centred = load_rows(x, row * x_stride * UNIT, valid, columns, WIDTH, chunk < FULL)
+            centred = centre(centred, average, columns, WIDTH, chunk < FULL) * scale[:, None]
+            g_chunk = dy_chunk
+            if weight is not None:  # loaded again for each row, from the cache: it would take registers
+                g_chunk = dy_chunk * load_rows(weight, row * 0, valid, columns, WIDTH, chunk < FULL)
+            normed_sum += centred
+            g_sum += g_chunk
+            product_sum += g_chunk * centred
+            dy = extended(dy, dy_chunk)
+            g = extended(g, g_chunk)
+            normed = extended(normed, centred)
         if WIDE:
             rest = tl.load(sums + row, mask=valid, other=0.0)
             g_average = tl.load(sums + rows.to(tl.int64) + row, mask=valid, other=0.0)
             projection = tl.load(sums + 2 * rows.to(tl.int64) + row, mask=valid, other=0.0)
         else:
-            rest = tl.sum(normed, 1) / WIDTH  # the stored mean's rounding error
-            g_average = tl.sum(g, 1) / WIDTH
-            projection = tl.sum(g * normed, 1) / WIDTH
+            rest = tl.sum(normed_sum, 1) / WIDTH  # the stored mean's rounding error
+            g_average = tl.sum(g_sum, 1) / WIDTH
+            projection = tl.sum(product_sum, 1) / WIDTH
         projection -= rest * g_average
-        normed -= rest[:, None]
+        new_weight_sums = ()
+        new_bias_sums = ()
+        new_residual_sums = ()
+        for chunk in tl.static_range(CHUNKS):
+            columns = (tl.program_id(1) + chunk) * BLOCK + tl.arange(0, BLOCK)
+            x_hat = normed[chunk] - rest[:, None]
+            if weight_partials is not None:
+                new_weight_sums = extended(new_weight_sums, weight_sums[chunk] + dy[chunk] * x_hat)
+            if bias_partials is not None:
+                new_bias_sums = extended(new_bias_sums, bias_sums[chunk] + dy[chunk])
+            if x_grad is not None:
+                dx = scale[:, None] * (g[chunk] - g_average[:, None] - x_hat * projection[:, None])
+                if residual_grad is not None:
+                    residual = load_rows(
+                        residual_grad, row * residual_stride * UNIT, valid, columns, WIDTH, chunk < FULL
+                    )
+                    dx += residual
+                    if residual_partials is not None:
+                        new_residual_sums = extended(new_residual_sums, residual_sums[chunk] + residual)
+                store_rows(x_grad, row * WIDTH, valid, columns, dx, WIDTH, chunk < FULL)
         if weight_partials is not None:
-            weight_sum += tl.sum(dy * normed, 0)
+            weight_sums = new_weight_sums
         if bias_partials is not None:
-            bias_sum += tl.sum(dy, 0)
-        if x_grad is not None:
-            dx = scale[:, None] * (g - g_average[:, None] - normed * projection[:, None])
-            if residual_grad is not None:
-                dx += load_rows(residual_grad, row * residual_stride * UNIT, valid, columns, WIDTH, FULL)
-            store_rows(x_grad, row * WIDTH, valid, columns, dx, WIDTH, FULL)
-    if weight_partials is not None:
-        tl.store(weight_partials + program * WIDTH + columns, weight_sum, mask=columns < WIDTH)
-    if bias_partials is not None:
-        tl.store(bias_partials + program * WIDTH + columns, bias_sum, mask=columns < WIDTH)
+            bias_sums = new_bias_sums
+        if residual_partials is not None:
+            residual_sums = new_residual_sums
+    for chunk in tl.static_range(CHUNKS):
+        columns = (tl.program_id(1) + chunk) * BLOCK + tl.arange(0, BLOCK)
+        partial = program * WIDTH + columns
+        if weight_partials is not None:
+            tl.store(weight_partials + partial, tl.sum(weight_sums[chunk], 0), mask=columns < WIDTH)
+        if bias_partials is not None:
+            tl.store(bias_partials + partial, tl.sum(bias_sums[chunk], 0), mask=columns < WIDTH)
+        if residual_partials is not None:
+            tl.store(residual_partials + partial, tl.sum(residual_sums[chunk], 0), mask=columns < WIDTH)
 
 
 @triton.jit
@@ -222,8 +266,10 @@ def sum_of_partials(
 def layer_norm_parameter_gradients_kernel(
     weight_partials,  # (programs, WIDTH) fp32, or None
     bias_partials,  # (programs, WIDTH) fp32, or None
+    residual_partials,  # (programs, WIDTH) fp32, or None
     weight_grad,  # (WIDTH,); written
     bias_grad,  # (WIDTH,); written
+    residual_sums,  # (WIDTH,); written
     programs,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -235,6 +281,8 @@ def layer_norm_parameter_gradients_kernel(
         sum_of_partials(weight_partials, weight_grad, programs, columns, WIDTH, ROWS, COLUMNS)
     if bias_partials is not None:
         sum_of_partials(bias_partials, bias_grad, programs, columns, WIDTH, ROWS, COLUMNS)
+    if residual_partials is not None:
+        sum_of_partials(residual_partials, residual_sums, programs, columns, WIDTH, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -355,10 +403,13 @@ def layer_norm_backward(
     needs_x: bool = True,
     needs_weight: bool = True,
     needs_bias: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_grad, weight_grad, bias_grad). y_grad, x, residual_grad: (rows, width); residual_grad is added to x_grad.
+    needs_residual_sums: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x_grad, weight_grad, bias_grad, residual_sums). y_grad, x, residual_grad: (rows, width).
 
-    x_grad has x's dtype, the others parameter_dtype, weight's unless given. One that is not needed is an empty tensor.
+    residual_grad is added to x_grad, and residual_sums are the sums of its columns, which are only made along with
+    x_grad. x_grad has x's dtype, weight_grad and bias_grad have parameter_dtype, weight's unless given, and
+    residual_sums are fp32. One that is not needed is an empty tensor.
     """
     rows, width = x.shape
     if parameter_dtype is None:
@@ -366,11 +417,14 @@ def layer_norm_backward(
     x_grad = torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device)
     weight_grad = torch.empty(width if needs_weight else 0, dtype=parameter_dtype, device=x.device)
     bias_grad = torch.empty(width if needs_bias else 0, dtype=parameter_dtype, device=x.device)
+    residual_sums = torch.empty(width if needs_residual_sums else 0, dtype=torch.float32, device=x.device)
     if rows == 0 or width == 0:
-        return x_grad, weight_grad.zero_(), bias_grad.zero_()
+        return x_grad, weight_grad.zero_(), bias_grad.zero_(), residual_sums.zero_()
     gpu = facts(x.device)
-    tile = backward_tile(width, rows, gpu.multiprocessors)
     loaded = (y_grad, x) if residual_grad is None else (y_grad, x, residual_grad)
+    strides = strides_of(*loaded)
+    tile = backward_tile(width, rows, gpu.multiprocessors, aligned=strides.unit > 1)
+    loaded_bytes = sum(matrix.element_size() for matrix in (*loaded, weight) if matrix is not None)
     wide = width > WIDEST_IN_REGISTERS
     sums = None
     if wide:
@@ -387,13 +441,12 @@ def layer_norm_backward(
             WIDTH=width,
             BLOCK=WIDE_BLOCK,
         )
-    programs = min(-(-rows // tile.rows), 3 * gpu.multiprocessors)  # resident at once; each processes many tiles
-    weight_partials, bias_partials = (
+    programs = min(-(-rows // tile.rows), tile.residents * gpu.multiprocessors)  # each processes many tiles
+    weight_partials, bias_partials, residual_partials = (
         torch.empty((programs, width), dtype=torch.float32, device=x.device) if needed else None
-        for needed in (needs_weight, needs_bias)
+        for needed in (needs_weight, needs_bias, needs_residual_sums)
     )
-    strides = strides_of(*loaded)
-    layer_norm_backward_kernel[(programs, -(-width // tile.main) if wide else 1)](
+    layer_norm_backward_kernel[(programs, -(-width // tile.block) if wide else 1)](
         y_grad=y_grad,
         x=x,
         weight=weight,
@@ -404,32 +457,34 @@ def layer_norm_backward(
         x_grad=x_grad if needs_x else None,
         weight_partials=weight_partials,
         bias_partials=bias_partials,
+        residual_partials=residual_partials,
         y_grad_stride=strides.values[0],
         x_stride=strides.values[1],
         residual_stride=0 if residual_grad is None else strides.values[2],
         rows=rows,
         WIDTH=width,
-        BLOCK=tile.main,
+        BLOCK=tile.block,
+        CHUNKS=tile.chunks,
         ROWS=tile.rows,
         UNIT=strides.unit,
         WIDE=wide,
-        STAGES=backward_stages(tile, sum(matrix.element_size() for matrix in loaded), gpu.shared_memory),
+        STAGES=backward_stages(tile, loaded_bytes, gpu.shared_memory),
         num_warps=tile.warps,
-        maxnreg=192
-        if tile.warps == 4
-        else 255,  # otherwise ptxas sometimes spills for the sake of one more resident program
+        maxnreg=tile.registers,
     )
-    if needs_weight or needs_bias:
+    if needs_weight or needs_bias or needs_residual_sums:
         columns = 1024 if interpreting() else 32  # the interpreter's time grows with the number of programs
         layer_norm_parameter_gradients_kernel[(-(-width // columns),)](
             weight_partials=weight_partials,
             bias_partials=bias_partials,
+            residual_partials=residual_partials,
             weight_grad=weight_grad,
             bias_grad=bias_grad,
+            residual_sums=residual_sums,
             programs=programs,
             WIDTH=width,
             ROWS=64,
             COLUMNS=columns,
             num_warps=4,
         )
-    return x_grad, weight_grad, bias_grad
+    return x_grad, weight_grad, bias_grad, residual_sums

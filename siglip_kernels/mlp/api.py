@@ -5,7 +5,8 @@ training keeps the pre-activation h alone. The epilogue of the first GEMM of the
 
     dh = (dy W₂) ∘ gelu'(h)    and    gelu(h), for dW₂ = dyᵀ gelu(h).
 
-pre_norm_mlp does not keep the normalised x either: its backward normalises x again.
+pre_norm_mlp does not keep the normalised x either: its backward normalises x again. The backward of the normalisation
+reads dy for the residual, and sums its columns for db₂.
 """
 
 from collections.abc import Callable, Sequence
@@ -274,17 +275,18 @@ def _pre_norm_mlp_backward(
 
     with on_device(x), torch.autocast(x.device.type, enabled=False):
         needs_normed = any(needs[:3])
-        normed_grad, fc1_grads, fc2_grads = _gradients(
+        sums_on_the_way = needs[0] and needs[6]  # db₂, in the backward of the normalisation
+        normed_grad, fc1_grads, (fc2_weight_grad, fc2_bias_grad) = _gradients(
             out_rows.to(pre_activation.dtype),
             normed,
             pre_activation,
             fc1_weight,
             fc2_weight,
-            (needs_normed, *needs[3:]),
+            (needs_normed, *needs[3:6], needs[6] and not sums_on_the_way),
         )
         x_grad, norm_weight_grad, norm_bias_grad = (rows.new_empty(0) for _ in range(3))
         if needs_normed:
-            x_grad, norm_weight_grad, norm_bias_grad = layer_norm_backward(
+            x_grad, norm_weight_grad, norm_bias_grad, out_sums = layer_norm_backward(
                 normed_grad,
                 rows,
                 norm_weight,
@@ -294,9 +296,12 @@ def _pre_norm_mlp_backward(
                 needs_x=needs[0],
                 needs_weight=needs[1],
                 needs_bias=needs[2],
+                needs_residual_sums=sums_on_the_way,
             )
+            if sums_on_the_way:
+                fc2_bias_grad = out_sums.to(pre_activation.dtype)
     x_grad = x_grad.view(x.shape) if needs[0] else x_grad
-    return x_grad, norm_weight_grad, norm_bias_grad, *fc1_grads, *fc2_grads
+    return x_grad, norm_weight_grad, norm_bias_grad, *fc1_grads, fc2_weight_grad, fc2_bias_grad
 
 
 @_pre_norm_mlp_backward.register_fake

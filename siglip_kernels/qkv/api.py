@@ -2,6 +2,8 @@
 
 Checkpoints hold three weights, so one launch reads three weights: each tile of columns belongs to one of them. The
 result is packed, (B, S, 3, H, D). Training keeps x and two numbers per row; the backward normalises x again.
+
+`pre_norm_attention` computes this first part of an encoder layer by the same two functions, `project` and `gradients`.
 """
 
 from collections.abc import Sequence
@@ -27,6 +29,74 @@ from siglip_kernels.gemm import cublas
 from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 
+def project(
+    rows: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rows: (rows, width). Returns (rows, 3 · H · D), and the rows' means and reciprocal deviations."""
+    from siglip_kernels.gemm.kernels import gemm
+    from siglip_kernels.layer_norm.kernels import layer_norm_forward
+
+    normed, mean, rstd = layer_norm_forward(
+        rows, norm_weight.contiguous(), norm_bias.contiguous(), eps, weights[0].dtype
+    )
+    return gemm(normed, list(weights), list(biases))[0], mean, rstd
+
+
+def gradients(
+    packed_grad: Tensor,
+    rows: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    mean: Tensor,
+    rstd: Tensor,
+    weights: Tensor | None,
+    needs_normed: Sequence[bool],
+    needs_weights: Sequence[bool],
+    residual_grad: Tensor | None = None,
+    needs_residual_sums: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, norm_weight and norm_bias, sums, and the gradients of the needed weights, concatenated.
+
+    packed_grad: (rows, 3, H · D). weights: all three, concatenated along their rows, where x's gradient or the norm's
+    is needed. residual_grad, sums: as in `layer_norm_backward`. What is not needed is an empty tensor.
+    """
+    from siglip_kernels.layer_norm.kernels import layer_norm_backward, layer_norm_forward
+
+    norm_weight = norm_weight.contiguous()
+    x_grad, norm_weight_grad, norm_bias_grad, residual_sums = (rows.new_empty(0) for _ in range(4))
+    if weights is not None:
+        x_grad, norm_weight_grad, norm_bias_grad, residual_sums = layer_norm_backward(
+            cublas.input_gradient(packed_grad.flatten(1), weights),
+            rows,
+            norm_weight,
+            mean,
+            rstd,
+            residual_grad,
+            needs_x=needs_normed[0],
+            needs_weight=needs_normed[1],
+            needs_bias=needs_normed[2],
+            needs_residual_sums=needs_residual_sums,
+        )
+    weight_grads = packed_grad.new_empty(0, rows.shape[1])
+    if any(needs_weights):
+        normed = layer_norm_forward(rows, norm_weight, norm_bias.contiguous(), eps, packed_grad.dtype)[0]
+        weight_grads = cublas.weight_gradient(some_parts(packed_grad, needs_weights), normed)
+    return x_grad, norm_weight_grad, norm_bias_grad, residual_sums, weight_grads
+
+
+def some_parts(parts: Tensor, needed: Sequence[bool]) -> Tensor:
+    """[rows, 3, n] -> [rows, needed · n]; a view if all are needed."""
+    if all(needed):
+        return parts.flatten(1)
+    return torch.cat([part for part, need in zip(parts.unbind(1), needed, strict=True) if need] or [parts[:, 0, :0]], 1)
+
+
 @torch.library.custom_op("siglip_kernels::pre_norm_qkv", mutates_args=())
 def _pre_norm_qkv(
     x: Tensor,
@@ -44,14 +114,9 @@ def _pre_norm_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The packed result (B, S, 3, H, D), and with keep the means and reciprocal deviations, else empty tensors."""
     require_kernels("pre_norm_qkv", "x", x)
-    from siglip_kernels.gemm.kernels import gemm
-    from siglip_kernels.layer_norm.kernels import layer_norm_forward
-
+    weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
     with on_device(x), torch.autocast(x.device.type, enabled=False):
-        normed, mean, rstd = layer_norm_forward(
-            as_rows(x), norm_weight.contiguous(), norm_bias.contiguous(), eps, q_weight.dtype
-        )
-        packed = gemm(normed, [q_weight, k_weight, v_weight], [q_bias, k_bias, v_bias])[0]
+        packed, mean, rstd = project(as_rows(x), norm_weight, norm_bias, eps, weights, biases)
     if not keep:
         mean, rstd = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
     return packed.view(_packed_shape(x, q_weight, num_heads)), mean, rstd
@@ -88,29 +153,12 @@ def _pre_norm_qkv_backward(
     weights: all three, concatenated along their rows, where x's gradient or the norm's is needed.
     """
     require_kernels("pre_norm_qkv", "x", x)
-    from siglip_kernels.layer_norm.kernels import layer_norm_backward, layer_norm_forward
-
-    rows = as_rows(x)
-    norm_weight = norm_weight.contiguous()
     parts = packed_grad.flatten(3).flatten(0, 1)  # [rows, 3, H · D]
-    x_grad, norm_weight_grad, norm_bias_grad = (rows.new_empty(0) for _ in range(3))
     with on_device(x), torch.autocast(x.device.type, enabled=False):
-        if weights is not None:
-            x_grad, norm_weight_grad, norm_bias_grad = layer_norm_backward(
-                cublas.input_gradient(parts.flatten(1), weights),
-                rows,
-                norm_weight,
-                mean,
-                rstd,
-                needs_x=needs_normed[0],
-                needs_weight=needs_normed[1],
-                needs_bias=needs_normed[2],
-            )
-        weight_grads = parts.new_empty(0, rows.shape[1])
-        if any(needs_weights):
-            normed = layer_norm_forward(rows, norm_weight, norm_bias.contiguous(), eps, parts.dtype)[0]
-            weight_grads = cublas.weight_gradient(_some_parts(parts, needs_weights), normed)
-        bias_grads = cublas.bias_gradient(_some_parts(parts, needs_biases))
+        x_grad, norm_weight_grad, norm_bias_grad, _, weight_grads = gradients(
+            parts, as_rows(x), norm_weight, norm_bias, eps, mean, rstd, weights, needs_normed, needs_weights
+        )
+        bias_grads = cublas.bias_gradient(some_parts(parts, needs_biases))
     return (
         x_grad.view(x.shape) if needs_normed[0] else x_grad,
         norm_weight_grad,
@@ -118,13 +166,6 @@ def _pre_norm_qkv_backward(
         weight_grads,
         bias_grads,
     )
-
-
-def _some_parts(parts: Tensor, needed: Sequence[bool]) -> Tensor:
-    """[rows, 3, n] -> [rows, needed · n]; a view if all are needed."""
-    if all(needed):
-        return parts.flatten(1)
-    return torch.cat([part for part, need in zip(parts.unbind(1), needed, strict=True) if need] or [parts[:, 0, :0]], 1)
 
 
 @_pre_norm_qkv_backward.register_fake
@@ -154,7 +195,7 @@ def _differentiate(ctx, packed_grad, *_):
     needs = ctx.needs_input_grad
     x, norm_weight, norm_bias, mean, rstd, *weights = ctx.saved_tensors
     needs_normed, needs_weights, needs_biases = needs[:3], needs[4:10:2], needs[5:10:2]
-    *gradients, weight_grads, bias_grads = _pre_norm_qkv_backward(
+    *normed_grads, weight_grads, bias_grads = _pre_norm_qkv_backward(
         packed_grad,
         x,
         norm_weight,
@@ -167,16 +208,24 @@ def _differentiate(ctx, packed_grad, *_):
         needs_weights,
         needs_biases,
     )
-    gradients = [gradient if need else None for gradient, need in zip(gradients, needs_normed, strict=True)]
+    normed_grads = [gradient if need else None for gradient, need in zip(normed_grads, needs_normed, strict=True)]
     part = packed_grad.shape[3] * packed_grad.shape[4]
     weight_parts, bias_parts = iter(weight_grads.split(part)), iter(bias_grads.split(part))
     projections = []
     for needs_weight, needs_bias in zip(needs_weights, needs_biases, strict=True):
         projections += [next(weight_parts) if needs_weight else None, next(bias_parts) if needs_bias else None]
-    return *gradients, None, *projections, None, None
+    return *normed_grads, None, *projections, None, None
 
 
 register_derivative("pre_norm_qkv", _pre_norm_qkv, _pre_norm_qkv_backward, _differentiate, _keep)
+
+
+def check_heads(operation: str, num_heads: int, rows: int) -> None:
+    """Heads that share the rows of the projections' weights."""
+    is_integer = isinstance(num_heads, int) and not isinstance(num_heads, bool)
+    if not is_integer or num_heads < 1 or rows % num_heads != 0:
+        got = f"is {given(num_heads)} while the weights have {rows} rows"
+        raise unsupported(operation, "num_heads", got, "positive divisors of the rows")
 
 
 def pre_norm_qkv(
@@ -212,10 +261,7 @@ def pre_norm_qkv(
     out = q_proj.weight.shape[0]
     check_projection("pre_norm_qkv", "k_", k_proj, (out, x.shape[-1]), x, dtype)
     check_projection("pre_norm_qkv", "v_", v_proj, (out, x.shape[-1]), x, dtype)
-    is_integer = isinstance(num_heads, int) and not isinstance(num_heads, bool)
-    if not is_integer or num_heads < 1 or out % num_heads != 0:
-        got = f"is {given(num_heads)} while the weights have {out} rows"
-        raise unsupported("pre_norm_qkv", "num_heads", got, "positive divisors of the rows")
+    check_heads("pre_norm_qkv", num_heads, out)
     refuse_transforms("pre_norm_qkv", x=x, norm=norm, q=q_proj, k=k_proj, v=v_proj)
     keep = wants_gradients(x, *norm, q_proj.weight, k_proj.weight, v_proj.weight)
     q, k, v = _pre_norm_qkv(x, *norm, eps, *q_proj, *k_proj, *v_proj, num_heads, keep)[0].unbind(2)

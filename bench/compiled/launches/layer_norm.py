@@ -6,7 +6,7 @@ import torch
 
 from bench.compiled.launch import NAMES, Launch
 
-PUBLISHED = "^bf16 46656 x (1152|9001)$"  # 9001: wider than published models, with kernels of its own
+PUBLISHED = "^bf16 46656 x (1152( residual)?|9001)$"  # 9001: wider than published models, with kernels of its own
 
 
 def launches() -> Iterator[Launch]:
@@ -14,12 +14,14 @@ def launches() -> Iterator[Launch]:
     for width in (768, 1024, 1152):
         yield _launch(64 * 729, width, torch.bfloat16)
     yield _launch(64 * 729, 1152, torch.bfloat16, residual=True)
+    yield _launch(64 * 729, 1151, torch.bfloat16, residual=True)
     yield _launch(64 * 729, 1152, torch.float32)
+    yield _launch(64 * 729, 1152, torch.float32, residual=True)
     yield _launch(64 * 729, 1152, torch.float16, torch.float32)
     yield _launch(729, 1152, torch.bfloat16)
     yield _launch(64, 768, torch.float16)
     yield _launch(64 * 729, 8192, torch.float32, residual=True)
-    for width in (17, 72, 4304, 8192, 9001, 20_000):
+    for width in (17, 72, 1000, 2048, 4304, 8192, 9001, 20_000):
         yield _launch(64 * 729, width, torch.bfloat16)
 
 
@@ -39,4 +41,4 @@ def _run(rows: int, width: int, dtype: torch.dtype, parameter_dtype: torch.dtype
     x = torch.empty(rows, width, dtype=dtype, device="meta")
     parameter = torch.empty(width, dtype=parameter_dtype, device="meta")
     _, mean, rstd = layer_norm_forward(x, parameter, parameter, 1e-6)
-    layer_norm_backward(x, x, parameter, mean, rstd, x if residual else None)
+    layer_norm_backward(x, x, parameter, mean, rstd, x if residual else None, needs_residual_sums=residual)

@@ -210,17 +210,22 @@ def test_parameters_in_fp32_beside_half_precision(dtype, device):
         assert (found.double() - true).norm() <= torch.finfo(found.dtype).eps * 2 * true.norm()
 
 
-@pytest.mark.parametrize("width", [80, 9001])
-def test_launchers_add_the_gradient_of_the_residual(width, device):
+@pytest.mark.parametrize("width", [80, 1000, 9001])
+def test_launchers_add_the_gradient_of_the_residual_and_sum_it(width, device):
     inputs, out_grad = random_inputs(5, width, torch.bfloat16, device)
     _, mean, rstd = layer_norm_forward(inputs["x"], inputs["weight"], inputs["bias"], 1e-6)
     assert mean.dtype == rstd.dtype == torch.float32 and mean.shape == rstd.shape == (5,)
     residual_grad = 100 * torch.randn(5, 2 * width, device=device).bfloat16()[:, width:]
-    x_grad, *parameters = layer_norm_backward(out_grad, inputs["x"], inputs["weight"], mean, rstd, residual_grad)
+    arguments = (out_grad, inputs["x"], inputs["weight"], mean, rstd, residual_grad)
+    x_grad, *parameters, sums = layer_norm_backward(*arguments, needs_residual_sums=True)
     exact = run(reference.layer_norm, inputs, out_grad, torch.float64)
     exact["x"] += residual_grad
     for found, name in zip((x_grad, *parameters), ("x", "weight", "bias"), strict=True):
         assert (found.double() - exact[name]).norm() <= 2**-8 * exact[name].norm()
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.double(), residual_grad.double().sum(0), rtol=1e-5, atol=1e-3)
+    *without, nothing = layer_norm_backward(*arguments)
+    assert nothing.numel() == 0 and all(map(torch.equal, without, (x_grad, *parameters)))
 
 
 def test_half_precision_can_be_normalised_into_fp32(device):
@@ -278,11 +283,17 @@ def _sparse_file(size: int) -> str:
 def test_tiles_fill_the_gpu_and_hold_each_row_once():
     for width in (1, 17, 64, 768, 1024, 1152, 4304, 8192):
         for rows in (1, 729, 46_656):
-            forward, backward = forward_tile(width, rows, 2, 132), backward_tile(width, rows, 132)
-            for tile in (forward, backward):
-                assert tile.main + tile.tail >= width
-                assert tile.rows == 1 or -(-rows // tile.rows) >= 264
+            forward = forward_tile(width, rows, 2, 132)
+            assert forward.main + forward.tail >= width
+            assert forward.rows == 1 or -(-rows // forward.rows) >= 264
+            for aligned in (True, False):
+                backward = backward_tile(width, rows, 132, aligned)
+                assert backward.block * backward.chunks >= width
+                assert backward.rows == 1 or backward.chunks > 1 or -(-rows // backward.rows) >= 264
     assert forward_tile(1152, 46_656, 2, 132).main == 1024
+    for width in (768, 1024, 1152):  # no column too many
+        backward = backward_tile(width, 46_656, 132, True)
+        assert backward.block * backward.chunks == width and backward.rows == backward.warps
 
 
 def test_operators_check(device):
