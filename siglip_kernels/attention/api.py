@@ -1,7 +1,7 @@
 """The attention op: validation, registration with PyTorch, autograd, and the public function.
 
 Two operators are registered, `siglip_kernels::attention` and `siglip_kernels::attention_backward`, each with a schema,
-an implementation that launches kernels, a fake for tracing, and a derivative. The first launch imports Triton.
+an implementation that launches kernels, a fake for tracing, and a derivative. dispatch.py chooses the kernels.
 """
 
 import torch
@@ -14,17 +14,32 @@ from siglip_kernels.arguments import (
     check_lengths,
     check_same_device,
     check_same_dtype,
-    unit_stride,
     wants_gradients,
 )
-from siglip_kernels.attention.config import is_short
-from siglip_kernels.device import hopper_kernels_enabled, on_device, require_kernels
+from siglip_kernels.attention.dispatch import kept_shape, launch_backward, launch_forward
+from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.errors import unsupported
 from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 _LARGEST_HEAD_DIM = 128
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _LARGEST_SCALE = 2.0**127  # times log2(e), it is still finite in fp32
+
+
+def check_head_dim(operation: str, argument: str, head_dim: int) -> None:
+    """A head dim for which there are kernels."""
+    if head_dim % 8 != 0 or not 8 <= head_dim <= _LARGEST_HEAD_DIM:
+        raise unsupported(operation, argument, f"has head dim {head_dim}", f"multiples of 8 up to {_LARGEST_HEAD_DIM}")
+
+
+def check_scale(operation: str, scale: float | None) -> None:
+    """None, or a number that is finite in fp32 as an exponent of two."""
+    if scale is None:
+        return
+    if not isinstance(scale, _NUMBERS):
+        raise unsupported(operation, "scale", f"is a {type(scale).__name__}", "numbers, int or float")
+    if not -_LARGEST_SCALE < scale < _LARGEST_SCALE:
+        raise unsupported(operation, "scale", f"is {scale}", "finite numbers, smaller than 2^127")
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None) -> None:
@@ -40,17 +55,9 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: fl
             if tensor.shape[axis] != q.shape[axis]:
                 got = f"has {what} {tensor.shape[axis]} while q has {q.shape[axis]}"
                 raise unsupported("attention", name, got, f"the same {what} in q, k and v")
-    if q.shape[3] % 8 != 0 or not 8 <= q.shape[3] <= _LARGEST_HEAD_DIM:
-        raise unsupported("attention", "q", f"has head dim {q.shape[3]}", f"multiples of 8 up to {_LARGEST_HEAD_DIM}")
-    if scale is not None and not isinstance(scale, _NUMBERS):
-        raise unsupported("attention", "scale", f"is a {type(scale).__name__}", "numbers, int or float")
-    if scale is not None and not -_LARGEST_SCALE < scale < _LARGEST_SCALE:
-        raise unsupported("attention", "scale", f"is {scale}", "finite numbers, smaller than 2^127")
+    check_head_dim("attention", "q", q.shape[3])
+    check_scale("attention", scale)
     check_lengths("attention", lengths, "q", q)
-
-
-def _scale(scale: float | None, head_dim: int) -> float:
-    return head_dim**-0.5 if scale is None else scale
 
 
 @torch.library.custom_op("siglip_kernels::attention", mutates_args=())
@@ -59,20 +66,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """out, and the log-sum-exp if the backward needs it, else an empty tensor."""
     require_kernels("attention", "q", q)
-    from siglip_kernels.attention.forward import attention_forward
-    from siglip_kernels.attention.short import attention_short_forward
-
-    scale = _scale(scale, q.shape[3])
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    lengths = None if lengths is None else lengths.contiguous()
     with on_device(q):
-        if is_short(q, k):
-            return attention_short_forward(q, k, v, lengths, scale), q.new_empty(0, dtype=torch.float32)
-        if hopper_kernels_enabled():
-            from siglip_kernels.attention.hopper import attention_forward_hopper
-
-            return attention_forward_hopper(q, k, v, lengths, scale, keep_for_backward)
-        return attention_forward(q, k, v, lengths, scale, keep_for_backward)
+        return launch_forward(q, k, v, lengths, scale, keep_for_backward)
 
 
 @torch.library.custom_op("siglip_kernels::attention_backward", mutates_args=())
@@ -90,28 +85,13 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; one that is not needed is an empty tensor."""
     require_kernels("attention", "q", q)
-    from siglip_kernels.attention.backward import attention_backward
-    from siglip_kernels.attention.short import attention_short_backward
-
-    scale = _scale(scale, q.shape[3])
-    q, k, v, out_grad = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(out_grad)
-    lengths = None if lengths is None else lengths.contiguous()
     with on_device(q):
-        if is_short(q, k):
-            return attention_short_backward(out_grad, q, k, v, lengths, scale, needs_q, needs_k_or_v)
-        if log_sum_exp.shape != (q.shape[0], q.shape[2], q.shape[1]):
-            raise unsupported("attention", "keep_for_backward", "was False", "True where gradients are required")
-        if hopper_kernels_enabled():
-            from siglip_kernels.attention.hopper import attention_backward_hopper
-
-            return attention_backward_hopper(out_grad, q, k, v, out, log_sum_exp, lengths, scale, needs_q, needs_k_or_v)
-        return attention_backward(out_grad, q, k, v, out, log_sum_exp, lengths, scale, needs_q, needs_k_or_v)
+        return launch_backward(out_grad, q, k, v, out, log_sum_exp, lengths, scale, needs_q, needs_k_or_v)
 
 
 @_attention.register_fake
 def _(q, k, v, lengths, scale, keep_for_backward):
-    kept = 0 if not keep_for_backward or is_short(q, k) else (q.shape[0], q.shape[2], q.shape[1])
-    return q.new_empty(q.shape), q.new_empty(kept, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(kept_shape(q, k, keep_for_backward), dtype=torch.float32)
 
 
 @_attention_backward.register_fake

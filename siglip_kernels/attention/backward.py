@@ -82,7 +82,7 @@ def attention_backward_queries_kernel(
     out_grad,  # (B, Sq, H, D)
     out,  # (B, Sq, H, D), contiguous
     log_sum_exp,  # (B, H, Sq) fp32, as the forward kernel keeps it
-    q_grad,  # (B, Sq, H, D), contiguous; written
+    q_grad,  # (B, Sq, H, D), contiguous, or if PACKED a part of (B, Sq, 3, H, D); written
     delta,  # (B, H, Sq) fp32, read for marked rows, written for the others. If EXACT: (B, H, 2, Sq), see exact_delta.py
     lengths,  # (B,) int32
     q_batch_stride,  # strides in UNIT elements
@@ -112,6 +112,7 @@ def attention_backward_queries_kernel(
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     SAME_STRIDE: tl.constexpr,  # of k and v: see forward.py
     HAS_LENGTHS: tl.constexpr,
+    PACKED: tl.constexpr,  # the gradients are parts of one tensor
     ONLY_DELTA: tl.constexpr,  # q_grad is not required
     EXACT: tl.constexpr,  # delta is exact for every row, and P is divided by its sum
     PRECISION: tl.constexpr,
@@ -131,6 +132,7 @@ def attention_backward_queries_kernel(
     out_grad += first_query.to(tl.int64) * out_grad_token_stride * UNIT
     contiguous = (batch * query_tokens + first_query) * heads * HEAD_DIM + head * HEAD_DIM
     row = heads * HEAD_DIM
+    PARTS: tl.constexpr = 3 if PACKED else 1
     k_step = k_token_stride.to(tl.int64) * UNIT
     v_step = v_token_stride.to(tl.int64) * UNIT
     if WIDE:
@@ -191,8 +193,8 @@ def attention_backward_queries_kernel(
             k += BLOCK_K * k_step
             v += BLOCK_K * v_step
         store_tile(
-            q_grad + contiguous,
-            queries * row,
+            q_grad + (batch * query_tokens + first_query) * heads * (HEAD_DIM * PARTS) + head * HEAD_DIM,
+            queries * (row * PARTS),
             first_query + queries < query_tokens,  # see attention_backward_keys_kernel
             q_grad_main * scale,
             q_grad_tail * scale,
@@ -210,8 +212,8 @@ def attention_backward_keys_kernel(
     out_grad,  # (B, Sq, H, D)
     log_sum_exp,  # (B, H, Sq) fp32
     delta,  # (B, H, Sq) fp32, or (B, H, 2, Sq), as the kernel above writes it
-    k_grad,  # (B, Sk, H, D), contiguous; written
-    v_grad,  # (B, Sk, H, D), contiguous; written
+    k_grad,  # (B, Sk, H, D), contiguous, or if PACKED a part of (B, Sk, 3, H, D); written
+    v_grad,  # as k_grad; written
     lengths,  # (B,) int32
     q_batch_stride,  # strides in UNIT elements
     q_token_stride,
@@ -239,6 +241,7 @@ def attention_backward_keys_kernel(
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     HAS_LENGTHS: tl.constexpr,
+    PACKED: tl.constexpr,  # the gradients are parts of one tensor
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -255,7 +258,7 @@ def attention_backward_keys_kernel(
     v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT + first_key.to(tl.int64) * v_token_stride * UNIT
     log_sum_exp += sequence.to(tl.int64) * query_tokens
     delta += sequence.to(tl.int64) * query_tokens * (2 if EXACT else 1)
-    row = heads * HEAD_DIM
+    row = heads * (HEAD_DIM * (3 if PACKED else 1))  # of k_grad and v_grad
     q_step = q_token_stride.to(tl.int64) * UNIT
     out_grad_step = out_grad_token_stride.to(tl.int64) * UNIT
     if WIDE:
@@ -320,10 +323,10 @@ def attention_backward_keys_kernel(
 
     # Padded keys were loaded as zeros, and their weights are meaningless: their gradients are set to zero.
     real = key_is_valid[:, None]
-    contiguous = (batch * key_tokens + first_key) * heads * HEAD_DIM + head * HEAD_DIM
+    first = (batch * key_tokens + first_key) * row + head * HEAD_DIM
     key_exists = first_key + keys < key_tokens  # not as above: a mask kept through the loop takes registers
     store_tile(
-        k_grad + contiguous,
+        k_grad + first,
         keys * row,
         key_exists,
         tl.where(real, k_grad_main * scale, 0.0),
@@ -333,7 +336,7 @@ def attention_backward_keys_kernel(
         TAIL,
     )
     store_tile(
-        v_grad + contiguous,
+        v_grad + first,
         keys * row,
         key_exists,
         tl.where(real, v_grad_main, 0.0),
@@ -342,6 +345,22 @@ def attention_backward_keys_kernel(
         MAIN,
         TAIL,
     )
+
+
+def gradients_to_write(
+    q: Tensor, k: Tensor, needs_q: bool, needs_k_or_v: bool, packed_grad: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, unwritten: parts of packed_grad, (B, S, 3, H, D), if given, else of their own.
+
+    One that is not needed is an empty tensor.
+    """
+    parts = (None,) * 3 if packed_grad is None else packed_grad.unbind(2)
+    needed = ((q, needs_q), (k, needs_k_or_v), (k, needs_k_or_v))
+    q_grad, k_grad, v_grad = (
+        part if part is not None and need else torch.empty(like.shape if need else 0, dtype=q.dtype, device=q.device)
+        for part, (like, need) in zip(parts, needed, strict=True)
+    )
+    return q_grad, k_grad, v_grad
 
 
 def attention_backward(
@@ -355,15 +374,16 @@ def attention_backward(
     scale: float,
     needs_q: bool,
     needs_k_or_v: bool,
+    packed_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the kernels. out_grad, q, k, v: unit stride along D. A gradient not needed is an empty tensor."""
+    """Launches the kernels. out_grad, q, k, v: unit stride along D. Returns what `gradients_to_write` says."""
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]
-    q_grad = torch.empty(q.shape if needs_q else 0, dtype=q.dtype, device=q.device)
-    k_grad, v_grad = (torch.empty(k.shape if needs_k_or_v else 0, dtype=q.dtype, device=q.device) for _ in range(2))
+    q_grad, k_grad, v_grad = gradients_to_write(q, k, needs_q, needs_k_or_v, packed_grad)
     if batch * heads == 0:
         return q_grad, k_grad, v_grad
     exact = q.dtype == torch.float32
+    parts = 1 if packed_grad is None else 3
     delta = torch.empty((batch, heads, 2 if exact else 1, query_tokens), dtype=torch.float32, device=q.device)
     main, tail = config.split_head_dim(head_dim)
     strides = strides_of(q, k, v, out_grad)
@@ -387,6 +407,7 @@ def attention_backward(
         TAIL=tail,
         UNIT=strides.unit,
         HAS_LENGTHS=lengths is not None,
+        PACKED=packed_grad is not None,
         EXACT=exact,
         PRECISION=precision(q.dtype),
         enable_fp_fusion=not exact,  # in fp32, products and sums are rounded separately
@@ -403,7 +424,7 @@ def attention_backward(
             query_tiles=query_tiles,
             BLOCK_Q=tile.queries,
             BLOCK_K=tile.keys,
-            WIDE=strides.wide or heads * head_dim * tile.queries >= 2**31,
+            WIDE=strides.wide or parts * heads * head_dim * tile.queries >= 2**31,
             SAME_STRIDE=k.stride(1) == v.stride(1),
             ONLY_DELTA=not needs_q,
             num_warps=tile.warps,
@@ -420,7 +441,7 @@ def attention_backward(
             key_tiles=key_tiles,
             BLOCK_Q=tile.queries,
             BLOCK_K=tile.keys,
-            WIDE=strides.wide or heads * head_dim * tile.keys >= 2**31,
+            WIDE=strides.wide or parts * heads * head_dim * tile.keys >= 2**31,
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,

@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip_kernels.attention import config
+from siglip_kernels.attention.backward import gradients_to_write
 from siglip_kernels.attention.forward import exponent_scale
 from siglip_kernels.attention.hopper_backward import (
     CONSUMERS,
@@ -219,6 +220,7 @@ def attention_backward_hopper(
     scale: float,
     needs_q: bool,
     needs_k_or_v: bool,
+    packed_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the kernels, with the contract of `backward.attention_backward` for fp16 and bf16.
 
@@ -227,8 +229,7 @@ def attention_backward_hopper(
     gpu = require_hopper(q)
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]
-    q_grad = torch.empty(q.shape if needs_q else 0, dtype=q.dtype, device=q.device)
-    k_grad, v_grad = (torch.empty(k.shape if needs_k_or_v else 0, dtype=q.dtype, device=q.device) for _ in range(2))
+    q_grad, k_grad, v_grad = gradients_to_write(q, k, needs_q, needs_k_or_v, packed_grad)
     if batch * heads == 0:
         return q_grad, k_grad, v_grad
     if query_tokens == 0 or key_tokens == 0:

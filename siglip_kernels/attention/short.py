@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip_kernels.attention import config
-from siglip_kernels.attention.backward import score_gradients
+from siglip_kernels.attention.backward import gradients_to_write, score_gradients
 from siglip_kernels.attention.forward import exponent_scale
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile, stride_names
 from siglip_kernels.device import facts, precision
@@ -123,9 +123,9 @@ def attention_short_backward_kernel(
     k,  # (B, Sk, H, D)
     v,  # (B, Sk, H, D)
     out_grad,  # (B, Sq, H, D)
-    q_grad,  # (B, Sq, H, D), contiguous; written
-    k_grad,  # (B, Sk, H, D), contiguous; written
-    v_grad,  # (B, Sk, H, D), contiguous; written
+    q_grad,  # (B, Sq, H, D), contiguous, or if PACKED a part of (B, Sq, 3, H, D); written
+    k_grad,  # (B, Sk, H, D), likewise; written
+    v_grad,  # (B, Sk, H, D), likewise; written
     lengths,  # (B,) int32
     q_batch_stride,  # strides in UNIT elements
     q_token_stride,
@@ -153,12 +153,13 @@ def attention_short_backward_kernel(
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     NEGATIVE_SCALE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    PACKED: tl.constexpr,  # the gradients are parts of one tensor
     NEEDS_Q: tl.constexpr,
     NEEDS_K_OR_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # A program owns every num_programs-th sequence.
-    row = heads * HEAD_DIM
+    row = heads * (HEAD_DIM * (3 if PACKED else 1))  # of the gradients
     if WIDE:
         q_token_stride = q_token_stride.to(tl.int64)
         k_token_stride = k_token_stride.to(tl.int64)
@@ -189,7 +190,7 @@ def attention_short_backward_kernel(
         weights *= normaliser[:, None]
         zeros_main = tl.zeros([BLOCK, MAIN], tl.float32)
         zeros_tail = tl.zeros([BLOCK, TAIL if TAIL > 0 else 16], tl.float32)
-        key_offset = (batch * key_tokens * heads + head) * HEAD_DIM
+        key_offset = batch * key_tokens * row + head * HEAD_DIM
         if NEEDS_K_OR_V:
             grad_main, grad_tail = accumulate(
                 tl.trans(narrow(weights, out_grad_main.dtype)),
@@ -205,7 +206,7 @@ def attention_short_backward_kernel(
         scores_grad = narrow(scores_grad, k_main.dtype)
         if NEEDS_Q:
             grad_main, grad_tail = accumulate(scores_grad, k_main, k_tail, zeros_main, zeros_tail, TAIL, PRECISION)
-            query_offset = (batch * query_tokens * heads + head) * HEAD_DIM
+            query_offset = batch * query_tokens * row + head * HEAD_DIM
             grad_main *= scale
             grad_tail *= scale
             store_tile(q_grad + query_offset, token * row, query_is_valid, grad_main, grad_tail, HEAD_DIM, MAIN, TAIL)
@@ -237,10 +238,10 @@ def attention_short_backward(
     scale: float,
     needs_q: bool,
     needs_k_or_v: bool,
+    packed_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the kernel. out_grad, q, k, v: unit stride along D. A gradient not needed is an empty tensor."""
-    q_grad = torch.empty(q.shape if needs_q else 0, dtype=q.dtype, device=q.device)
-    k_grad, v_grad = (torch.empty(k.shape if needs_k_or_v else 0, dtype=q.dtype, device=q.device) for _ in range(2))
+    """Launches the kernel. out_grad, q, k, v: unit stride along D. Returns what `gradients_to_write` says."""
+    q_grad, k_grad, v_grad = gradients_to_write(q, k, needs_q, needs_k_or_v, packed_grad)
     if q_grad.numel() + k_grad.numel() == 0:
         return q_grad, k_grad, v_grad
     tensors = {"q": q, "k": k, "v": v, "out_grad": out_grad}
@@ -251,6 +252,7 @@ def attention_short_backward(
         k_grad=k_grad,
         v_grad=v_grad,
         scale=scale,
+        PACKED=packed_grad is not None,
         NEEDS_Q=needs_q,
         NEEDS_K_OR_V=needs_k_or_v,
     )
@@ -285,7 +287,7 @@ def _launch(
         TAIL=tail,
         BLOCK=block,
         UNIT=strides.unit,
-        WIDE=strides.wide or heads * head_dim * block >= 2**31,
+        WIDE=strides.wide or 3 * heads * head_dim * block >= 2**31,  # three parts, if gradients are packed
         NEGATIVE_SCALE=scale < 0,
         HAS_LENGTHS=lengths is not None,
         PRECISION=precision(q.dtype),

@@ -24,12 +24,12 @@ def gradient_of(q, seed=7):
     return torch.randn(q.shape, generator=torch.Generator().manual_seed(seed)).to(q.dtype)
 
 
-def run(q, k, v, out_grad, seed=0, scale=None, lengths=None, needs_q=True, needs_k_or_v=True):
+def run(q, k, v, out_grad, seed=0, scale=None, lengths=None, needs_q=True, needs_k_or_v=True, packed_grad=None):
     scale = scale or q.shape[3] ** -0.5
     with on_hopper(seed):
         out, log_sum_exp = attention_forward_hopper(q, k, v, lengths, scale, True)
         return attention_backward_hopper(
-            out_grad, q, k, v, out, log_sum_exp, lengths, scale, needs_q, needs_k_or_v
+            out_grad, q, k, v, out, log_sum_exp, lengths, scale, needs_q, needs_k_or_v, packed_grad
         )  # fmt: skip
 
 
@@ -141,6 +141,16 @@ def test_packed_expanded_and_misaligned_tensors():
 @pytest.mark.parametrize("scale", [-0.3, 3.0])
 def test_scales(scale):
     check(*random_inputs(1, 70, 150, 1, 64), scale=scale)
+
+
+def test_gradients_are_parts_of_one_tensor():
+    """Bit for bit those of separate tensors."""
+    inputs = random_inputs(2, 70, 70, 2, 72)
+    out_grad, packed_grad = gradient_of(inputs[0]), torch.empty(2, 70, 3, 2, 72, dtype=inputs[0].dtype)
+    separate = run(*inputs, out_grad)
+    for part, given in zip(run(*inputs, out_grad, packed_grad=packed_grad), packed_grad.unbind(2), strict=True):
+        assert part.data_ptr() == given.data_ptr()
+    assert all(torch.equal(*pair) for pair in zip(packed_grad.unbind(2), separate, strict=True))
 
 
 def test_only_what_is_needed():

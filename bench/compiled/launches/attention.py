@@ -15,7 +15,10 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 def launches() -> Iterator[Launch]:
-    """Training on packed q, k and v: published shapes, then other head dims, fp16, padding, smaller tiles and fp32."""
+    """Training on packed q, k and v: published shapes, then other head dims, fp16, padding, smaller tiles and fp32.
+
+    Gradients are packed as well, except with padding.
+    """
     for tokens, head_dim in ((729, 72), (1024, 64), (64, 72), (64, 64)):
         yield from _training(tokens, head_dim, torch.bfloat16)
     for tokens in (729, 64):
@@ -124,12 +127,13 @@ def _backward(
 
     (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
     out = torch.empty(q.shape, device="meta", dtype=dtype)
+    packed_grad = None if padded else torch.empty(64, tokens, 3, 16, head_dim, device="meta", dtype=dtype)
     scale, needs_q, needs_k_or_v = head_dim**-0.5, "queries" in needs, "keys" in needs
     if not hopper and is_short(q, k):
-        return lambda: attention_short_backward(out, q, k, v, lengths, scale, needs_q, needs_k_or_v)
+        return lambda: attention_short_backward(out, q, k, v, lengths, scale, needs_q, needs_k_or_v, packed_grad)
     backward = attention_backward_hopper if hopper else attention_backward
     statistics = torch.empty(q.shape[0], q.shape[2], tokens, device="meta")
-    return lambda: backward(out, q, k, v, out, statistics, lengths, scale, needs_q, needs_k_or_v)
+    return lambda: backward(out, q, k, v, out, statistics, lengths, scale, needs_q, needs_k_or_v, packed_grad)
 
 
 def hopper_launches() -> Iterator[Launch]:
