@@ -29,7 +29,7 @@ ROUNDS, CALLS = 15, 40
 
 
 def operations(gradients: bool) -> dict[str, Callable[[], Any]]:
-    """The four operations of an encoder layer, and layer_norm, in bf16. gradients: whether the tensors require them."""
+    """The operations of an encoder layer and parts of them, in bf16. gradients: whether the tensors require them."""
 
     def tensor(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.bfloat16).requires_grad_(gradients)
@@ -40,6 +40,7 @@ def operations(gradients: bool) -> dict[str, Callable[[], Any]]:
     mlp = [tensor(*shape) for shape in ((HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,))]
     call: Callable[..., Any] = functools.partial  # a type checker would count starred arguments
     return {
+        "pre_norm_attention": call(siglip_kernels.pre_norm_attention, x, *norm, *projections, *projections[:2], HEADS),
         "pre_norm_qkv": call(siglip_kernels.pre_norm_qkv, x, *norm, *projections, HEADS),
         "attention": call(siglip_kernels.attention, *qkv),
         "linear": call(siglip_kernels.linear, x, *projections[:2], x),
@@ -95,7 +96,7 @@ def main() -> int:
         if arguments.json:
             print(json.dumps(row), flush=True)
         else:
-            print("{operation:14} {mode:10} {launches} launches {us:7.1f} us".format(**row), flush=True)
+            print("{operation:18} {mode:10} {launches} launches {us:7.1f} us".format(**row), flush=True)
     return 0
 
 

@@ -8,6 +8,7 @@ from siglip_kernels.layer_norm import layer_norm
 from siglip_kernels.linear import linear
 from siglip_kernels.mlp import mlp, pre_norm_mlp
 from siglip_kernels.patch_embed import patch_embed
+from siglip_kernels.pre_norm_attention import pre_norm_attention
 from siglip_kernels.qkv import pre_norm_qkv
 from siglip_kernels.sigmoid_loss import SigLipLoss, chunked_sigmoid_loss, plain_sigmoid_loss, sigmoid_loss
 
@@ -23,6 +24,7 @@ __all__ = [
     "mlp",
     "patch_embed",
     "plain_sigmoid_loss",
+    "pre_norm_attention",
     "pre_norm_mlp",
     "pre_norm_qkv",
     "reference",

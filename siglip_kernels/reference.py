@@ -116,6 +116,34 @@ def pre_norm_qkv(
     return q, k, v
 
 
+def pre_norm_attention(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """x + out_proj(attention(pre_norm_qkv(x))): the first half of an encoder layer.
+
+    x: (B, S, width); out_weight: (width, H · D); out_bias: (width,); the others as in `pre_norm_qkv` and `attention`.
+    """
+    q, k, v = pre_norm_qkv(
+        x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads
+    )
+    return linear(attention(q, k, v, scale=scale, lengths=lengths).flatten(2), out_weight, out_bias, x)
+
+
 def pre_norm_mlp(
     x: Tensor,
     norm_weight: Tensor,

@@ -35,6 +35,9 @@ class Backend:
 
     attention_mask: converts the caller's mask, (B, S) or (B, 1 or H, S, S), into keyword arguments of `attention`, once
         per forward.
+    pre_norm_attention: `pre_norm_qkv`, `attention` and `linear` as one operation, called instead of the three where
+        nothing is between them, with the keyword arguments of `attention`; None: it has none. A backend that replaces
+        `attention` replaces it as well, or sets it to None.
     returns_weights: whether output_attentions=True changes nothing in how attention is computed. Otherwise the
         reference computes it, with a warning.
     masks_sync: whether masked attention makes the host wait for the GPU, which a CUDA graph cannot capture.
@@ -50,6 +53,7 @@ class Backend:
     mlp: Operation
     layer_norm: Operation
     pre_norm_qkv: Operation
+    pre_norm_attention: Operation | None
     pre_norm_mlp: Operation
     attention_pool: Operation
     patch_embed: Operation
@@ -225,6 +229,7 @@ EAGER = Backend(
     mlp=reference.mlp,
     layer_norm=reference.layer_norm,
     pre_norm_qkv=reference.pre_norm_qkv,
+    pre_norm_attention=None,
     pre_norm_mlp=reference.pre_norm_mlp,
     attention_pool=reference.attention_pool,
     patch_embed=reference.patch_embed,
@@ -253,6 +258,7 @@ TRITON = Backend(
     mlp=siglip_kernels.mlp,
     layer_norm=siglip_kernels.layer_norm,
     pre_norm_qkv=siglip_kernels.pre_norm_qkv,
+    pre_norm_attention=siglip_kernels.pre_norm_attention,
     pre_norm_mlp=siglip_kernels.pre_norm_mlp,
     attention_pool=siglip_kernels.attention_pool,
     patch_embed=siglip_kernels.patch_embed,

@@ -84,7 +84,7 @@ class Attention(UsesBackend, nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The part of `forward` after the projections."""
         q, k, v = projected
-        if self.training and self.dropout:
+        if self.drops_weights():
             mask = {**mask, "dropout": self.dropout}
         weights = None
         if return_weights:
@@ -94,6 +94,10 @@ class Attention(UsesBackend, nn.Module):
         else:
             out = self.ops.attention(q, k, v, **mask)
         return apply_linear(self.ops, self.out_proj, out.flatten(-2), residual), weights
+
+    def drops_weights(self) -> bool:
+        """Whether dropout is applied to the attention weights."""
+        return bool(self.training and self.dropout)
 
     def has_fusable_weights(self) -> bool:
         """Whether a backend may compute queries, keys and values from their weights, as one operation."""
@@ -106,7 +110,7 @@ class Attention(UsesBackend, nn.Module):
 
 
 class EncoderLayer(UsesBackend, nn.Module):
-    """Four operations: LayerNorm and q, k, v; attention; projection and residual; LayerNorm, MLP and residual."""
+    """Two halves, each LayerNorm, attention or MLP, and residual; each is one operation where the backend has it."""
 
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
@@ -139,21 +143,13 @@ class EncoderLayer(UsesBackend, nn.Module):
             return x + out, weights
         if not (attention.ops is self.ops and attention.has_fusable_weights() and is_fusable(norm, nn.LayerNorm)):
             return attention(apply_layer_norm(self.ops, norm, x), mask, return_weights, residual=x)
-        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        projected = self.ops.pre_norm_qkv(
-            x,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            q.weight,
-            q.bias,
-            k.weight,
-            k.bias,
-            v.weight,
-            v.bias,
-            attention.num_heads,
-        )
-        return attention.attend(projected, mask, return_weights, residual=x)
+        q, k, v, out = attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj
+        parameters = (norm.weight, norm.bias, norm.eps, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
+        fused = self.ops.pre_norm_attention
+        if fused is None or return_weights or attention.drops_weights() or not is_fusable(out, nn.Linear):
+            projected = self.ops.pre_norm_qkv(x, *parameters, attention.num_heads)
+            return attention.attend(projected, mask, return_weights, residual=x)
+        return fused(x, *parameters, out.weight, out.bias, attention.num_heads, **mask), None
 
     def init_weights(self) -> None:
         self.layer_norm1.reset_parameters()

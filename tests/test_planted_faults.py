@@ -32,6 +32,7 @@ ATTENTION = "kernels/attention/test_attention.py"
 LINEAR, MLP = "kernels/linear/test_linear.py", "kernels/mlp/test_mlp.py"
 SMALL_BATCHES = "kernels/linear/test_linear_small_batches.py"
 LAYER_NORM = "kernels/layer_norm/test_layer_norm.py"
+PRE_NORM_ATTENTION = "kernels/pre_norm_attention/test_pre_norm_attention.py"
 PATCH_EMBED = "kernels/patch_embed/test_patch_embed.py"
 POOL = "kernels/attention_pool/test_attention_pool.py"
 LOSS = "kernels/sigmoid_loss/test_sigmoid_loss.py"
@@ -95,6 +96,10 @@ CONSTANTS = {
     ),
     "layer norm backward: sums of the residual": Planted(
         "layer_norm/kernels.py", "residual_sums[chunk] + residual", "residual_sums[chunk] + residual * 1.01", LAYER_NORM
+    ),
+    "pre-norm attention: gradient of the values' bias": Planted(
+        "pre_norm_attention/api.py", "out_weight.T.float(), sums", "out_weight.T.float(), sums * 1.01",
+        PRE_NORM_ATTENTION,
     ),
     "layer norm backward: projection": Planted(
         "layer_norm/kernels.py", "x_hat * projection[:, None])", "x_hat * projection[:, None] * 1.01)", LAYER_NORM

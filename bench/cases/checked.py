@@ -30,6 +30,10 @@ def _qkv(*sizes: tuple[int, int, int]) -> tuple[Shape, ...]:
     return tuple(shapes.QKVShape(f"m{m}-w{width}", m, width, heads) for m, width, heads in sizes)
 
 
+def _pre_norm_attention(*sizes: tuple[int, int, int, int]) -> tuple[Shape, ...]:
+    return tuple(shapes.PreNormAttentionShape(f"b{b}-s{s}-h{heads}-d{d}", b, s, heads, d) for b, s, heads, d in sizes)
+
+
 def _mlp(*sizes: tuple[int, int, int]) -> tuple[Shape, ...]:
     return tuple(shapes.MLPShape(f"m{m}-w{width}-h{hidden}", m, width, hidden) for m, width, hidden in sizes)
 
@@ -55,6 +59,7 @@ QUICK: dict[str, tuple[Shape, ...]] = {
     "attention": _attention((64, 729), (64, 72), heads=16) + _attention((729,), (64, 72), heads=16, peaked=10),
     "linear": _linear((729, 1152, 4304)),
     "pre_norm_qkv": _qkv((729, 1152, 16)),
+    "pre_norm_attention": _pre_norm_attention((2, 729, 16, 72)),
     "mlp": _mlp((729, 1152, 4304)),
     "pre_norm_mlp": _mlp((729, 1152, 4304)),
     "layer_norm": _norm((729, 1152)),
@@ -67,6 +72,7 @@ THOROUGH: dict[str, tuple[Shape, ...]] = {
     + _attention((65, 577, 1025), (64, 72, 128), peaked=25),
     "linear": _linear((1, 1152, 1152), (46_656, 1152, 1152), (257, 4304, 1152), (65, 768, 3072), (127, 72, 24)),
     "pre_norm_qkv": _qkv((1, 1152, 16), (513, 768, 12), (46_656, 1152, 16)),
+    "pre_norm_attention": _pre_norm_attention((3, 64, 16, 72), (2, 196, 12, 64), (1, 1025, 16, 64)),
     "mlp": _mlp((1, 1152, 4304), (513, 768, 3072), (65, 1024, 4096), (46_656, 1152, 4304)),
     "pre_norm_mlp": _mlp((1, 1152, 4304), (513, 768, 3072), (46_656, 1152, 4304)),
     "layer_norm": _norm((1, 768), (46_656, 1152), (1025, 1024), (333, 72)),
@@ -85,6 +91,7 @@ TINY: dict[str, tuple[Shape, ...]] = {
     "attention": _attention((65, 17), (72,), heads=2) + _attention((65,), (72,), heads=2, peaked=25),
     "linear": _linear((33, 72, 40)),
     "pre_norm_qkv": _qkv((33, 48, 2)),
+    "pre_norm_attention": _pre_norm_attention((2, 17, 2, 24)),
     "mlp": _mlp((33, 48, 72)),
     "pre_norm_mlp": _mlp((33, 48, 72)),
     "layer_norm": _norm((33, 72)),

@@ -185,6 +185,17 @@ def _qkv_inputs(shape: shapes.QKVShape, draw: Draw) -> Inputs:
     return Inputs(tensors, {"eps": 1e-6, "num_heads": shape.heads}, ("x",))
 
 
+@_drawing
+def _pre_norm_attention_inputs(shape: shapes.PreNormAttentionShape, draw: Draw) -> Inputs:
+    norm_weight, norm_bias = _norm_weights(shape.width, draw)
+    x = draw(shape.batch, shape.tokens, shape.width)
+    tensors = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name in ("q", "k", "v", "out"):
+        tensors[f"{name}_weight"] = _weight(draw, shape.width, shape.width)
+        tensors[f"{name}_bias"] = draw(shape.width)
+    return Inputs(tensors, {"eps": 1e-6, "num_heads": shape.heads}, ("x",))
+
+
 def _mlp_weights(shape: shapes.MLPShape, draw: Draw) -> dict[str, Tensor]:
     return {
         "fc1_weight": _weight(draw, shape.hidden, shape.width),
@@ -330,6 +341,13 @@ OPERATIONS = {
         Operation("attention", shapes.AttentionShape, _attention_inputs, _plain(reference.attention)),
         Operation("linear", shapes.LinearShape, _linear_inputs, _plain(reference.linear)),
         Operation("pre_norm_qkv", shapes.QKVShape, _qkv_inputs, _plain(reference.pre_norm_qkv), _TRAINED),
+        Operation(
+            "pre_norm_attention",
+            shapes.PreNormAttentionShape,
+            _pre_norm_attention_inputs,
+            _plain(reference.pre_norm_attention),
+            _TRAINED,
+        ),
         Operation("mlp", shapes.MLPShape, _mlp_inputs, _plain(reference.mlp), _TRAINED),
         Operation("pre_norm_mlp", shapes.MLPShape, _pre_norm_mlp_inputs, _plain(reference.pre_norm_mlp), _TRAINED),
         Operation("layer_norm", shapes.NormShape, _norm_inputs, _plain(reference.layer_norm)),

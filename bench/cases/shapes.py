@@ -140,6 +140,30 @@ class AttentionShape(Shape):
 
 
 @dataclass(frozen=True)
+class PreNormAttentionShape(AttentionShape):
+    """LayerNorm, the projections of q, k and v, attention, the output projection and the residual."""
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    def _projections(self) -> int:
+        return 8 * self.batch * self.tokens * self.width**2
+
+    def _forward_flops(self) -> int:
+        return self._projections() + super()._forward_flops()
+
+    def _backward_flops(self) -> int:
+        return 2 * self._projections() + super()._backward_flops()
+
+    def _forward_values(self) -> int:
+        return 2 * self._values() + 4 * self.width**2
+
+    def _backward_values(self) -> int:
+        return 3 * self._values() + 8 * self.width**2
+
+
+@dataclass(frozen=True)
 class LinearShape(Shape):
     rows: int
     inputs: int

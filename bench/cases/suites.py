@@ -21,6 +21,7 @@ from bench.cases.shapes import (
     NormShape,
     PatchShape,
     PoolShape,
+    PreNormAttentionShape,
     QKVShape,
     Shape,
     TrainShape,
@@ -128,6 +129,12 @@ def _qkv(model: str, batch: int, quick: bool = False) -> Case:
     tower = MODELS[model].vision
     shape = QKVShape(f"{model}-b{batch}", _rows(model, batch), tower.width, tower.heads)
     return Case("pre_norm_qkv", shape, quick)
+
+
+def _pre_norm_attention(model: str, batch: int, quick: bool = False) -> Case:
+    tower = MODELS[model].vision
+    shape = PreNormAttentionShape(f"{model}-b{batch}", batch, tower.tokens, tower.heads, tower.head_dim)
+    return Case("pre_norm_attention", shape, quick)
 
 
 def _mlp(operation: str, model: str, batch: int, quick: bool = False) -> Case:
@@ -271,6 +278,7 @@ SUITES = {
                 _linear("so400m-384", 64, "fc1", quick=True),
                 _linear("so400m-384", 64, "out", quick=True),
                 _qkv("so400m-384", 64, quick=True),
+                _pre_norm_attention("so400m-384", 64, quick=True),
                 _linear("so400m-384", 64, "fc2"),
                 _linear("so400m-384", 64, "qkv"),
                 _linear("base-224", 256, "out"),

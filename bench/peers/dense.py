@@ -16,7 +16,8 @@ from siglip_kernels import reference
 from siglip_kernels.attention_pool import folded_attention_pool
 
 _OPERATIONS = (
-    "linear", "pre_norm_qkv", "mlp", "pre_norm_mlp", "layer_norm", "attention_pool", "patch_embed",
+    "linear", "pre_norm_qkv", "pre_norm_attention", "mlp", "pre_norm_mlp", "layer_norm", "attention_pool",
+    "patch_embed",
 )  # fmt: skip
 
 

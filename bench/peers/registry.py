@@ -163,11 +163,13 @@ def require_hopper() -> None:
 def everyone() -> dict[tuple[str, str], Peer]:
     """Every entry by operation and name, this project's kernels first."""
     for operation in (
-        "attention", "linear", "pre_norm_qkv", "mlp", "pre_norm_mlp", "layer_norm", "attention_pool", "patch_embed",
-        "sigmoid_loss",
+        "attention", "linear", "pre_norm_qkv", "pre_norm_attention", "mlp", "pre_norm_mlp", "layer_norm",
+        "attention_pool", "patch_embed", "sigmoid_loss",
     ):  # fmt: skip
         peer(operation, "triton", package="triton", cuda=True)(_kernels(operation))
-    for operation in ("attention", "linear", "pre_norm_qkv", "mlp", "pre_norm_mlp", "sigmoid_loss"):
+    for operation in (
+        "attention", "linear", "pre_norm_qkv", "pre_norm_attention", "mlp", "pre_norm_mlp", "sigmoid_loss",
+    ):  # fmt: skip
         half = dict(cuda=True, dtypes=("fp16", "bf16"), note="this project's kernels for Hopper")
         peer(operation, "triton:hopper", package="triton", **half)(_hopper_kernels(operation))
     for module in MODULES:

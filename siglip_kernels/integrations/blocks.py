@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import siglip_kernels
 from siglip_kernels.fusable import has_ordinary_parameters, is_fusable, is_unhooked
+from siglip_kernels.integrations.key_padding import KeyPadding, attend
 from siglip_kernels.integrations.patching import (
     Accelerated,
     is_replaced,
@@ -85,12 +86,26 @@ def why_not_fusable_norm(path: str, norm: Any) -> list[str]:
     return [f"{path} ({type(norm).__name__}) has hooks or is not replaced, and is called normally"]
 
 
-def pre_norm_packed_qkv(
-    x: Tensor, norm: Any, weight: Tensor, bias: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """siglip_kernels.pre_norm_qkv with packed projections. weight: (3 · H · D, width); bias: (3 · H · D,)."""
-    (q, k, v), (q_bias, k_bias, v_bias) = weight.chunk(3), bias.chunk(3)
-    return siglip_kernels.pre_norm_qkv(x, norm.weight, norm.bias, norm.eps, q, q_bias, k, k_bias, v, v_bias, heads)
+def add_pre_norm_attention(
+    x: Tensor,
+    norm: Any,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    out: Any,
+    heads: int,
+    scale: float | None = None,
+    padding: KeyPadding | None = None,
+) -> Tensor:
+    """x + out(attention(q, k, v)) with the projections of norm(x), whose weights and biases are those of q, k and v."""
+    (q, k, v), (q_bias, k_bias, v_bias) = weights, biases
+    parameters = (norm.weight, norm.bias, norm.eps, q, q_bias, k, k_bias, v, v_bias)
+    fusable = is_fusable(out, *LINEARS) and runs(x, out.weight, out.bias)
+    if fusable and (padding is None or padding.order is None):
+        lengths = None if padding is None else padding.lengths.expand(x.shape[0])
+        return siglip_kernels.pre_norm_attention(
+            x, *parameters, out.weight, out.bias, heads, scale=scale, lengths=lengths
+        )
+    return add_linear(x, out, attend(siglip_kernels.pre_norm_qkv(x, *parameters, heads), scale, padding).flatten(2))
 
 
 def add_linear(x: Tensor, linear: Any, y: Tensor) -> Tensor:
@@ -143,6 +158,8 @@ def describe_pre_norm_attention(norm: Named, projections: Sequence[Named], out: 
     for projection in projections:
         before += why_not_fusable(*projection, nn.Linear)
     after = why_not_fusable(*out, *LINEARS)
+    if not before and not after:
+        return ("pre_norm_attention",), remarks
     projected = ("layer_norm",) * is_replaced(norm[1], LayerNorm) if before else ("pre_norm_qkv",)
     return (*projected, "attention", *(() if after else ("linear",))), (*before, *after, *remarks)
 

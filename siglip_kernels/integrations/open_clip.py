@@ -28,6 +28,7 @@ from siglip_kernels.integrations import timm as siglip_timm
 from siglip_kernels.integrations.blocks import (
     LayerNorm,
     add_linear,
+    add_pre_norm_attention,
     add_pre_norm_mlp,
     describe_called,
     describe_pre_norm_attention,
@@ -35,7 +36,6 @@ from siglip_kernels.integrations.blocks import (
     is_fusable_attention,
     is_fusable_norm,
     joined,
-    pre_norm_packed_qkv,
     takes_norm,
     why_not_head_dim,
 )
@@ -139,10 +139,9 @@ class ResidualAttentionBlock(Accelerated):
             return x + self.ls_1(self.attention(q_x=norm(x), attn_mask=attn_mask))
         weight, bias, heads = attention.in_proj_weight, attention.in_proj_bias, attention.num_heads
         if is_fusable_norm(norm, x):
-            q, k, v = pre_norm_packed_qkv(x, norm, weight, bias, heads)
-        else:
-            projected = siglip_kernels.linear(norm(x), weight, bias)
-            q, k, v = projected.unflatten(-1, (3, heads, attention.head_dim)).unbind(2)
+            return add_pre_norm_attention(x, norm, weight.chunk(3), bias.chunk(3), attention.out_proj, heads)
+        projected = siglip_kernels.linear(norm(x), weight, bias)
+        q, k, v = projected.unflatten(-1, (3, heads, attention.head_dim)).unbind(2)
         return add_linear(x, attention.out_proj, siglip_kernels.attention(q, k, v).flatten(2))
 
 

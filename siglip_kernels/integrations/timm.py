@@ -17,6 +17,7 @@ from siglip_kernels.fusable import is_fusable, is_unhooked
 from siglip_kernels.integrations.blocks import (
     LayerNorm,
     add_linear,
+    add_pre_norm_attention,
     add_pre_norm_mlp,
     describe_called,
     describe_pre_norm_attention,
@@ -25,7 +26,6 @@ from siglip_kernels.integrations.blocks import (
     is_fusable_norm,
     joined,
     mlp,
-    pre_norm_packed_qkv,
     why_not_fusable,
     why_not_head_dim,
     why_not_patches,
@@ -211,9 +211,9 @@ class Block(Accelerated):
             return x + self.drop_path1(self.ls1(attention(norm(x), **_masks(attn_mask, is_causal))))
         qkv, heads = attention.qkv, attention.num_heads
         if is_fusable_norm(norm, x) and is_fusable(qkv, nn.Linear) and runs(x, qkv.weight, qkv.bias):
-            q, k, v = pre_norm_packed_qkv(x, norm, qkv.weight, qkv.bias, heads)
-        else:
-            q, k, v = qkv(norm(x)).unflatten(-1, (3, heads, attention.head_dim)).unbind(2)
+            weights, biases = qkv.weight.chunk(3), qkv.bias.chunk(3)
+            return add_pre_norm_attention(x, norm, weights, biases, attention.proj, heads, attention.scale)
+        q, k, v = qkv(norm(x)).unflatten(-1, (3, heads, attention.head_dim)).unbind(2)
         return add_linear(x, attention.proj, siglip_kernels.attention(q, k, v, scale=attention.scale).flatten(2))
 
 

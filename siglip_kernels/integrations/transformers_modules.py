@@ -16,6 +16,7 @@ from siglip_kernels.fusable import is_fusable, is_unhooked
 from siglip_kernels.integrations.blocks import (
     LayerNorm,
     add_linear,
+    add_pre_norm_attention,
     add_pre_norm_mlp,
     describe_called,
     describe_pre_norm_attention,
@@ -180,7 +181,7 @@ def _named(module: Any, role: str, prefix: str = "") -> tuple[str, Any]:
 
 
 class EncoderLayer(Accelerated):
-    """Replaces SiglipEncoderLayer: four operations, or calls of modules that were replaced, wrapped or hooked."""
+    """Replaces SiglipEncoderLayer: two operations, or calls of modules that were replaced, wrapped or hooked."""
 
     returns_tuple = False  # True for transformers before 4.56
     positional = 0  # how many arguments its attention gets by position: hooks see the difference
@@ -238,21 +239,10 @@ class EncoderLayer(Accelerated):
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         fusable = is_fusable(q, nn.Linear) and is_fusable(k, nn.Linear) and is_fusable(v, nn.Linear)
         if fusable and is_fusable_norm(norm, x) and runs(x, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias):
-            projected = siglip_kernels.pre_norm_qkv(
-                x,
-                norm.weight,
-                norm.bias,
-                norm.eps,
-                q.weight,
-                q.bias,
-                k.weight,
-                k.bias,
-                v.weight,
-                v.bias,
-                q.weight.shape[0] // attention.head_dim,
-            )
-        else:
-            projected = attention.project(norm(x))
+            weights, biases, out = (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias), part(attention, "out")
+            heads = q.weight.shape[0] // attention.head_dim
+            return add_pre_norm_attention(x, norm, weights, biases, out, heads, attention_scale(attention), padding)
+        projected = attention.project(norm(x))
         return add_linear(x, part(attention, "out"), attend(projected, attention_scale(attention), padding).flatten(2))
 
 

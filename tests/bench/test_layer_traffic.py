@@ -69,6 +69,17 @@ def test_a_layer_grows_with_the_batch_and_names_its_operators():
     assert operators["pre_norm_mlp"] == 3 and operators["pre_norm_mlp_backward"] > 3
 
 
+def test_training_a_layer_of_so400m_stays_within_its_traffic():
+    """Each gradient of a half's result is read by two GEMMs and once more, where it is added to that of x."""
+    found = transfers(MODELS["so400m-384"].vision, 64)
+    assert total(found, "forward") <= 3.2e9
+    assert total(found, "backward") <= 7.0e9
+    assert {one.name for one in found if one.operator == "autograd"} == {"cat"}  # of weights
+    marked = [one for one in found if one.perhaps]
+    assert [one.name for one in marked] == ["attention_backward_delta_kernel"]
+    assert marked[0].read + marked[0].written < 0.01e9 < marked[0].perhaps < 0.6e9
+
+
 def test_the_command_prints_the_rows_and_their_sums(monkeypatch, capsys):
     command = ["layer_traffic", "--model", "base-224", "--batch", "8"]
     monkeypatch.setattr("sys.argv", [*command, "--json"])

@@ -125,7 +125,7 @@ def test_lora(first):
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(pixels).pooler_output, peer.outputs["pooled"], atol=1e-5, rtol=1e-4)
     report = accelerate(merged)
-    assert any(entry.operations[:1] == ("pre_norm_qkv",) for entry in report.replaced)
+    assert any(entry.operations[:1] == ("pre_norm_attention",) for entry in report.replaced)
 
 
 def test_quantised_and_parametrised_linears_are_called():

@@ -60,8 +60,8 @@ def operations(report, path):
     return next(entry.operations for entry in report.replaced if entry.path == path)
 
 
-FUSED = ("pre_norm_qkv", "attention", "linear", "pre_norm_mlp")
-EXACT_GELU = ("pre_norm_qkv", "attention", "linear", "layer_norm")
+FUSED = ("pre_norm_attention", "pre_norm_mlp")
+EXACT_GELU = ("pre_norm_attention", "layer_norm")
 
 
 @pytest.mark.parametrize(("config", "expected"), [(SO400M, EXACT_GELU), (BASE, EXACT_GELU), (SIGLIP2, FUSED)])

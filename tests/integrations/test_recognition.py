@@ -91,7 +91,7 @@ def check(tower):
 def test_a_class_of_ones_own_is_served():
     report = check(Tower())
     operations = {entry.path: entry.operations for entry in report.replaced}
-    assert operations["layers.1"] == ("pre_norm_qkv", "attention", "linear", "pre_norm_mlp")
+    assert operations["layers.1"] == ("pre_norm_attention", "pre_norm_mlp")
     assert operations["layers.1.attn"] == ("attention",) and operations["layers.1.mlp"] == ("mlp",)
     assert report.left == () and read_layer(Layer()) == ([], 2)
 

@@ -41,7 +41,7 @@ def test_so400m_with_its_attention_pool(dtype):
     model = tower("vit_so400m_patch14_siglip_384", 72, depth=2, patch=14, act_layer="gelu_tanh").to(dtype)
     report = check(model, side=56, budget=True)
     assert report.left == ()
-    assert operations(report, "blocks.1") == ("pre_norm_qkv", "attention", "linear", "pre_norm_mlp")
+    assert operations(report, "blocks.1") == ("pre_norm_attention", "pre_norm_mlp")
     assert operations(report, "attn_pool") == ("attention_pool", "pre_norm_mlp")
     assert operations(report, "patch_embed") == ("patch_embed",)
     assert operations(report, "norm") == ("layer_norm",)
@@ -49,7 +49,7 @@ def test_so400m_with_its_attention_pool(dtype):
 
 def test_the_exact_gelu_stays_exact():
     report = check(tower(head_dim=64, num_classes=5), budget=True)
-    assert operations(report, "blocks.0") == ("pre_norm_qkv", "attention", "linear", "layer_norm")
+    assert operations(report, "blocks.0") == ("pre_norm_attention", "layer_norm")
     assert "GELU(approximate='none')" in str(report)
 
 

@@ -19,7 +19,7 @@ from siglip_kernels.integrations.transformers import accelerate, restore
 WIDTH, SIDE, PATCH = 48, 16, 4  # three heads of 16, or two of 24; four by four patches
 SHAPE = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=3)
 IMAGES = dict(image_size=SIDE, patch_size=PATCH)
-FUSED = ("pre_norm_qkv", "attention", "linear", "pre_norm_mlp")
+FUSED = ("pre_norm_attention", "pre_norm_mlp")
 
 
 def pixels(*shape):
@@ -134,7 +134,7 @@ def video_llama_3():
     return vision(VideoLlama3VisionModel, config, pixel_values=patches, grid_thw=grid, merge_sizes=merge)
 
 
-CALLED_MLP = ("pre_norm_qkv", "attention", "linear", "layer_norm")
+CALLED_MLP = ("pre_norm_attention", "layer_norm")
 PARTS = dict(LayerNorm=("layer_norm",))
 PACKED, ROTARY = "needs cu_seqlens (packed sequences)", "position_embeddings (rotary positions)"
 GATED = "also has gate_proj"

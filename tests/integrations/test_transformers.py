@@ -42,7 +42,7 @@ def operations(report, path):
     return next(entry.operations for entry in report.replaced if entry.path == path)
 
 
-LAYER = ("pre_norm_qkv", "attention", "linear", "pre_norm_mlp")
+LAYER = ("pre_norm_attention", "pre_norm_mlp")
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(72, torch.float32), (64, torch.float32), (72, torch.bfloat16)])
@@ -56,9 +56,7 @@ def test_siglip(head_dim, dtype):
     assert operations(report, "") == ("sigmoid_loss",)
     assert operations(report, "text_model.final_layer_norm") == ("layer_norm",)
     shown = str(report)
-    assert (
-        "vision_model.encoder.layers.0-1 (SiglipEncoderLayer): pre_norm_qkv, attention, linear, pre_norm_mlp" in shown
-    )
+    assert "vision_model.encoder.layers.0-1 (SiglipEncoderLayer): pre_norm_attention, pre_norm_mlp" in shown
 
 
 def test_siglip2_with_padded_patches():

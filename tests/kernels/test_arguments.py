@@ -41,6 +41,19 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
         "v_weight": (16, 16),
         "v_bias": (16,),
     },
+    "pre_norm_attention": {
+        "x": (2, 3, 16),
+        "norm_weight": (16,),
+        "norm_bias": (16,),
+        "q_weight": (16, 16),
+        "q_bias": (16,),
+        "k_weight": (16, 16),
+        "k_bias": (16,),
+        "v_weight": (16, 16),
+        "v_bias": (16,),
+        "out_weight": (16, 16),
+        "out_bias": (16,),
+    },
     "attention": {"q": (2, 3, 2, 8), "k": (2, 5, 2, 8), "v": (2, 5, 2, 8)},
     "attention_pool": {
         "x": (2, 3, 16),
@@ -57,6 +70,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 OPTIONS: dict[str, dict[str, object]] = {
     "pre_norm_mlp": {"eps": 1e-6},
     "pre_norm_qkv": {"eps": 1e-6, "num_heads": 2},
+    "pre_norm_attention": {"eps": 1e-6, "num_heads": 2},
     "attention_pool": {"num_heads": 2},
 }
 ARGUMENTS = [(operation, argument) for operation, shapes in SHAPES.items() for argument in shapes]

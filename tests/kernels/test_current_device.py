@@ -104,6 +104,11 @@ def pre_norm_qkv() -> Tensor:
     return q + k + v
 
 
+def pre_norm_attention(tokens: int) -> Tensor:
+    projections = [tensor(*shape) for _ in "qkvo" for shape in ((64, 64), (64,))]
+    return siglip_kernels.pre_norm_attention(tensor(2, tokens, 64), tensor(64), tensor(64), 1e-6, *projections, 1)
+
+
 def attention_pool() -> Tensor:
     parameters = (tensor(1, 1, 64), tensor(192, 64), tensor(192), tensor(64, 64), tensor(64))
     return siglip_kernels.attention_pool(tensor(2, 300, 64), *parameters, 1)
@@ -146,6 +151,8 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "layer_norm of wide rows": lambda: layer_norm(2**17),
     "pre_norm_mlp": pre_norm_mlp,
     "pre_norm_qkv": pre_norm_qkv,
+    "pre_norm_attention": lambda: pre_norm_attention(100),
+    "pre_norm_attention of few tokens": lambda: pre_norm_attention(16),
     "attention_pool": attention_pool,
     "patch_embed": patch_embed,
     "sigmoid_loss": sigmoid_loss,

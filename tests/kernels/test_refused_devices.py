@@ -29,7 +29,7 @@ PLACEHOLDERS = {"int": 1, "float": 1.0, "bool": True, "SymInt": 1, "str": "trito
 
 def test_every_operation_is_an_operator():
     operations = {"attention", "attention_pool", "layer_norm", "linear", "mlp", "patch_embed", "sigmoid_loss"}
-    assert OPERATORS.keys() >= operations | {"pre_norm_mlp", "pre_norm_qkv"}
+    assert OPERATORS.keys() >= operations | {"pre_norm_attention", "pre_norm_mlp", "pre_norm_qkv"}
 
 
 @pytest.mark.parametrize("machine", MACHINES)

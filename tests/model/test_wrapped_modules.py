@@ -1,4 +1,4 @@
-"""Wrapped, replaced or hooked modules are called under every backend; otherwise a layer is four operations."""
+"""Wrapped, replaced or hooked modules are called under every backend; otherwise a layer is two operations, or four."""
 
 import copy
 from collections.abc import Callable
@@ -351,20 +351,30 @@ def counting(ops: backends.Backend, calls: list[str]) -> backends.Backend:
 
         return call
 
-    names = [field.name for field in fields(ops) if field.type == "Operation"]
-    return backends.replace(ops, **{name: counted(name, getattr(ops, name)) for name in names})
+    names = [field.name for field in fields(ops) if field.type.startswith("Operation")]
+    present = {name: getattr(ops, name) for name in names if getattr(ops, name) is not None}
+    return backends.replace(ops, **{name: counted(name, operation) for name, operation in present.items()})
 
 
-def test_a_layer_is_four_operations() -> None:
+PARTS = ["pre_norm_qkv", "attention", "linear"]
+
+
+@pytest.mark.parametrize(("backend", "first_half"), [("sdpa", PARTS), ("triton", ["pre_norm_attention"])])
+def test_a_half_of_a_layer_is_one_operation_where_the_backend_has_it(backend: str, first_half: list[str]) -> None:
     calls: list[str] = []
-    project = model("sdpa").vision_model
+    project = model(backend).vision_model
     ops = counting(project._backend, calls)
     for module in project.modules():
         if hasattr(module, "ops"):
             module.ops = ops
     project(torch.randn(1, 3, 48, 48, device=DEVICE))
-    layer = ["pre_norm_qkv", "attention", "linear", "pre_norm_mlp"]
+    layer = [*first_half, "pre_norm_mlp"]
     assert calls == ["patch_embed", *layer, "layer_norm", "attention_pool", "pre_norm_mlp"]
+    calls.clear()
+    hook = project.encoder.layers[0].self_attn.out_proj.register_forward_hook(lambda *_: None)
+    project.encoder.layers[0](torch.randn(1, 9, 64, device=DEVICE), {})
+    assert calls == [*PARTS[:2], "pre_norm_mlp"]
+    hook.remove()
     calls.clear()
     project.encoder.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: None)
     project.encoder.layers[0].mlp.fc1.register_forward_hook(lambda *_: None)

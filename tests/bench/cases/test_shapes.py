@@ -17,6 +17,7 @@ from bench.cases.shapes import (
     NormShape,
     PatchShape,
     PoolShape,
+    PreNormAttentionShape,
     QKVShape,
     TrainShape,
     parse,
@@ -71,6 +72,11 @@ def test_small_shapes_by_hand():
     assert LinearShape("", 2, 3, 5).bytes("bwd", 4) == 4 * (10 + 6 + 15 + 6 + 15)
     assert MLPShape("", 2, 3, 5).flops("fwd") == 2 * (2 * 2 * 3 * 5)
     assert QKVShape("", 2, 4, 2).flops("fwd") == 3 * (2 * 2 * 4 * 4)
+    # the four projections, then scores and values; in the backward the projections twice and five products of attention
+    half = PreNormAttentionShape("", batch=2, tokens=3, heads=2, head_dim=4)
+    assert half.flops("fwd") == 4 * (2 * 2 * 3 * 8 * 8) + 2 * (2 * 2 * 2 * 3 * 3 * 4)
+    assert half.flops("bwd") == 8 * (2 * 2 * 3 * 8 * 8) + 5 * (2 * 2 * 2 * 3 * 3 * 4)
+    assert half.bytes("fwd+bwd", 2) == 2 * (5 * 2 * 3 * 8 + 12 * 8 * 8)
     assert NormShape("", 2, 3).bytes("fwd", 4) == 4 * 12
     assert NormShape("", 2, 3).bytes("bwd", 4) == 4 * 18
     assert PatchShape("", 2, 28, 14, 5).tokens == 4

@@ -5,7 +5,16 @@ import torch
 from bench_helpers import PROBE, ROOFLINE, SHAPE, contender, setting
 
 from bench.cases.operations import OPERATIONS
-from bench.cases.shapes import LinearShape, LossShape, MLPShape, NormShape, PatchShape, PoolShape, QKVShape
+from bench.cases.shapes import (
+    LinearShape,
+    LossShape,
+    MLPShape,
+    NormShape,
+    PatchShape,
+    PoolShape,
+    PreNormAttentionShape,
+    QKVShape,
+)
 from bench.measure.measure import Plan, measure
 from bench.measure.roofline import RooflineProbe
 from bench.measure.timing import Timing
@@ -155,6 +164,7 @@ SMALL = {
     "attention": SHAPE,
     "linear": LinearShape("tiny", 5, 8, 6, True),
     "pre_norm_qkv": QKVShape("tiny", 5, 8, 2),
+    "pre_norm_attention": PreNormAttentionShape("tiny", 2, 5, 2, 8),
     "mlp": MLPShape("tiny", 5, 8, 12),
     "pre_norm_mlp": MLPShape("tiny", 5, 8, 12),
     "layer_norm": NormShape("tiny", 5, 8),
