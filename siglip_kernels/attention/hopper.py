@@ -10,6 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip_kernels.attention import config
 from siglip_kernels.attention.backward import gradients_to_write
+from siglip_kernels.attention.exact_delta import exact_delta
 from siglip_kernels.attention.forward import exponent_scale
 from siglip_kernels.attention.hopper_backward import (
     CONSUMERS,
@@ -238,6 +239,8 @@ def attention_backward_hopper(
     statistics_row = -(-query_tokens // 4) * 4
     statistics = torch.empty((batch * heads, 2, statistics_row), dtype=torch.float32, device=q.device)
     q, k, v, out_grad = readable_by_tma(q), readable_by_tma(k), readable_by_tma(v), readable_by_tma(out_grad)
+    delta = torch.empty((batch, heads, query_tokens), dtype=torch.float32, device=q.device)
+    exact_delta(out_grad, q, k, v, out, log_sum_exp, delta, lengths, scale)
     rows = CONSUMERS.value * ROWS.value
     same_in_both: dict[str, Any] = dict(
         lengths=lengths,
@@ -257,6 +260,7 @@ def attention_backward_hopper(
         **boxes(chosen.columns, k=k, v=v),
         **same_in_both,
         log_sum_exp=log_sum_exp,
+        exact_delta=delta,
         statistics=statistics,
         query_tiles=query_tiles,
         tiles=tiles,

@@ -2,10 +2,12 @@
 
 Programs of one kernel own queries and compute dQ and delta, programs of the other own keys and compute dK and dV, so
 that atomics are not needed. In both, a producer loads by TMA and two consumers own ROWS rows each; a consumer's
-exponentials run beneath its own second product, and all its other work beneath the other consumer's products. The
-first kernel writes the log-sum-exp and delta of a head as two rows, which the second loads with each tile of queries.
-There each consumer keeps its tile of keys, and of values up to head dim 80, in registers, as left operands: read from
-shared memory in every step, these would make that the bound.
+exponentials run beneath its own second product, and all its other work beneath the other consumer's products.
+
+The first kernel writes the log-sum-exp and delta of a head as two rows, which the second loads with each tile of
+queries. Rows that the forward marks have their delta from the portable kernel of exact_delta.py, launched before. In
+the second kernel a consumer keeps its tile of keys, and of values up to head dim 80, in registers, as left operands:
+read from shared memory in every step, these would make that the bound.
 
 As in the forward, the first step over the keys takes the last ones, in a box that ends with the last valid key. Where
 keys are rows, an invalid key affects its own row only, whose gradients are set to zero. Beyond the last query, tiles
@@ -29,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from siglip_kernels.attention.backward import score_gradients as portable_score_gradients
+from siglip_kernels.attention.forward import is_marked as portable_is_marked
 from siglip_kernels.attention.hopper_forward import (
     ROWS,
     allocate,
@@ -50,8 +53,9 @@ from siglip_kernels.tma import async_load
 CONSUMERS = gl.constexpr(2)
 
 
-# The portable kernels' function, from the same source.
+# The portable kernels' functions, from the same source.
 score_gradients = gluon.jit(portable_score_gradients.fn)
+is_marked = gluon.jit(portable_is_marked.fn)
 
 
 @gluon.jit
@@ -155,13 +159,14 @@ def row_products(a, b):
 
 @gluon.jit
 def own_queries(
-    CONSUMER: gl.constexpr, q_grad_tensors, shared, barriers, numbers, log_sum_exp, statistics, lengths,
+    CONSUMER: gl.constexpr, q_grad_tensors, shared, barriers, numbers, of_rows, lengths,
     ONLY_DELTA: gl.constexpr,
 ):  # fmt: skip
     """A consumer of ROWS queries of each tile."""
     q_tiles, out_grad_tiles, out_tiles, k_stages, v_stages, staging = shared
     q_full, q_empty, grad_full, grad_empty, out_full, out_empty, k_full, k_empty, v_full, v_empty = barriers
     heads, query_tokens, key_tokens, query_tiles, tiles, statistics_row, scale, exponent_scale = numbers
+    log_sum_exp, exact_delta, statistics = of_rows
     SLOTS: gl.constexpr = q_tiles[0].shape[0] // CONSUMERS
     STAGES: gl.constexpr = k_stages[0].shape[0]
     KEYS: gl.constexpr = k_stages[0].shape[2]
@@ -179,8 +184,9 @@ def own_queries(
         out_grad = tile_of(out_grad_tiles, mine)
         tokens = row + gl.arange(0, ROWS, row_layout)
         exists = tokens < query_tokens
-        kept = log_sum_exp + sequence.to(gl.int64) * query_tokens
-        row_log_sum_exp = gl.load(kept + tokens, mask=exists, other=float("inf"))
+        read = sequence.to(gl.int64) * query_tokens + tokens
+        row_log_sum_exp = gl.load(log_sum_exp + read, mask=exists, other=float("inf"))
+        marked = exists & (is_marked(row_log_sum_exp) == 1)
         written = statistics + sequence.to(gl.int64) * 2 * statistics_row
         gl.store(written + tokens, row_log_sum_exp, mask=exists)
 
@@ -191,6 +197,7 @@ def own_queries(
         if len(out) == 2:
             row_delta += gl.convert_layout(row_products(out[1], out_grad[1]), row_layout)
         mbarrier.arrive(out_empty.index(mine), count=1)
+        row_delta = gl.load(exact_delta + read, mask=marked, other=row_delta)
         gl.store(written + statistics_row + tokens, row_delta, mask=exists)
 
         if not ONLY_DELTA:
@@ -235,6 +242,7 @@ def attention_backward_queries_hopper_kernel(
     q_grad_main,  # of (B, Sq, H, D), boxes of ROWS tokens; written unless ONLY_DELTA
     q_grad_tail,
     log_sum_exp,  # (B, H, Sq) fp32, as the forward kernel keeps it
+    exact_delta,  # (B, H, Sq) fp32, of the rows that the forward marks
     statistics,  # (B · H, 2, statistics_row) fp32; written: log-sum-exp and delta, as the kernel below reads them
     lengths,  # (B,) int32, or None
     heads,
@@ -272,10 +280,11 @@ def attention_backward_queries_hopper_kernel(
     barriers = (q_full, q_empty, grad_full, grad_empty, out_full, out_empty, k_full, k_empty, v_full, v_empty)
     numbers = (heads, query_tokens, key_tokens, query_tiles, tiles, statistics_row, scale, exponent_scale)
     tensors = (q, out_grad, out, k, v)
+    of_rows = (log_sum_exp, exact_delta, statistics)
     gl.warp_specialize(
         [
-            (own_queries, (0, q_grad, shared, barriers, numbers, log_sum_exp, statistics, lengths, ONLY_DELTA)),
-            (own_queries, (1, q_grad, shared, barriers, numbers, log_sum_exp, statistics, lengths, ONLY_DELTA)),
+            (own_queries, (0, q_grad, shared, barriers, numbers, of_rows, lengths, ONLY_DELTA)),
+            (own_queries, (1, q_grad, shared, barriers, numbers, of_rows, lengths, ONLY_DELTA)),
             (load_for_queries, (tensors, shared, barriers, numbers, lengths, ONLY_DELTA)),
         ],
         [4, 1],

@@ -25,10 +25,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from siglip_kernels.attention.forward import mark as portable_mark
 from siglip_kernels.tma import async_load, async_store
 
 ROWS = gl.constexpr(64)  # queries per consumer warpgroup: the height of a wgmma
 SLOTS = gl.constexpr(2)  # buffers for each consumer's queries: the next tile's are loaded while it works
+
+# The portable kernels' function, from the same source.
+mark = gluon.jit(portable_mark.fn)
 
 
 @gluon.constexpr_function
@@ -362,6 +366,7 @@ def attend(
             kept = running_max + gl.log2(divisor)
             if lengths is not None:
                 kept = gl.where(running_sum == 0.0, float("inf"), kept)
+            kept = mark(kept, (running_sum > 0.5) & (running_sum < 2.0))  # the largest weight is 1 / running_sum
             tokens = row + gl.arange(0, ROWS, row_layout)
             first = (tile // query_tiles).to(gl.int64) * query_tokens
             gl.store(log_sum_exp + (first + tokens), kept, mask=tokens < query_tokens)
@@ -402,7 +407,7 @@ def attention_forward_hopper_kernel(
     v_tail,
     out_main,  # of (B, Sq, H, D), as those of q
     out_tail,
-    log_sum_exp,  # (B, H, Sq) fp32, or None: log2 of the sum of 2^(score · exponent_scale), +inf for a row without keys
+    log_sum_exp,  # (B, H, Sq) fp32, or None: as the portable kernel keeps it, marks included
     lengths,  # (B,) int32, or None
     heads,
     query_tokens,

@@ -71,6 +71,21 @@ def check(q, k, v, seed=0, scale=None, lengths=None):
     return out
 
 
+@pytest.mark.parametrize("scale", [0.3, -0.3])
+def test_marks_of_rows_in_which_one_key_has_most_of_the_weight(scale):
+    """The backward makes their delta exact. lengths: a sample without keys, one with a single key, one with all."""
+    q, k, v = random_inputs(3, 70, 150, 2, 64)
+    q[:, ::3] *= 4
+    lengths = torch.tensor([0, 1, 150], dtype=torch.int32)
+    with on_hopper():
+        _, log_sum_exp = attention_forward_hopper(q, k, v, lengths, scale, True)
+    hidden = torch.arange(150) >= lengths[:, None]
+    largest = scores_of(q, k, scale).masked_fill(hidden[:, None, None], float("-inf")).softmax(-1).amax(-1).nan_to_num()
+    marked = log_sum_exp.view(torch.int32) % 2 == 1
+    assert marked[largest > 0.51].all() and not marked[largest < 0.49].any()
+    assert marked[2].any() and not marked[2].all() and log_sum_exp[0].isinf().all()
+
+
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128])
 def test_lengths_and_head_dims(tokens, head_dim):
