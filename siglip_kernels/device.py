@@ -226,7 +226,7 @@ def hopper_kernels_enabled() -> bool:
 def blackwell_kernels_enabled() -> bool:
     """Whether SIGLIP_KERNELS_BLACKWELL=1 selects the kernels for data-centre Blackwell (sm_100), with the same rules.
 
-    They also leave the backward of attention and the loss to the portable kernels.
+    They also leave the backward of attention, attention with lengths and the loss to the portable kernels.
     """
     return _selected() == "SIGLIP_KERNELS_BLACKWELL"
 

@@ -41,6 +41,7 @@ ATTENTION_HOPPER_BACKWARD = "gluon/test_attention_hopper_backward.py"
 LINEAR_HOPPER = "gluon/test_linear_hopper.py"
 LOSS_HOPPER = "gluon/test_sigmoid_loss_hopper.py"
 LINEAR_BLACKWELL = "gluon/test_linear_blackwell.py"
+ATTENTION_BLACKWELL = "gluon/test_attention_blackwell.py"
 
 CONSTANTS = {
     "attention forward: normaliser": Planted(
@@ -177,6 +178,16 @@ DROPPED_WAITS = {
     ),
     "GEMM epilogue: for the last results": Planted(
         "gemm/hopper.py", "    tma.store_wait(pendings=0)\n\n", "\n", LINEAR_HOPPER
+    ),
+    "attention forward on Blackwell: for the weights": Planted(
+        "attention/blackwell_forward.py", "                mbarrier.wait(weighed.index(i), step_phase)\n", "",
+        ATTENTION_BLACKWELL,
+    ),
+    "attention forward on Blackwell: for the scores": Planted(
+        "attention/blackwell_forward.py",
+        "            mbarrier.wait(scored.index(TILE), phase)\n            phase ^= 1\n            left",
+        "            phase ^= 1\n            left",
+        ATTENTION_BLACKWELL,
     ),
     "GEMM on Blackwell: for an accumulator that is being read": Planted(
         "gemm/blackwell.py", "        mbarrier.wait(drained.index(which), (done // ACCUMULATORS & 1) ^ 1)\n", "",

@@ -1,4 +1,4 @@
-"""Which kernels compute a call: those of short.py, of Hopper where they are enabled, or of forward.py and backward.py.
+"""Which kernels compute a call: those of short.py, of Hopper or Blackwell where they are enabled, or of forward.py and backward.py.
 
 Only the launches import Triton.
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from siglip_kernels.arguments import unit_stride
 from siglip_kernels.attention.config import is_short
-from siglip_kernels.device import hopper_kernels_enabled
+from siglip_kernels.device import blackwell_kernels_enabled, hopper_kernels_enabled
 from siglip_kernels.errors import unsupported
 
 
@@ -28,6 +28,10 @@ def launch_forward(
         from siglip_kernels.attention.hopper import attention_forward_hopper
 
         return attention_forward_hopper(q, k, v, lengths, scale, keep_for_backward)
+    if blackwell_kernels_enabled() and lengths is None:  # with lengths the kernel would spill 24 bytes
+        from siglip_kernels.attention.blackwell import attention_forward_blackwell
+
+        return attention_forward_blackwell(q, k, v, lengths, scale, keep_for_backward)
     return attention_forward(q, k, v, lengths, scale, keep_for_backward)
 
 

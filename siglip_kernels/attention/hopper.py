@@ -24,15 +24,22 @@ from siglip_kernels.errors import unsupported
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def require_hopper(q: Tensor) -> Facts:
-    """The facts of q's device. Raises UnsupportedInputError unless that is a Hopper and q is fp16 or bf16."""
+def require_gpu(q: Tensor, capability: tuple[int, int], gpus: str, switch: str) -> Facts:
+    """The facts of q's device. Raises UnsupportedInputError unless it has the capability and q is fp16 or bf16.
+
+    gpus: what has the capability, as messages call it; switch: the setting that selects the kernel.
+    """
     gpu = facts(q.device)
-    if gpu.capability != (9, 0):
-        raise unsupported("attention", "q", f"is on {gpu.name}", "Hopper (sm_90) with SIGLIP_KERNELS_HOPPER=1")
+    if gpu.capability != capability:
+        raise unsupported("attention", "q", f"is on {gpu.name}", f"{gpus} with {switch}")
     if q.dtype not in _ELEMENTS:
-        got = f"has dtype {q.dtype}"
-        raise unsupported("attention", "q", got, "float16, bfloat16 with SIGLIP_KERNELS_HOPPER=1")
+        raise unsupported("attention", "q", f"has dtype {q.dtype}", f"float16, bfloat16 with {switch}")
     return gpu
+
+
+def require_hopper(q: Tensor) -> Facts:
+    """`require_gpu` for Hopper."""
+    return require_gpu(q, (9, 0), "Hopper (sm_90)", "SIGLIP_KERNELS_HOPPER=1")
 
 
 def boxes(tokens: int, **tensors: Tensor) -> dict[str, TensorDescriptor | None]:

@@ -50,7 +50,7 @@ def operand_layout(columns):
 @gluon.jit
 def read_problem(tile, lengths, numbers, KEYS: gl.constexpr, LAST: gl.constexpr):
     """(sample, head, index of the tile of queries, number of valid keys, number of whole tiles of keys) of a tile."""
-    heads, _query_tokens, key_tokens, query_tiles, _tiles, _exponent_scale = numbers
+    heads, key_tokens, query_tiles = numbers[0], numbers[2], numbers[3]
     sequence = tile // query_tiles
     batch = sequence // heads
     limit = key_tokens
@@ -84,7 +84,7 @@ def load_rows(tensors, stages, index, full, empty, phase, batch, row, head):
 
 
 @gluon.jit
-def load_tiles(q, k, v, shared, barriers, numbers, lengths, LAST: gl.constexpr):
+def load_tiles(q, k, v, shared, barriers, numbers, lengths, LAST: gl.constexpr, SLOTS: gl.constexpr):
     """The producer: loads the queries of each tile, then its keys and values, the last ones first."""
     q_tiles, k_stages, v_stages, _staging = shared
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _turn = barriers
@@ -98,7 +98,7 @@ def load_tiles(q, k, v, shared, barriers, numbers, lengths, LAST: gl.constexpr):
     for tile in range(gl.program_id(0), numbers[4], gl.num_programs(0)):
         batch, head, query_tile, limit, whole = read_problem(tile, lengths, numbers, KEYS, LAST)
         for i in gl.static_range(CONSUMERS):
-            row = (query_tile * CONSUMERS + i) * ROWS
+            row = (query_tile * CONSUMERS + i) * q_tiles[0].shape[2]
             load_rows(q, q_tiles, slot * CONSUMERS + i, q_full, q_empty, q_phase, batch, row, head)
         slot, q_phase = following(slot, q_phase, SLOTS)
         first_step: gl.constexpr = 0 if LAST == 0 else -1
@@ -457,7 +457,7 @@ def attention_forward_hopper_kernel(
             [
                 (attend, (0, out, shared, barriers, numbers, log_sum_exp, lengths, LAST, FIRST_PART, NEGATIVE_SCALE)),
                 (attend, (1, out, shared, barriers, numbers, log_sum_exp, lengths, LAST, FIRST_PART, NEGATIVE_SCALE)),
-                (load_tiles, (q, k, v, shared, barriers, numbers, lengths, LAST)),
+                (load_tiles, (q, k, v, shared, barriers, numbers, lengths, LAST, SLOTS)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -468,7 +468,7 @@ def attention_forward_hopper_kernel(
                 (attend, (0, out, shared, barriers, numbers, log_sum_exp, lengths, LAST, FIRST_PART, NEGATIVE_SCALE)),
                 (attend, (1, out, shared, barriers, numbers, log_sum_exp, lengths, LAST, FIRST_PART, NEGATIVE_SCALE)),
                 (attend, (2, out, shared, barriers, numbers, log_sum_exp, lengths, LAST, FIRST_PART, NEGATIVE_SCALE)),
-                (load_tiles, (q, k, v, shared, barriers, numbers, lengths, LAST)),
+                (load_tiles, (q, k, v, shared, barriers, numbers, lengths, LAST, SLOTS)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -128,7 +128,7 @@ def test_compile_takes_every_architecture_unless_some_are_named(fake_compiler):
         for operation in ("attention", "attention_pool", "layer_norm", "linear", "patch_embed", "sigmoid_loss")
         for name in ARCHITECTURES
     } | {(f"{operation}_hopper", "sm_90") for operation in ("attention", "linear", "sigmoid_loss")} | {
-        ("linear_blackwell", "sm_100")
+        (f"{operation}_blackwell", "sm_100") for operation in ("attention", "linear")
     }
     assert list(dict.fromkeys(task.gpu for task in some)) == ["rtx5090", "h200"] and jobs == 3
 
@@ -167,6 +167,7 @@ def test_every_module_of_launches_is_found():
     from bench.compiled.launches import operation_names
 
     special = {"attention_hopper", "sigmoid_loss_hopper", "linear_hopper", "linear_blackwell"}
+    special |= {"attention_blackwell"}
     assert {"attention", "sigmoid_loss", "linear", "layer_norm", *special} <= set(operation_names())
 
 

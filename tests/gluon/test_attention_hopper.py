@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from error_budget import check_error
+from attention_cases import check_attention, random_inputs, scores_of
 from hopper_emulator.faults import Fault
 from hopper_emulator.launch import emulating
 from planting import with_fault
@@ -36,13 +36,6 @@ def on_hopper(seed=0):
         yield
 
 
-def random_inputs(batch, query_tokens, key_tokens, heads, head_dim, dtype=torch.bfloat16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(batch, query_tokens, heads, head_dim, generator=generator).to(dtype)
-    k, v = torch.randn(batch, key_tokens, 2, heads, head_dim, generator=generator).to(dtype).unbind(2)
-    return q, k, v
-
-
 def run(q, k, v, seed=0, scale=None, lengths=None):
     """out, and the natural logarithm of the sum of exponentials."""
     with on_hopper(seed):
@@ -50,24 +43,10 @@ def run(q, k, v, seed=0, scale=None, lengths=None):
     return out, log_sum_exp * math.log(2)
 
 
-def scores_of(q, k, scale):
-    return torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * scale
-
-
 def check(q, k, v, seed=0, scale=None, lengths=None):
     """The error budget; the statistics as fp32 makes them."""
     out, log_sum_exp = run(q, k, v, seed, scale, lengths)
-    truth = reference.attention(q.double(), k.double(), v.double(), scale=scale, lengths=lengths)
-    eager = reference.attention(q, k, v, scale=scale, lengths=lengths)
-    assert out.dtype == q.dtype
-    check_error(out, eager, truth)
-    scores = scores_of(q, k, scale or q.shape[3] ** -0.5)
-    if lengths is not None:
-        hidden = torch.arange(k.shape[1]) >= lengths[:, None]
-        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-    expected = scores.logsumexp(-1)
-    expected = torch.where(expected == float("-inf"), float("inf"), expected)
-    torch.testing.assert_close(log_sum_exp.double(), expected, atol=1e-5, rtol=1e-5)
+    check_attention(out, log_sum_exp, q, k, v, scale, lengths)
     return out
 
 

@@ -9,7 +9,7 @@ from bench.compiled.launch import GPUS, Launch, precision_name, with_tf32
 from siglip_kernels.attention.config import Tile
 
 PUBLISHED = r"^bf16 S=(729 D=72|1024 D=64|64 D=72|64 D=64) \w+$"
-HOPPER_PUBLISHED = r"^bf16 S=(729 D=72|1024 D=64) \w+$"
+HOPPER_PUBLISHED = BLACKWELL_PUBLISHED = r"^bf16 S=(729 D=72|1024 D=64) \w+$"
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -96,17 +96,17 @@ def _tensors(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool) -> tu
     return list(packed.unbind(2)), torch.empty(64, device="meta", dtype=torch.int32) if padded else None
 
 
-def _forward(
-    tokens: int, head_dim: int, dtype: torch.dtype, padded: bool, hopper: bool = False
-) -> Callable[[], object]:
+def _forward(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool, family: str = "") -> Callable[[], object]:
+    from siglip_kernels.attention.blackwell import attention_forward_blackwell
     from siglip_kernels.attention.config import is_short
     from siglip_kernels.attention.forward import attention_forward
     from siglip_kernels.attention.hopper import attention_forward_hopper
     from siglip_kernels.attention.short import attention_short_forward
 
     (q, k, v), lengths = _tensors(tokens, head_dim, dtype, padded)
-    if hopper:
-        return lambda: attention_forward_hopper(q, k, v, lengths, head_dim**-0.5, True)
+    if family:
+        special = attention_forward_hopper if family == "hopper" else attention_forward_blackwell
+        return lambda: special(q, k, v, lengths, head_dim**-0.5, True)
     if is_short(q, k):
         return lambda: attention_short_forward(q, k, v, lengths, head_dim**-0.5)
     return lambda: attention_forward(q, k, v, lengths, head_dim**-0.5, True)
@@ -151,6 +151,20 @@ def hopper_launches() -> Iterator[Launch]:
         (729, 128, torch.float16, True),
     ):
         name = _name(tokens, head_dim, dtype, padded)
-        yield Launch(f"{name} forward", _forward(tokens, head_dim, dtype, padded, hopper=True))
+        yield Launch(f"{name} forward", _forward(tokens, head_dim, dtype, padded, family="hopper"))
         if (tokens, head_dim) not in ((729, 64), (767, 64)):  # the backward always has two consumers
             yield Launch(f"{name} backward", _backward(tokens, head_dim, dtype, padded, hopper=True))
+
+
+def blackwell_launches() -> Iterator[Launch]:
+    """Each head dim once, without lengths, which the portable kernel serves."""
+    for tokens, head_dim, dtype in (
+        (729, 72, torch.bfloat16),
+        (1024, 64, torch.bfloat16),
+        (577, 80, torch.float16),
+        (577, 96, torch.bfloat16),
+        (1024, 128, torch.bfloat16),
+        (729, 32, torch.float16),
+    ):
+        name = _name(tokens, head_dim, dtype, padded=False)
+        yield Launch(f"{name} forward", _forward(tokens, head_dim, dtype, padded=False, family="blackwell"))

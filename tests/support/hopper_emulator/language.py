@@ -152,6 +152,7 @@ _INLINE: dict[str, Callable[..., torch.Tensor]] = {
     "tanh.approx.f32": torch.tanh,
     "add.f32": torch.add,
     "mul.f32": torch.mul,
+    "mov.b32": torch.clone,
 }
 
 
