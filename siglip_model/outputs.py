@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -57,6 +58,22 @@ class ModelOutput(dict[str, Any]):
         for name, value in zip(names, values, strict=True):
             output[name] = value
         return output
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """transformers' class of the same name, once it is imported, so that `isinstance` holds for it also.
+
+        Its pipelines index and batch its own outputs, and take any other dict for a plain one.
+        """
+        cls: type = type(self)
+        for module in ("transformers.modeling_outputs", "transformers.models.siglip.modeling_siglip"):
+            twin = vars(sys.modules[module]).get(cls.__name__) if module in sys.modules else None
+            if twin is not None:
+                return twin
+        return cls
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self)._from_items, (list(self.values()), list(self))
 
     def __post_init__(self) -> None:
         first = self.get(self._names[0])

@@ -107,3 +107,15 @@ def test_gathered_by_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered = scatter_gather.gather(halves, "cpu")
     assert type(gathered) is ImageClassifierOutput
     assert torch.equal(gathered.loss, torch.tensor([0.0, 1.0])) and gathered.logits.shape == (4, 3)
+
+
+@pytest.mark.parametrize("cls", [BaseModelOutputWithPooling, ImageClassifierOutput, SiglipOutput])
+def test_instances_of_transformers_classes_too(cls: type) -> None:
+    """Its pipelines and tests ask, and treat other dicts as plain ones."""
+    modules = (transformers.modeling_outputs, transformers.models.siglip.modeling_siglip)
+    twin = next(vars(module)[cls.__name__] for module in modules if cls.__name__ in vars(module))
+    output = cls(C)
+    assert isinstance(output, cls) and isinstance(output, twin) and type(output) is cls
+    assert isinstance(output, transformers.utils.ModelOutput) and not isinstance(output, torch.Tensor)
+    assert output == cls(C) and output != cls() and repr(output) == repr(twin(C))
+    assert type(pickle.loads(pickle.dumps(output))) is type(copy.copy(output)) is cls
