@@ -64,7 +64,11 @@ class PretrainedConfig:
     model_type: ClassVar[str] = ""
     base_config_key: ClassVar[str] = ""
     sub_configs: ClassVar[dict[str, type[PretrainedConfig]]] = {}
-    attribute_map: ClassVar[dict[str, str]] = {}  # transformers' aliases of fields, of which SigLIP has none
+    # What libraries read from every configuration of transformers. Files may hold some of them.
+    attribute_map: ClassVar[dict[str, str]] = {}
+    is_encoder_decoder: ClassVar[bool] = False
+    base_model_tp_plan: ClassVar[None] = None
+    base_model_pp_plan: ClassVar[None] = None
 
     def __init__(self, /, *args: Any, **kwargs: Any):
         names = list(self._field_types())
@@ -91,7 +95,7 @@ class PretrainedConfig:
             default = getattr(type(self), name)
             setattr(self, name, self._checked(name, kwargs.pop(name, default), expected))
         for name, value in kwargs.items():
-            if hasattr(self, name):  # a method, or one of Python's own attributes
+            if hasattr(self, name) and name != "is_encoder_decoder":  # a method, or one of Python's own attributes
                 raise ValueError(f"{type(self).__name__}: {name} is not a field; supported: names of no attribute")
             setattr(self, name, value)
         self._validate()

@@ -97,7 +97,8 @@ class SiglipModel(UsesBackend, PreTrainedModel):
 
         input_ids (T, L), attention_mask, position_ids: see SiglipTextModel; pixel_values (I, C, H, W),
         interpolate_pos_encoding: see SiglipVisionModel. return_loss: also return the sigmoid loss, which pairs image i
-        with text i and needs I = T. token_type_ids: ignored, as in transformers. Raises ValueError for inputs that the towers do not support.
+        with text i and needs I = T. token_type_ids: ignored, as in transformers.
+        Raises ValueError for inputs that the towers do not support.
         """
         asked = {
             "output_attentions": self._default(output_attentions, "attentions"),

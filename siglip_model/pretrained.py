@@ -51,7 +51,8 @@ class PreTrainedModel(nn.Module):
     _supports_flex_attn: ClassVar[bool] = False
     _supports_attention_backend: ClassVar[bool] = True
     _can_compile_fullgraph: ClassVar[bool] = True
-    _keep_in_fp32_modules: ClassVar[None] = None
+    _keep_in_fp32_modules: ClassVar[frozenset[str]] = frozenset()
+    _keep_in_fp32_modules_strict: ClassVar[frozenset[str]] = frozenset()
     _keys_to_ignore_on_save: ClassVar[None] = None
     _tied_weights_keys: ClassVar[None] = None
     all_tied_weights_keys: ClassVar[dict[str, str]] = {}
@@ -362,6 +363,11 @@ class PreTrainedModel(nn.Module):
         stored_config = config is None and not kwargs
         config = cls._loaded_config(pretrained_model_name_or_path, config, state_dict, hub, kwargs)
         device = resolve_device_map(device_map)
+        if device.type == "meta" and device_map is None:
+            raise RuntimeError(
+                "You are using `from_pretrained` with a meta device context manager, or with meta as the default device;"
+                " weights can be loaded to a device that holds values"
+            )
         default = config._attn_implementation or DEFAULT_BACKEND
         name = default if backend is None else backend
         for each in (default, *name.values()) if isinstance(name, Mapping) else (name,):
