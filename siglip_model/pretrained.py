@@ -365,7 +365,7 @@ class PreTrainedModel(nn.Module):
         device = resolve_device_map(device_map)
         if device.type == "meta" and device_map is None:
             raise RuntimeError(
-                "You are using `from_pretrained` with a meta device context manager, or with meta as the default device;"
+                "You are using `from_pretrained` with a meta device context manager or meta as the default device;"
                 " weights can be loaded to a device that holds values"
             )
         default = config._attn_implementation or DEFAULT_BACKEND
