@@ -38,6 +38,10 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         nn.init.zeros_(self.logit_scale)
         nn.init.zeros_(self.logit_bias)
 
+    @property
+    def vocab_size(self) -> int:
+        return self.config.get_text_config().vocab_size
+
     def _input_embeddings(self) -> tuple[nn.Module, str]:
         return self.text_model._input_embeddings()
 

@@ -77,6 +77,8 @@ class PreTrainedModel(nn.Module):
             with torch.no_grad():
                 self.init_weights()
             self.config.dtype = self.dtype
+        if vars(self.config).pop("gradient_checkpointing", False):  # how older scripts ask for it
+            self.activation_checkpointing_enable()
         self._apply_backend()
 
     def init_weights(self) -> None:
@@ -98,22 +100,29 @@ class PreTrainedModel(nn.Module):
         In a mapping the towers have the names of their configurations, and "" is the model itself. Raises ValueError
         for an unknown name or part, MissingBackendError if the backend cannot run here.
         """
-        parts = {part.config.base_config_key: part for part in self._towers()}
-        if not isinstance(name, Mapping):
-            name = dict.fromkeys(("", *parts), name)
-        parts[""] = self
-        for part in name:
+        parts = ("", *self.config.sub_configs)
+        by_part = name if isinstance(name, Mapping) else dict.fromkeys(parts, name)
+        for part in by_part:
             if part not in parts:
                 supported = ", ".join(map(repr, parts))
                 raise unsupported(type(self).__name__, "backend", f"is for the part {part!r}", supported)
-        chosen = {part: backends.resolve(requested, self.device) for part, requested in name.items()}
+        chosen = {part: backends.resolve(requested, self.device) for part, requested in by_part.items()}
+        modules = {"": self, **{tower.config.base_config_key: tower for tower in self._towers()}}
         for part, backend in chosen.items():
-            parts[part]._backend, parts[part]._requested_backend = backend, name[part]
+            if part in modules:  # a classifier has no text tower
+                modules[part]._backend, modules[part]._requested_backend = backend, by_part[part]
+            else:
+                getattr(self.config, part)._attn_implementation = backend.name
         self._apply_backend()
 
     def set_attn_implementation(self, attn_implementation: str | Mapping[str, str]) -> None:
         """transformers' name for `set_backend`."""
-        self.set_backend(attn_implementation)
+        given = attn_implementation
+        for name in given.values() if isinstance(given, Mapping) else (given,):
+            if name not in (*backends.BACKENDS, "auto"):
+                supported = ", ".join((*backends.BACKENDS, "auto"))
+                raise ValueError(f'Specified `attn_implementation="{name}"` is not supported; supported: {supported}')
+        self.set_backend(given)
 
     def _towers(self) -> list[PreTrainedModel]:
         return [module for module in self.modules() if isinstance(module, PreTrainedModel) and module is not self]
@@ -122,7 +131,7 @@ class PreTrainedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, UsesBackend):
                 module.ops = self._backend
-        self.config._attn_implementation = self.backend
+        self.config._backend = self.backend
         for tower in self._towers():
             tower._apply_backend()
 
@@ -182,9 +191,9 @@ class PreTrainedModel(nn.Module):
             raise unsupported(type(self).__name__, "resize_token_embeddings", "needs a text tower", "SiglipTextModel")
         old = table.weight
         rows = len(old) if new_num_tokens is None else new_num_tokens
-        if rows < 1 or (pad_to_multiple_of or 1) < 1:
-            got = f"is {new_num_tokens}, pad_to_multiple_of {pad_to_multiple_of}"
-            raise unsupported("resize_token_embeddings", "new_num_tokens", got, "1 and more")
+        for name, size in (("new_num_tokens", rows), ("pad_to_multiple_of", pad_to_multiple_of or 1)):
+            if not isinstance(size, int) or size < 1:
+                raise unsupported("resize_token_embeddings", name, f"is {size!r}", "an integer from 1")
         if pad_to_multiple_of is not None:
             rows = -(-rows // pad_to_multiple_of) * pad_to_multiple_of
         self.config.get_text_config().vocab_size = rows

@@ -84,6 +84,10 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         self.head = nn.Linear(config.hidden_size, config.projection_size or config.hidden_size)
         self.post_init()
 
+    @property
+    def vocab_size(self) -> int:
+        return self.config.get_text_config().vocab_size
+
     def _input_embeddings(self) -> tuple[nn.Module, str]:
         return self.embeddings, "token_embedding"
 

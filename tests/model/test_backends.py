@@ -77,7 +77,7 @@ def test_a_backend_per_part(tmp_path: Path) -> None:
     config = siglip_model.SiglipConfig.from_pretrained(tmp_path, attn_implementation="eager")
     assert siglip_model.SiglipModel(config).vision_model.backend == "eager"
     with pytest.raises(
-        ValueError, match="is for the part 'audio_config'; supported: 'text_config', 'vision_config', ''"
+        ValueError, match="is for the part 'audio_config'; supported: '', 'text_config', 'vision_config'"
     ):
         model.set_backend({"audio_config": "eager"})
     with pytest.raises(ValueError, match="backend is 'flash'; supported: eager"):
@@ -282,3 +282,23 @@ def test_no_image_embedding_without_the_head() -> None:
     model = siglip_model.SiglipModel(siglip_model.SiglipConfig(text_config=TINY_TEXT, vision_config=vision))
     with pytest.raises(ValueError, match="vision_use_head is False"):
         model(**inputs())
+
+
+def test_configurations_name_the_backend_of_their_part() -> None:
+    classifier = siglip_model.SiglipForImageClassification(tiny().config)
+    config = classifier.config
+    assert config._attn_implementation == config.vision_config._attn_implementation == "sdpa"
+    classifier.set_attn_implementation({"": "eager"})
+    assert (config._attn_implementation, config.vision_config._attn_implementation) == ("eager", "sdpa")
+    classifier.set_attn_implementation({"text_config": "eager"})  # which has no tower here
+    assert config.text_config._attn_implementation == "eager" and classifier.vision_model.backend == "sdpa"
+    with pytest.raises(ValueError, match="attn_implementation=.foo.. is not supported; supported: eager, sdpa"):
+        classifier.set_attn_implementation({"vision_config": "foo"})
+    assert classifier.vision_model.backend == "sdpa"
+
+
+def test_checkpointing_by_configuration() -> None:
+    config = tiny().config
+    config.gradient_checkpointing = True
+    model = siglip_model.SiglipModel(config)
+    assert model.is_activation_checkpointing and "gradient_checkpointing" not in config.to_dict()

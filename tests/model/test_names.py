@@ -102,8 +102,11 @@ def test_resized_tokens(name: str) -> None:
     drawn = model.half().resize_token_embeddings(200, mean_resizing=False).weight
     assert drawn.dtype == torch.float16 and drawn[104:].std() > 0.05 and torch.equal(drawn[:99], old.half())
     assert len(model.resize_token_embeddings(50).weight) == text.config.vocab_size == 50
+    assert model.vocab_size == 50
     with pytest.raises(ValueError, match="new_num_tokens is 0"):
         model.resize_token_embeddings(0)
+    with pytest.raises(ValueError, match="pad_to_multiple_of is 1.3; supported: an integer"):
+        model.resize_token_embeddings(60, pad_to_multiple_of=1.3)
 
 
 @pytest.mark.parametrize("name", ["SiglipVisionModel", "SiglipForImageClassification"])
