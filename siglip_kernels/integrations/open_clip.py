@@ -5,7 +5,7 @@
     report = siglip_open_clip.accelerate(model)
     siglip_open_clip.restore(model)
 
-    siglip_open_clip.register_loss()   # open_clip.create_loss(args) with args.siglip is now siglip_kernels.SigLipLoss
+    siglip_open_clip.register_loss()   # the loss of open_clip's create_loss and create_task is now SigLipLoss from here
     siglip_open_clip.restore_loss()
 
 The training script with both, arguments as for `python -m open_clip_train.main`:
@@ -171,13 +171,21 @@ _ORIGINAL_LOSS = open_clip.loss.SigLipLoss
 
 
 def register_loss() -> None:
-    """Make open_clip's `create_loss`, and so its training script with --siglip, use siglip_kernels.SigLipLoss."""
+    """Make open_clip's `create_loss`, and so its training script with --siglip, use siglip_kernels.SigLipLoss.
+
+    In open_clip 4 also `create_task`, whose task takes the loss from open_clip.loss: what is imported from there, or
+    made, after this call is siglip_kernels'. Raises MissingBackendError for other versions than 3 and 4.
+    """
+    require_version("open_clip", "open_clip_torch", (3,), (5,))
     open_clip.factory.SigLipLoss = SigLipLoss
+    if hasattr(open_clip, "create_task"):
+        open_clip.loss.SigLipLoss = SigLipLoss
 
 
 def restore_loss() -> None:
     """Undo `register_loss`."""
     open_clip.factory.SigLipLoss = _ORIGINAL_LOSS
+    open_clip.loss.SigLipLoss = _ORIGINAL_LOSS
 
 
 def train(arguments: list[str]) -> None:

@@ -185,6 +185,24 @@ def _wait(requests: Sequence[dist.Work]) -> None:
         request.wait()
 
 
+class GatherTexts(torch.autograd.Function):
+    """The texts of all ranks, (world, N, D), of as many each; all of their losses add to the gradient of the texts."""
+
+    @staticmethod
+    def forward(ctx, texts, group):
+        ctx.group = group
+        everyone = texts.new_empty((dist.get_world_size(group), *texts.shape))
+        all_gather(everyone, texts, group)
+        return everyone
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        own = gradient.new_empty(gradient.shape[1:])
+        _reduce_scatter(own, gradient.contiguous(), ctx.group)
+        return own, None
+
+
 class GlobalLoss(torch.autograd.Function):
     """This rank's loss. Required gradients are computed in the forward pass, as by the single-process operator."""
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siglip_kernels.arguments import KERNEL_DTYPES, autocast_dtype, cast, wants_gradients
@@ -21,12 +22,13 @@ from siglip_kernels.sigmoid_loss.api import (
     plain_sigmoid_loss,
     sigmoid_loss,
 )
-from siglip_kernels.sigmoid_loss.distributed import GlobalLoss, Peers, Wanted, all_gather, gather, ring
+from siglip_kernels.sigmoid_loss.distributed import GatherTexts, GlobalLoss, Peers, Wanted, all_gather, gather, ring
 from siglip_kernels.sigmoid_loss.engines import make_engine
 from siglip_kernels.transforms import refuse_transforms, under_transform
 
 _ROUTES = {"ring": ring, "bidir": ring, "shift": ring, "reduce": ring, "gather": gather}
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
+_METHODS = ("get_logits", "get_ground_truth", "_loss")
 
 
 class SigLipLoss(nn.Module):
@@ -37,12 +39,17 @@ class SigLipLoss(nn.Module):
     dist_impl: how texts are exchanged. "ring" (default): around the ranks, one block at a time, overlapped with the
     computation, in memory O(local N·D); "gather": by one all-gather, in O(global N·D). open_clip's "bidir", "shift" and
     "reduce" differ only in the exchange, and select the ring here.
-    chunk_size: the most images per block of logits; 0 chooses automatically. cache_labels: ignored, accepted for
-    compatibility. bidir, use_horovod: constructor arguments of open_clip 2; horovod is not supported.
+    chunk_size: the most images per block of logits; 0 chooses automatically. cache_labels: True or False, without
+    effect, accepted for compatibility. bidir, use_horovod: constructor arguments of open_clip 2; horovod is not
+    supported.
     backend: "triton", "chunked" (PyTorch operations), or "auto": triton on GPUs that run the kernels,
     chunked elsewhere, and `plain_sigmoid_loss` within transforms of torch.func and forward-mode differentiation, which
     the others and a global batch refuse.
     average_loss: return the mean of the ranks' losses, the same on every rank; gradients do not change.
+
+    A subclass, or an instance, may override `get_logits`, `get_ground_truth` (several positives, soft labels) and
+    `_loss` as in open_clip. Then these are called and PyTorch computes the loss: over the texts of all ranks after one
+    gather, for local batches of equal size; `backend` and `chunk_size` cannot be chosen, and raise if they are.
 
     A copy shares `group`. A pickle has no process group: unpickled, the default group is that of the process that
     loads it, and pickling raises UnsupportedInputError for any other group.
@@ -66,6 +73,9 @@ class SigLipLoss(nn.Module):
         average_loss: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(cache_labels, bool):
+            supported = "True or False, or chunk_size by name"
+            raise unsupported("SigLipLoss", "cache_labels", f"is {cache_labels!r}", supported)
         if use_horovod:
             raise unsupported("SigLipLoss", "use_horovod", "is True", "torch.distributed")
         if dist_impl is None:
@@ -104,15 +114,77 @@ class SigLipLoss(nn.Module):
         exponentiated. It and logit_bias are numbers or tensors of one element, of 0 or 1 dimensions as in open_clip;
         logit_bias None is 0.
         """
-        logit_scale, logit_bias = _scalar_shape(logit_scale), _scalar_shape(0.0 if logit_bias is None else logit_bias)
-        arguments = (image_features, text_features, logit_scale, logit_bias)
-        if self.world_size == 1:
-            loss = self._local(*arguments)
-        elif torch.compiler.is_compiling():  # collectives cause a graph break
-            loss = torch.compiler.disable(self._global)(*arguments)
+        if self._overridden():
+            local, across = self._local_by_methods, self._global_by_methods
         else:
-            loss = self._global(*arguments)
+            local, across = self._local, self._global
+            logit_scale = _scalar_shape(logit_scale)
+            logit_bias = _scalar_shape(0.0 if logit_bias is None else logit_bias)
+        if self.world_size == 1:
+            loss = local(image_features, text_features, logit_scale, logit_bias)
+        else:
+            if torch.compiler.is_compiling():  # collectives cause a graph break
+                across = torch.compiler.disable(across)
+            loss = across(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    # What open_clip lets subclasses override. Nothing calls these unless one of them is overridden.
+
+    def get_logits(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias=None) -> Tensor:
+        """(N, M): logit_scale · images · textsᵀ + logit_bias."""
+        logits = logit_scale * image_features @ text_features.mT
+        return logits if logit_bias is None else logits + logit_bias
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """(N, N): 1 for pairs that belong together, which are those of the diagonal, and -1 for all others."""
+        labels = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)
+
+    def _loss(
+        self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias=None, negative_only: bool = False
+    ) -> Tensor:
+        """The loss of N images and N texts; negative_only: none of them belong together, as on two ranks."""
+        logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+        count = len(image_features)
+        labels = self.get_ground_truth(image_features.device, image_features.dtype, count, negative_only=negative_only)
+        return -F.logsigmoid(labels * logits).sum() / count
+
+    def _overridden(self) -> list[str]:
+        """The methods that this instance or its class has of its own."""
+        own, kind = self.__dict__, type(self)
+        return [name for name in _METHODS if name in own or getattr(kind, name) is not getattr(SigLipLoss, name)]
+
+    def _refuse_choices(self) -> None:
+        for name, ordinary in (("backend", "auto"), ("chunk_size", 0)):
+            value = getattr(self, name)
+            if value != ordinary:
+                got = f"is {value!r}, but {' and '.join(self._overridden())} is overridden and computes the loss"
+                raise unsupported("SigLipLoss", name, got, repr(ordinary))
+
+    def _local_by_methods(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
+        self._refuse_choices()
+        return self._loss(image_features, text_features, logit_scale, logit_bias)
+
+    def _global_by_methods(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
+        self._refuse_choices()
+        group = self._group()
+        scale, bias = _scalar_shape(logit_scale), _scalar_shape(0.0 if logit_bias is None else logit_bias)
+        sizes, _ = self._agreed(group, image_features, text_features, scale, bias, "chunked")
+        if len(set(sizes)) > 1:
+            got = f"differ between ranks in number: {list(sizes)}"
+            raise unsupported("SigLipLoss", "features", got, f"the same where {self._overridden()[0]} is overridden")
+        losses = [
+            self._loss(image_features, texts, logit_scale, logit_bias, negative_only=rank != self.rank)
+            for rank, texts in enumerate(GatherTexts.apply(text_features, group))
+        ]
+        loss = torch.stack(losses).sum()
+        if self.average_loss:
+            mean = loss.detach().clone()
+            dist.all_reduce(mean, group=group)
+            loss = loss + (mean / self.world_size - loss.detach())
+        return loss
 
     def _engine(self, image_features: Tensor) -> str:
         if self.backend != "auto":
@@ -129,9 +201,26 @@ class SigLipLoss(nn.Module):
 
     def _global(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
         group = self._group()
+        engine = self._engine(image_features) if isinstance(image_features, Tensor) else "chunked"
+        sizes, arguments = self._agreed(group, image_features, text_features, logit_scale, logit_bias, engine)
+        x, y, scale, bias = arguments
+        wanted = _wanted(arguments)
+        peers = Peers(group, self.rank, sizes)
+        route = _ROUTES[self.dist_impl]
+        return GlobalLoss.apply(x, y, scale, bias, engine, self.chunk_size, peers, route, wanted, self.average_loss)
+
+    def _agreed(
+        self,
+        group: dist.ProcessGroup,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float,
+        engine: str,
+    ) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The number of pairs on each rank, and the checked arguments. Raises on every rank if one refuses its own."""
         problem: Exception | None = None
         arguments: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        engine = "chunked"
         try:
             check_embeds("SigLipLoss", image_features, text_features)
             autocast = autocast_dtype(image_features)
@@ -139,7 +228,6 @@ class SigLipLoss(nn.Module):
             if x.dtype != y.dtype or x.dtype not in _DTYPES:
                 got = f"has dtype {y.dtype}, image_features {x.dtype}"
                 raise unsupported("SigLipLoss", "text_features", got, "float32, float16, bfloat16 or float64 for both")
-            engine = self._engine(x)
             if engine == "triton":
                 check_kernel_input("SigLipLoss", x)
                 make_engine(engine, x)  # raises where the kernels cannot run
@@ -151,11 +239,7 @@ class SigLipLoss(nn.Module):
             problem = error
         sizes = _agree(group, self.rank, image_features, arguments, problem)
         assert arguments is not None  # else _agree has raised
-        x, y, scale, bias = arguments
-        wanted = _wanted(arguments)
-        peers = Peers(group, self.rank, sizes)
-        route = _ROUTES[self.dist_impl]
-        return GlobalLoss.apply(x, y, scale, bias, engine, self.chunk_size, peers, route, wanted, self.average_loss)
+        return sizes, arguments
 
     def _group(self) -> dist.ProcessGroup:
         if not dist.is_available() or not dist.is_initialized():

@@ -1,5 +1,6 @@
 """accelerate and restore on open_clip's SigLIP models, and the loss of its training script."""
 
+import inspect
 import sys
 import types
 
@@ -10,7 +11,7 @@ import torch
 from acceleration import assert_close, assert_within_budget, check_acceleration, in_fp64, randomise, run
 
 import siglip_kernels
-from siglip_kernels import MissingBackendError
+from siglip_kernels import MissingBackendError, UnsupportedInputError
 from siglip_kernels.integrations import open_clip as siglip_open_clip
 from siglip_kernels.integrations.open_clip import accelerate, register_loss, restore, restore_loss
 from siglip_kernels.integrations.patching import Accelerated
@@ -180,6 +181,100 @@ def test_the_training_script_takes_the_loss_and_gives_it_back():
     assert type(open_clip.create_loss(arguments_of_the_script())) is type(peer) is open_clip.loss.SigLipLoss
     one, other = (run(siglip(), contrastive(loss)) for loss in (project, peer))
     assert_close(one, other)
+
+
+def create_task(args, model):
+    """As open_clip 4's, for version 3, which has none: the task's constructor imports the loss."""
+    from open_clip.loss import SigLipLoss
+
+    return types.SimpleNamespace(loss=SigLipLoss(rank=args.rank, world_size=args.world_size, dist_impl=None))
+
+
+def test_the_task_of_open_clip_4_takes_the_loss_and_gives_it_back(monkeypatch):
+    if not hasattr(open_clip, "create_task"):
+        monkeypatch.setattr(open_clip, "create_task", create_task, raising=False)
+    model = siglip()
+    peer = open_clip.create_task(arguments_of_the_script(), model).loss
+    try:
+        register_loss()
+        project = open_clip.create_task(arguments_of_the_script(), model).loss
+        assert type(project) is siglip_kernels.SigLipLoss
+    finally:
+        restore_loss()
+    assert type(open_clip.create_task(arguments_of_the_script(), model).loss) is type(peer)
+    one, other = (run(siglip(), contrastive(loss)) for loss in (project, peer))
+    assert_close(one, other)
+
+
+def test_the_loss_is_refused_by_version(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.0")
+    with pytest.raises(MissingBackendError, match=r"open_clip_torch 5\.0 is not supported; supported: 3 to below 5"):
+        register_loss()
+    assert open_clip.factory.SigLipLoss is open_clip.loss.SigLipLoss is not siglip_kernels.SigLipLoss
+
+
+def test_positional_arguments_of_the_loss_are_open_clips():
+    """As far as the installed version has them: version 4 added chunk_size."""
+
+    def names(kind):
+        return [name for name, p in inspect.signature(kind).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    theirs = names(open_clip.loss.SigLipLoss)
+    assert names(siglip_kernels.SigLipLoss)[: len(theirs)] == theirs
+    for method in ("get_logits", "get_ground_truth", "_loss", "forward"):
+        signature = inspect.signature(getattr(siglip_kernels.SigLipLoss, method))
+        peer = inspect.signature(getattr(open_clip.loss.SigLipLoss, method))
+        assert list(signature.parameters) == list(peer.parameters)
+
+
+def two_positives(self, device, dtype, num_logits, negative_only=False):
+    labels = -torch.ones(num_logits, num_logits, device=device, dtype=dtype)
+    if not negative_only:
+        labels.fill_diagonal_(1)
+        labels[0, 1] = 1
+    return labels
+
+
+def squared_logits(self, image_features, text_features, logit_scale, logit_bias=None):
+    return logit_scale * (image_features @ text_features.T) ** 2 + logit_bias
+
+
+def smaller_loss(self, image_features, text_features, logit_scale, logit_bias=None, negative_only=False):
+    labels = self.get_ground_truth(image_features.device, image_features.dtype, len(image_features))
+    return (self.get_logits(image_features, text_features, logit_scale, logit_bias) * labels).mean()
+
+
+@pytest.mark.parametrize("output_dict", [False, True])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("get_ground_truth", two_positives), ("get_logits", squared_logits), ("_loss", smaller_loss)],
+)
+def test_overridden_methods_of_the_loss_are_called(name, method, output_dict):
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.nn.functional.normalize(torch.randn(4, 16, generator=generator), dim=-1) for _ in range(2))
+    found, gradients = [], []
+    for base in (siglip_kernels.SigLipLoss, open_clip.loss.SigLipLoss):
+        for of_class in (True, False):
+            loss = type("Own", (base,), {name: method})() if of_class else base()
+            if not of_class:
+                setattr(loss, name, types.MethodType(method, loss))
+            image, scale = x.clone().requires_grad_(), torch.tensor(5.0, requires_grad=True)
+            result = loss(image, y, scale, torch.tensor(-5.0), output_dict)
+            result = result["contrastive_loss"] if output_dict else result
+            found.append(result.detach())
+            gradients.append(torch.autograd.grad(result, (image, scale)))
+    for result, gradient in zip(found[:2], gradients[:2], strict=True):
+        torch.testing.assert_close(result, found[2])
+        torch.testing.assert_close(gradient, gradients[2])
+    plain = siglip_kernels.SigLipLoss()(x, y, torch.tensor(5.0), torch.tensor(-5.0))
+    assert (found[0] - plain).abs() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "value"), [("backend", "triton"), ("backend", "chunked"), ("chunk_size", 8)])
+def test_overridden_methods_leave_no_choice(name, value):
+    loss = type("Own", (siglip_kernels.SigLipLoss,), {"get_logits": squared_logits})(**{name: value})
+    with pytest.raises(UnsupportedInputError, match=f"{name} is {value!r}, but get_logits is overridden and computes"):
+        loss(torch.ones(2, 8), torch.ones(2, 8), 1.0, 0.0)
 
 
 def test_the_training_script_with_both(monkeypatch, capsys):

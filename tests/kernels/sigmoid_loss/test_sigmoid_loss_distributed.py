@@ -85,6 +85,7 @@ def _cases(rank: int, sizes: tuple[int, ...]) -> dict:
         if open_clip is not None and len(set(sizes)) == 1:
             loss = open_clip(rank=rank, world_size=len(sizes), dist_impl=implementation)
             found["open_clip", implementation] = loss_and_gradients(loss, rank, sizes, 1.0)
+    found["overridden"] = _overridden(rank, sizes)
     x, y = (own(v, rank, sizes) for v in batch(sizes))
     loss = SigLipLoss(rank=rank, world_size=len(sizes), average_loss=True)
     found["average"] = loss(x, y, SCALE, BIAS)
@@ -102,6 +103,32 @@ def _cases(rank: int, sizes: tuple[int, ...]) -> dict:
             found["errors"].append(str(error))
     found["after errors"] = loss(x, y, SCALE, BIAS)
     found["data parallel"] = _data_parallel(rank, sizes)
+    return found
+
+
+def _overridden(rank: int, sizes: tuple[int, ...]) -> dict:
+    """Results of subclasses that take half of every label, which change nothing else."""
+
+    def with_half_labels(base):
+        class Halved(base):
+            def get_ground_truth(self, device, dtype, num_logits, negative_only=False):
+                return super().get_ground_truth(device, dtype, num_logits, negative_only=negative_only) / 2
+
+        return Halved
+
+    found = {}
+    loss = with_half_labels(SigLipLoss)(rank=rank, world_size=len(sizes), average_loss=True)
+    try:
+        found["average"] = loss(*(own(v, rank, sizes) for v in batch(sizes)), SCALE, BIAS)
+    except UnsupportedInputError as error:
+        return {"error": str(error)}
+    found["siglip_kernels"] = loss_and_gradients(
+        with_half_labels(SigLipLoss)(rank=rank, world_size=len(sizes)), rank, sizes, 1.0 + rank
+    )
+    open_clip = open_clip_loss()
+    if open_clip is not None:
+        loss = with_half_labels(open_clip)(rank=rank, world_size=len(sizes), dist_impl="gather")
+        found["open_clip"] = loss_and_gradients(loss, rank, sizes, 1.0 + rank)
     return found
 
 
@@ -144,6 +171,21 @@ def test_equals_open_clip(results, implementation):
         for chunk_size in (0, 2):
             for result, other in zip(results["siglip_kernels", implementation, chunk_size], expected, strict=True):
                 assert (result - other).norm() <= 1e-5 * other.norm()
+
+
+def test_overridden_methods_see_the_texts_of_all_ranks(results):
+    sizes, found = results
+    mine = [results["overridden"] for results in found]
+    if len(set(sizes)) > 1:
+        assert all("differ between ranks in number" in results["error"] for results in mine)
+        return
+    losses = [results["siglip_kernels"][0] for results in mine]
+    assert all(torch.allclose(results["average"], torch.stack(losses).mean()) for results in mine)
+    if "open_clip" not in mine[0]:
+        pytest.skip("open_clip is not installed")
+    for results in mine:
+        for result, other in zip(results["siglip_kernels"], results["open_clip"], strict=True):
+            assert (result - other).norm() <= 1e-5 * other.norm()
 
 
 def test_bad_input_of_one_rank_ends_all_of_them(results):
@@ -229,6 +271,7 @@ def test_without_a_process_group():
         ({"backend": "cuda"}, "backend is 'cuda'"),
         ({"rank": 2, "world_size": 2}, "rank is 2"),
         ({"chunk_size": -1}, "chunk_size is -1"),
+        ({"cache_labels": 1024}, "cache_labels is 1024; supported: True or False, or chunk_size by name"),
     ],
 )
 def test_constructor_refuses(arguments, message):
