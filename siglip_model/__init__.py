@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from siglip_model.images.tensor import SiglipImageProcessor, SiglipImageProcessorFast
     from siglip_model.model import SiglipModel
     from siglip_model.processor import SiglipProcessor
+    from siglip_model.text.auto import AutoTokenizer
+    from siglip_model.text.gemma import GemmaTokenizer, Siglip2Tokenizer
     from siglip_model.text.siglip import SiglipTokenizer
     from siglip_model.text_tower import SiglipTextModel
     from siglip_model.vision_tower import SiglipVisionModel
@@ -30,6 +32,9 @@ __all__ = [
     "AutoModelForImageClassification",
     "AutoModelForZeroShotImageClassification",
     "AutoProcessor",
+    "AutoTokenizer",
+    "GemmaTokenizer",
+    "Siglip2Tokenizer",
     "SiglipConfig",
     "SiglipForImageClassification",
     "SiglipImageProcessor",
@@ -54,6 +59,9 @@ _LAZY = {
     "AutoModelForImageClassification": "auto",
     "AutoModelForZeroShotImageClassification": "auto",
     "AutoProcessor": "auto",
+    "AutoTokenizer": "text.auto",
+    "GemmaTokenizer": "text.gemma",
+    "Siglip2Tokenizer": "text.gemma",
     "SiglipConfig": "config",
     "SiglipForImageClassification": "classifier",
     "SiglipImageProcessor": "images.tensor",

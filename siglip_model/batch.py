@@ -12,10 +12,25 @@ _TARGETS = "BatchFeature.to: got {}; supported: a device, then a torch.dtype, or
 
 
 class BatchFeature(dict[str, Any]):
-    """A dict, so that `model(**batch)` works, with attribute access and `to`.
+    """A dict, so that `model(**batch)` works, with attribute access and `to`; `batch.data` is the batch itself.
 
-    `batch[start:stop]` is a plain dict with that slice of every value.
+    `batch[start:stop]` is a plain dict with that slice of every value. tensor_type: see `convert_to_tensors`.
     """
+
+    def __init__(self, data: Any = None, tensor_type: Any = None, **fields: Any) -> None:
+        super().__init__({} if data is None else data, **fields)
+        self.convert_to_tensors(tensor_type)
+
+    @property
+    def data(self) -> BatchFeature:
+        return self
+
+    def convert_to_tensors(self, tensor_type: Any = None) -> BatchFeature:
+        """Replaces numbers, lists and arrays by tensors ("pt") or arrays ("np"); None changes nothing. Returns self."""
+        kind = check_tensor_kind(tensor_type)
+        for name, value in self.items() if kind else ():
+            self[name] = _as_tensor(name, value, str(kind))
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -24,6 +39,8 @@ class BatchFeature(dict[str, Any]):
             raise AttributeError(f"{type(self).__name__} has no {name!r}; it holds {list(self)}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise AttributeError("BatchFeature.data is the batch itself; assign its items")
         self[name] = value
 
     def __delattr__(self, name: str) -> None:
@@ -90,6 +107,16 @@ def check_tensor_kind(return_tensors: Any) -> str | None:
         if return_tensors == kind:
             return kind
     raise ValueError(f"return_tensors is {return_tensors!r}; supported: 'pt', 'np', None")
+
+
+def _as_tensor(name: str, value: Any, kind: str) -> torch.Tensor | np.ndarray:
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+        value = torch.stack(list(value))
+    if isinstance(value, (torch.Tensor, int, float, np.ndarray, np.generic)):
+        if kind == "np":
+            return value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
+        return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+    return tokens_to_tensor(name, value, kind)
 
 
 def tokens_to_tensor(name: str, value: Any, kind: str) -> torch.Tensor | np.ndarray:

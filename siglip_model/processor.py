@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import inspect
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from siglip_model.batch import BatchFeature
+from siglip_model.checkpoints.arguments import supported_arguments
 from siglip_model.checkpoints.files import split_hub_arguments, to_json, write_file
+from siglip_model.checkpoints.upload import upload
 from siglip_model.images.auto import AutoImageProcessor
 from siglip_model.images.options import SiglipImageProcessorKwargs
 from siglip_model.images.processor import PROCESSOR_NAME, ImageProcessor
-from siglip_model.text.auto import load_tokenizer
+from siglip_model.text.auto import AutoTokenizer
 from siglip_model.text.tokenizer import Tokenizer
+from siglip_model.text.tokenizer_config import CALL_ARGUMENTS, SETTINGS
 
 __all__ = ["SiglipProcessor"]
 
-_TEXT_ARGUMENTS = frozenset(inspect.signature(Tokenizer.__call__).parameters) - {"self", "text", "text_pair"}
+_TEXT_ARGUMENTS = frozenset(inspect.signature(Tokenizer.encode_texts).parameters) - {"self", "text"}
+_TEXT_ARGUMENTS |= {"text_target", "text_pair_target"}
+_TOKENIZER_SETTINGS = frozenset((*SETTINGS, *CALL_ARGUMENTS))
 _IMAGE_ARGUMENTS = frozenset(SiglipImageProcessorKwargs.__annotations__)
 
 
@@ -24,6 +31,7 @@ class SiglipProcessor:
     """`processor(images=..., text=...)`: pixel values and token ids, as transformers 5's SiglipProcessor returns."""
 
     config_name = PROCESSOR_NAME
+    chat_template = None  # which models that chat have
 
     def __init__(self, image_processor: ImageProcessor, tokenizer: Tokenizer) -> None:
         if not isinstance(image_processor, ImageProcessor):
@@ -38,6 +46,11 @@ class SiglipProcessor:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.image_processor!r}, {self.tokenizer!r})"
 
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """The names of both components."""
+        return ["image_processor", "tokenizer"]
+
     @property
     def model_input_names(self) -> list[str]:
         return [*self.image_processor.model_input_names, *self.tokenizer.model_input_names]
@@ -45,7 +58,9 @@ class SiglipProcessor:
     def __call__(
         self,
         images: Any = None,
-        text: str | list[str] | None = None,
+        text: Any = None,
+        videos: None = None,
+        audio: None = None,
         *,
         text_kwargs: dict[str, Any] | None = None,
         images_kwargs: dict[str, Any] | None = None,
@@ -54,26 +69,29 @@ class SiglipProcessor:
     ) -> BatchFeature:
         """`pixel_values` if images are given; `input_ids` and the tokenizer's other fields if text is given.
 
-        images: as for `SiglipImageProcessor`. text: a string or a list of strings.
+        images: as for `SiglipImageProcessor`. text: a string, a list of strings, or lists of words with
+        is_split_into_words=True. videos, audio: None, accepted for compatibility.
         arguments: of the tokenizer (padding=, truncation=, max_length= ...) and of the image processor (size=, device=
         ...), each passed to the component that accepts it; `return_tensors` goes to both. text_kwargs, images_kwargs:
         for one of them only; common_kwargs: for both.
 
-        Raises ValueError if neither images nor text are given, TypeError for an argument that neither accepts.
+        Raises ValueError if neither images nor text are given, or videos or audio are, TypeError for an argument that
+        neither component accepts.
         """
-        if images is None and text is None:
-            raise ValueError("SiglipProcessor: neither images nor text is given; supported: one or both")
-        if text is not None and not (
-            isinstance(text, str) or (isinstance(text, list) and all(isinstance(item, str) for item in text))
-        ):
-            raise ValueError(f"SiglipProcessor: text is {text!r}; supported: a string or a list of strings")
+        for name, value in (("videos", videos), ("audio", audio)):
+            if value is not None:
+                raise ValueError(f"SiglipProcessor: {name} is a {type(value).__name__}; supported: None")
         for_text = self._arguments("text_kwargs", text_kwargs, _TEXT_ARGUMENTS, common_kwargs, arguments)
         for_images = self._arguments("images_kwargs", images_kwargs, _IMAGE_ARGUMENTS, common_kwargs, arguments)
+        if images is None and text is None and for_text.get("text_target") is None:
+            raise ValueError("SiglipProcessor: neither images nor text is given; supported: one or both")
+        if text is not None and not _are_texts(text, bool(for_text.get("is_split_into_words"))):
+            raise ValueError(f"SiglipProcessor: text is {text!r}; supported: a string or a list of strings")
         unknown = set(arguments) - _TEXT_ARGUMENTS - _IMAGE_ARGUMENTS
         if unknown:
             raise TypeError(f"SiglipProcessor: unknown argument {', '.join(sorted(unknown))}")
         batch = BatchFeature()
-        if text is not None:
+        if text is not None or for_text.get("text_target") is not None:
             batch.update(self.tokenizer(text, **{**self.tokenizer.call_defaults, **for_text}))
         if images is not None:
             batch.update(self.image_processor(images, **for_images))
@@ -105,34 +123,84 @@ class SiglipProcessor:
         """The tokenizer's `batch_decode`."""
         return self.tokenizer.batch_decode(*arguments, **options)
 
+    # ---- files
+
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
+        image_processor: ImageProcessor | None = None,
+        tokenizer: Tokenizer | None = None,
         backend: str | None = None,
         use_fast: bool | None = None,
         **arguments: Any,
-    ) -> SiglipProcessor:
+    ) -> Any:
         """Loads image processor and tokenizer from a directory or Hub repository, in transformers 4's or 5's files.
 
-        backend, use_fast: of the image processor, see `AutoImageProcessor`.
-        arguments: options of tokenizer or image processor; revision, cache_dir, local_files_only, token.
+        image_processor, tokenizer: instead of the stored one. backend, use_fast: of the image processor, see
+        `AutoImageProcessor`. arguments: options of tokenizer or image processor; those of `resolve_file`.
+        return_unused_kwargs: return the other arguments beside the processor, as a dict, instead of raising TypeError.
+        Raises like `ImageProcessor.from_pretrained` and `SiglipTokenizer.from_pretrained`.
         """
-        hub, given = split_hub_arguments(arguments)
-        of_images = {name: value for name, value in given.items() if name in _IMAGE_ARGUMENTS}
-        of_text = {name: value for name, value in given.items() if name not in of_images}
-        image_processor = AutoImageProcessor.from_pretrained(
-            path_or_id, backend=backend, use_fast=use_fast, **hub, **of_images
-        )
-        return cls(image_processor, load_tokenizer(path_or_id, **hub, **of_text))
+        where = pretrained_model_name_or_path
+        hub, given = split_hub_arguments(supported_arguments(cls.__name__, arguments))
+        return_unused = given.pop("return_unused_kwargs", False)
+        of_images = {name: given.pop(name) for name in list(given) if name in _IMAGE_ARGUMENTS}
+        unused = {name: given.pop(name) for name in list(given) if return_unused and name not in _TOKENIZER_SETTINGS}
+        if image_processor is None:
+            image_processor = AutoImageProcessor.from_pretrained(
+                where, backend=backend, use_fast=use_fast, **hub, **of_images
+            )
+        elif of_images or backend is not None or use_fast is not None:
+            raise ValueError(
+                f"{cls.__name__}: image_processor is given with options of the stored one; give one of both"
+            )
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(where, **hub, **given)
+        elif given:
+            raise ValueError(f"{cls.__name__}: tokenizer is given with options of the stored one; give one of both")
+        processor = cls(image_processor, tokenizer)  # type: ignore[arg-type]  # both were loaded
+        return (processor, unused) if return_unused else processor
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
+    def to_dict(self) -> dict[str, Any]:
+        """The content of processor_config.json. The tokenizer has its own files."""
+        return {"image_processor": self.image_processor.to_dict(), "processor_class": type(self).__name__}
+
+    def to_json_string(self) -> str:
+        """`to_dict` in JSON."""
+        return to_json(self.to_dict()).decode()
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Writes `to_json_string` atomically."""
+        path = Path(json_file_path)
+        write_file(path.parent, path.name, to_json(self.to_dict()))
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **upload_arguments: Any
+    ) -> list[str]:
         """Writes the tokenizer's files, processor_config.json and preprocessor_config.json, each atomically.
 
         transformers 5 reads the image processor from processor_config.json, transformers 4 from
-        preprocessor_config.json. Returns the paths.
+        preprocessor_config.json. push_to_hub: also upload the files; its arguments in upload_arguments. Returns the
+        paths.
         """
-        content = {"image_processor": self.image_processor.to_dict(), "processor_class": type(self).__name__}
+        if upload_arguments and not push_to_hub:
+            raise TypeError(f"save_pretrained got an unexpected keyword argument {next(iter(upload_arguments))!r}")
         paths = [*self.tokenizer.save_pretrained(save_directory), *self.image_processor.save_pretrained(save_directory)]
-        return [*paths, write_file(save_directory, self.config_name, to_json(content))]
+        paths.append(write_file(save_directory, self.config_name, to_json(self.to_dict())))
+        if push_to_hub:
+            upload(save_directory, [os.path.basename(path) for path in paths], **upload_arguments)
+        return paths
+
+    def push_to_hub(self, repo_id: str, **upload_arguments: Any) -> Any:
+        """Writes the files to a repository of the Hub. Arguments: see `checkpoints.upload.upload`."""
+        with tempfile.TemporaryDirectory() as folder:
+            names = [os.path.basename(path) for path in self.save_pretrained(folder)]
+            return upload(folder, names, repo_id=repo_id, **upload_arguments)
+
+
+def _are_texts(text: Any, words: bool) -> bool:
+    if words:
+        return isinstance(text, (list, tuple))
+    return isinstance(text, str) or (isinstance(text, list) and all(isinstance(item, str) for item in text))

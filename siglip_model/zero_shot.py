@@ -333,9 +333,9 @@ def _components(
                 " or processor="
             )
     if isinstance(tokenizer, (str, os.PathLike)):
-        from siglip_model.text.auto import load_tokenizer
+        from siglip_model.text.auto import AutoTokenizer
 
-        tokenizer = load_tokenizer(tokenizer, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, **hub)
     if isinstance(image_processor, (str, os.PathLike)):
         from siglip_model.images.auto import AutoImageProcessor
 

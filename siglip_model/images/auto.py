@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from siglip_model.checkpoints.files import split_hub_arguments
 from siglip_model.images.pillow import SiglipImageProcessorPil
-from siglip_model.images.processor import read_settings
 from siglip_model.images.tensor import SiglipImageProcessor
 
 _CLASSES = {cls.backend: cls for cls in (SiglipImageProcessor, SiglipImageProcessorPil)}
@@ -18,7 +16,7 @@ class AutoImageProcessor:
 
     @staticmethod
     def from_pretrained(
-        path_or_id: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         backend: str | None = None,
         use_fast: bool | None = None,
@@ -36,8 +34,7 @@ class AutoImageProcessor:
         backend = backend or older or SiglipImageProcessor.backend
         if backend not in _CLASSES:
             raise ValueError(f"backend is {backend!r}; supported: {', '.join(map(repr, _CLASSES))}, None")
-        hub, given = split_hub_arguments(arguments)
-        return _CLASSES[backend]._from_settings(read_settings(path_or_id, hub), given)
+        return _CLASSES[backend].from_pretrained(pretrained_model_name_or_path, **arguments)
 
 
 def _backend_of(use_fast: Any) -> str:

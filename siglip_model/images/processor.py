@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from siglip_model.batch import BatchFeature, check_tensor_kind
+from siglip_model.checkpoints.arguments import supported_arguments
 from siglip_model.checkpoints.errors import CheckpointError, build_from_file
 from siglip_model.checkpoints.fields import shown
 from siglip_model.checkpoints.files import (
@@ -23,6 +25,7 @@ from siglip_model.checkpoints.files import (
     to_json,
     write_file,
 )
+from siglip_model.checkpoints.upload import upload
 from siglip_model.images.inputs import LAYOUTS, flatten_images, to_levels
 from siglip_model.images.options import (
     BICUBIC,
@@ -192,15 +195,16 @@ class ImageProcessor:
     # ---- files
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **arguments: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **arguments: Any) -> Any:
         """Loads a directory or Hub repository: processor_config.json, else preprocessor_config.json.
 
-        arguments: the constructor's options, which override the file; those of the Hub (see `resolve_file`).
+        arguments: the constructor's options, which override the file; those of `resolve_file`.
         return_unused_kwargs: return unknown arguments beside the processor, as a dict, instead of raising TypeError.
-        Raises CheckpointError naming a missing, damaged or unsupported file; OSError like `resolve_file`.
+        Raises CheckpointError naming a missing, damaged or unsupported file; OSError like `resolve_file`; TypeError for
+        an unknown argument, ValueError for one of transformers whose effect is not supported.
         """
-        hub, given = split_hub_arguments(arguments)
-        return cls._from_settings(read_settings(path_or_id, hub), given)
+        hub, given = split_hub_arguments(supported_arguments(cls.__name__, arguments))
+        return cls._from_settings(read_settings(pretrained_model_name_or_path, hub), given)
 
     @classmethod
     def _from_settings(cls, settings: StoredObject, given: Mapping[str, Any]) -> Any:
@@ -255,9 +259,25 @@ class ImageProcessor:
         path = Path(json_file_path)
         write_file(path.parent, path.name, self.to_json_string().encode())
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> list[str]:
-        """Writes preprocessor_config.json atomically. Returns its path in a list."""
-        return [write_file(save_directory, self.file_name, to_json(self.to_dict()))]
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **upload_arguments: Any
+    ) -> list[str]:
+        """Writes preprocessor_config.json atomically. Returns its path in a list.
+
+        push_to_hub: also upload it; its arguments in upload_arguments.
+        """
+        if upload_arguments and not push_to_hub:
+            raise TypeError(f"save_pretrained got an unexpected keyword argument {next(iter(upload_arguments))!r}")
+        path = write_file(save_directory, self.file_name, to_json(self.to_dict()))
+        if push_to_hub:
+            upload(save_directory, [self.file_name], **upload_arguments)
+        return [path]
+
+    def push_to_hub(self, repo_id: str, **upload_arguments: Any) -> Any:
+        """Writes preprocessor_config.json to a repository of the Hub. Arguments: see `checkpoints.upload.upload`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, [self.file_name], repo_id=repo_id, **upload_arguments)
 
 
 def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> StoredObject:

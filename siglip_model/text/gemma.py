@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from siglip_model.checkpoints.arguments import supported_arguments
 from siglip_model.checkpoints.errors import CheckpointError, build_from_file, naming
 from siglip_model.checkpoints.fields import check_fields, shown
 from siglip_model.checkpoints.files import (
@@ -25,6 +26,7 @@ from siglip_model.checkpoints.files import (
 )
 from siglip_model.text.tokenizer import EncodeOptions, Tokenizer, check_unicode
 from siglip_model.text.tokenizer_config import (
+    CALL_ARGUMENTS,
     NAMED_TOKENS,
     SETTINGS,
     TOKENIZER_JSON,
@@ -52,6 +54,7 @@ class TokenizersTokenizer(Tokenizer):
     """
 
     _lower_case: ClassVar[bool | None] = None  # the default of do_lower_case
+    vocab_files_names: ClassVar[dict[str, str]] = {"tokenizer_file": TOKENIZER_FILE}
     _pads_like_rust = True
     default_tokens: ClassVar[Mapping[str, str]] = {}
 
@@ -145,6 +148,12 @@ class TokenizersTokenizer(Tokenizer):
         contents = known | {token.content for token in missing}
         missing += [AddedToken(token, special=True) for token in self.all_special_tokens if token not in contents]
         self._tokenizer.add_tokens([tokenizers.AddedToken(**token.to_json()) for token in missing])
+
+    def _extend_vocabulary(self, tokens: list[AddedToken]) -> int:
+        import tokenizers
+
+        with self._lock:
+            return self._tokenizer.add_tokens([tokenizers.AddedToken(**token.to_json()) for token in tokens])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -245,6 +254,7 @@ class TokenizersTokenizer(Tokenizer):
             "input_ids": encoding.ids,
             "token_type_ids": encoding.type_ids,
             "special_tokens_mask": encoding.special_tokens_mask,
+            "offset_mapping": encoding.offsets,
         }
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
@@ -259,19 +269,26 @@ class TokenizersTokenizer(Tokenizer):
     def _decode_ids(self, ids: int | list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode([ids] if isinstance(ids, int) else ids, skip_special_tokens=skip_special_tokens)
 
-    def _clean_up(self, text: str) -> str:
+    def clean_up_tokenization(self, text: str) -> str:
         # Byte-pair encodings preserve spaces, so transformers does not clean up their text.
-        return text if type(self._tokenizer.model).__name__ == "BPE" else super()._clean_up(text)
+        return text if type(self._tokenizer.model).__name__ == "BPE" else super().clean_up_tokenization(text)
 
     # ---- files
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **arguments: Any) -> TokenizersTokenizer:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **arguments: Any
+    ) -> TokenizersTokenizer:
         """Loads a directory or Hub repository: tokenizer.json and, if present, tokenizer_config.json.
 
-        arguments: those of the constructor, which override the files; revision, cache_dir, local_files_only, token.
+        arguments: those of the constructor, which override the files; those of a call, which SiglipProcessor then takes
+        as defaults; those of `resolve_file`. Errors as in
+        `SiglipTokenizer.from_pretrained`.
         """
-        hub, given = split_hub_arguments(arguments)
+        path_or_id = pretrained_model_name_or_path
+        hub, given = split_hub_arguments(supported_arguments(cls.__name__, arguments))
+        of_calls = {name: given.pop(name) for name in CALL_ARGUMENTS if name in given}
+        check_fields(cls.__name__, of_calls, CALL_ARGUMENTS)
         tokenizer_file = find_file(path_or_id, TOKENIZER_FILE, hub)
         if tokenizer_file is None:
             raise CheckpointError(f"{path_or_id} has no {TOKENIZER_FILE}, which {cls.__name__} needs")
@@ -285,7 +302,7 @@ class TokenizersTokenizer(Tokenizer):
         blamed = tokenizer_file if config is None else config.path
         tokenizer = build_from_file(blamed, partial(cls, tokenizer_file), constructor_arguments(cls, found), given)
         tokenizer.name_or_path = os.fspath(path_or_id)
-        tokenizer.call_defaults = call_defaults(found)
+        tokenizer.call_defaults = call_defaults({**found, **of_calls})
         return tokenizer
 
     @classmethod
@@ -302,9 +319,9 @@ class TokenizersTokenizer(Tokenizer):
         name = (filename_prefix + "-" if filename_prefix else "") + TOKENIZER_FILE
         return (write_file(save_directory, name, self._tokenizer.to_str(pretty=True).encode()),)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Writes tokenizer.json and tokenizer_config.json, which transformers 5 loads. Returns their paths."""
-        vocabulary = self.save_vocabulary(save_directory)
+    def _write(self, save_directory: str | os.PathLike[str], prefix: str) -> tuple[str, ...]:
+        """tokenizer.json and tokenizer_config.json, which transformers 5 loads."""
+        vocabulary = self.save_vocabulary(save_directory, prefix.removesuffix("-"))
         config = {
             **{name: self._named_tokens.get(name) for name in NAMED_TOKENS if self._named_tokens.get(name)},
             **self.call_defaults,
@@ -320,7 +337,7 @@ class TokenizersTokenizer(Tokenizer):
             "tokenizer_class": self.tokenizer_class,
             "truncation_side": self.truncation_side,
         }
-        return (write_file(save_directory, self.config_name, to_json(config)), *vocabulary)
+        return (write_file(save_directory, prefix + self.config_name, to_json(config)), *vocabulary)
 
 
 class GemmaTokenizer(TokenizersTokenizer):

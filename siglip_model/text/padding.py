@@ -78,7 +78,7 @@ class Lengths:
         missing = -(-target // multiple) * multiple - count
         if missing <= 0:
             return
-        fillers = {"input_ids": pad_id, "token_type_ids": 0, "special_tokens_mask": 1}
+        fillers = {"input_ids": pad_id, "token_type_ids": 0, "special_tokens_mask": 1, "offset_mapping": (0, 0)}
         if with_mask:
             fillers["attention_mask"] = 0
         for name, filler in fillers.items():

@@ -7,15 +7,18 @@ import os
 import re
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from siglip_model.checkpoints.arguments import supported_arguments
 from siglip_model.checkpoints.errors import CheckpointError, build_from_file, naming
 from siglip_model.checkpoints.fields import Field, check_fields, is_index
 from siglip_model.checkpoints.files import find_file, find_json, split_hub_arguments, to_json, write_file
 from siglip_model.text.tokenizer import EncodeOptions, Tokenizer, check_unicode
 from siglip_model.text.tokenizer_config import (
+    CALL_ARGUMENTS,
     NAMED_TOKENS,
     SETTINGS,
     TOKENIZER_JSON,
@@ -45,6 +48,7 @@ class SiglipTokenizer(Tokenizer):
     """
 
     vocab_file_name: ClassVar[str] = "spiece.model"
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": vocab_file_name}
 
     def __init__(
         self,
@@ -123,6 +127,21 @@ class SiglipTokenizer(Tokenizer):
             self._added_by_id[index] = AddedToken(token, special=True)
             self._added_ids[token] = index
 
+    def _extend_vocabulary(self, tokens: list[AddedToken]) -> int:
+        start = next_id = len(self)
+        for token in tokens:
+            if self.do_lower_case and token.normalized and not token.special:
+                token = replace(token, content=token.content.lower())
+            index = self._added_ids.get(token.content)
+            if index is None:
+                index = self.sp_model.piece_to_id(token.content)
+                if self.sp_model.id_to_piece(index) != token.content:
+                    index, next_id = next_id, next_id + 1
+            if token.special and token.content not in self.all_special_tokens:
+                self.extra_special_tokens.append(token.content)
+            self._added_by_id[index], self._added_ids[token.content] = token, index
+        return next_id - start
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "sp_model"}
 
@@ -145,10 +164,6 @@ class SiglipTokenizer(Tokenizer):
         """Tokens that are never split, by id: special tokens and those that the checkpoint added."""
         return dict(sorted(self._added_by_id.items()))
 
-    @property
-    def added_tokens_encoder(self) -> dict[str, int]:
-        return {token.content: index for index, token in self.added_tokens_decoder.items()}
-
     def get_vocab(self) -> dict[str, int]:
         vocabulary = {self._id_to_token(index): index for index in range(self.vocab_size)}
         return {**vocabulary, **self.added_tokens_encoder}
@@ -166,6 +181,10 @@ class SiglipTokenizer(Tokenizer):
 
     # ---- text to tokens
 
+    def remove_punctuation(self, text: str) -> str:
+        """The text without ASCII punctuation."""
+        return text.translate(_PUNCTUATION)
+
     def canonicalize_text(self, text: str, *, keep_punctuation_exact_string: str | None = None) -> str:
         """Lower-cases (if `do_lower_case`), removes ASCII punctuation, collapses and strips white space.
 
@@ -175,9 +194,9 @@ class SiglipTokenizer(Tokenizer):
             text = text.lower()
         if keep_punctuation_exact_string:
             parts = text.split(keep_punctuation_exact_string)
-            text = keep_punctuation_exact_string.join(part.translate(_PUNCTUATION) for part in parts)
+            text = keep_punctuation_exact_string.join(map(self.remove_punctuation, parts))
         else:
-            text = text.translate(_PUNCTUATION)
+            text = self.remove_punctuation(text)
         return _WHITE_SPACE.sub(" ", text).strip()
 
     def tokenize(
@@ -376,13 +395,20 @@ class SiglipTokenizer(Tokenizer):
     # ---- files
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **arguments: Any) -> SiglipTokenizer:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **arguments: Any
+    ) -> SiglipTokenizer:
         """Loads a directory or Hub repository: spiece.model and, if present, tokenizer_config.json.
 
-        arguments: those of the constructor, which override the files; revision, cache_dir, local_files_only, token.
-        Raises CheckpointError for a missing or damaged file, naming it; OSError as `resolve_file`.
+        arguments: those of the constructor, which override the files; those of a call, which SiglipProcessor then takes
+        as defaults; those of `resolve_file`.
+        Raises CheckpointError for a missing or damaged file, naming it; OSError as `resolve_file`; TypeError for an
+        unknown argument, ValueError for one of transformers whose effect is not supported.
         """
-        hub, given = split_hub_arguments(arguments)
+        path_or_id = pretrained_model_name_or_path
+        hub, given = split_hub_arguments(supported_arguments(cls.__name__, arguments))
+        of_calls = {name: given.pop(name) for name in CALL_ARGUMENTS if name in given}
+        check_fields(cls.__name__, of_calls, CALL_ARGUMENTS)
         vocab_file = find_file(path_or_id, cls.vocab_file_name, hub)
         if vocab_file is None:
             raise CheckpointError(f"{path_or_id} has no {cls.vocab_file_name}, which SiglipTokenizer needs")
@@ -399,7 +425,7 @@ class SiglipTokenizer(Tokenizer):
         blamed = vocab_file if config is None else config.path
         tokenizer = build_from_file(blamed, partial(cls, vocab_file), settings, given)
         tokenizer.name_or_path = os.fspath(path_or_id)
-        tokenizer.call_defaults = call_defaults(config or {})
+        tokenizer.call_defaults = call_defaults({**(config or {}), **of_calls})
         return tokenizer
 
     def save_vocabulary(
@@ -409,10 +435,10 @@ class SiglipTokenizer(Tokenizer):
         name = (filename_prefix + "-" if filename_prefix else "") + self.vocab_file_name
         return (write_file(save_directory, name, self._model_bytes),)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Writes spiece.model and tokenizer_config.json, which transformers 4 and 5 load. Returns their paths."""
-        vocabulary = self.save_vocabulary(save_directory)
-        return (write_file(save_directory, self.config_name, to_json(self._to_config())), *vocabulary)
+    def _write(self, save_directory: str | os.PathLike[str], prefix: str) -> tuple[str, ...]:
+        """spiece.model and tokenizer_config.json, which transformers 4 and 5 load."""
+        vocabulary = self.save_vocabulary(save_directory, prefix.removesuffix("-"))
+        return (write_file(save_directory, prefix + self.config_name, to_json(self._to_config())), *vocabulary)
 
     def _to_config(self) -> dict[str, Any]:
         return {

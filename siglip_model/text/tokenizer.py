@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import abc
+import inspect
+import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from siglip_model.batch import BatchFeature, check_tensor_kind, tokens_to_tensor
+from siglip_model.checkpoints.upload import upload
 from siglip_model.text.padding import SIDES, Lengths, one_of
-from siglip_model.text.tokenizer_config import NAMED_TOKENS, AddedToken
+from siglip_model.text.tokenizer_config import NAMED_TOKENS, AddedToken, is_token
+
+logger = logging.getLogger(__name__)
 
 
 def _named_token(name: str) -> property:
     def read(self: Tokenizer) -> str | None:
         return self._named_tokens.get(name)
 
-    def write(self: Tokenizer, token: str | None) -> None:
-        if token is not None and not isinstance(token, str):
-            raise TypeError(f"{name} is {token!r}; supported: a string or None")
-        self._named_tokens[name] = token
+    def write(self: Tokenizer, token: Any) -> None:
+        if token is not None and not is_token(token):
+            raise TypeError(f"{name} is {token!r}; supported: a string, an AddedToken or None")
+        self._named_tokens[name] = None if token is None else AddedToken.from_json(token).content
 
     return property(read, write, doc=f"The {name.removesuffix('_token')} token as a string, None if there is none.")
 
@@ -33,7 +39,10 @@ def _named_token_id(name: str) -> property:
         token = self._named_tokens.get(name)
         return None if token is None else self.convert_tokens_to_ids(token)
 
-    return property(read, doc=f"The id of the {name.removesuffix('_token')} token, None if there is none.")
+    def write(self: Tokenizer, index: int | None) -> None:
+        self._named_tokens[name] = None if index is None else self.convert_ids_to_tokens(index)
+
+    return property(read, write, doc=f"The id of the {name.removesuffix('_token')} token, None if there is none.")
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Tokenizer(abc.ABC):
     model_input_names: Sequence[str] = ("input_ids", "attention_mask")
     padding_side: str = "right"
     config_name: ClassVar[str] = "tokenizer_config.json"
+    pad_token_type_id: ClassVar[int] = 0
 
     bos_token, bos_token_id = _named_token("bos_token"), _named_token_id("bos_token")
     eos_token, eos_token_id = _named_token("eos_token"), _named_token_id("eos_token")
@@ -100,6 +110,7 @@ class Tokenizer(abc.ABC):
         self.clean_up_tokenization_spaces = bool(clean_up_tokenization_spaces)
         self.split_special_tokens = split_special_tokens
         self.name_or_path = ""
+        self._warned_of_length = False
         # Call arguments from a checkpoint's tokenizer_config.json: SiglipProcessor's defaults.
         self.call_defaults: dict[str, Any] = {}
 
@@ -145,6 +156,10 @@ class Tokenizer(abc.ABC):
         """Tokens that are never split, by id."""
 
     @abc.abstractmethod
+    def _extend_vocabulary(self, tokens: list[AddedToken]) -> int:
+        """Adds these tokens, or changes those of the same content; returns how many are new to the vocabulary."""
+
+    @abc.abstractmethod
     def get_vocab(self) -> dict[str, int]:
         """Every token, including added ones, with its id."""
 
@@ -153,8 +168,8 @@ class Tokenizer(abc.ABC):
         """Number of special tokens that a text, or a pair of texts, receives."""
 
     @abc.abstractmethod
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Writes the tokenizer's files, each atomically. Returns their paths."""
+    def _write(self, save_directory: str | os.PathLike[str], prefix: str) -> tuple[str, ...]:
+        """Writes the tokenizer's files, each atomically, with this prefix to their names. Returns their paths."""
 
     # ---- vocabulary
 
@@ -198,11 +213,166 @@ class Tokenizer(abc.ABC):
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
         return [self._id_to_token(int(index)) for index in ids if int(index) not in skipped]
 
+    # ---- added tokens
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether transformers runs this tokenizer in Rust."""
+        return self._pads_like_rust
+
+    @property
+    def backend(self) -> str:
+        """transformers' name of the library that splits texts."""
+        return "tokenizers" if self.is_fast else "sentencepiece"
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """The arguments of the constructor, with their present values."""
+        names = inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        return {token.content: index for index, token in self.added_tokens_decoder.items()}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return self.added_tokens_encoder
+
+    @property
+    def additional_special_tokens(self) -> list[str]:
+        """transformers 4's name for `extra_special_tokens`."""
+        return self.extra_special_tokens
+
+    @additional_special_tokens.setter
+    def additional_special_tokens(self, tokens: Sequence[Any]) -> None:
+        self.extra_special_tokens = [AddedToken.from_json(token).content for token in tokens]
+
+    @property
+    def extra_special_tokens_ids(self) -> list[int]:
+        return [self._token_to_id(token) for token in self.extra_special_tokens]
+
+    @extra_special_tokens_ids.setter
+    def extra_special_tokens_ids(self, ids: Sequence[int]) -> None:
+        self.extra_special_tokens = self.convert_ids_to_tokens(ids)
+
+    @property
+    def additional_special_tokens_ids(self) -> list[int]:
+        return self.extra_special_tokens_ids
+
+    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """Adds tokens, which are then never split, at the end of the vocabulary; returns how many are new to it.
+
+        new_tokens: a string, an AddedToken, or a list of them; a string that was added before stays as it is.
+        special_tokens: also leave them out where `skip_special_tokens` asks for it. Give the model as many rows:
+        `model.resize_token_embeddings(len(tokenizer))`. Raises TypeError for what is no token.
+        """
+        tokens = [new_tokens] if is_token(new_tokens) else list(new_tokens or ())
+        added = []
+        for token in tokens:
+            if not is_token(token):
+                raise TypeError(f"new_tokens holds {token!r}; supported: strings and AddedTokens")
+            if isinstance(token, str):
+                if not token or token in self.added_tokens_encoder:
+                    continue
+                special = special_tokens or token in self.all_special_tokens
+                added.append(AddedToken(token, normalized=not special, special=special))
+            else:
+                stored = AddedToken.from_json(token)
+                added.append(replace(stored, special=True) if special_tokens else stored)
+        return self._extend_vocabulary(added)
+
+    def add_special_tokens(
+        self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
+    ) -> int:
+        """Sets special tokens by name, adds those that the vocabulary lacks, and returns how many it lacked.
+
+        special_tokens_dict: bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token: one token
+        each; extra_special_tokens (or additional_special_tokens): a list, which replaces or extends the present one.
+        Raises ValueError for another name or value.
+        """
+        given = dict(special_tokens_dict or {})
+        if "additional_special_tokens" in given:
+            given.setdefault("extra_special_tokens", given.pop("additional_special_tokens"))
+        tokens: list[Any] = []
+        for name, value in given.items():
+            extra = name == "extra_special_tokens"
+            values = value if extra and isinstance(value, (list, tuple)) else [value]
+            supported = values is value if extra else name in NAMED_TOKENS
+            if not supported or not all(map(is_token, values)):
+                raise ValueError(
+                    f"special_tokens_dict: {name} is {value!r}; supported: a token for {', '.join(NAMED_TOKENS)}, a "
+                    "list of tokens for extra_special_tokens"
+                )
+            if extra:
+                kept = [] if replace_extra_special_tokens and values else self.extra_special_tokens
+                contents = [AddedToken.from_json(token).content for token in values]
+                self.extra_special_tokens = list(dict.fromkeys([*kept, *contents]))
+            else:
+                setattr(self, name, value)
+            tokens += values
+        return self.add_tokens(tokens, special_tokens=True)
+
+    # ---- files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+        push_to_hub: bool = False,
+        **upload_arguments: Any,
+    ) -> tuple[str, ...]:
+        """Writes the tokenizer's files, each atomically. Returns their paths.
+
+        filename_prefix: written before each name, with a hyphen. push_to_hub: also upload the files; its arguments in
+        upload_arguments. Raises ValueError for legacy_format=True (transformers 4's separate files of added tokens).
+        """
+        if legacy_format:
+            raise ValueError(f"{type(self).__name__}: legacy_format is True; supported: False, None")
+        if upload_arguments and not push_to_hub:
+            raise TypeError(f"save_pretrained got an unexpected keyword argument {next(iter(upload_arguments))!r}")
+        paths = self._write(save_directory, f"{filename_prefix}-" if filename_prefix else "")
+        if push_to_hub:
+            upload(save_directory, [os.path.basename(path) for path in paths], **upload_arguments)
+        return paths
+
+    def push_to_hub(self, repo_id: str, **upload_arguments: Any) -> Any:
+        """Writes the tokenizer's files to a repository of the Hub. Arguments: see `checkpoints.upload.upload`."""
+        with tempfile.TemporaryDirectory() as folder:
+            names = [os.path.basename(path) for path in self.save_pretrained(folder)]
+            return upload(folder, names, repo_id=repo_id, **upload_arguments)
+
     # ---- encoding
 
     def __call__(
         self,
         text: Any = None,
+        text_pair: Any = None,
+        text_target: Any = None,
+        text_pair_target: Any = None,
+        *,
+        max_target_length: int | None = None,
+        **options: Any,
+    ) -> BatchFeature:
+        """Token ids of a text, of a list of texts, of a pair of texts or of a list of pairs.
+
+        text_target, text_pair_target: texts to predict, in the same forms: alone they are encoded like `text`; beside
+        it their ids become `labels`. max_target_length: of them, by default `max_length`. options: see `encode_texts`,
+        also for what is returned and raised.
+        """
+        if text_target is None:
+            return self.encode_texts(text, text_pair, **options)
+        longest = {} if max_target_length is None else {"max_length": max_target_length}
+        target = self.encode_texts(text_target, text_pair_target, **{**options, **longest})
+        if text is None:
+            return target
+        batch = self.encode_texts(text, text_pair, **options)
+        batch["labels"] = target["input_ids"]
+        return batch
+
+    def encode_texts(
+        self,
+        text: Any,
         text_pair: Any = None,
         *,
         add_special_tokens: bool = True,
@@ -218,6 +388,7 @@ class Tokenizer(abc.ABC):
         return_attention_mask: bool | None = None,
         return_overflowing_tokens: bool = False,
         return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
         return_length: bool = False,
         split_special_tokens: bool | None = None,
         verbose: bool = True,
@@ -230,13 +401,18 @@ class Tokenizer(abc.ABC):
             `model_max_length`. `max_length` alone implies truncation.
         return_tensors: "pt" (int64 tensors), "np", or None for lists. With tensors a single text gets a batch axis.
         return_attention_mask, return_token_type_ids: by default, whether `model_input_names` lists them.
-        verbose: ignored, accepted for compatibility.
+        return_offsets_mapping: `offset_mapping`, the letters of each token as (first, behind the last); for tokenizers
+            whose `is_fast` is True.
+        verbose: warn of a text of more tokens than `model_max_length`, the first time.
 
         Returns input_ids and the other requested fields. Raises TypeError for an unknown argument, ValueError for an
-        unsupported value and for lengths that differ where a tensor was requested.
+        unsupported value and for lengths that differ where a tensor was requested, NotImplementedError for offsets of a
+        SentencePiece tokenizer.
         """
         if text is None:
             raise ValueError(f"{type(self).__name__}: text is None; supported: a string or a list of strings")
+        if return_offsets_mapping and not self.is_fast:
+            raise NotImplementedError(f"{type(self).__name__}: return_offsets_mapping is True; supported: False")
         kind = check_tensor_kind(return_tensors)
         lengths = self._lengths(padding, truncation, max_length, pad_to_multiple_of, padding_side)
         options = EncodeOptions(
@@ -254,6 +430,7 @@ class Tokenizer(abc.ABC):
             return_token_type_ids = "token_type_ids" in self.model_input_names
         unwanted = {"token_type_ids"} if not return_token_type_ids else set()
         unwanted |= {"special_tokens_mask"} if not return_special_tokens_mask else set()
+        unwanted |= {"offset_mapping"} if not return_offsets_mapping else set()
         unwanted |= {"overflowing_tokens", "num_truncated_tokens"} if kind else set()
 
         batched = self._is_batch(text, is_split_into_words)
@@ -262,6 +439,15 @@ class Tokenizer(abc.ABC):
         for sample, pair in samples:
             fields = self._encode(sample, pair, options)
             encoded.append({name: value for name, value in fields.items() if name not in unwanted})
+        most = max(len(fields["input_ids"]) for fields in encoded)
+        if verbose and lengths.max_length is None and most > self.model_max_length and not self._warned_of_length:
+            self._warned_of_length = True
+            logger.warning(
+                "%s: a text has %d tokens, more than model_max_length, %d; give truncation=True to shorten it",
+                type(self).__name__,
+                most,
+                self.model_max_length,
+            )
         length_before_padding = batched and not self._pads_like_rust
         if return_length and length_before_padding:
             for fields in encoded:
@@ -290,8 +476,18 @@ class Tokenizer(abc.ABC):
     _pads_like_rust: ClassVar[bool] = False
 
     def encode(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
-        """`input_ids` alone, as a list or as `return_tensors` requests. Takes the arguments of `__call__`."""
-        return self(text, text_pair, **options)["input_ids"]
+        """`input_ids` alone, as a list or as `return_tensors` requests. Takes the arguments of `encode_texts`."""
+        return self.encode_texts(text, text_pair, **options)["input_ids"]
+
+    @property
+    def max_len_single_sentence(self) -> int:
+        """The most tokens of a text beside the special tokens that it receives."""
+        return self.model_max_length - self.num_special_tokens_to_add(pair=False)
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        """The most tokens of a pair of texts beside the special tokens that it receives."""
+        return self.model_max_length - self.num_special_tokens_to_add(pair=True)
 
     def _pairs(self, text: Any, text_pair: Any, is_split_into_words: bool) -> list[tuple[Any, Any]]:
         """A batch as (text, pair or None)."""
@@ -361,7 +557,7 @@ class Tokenizer(abc.ABC):
         """Pads tokenized texts: a dict of lists (one text, or a batch) or a list of dicts (for collating).
 
         Arrays and tensors are accepted, and returned unless `return_tensors` requests another kind. The input is not
-        modified. Other arguments as for `__call__`.
+        modified. Other arguments as for `encode_texts`.
         """
         if isinstance(encoded_inputs, (list, tuple)) and encoded_inputs and isinstance(encoded_inputs[0], Mapping):
             encoded_inputs = {name: [sample[name] for sample in encoded_inputs] for name in encoded_inputs[0]}
@@ -427,9 +623,14 @@ class Tokenizer(abc.ABC):
 
     def _decode_one(self, ids: Any, skip_special_tokens: bool, clean_up: bool | None) -> str:
         text = self._decode_ids(ids, skip_special_tokens)
-        return self._clean_up(text) if (self.clean_up_tokenization_spaces if clean_up is None else clean_up) else text
+        return (
+            self.clean_up_tokenization(text)
+            if (self.clean_up_tokenization_spaces if clean_up is None else clean_up)
+            else text
+        )
 
-    def _clean_up(self, text: str) -> str:
+    def clean_up_tokenization(self, text: str) -> str:
+        """The text without the spaces before punctuation and abbreviated words."""
         for spaced, joined in _CLEAN_UP:
             text = text.replace(spaced, joined)
         return text

@@ -60,6 +60,11 @@ class AddedToken:
         return asdict(self)
 
 
+def is_token(value: Any) -> bool:
+    """Whether the value is a string, or an AddedToken of this module or of the tokenizers library."""
+    return isinstance(value, str) or isinstance(getattr(value, "content", None), str)
+
+
 def _is_content(value: Any) -> bool:
     return is_text(value) and len(value) <= LONGEST_TOKEN
 

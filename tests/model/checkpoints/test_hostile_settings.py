@@ -13,7 +13,7 @@ from tiny_checkpoint import shared_tiny_checkpoint
 import siglip_model
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.images.auto import AutoImageProcessor
-from siglip_model.text.auto import load_tokenizer
+from siglip_model.text.auto import AutoTokenizer
 from siglip_model.zero_shot import TASK, pipeline
 
 
@@ -146,25 +146,25 @@ def test_fields_of_tokenizer_config_json(checkpoint, field):
     for value in TOKENIZER_FIELDS[field]:
         (checkpoint / "tokenizer_config.json").write_text(original)
         change(checkpoint / "tokenizer_config.json", **{field: value})
-        refusal(load_tokenizer, checkpoint / "tokenizer_config.json", field)
+        refusal(AutoTokenizer.from_pretrained, checkpoint / "tokenizer_config.json", field)
 
 
 def test_settings_choose_no_file(checkpoint):
-    ids = load_tokenizer(checkpoint)("a cat")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(checkpoint)("a cat")["input_ids"]
     change(checkpoint / "tokenizer_config.json", vocab_file="/etc/passwd", tokenizer_file=3, self=1, path_or_id="x")
-    assert load_tokenizer(checkpoint)("a cat")["input_ids"] == ids
+    assert AutoTokenizer.from_pretrained(checkpoint)("a cat")["input_ids"] == ids
 
 
 def test_known_options_of_sentencepiece_pass(checkpoint):
     options = {"enable_sampling": True, "nbest_size": -1, "alpha": 0.1}
     change(checkpoint / "tokenizer_config.json", sp_model_kwargs=options)
-    assert load_tokenizer(checkpoint).sp_model_kwargs == options
+    assert AutoTokenizer.from_pretrained(checkpoint).sp_model_kwargs == options
 
 
 def test_arguments_of_the_caller_are_not_blamed_on_the_file(checkpoint):
     for arguments in ({"model_max_length": "x"}, {"padding_side": "top"}, {"sp_model_kwargs": {"model_file": "x"}}):
         with pytest.raises(ValueError, match="supported: ") as caught:
-            load_tokenizer(checkpoint, **arguments)
+            AutoTokenizer.from_pretrained(checkpoint, **arguments)
         assert not isinstance(caught.value, CheckpointError)
     with pytest.raises(ValueError, match="hidden_size is -33") as caught:
         siglip_model.SiglipTextConfig.from_pretrained(checkpoint, hidden_size=-33)
@@ -195,7 +195,7 @@ def test_fields_of_older_tokenizer_files(checkpoint, name, content, field):
     settings.pop("added_tokens_decoder", None)
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
     (checkpoint / name).write_text(json.dumps(content))
-    refusal(load_tokenizer, checkpoint / name, field)
+    refusal(AutoTokenizer.from_pretrained, checkpoint / name, field)
 
 
 IMAGE_FIELDS = {
@@ -280,7 +280,7 @@ def test_numbers_per_channel_that_the_model_does_not_have(checkpoint, value):
 def test_a_tokenizer_whose_ids_the_model_does_not_have(checkpoint, field):
     """On a GPU such an id is a device-side assertion."""
     change(checkpoint / "tokenizer_config.json", **{field: "<new>"})
-    size = load_tokenizer(checkpoint).vocab_size
+    size = AutoTokenizer.from_pretrained(checkpoint).vocab_size
     with pytest.raises(CheckpointError) as caught:
         pipeline(TASK, model=checkpoint)
     assert str(checkpoint / "tokenizer_config.json") in str(caught.value)
@@ -303,23 +303,23 @@ def test_added_tokens_are_short_and_few(checkpoint):
     path = checkpoint / "tokenizer_config.json"
     original = path.read_text()
     change(path, unk_token="a b" * 10**6)
-    assert "a string of at most 1000 letters" in refusal(load_tokenizer, path, "unk_token")
+    assert "a string of at most 1000 letters" in refusal(AutoTokenizer.from_pretrained, path, "unk_token")
     path.write_text(original)
     change(path, added_tokens_decoder={str(index): {"content": f"x{index}"} for index in range(2**14 + 1)})
-    assert "at most 16384 tokens" in refusal(load_tokenizer, path, "added_tokens_decoder")
+    assert "at most 16384 tokens" in refusal(AutoTokenizer.from_pretrained, path, "added_tokens_decoder")
 
 
 def test_a_normalizer_that_multiplies_the_text(tmp_path):
     step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
     write_tokenizer(tmp_path, {"type": "Sequence", "normalizers": [step] * 4})
-    message = refusal(load_tokenizer, tmp_path / "tokenizer.json")
+    message = refusal(AutoTokenizer.from_pretrained, tmp_path / "tokenizer.json")
     assert "can make a text 1,000,000,000,000 times as long; supported: at most 1000 times" in message
 
 
 def test_a_regular_expression_that_does_not_end(tmp_path):
     """The library panics, with an exception that does not derive from Exception."""
     write_tokenizer(tmp_path, {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"})
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         tokenizer("a" * 40 + "c")
     assert str(tmp_path / "tokenizer.json") in str(caught.value)
@@ -351,7 +351,7 @@ def test_numbers_that_make_no_finite_pixels(checkpoint, field, value):
 def test_a_sentencepiece_model_of_any_size(checkpoint):
     with (checkpoint / "spiece.model").open("r+b") as file:
         file.truncate(3 * 2**30)  # a hole, which takes no space on the disk
-    message = refusal(load_tokenizer, checkpoint / "spiece.model")
+    message = refusal(AutoTokenizer.from_pretrained, checkpoint / "spiece.model")
     assert "has 3,221,225,472 bytes; supported: at most 16,777,216" in message
 
 
@@ -361,7 +361,7 @@ def test_a_tokenizer_that_cannot_pad(checkpoint):
         pipeline(TASK, model=checkpoint)
     assert str(checkpoint) in str(caught.value)
     with pytest.raises(ValueError, match=f"tokenizer_config.json of {checkpoint} names none"):
-        load_tokenizer(checkpoint)(["a", "a cat"], padding=True)
+        AutoTokenizer.from_pretrained(checkpoint)(["a", "a cat"], padding=True)
 
 
 def test_auto_model_without_a_model_type(checkpoint):
@@ -376,11 +376,11 @@ FILES = {
     "config.json": load_model,
     "preprocessor_config.json": AutoImageProcessor.from_pretrained,
     "processor_config.json": AutoImageProcessor.from_pretrained,
-    "tokenizer_config.json": load_tokenizer,
-    "special_tokens_map.json": load_tokenizer,
-    "added_tokens.json": load_tokenizer,
-    "tokenizer.json": load_tokenizer,
-    "spiece.model": load_tokenizer,
+    "tokenizer_config.json": AutoTokenizer.from_pretrained,
+    "special_tokens_map.json": AutoTokenizer.from_pretrained,
+    "added_tokens.json": AutoTokenizer.from_pretrained,
+    "tokenizer.json": AutoTokenizer.from_pretrained,
+    "spiece.model": AutoTokenizer.from_pretrained,
 }
 
 
@@ -435,10 +435,10 @@ def test_a_file_that_vanishes(checkpoint, monkeypatch):
 
 
 def test_missing_tokenizer_config_is_said(checkpoint, caplog):
-    load_tokenizer(checkpoint)
+    AutoTokenizer.from_pretrained(checkpoint)
     assert not caplog.messages
     (checkpoint / "tokenizer_config.json").unlink()
-    load_tokenizer(checkpoint)
+    AutoTokenizer.from_pretrained(checkpoint)
     assert caplog.messages == [
         f"{checkpoint} has no tokenizer_config.json: the defaults of SiglipTokenizer apply, which return an attention "
         "mask"

@@ -17,7 +17,7 @@ from siglip_model import AutoProcessor, pipeline
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.cli.main import app
 from siglip_model.demo import CHECKPOINT, PICTURES
-from siglip_model.text.auto import load_tokenizer
+from siglip_model.text.auto import AutoTokenizer
 from siglip_model.text.gemma import GemmaTokenizer, Siglip2Tokenizer
 
 
@@ -81,7 +81,10 @@ GEMMA_TEXTS = [
 class TestGemma:
     def test_same_as_transformers(self, gemma_folders: dict[str, Path]) -> None:
         for folder in gemma_folders.values():
-            tokenizer, reference = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+            tokenizer, reference = (
+                AutoTokenizer.from_pretrained(folder),
+                transformers.AutoTokenizer.from_pretrained(folder),
+            )
             assert tokenizer.get_vocab() == reference.get_vocab() and len(tokenizer) == len(reference)
             for name in (
                 "all_special_ids",
@@ -116,18 +119,20 @@ class TestGemma:
             )
 
     def test_case(self, gemma_folders: dict[str, Path]) -> None:
-        gemma, siglip2 = (load_tokenizer(gemma_folders[name]) for name in ("GemmaTokenizer", "Siglip2Tokenizer"))
+        gemma, siglip2 = (
+            AutoTokenizer.from_pretrained(gemma_folders[name]) for name in ("GemmaTokenizer", "Siglip2Tokenizer")
+        )
         assert type(gemma) is GemmaTokenizer and type(siglip2) is Siglip2Tokenizer
         assert gemma("DOGS") != gemma("dogs") and siglip2("DOGS") == siglip2("dogs")
 
     def test_round_trip(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
         for name, folder in gemma_folders.items():
-            tokenizer = load_tokenizer(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
             tokenizer.save_pretrained(tmp_path / name)
             (tmp_path / name / "config.json").write_bytes((folder / "config.json").read_bytes())
             reference, again = (
                 transformers.AutoTokenizer.from_pretrained(tmp_path / name),
-                load_tokenizer(tmp_path / name),
+                AutoTokenizer.from_pretrained(tmp_path / name),
             )
             assert type(again) is type(tokenizer)
             assert tokenizer(GEMMA_TEXTS) == reference(GEMMA_TEXTS).data == again(GEMMA_TEXTS)
@@ -136,12 +141,12 @@ class TestGemma:
     def test_errors(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
         with pytest.raises(OSError, match=r"tokenizer\.json"):
-            load_tokenizer(tmp_path)
+            AutoTokenizer.from_pretrained(tmp_path)
         for content in ("{", "{}", '{"model": {"type": "BPE", "merges": [], "vocab": 3}}', '{"model": {}}'):
             (tmp_path / "tokenizer.json").write_text(content)
             with pytest.raises(OSError, match=r"tokenizer\.json"):
-                load_tokenizer(tmp_path)
-        tokenizer = load_tokenizer(gemma_folders["GemmaTokenizer"])
+                AutoTokenizer.from_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(gemma_folders["GemmaTokenizer"])
         for text in (None, [], [3], [["a", "b", "c"]]):
             with pytest.raises(ValueError, match="supported"):
                 tokenizer(text)
@@ -175,7 +180,7 @@ class TestHostileFiles:
     ) -> None:
         folder = _copy(gemma_folders[name], tmp_path / "in", **settings)
         with pytest.raises(CheckpointError, match=f"{next(iter(settings))} is .*; supported: ") as caught:
-            load_tokenizer(folder)
+            AutoTokenizer.from_pretrained(folder)
         assert str(folder / "tokenizer_config.json") in str(caught.value)
 
     @pytest.mark.parametrize("name", ["GemmaTokenizer", "PreTrainedTokenizerFast"])
@@ -194,13 +199,13 @@ class TestHostileFiles:
         document = json.loads((folder / "tokenizer.json").read_text())
         (folder / "tokenizer.json").write_text(json.dumps({**document, field: value}))
         with bounded(), pytest.raises(CheckpointError) as caught:
-            load_tokenizer(folder)
+            AutoTokenizer.from_pretrained(folder)
         assert str(folder / "tokenizer.json") in str(caught.value)
 
     def test_an_unknown_token_outside_the_vocabulary(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
         folder = _copy(gemma_folders["GemmaTokenizer"], tmp_path / "in", unk_token="<unk> ")
         with pytest.raises(CheckpointError, match=r"unk_token is '<unk> '; supported: a token of the voc") as caught:
-            load_tokenizer(folder)
+            AutoTokenizer.from_pretrained(folder)
         assert str(folder / "tokenizer_config.json") in str(caught.value)
 
     def test_a_panic_of_the_library(
@@ -214,23 +219,23 @@ class TestHostileFiles:
 
         monkeypatch.setattr(tokenizers.Tokenizer, "from_str", fail)
         with pytest.raises(CheckpointError, match=r"tokenizer\.json: PanicException: index out of bounds"):
-            load_tokenizer(gemma_folders["GemmaTokenizer"])
+            AutoTokenizer.from_pretrained(gemma_folders["GemmaTokenizer"])
 
     def test_a_large_document(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
         folder = _copy(gemma_folders["GemmaTokenizer"], tmp_path / "in")
         with (folder / "tokenizer.json").open("wb") as file:
             file.truncate(2**33)  # a sparse file
         with bounded(), pytest.raises(CheckpointError, match="has 8,589,934,592 bytes; supported: at most 50,331,648"):
-            load_tokenizer(folder)
+            AutoTokenizer.from_pretrained(folder)
 
     def test_missing_settings_are_said(
         self, gemma_folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = _copy(gemma_folders["GemmaTokenizer"], tmp_path / "in")
-        load_tokenizer(folder)
+        AutoTokenizer.from_pretrained(folder)
         assert not caplog.messages
         (folder / "tokenizer_config.json").unlink()
-        tokenizer = load_tokenizer(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         assert caplog.messages == [f"{folder} has no tokenizer_config.json: the defaults of TokenizersTokenizer apply"]
         with pytest.raises(ValueError, match=f"no pad_token, and tokenizer_config.json of {folder} names none"):
             tokenizer(["a", "a cat"], padding=True)
@@ -252,13 +257,13 @@ CASES = ["A Cat", "TWO dogs", "Straße İ Σ", "<eos> A", ""]
 @pytest.fixture
 def lower(gemma_folders: dict[str, Path]) -> list[Any]:
     """Ids of the texts in lower case."""
-    return load_tokenizer(gemma_folders["Siglip2Tokenizer"])(CASES)["input_ids"]
+    return AutoTokenizer.from_pretrained(gemma_folders["Siglip2Tokenizer"])(CASES)["input_ids"]
 
 
 @pytest.fixture
 def kept(gemma_folders: dict[str, Path]) -> list[Any]:
     """Ids of the texts as they are."""
-    return load_tokenizer(gemma_folders["GemmaTokenizer"])(CASES)["input_ids"]
+    return AutoTokenizer.from_pretrained(gemma_folders["GemmaTokenizer"])(CASES)["input_ids"]
 
 
 NAMES = ["GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer", "PreTrainedTokenizerFast"]
@@ -280,16 +285,20 @@ class TestLowerCase:
     ) -> None:
         assert lower != kept
         folder = _copy(gemma_folders[name], tmp_path / "in", do_lower_case=saved)
-        tokenizer = load_tokenizer(folder, **({} if given is None else {"do_lower_case": given}))
+        tokenizer = AutoTokenizer.from_pretrained(folder, **({} if given is None else {"do_lower_case": given}))
         wanted = saved if given is None else given
         assert tokenizer.do_lower_case is wanted and tokenizer(CASES)["input_ids"] == (lower if wanted else kept)
         tokenizer.save_pretrained(tmp_path / "out")
         assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["do_lower_case"] is wanted
         (tmp_path / "out" / "config.json").write_bytes((folder / "config.json").read_bytes())
         reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-        for again in (load_tokenizer(tmp_path / "out"), reference, pickle.loads(pickle.dumps(tokenizer))):
+        for again in (
+            AutoTokenizer.from_pretrained(tmp_path / "out"),
+            reference,
+            pickle.loads(pickle.dumps(tokenizer)),
+        ):
             assert again(CASES)["input_ids"] == (lower if wanted else kept)
-        turned = load_tokenizer(tmp_path / "out", do_lower_case=not wanted)
+        turned = AutoTokenizer.from_pretrained(tmp_path / "out", do_lower_case=not wanted)
         assert turned(CASES)["input_ids"] == (kept if wanted else lower)
 
     def test_the_class_by_itself(self, gemma_folders: dict[str, Path], lower: Any, kept: Any, tmp_path: Path) -> None:
@@ -324,7 +333,7 @@ class TestLowerCase:
         (folder / "config.json").unlink()
         if config is not None:
             (folder / "config.json").write_text(json.dumps(config))
-        for load in (load_tokenizer, GemmaTokenizer.from_pretrained):
+        for load in (AutoTokenizer.from_pretrained, GemmaTokenizer.from_pretrained):
             assert load(folder)(CASES)["input_ids"] == (lower if is_siglip else kept)
             assert load(folder, do_lower_case=False)(CASES)["input_ids"] == kept
             assert load(folder, do_lower_case=True)(CASES)["input_ids"] == lower
@@ -335,9 +344,9 @@ class TestLowerCase:
         self, gemma_folders: dict[str, Path], name: str, value: Any, tmp_path: Path
     ) -> None:
         with pytest.raises(ValueError, match=r"do_lower_case is .*; supported: True, False"):
-            load_tokenizer(gemma_folders[name], do_lower_case=value)
+            AutoTokenizer.from_pretrained(gemma_folders[name], do_lower_case=value)
         with pytest.raises(ValueError, match=r"do_lower_case is .*; supported: True, False"):
-            load_tokenizer(_copy(gemma_folders[name], tmp_path / "in", do_lower_case=value))
+            AutoTokenizer.from_pretrained(_copy(gemma_folders[name], tmp_path / "in", do_lower_case=value))
 
     def test_a_normaliser_that_lower_cases_otherwise(self, gemma_folders: dict[str, Path], tmp_path: Path) -> None:
         folder = _copy(gemma_folders["PreTrainedTokenizerFast"], tmp_path / "in", do_lower_case=None)
@@ -345,9 +354,9 @@ class TestLowerCase:
         bert = json.loads(tokenizers.normalizers.BertNormalizer().__getstate__())
         document["normalizer"] = {"type": "Sequence", "normalizers": [bert]}
         (folder / "tokenizer.json").write_text(json.dumps(document))
-        assert load_tokenizer(folder).do_lower_case is True
+        assert AutoTokenizer.from_pretrained(folder).do_lower_case is True
         with pytest.raises(ValueError, match=r"do_lower_case is False, but .*tokenizer\.json lower-cases"):
-            load_tokenizer(folder, do_lower_case=False)
+            AutoTokenizer.from_pretrained(folder, do_lower_case=False)
 
     @pytest.mark.parametrize("given", [{}, {"do_lower_case": True}])
     def test_processor_pipeline_and_command(

@@ -105,7 +105,7 @@ class TestCall:
             ({"max_length": -1}, ValueError, "max_length is -1"),
             ({"max_length": 2.5}, ValueError, "max_length is 2.5"),
             ({"pad_to_multiple_of": 0}, ValueError, "pad_to_multiple_of is 0"),
-            ({"return_offsets_mapping": True}, TypeError, "return_offsets_mapping"),
+            ({"return_offsets_mapping": True}, NotImplementedError, "return_offsets_mapping"),
             ({"paddign": True}, TypeError, "paddign"),
         ],
     )

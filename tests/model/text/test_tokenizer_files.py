@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import transformers
 
-from siglip_model.text.auto import load_tokenizer
+from siglip_model.text.auto import AutoTokenizer
 from siglip_model.text.siglip import SiglipTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This sequence already has", "ignore:`max_length` is ignored")
@@ -87,11 +87,13 @@ class TestFiles:
         """The file's setting is followed, an argument overrides it, and either is kept by saving."""
         SiglipTokenizer(model_files["bytes"], do_lower_case=saved).save_pretrained(tmp_path / "in")
         for given in (True, False, None):
-            tokenizer = load_tokenizer(tmp_path / "in", **({} if given is None else {"do_lower_case": given}))
+            tokenizer = AutoTokenizer.from_pretrained(
+                tmp_path / "in", **({} if given is None else {"do_lower_case": given})
+            )
             wanted = saved if given is None else given
             tokenizer.save_pretrained(tmp_path / "out")
             reference = transformers.SiglipTokenizer.from_pretrained(tmp_path / "out")
-            for one in (tokenizer, load_tokenizer(tmp_path / "out"), reference):
+            for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "out"), reference):
                 assert one.do_lower_case is wanted
                 assert (one("A Cat")["input_ids"] == one("a cat")["input_ids"]) is wanted
 
@@ -99,15 +101,15 @@ class TestFiles:
     def test_lower_case_is_a_flag(self, model_files: dict[str, Path], tmp_path: Path, value: Any) -> None:
         SiglipTokenizer(model_files["plain"]).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="do_lower_case is .*; supported: True, False"):
-            load_tokenizer(tmp_path, do_lower_case=value)
+            AutoTokenizer.from_pretrained(tmp_path, do_lower_case=value)
         settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": value}))
         with pytest.raises(ValueError, match="do_lower_case is .*; supported: True, False"):
-            load_tokenizer(tmp_path)
+            AutoTokenizer.from_pretrained(tmp_path)
 
     def test_model_alone(self, model_files: dict[str, Path]) -> None:
         assert SiglipTokenizer.from_pretrained(model_files["plain"].parent)("a cat")["input_ids"]
-        assert isinstance(load_tokenizer(model_files["plain"].parent), SiglipTokenizer)
+        assert isinstance(AutoTokenizer.from_pretrained(model_files["plain"].parent), SiglipTokenizer)
 
     def test_pickle_and_copy(self, pairs: list[Any]) -> None:
         for tokenizer, _ in pairs:
@@ -125,7 +127,7 @@ class TestFiles:
         with pytest.raises(OSError, match=r"spiece\.model"):
             SiglipTokenizer.from_pretrained(tmp_path)
         with pytest.raises(OSError, match=r"spiece\.model nor tokenizer\.json"):
-            load_tokenizer(tmp_path)
+            AutoTokenizer.from_pretrained(tmp_path)
         with pytest.raises(OSError, match="nowhere"):
             SiglipTokenizer.from_pretrained(tmp_path / "nowhere")
         with pytest.raises(OSError, match="nowhere"):
@@ -146,7 +148,7 @@ class TestFiles:
     def test_unsupported_class(self, tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
         with pytest.raises(OSError, match="BertTokenizer"):
-            load_tokenizer(tmp_path)
+            AutoTokenizer.from_pretrained(tmp_path)
 
 
 def test_importing_loads_no_tokenizer_library() -> None:
