@@ -12,19 +12,19 @@ import torch
 
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.fields import shown
-from siglip_model.config import SiglipConfig
+from siglip_model.config import SiglipConfig, SiglipVisionConfig
 from siglip_model.images.processor import ImageProcessor
 from siglip_model.text.tokenizer import Tokenizer
 
 
-def check_fit(config: SiglipConfig, tokenizer: Any, image_processor: Any, where: str) -> None:
+def check_fit(config: SiglipConfig | SiglipVisionConfig, tokenizer: Any, image_processor: Any, where: str) -> None:
     """Raises CheckpointError if the model takes neither the processor's images nor the tokenizer's ids.
 
     where: what the message names if a component was not loaded from a file.
     """
     if isinstance(image_processor, ImageProcessor):
-        _check_images(config.vision_config, image_processor, image_processor.name_or_path or where)
-    if isinstance(tokenizer, Tokenizer):
+        _check_images(getattr(config, "vision_config", config), image_processor, image_processor.name_or_path or where)
+    if isinstance(tokenizer, Tokenizer) and isinstance(config, SiglipConfig):
         _check_ids(config.text_config, tokenizer, _file(tokenizer) or where)
 
 
@@ -57,11 +57,11 @@ def _size_of_pixels(processor: ImageProcessor) -> tuple[str, dict[str, int]]:
     return "size", {}
 
 
-def check_pixels(config: SiglipConfig, image_processor: Any, pixel_values: torch.Tensor) -> None:
+def check_pixels(config: SiglipConfig | SiglipVisionConfig, image_processor: Any, pixel_values: torch.Tensor) -> None:
     """Raises CheckpointError if a processor that does not resize made pixels (.., height, width) of another size."""
     if not isinstance(image_processor, ImageProcessor) or "height" in _size_of_pixels(image_processor)[1]:
         return
-    vision: Any = config.vision_config
+    vision: Any = getattr(config, "vision_config", config)  # a vision tower's configuration is itself
     height, width = pixel_values.shape[-2:]
     grid = vision.image_size // vision.patch_size
     if (height // vision.patch_size) * (width // vision.patch_size) not in (1, grid**2):

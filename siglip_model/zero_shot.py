@@ -18,6 +18,14 @@ import torch
 from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.devices import resolve_device
 from siglip_model.fit import check_fit, check_pixels
+from siglip_model.image_pipelines import (
+    ImageClassificationPipeline,
+    ImageFeatureExtractionPipeline,
+    count,
+    is_stream,
+    items_of,
+    only_source,
+)
 from siglip_model.images.batches import Failure, read_batches
 from siglip_model.images.files import describe_source, open_image
 from siglip_model.images.limits import PixelBudget
@@ -26,10 +34,15 @@ from siglip_model.text.prompts import TEMPLATE, fill_template
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
+    from siglip_model.pretrained import PreTrainedModel
 
 TASK = "zero-shot-image-classification"
 LABEL_TOKENS = 64  # SigLIP was trained on texts padded to this length
-CALL_DEFAULTS = {"candidate_labels", "hypothesis_template", "timeout", "tokenizer_kwargs", "max_pixels"}
+CALL_DEFAULTS = {
+    TASK: {"candidate_labels", "hypothesis_template", "timeout", "tokenizer_kwargs", "top_k", "max_pixels"},
+    ImageClassificationPipeline.task: {"function_to_apply", "timeout", "top_k", "max_pixels"},
+    ImageFeatureExtractionPipeline.task: {"image_processor_kwargs", "pool", "return_tensors", "timeout", "max_pixels"},
+}
 LABELS_AT_ONCE = 128  # bounds the text tower's memory for any number of labels
 
 Prediction = dict[str, Any]
@@ -40,7 +53,8 @@ class ZeroShotImageClassificationPipeline:
 
     model: a SiglipModel; tokenizer, image_processor: its own, or any with transformers' calling convention.
     device: device to move the model to; None leaves the model on its device.
-    candidate_labels, hypothesis_template, timeout, tokenizer_kwargs, batch_size, num_workers: defaults of each call.
+    candidate_labels, hypothesis_template, timeout, tokenizer_kwargs, top_k, batch_size, num_workers: defaults of each
+    call.
     max_pixels: limit on the pixels of a file, and on those decoded at one time by all workers of a call (default:
     `images.limits.MAX_PIXELS`). Larger files are refused, larger PIL images are processed alone.
     """
@@ -60,19 +74,21 @@ class ZeroShotImageClassificationPipeline:
         hypothesis_template: str = TEMPLATE,
         timeout: float | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        top_k: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
         self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
         self.encode_images = CapturesRepeats(self.model)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.batch_size = _count("batch_size", 1 if batch_size is None else batch_size, at_least=1)
-        self.num_workers = _count("num_workers", num_workers or 0, at_least=0)
+        self.batch_size = count("batch_size", 1 if batch_size is None else batch_size, at_least=1)
+        self.num_workers = count("num_workers", num_workers or 0, at_least=0)
         self.candidate_labels = candidate_labels
         self.hypothesis_template = hypothesis_template
         self.timeout = timeout
         self.max_pixels = PixelBudget(max_pixels).max_pixels
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
+        self.top_k = None if top_k is None else count("top_k", top_k, at_least=1)
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +111,7 @@ class ZeroShotImageClassificationPipeline:
         num_workers: int | None = None,
         timeout: float | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        top_k: int | None = None,
         images: Any = None,
         inputs: Any = None,
     ) -> list[Prediction] | list[list[Prediction]] | Iterator[list[Prediction]]:
@@ -106,20 +123,13 @@ class ZeroShotImageClassificationPipeline:
         candidate_labels: the labels, each inserted into `hypothesis_template` in place of {}; encoded once per call.
         batch_size: images per forward pass. num_workers: threads that open images ahead of the model.
         timeout: seconds that a URL may take. tokenizer_kwargs: override the tokenizer's default arguments.
+        top_k: at most so many labels; None for all.
         Raises ValueError for missing labels, a template without {} or an unreadable image (UnreadableImageError, naming
         it) and for scores that are not finite; TypeError for an input that is not an image.
         """
-        given = {
-            name: value
-            for name, value in (("image", image), ("images", images), ("inputs", inputs))
-            if value is not None
-        }
-        if len(given) != 1:
-            what = " and ".join(given) + " were all given" if given else "no image was given"
-            raise ValueError(f"{TASK}: {what}; pass the image or images once, as `image`")
-        ((_, source),) = given.items()
-        size = self.batch_size if batch_size is None else _count("batch_size", batch_size, at_least=1)
-        workers = self.num_workers if num_workers is None else _count("num_workers", num_workers, at_least=0)
+        source = only_source(TASK, {"image": image, "images": images, "inputs": inputs})
+        size = self.batch_size if batch_size is None else count("batch_size", batch_size, at_least=1)
+        workers = self.num_workers if num_workers is None else count("num_workers", num_workers, at_least=0)
         labels = _checked_labels(self.candidate_labels if candidate_labels is None else candidate_labels)
         label_embeds = self.encode_labels(
             labels,
@@ -127,6 +137,7 @@ class ZeroShotImageClassificationPipeline:
             {**self.tokenizer_kwargs, **(tokenizer_kwargs or {})},
         )
         wait = self.timeout if timeout is None else timeout
+        most = self.top_k if top_k is None else count("top_k", top_k, at_least=1)
 
         def results(items: Iterable[Any]) -> Iterator[list[Prediction]]:
             budget = PixelBudget(self.max_pixels)
@@ -141,12 +152,12 @@ class ZeroShotImageClassificationPipeline:
                     for item, row, finite in zip(batch.items, scores.tolist(), are_finite(scores), strict=True):
                         if not finite:
                             raise ValueError(self.not_finite(item))
-                        yield rank(row, labels)
+                        yield rank(row, labels)[:most]
 
         if isinstance(source, (list, tuple)):
             return list(results(source))
-        if _is_stream(source):
-            return results(_items_of(source))
+        if is_stream(source):
+            return results(items_of(source))
         return next(results([source]))
 
     @torch.no_grad()
@@ -206,13 +217,14 @@ def rank(scores: Sequence[float], labels: Sequence[Any]) -> list[Prediction]:
 
 def pipeline(
     task: str | None = None,
-    model: str | os.PathLike[str] | SiglipModel | None = None,
+    model: str | os.PathLike[str] | PreTrainedModel | None = None,
     config: Any = None,
     tokenizer: Any = None,
     *,
     image_processor: Any = None,
     feature_extractor: Any = None,
     processor: Any = None,
+    framework: str | None = None,
     backend: str | None = None,
     attn_implementation: str | None = None,
     device: str | int | torch.device | None = None,
@@ -221,31 +233,40 @@ def pipeline(
     torch_dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool | None = None,
     trust_remote_code: bool | None = None,
-    use_fast: bool = True,
+    use_fast: bool | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     num_workers: int | None = None,
     **call_defaults: Any,
-) -> ZeroShotImageClassificationPipeline:
-    """A zero-shot image classifier, as `transformers.pipeline` builds one.
+) -> Any:
+    """A ready pipeline over images, as `transformers.pipeline` builds one.
 
-    task: "zero-shot-image-classification", or None. model: a checkpoint folder, a Hub id, or a SiglipModel.
-    tokenizer, image_processor (or feature_extractor, its older name), processor: objects, or where to load them from;
-    by default from the model's checkpoint. Required with a SiglipModel.
-    config, backend (or attn_implementation), dtype (or torch_dtype), revision, token, model_kwargs: for loading it.
+    task: "zero-shot-image-classification" (also None), "image-classification" or "image-feature-extraction".
+    model: a checkpoint folder, a Hub id, or the task's model: SiglipModel, SiglipForImageClassification, and for
+    features SiglipVisionModel, or a SiglipModel, whose vision tower it takes.
+    tokenizer (for zero-shot only), image_processor (or feature_extractor, its older name), processor: objects, or where
+    to load them from; by default from the model's checkpoint. Required with a model that is already loaded.
+    config, backend (or attn_implementation), dtype (or torch_dtype), revision, token, cache_dir, local_files_only,
+    model_kwargs: for loading.
     device (or device_map): a name, a torch.device or an ordinal (-1: the CPU); by default the first accelerator, else
-    the CPU. By default a SiglipModel stays on its device.
-    use_fast: ignored, accepted for compatibility. trust_remote_code: ignored; code from a checkpoint is never run.
-    batch_size, num_workers, candidate_labels, hypothesis_template, timeout, tokenizer_kwargs: defaults of each call.
-    max_pixels: limit on decoded pixels, see ZeroShotImageClassificationPipeline.
+    the CPU. By default a model that is already loaded stays on its device.
+    framework: "pt". use_fast: of the tokenizer, without effect. trust_remote_code: ignored; code from a checkpoint is
+    never run.
+    batch_size, num_workers, and the arguments of the task's call, such as candidate_labels or top_k: defaults of each
+    call. max_pixels: limit on decoded pixels, see ZeroShotImageClassificationPipeline.
     Raises ValueError for an unknown task, a missing component or contradictory arguments, TypeError for unknown ones.
     """
-    if task not in (None, TASK):
-        raise ValueError(f"pipeline: task is {task!r}; supported: {TASK!r}")
+    task = TASK if task is None else task
+    if task not in CALL_DEFAULTS:
+        raise ValueError(f"pipeline: task is {task!r}; supported: {', '.join(map(repr, CALL_DEFAULTS))}")
     if model is None:
-        raise ValueError("pipeline: model is missing; supported: a checkpoint folder, a Hub id or a SiglipModel")
-    unknown = set(call_defaults) - CALL_DEFAULTS
+        raise ValueError("pipeline: model is missing; supported: a checkpoint folder, a Hub id or a model")
+    if framework not in (None, "pt"):
+        raise ValueError(f"pipeline: framework is {framework!r}; supported: 'pt', None")
+    unknown = set(call_defaults) - CALL_DEFAULTS[task]
     if unknown:
         raise TypeError(f"pipeline() got an unexpected keyword argument {sorted(unknown)[0]!r}")
     if trust_remote_code:
@@ -253,94 +274,95 @@ def pipeline(
     dtype = _only_one("dtype", dtype, "torch_dtype", torch_dtype)
     device = _only_one("device", device, "device_map", device_map)
     image_processor = _only_one("image_processor", image_processor, "feature_extractor", feature_extractor)
-    hub = {name: value for name, value in (("revision", revision), ("token", token)) if value is not None}
-
-    loaded = model
-    if isinstance(model, (str, os.PathLike)):
-        from siglip_model.model import SiglipModel
-
-        if isinstance(config, (str, os.PathLike)):
-            from siglip_model.config import SiglipConfig
-
-            config = SiglipConfig.from_pretrained(os.fspath(config), **hub)  # type: ignore[arg-type]
-        options: dict[str, Any] = {**(model_kwargs or {}), **hub}
+    hub = {
+        name: value
         for name, value in (
-            ("config", config),
-            ("backend", backend),
-            ("attn_implementation", attn_implementation),
-            ("dtype", dtype),
-        ):
-            if value is not None:
-                if name in (model_kwargs or {}):
-                    raise ValueError(f"pipeline: {name} is given both as an argument and in model_kwargs; give it once")
-                options[name] = value
-        if "device_map" not in options:
-            options["device_map"] = resolve_device(device)
-        loaded = SiglipModel.from_pretrained(os.fspath(model), **options)
+            ("revision", revision),
+            ("token", token),
+            ("cache_dir", cache_dir),
+            ("local_files_only", local_files_only),
+        )
+        if value is not None
+    }
+    for_model = {"config": config, "backend": backend, "attn_implementation": attn_implementation, "dtype": dtype}
+    for_model = {name: value for name, value in for_model.items() if value is not None}
+
+    loaded: Any = model
+    if isinstance(model, (str, os.PathLike)):
+        for name in for_model:
+            if name in (model_kwargs or {}):
+                raise ValueError(f"pipeline: {name} is given both as an argument and in model_kwargs; give it once")
+        options = {"device_map": resolve_device(device), **(model_kwargs or {}), **hub, **for_model}
+        loaded = _model_class(task).from_pretrained(os.fspath(model), **options)
         device = None
+    elif for_model or model_kwargs or hub:
+        unused = [*for_model, *(["model_kwargs"] if model_kwargs else []), *hub]
+        raise ValueError(
+            f"pipeline: {', '.join(unused)} given with a model that is already loaded; supported: with a path or"
+            " a Hub id (or use model.set_backend and model.to)"
+        )
+    if task == ImageFeatureExtractionPipeline.task:
+        loaded = getattr(loaded, "vision_model", loaded)
+    if task == TASK:
+        components = _components(model, {"tokenizer": tokenizer, "image_processor": image_processor}, processor, hub)
+    elif tokenizer is not None:
+        raise ValueError(f"pipeline: tokenizer is given; {task} takes none")
     else:
-        unused = [
-            name
-            for name, value in (
-                ("config", config),
-                ("backend", backend),
-                ("attn_implementation", attn_implementation),
-                ("dtype", dtype),
-                ("model_kwargs", model_kwargs),
-                *hub.items(),
-            )
-            if value
-        ]
-        if unused:
-            raise ValueError(
-                f"pipeline: {', '.join(unused)} given with a model that is already loaded; supported: with a path or"
-                " a Hub id (or use model.set_backend and model.to)"
-            )
-    tokenizer, image_processor = _components(model, tokenizer, image_processor, processor, hub)
-    where = os.fspath(model) if isinstance(model, (str, os.PathLike)) else TASK
-    check_fit(loaded.config, tokenizer, image_processor, where)  # type: ignore[union-attr]
-    return ZeroShotImageClassificationPipeline(
-        loaded,  # type: ignore[arg-type]
-        tokenizer,
-        image_processor,
-        device=device,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        **call_defaults,
-    )
+        components = _components(model, {"image_processor": image_processor}, processor, hub)
+    where = os.fspath(model) if isinstance(model, (str, os.PathLike)) else task
+    check_fit(loaded.config, components.get("tokenizer"), components["image_processor"], where)
+    shared = {"device": device, "batch_size": batch_size, "num_workers": num_workers, **call_defaults}
+    if task == ImageClassificationPipeline.task:
+        return ImageClassificationPipeline(loaded, **components, **shared)
+    if task == ImageFeatureExtractionPipeline.task:
+        return ImageFeatureExtractionPipeline(loaded, **components, **shared)
+    return ZeroShotImageClassificationPipeline(loaded, **components, **shared)
 
 
-def _components(
-    model: Any, tokenizer: Any, image_processor: Any, processor: Any, hub: dict[str, Any]
-) -> tuple[Any, Any]:
+def _model_class(task: str) -> type[PreTrainedModel]:
+    if task == ImageClassificationPipeline.task:
+        from siglip_model.classifier import SiglipForImageClassification
+
+        return SiglipForImageClassification
+    if task == ImageFeatureExtractionPipeline.task:
+        from siglip_model.vision_tower import SiglipVisionModel
+
+        return SiglipVisionModel
+    from siglip_model.model import SiglipModel
+
+    return SiglipModel
+
+
+def _components(model: Any, given: dict[str, Any], processor: Any, hub: dict[str, Any]) -> dict[str, Any]:
     """Tokenizer and image processor: each as given, else the processor's, else from the model's checkpoint."""
     origin = model if isinstance(model, (str, os.PathLike)) else None
-    if processor is None and tokenizer is None and image_processor is None:
-        processor = origin
     if isinstance(processor, (str, os.PathLike)):
         from siglip_model.processor import SiglipProcessor
 
         processor = SiglipProcessor.from_pretrained(processor, **hub)
-    if processor is not None:
-        tokenizer = processor.tokenizer if tokenizer is None else tokenizer
-        image_processor = processor.image_processor if image_processor is None else image_processor
-    tokenizer = origin if tokenizer is None else tokenizer
-    image_processor = origin if image_processor is None else image_processor
-    for name, component in (("tokenizer", tokenizer), ("image_processor", image_processor)):
+    components = {}
+    for name, component in given.items():
         if component is None:
+            component = getattr(processor, name, None) if processor is not None else origin
+        if component is None:
+            needed = " and ".join(f"{each}=" for each in given)
             raise ValueError(
-                f"pipeline: {name} is missing; a model that is already loaded needs tokenizer= and image_processor=,"
-                " or processor="
+                f"pipeline: {name} is missing; a model that is already loaded needs {needed}, or processor="
             )
-    if isinstance(tokenizer, (str, os.PathLike)):
+        if isinstance(component, (str, os.PathLike)):
+            component = _loader(name).from_pretrained(component, **hub)
+        components[name] = component
+    return components
+
+
+def _loader(name: str) -> Any:
+    if name == "tokenizer":
         from siglip_model.text.auto import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, **hub)
-    if isinstance(image_processor, (str, os.PathLike)):
-        from siglip_model.images.auto import AutoImageProcessor
+        return AutoTokenizer
+    from siglip_model.images.auto import AutoImageProcessor
 
-        image_processor = AutoImageProcessor.from_pretrained(image_processor, **hub)
-    return tokenizer, image_processor
+    return AutoImageProcessor
 
 
 def _only_one(name: str, value: Any, alias: str, alias_value: Any) -> Any:
@@ -362,28 +384,3 @@ def _checked_labels(candidate_labels: Any) -> list[Any]:
     if not labels:
         raise ValueError("candidate_labels is empty; supported: a list of one or more labels")
     return labels
-
-
-def _count(name: str, value: Any, at_least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name} is {value!r}; supported: a whole number from {at_least}")
-    return value
-
-
-def _is_stream(source: Any) -> bool:
-    """True for datasets, generators and other iterables; strings, paths, images and arrays are single inputs."""
-    if isinstance(source, torch.utils.data.Dataset):
-        return True
-    return (
-        isinstance(source, Iterable)
-        and not isinstance(source, (str, bytes, Mapping, torch.Tensor))
-        and (
-            not hasattr(source, "__array_interface__")  # numpy arrays, and PIL images
-        )
-    )
-
-
-def _items_of(source: Any) -> Iterable[Any]:
-    if isinstance(source, torch.utils.data.Dataset) and not isinstance(source, torch.utils.data.IterableDataset):
-        return (source[index] for index in range(len(source)))  # type: ignore[arg-type]
-    return source

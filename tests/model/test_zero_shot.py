@@ -256,7 +256,7 @@ def test_a_text_tower_with_fewer_positions_than_64(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"task": "image-classification"}, ValueError, f"task is 'image-classification'; supported: '{TASK}'"),
+        ({"task": "image-to-text"}, ValueError, f"task is 'image-to-text'; supported: '{TASK}'"),
         ({"task": TASK, "model": None}, ValueError, "model is missing"),
         ({"task": TASK, "truncate": True}, TypeError, "truncate"),
         ({"task": TASK, "batch_size": 0}, ValueError, "batch_size is 0"),
@@ -287,7 +287,8 @@ def test_invalid_arguments_of_the_factory(checkpoint, arguments, error, message)
         ({"candidate_labels": LABELS, "hypothesis_template": "{} }"}, ValueError, "hypothesis_template is '{} }'"),
         ({"candidate_labels": LABELS, "batch_size": 0}, ValueError, "batch_size is 0"),
         ({"candidate_labels": LABELS, "num_workers": -1}, ValueError, "num_workers is -1"),
-        ({"candidate_labels": LABELS, "top_k": 2}, TypeError, "top_k"),
+        ({"candidate_labels": LABELS, "top_k": 0}, ValueError, "top_k is 0"),
+        ({"candidate_labels": LABELS, "top_n": 2}, TypeError, "top_n"),
     ],
 )
 def test_invalid_arguments_of_a_call(classifier, arguments, error, message):

@@ -1,0 +1,272 @@
+"""`pipeline("image-classification")` and `pipeline("image-feature-extraction")`, as transformers 5 builds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from siglip_model.devices import resolve_device
+from siglip_model.fit import check_pixels
+from siglip_model.images.batches import Failure, read_batches
+from siglip_model.images.files import describe_source, open_image
+from siglip_model.images.limits import PixelBudget
+
+if TYPE_CHECKING:
+    from siglip_model.classifier import SiglipForImageClassification
+    from siglip_model.vision_tower import SiglipVisionModel
+
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "none": lambda logits: logits,
+}
+
+
+class ImagePipeline:
+    """The base of both: images are opened ahead of the model, prepared and put into batches.
+
+    device: device to move the model to; None leaves it on its device. batch_size, num_workers, timeout: defaults of
+    each call. max_pixels: as for `ZeroShotImageClassificationPipeline`.
+    """
+
+    task: ClassVar[str]
+
+    def __init__(
+        self,
+        model: Any,
+        image_processor: Any,
+        *,
+        device: str | int | torch.device | None = None,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        timeout: float | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
+        self.image_processor = image_processor
+        self.batch_size = count("batch_size", 1 if batch_size is None else batch_size, at_least=1)
+        self.num_workers = count("num_workers", num_workers or 0, at_least=0)
+        self.timeout = timeout
+        self.max_pixels = PixelBudget(max_pixels).max_pixels
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(backend={self.model.backend!r}, device={self.device}, dtype={self.dtype})"
+
+    def _over(
+        self,
+        inputs: Any,
+        images: Any,
+        rows_of: Callable[[torch.Tensor], Iterable[Any]],
+        *,
+        batch_size: int | None,
+        num_workers: int | None,
+        timeout: float | None,
+        image_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The rows of one image, of a list of images as a list, of a stream of images as an iterator."""
+        source = only_source(self.task, {"inputs": inputs, "images": images})
+        size = self.batch_size if batch_size is None else count("batch_size", batch_size, at_least=1)
+        workers = self.num_workers if num_workers is None else count("num_workers", num_workers, at_least=0)
+        wait = self.timeout if timeout is None else timeout
+
+        def prepare(item: Any, budget: PixelBudget) -> torch.Tensor:
+            with open_image(item, wait, budget) as image:
+                options = {**(image_processor_kwargs or {}), "return_tensors": "pt"}
+                pixel_values = self.image_processor(images=[image], **options)["pixel_values"]
+            check_pixels(self.model.config, self.image_processor, pixel_values)
+            return pixel_values
+
+        @torch.no_grad()
+        def forward(values: list[torch.Tensor]) -> list[Any]:
+            return list(rows_of(torch.cat(values).to(self.device, self.dtype)))
+
+        def results(items: Iterable[Any]) -> Iterator[Any]:
+            budget = PixelBudget(self.max_pixels)
+            batches = read_batches(items, lambda item: prepare(item, budget), batch_size=size, workers=workers)
+            with closing(batches), budget:
+                for batch in batches:
+                    if isinstance(batch, Failure):
+                        raise batch.error
+                    for item, row in zip(batch.items, forward(batch.values), strict=True):
+                        if row is None:
+                            where = describe_source(item)
+                            raise ValueError(f"{where}: the model's outputs are not finite in {self.dtype}")
+                        yield row
+
+        if isinstance(source, (list, tuple)):
+            return list(results(source))
+        return results(items_of(source)) if is_stream(source) else next(results([source]))
+
+
+class ImageClassificationPipeline(ImagePipeline):
+    """Labels of images with their scores. Build it with `pipeline("image-classification", ...)`.
+
+    model: a SiglipForImageClassification. top_k, function_to_apply: defaults of each call.
+    """
+
+    task = "image-classification"
+    model: SiglipForImageClassification
+
+    def __init__(
+        self,
+        model: SiglipForImageClassification,
+        image_processor: Any,
+        *,
+        top_k: int = 5,
+        function_to_apply: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, image_processor, **options)
+        self.top_k = count("top_k", top_k, at_least=1)
+        self.function_to_apply = self._function(function_to_apply)
+
+    def __call__(
+        self,
+        inputs: Any = None,
+        *,
+        function_to_apply: str | None = None,
+        top_k: int | None = None,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        timeout: float | None = None,
+        images: Any = None,
+    ) -> Any:
+        """The best labels of an image as a list of {"label", "score"}, best first.
+
+        inputs (or images): a path, URL, base64 string or PIL image; a list or tuple of them gives a list of results; a
+        dataset, generator or other iterable gives an iterator that draws images lazily.
+        function_to_apply: "softmax", "sigmoid" or "none" to the logits; by default none for a regression, sigmoid for
+        one label or several per image, else softmax. top_k: at most so many labels.
+        batch_size, num_workers, timeout: as for the zero-shot pipeline; so are the errors.
+        """
+        asked = self.function_to_apply if function_to_apply is None else function_to_apply
+        apply = FUNCTIONS[self._function(asked)]
+        most = self.top_k if top_k is None else count("top_k", top_k, at_least=1)
+        labels = self.model.config.id2label
+
+        def rows_of(pixel_values: torch.Tensor) -> Iterator[list[dict[str, Any]] | None]:
+            logits = self.model(pixel_values).logits.float()
+            for row, finite in zip(apply(logits).tolist(), logits.isfinite().all(dim=-1).tolist(), strict=True):
+                scores = [{"label": labels[index], "score": score} for index, score in enumerate(row)]
+                yield sorted(scores, key=lambda each: -each["score"])[:most] if finite else None
+
+        return self._over(inputs, images, rows_of, batch_size=batch_size, num_workers=num_workers, timeout=timeout)
+
+    def _function(self, name: str | None) -> str:
+        if name is None:
+            kind, labels = self.model.config.problem_type, self.model.config.num_labels
+            if kind == "regression":
+                return "none"
+            return "sigmoid" if kind == "multi_label_classification" or labels == 1 else "softmax"
+        if not isinstance(name, str) or name.lower() not in FUNCTIONS:
+            raise ValueError(f"function_to_apply is {name!r}; supported: {', '.join(map(repr, FUNCTIONS))}, None")
+        return name.lower()
+
+
+class ImageFeatureExtractionPipeline(ImagePipeline):
+    """What the vision tower makes of images. Build it with `pipeline("image-feature-extraction", ...)`.
+
+    model: a SiglipVisionModel. pool, return_tensors, image_processor_kwargs: defaults of each call.
+    """
+
+    task = "image-feature-extraction"
+    model: SiglipVisionModel
+
+    def __init__(
+        self,
+        model: SiglipVisionModel,
+        image_processor: Any,
+        *,
+        pool: bool = False,
+        return_tensors: bool = False,
+        image_processor_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, image_processor, **options)
+        self.pool, self.return_tensors = pool, return_tensors
+        self.image_processor_kwargs = dict(image_processor_kwargs or {})
+
+    def __call__(
+        self,
+        images: Any = None,
+        *,
+        pool: bool | None = None,
+        return_tensors: bool | None = None,
+        image_processor_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        timeout: float | None = None,
+        inputs: Any = None,
+    ) -> Any:
+        """The last hidden states (1, patches, width) of an image, or with `pool` its pooled output (1, width).
+
+        Nested lists of numbers, or with `return_tensors` tensors. images (or inputs): as for
+        `ImageClassificationPipeline`. image_processor_kwargs: options of the image processor.
+        Raises ValueError for `pool` with a model that has no pooling head; otherwise as the zero-shot pipeline.
+        """
+        pool = self.pool if pool is None else pool
+        as_tensors = self.return_tensors if return_tensors is None else return_tensors
+        if pool and not self.model.config.vision_use_head:
+            raise ValueError(f"{self.task}: pool is True, but the model has no pooling head; supported: False")
+
+        def rows_of(pixel_values: torch.Tensor) -> Iterator[Any]:
+            output = self.model(pixel_values)
+            rows = output.pooler_output if pool else output.last_hidden_state
+            for row, finite in zip(rows, rows.isfinite().flatten(1).all(dim=-1).tolist(), strict=True):
+                kept = row[None].cpu()
+                yield (kept if as_tensors else kept.tolist()) if finite else None
+
+        return self._over(
+            inputs,
+            images,
+            rows_of,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            timeout=timeout,
+            image_processor_kwargs={**self.image_processor_kwargs, **(image_processor_kwargs or {})},
+        )
+
+
+def only_source(task: str, sources: Mapping[str, Any]) -> Any:
+    """The one that is given of an argument's names. Raises ValueError for none or several."""
+    given = {name: value for name, value in sources.items() if value is not None}
+    if len(given) != 1:
+        what = " and ".join(given) + " were all given" if given else "no image was given"
+        raise ValueError(f"{task}: {what}; pass the image or images once, as `{next(iter(sources))}`")
+    return next(iter(given.values()))
+
+
+def count(name: str, value: Any, at_least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name} is {value!r}; supported: a whole number from {at_least}")
+    return value
+
+
+def is_stream(source: Any) -> bool:
+    """True for datasets, generators and other iterables; strings, paths, images and arrays are single inputs."""
+    if isinstance(source, torch.utils.data.Dataset):
+        return True
+    return (
+        isinstance(source, Iterable)
+        and not isinstance(source, (str, bytes, Mapping, torch.Tensor))
+        and (
+            not hasattr(source, "__array_interface__")  # numpy arrays, and PIL images
+        )
+    )
+
+
+def items_of(source: Any) -> Iterable[Any]:
+    if isinstance(source, torch.utils.data.Dataset) and not isinstance(source, torch.utils.data.IterableDataset):
+        return (source[index] for index in range(len(source)))  # type: ignore[arg-type]
+    return source
