@@ -1,4 +1,4 @@
-"""Which kernels compute a call: those of short.py, of Hopper or Blackwell where they are enabled, or of forward.py and backward.py.
+"""Which kernels compute a call: those of short.py, of Hopper or Blackwell where enabled, or of forward.py, backward.py.
 
 Only the launches import Triton.
 """
