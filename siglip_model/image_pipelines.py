@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.devices import resolve_device
 from siglip_model.fit import check_pixels
 from siglip_model.images.batches import Failure, read_batches
@@ -46,6 +47,7 @@ class ImagePipeline:
         max_pixels: int | None = None,
     ) -> None:
         self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
+        self.forward = CapturesRepeats(self.model, "__call__")
         self.image_processor = image_processor
         self.batch_size = count("batch_size", 1 if batch_size is None else batch_size, at_least=1)
         self.num_workers = count("num_workers", num_workers or 0, at_least=0)
@@ -156,7 +158,7 @@ class ImageClassificationPipeline(ImagePipeline):
         labels = self.model.config.id2label
 
         def rows_of(pixel_values: torch.Tensor) -> Iterator[list[dict[str, Any]] | None]:
-            logits = self.model(pixel_values).logits.float()
+            logits = self.forward(pixel_values).logits.float()
             for row, finite in zip(apply(logits).tolist(), logits.isfinite().all(dim=-1).tolist(), strict=True):
                 scores = [{"label": labels[index], "score": score} for index, score in enumerate(row)]
                 yield sorted(scores, key=lambda each: -each["score"])[:most] if finite else None
@@ -221,7 +223,7 @@ class ImageFeatureExtractionPipeline(ImagePipeline):
             raise ValueError(f"{self.task}: pool is True, but the model has no pooling head; supported: False")
 
         def rows_of(pixel_values: torch.Tensor) -> Iterator[Any]:
-            output = self.model(pixel_values)
+            output = self.forward(pixel_values)
             rows = output.pooler_output if pool else output.last_hidden_state
             for row, finite in zip(rows, rows.isfinite().flatten(1).all(dim=-1).tolist(), strict=True):
                 kept = row[None].cpu()

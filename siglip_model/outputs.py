@@ -59,7 +59,7 @@ class ModelOutput(dict[str, Any]):
             output[name] = value
         return output
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         """transformers' class of the same name, once it is imported, so that `isinstance` holds for it also.
 
