@@ -181,8 +181,7 @@ class BackwardTile:
     columns: int  # tokens per stage
     stages: int
     slots: int  # buffers for each consumer's rows: with two, the next tile's are loaded early
-    k_in_registers: bool = False  # of the kernel that owns keys: rows that its consumers keep in registers
-    v_in_registers: bool = False
+    in_registers: int  # how many of its two tiles of rows a consumer keeps in registers
 
 
 def backward_tile(kernel: str, head_dim: int) -> BackwardTile:
@@ -197,24 +196,25 @@ def backward_tile(kernel: str, head_dim: int) -> BackwardTile:
     |        | keys    | 512    | 450    | 256          | 196 | 335   | 100 % | 82 % (shared)   |
     | 72, 80 | queries | 960    | 800    | 512          | 326 | 531   | 100 % | 100 %           |
     |        | keys    | 640    | 530    | 256          | 194 | 371   | 100 % | 87 % (shared)   |
-    | 96     | queries | 576    | 576    | 256          | 174 | 319   | 100 % | 82 % (shared)   |
+    | 96     | queries | 576    | 384    | 256          | 164 | 303   | 100 % | 82 % (shared)   |
     |        | keys    | 768    | 706    | 256          | 194 | 372   | 100 % | 61 % (shared)   |
-    | 128    | queries | 768    | 768    | 256          | 168 | 326   | 100 % | 83 % (shared)   |
+    | 128    | queries | 768    | 512    | 256          | 164 | 294   | 100 % | 83 % (shared)   |
     |        | keys    | 512    | 513    | 128          | 98  | 219   | 100 % | 64 % (shared)   |
 
-    The tensor pipe is the bound here. With keys and values in shared memory, it would be shared memory for the kernel
-    that owns keys: 578 clocks at D = 64, 690 at 72, 802 at 96, 641 at 128. With both in registers, that kernel would
-    spill in its loop from D = 96 on. The portable kernels lack exponentials beneath their products, loads without
-    registers and instructions of the same warps, and persistent programs.
+    The tensor pipe is the bound here. With rows in shared memory alone, it would be shared memory for the kernel that
+    owns keys: 578 clocks at D = 64, 690 at 72, 802 at 96, 641 at 128. The other would have as many clocks of both from
+    D = 96 on. There the first would spill in its loop with both keys and values in registers. The portable kernels lack
+    exponentials beneath their products, loads without registers and instructions of the same warps, and persistent
+    programs.
     """
     columns = sum(config.split_head_dim(head_dim))
     if kernel == "queries":
-        return BackwardTile(128 if columns <= 80 else 64, 2, 2 if columns <= 96 else 1)
+        if columns <= 80:
+            return BackwardTile(128, 2, 2, 0)
+        return BackwardTile(64, 2, 2 if columns <= 96 else 1, 2)
     if columns <= 80:
-        return BackwardTile(64, 4, 1, k_in_registers=True, v_in_registers=True)
-    if columns <= 96:
-        return BackwardTile(64, 2, 2, k_in_registers=True)
-    return BackwardTile(32, 4, 1, k_in_registers=True)
+        return BackwardTile(64, 4, 1, 2)
+    return BackwardTile(64, 2, 2, 1) if columns <= 96 else BackwardTile(32, 4, 1, 1)
 
 
 def attention_backward_hopper(
@@ -274,6 +274,7 @@ def attention_backward_hopper(
         statistics_row=statistics_row,
         SLOTS=chosen.slots,
         STAGES=chosen.stages,
+        IN_REGISTERS=chosen.in_registers,
         ONLY_DELTA=not needs_q,
     )
     if needs_k_or_v:
@@ -289,7 +290,6 @@ def attention_backward_hopper(
             tiles=tiles,
             SLOTS=chosen.slots,
             STAGES=chosen.stages,
-            K_IN_REGISTERS=chosen.k_in_registers,
-            V_IN_REGISTERS=chosen.v_in_registers,
+            IN_REGISTERS=chosen.in_registers,
         )
     return q_grad, k_grad, v_grad

@@ -5,9 +5,9 @@ that atomics are not needed. In both, a producer loads by TMA and two consumers 
 exponentials run beneath its own second product, and all its other work beneath the other consumer's products.
 
 The first kernel writes the log-sum-exp and delta of a head as two rows, which the second loads with each tile of
-queries. Rows that the forward marks have their delta from the portable kernel of exact_delta.py, launched before. In
-the second kernel a consumer keeps its tile of keys, and of values up to head dim 80, in registers, as left operands:
-read from shared memory in every step, these would make that the bound.
+queries. Rows that the forward marks have their delta from the portable kernel of exact_delta.py, launched before.
+Consumers keep tiles of rows in registers, as left operands: the second kernel keys, and values up to head dim 80, and
+the first both its tiles from head dim 96 on. Read from shared memory in every step, these would make that the bound.
 
 As in the forward, the first step over the keys takes the last ones, in a box that ends with the last valid key. Where
 keys are rows, an invalid key affects its own row only, whose gradients are set to zero. Beyond the last query, tiles
@@ -86,6 +86,16 @@ def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr, LOADS: gl.constex
     return full, empty
 
 
+@gluon.jit
+def in_registers(tile, COLUMNS: gl.constexpr):
+    """A tile's parts as left operands of products of COLUMNS columns: wgmma then reads them without shared memory."""
+    layout: gl.constexpr = operand_layout(COLUMNS)
+    if len(tile) == 1:
+        return (tile[0].load(layout),)
+    else:
+        return tile[0].load(layout), tile[1].load(layout)
+
+
 # dQ and delta: rows are queries
 
 
@@ -160,7 +170,7 @@ def row_products(a, b):
 @gluon.jit
 def own_queries(
     CONSUMER: gl.constexpr, q_grad_tensors, shared, barriers, numbers, of_rows, lengths,
-    ONLY_DELTA: gl.constexpr,
+    IN_REGISTERS: gl.constexpr, ONLY_DELTA: gl.constexpr,
 ):  # fmt: skip
     """A consumer of ROWS queries of each tile."""
     q_tiles, out_grad_tiles, out_tiles, k_stages, v_stages, staging = shared
@@ -204,6 +214,10 @@ def own_queries(
             limit = valid_keys(batch, lengths, key_tokens)
             whole = (gl.maximum(limit, 1) - 1) // KEYS
             mbarrier.wait(q_full.index(mine), slot_phase)
+            if IN_REGISTERS >= 1:
+                queries = in_registers(queries, KEYS)
+            if IN_REGISTERS == 2:
+                out_grad = in_registers(out_grad, KEYS)
             q_grad = add_keys(
                 nothing_yet(k_stages), queries, out_grad, k_stages, v_stages, stage, phase, k_full, k_empty,
                 v_full, v_empty, row_log_sum_exp, row_delta, exponent_scale, limit - whole * KEYS, True,
@@ -255,6 +269,7 @@ def attention_backward_queries_hopper_kernel(
     exponent_scale,  # scale · log2(e)
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
+    IN_REGISTERS: gl.constexpr,  # 0, 1 or 2: a consumer keeps nothing, its queries, or also its rows of out_grad
     ONLY_DELTA: gl.constexpr,  # q_grad is not required
 ):
     q = parts_of(q_main, q_tail)
@@ -283,8 +298,8 @@ def attention_backward_queries_hopper_kernel(
     of_rows = (log_sum_exp, exact_delta, statistics)
     gl.warp_specialize(
         [
-            (own_queries, (0, q_grad, shared, barriers, numbers, of_rows, lengths, ONLY_DELTA)),
-            (own_queries, (1, q_grad, shared, barriers, numbers, of_rows, lengths, ONLY_DELTA)),
+            (own_queries, (0, q_grad, shared, barriers, numbers, of_rows, lengths, IN_REGISTERS, ONLY_DELTA)),
+            (own_queries, (1, q_grad, shared, barriers, numbers, of_rows, lengths, IN_REGISTERS, ONLY_DELTA)),
             (load_for_queries, (tensors, shared, barriers, numbers, lengths, ONLY_DELTA)),
         ],
         [4, 1],
@@ -330,16 +345,6 @@ def load_for_keys(tensors, shared, barriers, numbers, lengths):
 
 
 @gluon.jit
-def in_registers(tile, COLUMNS: gl.constexpr):
-    """A tile's parts as left operands of products of COLUMNS columns: wgmma then reads them without shared memory."""
-    layout: gl.constexpr = operand_layout(COLUMNS)
-    if len(tile) == 1:
-        return (tile[0].load(layout),)
-    else:
-        return tile[0].load(layout), tile[1].load(layout)
-
-
-@gluon.jit
 def where_real(out, real):
     """Each part of the columns, with zeros in the rows that are not real."""
     main = gl.where(gl.convert_layout(real, gl.SliceLayout(1, out[0].type.layout))[:, None], out[0], 0.0)
@@ -352,7 +357,7 @@ def where_real(out, real):
 @gluon.jit
 def own_keys(
     CONSUMER: gl.constexpr, k_grad_tensors, v_grad_tensors, shared, barriers, numbers, lengths,
-    K_IN_REGISTERS: gl.constexpr, V_IN_REGISTERS: gl.constexpr,
+    IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """A consumer of ROWS keys of each tile. Its scores are transposed."""
     k_tiles, v_tiles, q_stages, out_grad_stages, statistics_stages, k_staging, v_staging = shared
@@ -381,11 +386,11 @@ def own_keys(
         keys = tile_of(k_tiles, mine)
         values = tile_of(v_tiles, mine)
         mbarrier.wait(k_full.index(mine), slot_phase)
-        if K_IN_REGISTERS:
+        if IN_REGISTERS >= 1:
             keys = in_registers(keys, QUERIES)
             mbarrier.arrive(k_empty.index(mine), count=1)
         mbarrier.wait(v_full.index(mine), slot_phase)
-        if V_IN_REGISTERS:
+        if IN_REGISTERS == 2:
             values = in_registers(values, QUERIES)
             mbarrier.arrive(v_empty.index(mine), count=1)
         for _ in range(0, gl.where(first_key < limit, query_tokens, 0), QUERIES):
@@ -410,9 +415,9 @@ def own_keys(
             mbarrier.arrive(grad_empty.index(stage), count=1)
             mbarrier.arrive(q_empty.index(stage), count=1)
             stage, phase = following(stage, phase, STAGES)
-        if not K_IN_REGISTERS:
+        if IN_REGISTERS < 1:
             mbarrier.arrive(k_empty.index(mine), count=1)
-        if not V_IN_REGISTERS:
+        if IN_REGISTERS < 2:
             mbarrier.arrive(v_empty.index(mine), count=1)
         slot, slot_phase = following(slot, slot_phase, SLOTS)
 
@@ -449,8 +454,7 @@ def attention_backward_keys_hopper_kernel(
     exponent_scale,  # scale · log2(e)
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
-    K_IN_REGISTERS: gl.constexpr,  # a consumer reads its tile once, not once per step
-    V_IN_REGISTERS: gl.constexpr,
+    IN_REGISTERS: gl.constexpr,  # 0, 1 or 2: a consumer keeps nothing, its keys, or also its values
 ):
     k = parts_of(k_main, k_tail)
     v = parts_of(v_main, v_tail)
@@ -477,8 +481,8 @@ def attention_backward_keys_hopper_kernel(
     tensors = (k, v, q, out_grad, statistics)
     gl.warp_specialize(
         [
-            (own_keys, (0, k_grad, v_grad, shared, barriers, numbers, lengths, K_IN_REGISTERS, V_IN_REGISTERS)),
-            (own_keys, (1, k_grad, v_grad, shared, barriers, numbers, lengths, K_IN_REGISTERS, V_IN_REGISTERS)),
+            (own_keys, (0, k_grad, v_grad, shared, barriers, numbers, lengths, IN_REGISTERS)),
+            (own_keys, (1, k_grad, v_grad, shared, barriers, numbers, lengths, IN_REGISTERS)),
             (load_for_keys, (tensors, shared, barriers, numbers, lengths)),
         ],
         [4, 1],

@@ -227,10 +227,10 @@ BROKEN = {
         "            mbarrier.arrive(k_empty.index(mine), count=1)\n            keys = in_registers(keys, QUERIES)\n",
     ),
     "values go to registers before they are waited for": (
-        "        mbarrier.wait(v_full.index(mine), slot_phase)\n        if V_IN_REGISTERS:\n"
+        "        mbarrier.wait(v_full.index(mine), slot_phase)\n        if IN_REGISTERS == 2:\n"
         "            values = in_registers(values, QUERIES)\n",
-        "        if V_IN_REGISTERS:\n            values = in_registers(values, QUERIES)\n"
-        "        mbarrier.wait(v_full.index(mine), slot_phase)\n        if V_IN_REGISTERS:\n",
+        "        if IN_REGISTERS == 2:\n            values = in_registers(values, QUERIES)\n"
+        "        mbarrier.wait(v_full.index(mine), slot_phase)\n        if IN_REGISTERS == 2:\n",
     ),
     "the bytes of the statistics are not expected": (
         "            mbarrier.expect(q_full.index(stage), statistics.block_type.nbytes)\n",
