@@ -203,7 +203,7 @@ def count(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
     results: ResultsOption = None,
 ) -> None:
-    """Count the clocks that compiled kernels cost each pipe, without a GPU, beside a public Triton kernel."""
+    """Count the clocks that compiled kernels cost each pipe, without a GPU, beside public Triton kernels."""
     with _errors_in_one_line():
         from bench import terminal
         from bench.compiled import count
@@ -219,7 +219,8 @@ def count(
         use_the_compiler()
         found = []
         for one in count.counts(chosen, gpus, only):
-            terminal.say(f"{one.gpu} {one.operation} {one.launch}, {one.kernel} {one.part}: {one.bound}")
+            what = one.hint if one.missing else f"{one.launch}, {one.kernel} {one.part}: {one.bound}"
+            terminal.say(f"{one.gpu} {one.operation} {what}")
             found.append(one)
         if not found:
             raise ValueError(f"no launch of {', '.join(chosen)} for {', '.join(gpus)} matches {only!r}")

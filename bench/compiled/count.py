@@ -1,4 +1,4 @@
-"""What compiled kernels cost each pipe of a multiprocessor, beside a public Triton kernel: `python -m bench count`.
+"""What compiled kernels cost each pipe of a multiprocessor, beside public Triton kernels: `python -m bench count`.
 
 A row is a loop or an epilogue of a kernel: clocks by pipe (`bench.compiled.sass`), the busiest pipe, and the share of
 the tensor cores' peak that it allows. Nothing is run, so nothing is measured.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -16,13 +17,16 @@ from typing import Any
 from bench.compiled.ahead_of_time import STACK_LIMIT, compiling_for, resources, sass
 from bench.compiled.launch import GPUS, Launch, architecture
 from bench.compiled.launches import has_kernels_for, launches_of, operation_names, portable, published
+from bench.compiled.public import PUBLIC, launches_of_public
+from bench.compiled.row_cost import row_instructions
 from bench.compiled.sass import PIPES, RATES, Clocked, fill_clocks, inner_loops, measure
 from bench.compiled.tile_cost import epilogues, main_loops
 from bench.environment import commit, version
 
 COUNTED = tuple(gpu for gpu in GPUS if GPUS[gpu].capability in RATES)
 TUTORIAL = "triton_tutorial_attention"
-WITH_EPILOGUES = ("linear", "patch_embed")
+WITH_EPILOGUES = ("linear", "patch_embed", "sigmoid_loss", "siglip_kernel_loss")
+BY_ROWS = re.compile("_?layer_norm_(forward|backward)_kernel")  # kernels without products, which work row by row
 SAYS = "Counted from compiled code, not measured."
 HEADER = (
     "arch",
@@ -42,17 +46,25 @@ HEADER = (
 
 @dataclasses.dataclass
 class Count(Clocked):
-    """A loop or an epilogue of a kernel for one GPU, in clocks of one warp on its quarter of a multiprocessor."""
+    """A loop or an epilogue of a kernel for one GPU, in clocks of one warp on its quarter of a multiprocessor; of a
+    kernel that works row by row, a row, in clocks of all its warps.
+    """
 
     operation: str
     launch: str
     gpu: str
     kernel: str
-    part: str  # "loop 1", "epilogue 1"
+    part: str  # "loop 1", "epilogue 1", "row"
     registers: int  # per thread
     stack_bytes: int  # per thread
     clocks: dict[str, float]
     multiply_adds: float  # of the warp, with those for columns of zeros
+    missing: str = ""  # the package that must be installed to count its kernels; there are no clocks then
+
+    @property
+    def hint(self) -> str:
+        """How to install the missing package."""
+        return f"missing: pip install {self.missing}"
 
     def per_thousand(self, pipe: str) -> float:
         """Clocks of the pipe per 1,000 multiply-adds."""
@@ -60,6 +72,9 @@ class Count(Clocked):
 
     def cells(self) -> list[str]:
         """The texts under HEADER."""
+        if self.missing:
+            texts = [architecture(self.gpu), self.operation, self.hint]
+            return texts + [""] * (len(HEADER) - len(texts))
         clocks = [f"{self.clocks[pipe]:.0f}" for pipe in PIPES]
         share, rates = "", ["", ""]
         if self.part.startswith("loop"):
@@ -70,8 +85,8 @@ class Count(Clocked):
 
 
 def operations() -> list[str]:
-    """The operations with products of tiles, and the public kernels."""
-    return [*(name for name in operation_names() if not name.startswith("layer_norm")), TUTORIAL]
+    """This project's, and the public kernels."""
+    return [*operation_names(), TUTORIAL, *PUBLIC]
 
 
 def counts(names: Iterable[str], gpus: Iterable[str], only: str = "") -> Iterator[Count]:
@@ -84,6 +99,12 @@ def counts(names: Iterable[str], gpus: Iterable[str], only: str = "") -> Iterato
             from bench.compiled import tutorial  # imports Triton
 
             launches = tutorial.launches(only)
+        elif name in PUBLIC:
+            try:
+                launches = iter(list(launches_of_public(name, only)))
+            except ImportError:
+                yield Count(name, "", gpu, "", "", 0, 0, dict.fromkeys(PIPES, 0.0), 0, PUBLIC[name].package)
+                continue
         elif not has_kernels_for(name, gpu):
             continue
         else:
@@ -100,6 +121,13 @@ def _count(operation: str, launch: Launch, gpu: str) -> list[Count]:
             raise compiled
         usage = resources(compiled.asm["cubin"])
         code = sass(compiled.asm["cubin"])
+        constants = _constants(compiled)
+        if BY_ROWS.fullmatch(kernel) and not constants.get("WIDE"):
+            cost = measure(launch.name, kernel, row_instructions(code), RATES[GPUS[gpu].capability])
+            per_row = compiled.metadata.num_warps / constants.get("ROWS", 1)
+            clocks = {pipe: per_row * count for pipe, count in cost.clocks.items()}
+            found.append(Count(operation, launch.name, gpu, kernel, "row", *usage, clocks, 0))
+            return
         has_epilogue = portable(operation) in WITH_EPILOGUES
         loops = main_loops(code) if has_epilogue else inner_loops(code)
         filled = fill_clocks(compiled.asm["ttgir"], len(loops)) if loops else 0.0
@@ -114,6 +142,12 @@ def _count(operation: str, launch: Launch, gpu: str) -> list[Count]:
     with compiling_for(GPUS[gpu], record):
         launch.call()
     return found
+
+
+def _constants(compiled: Any) -> dict[str, Any]:
+    """The kernel's constant arguments by name."""
+    names = compiled.src.fn.arg_names
+    return {names[place]: value for (place, *_), value in compiled.src.constants.items()}
 
 
 def best(found: Iterable[Count]) -> Count:
@@ -134,7 +168,8 @@ def markdown(found: Sequence[Count]) -> str:
 
 Clocks of one warp on its quarter of a multiprocessor, by pipe, in a loop or an epilogue; the busiest pipe bounds
 a loop. "of peak" is the share of the tensor cores' peak that this bound allows; "issue" and "busiest" on the right are
-clocks per 1,000 multiply-adds. `{TUTORIAL}` is a public Triton kernel to compare attention with.
+clocks per 1,000 multiply-adds. A row of LayerNorm is in clocks of all warps. Public Triton kernels to compare with:
+`{TUTORIAL}`, {", ".join(f"`{name}` ({public.package})" for name, public in PUBLIC.items())}.
 [What is counted, and what is not](../compiled/README.md).
 
 {table}

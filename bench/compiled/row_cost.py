@@ -18,7 +18,7 @@ from typing import Any
 from bench.compiled.ahead_of_time import GPUS, arguments_of, compiling_for, sass
 from bench.compiled.launch import Launch
 from bench.compiled.launches import launches_of
-from bench.compiled.sass import loops, parse
+from bench.compiled.sass import loops, parse, without_predicate
 
 
 @dataclasses.dataclass
@@ -52,10 +52,17 @@ def row_costs(launches: Iterable[Launch]) -> list[RowCost]:
     return found
 
 
-def length_of_loop(code: str) -> int:
-    """Instructions of the longest loop, or of all the code if it has none. code: nvdisasm's output, with labels."""
+def row_instructions(code: str) -> list[str]:
+    """Of the longest loop, or of all the code if it has none. code: nvdisasm's output, with labels."""
     lines, labels = parse(code)
-    return max((end - first + 1 for first, end in loops(lines, labels)), default=len(lines))
+    last = max((number for number, line in enumerate(lines) if "EXIT" in line), default=len(lines) - 1)  # then padding
+    first, end = max(loops(lines, labels), key=lambda loop: loop[1] - loop[0], default=(0, last))
+    return [without_predicate(line) for line in lines[first : end + 1]]
+
+
+def length_of_loop(code: str) -> int:
+    """The number of `row_instructions`."""
+    return len(row_instructions(code))
 
 
 def main() -> int:

@@ -2,7 +2,9 @@
 
 import pytest
 
-from bench.compiled.count import HEADER, SAYS, Count, best, markdown
+from bench.compiled import public
+from bench.compiled.count import HEADER, SAYS, Count, best, counts, markdown
+from bench.compiled.row_cost import row_instructions
 from bench.compiled.sass import RATES, fill_clocks, inner_loops, measure, shared_clocks
 
 AMPERE = """
@@ -91,3 +93,42 @@ def test_the_page_says_that_nothing_was_measured():
     assert SAYS in page and "not measured" in SAYS
     cells = dict(zip(HEADER, page.splitlines()[-1].strip("| ").split(" | "), strict=False))
     assert (cells["arch"], cells["bound"], cells["of peak"], cells["busiest"]) == ("sm_80", "tensor", "100%", "4.00")
+
+
+def test_a_package_that_is_not_installed_has_a_row_that_says_how(monkeypatch):
+    for name, (package, _) in public.PUBLIC.items():
+        monkeypatch.setitem(public.PUBLIC, name, public.Public(package, lambda: iter([__import__("not_installed")])))
+        (row,) = counts([name], ["h200"])
+        assert row.cells()[:3] == ["sm_90", name, f"missing: pip install {package}"]
+        assert not any(row.cells()[3:]) and len(row.cells()) == len(HEADER)
+        assert f"| {name} | missing: pip install {package} |" in markdown([row])
+
+
+def test_a_module_whose_package_cannot_be_imported(tmp_path, monkeypatch):
+    """As without a GPU, for which it asks. A package that is absent is an ImportError."""
+    (tmp_path / "asks_for_a_gpu").mkdir()
+    (tmp_path / "asks_for_a_gpu" / "__init__.py").write_text("raise AssertionError")
+    (tmp_path / "asks_for_a_gpu" / "kernels.py").write_text("answer = 42")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert public._without_its_package("asks_for_a_gpu", "kernels").answer == 42
+    with pytest.raises(ImportError, match="no package not_installed"):
+        public._without_its_package("not_installed", "kernels")
+
+
+ROW_BY_ROW = """
+        /*0000*/                   LDG.E R1, [R2] ;
+.L_x_1:
+        /*0010*/                   FFMA R1, R1, R2, R3 ;
+        /*0020*/                   SHFL.BFLY PT, R1, R1, 0x10, 0x1f ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   STG.E [R2], R1 ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_rows_of_a_loop_and_of_a_kernel_without_one():
+    names = [
+        [line.split()[0].split(".")[0] for line in row_instructions(code)]
+        for code in (ROW_BY_ROW, ROW_BY_ROW.replace("@P1 BRA `(.L_x_1)", "NOP"))
+    ]
+    assert names == [["FFMA", "SHFL", "BRA"], ["LDG", "FFMA", "SHFL", "NOP", "STG", "EXIT"]]
