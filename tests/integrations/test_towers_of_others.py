@@ -1,9 +1,12 @@
 """Towers that descend from SigLIP's under other classes: what is replaced in each, and that nothing else changes."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
-from acceleration import check_acceleration, randomise
+from acceleration import assert_close, check_acceleration, randomise, run
 from tiny_transformers import to
 from transformers.models.cosmos3_edge.modeling_cosmos3_edge import Cosmos3EdgeVisionConfig, Cosmos3EdgeVisionModel
 from transformers.models.minicpmv4_6.modeling_minicpmv4_6 import MiniCPMV4_6VisionConfig, MiniCPMV4_6VisionModel
@@ -241,3 +244,93 @@ def test_tower(make):
     assert {entry.module for entry in report.left} == left.keys()
     for entry in report.left:
         assert left[entry.module] in entry.reason
+
+
+def test_compiled_copied_and_pickled():
+    """What replaces a recognised layer finds its parts by name at every call."""
+    model, _ = janus()
+    layer, x = model.encoder.layers[0], pixels(2, 5, WIDTH)
+    assert accelerate(layer).left == ()
+    mask = torch.arange(5) < torch.tensor([5, 3])[:, None, None, None]
+    expected = layer(x, mask)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, mask), expected)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert [type(module) for module in other.modules()] == [type(module) for module in layer.modules()]
+        assert torch.equal(other(x, mask), expected)
+
+
+def test_hooks_see_what_they_saw():
+    """Also the arguments by position, which layers of other classes pass differently."""
+    config = transformers.ViTConfig(**{**SHAPE, "num_hidden_layers": 1}, **IMAGES, intermediate_size=70)
+    model, call = vision(transformers.ViTModel, config)
+    seen = []
+    attention = model.get_submodule("layers.0.attention")
+    attention.register_forward_pre_hook(lambda module, arguments: seen.append([type(value) for value in arguments]))
+    before = run(model, call)
+    report = accelerate(model)
+    remarks = next(entry.remarks for entry in report.replaced if entry.path == "layers.0")
+    assert any("attention has hooks" in remark for remark in remarks)
+    assert_close(run(model, call), before)
+    assert seen == [[torch.Tensor, type(None)]] * 2
+
+
+def text(kind, **arguments):
+    """A language model that computes its MLPs and norms much as SigLIP does."""
+    shape = dict(hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=3, vocab_size=40, pad_token_id=0)
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**shape, **arguments))
+    return randomise(model).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("Llama", dict(intermediate_size=70, num_key_value_heads=3)),
+        ("OPT", dict(ffn_dim=70, word_embed_proj_dim=WIDTH, activation_function="gelu_pytorch_tanh")),
+        ("Phi", dict(intermediate_size=70)),
+        ("Starcoder2", dict(intermediate_size=70, num_key_value_heads=3)),
+    ],
+)
+def test_language_models_are_not_changed(kind, arguments):
+    report = accelerate(text(kind, **arguments))
+    assert report.replaced == report.left == () and "no encoder of SigLIP's form is in it" in report.note
+
+
+def clip(implementation):
+    """Its text is causal: by an argument in sdpa, by a mask in eager attention."""
+    parts = dict(**SHAPE, intermediate_size=70, hidden_act="gelu_pytorch_tanh")
+    config = transformers.CLIPConfig(
+        vision_config={**parts, **IMAGES},
+        text_config=dict(**parts, vocab_size=40, max_position_embeddings=8, eos_token_id=1, bos_token_id=0),
+        projection_dim=16,
+    )
+    model = randomise(transformers.CLIPModel(config)).eval()
+    model.set_attn_implementation(implementation)
+    ids = torch.randint(2, 40, (2, 8), generator=torch.Generator().manual_seed(5))
+    mask = (torch.arange(8) < torch.tensor([8, 5])[:, None]).long()
+
+    def call(model):
+        output = model(input_ids=ids, attention_mask=mask, pixel_values=pixels(2, 3, SIDE, SIDE).to(model.dtype))
+        return dict(image=output.image_embeds, text=output.text_embeds)
+
+    return model, call
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_clip(implementation):
+    check_acceleration(*clip(implementation), accelerate, restore, budget=True)
+
+
+@pytest.mark.thorough
+def test_dropout_in_training():
+    config = transformers.ViTConfig(**SHAPE, **IMAGES, intermediate_size=70, hidden_dropout_prob=0.4)
+    model, call = vision(transformers.ViTModel, config)
+    model.train()
+
+    def seeded(model):
+        torch.manual_seed(8)
+        return call(model)
+
+    report = check_acceleration(model, seeded, accelerate, restore)
+    assert any(entry.module == "ViTLayer" for entry in report.replaced)
