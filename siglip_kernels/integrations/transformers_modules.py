@@ -212,8 +212,8 @@ class EncoderLayer(Accelerated):
 
     @staticmethod
     def example(module, drawn):
-        width = part(module, "norm1").weight.shape[0]
-        return drawn(2, 5, width), None
+        x = Attention.example(part(module, "attention"), drawn)
+        return None if x is None else (*x, None)
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, *arguments: Any, **named: Any):
         if arguments:  # transformers before 4.56 passes it by position when it checkpoints

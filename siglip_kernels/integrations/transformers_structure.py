@@ -175,6 +175,8 @@ def why_not_attention(attention: Any) -> list[str]:
     width, out_width = _features(part(attention, "q"), "out"), _features(part(attention, "out"), "out")
     heads, rest = divmod(width, getattr(attention, "head_dim", 0) or 1)
     widths = {_features(part(attention, role), "out") for role in ("q", "k", "v")}
+    if not hasattr(getattr(attention, "config", None), "_attn_implementation"):
+        return ["it has no config that selects transformers' attention interface"]
     if not width or rest or not hasattr(attention, "head_dim"):
         return ["its head dim is not known"]
     if widths != {width} or _features(part(attention, "out"), "in") != width:
@@ -199,7 +201,7 @@ def _why_not_call(attention: Any, x: Tensor, mask: Tensor | None, training: bool
         return answer, None
 
     shadow = _shadow(attention, dict(q=q, k=k, v=v, out=last), training)
-    config = getattr(attention, "config", None)
+    config = attention.config
     with _registered(interface) as name:
         shadow.__dict__["config"] = _Config(config, name)
         found = _call(shadow, x, mask)

@@ -40,11 +40,12 @@ def verify(model: nn.Module, report: Report) -> Report:
         for entry in sorted(report.replaced, key=lambda entry: -entry.path.count(".")):  # parts before wholes
             module: Any = model.get_submodule(entry.path)
             arguments = type(module).replacement.example(module, _drawn(module, generator))
-            if arguments is not None:
+            reason = None if arguments is None else _difference(module, arguments)
+            if reason is not None:
                 compared += 1
-                if reason := _difference(module, arguments):
-                    failed[entry.path] = Left(entry.path, entry.module, reason)
-                    put_back(module)
+            if reason:
+                failed[entry.path] = Left(entry.path, entry.module, reason)
+                put_back(module)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -70,13 +71,16 @@ def _described_again(model: nn.Module, entry: Replaced) -> Replaced:
     return dataclasses.replace(entry, operations=operations, remarks=remarks)
 
 
-def _difference(module: nn.Module, arguments: tuple[Any, ...]) -> str:
-    """Why the module does not compute what its library's class does, or an empty string."""
+def _difference(module: nn.Module, arguments: tuple[Any, ...]) -> str | None:
+    """Why the module does not compute what its library's class does, or an empty string. None if the library's needs
+    more arguments, such as those of packed sequences."""
     classes = [(part, type(part)) for part in module.modules() if is_replaced(part)]
     for part, _ in classes:
         put_back(part)
     try:
         expected = _results(module, arguments)
+    except Exception:
+        return None
     finally:
         for part, made in classes:
             part.__class__ = made

@@ -316,6 +316,7 @@ def test_attributes_of_attention():
 
     assert varied() == "" and varied(scaling=0.5, attention_dropout=0.1) == ""
     assert "head dim" in varied(head_dim=5)
+    assert "has no config" in varied(config=None)
     assert "differ in width" in varied(k_proj=nn.Linear(WIDTH, 8))
     assert "also has q_norm" in varied(q_norm=nn.LayerNorm(8))
     assert "also has temperature" in varied(temperature=nn.Parameter(torch.ones(1)))

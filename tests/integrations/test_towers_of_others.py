@@ -260,6 +260,14 @@ def test_compiled_copied_and_pickled():
         assert torch.equal(other(x, mask), expected)
 
 
+def test_verification_passes_over_what_needs_more_arguments():
+    """A layer of packed sequences cannot run on random tokens alone; its MLP and LayerNorms can."""
+    model, _ = minicpmv4_6()
+    report = accelerate(model, verify=True)
+    assert [entry.module for entry in report.left] == ["MiniCPMV4_6VisionAttention"] * 2
+    assert "9 of 11 modules" in report.note
+
+
 def test_hooks_see_what_they_saw():
     """Also the arguments by position, which layers of other classes pass differently."""
     config = transformers.ViTConfig(**{**SHAPE, "num_hidden_layers": 1}, **IMAGES, intermediate_size=70)
