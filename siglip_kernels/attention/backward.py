@@ -297,6 +297,10 @@ def attention_backward_keys_kernel(
         out_grad_main, out_grad_tail = load_tile(
             out_grad + first_query * out_grad_step, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL
         )
+        row_delta = tl.load(delta + first_query + queries, mask=query_is_valid, other=0.0)
+        # With one block of columns, dP before the product for dV leaves registers for wider tiles; with two it spills.
+        if TAIL == 0:
+            weights_grad = products_by_key(v_main, v_tail, out_grad_main, out_grad_tail, TAIL, PRECISION)
         v_grad_main, v_grad_tail = accumulate(
             narrow(weights, v_main.dtype),
             out_grad_main,
@@ -306,10 +310,8 @@ def attention_backward_keys_kernel(
             TAIL,
             PRECISION,
         )
-        row_delta = tl.load(delta + first_query + queries, mask=query_is_valid, other=0.0)
-        weights_grad = products_by_key(
-            v_main, v_tail, out_grad_main, out_grad_tail, TAIL, PRECISION
-        )  # [BLOCK_K, BLOCK_Q]
+        if TAIL > 0:
+            weights_grad = products_by_key(v_main, v_tail, out_grad_main, out_grad_tail, TAIL, PRECISION)
         scores_grad = score_gradients(weights, weights_grad, row_delta[None, :], EXACT)
         k_grad_main, k_grad_tail = accumulate(
             narrow(scores_grad, q_main.dtype),

@@ -68,11 +68,15 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
             return Tile(32, 32, 8, 1) if narrow else Tile(16, 16, 8, 1)
         return Tile(16, 32, 4 if narrow else 8, 1)
     unit = facts.matrix_unit
+    # An A100 has twice the products per clock of the others, and is bound by shared memory where they are not.
+    large = unit == "mma" and facts.shared_memory >= 128 * 1024
     if kernel == "forward":
         if unit == "wgmma":
             return Tile(128, 128, 8, 2) if narrow else Tile(128, 64, 8, 3)
         if unit == "mma" and columns == 80 and _triton_version() >= (3, 9):  # which spills with 64 keys
             return Tile(128, 32, 4, 2)
+        if unit == "mma" and narrow and not large:
+            return Tile(128, 128, 8, 2)
         return Tile(128, 64, 4, 2) if columns <= (64 if unit == "tcgen05" else 80) else Tile(128, 64, 8, 2)
     if kernel == "backward_queries":
         if unit == "wgmma":
@@ -81,7 +85,10 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
             return Tile(128, 32, 4, 2)
         return Tile(64, 32, 4, 2)
     if narrow and unit != "tcgen05":
-        return Tile(64, 128, 8, 2) if unit == "wgmma" else Tile(16, 128, 4, 2)
+        wider = columns <= 64  # with more columns, twice the queries spill
+        if unit == "wgmma":
+            return Tile(128 if wider else 64, 128, 8, 2)
+        return Tile(32 if wider and large else 16, 128, 4, 2)
     return Tile(32 if unit == "mma" else 64, 64, 4 if narrow else 8, 2)
 
 

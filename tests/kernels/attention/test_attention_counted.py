@@ -20,7 +20,7 @@ OWN = r"S=729 D=72 \w+$|S=1024 D=64 \w+$"
 PEER = {"published": r"128x64 4|128x128", "every": r"\dx\d"}  # in the quick run the tiles that are best anywhere
 
 # Of the backward, with Triton 3.7.1; the other GPUs' products are slower. Shared memory is the bound.
-SHARES = {("a100", "D=64"): 0.91, ("a100", "D=72"): 0.92, ("h200", "D=64"): 0.88, ("h200", "D=72"): 0.92}
+SHARES = {("a100", "D=72"): 0.92, ("h200", "D=64"): 0.97, ("h200", "D=72"): 0.92}
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +40,13 @@ def loops(counts: list[Count], kernel: str, gpu: str, columns: str) -> list[Coun
 
 @pytest.mark.parametrize("head_dim", ["D=64", "D=72"])
 def test_the_forward_is_no_slower_than_the_tutorial_at_its_best_tile(counts, extent, head_dim):
-    """By the busiest pipe, and nearly by issue slots: here strides are arguments, which the tutorial's are not.
-
-    On Ampere and Ada, where both are bound by the tensor cores, tiles of 128 keys have fewer slots, but spill here.
-    """
-    slots = {"a100": 1.02, "h200": 1.02} if extent == "published" else {}
+    """By the busiest pipe, and nearly by issue slots: here strides are arguments, which the tutorial's are not."""
     for gpu in GPUS[extent]:
         (own,) = loops(counts, "attention_forward_kernel", gpu, head_dim)
         peer = best(loops(counts, "tutorial_attention_kernel", gpu, head_dim.replace("72", "80")))
         assert own.stack_bytes == 0
         assert own.per_thousand(own.bound) <= peer.per_thousand(peer.bound) + 0.005, (str(own), str(peer))
-        limit = slots.get(gpu, 1.06) * peer.per_thousand("issue")
+        limit = 1.02 * peer.per_thousand("issue")
         assert own.per_thousand("issue") <= limit, (str(own), str(peer))
 
 
