@@ -48,16 +48,17 @@ class BackwardTile:
 
 
 @functools.cache
-def backward_tile(width: int, rows: int, multiprocessors: int, aligned: bool) -> BackwardTile:
+def backward_tile(width: int, rows: int, element_bytes: int, multiprocessors: int, aligned: bool) -> BackwardTile:
     """Not measured. A warp per row, whose columns are chunks of 4 per thread. Narrow rows are one block, of 16 elements
-    per thread, or 32 of the widest, and so are rows whose chunks would spill: wide ones, and those that are not
-    `aligned`, whose elements are loaded one by one.
+    per thread, or 32 of the widest, and so are rows whose chunks would spill: wide ones, fp32 on consumer GPUs, and
+    those that are not `aligned`, whose elements are loaded one by one. (fp32's traffic leaves time for a block.)
 
     Counted for 1152 columns on sm_90, instructions of all warps per row: 848 in chunks, 1,640 as a block of 2048.
     """
     if width > WIDEST_IN_REGISTERS:
         return BackwardTile(1, WIDE_BLOCK, 1, 4, 192, 3)
-    if aligned and width % 8 == 0 and _NARROWEST_IN_CHUNKS <= width <= _WIDEST_IN_CHUNKS:
+    fits = aligned and element_bytes == 2 and width % 8 == 0
+    if fits and _NARROWEST_IN_CHUNKS <= width <= _WIDEST_IN_CHUNKS:
         return BackwardTile(4, _CHUNK, -(-width // _CHUNK), 4, 255, 2)
     block = _power_of_two(width)
     for tile_rows in (16, 8, 4, 2, 1):

@@ -423,7 +423,7 @@ def layer_norm_backward(
     gpu = facts(x.device)
     loaded = (y_grad, x) if residual_grad is None else (y_grad, x, residual_grad)
     strides = strides_of(*loaded)
-    tile = backward_tile(width, rows, gpu.multiprocessors, aligned=strides.unit > 1)
+    tile = backward_tile(width, rows, x.element_size(), gpu.multiprocessors, aligned=strides.unit > 1)
     loaded_bytes = sum(matrix.element_size() for matrix in (*loaded, weight) if matrix is not None)
     wide = width > WIDEST_IN_REGISTERS
     sums = None

@@ -287,12 +287,12 @@ def test_tiles_fill_the_gpu_and_hold_each_row_once():
             assert forward.main + forward.tail >= width
             assert forward.rows == 1 or -(-rows // forward.rows) >= 264
             for aligned in (True, False):
-                backward = backward_tile(width, rows, 132, aligned)
+                backward = backward_tile(width, rows, 2, 132, aligned)
                 assert backward.block * backward.chunks >= width
                 assert backward.rows == 1 or backward.chunks > 1 or -(-rows // backward.rows) >= 264
     assert forward_tile(1152, 46_656, 2, 132).main == 1024
     for width in (768, 1024, 1152):  # no column too many
-        backward = backward_tile(width, 46_656, 132, True)
+        backward = backward_tile(width, 46_656, 2, 132, True)
         assert backward.block * backward.chunks == width and backward.rows == backward.warps
 
 
