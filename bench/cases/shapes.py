@@ -140,21 +140,35 @@ class AttentionShape(Shape):
 
 
 @dataclass(frozen=True)
-class PreNormAttentionShape(AttentionShape):
+class PreNormAttentionShape(Shape):
     """LayerNorm, the projections of q, k and v, attention, the output projection and the residual."""
+
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
 
     @property
     def width(self) -> int:
         return self.heads * self.head_dim
 
+    def sample(self) -> Self:
+        return dataclasses.replace(self, batch=min(self.batch, 2))
+
+    def _attention(self) -> AttentionShape:
+        return AttentionShape("", self.batch, self.tokens, self.heads, self.head_dim)
+
     def _projections(self) -> int:
         return 8 * self.batch * self.tokens * self.width**2
 
+    def _values(self) -> int:
+        return self.batch * self.tokens * self.width
+
     def _forward_flops(self) -> int:
-        return self._projections() + super()._forward_flops()
+        return self._projections() + self._attention().flops("fwd")
 
     def _backward_flops(self) -> int:
-        return 2 * self._projections() + super()._backward_flops()
+        return 2 * self._projections() + self._attention().flops("bwd")
 
     def _forward_values(self) -> int:
         return 2 * self._values() + 4 * self.width**2

@@ -66,13 +66,13 @@ def test_siglip2_with_padded_patches():
 
 
 def test_padded_patches_are_served_by_lengths(monkeypatch):
-    """Without a mask: attention and pooling of siglip_kernels receive the number of valid patches."""
+    """Without a mask: the layer and the pooling of siglip_kernels receive the number of valid patches."""
     import siglip_kernels
 
     seen = []
-    attention, pool = siglip_kernels.attention, siglip_kernels.attention_pool
+    layer, pool = siglip_kernels.pre_norm_attention, siglip_kernels.attention_pool
     monkeypatch.setattr(
-        siglip_kernels, "attention", lambda *a, **k: seen.append(k.get("lengths")) or attention(*a, **k)
+        siglip_kernels, "pre_norm_attention", lambda *a, **k: seen.append(k["lengths"]) or layer(*a, **k)
     )
     monkeypatch.setattr(siglip_kernels, "attention_pool", lambda *a, **k: seen.append(k["lengths"]) or pool(*a, **k))
     model = siglip2().vision_model
