@@ -20,6 +20,7 @@ from siglip_model.checkpoints.errors import build_from_file
 from siglip_model.checkpoints.fields import (
     FLAG,
     NOTHING,
+    TEXT,
     Field,
     check_fields,
     is_finite,
@@ -48,6 +49,11 @@ LARGEST = {
 MOST_LABELS = 2**17
 
 _SWITCHES = dict.fromkeys(("output_hidden_states", "output_attentions", "return_dict"), FLAG | NOTHING)
+_ATTENTION = {
+    "attn_implementation": TEXT
+    | mapping(is_text, lambda name: name is None or is_text(name), "a dict from parts to strings")
+    | NOTHING
+}
 _LABELS = {
     "num_labels": whole(0, MOST_LABELS) | NOTHING,
     "id2label": mapping(is_index, is_text, "a dict from ids to strings") | NOTHING,
@@ -81,13 +87,13 @@ class PretrainedConfig:
         foreign = kwargs.pop("model_type", self.model_type)
         if foreign != self.model_type:
             raise ValueError(f"{type(self).__name__}: model_type is {shown(foreign)}; supported: {self.model_type!r}")
-        check_fields(type(self).__name__, kwargs, {**_SWITCHES, **_LABELS})
+        check_fields(type(self).__name__, kwargs, {**_SWITCHES, **_LABELS, **_ATTENTION})
         self.output_hidden_states: bool = kwargs.pop("output_hidden_states", False)
         self.output_attentions: bool = kwargs.pop("output_attentions", False)
         self.return_dict: bool = kwargs.pop("return_dict", True)
         self.problem_type: str | None = kwargs.pop("problem_type", None)
-        former = kwargs.pop("torch_dtype", None)  # the name before transformers 5
-        self.dtype: Any = _as_dtype(kwargs.pop("dtype", None) or former)
+        former, dtype = kwargs.pop("torch_dtype", None), kwargs.pop("dtype", None)  # the name before transformers 5
+        self.dtype: Any = _as_dtype(former if dtype is None else dtype)
         self._name_or_path: str = str(kwargs.pop("_name_or_path", "") or kwargs.pop("name_or_path", ""))
         attn_implementation = kwargs.pop("attn_implementation", None)
         self._set_labels(kwargs.pop("num_labels", None), kwargs.pop("id2label", None), kwargs.pop("label2id", None))
@@ -159,6 +165,11 @@ class PretrainedConfig:
         self.label2id = {label: index for index, label in self.id2label.items()}
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of a mapping of backends: "" for the model itself, and those of the towers' configurations."""
+        return ("", *self.sub_configs)
+
+    @property
     def use_return_dict(self) -> bool:
         return self.return_dict
 
@@ -193,8 +204,9 @@ class PretrainedConfig:
 
     def update(self, values: Mapping[str, Any]) -> None:
         """Set these fields. Raises as the constructor for unsupported values, and then sets none."""
-        updated = type(self).from_dict({**self.to_dict(), **values})
-        vars(self).update({name: vars(updated)[name] for name in values if name in vars(updated)})
+        updated = vars(type(self).from_dict(self.to_dict(), **values))
+        names = {*values, "id2label", "label2id"} if {"num_labels", "id2label"} & {*values} else {*values}
+        vars(self).update({name: updated[name] for name in names if name in updated})
 
     def to_dict(self) -> dict[str, Any]:
         """All values in the form of config.json, where the keys of id2label are strings."""

@@ -66,7 +66,7 @@ class PreTrainedModel(nn.Module):
             )
         self.config: Any = config
         self.name_or_path = config.name_or_path
-        default = config._attn_implementation or DEFAULT_BACKEND
+        default = DEFAULT_BACKEND if config._attn_implementation is None else config._attn_implementation
         self._requested_backend = _one_of("backend", backend, "attn_implementation", attn_implementation, default)
         # Before any weight is allocated and initialised, which takes up to a minute.
         self._backend = backends.resolve(self._requested_backend, torch.get_default_device())
@@ -100,7 +100,7 @@ class PreTrainedModel(nn.Module):
         In a mapping the towers have the names of their configurations, and "" is the model itself. Raises ValueError
         for an unknown name or part, MissingBackendError if the backend cannot run here.
         """
-        parts = ("", *self.config.sub_configs)
+        parts = self.config.parts
         by_part = name if isinstance(name, Mapping) else dict.fromkeys(parts, name)
         for part in by_part:
             if part not in parts:
@@ -377,14 +377,19 @@ class PreTrainedModel(nn.Module):
                 "You are using `from_pretrained` with a meta device context manager or meta as the default device;"
                 " weights can be loaded to a device that holds values"
             )
-        default = config._attn_implementation or DEFAULT_BACKEND
-        name = default if backend is None else backend
-        for each in (default, *name.values()) if isinstance(name, Mapping) else (name,):
-            backends.resolve(each, device)  # before any file of the weights is opened
+        config_file = os.path.join(pretrained_model_name_or_path or "", hub.get("subfolder") or "", CONFIG_NAME)
+        wanted = {part: (getattr(config, part) if part else config)._attn_implementation for part in config.parts}
+        if isinstance(backend, Mapping):
+            wanted |= backend
+        elif backend is not None:
+            wanted = dict.fromkeys(wanted, backend)
+        wanted = {part: DEFAULT_BACKEND if name is None else name for part, name in wanted.items()}
+        with naming(config_file) if stored_config and backend is None else nullcontext():
+            for name in wanted.values():
+                backends.resolve(name, device)  # before any file of the weights is opened
         weights = given_weights(state_dict) if state_dict is not None else None
         if weights is None:
             weights = find_weights(pretrained_model_name_or_path, hub, variant)  # type: ignore[arg-type]
-        config_file = os.path.join(pretrained_model_name_or_path or "", hub.get("subfolder") or "", CONFIG_NAME)
         in_file = naming(config_file) if stored_config else nullcontext()
         with torch.device("meta"), _WithoutInitialisation(), in_file:
             model = cls(buildable(config, weights), backend="eager")
@@ -400,8 +405,7 @@ class PreTrainedModel(nn.Module):
             differing_sizes=differing_sizes(config, weights),
             config_file=config_file if stored_config else None,
         )
-        model.set_backend(default)
-        model.set_backend(name)
+        model.set_backend(wanted)
         for part in (model, *model._towers()):
             part._follow_weights()
         model.name_or_path = str(pretrained_model_name_or_path or "")

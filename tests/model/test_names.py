@@ -175,6 +175,10 @@ def test_reading_and_updating() -> None:
     }
     ours.vision_config.update({"image_size": 96, "note": 1})
     assert ours.vision_config.image_size == 96 and ours.vision_config.note == 1
+    ours.update({"num_labels": 3, "vision_config": {"image_size": 112}})
+    assert ours.num_labels == len(ours.label2id) == 3
+    assert (ours.vision_config.image_size, ours.vision_config.hidden_size) == (112, 64)
+    ours.vision_config.image_size = 96
     with pytest.raises(ValueError, match="image_size 8 is smaller than patch_size"):
         ours.vision_config.update({"image_size": 8, "hidden_size": 128})
     assert (ours.vision_config.image_size, ours.vision_config.hidden_size) == (96, 64)

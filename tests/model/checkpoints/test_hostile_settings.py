@@ -69,6 +69,7 @@ def of_other_types(*supported):
         ("text_config", of_other_types(dict)),
         ("vision_config", of_other_types(dict)),
         ("model_type", ANY),
+        ("attn_implementation", [3, [1], {"text_config": 3}]),
         ("dtype", ["float8", "int64", "Tensor", "load", 3, [1], {}]),
     ],
 )
@@ -81,6 +82,13 @@ def test_fields_of_config_json(checkpoint, field, values):
             assert f"dtype in config.json is {value!r}" in refusal(load_model, checkpoint / "model.safetensors")
         else:
             refusal(load_model, checkpoint / "config.json", field)
+
+
+@pytest.mark.parametrize("value", ["foo", "", {"": "foo"}, {"text_config": "foo"}])
+def test_unknown_backends_of_config_json(checkpoint, value):
+    change(checkpoint / "config.json", attn_implementation=value)
+    refusal(load_model, checkpoint / "config.json", "backend")
+    siglip_model.SiglipModel.from_pretrained(checkpoint, backend="eager")
 
 
 @pytest.mark.parametrize("tower", ["text_config", "vision_config"])
