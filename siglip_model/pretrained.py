@@ -378,12 +378,12 @@ class PreTrainedModel(nn.Module):
                 " weights can be loaded to a device that holds values"
             )
         config_file = os.path.join(pretrained_model_name_or_path or "", hub.get("subfolder") or "", CONFIG_NAME)
-        wanted = {part: (getattr(config, part) if part else config)._attn_implementation for part in config.parts}
+        configured = {part: (getattr(config, part) if part else config)._attn_implementation for part in config.parts}
+        wanted = {part: DEFAULT_BACKEND if name is None else name for part, name in configured.items()}
         if isinstance(backend, Mapping):
             wanted |= backend
         elif backend is not None:
             wanted = dict.fromkeys(wanted, backend)
-        wanted = {part: DEFAULT_BACKEND if name is None else name for part, name in wanted.items()}
         with naming(config_file) if stored_config and backend is None else nullcontext():
             for name in wanted.values():
                 backends.resolve(name, device)  # before any file of the weights is opened

@@ -183,3 +183,32 @@ def test_atomic_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, 
     with pytest.raises(OSError, match="disk full"):
         atomic_write(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("subfolder", ["part/model", "/part/model/", None, ""])
+def test_subfolder_of_a_repository(cache, subfolder):
+    folder = next((cache / "models--owner--name/snapshots").iterdir())
+    (folder / "part/model").mkdir(parents=True)
+    (folder / "part/model/config.json").write_text("part")
+    found = resolve_file("owner/name", "config.json", cache_dir=cache, local_files_only=True, subfolder=subfolder)
+    assert found.read_text() == ("part" if subfolder else "{}")
+
+
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_forced_download(cache, monkeypatch, revision):
+    """The Hub is asked although the file is cached, and no cached file stands in for what it does not send."""
+    asked = []
+
+    def download(repository, filename, **arguments):
+        asked.append((filename, arguments["force_download"], arguments["local_files_only"]))
+        if len(asked) > 1:
+            raise ConnectionError("the cable")
+        return cache / "new.json"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    arguments = {"cache_dir": cache, "revision": revision, "force_download": True}
+    monkeypatch.setattr(hub, "_last_failure", time.monotonic())  # which would leave it to the cache
+    assert resolve_file("owner/name", "config.json", **arguments) == cache / "new.json"
+    with pytest.raises(OSError, match="nor reachable without a network.*the cable"):
+        resolve_file("owner/name", "config.json", **arguments)
+    assert asked == [("config.json", True, False)] * 2
