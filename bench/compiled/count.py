@@ -16,10 +16,10 @@ from typing import Any
 
 from bench.compiled.ahead_of_time import STACK_LIMIT, compiling_for, resources, sass
 from bench.compiled.launch import GPUS, Launch, architecture
-from bench.compiled.launches import has_kernels_for, launches_of, operation_names, portable, published
+from bench.compiled.launches import family_of, has_kernels_for, launches_of, operation_names, portable, published
 from bench.compiled.public import PUBLIC, launches_of_public
 from bench.compiled.row_cost import row_instructions
-from bench.compiled.sass import PIPES, RATES, Clocked, fill_clocks, inner_loops, measure
+from bench.compiled.sass import PIPES, RATES, Clocked, fill_clocks, inner_loops, measure, specialised_loops
 from bench.compiled.tile_cost import epilogues, main_loops
 from bench.environment import commit, version
 
@@ -129,13 +129,19 @@ def _count(operation: str, launch: Launch, gpu: str) -> list[Count]:
             found.append(Count(operation, launch.name, gpu, kernel, "row", *usage, clocks, 0))
             return
         has_epilogue = portable(operation) in WITH_EPILOGUES
-        loops = main_loops(code) if has_epilogue else inner_loops(code)
+        warps = compiled.metadata.num_warps
+        if (
+            family_of(operation) == "blackwell"
+        ):  # its partitions turn together; of those that issue, one has the products
+            loops, has_epilogue, warps = _turns(specialised_loops(code)), False, 4
+        else:
+            loops = main_loops(code) if has_epilogue else inner_loops(code)
         filled = fill_clocks(compiled.asm["ttgir"], len(loops)) if loops else 0.0
         parts = [("loop", number, lines, filled) for number, lines in enumerate(loops, 1)]
         if has_epilogue:
             parts += [("epilogue", number, lines, 0.0) for number, lines in enumerate(epilogues(code), 1)]
         for name, number, lines, fills in parts:
-            cost = measure(launch.name, kernel, lines, RATES[GPUS[gpu].capability], fills)
+            cost = measure(launch.name, kernel, lines, RATES[GPUS[gpu].capability], fills, warps)
             part = f"{name} {number}"
             found.append(Count(operation, launch.name, gpu, kernel, part, *usage, cost.clocks, cost.multiply_adds))
 
@@ -148,6 +154,15 @@ def _constants(compiled: Any) -> dict[str, Any]:
     """The kernel's constant arguments by name."""
     names = compiled.src.fn.arg_names
     return {names[place]: value for (place, *_), value in compiled.src.constants.items()}
+
+
+def _turns(loops: list[list[str]]) -> list[list[str]]:
+    """The loops of a kernel for Blackwell: what all partitions execute for one turn of that with the products.
+
+    A partition that stores has a whole tile in its loop, which belongs to an epilogue and is left out.
+    """
+    inner = [loop for loop in loops if not any(line.startswith("UTMASTG") for line in loop)]
+    return [[line for loop in inner for line in loop]]
 
 
 def best(found: Iterable[Count]) -> Count:

@@ -12,8 +12,8 @@ A quarter (CUDA C++ programming guide, arithmetic throughput) takes a warp's ins
 conversions in 2 clocks, a shuffle or memory access in 4, an exponential in 8, and one of fp32 in the clocks of
 `RATES`, which also has the multiply-adds of fp16 and bf16 per clock. Shared memory moves 128 bytes per clock for all
 four quarters: what loads (LDS, LDSM), stores (STS, STSM), copies from global memory (cp.async) and wgmma, which reads
-operands there, move, and what TMA writes for a loop if a warp of its own loads. tcgen05's shapes are not in its
-instructions: Blackwell's data-centre GPUs are not counted.
+operands there, move, and what TMA writes for a loop if a warp of its own loads. One thread issues a tcgen05 for all
+warps of a program; its shape is in the instruction's descriptor, which the code loads as a constant.
 """
 
 import dataclasses
@@ -36,13 +36,15 @@ class Rates(NamedTuple):
     multiply_adds: int  # of fp16 and bf16 per clock, accumulated in fp32; TF32 has half of them
 
 
-# Published rates of dense products, as in siglip_kernels.gemm.clocks: A100 312 TFLOP/s, H100 989. Of the GPUs with one
+# Published rates of dense products, as in siglip_kernels.gemm.clocks: A100 312 TFLOP/s, H100 989,
+# B200 2250. Of the GPUs with one
 # architecture the fastest: A10, L40S (362 at 2.52 GHz) and RTX PRO 6000. Their GeForce siblings have half.
 RATES = {
     (8, 0): Rates(2, 256),
     (8, 6): Rates(1, 128),
     (8, 9): Rates(1, 128),
     (9, 0): Rates(1, 512),
+    (10, 0): Rates(1, 1024),
     (12, 0): Rates(1, 128),
 }
 HOPPER = RATES[9, 0]
@@ -51,7 +53,7 @@ PIPES = ("tensor", "shared", "mufu", "fma", "alu", "lsu", "issue")
 
 _CLOCKS = {"alu": 2, "lsu": 4, "mufu": 8}
 _FMA = ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2")
-_MATRIX = ("HGMMA", "HMMA")
+_MATRIX = ("HGMMA", "HMMA", "UTCHMMA")
 _LSU = ("LD", "ST", "SHFL", "ATOM", "RED", "SYNCS", "UTMA")
 _CONTROL = ("BAR", "BRA", "WARPGROUP", "WARPSYNC", "NOP", "DEPBAR", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "YIELD")
 
@@ -110,18 +112,25 @@ def pipe_of(instruction: str) -> str:
     return "alu"
 
 
-def multiply_adds(instruction: str) -> float:
-    """Multiply-adds of one warp: of HMMA.16816, or of the 16 of 64 rows that it has of HGMMA.64xNxK. TF32 twice."""
-    if shape := re.search(r"HGMMA\.64x(\d+)x(\d+)", instruction):
+def multiply_adds(instruction: str, warps: int = 4) -> float:
+    """Multiply-adds of one warp: of HMMA.16816, of the 16 of 64 rows that it has of HGMMA.64xNxK, or of its share of
+    UTCHMMA.MxNxK, which serves all warps of a program. TF32 twice."""
+    if shape := re.search(r"UTCHMMA\.(\d+)x(\d+)x(\d+)", instruction):
+        count: float = int(shape[1]) * int(shape[2]) * int(shape[3]) / warps
+    elif shape := re.search(r"HGMMA\.64x(\d+)x(\d+)", instruction):
         count = 16 * int(shape[1]) * int(shape[2])
     else:
         count = 16 * 8 * int(re.search(r"HMMA\.168(\d+)", instruction)[1])  # type: ignore[index]
     return 2 * count if "TF32" in instruction else count
 
 
-def shared_clocks(line: str) -> float:
+def shared_clocks(line: str, warps: int = 4) -> float:
     """Clocks of shared memory for an instruction that every warp of the four quarters issues."""
     name, destination_and_sources = line.split(maxsplit=1) if " " in line else (line, "")
+    if name.startswith("UTCHMMA"):  # of all warps together: the right operand, and the left one or tensor memory
+        rows, columns, depth = (int(n) for n in re.search(r"(\d+)x(\d+)x(\d+)", name).groups())  # type: ignore[union-attr]
+        left = rows if destination_and_sources.startswith("gdesc") else 0
+        return (4 if "TF32" in name else 2) * depth * (columns + left) / 128 * 4 / warps
     if name.startswith("HGMMA"):  # of four warps together: always the right operand, often both
         rows, columns, depth = (int(n) for n in re.search(r"(\d+)x(\d+)x(\d+)", name).groups())  # type: ignore[union-attr]
         element_bytes = 4 if "TF32" in name else 2
@@ -135,15 +144,34 @@ def shared_clocks(line: str) -> float:
 
 
 def parse(code: str) -> tuple[list[str], dict[str, int]]:
-    """The instructions of nvdisasm's output, and the number of the instruction that each label precedes."""
+    """The instructions of nvdisasm's output, and the number of the instruction that each label precedes.
+
+    UTCHMMA gets its shape into its name, from the last constant that its descriptor's register was set to.
+    """
     lines: list[str] = []
     labels: dict[str, int] = {}
+    constants: dict[str, int] = {}  # by uniform register
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(lines)
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*)", line):
-            lines.append(instruction[1].strip())
+            found = instruction[1].strip()
+            if constant := re.search(r"UMOV (UR\d+), (0x[0-9a-f]+)", found):
+                constants[constant[1]] = int(constant[2], 16)
+            if descriptor := re.search(r"UTCHMMA.*idesc\[(UR\d+)\]", found):
+                found = found.replace("UTCHMMA", f"UTCHMMA.{tcgen05_shape(constants[descriptor[1]])}", 1)
+            lines.append(found)
     return lines, labels
+
+
+def tcgen05_shape(descriptor: int) -> str:
+    """The shape of a tcgen05.mma of fp16, bf16 or TF32 from its instruction descriptor: "128x256x16".
+
+    PTX ISA, tcgen05 instruction descriptor: N / 8 from bit 17 on, M / 16 from bit 24 on, and the format of the left
+    operand in bits 7 to 9, of which 2 is TF32. A product is 32 bytes deep.
+    """
+    rows, columns = 16 * (descriptor >> 24 & 31), 8 * (descriptor >> 17 & 63)
+    return f"{rows}x{columns}x8.TF32" if descriptor >> 7 & 7 == 2 else f"{rows}x{columns}x16"
 
 
 def without_predicate(line: str) -> str:
@@ -163,10 +191,22 @@ def loops(lines: list[str], labels: dict[str, int]) -> list[tuple[int, int]]:
     return found
 
 
-def innermost_loops(lines: list[str], labels: dict[str, int]) -> list[tuple[int, int]]:
-    """First and last instruction of each innermost loop that issues matrix instructions."""
-    found = [(a, b) for a, b in loops(lines, labels) if any(re.search(r"\bHG?MMA\.", line) for line in lines[a:b])]
+_MATRIX_INSTRUCTION = r"\b(HG?MMA|UTCHMMA)\."
+
+
+def innermost_loops(
+    lines: list[str], labels: dict[str, int], with_any: str = _MATRIX_INSTRUCTION
+) -> list[tuple[int, int]]:
+    """First and last instruction of each innermost loop that issues matrix instructions, or others `with_any` name."""
+    found = [(a, b) for a, b in loops(lines, labels) if any(re.search(with_any, line) for line in lines[a:b])]
     return [(a, b) for a, b in found if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)]
+
+
+def specialised_loops(code: str) -> list[list[str]]:
+    """The instructions of each innermost loop that issues tcgen05 or loads from tensor memory: one per partition."""
+    lines, labels = parse(code)
+    found = innermost_loops(lines, labels, r"\b(UTCHMMA|LDTM)\.")
+    return [[without_predicate(line) for line in lines[a : b + 1]] for a, b in found]
 
 
 def inner_loops(code: str) -> list[list[str]]:
@@ -179,25 +219,31 @@ def fill_clocks(ttgir: str, loops: int) -> float:
     """Clocks of shared memory that TMA's writes cost each of the `loops` that share what a warp of its own loads.
 
     From Triton's IR, because the size of a load is not in its instruction: the bytes that barriers expect in a turn of
-    the innermost loop with loads, one for each turn of the others. 0 where the same warps load and compute.
+    the innermost loop with loads (of several, the deepest), one for each turn of the others. 0 where the same warps
+    load and compute.
     """
     if "ttg.warp_specialize" not in ttgir:
         return 0.0
     expected = 0
-    innermost: list[int] = []  # bytes in each loop that contains no other
+    innermost: list[tuple[int, int]] = []  # depth and bytes of each loop that contains no other
     for line in ttgir.splitlines():
         if re.match(r"\s*(%\S+ = )?scf\.(for|while) ", line):
             indentation, expected = line[: -len(line.lstrip())], 0
         elif size := re.match(r"\s*ttng\.barrier_expect [^,]+, (\d+)", line):
             expected += int(size[1])
         elif expected and line.startswith(f"{indentation}}}"):
-            innermost.append(expected)
+            innermost.append((len(indentation), expected))
             expected = 0
-    return max(innermost, default=0) / 128 / loops
+    return max(innermost, default=(0, 0))[1] / 128 / loops
 
 
-def measure(launch: str, kernel: str, loop: list[str], rates: Rates = HOPPER, filled: float = 0.0) -> Loop:
-    """Counts the instructions of a loop, or of another part of a kernel, and their clocks. filled: by TMA."""
+def measure(
+    launch: str, kernel: str, loop: list[str], rates: Rates = HOPPER, filled: float = 0.0, warps: int = 4
+) -> Loop:
+    """Counts the instructions of a loop, or of another part of a kernel, and their clocks.
+
+    filled: clocks of shared memory by TMA's writes. warps: of the program, which share its tcgen05.
+    """
     clocks = dict.fromkeys(PIPES, 0.0) | {"shared": filled}
     products = 0.0
     names: Counter[str] = Counter()
@@ -207,10 +253,10 @@ def measure(launch: str, kernel: str, loop: list[str], rates: Rates = HOPPER, fi
         name = line.split()[0]
         pipe = pipe_of(name)
         clocks["issue"] += 1
-        clocks["shared"] += shared_clocks(line)
+        clocks["shared"] += shared_clocks(line, warps)
         if pipe == "tensor":
-            clocks[pipe] += multiply_adds(name) / rates.multiply_adds
-            products += multiply_adds(name)
+            clocks[pipe] += multiply_adds(name, warps) / rates.multiply_adds
+            products += multiply_adds(name, warps)
         elif pipe:
             clocks[pipe] += rates.fma if pipe == "fma" else _CLOCKS[pipe]
         names[".".join(name.split(".")[: 2 if pipe == "tensor" else 1])] += 1

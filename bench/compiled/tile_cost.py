@@ -66,7 +66,8 @@ class _Code:
             rests = [_Path(0, 0, end, None) if n == end else found[n] for n in following]
             if not following and self.name(number).startswith("EXIT"):
                 rests = [_Path(-len(self.lines), 0, number, None)]  # only if no path leads to the end
-            work = self.name(number).startswith(_WORK)
+            # The branch of the one thread that issues tcgen05 belongs to the main loop, not to an epilogue.
+            work = self.name(number).startswith(_WORK) - self.name(number).startswith("UTCHMMA")
             paths = [_Path(r.work + work, r.length + 1, number, r) for r in rests if r is not None]
             if paths:
                 found[number] = min(paths, key=lambda p: (-p.work if most_work else p.work, p.length))

@@ -1,4 +1,4 @@
-"""Which kernels compute a call: those of short.py, of Hopper or Blackwell where enabled, or of forward.py, backward.py.
+"""Which kernels compute a call: short.py's, Hopper's or Blackwell's where enabled, or forward.py's and backward.py's.
 
 Only the launches import Triton.
 """

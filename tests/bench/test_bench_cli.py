@@ -32,7 +32,7 @@ def bench(*arguments):
         (["run", "--direction", "back"], "back", ["fwd", "bwd", "fwd+bwd"]),
         (["check", "atention"], "atention", ["attention", "layer_norm"]),
         (["count", "gelu"], "gelu", ["attention", "triton_tutorial_attention"]),
-        (["count", "--gpu", "b200"], "b200", ["a100", "h200", "sm_80", "sm_120"]),
+        (["count", "--gpu", "sm_75"], "sm_75", ["a100", "h200", "b200", "sm_80", "sm_120"]),
         (["count", "attention", "--only", "("], "'('", ["regular expressions"]),
         (["compile", "gelu"], "gelu", ["attention", "sigmoid_loss"]),
         (["compile", "--gpu", "sm_75"], "sm_75", ["a100", "h200", "b200", "rtx5090", "sm_80", "sm_89", "sm_120"]),

@@ -5,7 +5,16 @@ import pytest
 from bench.compiled import public
 from bench.compiled.count import HEADER, SAYS, Count, best, counts, markdown
 from bench.compiled.row_cost import row_instructions
-from bench.compiled.sass import RATES, fill_clocks, inner_loops, measure, shared_clocks
+from bench.compiled.sass import (
+    RATES,
+    fill_clocks,
+    inner_loops,
+    measure,
+    multiply_adds,
+    shared_clocks,
+    specialised_loops,
+    tcgen05_shape,
+)
 
 AMPERE = """
 .L_x_1:
@@ -48,10 +57,43 @@ def test_a_loop_that_a_uniform_predicate_closes():
         ("LDG.E.128 R4, [R2.64]", 0),
         ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0", 48),
         ("HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR16], R24, gsb0", 32),
+        ("UTCHMMA.128x256x16 gdesc[UR16], gdesc[UR18], tmem[UR34], tmem[UR20], idesc[UR21], UP1", 96),
+        ("UTCHMMA.128x64x16 tmem[UR16], gdesc[UR18], tmem[UR34], tmem[UR20], idesc[UR21], UP1", 16),
     ],
 )
 def test_clocks_of_shared_memory(line, clocks):
     assert shared_clocks(line) == clocks
+
+
+BLACKWELL = """
+        /*0000*/                   UMOV UR21, 0x8400490 ;
+.L_x_1:
+        /*0010*/                   UTCHMMA gdesc[UR16], gdesc[UR18], tmem[UR34], tmem[UR20], idesc[UR21], UP1 ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+        /*0030*/                   UMOV UR21, 0x8050910 ;
+.L_x_2:
+        /*0040*/                   LDTM.x64 R4, tmem[UR9] ;
+        /*0050*/                   MUFU.EX2 R4, R4 ;
+        /*0060*/               @P0 BRA `(.L_x_2) ;
+"""
+
+
+def test_clocks_of_a_tcgen05_that_all_warps_share():
+    """128 × 256 × 16 multiply-adds at 4096 per clock and multiprocessor, whichever warp issues them."""
+    (loop,) = inner_loops(BLACKWELL)
+    for warps in (4, 8):
+        counted = measure("launch", "kernel", loop, RATES[10, 0], warps=warps)
+        assert counted.clocks["tensor"] * warps / 4 == 128 and counted.clocks["issue"] == 2
+        assert counted.multiply_adds == multiply_adds("UTCHMMA.128x256x16", warps) == 128 * 256 * 16 / warps
+    assert [len(each) for each in specialised_loops(BLACKWELL)] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "shape"),
+    [(0x8400490, "128x256x16"), (0x8050490, "128x16x16"), (0x4200010, "64x128x16"), (0x8200910, "128x128x8.TF32")],
+)
+def test_the_shape_of_a_tcgen05_is_in_its_descriptor(descriptor, shape):
+    assert tcgen05_shape(descriptor) == shape
 
 
 SPECIALISED = """
