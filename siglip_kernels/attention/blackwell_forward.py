@@ -121,7 +121,8 @@ def multiply(shared, scores, out, barriers, handshakes, numbers, lengths):
     for i in gl.static_range(TILES):
         mbarrier.wait(q_full.index(i), q_phase)
         issue_scores(q_tiles, k_stages, scores, i, k_stage, scored)
-        tcgen05_commit(q_empty.index(i), pred=next_whole == 0)
+        if next_whole == 0:
+            tcgen05_commit(q_empty.index(i))
     tcgen05_commit(k_empty.index(k_stage))
     k_stage, k_phase = following(k_stage, k_phase, STAGES)
     q_phase ^= 1
@@ -148,9 +149,11 @@ def multiply(shared, scores, out, barriers, handshakes, numbers, lengths):
                 if goes_on:
                     mbarrier.wait(q_full.index(i), q_phase, pred=ends)
                     issue_scores(q_tiles, k_stages, scores, i, k_stage, scored)
-                    tcgen05_commit(q_empty.index(i), pred=q_is_done)
+                    if q_is_done:
+                        tcgen05_commit(q_empty.index(i))
             tcgen05_commit(v_empty.index(stage))
-            tcgen05_commit(k_empty.index(k_stage), pred=goes_on)
+            if goes_on:
+                tcgen05_commit(k_empty.index(k_stage))
             stage, phase = following(stage, phase, STAGES)
             k_stage, k_phase = following(k_stage, k_phase, STAGES)
             step_phase ^= 1

@@ -226,7 +226,10 @@ BROKEN = {
         "tcgen05_commit(v_empty.index(stage))",
         "mbarrier.arrive(v_empty.index(stage), count=1)",
     ),
-    "keys are never released": ("            tcgen05_commit(k_empty.index(k_stage), pred=goes_on)\n", ""),
+    "keys are never released": (
+        "            if goes_on:\n                tcgen05_commit(k_empty.index(k_stage))\n",
+        "",
+    ),
     "the output starts from what is there": ("use_acc=step > 0", "use_acc=True"),
     "scores are announced before they are computed": (
         "    tcgen05_commit(scored.index(TILE))",
