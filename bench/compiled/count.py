@@ -130,9 +130,7 @@ def _count(operation: str, launch: Launch, gpu: str) -> list[Count]:
             return
         has_epilogue = portable(operation) in WITH_EPILOGUES
         warps = compiled.metadata.num_warps
-        if (
-            family_of(operation) == "blackwell"
-        ):  # its partitions turn together; of those that issue, one has the products
+        if family_of(operation) == "blackwell":  # partitions turn together; of those that issue, one has the products
             loops, has_epilogue, warps = _turns(specialised_loops(code)), False, 4
         else:
             loops = main_loops(code) if has_epilogue else inner_loops(code)
