@@ -240,7 +240,7 @@ class EncoderLayer(Accelerated):
         fusable = is_fusable(q, nn.Linear) and is_fusable(k, nn.Linear) and is_fusable(v, nn.Linear)
         if fusable and is_fusable_norm(norm, x) and runs(x, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias):
             weights, biases, out = (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias), part(attention, "out")
-            heads = q.weight.shape[0] // attention.head_dim
+            heads = q.out_features // attention.head_dim
             return add_pre_norm_attention(x, norm, weights, biases, out, heads, attention_scale(attention), padding)
         projected = attention.project(norm(x))
         return add_linear(x, part(attention, "out"), attend(projected, attention_scale(attention), padding).flatten(2))
