@@ -202,7 +202,7 @@ class SiglipTokenizer(Tokenizer):
     def tokenize(
         self, text: str, add_special_tokens: bool = False, *, split_special_tokens: bool | None = None
     ) -> list[str]:
-        """The pieces of a text. Special tokens within the text stay whole unless `split_special_tokens`.
+        """The pieces of a text. Added tokens within the text stay whole unless `split_special_tokens`.
 
         add_special_tokens: ignored, as in transformers; no special token is added here.
         """
@@ -212,18 +212,16 @@ class SiglipTokenizer(Tokenizer):
         if self.split_special_tokens if split_special_tokens is None else split_special_tokens:
             tokens = self._pieces(text)
         else:
-            whole = self._never_split()
+            whole = {token for token in self._added_ids if token}
+            kept = whole.union(self.all_special_tokens)
             tokens = []
             for segment in self._segments(text, whole):
-                tokens += [segment] if segment in whole else self._pieces(segment)
+                tokens += [segment] if segment in kept else self._pieces(segment)
         if len(tokens) > 1 and tokens[0] == UNDERLINE and tokens[1] in self.all_special_tokens:
             tokens = tokens[1:]
         return tokens
 
-    def _never_split(self) -> frozenset[str]:
-        return frozenset(token for token in (*self._added_ids, *self.all_special_tokens) if token)
-
-    def _segments(self, text: str, whole: frozenset[str]) -> list[str]:
+    def _segments(self, text: str, whole: set[str]) -> list[str]:
         """Splits the text around the tokens that stay whole; the longest match wins."""
         pattern = "|".join(re.escape(token) for token in sorted(whole, key=len, reverse=True))
         segments = [segment for segment in re.split(f"({pattern})", text) if segment] if whole else [text]

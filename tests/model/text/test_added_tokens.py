@@ -84,6 +84,16 @@ def test_special_tokens_are_set_by_token_and_by_id(pair: Any) -> None:
         ours.pad_token = 3
 
 
+def test_a_token_that_is_set_splits_no_text(pair: Any) -> None:
+    ours, theirs = pair
+    for tokenizer in pair:
+        tokenizer.pad_token = "cat"
+        tokenizer.extra_special_tokens = ["photo", "a"]
+    for text in ("a photo of a cat", "photocat", "a", "cat"):
+        assert ours.tokenize(text) == theirs.tokenize(text)
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
 def test_rust_tokenizers_take_them_too(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.models.BPE({"a": 0, "b": 1, "<pad>": 2}, [])
