@@ -1,7 +1,8 @@
-"""The result of tokenizers and processors: a dict of lists or tensors with attribute access."""
+"""The result of tokenizers and processors: a mapping of lists or tensors with attribute access."""
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,16 @@ TENSOR_KINDS = ("pt", "np")
 _TARGETS = "BatchFeature.to: got {}; supported: a device, then a torch.dtype, or one of them"
 
 
-class BatchFeature(dict[str, Any]):
-    """A dict, so that `model(**batch)` works, with attribute access and `to`; `batch.data` is the batch itself.
+class BatchFeature(UserDict[str, Any]):
+    """A mapping, so that `model(**batch)` works, with attribute access and `to`; `batch.data` is the dict within.
 
-    `batch[start:stop]` is a plain dict with that slice of every value. tensor_type: see `convert_to_tensors`.
+    A UserDict, as in transformers, whose pipelines tell tokens by it. `batch[start:stop]` is a plain dict with that
+    slice of every value. tensor_type: see `convert_to_tensors`.
     """
 
     def __init__(self, data: Any = None, tensor_type: Any = None, **fields: Any) -> None:
         super().__init__({} if data is None else data, **fields)
         self.convert_to_tensors(tensor_type)
-
-    @property
-    def data(self) -> BatchFeature:
-        return self
 
     def convert_to_tensors(self, tensor_type: Any = None) -> BatchFeature:
         """Replaces numbers, lists and arrays by tensors ("pt") or arrays ("np"); None changes nothing. Returns self."""
@@ -33,21 +31,21 @@ class BatchFeature(dict[str, Any]):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}; it holds {list(self)}") from None
+        fields = vars(self).get("data", {})  # which a copy lacks at first
+        if name not in fields:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it holds {list(fields)}")
+        return fields[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
-            raise AttributeError("BatchFeature.data is the batch itself; assign its items")
-        self[name] = value
+            super().__setattr__(name, dict(value))
+        else:
+            self[name] = value
 
     def __delattr__(self, name: str) -> None:
-        try:
-            del self[name]
-        except KeyError:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}; it holds {list(self)}") from None
+        if name not in self:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it holds {list(self)}")
+        del self[name]
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
@@ -55,10 +53,10 @@ class BatchFeature(dict[str, Any]):
         return super().__getitem__(key)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({super().__repr__()})"
+        return f"{type(self).__name__}({self.data!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self),)
+        return type(self), (self.data,)
 
     def copy(self) -> BatchFeature:
         return type(self)(self)

@@ -53,6 +53,25 @@ def test_pipeline(checkpoint: Path, tmp_path: Path, task: str, batch_size: int) 
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_components_of_this_project(checkpoint: Path, batch_size: int) -> None:
+    task = "zero-shot-image-classification"
+    name, arguments = TASKS[task]
+    found, expected = (
+        numbers(
+            transformers.pipeline(
+                task,
+                model=getattr(library, name).from_pretrained(checkpoint).eval(),
+                tokenizer=library.AutoTokenizer.from_pretrained(checkpoint),
+                image_processor=library.AutoImageProcessor.from_pretrained(checkpoint),
+                device=-1,
+            )(IMAGES, batch_size=batch_size, **arguments)
+        )
+        for library in (siglip_model, transformers)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_features_as_tensors(checkpoint: Path) -> None:
     processor = transformers.AutoImageProcessor.from_pretrained(checkpoint)
     model = siglip_model.SiglipVisionModel.from_pretrained(checkpoint)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class TestProcessor:
         image = random_image(0)
         batch = processor(images=image, text="a cat", videos=None, audio=None, return_tensors="pt")
         assert torch.equal(batch.pixel_values, processor(image, return_tensors="pt").pixel_values)
-        assert batch.data is batch and type(batch).__name__ == "BatchFeature"
+        assert list(batch.data) == list(batch) and type(batch).__name__ == "BatchFeature"
         assert processor(text="a cat", return_offsets_mapping=False).keys() == processor(text="a cat").keys()
         assert processor(text=[["a", "cat"]], is_split_into_words=True)["input_ids"]
         assert processor(text_target="a cat").keys() == processor(text="a cat").keys()
@@ -118,8 +119,10 @@ def test_batches_are_built_as_in_transformers() -> None:
     batch = siglip_model.batch.BatchFeature({"ids": [[1, 2], [3, 4]], "one": 3}, tensor_type="pt")
     assert torch.equal(batch.ids, torch.tensor([[1, 2], [3, 4]])) and batch.one == torch.tensor(3)
     assert batch.convert_to_tensors("np").ids.tolist() == [[1, 2], [3, 4]]
-    with pytest.raises(AttributeError, match="data"):
-        batch.data = {}
+    batch.data["more"] = [5]
+    assert isinstance(batch, UserDict) and type(batch.data) is dict and batch["more"] == [5]
+    batch.data = {"ids": [1]}
+    assert list(batch) == ["ids"] and batch.ids == [1]
 
 
 @pytest.mark.parametrize("name", ["AutoProcessor", "AutoImageProcessor", "AutoTokenizer"])
