@@ -6,6 +6,7 @@ has repeated, and replayed as long as the model is what was recorded. Everything
 
 from __future__ import annotations
 
+import operator
 import threading
 import warnings
 from collections import Counter
@@ -29,8 +30,8 @@ class CapturesRepeats:
     """`encode(pixel_values)` returns what `model.get_image_features(pixel_values)`, or another method, returns.
 
     On a CUDA device, in evaluation mode and without gradients, a shape that repeats is replayed from a CUDA graph. It
-    is recorded again if the model has changed: weights that moved, another backend, replaced modules. A model with
-    hooks, which a graph would not call, is never recorded; where recording fails, a warning says so.
+    is recorded again if the model has changed: weights that moved, another backend or setting, replaced modules. A
+    model with hooks, which a graph would not call, is never recorded; where recording fails, a warning says so.
     """
 
     def __init__(
@@ -116,11 +117,11 @@ def _context(device: torch.device) -> tuple[Any, ...]:
 
 
 class _Form:
-    """What a recording of a model depends on: its modules, their backend, and the weights, which this keeps alive."""
+    """What a recording of a model depends on: its modules, their settings, and the weights, which this keeps alive."""
 
     def __init__(self, model: nn.Module, method: str):
         self._method = vars(model), method, vars(model).get(method)
-        self._modules = [(vars(module), *_state(vars(module))) for module in model.modules()]
+        self._modules = [(module, _state(module)) for module in model.modules()]
         tensors = (
             tensor
             for module in model.modules()
@@ -133,25 +134,33 @@ class _Form:
     @property
     def may_be_recorded(self) -> bool:
         """False with hooks, which a graph would not call."""
-        return self._weights is not None and not any(hooks or pre_hooks for *_, hooks, pre_hooks in self._modules)
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module, _ in self._modules)
+        return self._weights is not None and not hooked
 
     def holds(self) -> bool:
         """Whether the model is as it was. Takes the host about a millisecond for 600 modules."""
         owner, method, function = self._method
         return (
             owner.get(method) is function
-            and all(_state(attributes) == state for attributes, *state in self._modules)
+            and all(_are_same(_state(module), state) for module, state in self._modules)
             and (self._weights is None or self._weights.moved() is None)
         )
 
 
-def _state(attributes: dict[str, Any]) -> list[Any]:
-    """Of a module: children, mode, backend, its own forward, hooks. Equal if they are the same."""
-    return [
-        dict(attributes["_modules"]),
-        attributes["training"],
-        attributes.get("ops"),
-        attributes.get("forward"),
+def _state(module: nn.Module) -> list[Any]:
+    """Class, children, number of hooks and attributes, such as the backend, `eps` and the configuration's fields."""
+    attributes = module.__dict__
+    config = attributes.get("config")
+    state = [
+        module.__class__,
         len(attributes["_forward_hooks"]),
         len(attributes["_forward_pre_hooks"]),
+        *attributes["_modules"].values(),
+        *attributes.values(),
     ]
+    return state if config is None else [*state, *getattr(config, "__dict__", {}).values()]
+
+
+def _are_same(state: list[Any], other: list[Any]) -> bool:
+    """Whether both hold the same objects: a setting, such as a tensor, may not compare."""
+    return len(state) == len(other) and all(map(operator.is_, state, other))

@@ -97,7 +97,22 @@ def _replace_module(model: Any) -> None:
     model.encoder.layers[0].mlp.fc1 = nn.Sequential(model.encoder.layers[0].mlp.fc1, nn.ReLU())
 
 
-@pytest.mark.parametrize("change", [_set_backend, _move_weights, _override_method, _replace_module])
+def _set_epsilon(model: Any) -> None:
+    model.encoder.layers[0].layer_norm1.eps = 0.5
+
+
+def _set_class(model: Any) -> None:
+    class Doubling(type(model.post_layernorm)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model.post_layernorm.__class__ = Doubling
+
+
+CHANGES = [_set_backend, _move_weights, _override_method, _replace_module, _set_epsilon, _set_class]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_is_recorded_again(model: Any, recorder: Recorder, change: Callable[[Any], None]) -> None:
     encode = CapturesRepeats(model, "__call__", recorder)
     calls(encode, REPEATS + 1)
@@ -105,6 +120,18 @@ def test_a_changed_model_is_recorded_again(model: Any, recorder: Recorder, chang
     results = calls(encode, REPEATS + 1)
     assert recorder.recorded == 2
     assert all(torch.equal(*pair) for pair in zip(results, expected(model, REPEATS + 1), strict=True))
+
+
+@torch.no_grad()
+def test_what_a_configuration_asks_for_is_returned(recorder: Recorder) -> None:
+    config = copy.deepcopy(CONFIG)
+    model = randomised(siglip_model.SiglipVisionModel(config)).eval()
+    encode = CapturesRepeats(model, "__call__", recorder)
+    calls(encode, REPEATS + 1)
+    config.output_hidden_states = True
+    assert len(encode(pixels()).hidden_states) == 2
+    config.return_dict = False
+    assert isinstance(encode(pixels()), tuple)
 
 
 def test_hooks_are_called_every_time(model: Any, recorder: Recorder) -> None:
