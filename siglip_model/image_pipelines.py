@@ -125,12 +125,12 @@ class ImageClassificationPipeline(ImagePipeline):
         model: SiglipForImageClassification,
         image_processor: Any,
         *,
-        top_k: int = 5,
+        top_k: int | None = None,
         function_to_apply: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, image_processor, **options)
-        self.top_k = count("top_k", top_k, at_least=1)
+        self.top_k = count("top_k", 5 if top_k is None else top_k, at_least=1)
         self.function_to_apply = self._function(function_to_apply)
 
     def __call__(

@@ -351,6 +351,10 @@ def _components(model: Any, given: dict[str, Any], processor: Any, hub: dict[str
             )
         if isinstance(component, (str, os.PathLike)):
             component = _loader(name).from_pretrained(component, **hub)
+        elif not callable(component):
+            raise TypeError(
+                f"pipeline: {name} is a {type(component).__name__}; supported: a loaded one, or its path or Hub id"
+            )
         components[name] = component
     return components
 

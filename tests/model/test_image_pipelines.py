@@ -33,7 +33,7 @@ def reference(task, folder, cls):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"top_k": 2}, {"function_to_apply": "sigmoid"}, {"function_to_apply": "NONE"}]
+    "arguments", [{}, {"top_k": 2}, {"top_k": None}, {"function_to_apply": "sigmoid"}, {"function_to_apply": "NONE"}]
 )
 def test_classes_equal_transformers(classifier, arguments):
     expected = reference(CLASSES, classifier, transformers.SiglipForImageClassification)(IMAGES, **arguments)

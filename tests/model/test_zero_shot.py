@@ -262,6 +262,7 @@ def test_a_text_tower_with_fewer_positions_than_64(tmp_path):
         ({"task": TASK, "batch_size": 0}, ValueError, "batch_size is 0"),
         ({"task": TASK, "device": "cpu", "device_map": "cuda"}, ValueError, "device='cpu' and device_map='cuda'"),
         ({"task": TASK, "device": 1.5}, ValueError, "device is 1.5"),
+        ({"task": TASK, "tokenizer": ("folder", {"use_fast": True})}, TypeError, "tokenizer is a tuple; supported"),
     ],
 )
 def test_invalid_arguments_of_the_factory(checkpoint, arguments, error, message):
