@@ -77,7 +77,9 @@ class ModelOutput(dict[str, Any]):
 
     def __post_init__(self) -> None:
         first = self.get(self._names[0])
-        if len(self) == 1 and isinstance(first, (Mapping, Iterator, list)):  # the items instead of the first field
+        if isinstance(first, Iterator):
+            first = self[self._names[0]] = list(first)
+        if len(self) == 1 and (isinstance(first, Mapping) or _are_pairs(first)):  # the items instead of the first field
             self.clear()
             for name, value in dict(first).items():
                 self[name] = value
@@ -102,6 +104,13 @@ class ModelOutput(dict[str, Any]):
     def update(self, *args: Any, **kwargs: Any) -> None:
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
+
+
+def _are_pairs(items: Any) -> bool:
+    """Whether these are (name, value) pairs, and not a field that is a list, such as a tensor's `tolist()`."""
+    if not isinstance(items, list) or not items:
+        return False
+    return all(isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str) for item in items)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -66,6 +67,13 @@ def test_rebuilt_from_items(items: Callable[[ModelOutput], Any]) -> None:
     rebuilt = BaseModelOutputWithPooling(items(output))
     assert list(rebuilt) == list(output) and worst_difference(rebuilt, output) == 0
     assert rebuilt.hidden_states is output.hidden_states and rebuilt.pooler_output is None
+
+
+@pytest.mark.parametrize("value", [[1.0, 2.0], [[1.0, 2.0]], [], [("a", 1, 2)]])
+def test_a_list_stays_a_field(value: list[Any]) -> None:
+    """Such as a tensor's `tolist()`, on the way to JSON."""
+    output = BaseModelOutputWithPooling(last_hidden_state=value)
+    assert output.last_hidden_state == value and json.loads(json.dumps(output)).keys() == {"last_hidden_state"}
 
 
 def through_torch_save(output: ModelOutput) -> ModelOutput:
