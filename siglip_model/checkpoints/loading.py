@@ -221,7 +221,10 @@ def _is_position_ids(name: str) -> bool:
 
 
 def _match_names(expected: Mapping[str, object], stored: Iterable[str]) -> tuple[dict[str, str], list[str], list[str]]:
-    """The model's names → stored names; stored names that the model has not; those of them in no other known part."""
+    """(The model's names → stored names; names that the model has not; stored names of those in no other known part).
+
+    All but the stored names are without the prefix of the tower that the model is.
+    """
     candidates = [name for name in stored if not _is_position_ids(name)]
     prefix = ""
     if "embeddings.token_embedding.weight" in expected:  # the model is a single tower
@@ -238,13 +241,16 @@ def _match_names(expected: Mapping[str, object], stored: Iterable[str]) -> tuple
         ignorable = ()
     names: dict[str, str] = {}
     unused: list[str] = []
+    strays: list[str] = []
     for stored_name in candidates:
         name = stored_name.removeprefix(prefix)
         if stored_name.startswith(prefix) and name in expected:
             names[name] = stored_name
-        else:
-            unused.append(stored_name)
-    return names, unused, [name for name in unused if not name.startswith(ignorable)]
+            continue
+        unused.append(name)
+        if not stored_name.startswith(ignorable):
+            strays.append(stored_name)
+    return names, unused, strays
 
 
 def _check_fit(

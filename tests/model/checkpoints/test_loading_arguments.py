@@ -117,10 +117,18 @@ def test_unexpected_tensors_are_named_and_left_out(checkpoint, caplog):
     assert_same_tensors(load(checkpoint).state_dict(), expected)
 
 
-@pytest.mark.parametrize("name", MODELS[:3])
-def test_loading_info_is_that_of_transformers(saved, name):
-    _, found = getattr(siglip_model, name).from_pretrained(saved, output_loading_info=True)
-    _, expected = getattr(transformers, name).from_pretrained(saved, output_loading_info=True)
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        *((name, {}) for name in MODELS[:3]),
+        ("SiglipVisionModel", {"vision_use_head": False}),
+        ("SiglipTextModel", {"num_hidden_layers": 1}),
+    ],
+)
+def test_loading_info_is_that_of_transformers(saved, name, overrides):
+    arguments = {"output_loading_info": True, **overrides}
+    _, found = getattr(siglip_model, name).from_pretrained(saved, **arguments)
+    _, expected = getattr(transformers, name).from_pretrained(saved, **arguments)
     assert found == expected
 
 
