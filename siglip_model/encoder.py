@@ -139,7 +139,9 @@ class EncoderLayer(UsesBackend, nn.Module):
     def _add_attention(self, x: Tensor, mask: MaskArguments, return_weights: bool) -> tuple[Tensor, Tensor | None]:
         norm, attention = self.layer_norm1, self.self_attn
         if not is_fusable(attention, Attention):
-            out, weights = attention(apply_layer_norm(self.ops, norm, x), mask, return_weights)
+            # No more than transformers passes, for a forward that was patched in with its signature.
+            asked = {"return_weights": True} if return_weights else {}
+            out, weights = attention(apply_layer_norm(self.ops, norm, x), mask or None, **asked)
             return x + out, weights
         if not (attention.ops is self.ops and attention.has_fusable_weights() and is_fusable(norm, nn.LayerNorm)):
             return attention(apply_layer_norm(self.ops, norm, x), mask, return_weights, residual=x)
@@ -182,11 +184,15 @@ class Encoder(nn.Module):
             x = x.detach().requires_grad_()  # reentrant checkpoints give no gradients if their input needs none
         hidden_states = [x]
         weights = AttentionWeights() if output_attentions else None
+        if not isinstance(attention_mask, Tensor):
+            attention_mask = attention_mask or None
+        # No more than transformers passes, for a forward that was patched in with its signature.
+        arguments = (attention_mask,) if weights is None else (attention_mask, weights)
         for number, layer in enumerate(self.layers):
             if checkpointing is not None and number % self.checkpointed_every == 0:
-                x = checkpoint(layer, x, attention_mask, weights, **checkpointing)
+                x = checkpoint(layer, x, *arguments, **checkpointing)
             else:
-                x = layer(x, attention_mask, weights)
+                x = layer(x, *arguments)
             hidden_states.append(x)
         return BaseModelOutput(
             x,

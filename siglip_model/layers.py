@@ -74,8 +74,8 @@ class MLP(UsesBackend, nn.Module):
         """Whether a backend may compute the MLP from its weights, as one operation."""
         return self.activation in TANH_GELU and is_fusable(self.fc1, nn.Linear) and is_fusable(self.fc2, nn.Linear)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        x, fc1, fc2 = hidden_states, self.fc1, self.fc2
         if self.has_fusable_weights():
             return self.ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual)
         hidden = ACTIVATIONS[self.activation](apply_linear(self.ops, fc1, x))

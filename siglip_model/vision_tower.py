@@ -77,8 +77,8 @@ class PoolingHead(UsesBackend, nn.Module):
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = self._pool(x)[:, None]  # [B, 1, width], the shape that hooks and wrappers see in transformers
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        pooled = self._pool(hidden_state)[:, None]  # [B, 1, width], the shape that hooks and wrappers see in transformers
         return add_pre_norm_mlp(self.ops, self.layernorm, self.mlp, pooled)[:, 0]
 
     def _pool(self, x: Tensor) -> Tensor:

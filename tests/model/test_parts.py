@@ -1,5 +1,6 @@
 """Parts of the models are called, and seen by hooks, as transformers' are."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,6 +45,8 @@ CALLS = {
         hidden(7), MASK.bool()[:, None, None].expand(2, 1, 7, 7)
     ),
     "attention": lambda model: model.vision_model.encoder.layers[0].self_attn(hidden_states=hidden(9))[0],
+    "MLP by name": lambda model: model.vision_model.encoder.layers[0].mlp(hidden_states=hidden(9)),
+    "pooling head by name": lambda model: model.vision_model.head(hidden_state=hidden(9)),
     "uint8 pixels": lambda model: model.vision_model((PIXELS.abs() * 60).to(torch.uint8)).pooler_output,
     "token_type_ids": lambda model: model(IDS, PIXELS, token_type_ids=torch.zeros_like(IDS)).logits_per_image,
     "features with token_type_ids": lambda model: (
@@ -89,6 +92,28 @@ def test_hooks_see_what_they_see_in_transformers(pair: tuple[Any, Any], attentio
             assert worst_difference(output.last_hidden_state, theirs[name].last_hidden_state) < 2e-5
         else:
             assert isinstance(output, Tensor) and worst_difference(output, theirs[name]) < 2e-5, name
+
+
+def doubled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def patched(hidden_states: Tensor, *mask: Tensor | None, **kwargs: Any) -> Any:
+        assert mask in ((), (None,))
+        found = forward(hidden_states, *mask, **kwargs)
+        return 2 * found if isinstance(found, Tensor) else (2 * found[0], *found[1:])
+
+    return patched
+
+
+@pytest.mark.parametrize("part", ["", "self_attn", "mlp"])
+def test_forwards_of_transformers_signatures_can_be_patched_in(
+    pair: tuple[Any, Any], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = pair[0](IDS, PIXELS).logits_per_image
+    for model in pair:
+        for tower in (model.text_model, model.vision_model):
+            module = tower.encoder.layers[0].get_submodule(part)
+            monkeypatch.setattr(module, "forward", doubled(module.forward))
+    found, expected = (model(IDS, PIXELS).logits_per_image for model in pair)
+    assert worst_difference(found, expected) < 2e-5 < worst_difference(found, plain)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
