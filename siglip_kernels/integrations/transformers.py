@@ -39,6 +39,7 @@ from siglip_kernels.integrations.transformers_modules import (
     REPLACEMENTS,
     TOWERS,
     MaskedTower,
+    has_backends,
     is_intact,
     recognised,
 )
@@ -97,8 +98,8 @@ def accelerate(model: nn.Module, verify: bool = False) -> Report:
         return LayerNorm if in_tower and kind is nn.LayerNorm else others.get(path)
 
     empty = "no encoder of SigLIP's form is in it"
-    if type(model).__module__.partition(".")[0] == "siglip_model":
-        empty = "it is siglip_model's own model, whose kernels are a backend: model.set_backend('triton')"
+    if isinstance(model, nn.Module) and any(map(has_backends, model.modules())):
+        empty = "siglip_model's own models have the kernels as a backend: model.set_backend('triton')"
     if verify and isinstance(model, nn.Module):
         require_comparable(model)
     report = accelerate_modules(model, f"transformers {version}", replacement, empty)

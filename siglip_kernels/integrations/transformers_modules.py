@@ -510,6 +510,11 @@ LEFT = {
 LAYERS = (EncoderLayer, EncoderLayerWithPositionalInput, EncoderLayerWithPositionalMask)
 
 
+def has_backends(module: nn.Module) -> bool:
+    """Whether it is a module of siglip_model, which selects the kernels itself and would not fuse what is replaced."""
+    return type(module).__module__.partition(".")[0] == "siglip_model"
+
+
 def recognised(model: nn.Module) -> dict[str, type[Accelerated] | str]:
     """The replacements of what `transformers_structure` recognises, by path, or why it is left.
 
@@ -519,7 +524,7 @@ def recognised(model: nn.Module) -> dict[str, type[Accelerated] | str]:
     towers = set()
     for path in layers_of(model):
         layer = model.get_submodule(path)
-        if full_name(original_class(layer)) in REPLACEMENTS:
+        if full_name(original_class(layer)) in REPLACEMENTS or has_backends(layer):
             continue
         remarks, positional = read_layer(layer)
         attention = _or_why(Attention, why_not_attention(part(layer, "attention")))

@@ -15,6 +15,7 @@ from tiny_transformers import contrastive, inputs, naflex_inputs, pooled, siglip
 from torch import nn
 
 import siglip_kernels
+import siglip_model
 from siglip_kernels import MissingBackendError, UnsupportedInputError
 from siglip_kernels.integrations.patching import Accelerated
 from siglip_kernels.integrations.transformers import accelerate, restore
@@ -425,6 +426,16 @@ def test_a_model_without_siglip_is_reported():
         accelerate("google/siglip-base-patch16-224")
     with pytest.raises(UnsupportedInputError, match="restore: model is a str"):
         restore("google/siglip-base-patch16-224")
+
+
+def test_siglip_models_own_model_is_left():
+    """Its layers, which the recognition of other towers takes for layers with a LayerNorm, have the kernels already."""
+    config = siglip_model.SiglipConfig.from_dict(siglip().config.to_dict())
+    model = siglip_model.SiglipModel(config)
+    for whole in (model, nn.Sequential(model)):
+        report = accelerate(whole)
+        assert report.replaced == report.left == () and "model.set_backend('triton')" in report.note
+    assert not any(isinstance(module, Accelerated) for module in model.modules())
 
 
 def test_other_versions_are_named_and_nothing_changes(monkeypatch):
