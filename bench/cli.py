@@ -193,7 +193,7 @@ def count(
         typer.Option(
             "--gpu",
             metavar="NAME,…",
-            help="By name (h200) or architecture (sm_90); by default sm_80, sm_86, sm_89, sm_90 and sm_120.",
+            help="By name (h200) or architecture (sm_90); by default sm_80, sm_86, sm_89, sm_90, sm_100 and sm_120.",
             show_default=False,
         ),
     ] = None,
