@@ -175,12 +175,14 @@ def every_kernel() -> set[str]:
 
 
 def run(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, with the portable kernels and, where they support the call, with Hopper's."""
+    """Forward and backward, with the portable kernels and, where they support the call, with Hopper's and Blackwell's."""
     monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "0")
+    monkeypatch.setenv("SIGLIP_KERNELS_BLACKWELL", "0")
     CALLS[call]().float().sum().backward()
-    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
-    with contextlib.suppress(siglip_kernels.UnsupportedInputError):
-        CALLS[call]().float().sum().backward()
+    for kind in ("HOPPER", "BLACKWELL"):
+        with monkeypatch.context() as patch, contextlib.suppress(siglip_kernels.UnsupportedInputError):
+            patch.setenv(f"SIGLIP_KERNELS_{kind}", "1")
+            CALLS[call]().float().sum().backward()
 
 
 def test_every_kernel_is_launched_on_the_gpu_of_its_tensors(launches, process_group, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
+from bench.compiled.ahead_of_time import GPUS, Row, rows_in_a_subprocess
 
 PUBLISHED = "^bf16 46656 x (1152|9001)$|^fp32 46656 x 8192 residual$"  # the last needs the most shared memory
 
@@ -32,7 +32,10 @@ def test_rows_are_read_and_written_many_bytes_at_a_time(rows):
         if row.kernel == "layer_norm_backward_kernel":
             # A row in chunks: 8 bytes per thread of half precision, and 256 bytes of a row per warp.
             width = "8" if row.launch.split()[3] in ("768", "1024", "1152") and "fp32" not in row.launch[:4] else "16"
-            assert f"cp.async {width}" in row.accesses and f"st {width}" in row.accesses, str(row)
+            # Of 99 KiB of shared memory, a row of these and of its residual's gradient would fill 96.
+            no_room = row.launch == "fp32 46656 x 8192 residual" and GPUS[row.gpu].shared_memory < 100 * 1024
+            load = "ld" if no_room else "cp.async"
+            assert f"{load} {width}" in row.accesses and f"st {width}" in row.accesses, str(row)
             assert not {"cp.async 2", "ld 2", "st 2"} & set(row.accesses), str(row)
 
 
