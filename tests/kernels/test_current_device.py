@@ -4,10 +4,10 @@ No GPU is needed: launchers, operators and derivatives are the real ones and get
 which makes a tensor's GPU current, and the launches themselves are recorded instead of carried out.
 """
 
-import contextlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ class Launches:
         self.started: set[str] = set()
         self.misplaced: set[str] = set()
 
-    @contextlib.contextmanager
+    @contextmanager
     def device_of(self, tensor: Tensor) -> Iterator[None]:
         self.current.append(tensor.device)
         try:
@@ -60,8 +60,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     found = Launches()
     monkeypatch.setattr(torch.cuda, "device_of", found.device_of)
     monkeypatch.setattr(triton.runtime.jit.KernelInterface, "__getitem__", lambda self, grid: found.start(self, grid))
-    with pretend(GPUS["h200"]):
-        yield found
+    yield found
 
 
 @pytest.fixture
@@ -175,13 +174,12 @@ def every_kernel() -> set[str]:
 
 
 def run(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, with the portable kernels and, where they support the call, with Hopper's and Blackwell's."""
-    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "0")
-    monkeypatch.setenv("SIGLIP_KERNELS_BLACKWELL", "0")
-    CALLS[call]().float().sum().backward()
-    for kind in ("HOPPER", "BLACKWELL"):
-        with monkeypatch.context() as patch, contextlib.suppress(siglip_kernels.UnsupportedInputError):
-            patch.setenv(f"SIGLIP_KERNELS_{kind}", "1")
+    """Forward and backward, with the portable kernels and, where they support the call, Hopper's and Blackwell's."""
+    for gpu, hopper, blackwell in (("h200", "0", "0"), ("h200", "1", "0"), ("b200", "0", "1")):
+        monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", hopper)
+        monkeypatch.setenv("SIGLIP_KERNELS_BLACKWELL", blackwell)
+        portable = hopper == blackwell
+        with pretend(GPUS[gpu]), nullcontext() if portable else suppress(siglip_kernels.UnsupportedInputError):
             CALLS[call]().float().sum().backward()
 
 
@@ -195,7 +193,7 @@ def test_every_kernel_is_launched_on_the_gpu_of_its_tensors(launches, process_gr
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_launch_elsewhere_is_noticed(call, launches, process_group, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
     run(call, monkeypatch)
     assert launches.started and launches.misplaced == launches.started
 
