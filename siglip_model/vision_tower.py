@@ -78,7 +78,7 @@ class PoolingHead(UsesBackend, nn.Module):
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
-        pooled = self._pool(hidden_state)[:, None]  # [B, 1, width], the shape that hooks and wrappers see in transformers
+        pooled = self._pool(hidden_state)[:, None]  # [B, 1, width], as hooks and wrappers see it in transformers
         return add_pre_norm_mlp(self.ops, self.layernorm, self.mlp, pooled)[:, 0]
 
     def _pool(self, x: Tensor) -> Tensor:
