@@ -195,6 +195,10 @@ class PretrainedConfig:
         """Where it was loaded from, or an empty string."""
         return self._name_or_path
 
+    @name_or_path.setter
+    def name_or_path(self, name: str) -> None:
+        self._name_or_path = str(name)
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
         """The text tower's configuration, or itself for a tower alone. decoder, encoder: SigLIP has one of texts."""
         return getattr(self, "text_config", self)

@@ -18,7 +18,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,13 @@ NAMES = {
 LAYER = ("norm1", "attention", "norm2", "mlp")
 ATTENTION = ("q", "k", "v", "out")
 MLP = ("fc1", "activation", "fc2")
+# Attributes that the forward may read: those that every call asks for again, and sizes, which fit the weights or fail.
+_ATTRIBUTES = {
+    LAYER: frozenset({"training"}),
+    MLP: frozenset({"training"}),
+    ATTENTION: frozenset({"training", "config", "scale", "scaling", "dropout", "attention_dropout", "is_causal"})
+    | frozenset({"head_dim", "num_heads", "num_attention_heads", "embed_dim", "hidden_size"}),
+}
 _ALL_NAMES = frozenset(name for names in NAMES.values() for name in names)
 
 # What arguments that SigLIP's modules do not need are for.
@@ -289,7 +296,9 @@ def _why_not_form(module: Any, roles: tuple[str, ...]) -> list[str]:
         return ["its forward takes no attention_mask"]
     if roles is LAYER and places[:2] != ["hidden_states", "attention_mask"]:
         return ["its forward does not take attention_mask after hidden_states"]
-    remark = _why_not_straight(original_class(module).forward, frozenset(module._modules))
+    if roles is not LAYER and original_class(module).__call__ is not nn.Module.__call__:  # a layer's is called
+        return ["its class has a __call__ of its own"]
+    remark = _why_not_straight(original_class(module).forward, frozenset(module._modules), _ATTRIBUTES[roles])
     return [remark] if remark else []
 
 
@@ -313,7 +322,7 @@ _METHODS = {"view", "reshape", "transpose", "contiguous", "flatten", "unflatten"
 
 
 @functools.cache
-def _why_not_straight(forward: Callable, submodules: frozenset[str]) -> str:
+def _why_not_straight(forward: Callable, submodules: frozenset[str], attributes: frozenset[str]) -> str:
     """A remark unless the function is a straight line, as this file's docstring defines it, or an empty string."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
@@ -331,6 +340,8 @@ def _why_not_straight(forward: Callable, submodules: frozenset[str]) -> str:
             is_condition = condition is not node or isinstance(node, (ast.Compare, ast.BoolOp))
             if is_condition and not _is_fixed(condition):
                 return f"its forward depends on {ast.unparse(condition)}"
+            if _is_of_self(node) and node.attr not in submodules | attributes:
+                return f"its forward reads {ast.unparse(node)}, which may change"
             if isinstance(node, ast.Call) and not _is_known_call(node.func, submodules, _interfaces(body)):
                 return f"its forward calls {ast.unparse(node.func)}"
     return ""
@@ -374,9 +385,11 @@ def _is_fixed(test: ast.AST) -> bool:
         if against_none and all(isinstance(other, ast.Constant) for other in test.comparators):
             return isinstance(test.left, ast.Name) or _is_fixed(test.left)
         return all(_is_fixed(value) for value in (test.left, *test.comparators))
-    if isinstance(test, ast.Attribute):
-        return isinstance(test.value, ast.Name) and test.value.id == "self"
-    return isinstance(test, ast.Constant)
+    return _is_of_self(test) or isinstance(test, ast.Constant)
+
+
+def _is_of_self(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
 def _is_known_call(function: ast.expr, submodules: frozenset[str], interfaces: set[str]) -> bool:
@@ -386,7 +399,7 @@ def _is_known_call(function: ast.expr, submodules: frozenset[str], interfaces: s
         return True
     if not isinstance(function, ast.Attribute):
         return False
-    if isinstance(function.value, ast.Name) and function.value.id == "self":
+    if _is_of_self(function):
         return function.attr in submodules
     return function.attr in _METHODS
 

@@ -199,7 +199,7 @@ LAYERS = {
     NormsSwapped: "does not compute",
     ResidualDropped: "does not compute",
     ResidualOfTheNorm: "does not compute",
-    Scaled: "does not compute",
+    Scaled: "reads self.factor, which may change",
     ScaledByLength: "does not compute",
     MaskIgnored: "does not compute",
     Clamped: "calls torch.clamp",
@@ -264,6 +264,7 @@ VARIATIONS = [
     ("out", "(out + hidden_states.view(shape))", "not just a projection of attention's"),
     ("result", "out", "not just a projection of attention's"),
     ("result", "out + hidden_states, weights", "not just a projection of attention's"),
+    ("result", "out * self.factor, weights", "reads self.factor, which may change"),
 ]
 FEED_FORWARD = """
 class Varied(MLP):
@@ -276,6 +277,7 @@ FEED_FORWARDS = [
     ("self.down_proj(self.up_proj(x))", "does not compute"),
     ("self.down_proj(self.act(self.act(self.up_proj(x))))", "does not compute"),
     ("self.down_proj(self.act(self.up_proj(x)) * 2)", "does not compute"),
+    ("self.down_proj(self.act(self.up_proj(x))) * self.factor", "reads self.factor, which may change"),
     ("self.down_proj(torch.relu(self.up_proj(x)))", "calls torch.relu"),
     ("self.down_proj(self.act(self.up_proj(x))) if x.numel() else x", "depends on x.numel()"),
 ]
@@ -305,6 +307,20 @@ def test_attention_that_looks_alike(place, text, remark, tmp_path):
 def test_feed_forwards(result, remark, tmp_path):
     remarks = why_not_mlp(of_source(tmp_path, FEED_FORWARD.format(result=result))())
     assert bool(remarks) == bool(remark) and remark in "".join(remarks)
+
+
+def test_a_call_of_its_own():
+    class CalledAttention(Attention):
+        def __call__(self, *arguments, **named):
+            out, weights = super().__call__(*arguments, **named)
+            return 2 * out, weights
+
+    class CalledMLP(MLP):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    assert why_not_attention(CalledAttention()) == ["its class has a __call__ of its own"]
+    assert why_not_mlp(CalledMLP()) == ["its class has a __call__ of its own"]
 
 
 def test_attributes_of_attention():

@@ -49,6 +49,8 @@ def test_answers_are_those_of_transformers(name: str) -> None:
     ):
         assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
     assert ours.base_model is ours and theirs.base_model is theirs
+    ours.config.name_or_path = theirs.config.name_or_path = "a-name"
+    assert ours.name_or_path == theirs.name_or_path
     assert ours.can_generate() is type(ours).can_generate() is theirs.can_generate() is False
     assert ours.get_output_embeddings() is theirs.get_output_embeddings() is None
     assert ours.get_memory_footprint() == 4 * ours.num_parameters() == theirs.get_memory_footprint(return_buffers=False)
