@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -66,6 +67,8 @@ class ModelOutput(dict[str, Any]):
         Its pipelines index and batch its own outputs, and take any other dict for a plain one.
         """
         cls: type = type(self)
+        if torch.compiler.is_compiling():
+            return cls
         for module in ("transformers.modeling_outputs", "transformers.models.siglip.modeling_siglip"):
             twin = vars(sys.modules[module]).get(cls.__name__) if module in sys.modules else None
             if twin is not None:
@@ -81,7 +84,7 @@ class ModelOutput(dict[str, Any]):
             first = self[self._names[0]] = list(first)
         if len(self) == 1 and (isinstance(first, Mapping) or _are_pairs(first)):  # the items instead of the first field
             self.clear()
-            for name, value in dict(first).items():
+            for name, value in dict(first).items():  # type: ignore[arg-type]
                 self[name] = value
 
     def to_tuple(self) -> tuple[Any, ...]:

@@ -70,7 +70,11 @@ def results(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     [("base", torch.float32), ("base", torch.bfloat16), ("so400m", torch.float32), ("so400m", torch.float16)],
 )
 def test_image_text_loss_and_gradients_within_the_budget(name: str, dtype: torch.dtype) -> None:
-    """The error budget of outputs, loss and every gradient. A scalar is what is left of nine larger terms."""
+    """The error budget of outputs, loss and every gradient.
+
+    A scalar is what is left of nine larger terms, and a logit of the terms of a product of unit vectors, which cancel.
+    How eager rounds these depends on the CPU.
+    """
     text, vision = CONFIGS[name]
     config = siglip_model.SiglipConfig(text_config=text, vision_config=vision)
     torch.manual_seed(0)
@@ -85,9 +89,12 @@ def test_image_text_loss_and_gradients_within_the_budget(name: str, dtype: torch
         # The pixels are rounded to the weights' dtype for all three.
         pixels = inputs["pixel_values"].to(dtype).to(precision)
         found[backend] = results(project.to(DEVICE, precision).eval(), {**inputs, "pixel_values": pixels})
+    scale = weights["logit_scale"].double().exp().item()
     for key, exact in found["fp64"].items():
         assert found["triton"][key].dtype == found["eager"][key].dtype, key
         size = 8.0 if exact.numel() == 1 else 0.0
+        if key == "logits_per_image":
+            size = scale * exact.numel() ** 0.5
         check_error(found["triton"][key], found["eager"][key], exact, key, dtype=dtype, size=size)
 
 

@@ -149,7 +149,7 @@ def test_a_row_follows_from_its_time():
     assert row.roofline_ms == pytest.approx(1e3 * max(flops / ROOFLINE.flops, bytes_moved / ROOFLINE.bytes))
     assert row.roofline_share == pytest.approx(row.roofline_ms / row.ms_median)
     assert row.peak_mem_bytes == 1000 and row.reason.startswith("the definition")
-    assert row.shape == {"name": "tiny", "batch": 2, "tokens": 17, "heads": 2, "head_dim": 8}
+    assert row.shape == {"name": "tiny", "batch": 2, "tokens": 17, "heads": 2, "head_dim": 8, "peaked": 0}
     assert again.impl == "eager#2" and "sdpa#2" not in rows
 
 
