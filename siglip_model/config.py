@@ -226,11 +226,15 @@ class PretrainedConfig:
         return {**_difference(self.to_dict(), type(self)().to_dict()), "model_type": self.model_type}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Self:
+    def from_dict(cls, values: dict[str, Any], *, return_unused_kwargs: bool = False, **overrides: Any) -> Any:
         """Build from the content of a config.json. A tower takes its part of a whole SigLIP configuration.
 
         overrides: other values of fields. Of a tower's configuration, a dict replaces the fields that it names.
+        return_unused_kwargs: also return the overrides that are no fields, in a dict.
         """
+        if return_unused_kwargs:
+            known, unused = cls._known_and_unused(values, overrides)
+            return cls.from_dict(values, **known), unused
         values = copy.deepcopy(values)
         if cls.base_config_key and values.get("model_type") == SiglipConfig.model_type:
             values = values.get(cls.base_config_key) or {}
@@ -245,6 +249,13 @@ class PretrainedConfig:
         return cls(**{**values, **overrides})
 
     @classmethod
+    def _known_and_unused(cls, values: Mapping[str, Any], overrides: dict[str, Any]) -> tuple[dict, dict]:
+        """The overrides that are fields, or in the content of the file, and the others."""
+        names = {*vars(cls()), "num_labels", "torch_dtype", *values}
+        unused = {name: value for name, value in overrides.items() if name not in names}
+        return {name: value for name, value in overrides.items() if name in names}, unused
+
+    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
@@ -255,11 +266,9 @@ class PretrainedConfig:
         Raises CheckpointError for a missing or invalid config.json, and for another kind of model.
         """
         content, overrides = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        unused = {}
+        unused: dict[str, Any] = {}
         if return_unused_kwargs:
-            known = {*vars(cls()), "num_labels", "torch_dtype", *content}
-            unused = {name: value for name, value in overrides.items() if name not in known}
-            overrides = {name: value for name, value in overrides.items() if name in known}
+            overrides, unused = cls._known_and_unused(content, overrides)
         config = build_from_file(content.path, partial(cls.from_dict, content), {}, overrides)
         config._name_or_path = str(pretrained_model_name_or_path)
         return (config, unused) if return_unused_kwargs else config

@@ -154,6 +154,8 @@ def test_configuration_files(tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path)
     content, others = type(ours).get_config_dict(tmp_path, output_attentions=True, revision=None)
     assert content == ours.to_dict() and others == {"output_attentions": True}
+    found, unused = type(ours).from_dict(ours.to_dict(), output_attentions=True, foo=1, return_unused_kwargs=True)
+    assert found.output_attentions and unused == {"foo": 1} and not hasattr(found, "return_unused_kwargs")
     found, unused = type(ours).from_pretrained(tmp_path, output_attentions=True, foo=1, return_unused_kwargs=True)
     assert found.output_attentions and unused == {"foo": 1} and not hasattr(found, "foo")
 
