@@ -8,7 +8,7 @@ with its tensors instead of computed. Each is taken to read the tensors that it 
 once: what one kernel reads again comes from the cache, and nothing stays there from one kernel to the next. Views and
 allocations cost nothing.
 
-The kernel that makes delta exact reads what it is given for rows in which one key has more than half of the weight
+The kernel that makes delta exact reads what it is given for rows in which one key has more than an eighth of the weight
 only. Random inputs have none at this length; trained models do. What it then reads is shown apart, at most, and is not
 in the sums.
 """

@@ -8,10 +8,10 @@ Both kernels recompute P from the log-sum-exp. The first completes delta, which 
 
 dS is a difference that should vanish where one key takes all the weight or where values are nearly equal. In half
 precision, a difference that is within the rounding of fp32 sums counts as zero, and for rows in which one key has more
-than half of the weight, a kernel before these two makes delta exact (exact_delta.py). In fp32 that kernel does so for
-every row, and also gives rowsum(P), by which P is divided, because among scores of 1e4 the log-sum-exp has only three
-decimals. Products and sums are also rounded separately in fp32, as eager rounds them. In total fp32 takes nine products
-of tiles, half precision seven, and two more for the rows that need them.
+than an eighth of the weight, a kernel before these two makes delta exact (exact_delta.py). In fp32 that kernel does so
+for every row, and also gives rowsum(P), by which P is divided, because among scores of 1e4 the log-sum-exp has only
+three decimals. Products and sums are also rounded separately in fp32, as eager rounds them. In total fp32 takes nine
+products of tiles, half precision seven, and two more for the rows that need them.
 """
 
 from typing import Any

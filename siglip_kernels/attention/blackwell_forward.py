@@ -237,7 +237,7 @@ def weigh_tile(
             kept = running_max + gl.log2(divisor)
             if lengths is not None:
                 kept = gl.where(running_sum == 0.0, float("inf"), kept)
-            kept = _mark(kept, (running_sum > 0.5) & (running_sum < 2.0))
+            kept = _mark(kept, running_sum)
             sent = send(kept, factors, TILE, factored, spent, sent)
 
 

@@ -3,10 +3,11 @@
 A row of dS = P ∘ (dO Vᵀ − delta) sums to zero, so with an approximate delta the sum of a computed row, divided by that
 of P, is delta's error. That takes a pass over the keys, of two products of tiles.
 
-In half precision, delta comes from the rounded O, as in FlashAttention, and suffices unless one key of a row has more
-than half of the weight: then dS is so small beside its two terms that the rounding of O would show. The forward marks
-such rows; a trained model has some in nearly every tile of queries. A program here collects the marked rows of SPAN
-queries of one head, and makes the pass for tiles of these alone. In fp32 it makes the pass for all rows.
+In half precision, delta comes from the rounded O, as in FlashAttention, and suffices unless one key of a row has much
+of the weight: then dS is so small beside its two terms that the rounding of O would show. The forward marks rows in
+which one has more than an eighth (with a half, gradients of q had up to 2.6 times eager's error, measured in fp16). A
+trained model has some in nearly every tile of queries. A program here collects the marked rows of SPAN queries of one
+head, and makes the pass for tiles of these alone. In fp32 it makes the pass for all rows.
 """
 
 import torch

@@ -26,8 +26,12 @@ LOWEST = tl.constexpr(-(2.0 - 2**-23) * 2.0**127)  # the lowest finite number of
 
 
 @triton.jit
-def mark(log_sum_exp, rows):
-    """log_sum_exp with its last bit set where `rows` is true and cleared elsewhere: a flag for the backward."""
+def mark(log_sum_exp, running_sum):
+    """log_sum_exp with its last bit set where one key has more than an eighth of the weight, and cleared elsewhere.
+
+    running_sum: of the weights relative to the largest, so that the largest weight is 1 / running_sum; 0 without keys.
+    """
+    rows = (running_sum > 0.5) & (running_sum < 8.0)
     bits = log_sum_exp.to(tl.int32, bitcast=True)
     return ((bits & -2) | rows.to(tl.int32)).to(tl.float32, bitcast=True)
 
@@ -69,7 +73,7 @@ def attention_forward_kernel(
     v,  # (B, Sk, H, D)
     out,  # (B, Sq, H, D), contiguous
     # (B, H, Sq) fp32: log2 of the sum of 2^(score · exponent_scale), +inf for a row without keys. In half precision the
-    # last bit marks rows where one key has more than half of the weight.
+    # last bit marks rows where one key has more than an eighth of the weight.
     log_sum_exp,
     lengths,  # (B,) int32
     q_batch_stride,  # strides in UNIT elements
@@ -171,7 +175,7 @@ def attention_forward_kernel(
     if KEEP_LOG_SUM_EXP:
         kept = tl.where(limit > 0, running_max + tl.log2(running_sum), float("inf"))
         if out.dtype.element_ty != tl.float32:
-            kept = mark(kept, (running_sum > 0.5) & (running_sum < 2.0))  # the largest weight is 1 / running_sum
+            kept = mark(kept, running_sum)
         tl.store(log_sum_exp + sequence.to(tl.int64) * query_tokens + first_query + queries, kept, mask=query_is_valid)
 
 

@@ -366,7 +366,7 @@ def attend(
             kept = running_max + gl.log2(divisor)
             if lengths is not None:
                 kept = gl.where(running_sum == 0.0, float("inf"), kept)
-            kept = mark(kept, (running_sum > 0.5) & (running_sum < 2.0))  # the largest weight is 1 / running_sum
+            kept = mark(kept, running_sum)
             tokens = row + gl.arange(0, ROWS, row_layout)
             first = (tile // query_tiles).to(gl.int64) * query_tokens
             gl.store(log_sum_exp + (first + tokens), kept, mask=tokens < query_tokens)
