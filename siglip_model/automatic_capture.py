@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from siglip_model.capture import CudaGraphRecorder, Recorder, Recording, Weights
+from siglip_model.capture import CudaGraphRecorder, Recorder, Recording, Weights, buffer_of
 
 if TYPE_CHECKING:
     from siglip_model.pretrained import PreTrainedModel
@@ -96,8 +96,7 @@ class CapturesRepeats:
     def _record(self, key: Any, pixel_values: Tensor) -> None:
         record = (self._recorder or CudaGraphRecorder)(pixel_values.device)
         try:
-            with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
-                buffer = torch.zeros_like(pixel_values)
+            buffer = buffer_of(self._model, pixel_values.shape, pixel_values.dtype)
             self._graphs[key] = Recording(self._call, {"pixel_values": buffer}, record)
         except RuntimeError as error:  # also out of memory
             self._failed = True

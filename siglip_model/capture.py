@@ -104,7 +104,7 @@ def _recorder(model: PreTrainedModel, **sizes: int) -> CudaGraphRecorder:
     return CudaGraphRecorder(model.device)
 
 
-def _buffer(model: PreTrainedModel, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def buffer_of(model: PreTrainedModel, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
         return torch.zeros(shape, dtype=dtype, device=model.device)
 
@@ -166,7 +166,7 @@ class CapturedVision(_Captured):
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         record = record or _recorder(model, batch_size=batch_size, image_height=height, image_width=width)
         dtype = model.get_input_embeddings().weight.dtype
-        pixels = _buffer(model, (batch_size, config.num_channels, height, width), dtype)
+        pixels = buffer_of(model, (batch_size, config.num_channels, height, width), dtype)
 
         def encode(pixel_values: Tensor) -> Any:
             return model(pixel_values, interpolate_pos_encoding=image_size is not None, return_dict=True)
@@ -207,7 +207,7 @@ class CapturedText(_Captured):
             got = f"is True with the backend {ops.name}, whose masked attention makes the host wait for the GPU"
             supported = ", ".join(name for name, backend in BACKENDS.items() if not backend.masks_sync)
             raise unsupported("capture", "attention_mask", got, f"True with {supported}")
-        ids = _buffer(model, (batch_size, length), torch.int64)
+        ids = buffer_of(model, (batch_size, length), torch.int64)
         # A backend may read a mask's values, which a graph cannot: the converted mask is the graph's input.
         self._convert_mask = ops.attention_mask
         self._no_padding = self._convert_mask(ids + 1) if attention_mask else {}
@@ -216,7 +216,7 @@ class CapturedText(_Captured):
             return model(input_ids, mask or None, return_dict=True)
 
         self._weights = Weights(model.modules())
-        mask = {name: _buffer(model, tensor.shape, tensor.dtype) for name, tensor in self._no_padding.items()}
+        mask = {name: buffer_of(model, tensor.shape, tensor.dtype) for name, tensor in self._no_padding.items()}
         self.recording = Recording(encode, {"input_ids": ids, **mask}, record)
 
     def replay(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 import typing
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -31,7 +30,7 @@ from siglip_model.checkpoints.fields import (
     whole,
 )
 from siglip_model.checkpoints.files import StoredObject, load_config_dict, read_json_object, split_hub_arguments
-from siglip_model.checkpoints.upload import upload
+from siglip_model.checkpoints.upload import save_and_upload, upload
 
 # Far above every model, and small enough that shapes and the names of labels can be computed.
 LARGEST = {
@@ -296,9 +295,7 @@ class PretrainedConfig:
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Write config.json to a repository of the Hugging Face Hub. Arguments: see `checkpoints.upload.upload`."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload(folder, [CONFIG_NAME], repo_id=repo_id, **kwargs)
+        return save_and_upload(self.save_pretrained, repo_id, **kwargs)
 
     def to_json_string(self, use_diff: bool = False) -> str:
         """`to_dict` as JSON, or `to_diff_dict` with use_diff."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -507,11 +507,9 @@ class PreTrainedModel(nn.Module):
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **kwargs: Any) -> Any:
         """Write the model to a repository of the Hugging Face Hub. Arguments: see `checkpoints.upload.upload`."""
-        from siglip_model.checkpoints.upload import FILES, upload
+        from siglip_model.checkpoints.upload import save_and_upload
 
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return upload(folder, FILES, repo_id=repo_id, **kwargs)
+        return save_and_upload(partial(self.save_pretrained, max_shard_size=max_shard_size), repo_id, **kwargs)
 
     def save_config(self, save_directory: str | Path) -> None:
         """Write config.json alone, as `save_pretrained` does."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from siglip_model.batch import BatchFeature
-from siglip_model.checkpoints.arguments import supported_arguments
+from siglip_model.checkpoints.arguments import split_unused, supported_arguments
 from siglip_model.checkpoints.files import split_hub_arguments, to_json, write_file
-from siglip_model.checkpoints.upload import upload
+from siglip_model.checkpoints.upload import check_upload_arguments, save_and_upload, upload
 from siglip_model.images.auto import AutoImageProcessor
 from siglip_model.images.options import SiglipImageProcessorKwargs
 from siglip_model.images.processor import PROCESSOR_NAME, ImageProcessor
@@ -145,9 +144,8 @@ class SiglipProcessor:
         """
         where = pretrained_model_name_or_path
         hub, given = split_hub_arguments(supported_arguments(cls.__name__, arguments))
-        return_unused = given.pop("return_unused_kwargs", False)
         of_images = {name: given.pop(name) for name in list(given) if name in _IMAGE_ARGUMENTS}
-        unused = {name: given.pop(name) for name in list(given) if return_unused and name not in _TOKENIZER_SETTINGS}
+        given, unused = split_unused(given, _TOKENIZER_SETTINGS)
         if image_processor is None:
             image_processor = AutoImageProcessor.from_pretrained(
                 where, backend=backend, use_fast=use_fast, **hub, **of_images
@@ -161,7 +159,7 @@ class SiglipProcessor:
         elif given:
             raise ValueError(f"{cls.__name__}: tokenizer is given with options of the stored one; give one of both")
         processor = cls(image_processor, tokenizer)  # type: ignore[arg-type]  # both were loaded
-        return (processor, unused) if return_unused else processor
+        return processor if unused is None else (processor, unused)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of processor_config.json. The tokenizer has its own files."""
@@ -185,8 +183,7 @@ class SiglipProcessor:
         preprocessor_config.json. push_to_hub: also upload the files; its arguments in upload_arguments. Returns the
         paths.
         """
-        if upload_arguments and not push_to_hub:
-            raise TypeError(f"save_pretrained got an unexpected keyword argument {next(iter(upload_arguments))!r}")
+        check_upload_arguments(push_to_hub, upload_arguments)
         paths = [*self.tokenizer.save_pretrained(save_directory), *self.image_processor.save_pretrained(save_directory)]
         paths.append(write_file(save_directory, self.config_name, to_json(self.to_dict())))
         if push_to_hub:
@@ -195,9 +192,7 @@ class SiglipProcessor:
 
     def push_to_hub(self, repo_id: str, **upload_arguments: Any) -> Any:
         """Writes the files to a repository of the Hub. Arguments: see `checkpoints.upload.upload`."""
-        with tempfile.TemporaryDirectory() as folder:
-            names = [os.path.basename(path) for path in self.save_pretrained(folder)]
-            return upload(folder, names, repo_id=repo_id, **upload_arguments)
+        return save_and_upload(self.save_pretrained, repo_id, **upload_arguments)
 
 
 def _are_texts(text: Any, words: bool) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from siglip_kernels.errors import unsupported
@@ -45,6 +45,15 @@ _UNSUPPORTED = {
     "from_tf": "False: safetensors only",
     "from_flax": "False: safetensors only",
 }
+
+
+def split_unused(arguments: Mapping[str, Any], known: Container[str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The arguments, and None. With return_unused_kwargs=True among them: the known ones, and the others."""
+    left = dict(arguments)
+    if not left.pop("return_unused_kwargs", False):
+        return left, None
+    unused = {name: left.pop(name) for name in list(left) if name not in known}
+    return left, unused
 
 
 def supported_arguments(where: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 FILES = ("config.json", "model*.safetensors", "model.safetensors.index*.json")
+
+
+def save_and_upload(save: Callable[[str], Any], repo_id: str, **upload_arguments: Any) -> Any:
+    """Upload the files that `save(folder)` writes into a temporary folder. Returns and raises as `upload`."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return upload(folder, os.listdir(folder), repo_id=repo_id, **upload_arguments)
+
+
+def check_upload_arguments(push_to_hub: bool, upload_arguments: Mapping[str, Any]) -> None:
+    """Raises TypeError, naming one, for further arguments of a `save_pretrained` that uploads nothing."""
+    if upload_arguments and not push_to_hub:
+        raise TypeError(f"save_pretrained got an unexpected keyword argument {next(iter(upload_arguments))!r}")
 
 
 def upload(

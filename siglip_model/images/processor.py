@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from siglip_model.batch import BatchFeature, check_tensor_kind
-from siglip_model.checkpoints.arguments import supported_arguments
+from siglip_model.checkpoints.arguments import split_unused, supported_arguments
 from siglip_model.checkpoints.errors import CheckpointError, build_from_file
 from siglip_model.checkpoints.fields import shown
 from siglip_model.checkpoints.files import (
@@ -25,7 +24,7 @@ from siglip_model.checkpoints.files import (
     to_json,
     write_file,
 )
-from siglip_model.checkpoints.upload import upload
+from siglip_model.checkpoints.upload import check_upload_arguments, save_and_upload, upload
 from siglip_model.images.inputs import LAYOUTS, flatten_images, to_levels
 from siglip_model.images.options import (
     BICUBIC,
@@ -208,12 +207,10 @@ class ImageProcessor:
 
     @classmethod
     def _from_settings(cls, settings: StoredObject, given: Mapping[str, Any]) -> Any:
-        given = dict(given)
-        return_unused = given.pop("return_unused_kwargs", False)
-        unused = {name: given.pop(name) for name in list(given) if return_unused and name not in _OPTIONS}
+        given, unused = split_unused(given, _OPTIONS)
         processor = build_from_file(settings.path, cls, _known(settings), given)
         processor.name_or_path = str(settings.path)
-        return (processor, unused) if return_unused else processor
+        return processor if unused is None else (processor, unused)
 
     @classmethod
     def from_dict(cls, image_processor_dict: Mapping[str, Any], **options: Any) -> Any:
@@ -222,10 +219,9 @@ class ImageProcessor:
         Names in the dict that are no options are left out, as in a file; see `from_pretrained` for
         return_unused_kwargs.
         """
-        return_unused = options.pop("return_unused_kwargs", False)
-        unused = {name: options.pop(name) for name in list(options) if return_unused and name not in _OPTIONS}
+        options, unused = split_unused(options, _OPTIONS)
         processor = cls(**{**_known(image_processor_dict), **options})
-        return (processor, unused) if return_unused else processor
+        return processor if unused is None else (processor, unused)
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike[str]) -> Self:
@@ -266,8 +262,7 @@ class ImageProcessor:
 
         push_to_hub: also upload it; its arguments in upload_arguments.
         """
-        if upload_arguments and not push_to_hub:
-            raise TypeError(f"save_pretrained got an unexpected keyword argument {next(iter(upload_arguments))!r}")
+        check_upload_arguments(push_to_hub, upload_arguments)
         path = write_file(save_directory, self.file_name, to_json(self.to_dict()))
         if push_to_hub:
             upload(save_directory, [self.file_name], **upload_arguments)
@@ -275,9 +270,7 @@ class ImageProcessor:
 
     def push_to_hub(self, repo_id: str, **upload_arguments: Any) -> Any:
         """Writes preprocessor_config.json to a repository of the Hub. Arguments: see `checkpoints.upload.upload`."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload(folder, [self.file_name], repo_id=repo_id, **upload_arguments)
+        return save_and_upload(self.save_pretrained, repo_id, **upload_arguments)
 
 
 def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> StoredObject:

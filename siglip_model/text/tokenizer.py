@@ -6,7 +6,6 @@ import abc
 import inspect
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from siglip_model.batch import BatchFeature, check_tensor_kind, tokens_to_tensor
-from siglip_model.checkpoints.upload import upload
+from siglip_model.checkpoints.upload import check_upload_arguments, save_and_upload, upload
 from siglip_model.text.padding import SIDES, Lengths, one_of
 from siglip_model.text.tokenizer_config import NAMED_TOKENS, AddedToken, is_token
 
@@ -329,8 +328,7 @@ class Tokenizer(abc.ABC):
         """
         if legacy_format:
             raise ValueError(f"{type(self).__name__}: legacy_format is True; supported: False, None")
-        if upload_arguments and not push_to_hub:
-            raise TypeError(f"save_pretrained got an unexpected keyword argument {next(iter(upload_arguments))!r}")
+        check_upload_arguments(push_to_hub, upload_arguments)
         paths = self._write(save_directory, f"{filename_prefix}-" if filename_prefix else "")
         if push_to_hub:
             upload(save_directory, [os.path.basename(path) for path in paths], **upload_arguments)
@@ -338,9 +336,7 @@ class Tokenizer(abc.ABC):
 
     def push_to_hub(self, repo_id: str, **upload_arguments: Any) -> Any:
         """Writes the tokenizer's files to a repository of the Hub. Arguments: see `checkpoints.upload.upload`."""
-        with tempfile.TemporaryDirectory() as folder:
-            names = [os.path.basename(path) for path in self.save_pretrained(folder)]
-            return upload(folder, names, repo_id=repo_id, **upload_arguments)
+        return save_and_upload(self.save_pretrained, repo_id, **upload_arguments)
 
     # ---- encoding
 

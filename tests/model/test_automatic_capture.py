@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import TINY_VISION, leaves, randomised
+from oracle import TINY_VISION, randomised
+from rerun_recorder import RerunRecorder
 from torch import nn
 
 import siglip_model
@@ -18,31 +19,9 @@ from siglip_model.automatic_capture import MOST_GRAPHS, REPEATS, CapturesRepeats
 CONFIG = siglip_model.SiglipVisionConfig(**{**TINY_VISION, "num_hidden_layers": 1})
 
 
-class Recorder:
-    """Like CUDA graphs, inputs and results stay where they are; a replay runs the function again."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replays = 0
-
-    def __call__(self, device: torch.device) -> Any:
-        return self._record
-
-    def _record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        self.recorded += 1
-        results = function()
-
-        def replay() -> None:
-            self.replays += 1
-            new = leaves(function())
-            for path, result in leaves(results).items():
-                result.copy_(new[path])
-
-        return results, replay
-
-
 @pytest.fixture
-def recorder() -> Recorder:
-    return Recorder()
+def recorder() -> RerunRecorder:
+    return RerunRecorder()
 
 
 @pytest.fixture
@@ -66,14 +45,14 @@ def expected(model: Any, count: int, images: int = 1) -> list[torch.Tensor]:
     return [model(pixels(images, seed)).pooler_output for seed in range(count)]
 
 
-def test_a_shape_is_recorded_when_it_has_repeated(model: Any, recorder: Recorder) -> None:
-    results = calls(CapturesRepeats(model, "__call__", recorder), REPEATS + 2)
+def test_a_shape_is_recorded_when_it_has_repeated(model: Any, recorder: RerunRecorder) -> None:
+    results = calls(CapturesRepeats(model, "__call__", lambda device: recorder), REPEATS + 2)
     assert (recorder.recorded, recorder.replays) == (1, 2)
     assert all(torch.equal(*pair) for pair in zip(results, expected(model, REPEATS + 2), strict=True))
 
 
-def test_each_shape_has_its_graph_and_their_number_is_limited(model: Any, recorder: Recorder) -> None:
-    encode = CapturesRepeats(model, "__call__", recorder)
+def test_each_shape_has_its_graph_and_their_number_is_limited(model: Any, recorder: RerunRecorder) -> None:
+    encode = CapturesRepeats(model, "__call__", lambda device: recorder)
     for images in range(1, MOST_GRAPHS + 3):
         results = calls(encode, REPEATS + 1, images)
         assert torch.equal(results[-1], expected(model, REPEATS + 1, images)[-1])
@@ -113,8 +92,8 @@ CHANGES = [_set_backend, _move_weights, _override_method, _replace_module, _set_
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_model_is_recorded_again(model: Any, recorder: Recorder, change: Callable[[Any], None]) -> None:
-    encode = CapturesRepeats(model, "__call__", recorder)
+def test_a_changed_model_is_recorded_again(model: Any, recorder: RerunRecorder, change: Callable[[Any], None]) -> None:
+    encode = CapturesRepeats(model, "__call__", lambda device: recorder)
     calls(encode, REPEATS + 1)
     change(model)
     results = calls(encode, REPEATS + 1)
@@ -123,10 +102,10 @@ def test_a_changed_model_is_recorded_again(model: Any, recorder: Recorder, chang
 
 
 @torch.no_grad()
-def test_what_a_configuration_asks_for_is_returned(recorder: Recorder) -> None:
+def test_what_a_configuration_asks_for_is_returned(recorder: RerunRecorder) -> None:
     config = copy.deepcopy(CONFIG)
     model = randomised(siglip_model.SiglipVisionModel(config)).eval()
-    encode = CapturesRepeats(model, "__call__", recorder)
+    encode = CapturesRepeats(model, "__call__", lambda device: recorder)
     calls(encode, REPEATS + 1)
     config.output_hidden_states = True
     assert len(encode(pixels()).hidden_states) == 2
@@ -134,8 +113,8 @@ def test_what_a_configuration_asks_for_is_returned(recorder: Recorder) -> None:
     assert isinstance(encode(pixels()), tuple)
 
 
-def test_hooks_are_called_every_time(model: Any, recorder: Recorder) -> None:
-    encode = CapturesRepeats(model, "__call__", recorder)
+def test_hooks_are_called_every_time(model: Any, recorder: RerunRecorder) -> None:
+    encode = CapturesRepeats(model, "__call__", lambda device: recorder)
     calls(encode, REPEATS + 1)
     assert recorder.replays == 1
     seen: list[int] = []
@@ -148,8 +127,8 @@ def test_hooks_are_called_every_time(model: Any, recorder: Recorder) -> None:
     assert recorder.recorded == 2
 
 
-def test_hooks_of_all_modules_are_called_every_time(model: Any, recorder: Recorder) -> None:
-    encode = CapturesRepeats(model, "__call__", recorder)
+def test_hooks_of_all_modules_are_called_every_time(model: Any, recorder: RerunRecorder) -> None:
+    encode = CapturesRepeats(model, "__call__", lambda device: recorder)
     calls(encode, REPEATS + 1)
     seen: list[Any] = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
@@ -161,17 +140,17 @@ def test_hooks_of_all_modules_are_called_every_time(model: Any, recorder: Record
     assert recorder.replays == 1
 
 
-def test_training_and_gradients_are_never_captured(model: Any, recorder: Recorder) -> None:
-    encode = CapturesRepeats(model, "__call__", recorder)
+def test_training_and_gradients_are_never_captured(model: Any, recorder: RerunRecorder) -> None:
+    encode = CapturesRepeats(model, "__call__", lambda device: recorder)
     calls(encode, REPEATS + 1)
     for _ in range(REPEATS + 1):
         assert encode(pixels()).pooler_output.requires_grad
-    calls(CapturesRepeats(model.train(), "__call__", recorder), REPEATS + 1)
+    calls(CapturesRepeats(model.train(), "__call__", lambda device: recorder), REPEATS + 1)
     assert (recorder.recorded, recorder.replays) == (1, 1)
 
 
-def test_autocast_and_inference_mode(model: Any, recorder: Recorder) -> None:
-    encode = CapturesRepeats(model, "__call__", recorder)
+def test_autocast_and_inference_mode(model: Any, recorder: RerunRecorder) -> None:
+    encode = CapturesRepeats(model, "__call__", lambda device: recorder)
     calls(encode, REPEATS)
     with torch.autocast("cpu", torch.bfloat16):
         results = calls(encode, REPEATS + 1)
@@ -203,8 +182,8 @@ def test_without_a_gpu_the_model_is_called(model: Any) -> None:
     assert torch.equal(results[-1], expected(model, REPEATS + 2)[-1])
 
 
-def test_copies_have_no_graphs(model: Any, recorder: Recorder) -> None:
-    encode = CapturesRepeats(model, "__call__", recorder)
+def test_copies_have_no_graphs(model: Any, recorder: RerunRecorder) -> None:
+    encode = CapturesRepeats(model, "__call__", lambda device: recorder)
     calls(encode, REPEATS + 1)
     for other in (copy.deepcopy(encode), pickle.loads(pickle.dumps(encode))):
         assert not other._graphs and other._model is not model

@@ -11,7 +11,8 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from oracle import TINY_TEXT, TINY_VISION, leaves, randomised, worst_difference
+from oracle import TINY_TEXT, TINY_VISION, randomised, worst_difference
+from rerun_recorder import RerunRecorder
 
 import siglip_model
 from siglip_kernels import MissingBackendError
@@ -23,25 +24,6 @@ ONE_LAYER = {"num_hidden_layers": 1}
 CONFIG = siglip_model.SiglipConfig(
     text_config={**TINY_TEXT, **ONE_LAYER}, vision_config={**TINY_VISION, **ONE_LAYER}, num_labels=5
 )
-
-
-class RerunRecorder:
-    """Like a graph: results have fixed addresses; a replay reads the same inputs and overwrites the results."""
-
-    def __init__(self) -> None:
-        self.replays = 0
-
-    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        assert not torch.is_grad_enabled()
-        results = function()
-
-        def replay() -> None:
-            self.replays += 1
-            new = leaves(function())
-            for path, result in leaves(results).items():
-                result.copy_(new[path])
-
-        return results, replay
 
 
 def model(backend: str = "sdpa", kind: str = "SiglipModel", **kwargs: Any) -> Any:
