@@ -1,11 +1,10 @@
 """Attention on data-centre Blackwell: the launcher of the Gluon kernel in blackwell_forward.py."""
 
-import torch
 from torch import Tensor
 
 from siglip_kernels.attention import config
 from siglip_kernels.attention.blackwell_forward import KEYS, ROWS, TILES, attention_forward_blackwell_kernel
-from siglip_kernels.attention.forward import exponent_scale
+from siglip_kernels.attention.forward import exponent_scale, results_to_write
 from siglip_kernels.attention.hopper import boxes, readable_by_tma, require_gpu
 
 
@@ -19,10 +18,7 @@ def attention_forward_blackwell(
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]
     gpu = require_gpu(q, (10, 0), "data-centre Blackwell (sm_100)", "SIGLIP_KERNELS_BLACKWELL=1")
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    log_sum_exp = torch.empty(
-        (batch, heads, query_tokens) if keep_log_sum_exp else 0, dtype=torch.float32, device=q.device
-    )
+    out, log_sum_exp = results_to_write(q, keep_log_sum_exp)
     if out.numel() == 0:
         return out, log_sum_exp
     if key_tokens == 0:

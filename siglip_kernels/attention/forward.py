@@ -189,16 +189,21 @@ def exponent_scale(scale: float) -> float:
     return exponent if abs(exponent) >= 2**-126 else math.copysign(2**-126, -1 if scale < 0 else 1)
 
 
+def results_to_write(q: Tensor, keep_log_sum_exp: bool) -> tuple[Tensor, Tensor]:
+    """out and log_sum_exp, unwritten; log_sum_exp is empty if it is not kept."""
+    batch, query_tokens, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    shape = (batch, heads, query_tokens) if keep_log_sum_exp else 0
+    return out, torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, keep_log_sum_exp: bool
 ) -> tuple[Tensor, Tensor]:
     """Launches the kernel. q, k, v: unit stride along D. Returns out, and log_sum_exp if kept, else an empty tensor."""
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    log_sum_exp = torch.empty(
-        (batch, heads, query_tokens) if keep_log_sum_exp else 0, dtype=torch.float32, device=q.device
-    )
+    out, log_sum_exp = results_to_write(q, keep_log_sum_exp)
     if out.numel() == 0:
         return out, log_sum_exp
     tile = config.tile("forward", facts(q.device), q.element_size(), head_dim, query_tokens, key_tokens)

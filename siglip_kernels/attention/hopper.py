@@ -11,7 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from siglip_kernels.attention import config
 from siglip_kernels.attention.backward import gradients_to_write
 from siglip_kernels.attention.exact_delta import exact_delta
-from siglip_kernels.attention.forward import exponent_scale
+from siglip_kernels.attention.forward import exponent_scale, results_to_write
 from siglip_kernels.attention.hopper_backward import (
     CONSUMERS,
     attention_backward_keys_hopper_kernel,
@@ -139,10 +139,7 @@ def attention_forward_hopper(
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]
     gpu = require_hopper(q)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    log_sum_exp = torch.empty(
-        (batch, heads, query_tokens) if keep_log_sum_exp else 0, dtype=torch.float32, device=q.device
-    )
+    out, log_sum_exp = results_to_write(q, keep_log_sum_exp)
     if out.numel() == 0:
         return out, log_sum_exp
     if key_tokens == 0:

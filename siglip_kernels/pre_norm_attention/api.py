@@ -33,7 +33,7 @@ from siglip_kernels.attention.api import check_head_dim, check_scale
 from siglip_kernels.attention.dispatch import kept_shape, launch_backward, launch_forward
 from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.gemm import cublas
-from siglip_kernels.qkv.api import check_heads, gradients, project
+from siglip_kernels.qkv.api import check_heads, gradients, gradients_by_projection, packed_shape, project
 from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 
@@ -66,7 +66,7 @@ def _pre_norm_attention(
     weights, biases = (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias)
     with on_device(x), torch.autocast(x.device.type, enabled=False):
         packed, mean, rstd = project(rows, norm_weight, norm_bias, eps, weights, biases)
-        packed = packed.view(*x.shape[:2], 3, num_heads, q_weight.shape[0] // num_heads)
+        packed = packed.view(packed_shape(x, q_weight, num_heads))
         q, k, v = packed.unbind(2)
         attended, log_sum_exp = launch_forward(q, k, v, lengths, scale, keep)
         out = gemm(as_rows(attended.flatten(2)), [out_weight], [out_bias], residual=rows)[0].view(x.shape)
@@ -83,7 +83,7 @@ def _(
 ):  # fmt: skip
     out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, q_weight.dtype))
     mean, rstd = (x.new_empty(x.shape[0] * x.shape[1] if keep else 0, dtype=torch.float32) for _ in range(2))
-    packed = q_weight.new_empty(*x.shape[:2], 3, num_heads, q_weight.shape[0] // num_heads)
+    packed = q_weight.new_empty(packed_shape(x, q_weight, num_heads))
     q = packed[:, :, 0]
     log_sum_exp = x.new_empty(kept_shape(q, q, keep), dtype=torch.float32)
     if not keep:
@@ -251,12 +251,7 @@ def _differentiate(ctx, out_grad, *_):
         out_weight,
         needs,
     )
-    part = packed.shape[3] * packed.shape[4]
-    weight_parts, bias_parts = iter(weight_grads.split(part)), iter(bias_grads.split(part))
-    projections = [
-        (next(bias_parts if is_bias else weight_parts) if need else None)
-        for need, is_bias in zip(needs[3:9], (False, True) * 3, strict=True)
-    ]
+    projections = gradients_by_projection(weight_grads, bias_grads, packed.shape[3] * packed.shape[4], needs[3:9])
     normed_grads = [gradient if need else None for gradient, need in zip(normed_grads, needs[:3], strict=True)]
     out_grads = (out_weight_grad if needs[9] else None, out_bias_grad if needs[10] else None)
     return *normed_grads, None, *projections, *out_grads, None, None, None, None

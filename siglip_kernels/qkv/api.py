@@ -90,6 +90,17 @@ def gradients(
     return x_grad, norm_weight_grad, norm_bias_grad, residual_sums, weight_grads
 
 
+def gradients_by_projection(
+    weight_grads: Tensor, bias_grads: Tensor, part: int, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of weight and bias of q, of k and of v, from the needed ones concatenated. part: rows of each."""
+    weight_parts, bias_parts = iter(weight_grads.split(part)), iter(bias_grads.split(part))
+    return [
+        (next(bias_parts if is_bias else weight_parts) if need else None)
+        for need, is_bias in zip(needs, (False, True) * 3, strict=True)
+    ]
+
+
 def some_parts(parts: Tensor, needed: Sequence[bool]) -> Tensor:
     """[rows, 3, n] -> [rows, needed · n]; a view if all are needed."""
     if all(needed):
@@ -119,16 +130,17 @@ def _pre_norm_qkv(
         packed, mean, rstd = project(as_rows(x), norm_weight, norm_bias, eps, weights, biases)
     if not keep:
         mean, rstd = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
-    return packed.view(_packed_shape(x, q_weight, num_heads)), mean, rstd
+    return packed.view(packed_shape(x, q_weight, num_heads)), mean, rstd
 
 
-def _packed_shape(x: Tensor, weight: Tensor, num_heads: int) -> tuple[int, ...]:
+def packed_shape(x: Tensor, weight: Tensor, num_heads: int) -> tuple[int, ...]:
+    """(B, S, 3, H, D)."""
     return *x.shape[:2], 3, num_heads, weight.shape[0] // num_heads
 
 
 @_pre_norm_qkv.register_fake
 def _(x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, keep):
-    packed = q_weight.new_empty(_packed_shape(x, q_weight, num_heads))
+    packed = q_weight.new_empty(packed_shape(x, q_weight, num_heads))
     rows = x.shape[0] * x.shape[1] if keep else 0
     return packed, *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
 
@@ -210,11 +222,7 @@ def _differentiate(ctx, packed_grad, *_):
     )
     normed_grads = [gradient if need else None for gradient, need in zip(normed_grads, needs_normed, strict=True)]
     part = packed_grad.shape[3] * packed_grad.shape[4]
-    weight_parts, bias_parts = iter(weight_grads.split(part)), iter(bias_grads.split(part))
-    projections = []
-    for needs_weight, needs_bias in zip(needs_weights, needs_biases, strict=True):
-        projections += [next(weight_parts) if needs_weight else None, next(bias_parts) if needs_bias else None]
-    return *normed_grads, None, *projections, None, None
+    return *normed_grads, None, *gradients_by_projection(weight_grads, bias_grads, part, needs[4:10]), None, None
 
 
 register_derivative("pre_norm_qkv", _pre_norm_qkv, _pre_norm_qkv_backward, _differentiate, _keep)
