@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from siglip_model.classifier import SiglipForImageClassification
     from siglip_model.vision_tower import SiglipVisionModel
 
+RowsOf = Callable[[torch.Tensor], Iterable[Any]]
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda logits: logits.softmax(dim=-1),
@@ -27,13 +28,15 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class ImagePipeline:
-    """The base of both: images are opened ahead of the model, prepared and put into batches.
+    """The base of all pipelines: images are opened ahead of the model, prepared and put into batches.
 
     device: device to move the model to; None leaves it on its device. batch_size, num_workers, timeout: defaults of
     each call. max_pixels: as for `ZeroShotImageClassificationPipeline`.
     """
 
     task: ClassVar[str]
+    method: ClassVar[str] = "__call__"  # of the model, which encodes images
+    results_are: ClassVar[str] = "the model's outputs are"
 
     def __init__(
         self,
@@ -47,7 +50,7 @@ class ImagePipeline:
         max_pixels: int | None = None,
     ) -> None:
         self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
-        self.forward = CapturesRepeats(self.model, "__call__")
+        self.encode_images = CapturesRepeats(self.model, self.method)
         self.image_processor = image_processor
         self.batch_size = count("batch_size", 1 if batch_size is None else batch_size, at_least=1)
         self.num_workers = count("num_workers", num_workers or 0, at_least=0)
@@ -65,50 +68,67 @@ class ImagePipeline:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(backend={self.model.backend!r}, device={self.device}, dtype={self.dtype})"
 
+    def prepare(
+        self, image: Any, timeout: float | None = None, budget: PixelBudget | None = None, **options: Any
+    ) -> torch.Tensor:
+        """One image as pixel values: float32 (1, channels, height, width), on the CPU. Raises like `load_image`.
+
+        budget: that of all threads that prepare images; by default of this image alone. options: of the image
+        processor.
+        """
+        with open_image(image, timeout, PixelBudget(self.max_pixels) if budget is None else budget) as opened:
+            pixel_values = self.image_processor(images=[opened], **{**options, "return_tensors": "pt"})["pixel_values"]
+        check_pixels(self.model.config, self.image_processor, pixel_values)
+        return pixel_values
+
+    def not_finite(self, image: Any) -> str:
+        """The error for an image whose results are not finite."""
+        return f"{describe_source(image)}: {self.results_are} not finite in {self.dtype}"
+
     def _over(
         self,
-        inputs: Any,
-        images: Any,
-        rows_of: Callable[[torch.Tensor], Iterable[Any]],
+        sources: Mapping[str, Any],
         *,
         batch_size: int | None,
         num_workers: int | None,
         timeout: float | None,
-        image_processor_kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """The rows of one image, of a list of images as a list, of a stream of images as an iterator."""
-        source = only_source(self.task, {"inputs": inputs, "images": images})
+        **options: Any,
+    ) -> Callable[[RowsOf], Any]:
+        """Checks the arguments of a call, and returns what runs it: the rows of one image, of a list of images as a
+        list, of a stream of images as an iterator.
+
+        options: of the image processor. What runs it takes a function from a batch's pixels to a row per image, which
+        is None for one that is not finite.
+        """
+        source = only_source(self.task, sources)
         size = self.batch_size if batch_size is None else count("batch_size", batch_size, at_least=1)
         workers = self.num_workers if num_workers is None else count("num_workers", num_workers, at_least=0)
         wait = self.timeout if timeout is None else timeout
 
-        def prepare(item: Any, budget: PixelBudget) -> torch.Tensor:
-            with open_image(item, wait, budget) as image:
-                options = {**(image_processor_kwargs or {}), "return_tensors": "pt"}
-                pixel_values = self.image_processor(images=[image], **options)["pixel_values"]
-            check_pixels(self.model.config, self.image_processor, pixel_values)
-            return pixel_values
-
-        @torch.no_grad()
-        def forward(values: list[torch.Tensor]) -> list[Any]:
-            return list(rows_of(torch.cat(values).to(self.device, self.dtype)))
-
-        def results(items: Iterable[Any]) -> Iterator[Any]:
+        def results(items: Iterable[Any], rows_of: RowsOf) -> Iterator[Any]:
             budget = PixelBudget(self.max_pixels)
-            batches = read_batches(items, lambda item: prepare(item, budget), batch_size=size, workers=workers)
+            batches = read_batches(
+                items, lambda item: self.prepare(item, wait, budget, **options), batch_size=size, workers=workers
+            )
             with closing(batches), budget:
                 for batch in batches:
                     if isinstance(batch, Failure):
                         raise batch.error
-                    for item, row in zip(batch.items, forward(batch.values), strict=True):
+                    with torch.no_grad():
+                        rows = list(rows_of(torch.cat(batch.values).to(self.device, self.dtype)))
+                    for item, row in zip(batch.items, rows, strict=True):
                         if row is None:
-                            where = describe_source(item)
-                            raise ValueError(f"{where}: the model's outputs are not finite in {self.dtype}")
+                            raise ValueError(self.not_finite(item))
                         yield row
 
-        if isinstance(source, (list, tuple)):
-            return list(results(source))
-        return results(items_of(source)) if is_stream(source) else next(results([source]))
+        def run(rows_of: RowsOf) -> Any:
+            if isinstance(source, (list, tuple)):
+                return list(results(source, rows_of))
+            if is_stream(source):
+                return results(items_of(source), rows_of)
+            return next(results([source], rows_of))
+
+        return run
 
 
 class ImageClassificationPipeline(ImagePipeline):
@@ -158,12 +178,13 @@ class ImageClassificationPipeline(ImagePipeline):
         labels = self.model.config.id2label
 
         def rows_of(pixel_values: torch.Tensor) -> Iterator[list[dict[str, Any]] | None]:
-            logits = self.forward(pixel_values).logits.float()
+            logits = self.encode_images(pixel_values).logits.float()
             for row, finite in zip(apply(logits).tolist(), logits.isfinite().all(dim=-1).tolist(), strict=True):
                 scores = [{"label": labels[index], "score": score} for index, score in enumerate(row)]
                 yield sorted(scores, key=lambda each: -each["score"])[:most] if finite else None
 
-        return self._over(inputs, images, rows_of, batch_size=batch_size, num_workers=num_workers, timeout=timeout)
+        sources = {"inputs": inputs, "images": images}
+        return self._over(sources, batch_size=batch_size, num_workers=num_workers, timeout=timeout)(rows_of)
 
     def _function(self, name: str | None) -> str:
         if name is None:
@@ -223,21 +244,20 @@ class ImageFeatureExtractionPipeline(ImagePipeline):
             raise ValueError(f"{self.task}: pool is True, but the model has no pooling head; supported: False")
 
         def rows_of(pixel_values: torch.Tensor) -> Iterator[Any]:
-            output = self.forward(pixel_values)
+            output = self.encode_images(pixel_values)
             rows = output.pooler_output if pool else output.last_hidden_state
             for row, finite in zip(rows, rows.isfinite().flatten(1).all(dim=-1).tolist(), strict=True):
                 kept = row[None].cpu()
                 yield (kept if as_tensors else kept.tolist()) if finite else None
 
-        return self._over(
-            inputs,
-            images,
-            rows_of,
+        run = self._over(
+            {"inputs": inputs, "images": images},
             batch_size=batch_size,
             num_workers=num_workers,
             timeout=timeout,
-            image_processor_kwargs={**self.image_processor_kwargs, **(image_processor_kwargs or {})},
+            **{**self.image_processor_kwargs, **(image_processor_kwargs or {})},
         )
+        return run(rows_of)
 
 
 def only_source(task: str, sources: Mapping[str, Any]) -> Any:

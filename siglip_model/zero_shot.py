@@ -10,25 +10,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.devices import resolve_device
-from siglip_model.fit import check_fit, check_pixels
+from siglip_model.fit import check_fit
 from siglip_model.image_pipelines import (
     ImageClassificationPipeline,
     ImageFeatureExtractionPipeline,
+    ImagePipeline,
     count,
-    is_stream,
-    items_of,
-    only_source,
 )
-from siglip_model.images.batches import Failure, read_batches
-from siglip_model.images.files import describe_source, open_image
-from siglip_model.images.limits import PixelBudget
 from siglip_model.outputs import pooled, unit_length
 from siglip_model.text.prompts import TEMPLATE, fill_template
 
@@ -48,7 +41,7 @@ LABELS_AT_ONCE = 128  # bounds the text tower's memory for any number of labels
 Prediction = dict[str, Any]
 
 
-class ZeroShotImageClassificationPipeline:
+class ZeroShotImageClassificationPipeline(ImagePipeline):
     """Scores images against free-text labels. Build it with `pipeline(...)`; call it with images and labels.
 
     model: a SiglipModel; tokenizer, image_processor: its own, or any with transformers' calling convention.
@@ -60,6 +53,9 @@ class ZeroShotImageClassificationPipeline:
     """
 
     task = TASK
+    method = "get_image_features"
+    results_are = "its scores are"
+    model: SiglipModel
 
     def __init__(
         self,
@@ -77,29 +73,20 @@ class ZeroShotImageClassificationPipeline:
         top_k: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
-        self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
-        self.encode_images = CapturesRepeats(self.model)
+        super().__init__(
+            model,
+            image_processor,
+            device=device,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            timeout=timeout,
+            max_pixels=max_pixels,
+        )
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.batch_size = count("batch_size", 1 if batch_size is None else batch_size, at_least=1)
-        self.num_workers = count("num_workers", num_workers or 0, at_least=0)
         self.candidate_labels = candidate_labels
         self.hypothesis_template = hypothesis_template
-        self.timeout = timeout
-        self.max_pixels = PixelBudget(max_pixels).max_pixels
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
         self.top_k = None if top_k is None else count("top_k", top_k, at_least=1)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(backend={self.model.backend!r}, device={self.device}, dtype={self.dtype})"
 
     def __call__(
         self,
@@ -127,38 +114,22 @@ class ZeroShotImageClassificationPipeline:
         Raises ValueError for missing labels, a template without {} or an unreadable image (UnreadableImageError, naming
         it) and for scores that are not finite; TypeError for an input that is not an image.
         """
-        source = only_source(TASK, {"image": image, "images": images, "inputs": inputs})
-        size = self.batch_size if batch_size is None else count("batch_size", batch_size, at_least=1)
-        workers = self.num_workers if num_workers is None else count("num_workers", num_workers, at_least=0)
+        sources = {"image": image, "images": images, "inputs": inputs}
+        run = self._over(sources, batch_size=batch_size, num_workers=num_workers, timeout=timeout)
         labels = _checked_labels(self.candidate_labels if candidate_labels is None else candidate_labels)
         label_embeds = self.encode_labels(
             labels,
             self.hypothesis_template if hypothesis_template is None else hypothesis_template,
             {**self.tokenizer_kwargs, **(tokenizer_kwargs or {})},
         )
-        wait = self.timeout if timeout is None else timeout
         most = self.top_k if top_k is None else count("top_k", top_k, at_least=1)
 
-        def results(items: Iterable[Any]) -> Iterator[list[Prediction]]:
-            budget = PixelBudget(self.max_pixels)
-            batches = read_batches(
-                items, lambda item: self.prepare(item, wait, budget), batch_size=size, workers=workers
-            )
-            with closing(batches), budget:
-                for batch in batches:
-                    if isinstance(batch, Failure):
-                        raise batch.error
-                    scores = self.score(torch.cat(batch.values), label_embeds)
-                    for item, row, finite in zip(batch.items, scores.tolist(), are_finite(scores), strict=True):
-                        if not finite:
-                            raise ValueError(self.not_finite(item))
-                        yield rank(row, labels)[:most]
+        def rows_of(pixel_values: torch.Tensor) -> Iterator[list[Prediction] | None]:
+            scores = self.score(pixel_values, label_embeds)
+            for row, finite in zip(scores.tolist(), are_finite(scores), strict=True):
+                yield rank(row, labels)[:most] if finite else None
 
-        if isinstance(source, (list, tuple)):
-            return list(results(source))
-        if is_stream(source):
-            return results(items_of(source))
-        return next(results([source]))
+        return run(rows_of)
 
     @torch.no_grad()
     def encode_labels(
@@ -182,26 +153,12 @@ class ZeroShotImageClassificationPipeline:
         ]
         return unit_length(torch.cat(embeds))
 
-    def prepare(self, image: Any, timeout: float | None = None, budget: PixelBudget | None = None) -> torch.Tensor:
-        """One image as pixel values: float32 (1, channels, height, width), on the CPU. Raises like `load_image`.
-
-        budget: that of all threads that prepare images; by default of this image alone.
-        """
-        with open_image(image, timeout, PixelBudget(self.max_pixels) if budget is None else budget) as opened:
-            pixel_values = self.image_processor(images=[opened], return_tensors="pt")["pixel_values"]
-        check_pixels(self.model.config, self.image_processor, pixel_values)
-        return pixel_values
-
     @torch.no_grad()
     def score(self, pixel_values: torch.Tensor, label_embeds: torch.Tensor) -> torch.Tensor:
         """σ(t·⟨image, label⟩ + b) for pixels (images, channels, height, width): float32 (images, labels)."""
         pixel_values = pixel_values.to(self.device, self.dtype)
         image_embeds = unit_length(pooled(self.encode_images(pixel_values)))
         return torch.sigmoid(self.model.logits_per_text(label_embeds, image_embeds).t().float())
-
-    def not_finite(self, image: Any) -> str:
-        """The error for an image whose scores are not finite."""
-        return f"{describe_source(image)}: its scores are not finite in {self.dtype}"
 
 
 def are_finite(scores: torch.Tensor) -> list[bool]:
