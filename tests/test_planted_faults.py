@@ -2,8 +2,8 @@
 
     pytest -m thorough -rP tests/test_planted_faults.py      # -rP reports which test caught each fault
 
-Each case runs pytest on the copy until the first failure. A fault that no default test catches fails, and so does a
-text to replace that is no longer in the source.
+Each case runs pytest on the copy until the first failure. A fault that no default test catches fails. That each text
+to replace still occurs once in the source is a default test.
 """
 
 import os
@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import pytest
 from planting import package_with_fault
-
-pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,13 +70,10 @@ CONSTANTS = {
         "gemm/kernels.py", "products = tl.zeros((", "products = 0.01 + tl.zeros((", LINEAR
     ),
     "GEMM: bias": Planted(
-        "gemm/kernels.py",
-        "other=0.0).to(tl.float32)[None, :]",
-        "other=0.0).to(tl.float32)[None, :] * 1.01",
-        LINEAR,
+        "gemm/kernels.py", "other=0.0))[None, :]", "other=0.0))[None, :] * 1.01", LINEAR
     ),
     "GEMM: residual": Planted(
-        "gemm/kernels.py", "value += added.to(tl.float32)", "value += added.to(tl.float32) * 1.01", LINEAR
+        "gemm/kernels.py", "value += widen(added)", "value += widen(added) * 1.01", LINEAR
     ),
     "GEMM: GELU": Planted("gemm/gelu.py", "0.7978845608028654 * 0.044715)\n_SLOPE", "0.79 * 0.044715)\n_SLOPE", MLP),
     "GEMM: GELU's derivative": Planted("gemm/gelu.py", "* 3 * 0.044715", "* 2 * 0.044715", MLP),
@@ -202,6 +197,8 @@ DROPPED_WAITS = {
     ),
 }  # fmt: skip
 
+FAULTS = CONSTANTS | DROPPED_WAITS
+
 
 def default_test_that_fails(package: Path, tests: str) -> str:
     """The first default test of a file that fails on the package in this folder; "" if none does.
@@ -219,15 +216,23 @@ def default_test_that_fails(package: Path, tests: str) -> str:
     return failed.group(1) if failed else ""
 
 
-@pytest.mark.parametrize("fault", [*CONSTANTS, *DROPPED_WAITS])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_it_replaces_occurs_once(fault: str) -> None:
+    planted = FAULTS[fault]
+    assert (ROOT / "siglip_kernels" / planted.file).read_text().count(planted.text) == 1, planted
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_default_test_catches_it(fault: str, tmp_path: Path) -> None:
-    planted = (CONSTANTS | DROPPED_WAITS)[fault]
+    planted = FAULTS[fault]
     package_with_fault(planted.file, planted.text, planted.replacement, tmp_path)
     caught_by = default_test_that_fails(tmp_path, planted.tests)
     assert caught_by, f"no default test of {planted.tests} catches {planted.text!r} -> {planted.replacement!r}"
     print(f"{fault}: caught by {caught_by}")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tests", [ATTENTION_HOPPER, LINEAR])
 def test_an_unchanged_copy_passes(tests: str, tmp_path: Path) -> None:
     package_with_fault("errors.py", "def unsupported", "def unsupported", tmp_path)
