@@ -66,7 +66,7 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
             return Tile(32, 32, 8, 1)
         if kernel == "backward_queries":
             return Tile(32, 32, 8, 1) if narrow else Tile(16, 16, 8, 1)
-        return Tile(16, 32, 4 if narrow else 8, 1)
+        return Tile(16, 32 if columns <= 96 else 16, 4 if narrow else 8, 1)
     unit = facts.matrix_unit
     # An A100 has twice the products per clock of the others, and is bound by shared memory where they are not.
     large = unit == "mma" and facts.shared_memory >= 128 * 1024
