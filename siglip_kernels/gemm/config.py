@@ -135,8 +135,11 @@ def _stages(shape: Shape, facts: Facts, rows: int, columns: int, depth: int, pie
     """As many as fit beside the epilogue's tiles, which TMA loads and stores through shared memory."""
     epilogue = 0
     if facts.has_tma:
-        matrices = 2 if shape.residual_bytes or shape.gelu == "backward" else 1
-        epilogue = matrices * rows * columns // pieces * max(shape.element_bytes, shape.residual_bytes)
+        stored = rows * columns // pieces * max(shape.element_bytes, shape.residual_bytes)
+        loaded = stored if shape.residual_bytes or shape.gelu == "backward" else 0
+        # A thread has a row of tcgen05's 128, but not of 64: all sums change threads to be cut into pieces.
+        exchanged = 4 * rows * columns if facts.matrix_unit == "tcgen05" and rows < 128 and pieces > 1 else 0
+        epilogue = stored + max(loaded, exchanged)  # the exchange is over before anything is loaded
     free = facts.shared_memory // residents - epilogue - 2048  # barriers, and what the system reserves per program
     return free // ((rows + columns) * depth * shape.element_bytes)
 
