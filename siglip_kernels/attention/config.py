@@ -102,6 +102,21 @@ def delta_tile(facts: Facts, element_bytes: int, head_dim: int) -> Tile:
     return Tile(64, 64, 4 if columns <= 80 else 8, 2)
 
 
+def advances_offsets(facts: Facts, k: Tensor, v: Tensor) -> bool:
+    """Whether a loop over keys advances the offsets of its loads, which fit 32 bits, and not two 64-bit pointers.
+
+    Before Blackwell a 64-bit addition takes two instructions, but one adds a 32-bit offset to a pointer.
+    """
+    return facts.capability < (10, 0) and k.shape[1] * max(k.stride(1), v.stride(1)) < 2**31
+
+
+def partial_sums(facts: Facts, element_bytes: int) -> int:
+    """How many sums of weights the forward keeps per row. With 8, each is of one thread until the loop is over: of
+    every 8 columns of a product a thread has the same two. With tcgen05 a thread has whole rows.
+    """
+    return 8 if element_bytes == 2 and facts.matrix_unit != "tcgen05" else 1
+
+
 @functools.cache
 def _triton_version() -> tuple[int, ...]:
     import triton

@@ -49,7 +49,10 @@ def attend(
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
     PRECISION: tl.constexpr
 ):  # fmt: skip
-    """The running maximum and sum and the output after one more tile of keys. key_is_valid: None if every key is."""
+    """The running maximum and sums and the output after one more tile of keys. key_is_valid: None if every key is.
+
+    running_sum: [BLOCK_Q, PARTIAL_SUMS], parts of the sum of each row.
+    """
     k_main, k_tail = load_tile(k, k_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
     scores = inner_products(q_main, q_tail, k_main, k_tail, TAIL, PRECISION)  # [BLOCK_Q, BLOCK_K]
     if key_is_valid is not None:
@@ -58,7 +61,9 @@ def attend(
     new_max = tl.maximum(running_max, extreme * exponent_scale)
     correction = tl.exp2(running_max - new_max)
     weights = tl.exp2(scores * exponent_scale - new_max[:, None])
-    running_sum = running_sum * correction + tl.sum(weights, 1)
+    PARTIAL_SUMS: tl.constexpr = running_sum.shape[1]
+    parts = tl.reshape(weights, [weights.shape[0], weights.shape[1] // PARTIAL_SUMS, PARTIAL_SUMS])
+    running_sum = running_sum * correction[:, None] + tl.sum(parts, 1)
     out_main *= correction[:, None]
     out_tail *= correction[:, None]
     v_main, v_tail = load_tile(v, v_offsets, key_is_valid, HEAD_DIM, MAIN, TAIL)
@@ -98,6 +103,8 @@ def attention_forward_kernel(
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     SAME_STRIDE: tl.constexpr,  # from token to token, of k and v: their offsets share registers
+    ADVANCE_OFFSETS: tl.constexpr,  # those of k and v from tile to tile, not the pointers; they fit 32 bits
+    PARTIAL_SUMS: tl.constexpr,  # of a row's weights, which are added after the loop
     NEGATIVE_SCALE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     KEEP_LOG_SUM_EXP: tl.constexpr,
@@ -133,7 +140,7 @@ def attention_forward_kernel(
 
     # Finite: infinite inputs can make every score of a row -inf, and -inf - (-inf) would be NaN.
     running_max = tl.full([BLOCK_Q], LOWEST, tl.float32)
-    running_sum = tl.zeros([BLOCK_Q], tl.float32)
+    running_sum = tl.zeros([BLOCK_Q, PARTIAL_SUMS], tl.float32)
     out_main = tl.zeros([BLOCK_Q, MAIN], tl.float32)
     out_tail = tl.zeros([BLOCK_Q, TAIL if TAIL > 0 else 16], tl.float32)
     # The last tile comes first and is the only one with a mask: in the loop, the mask would cost every tile, and its
@@ -154,9 +161,14 @@ def attention_forward_kernel(
             running_max, running_sum, out_main, out_tail, exponent_scale,
             HEAD_DIM, MAIN, TAIL, NEGATIVE_SCALE, PRECISION,
         )  # fmt: skip
-        k += BLOCK_K * k_step
-        v += BLOCK_K * v_step
+        if ADVANCE_OFFSETS:
+            k_offsets += BLOCK_K * (k_token_stride * UNIT)
+            v_offsets = k_offsets if SAME_STRIDE else v_offsets + BLOCK_K * (v_token_stride * UNIT)
+        else:
+            k += BLOCK_K * k_step
+            v += BLOCK_K * v_step
 
+    running_sum = tl.sum(running_sum, 1)
     normaliser = tl.where(limit > 0, 1.0 / running_sum, 0.0)
     row = heads * HEAD_DIM
     if WIDE:
@@ -206,7 +218,8 @@ def attention_forward(
     out, log_sum_exp = results_to_write(q, keep_log_sum_exp)
     if out.numel() == 0:
         return out, log_sum_exp
-    tile = config.tile("forward", facts(q.device), q.element_size(), head_dim, query_tokens, key_tokens)
+    gpu = facts(q.device)
+    tile = config.tile("forward", gpu, q.element_size(), head_dim, query_tokens, key_tokens)
     main, tail = config.split_head_dim(head_dim)
     strides = strides_of(q, k, v)
     query_tiles = triton.cdiv(query_tokens, tile.queries)
@@ -231,6 +244,8 @@ def attention_forward(
         UNIT=strides.unit,
         WIDE=strides.wide or heads * head_dim * tile.queries >= 2**31,
         SAME_STRIDE=k.stride(1) == v.stride(1),
+        ADVANCE_OFFSETS=config.advances_offsets(gpu, k, v),
+        PARTIAL_SUMS=config.partial_sums(gpu, q.element_size()),
         NEGATIVE_SCALE=scale < 0,
         HAS_LENGTHS=lengths is not None,
         KEEP_LOG_SUM_EXP=keep_log_sum_exp,

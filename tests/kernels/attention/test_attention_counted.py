@@ -40,14 +40,13 @@ def loops(counts: list[Count], kernel: str, gpu: str, columns: str) -> list[Coun
 
 @pytest.mark.parametrize("head_dim", ["D=64", "D=72"])
 def test_the_forward_is_no_slower_than_the_tutorial_at_its_best_tile(counts, extent, head_dim):
-    """By the busiest pipe, and nearly by issue slots: here strides are arguments, which the tutorial's are not."""
+    """By the busiest pipe and by issue slots, though strides are arguments here, which the tutorial's are not."""
     for gpu in GPUS[extent]:
         (own,) = loops(counts, "attention_forward_kernel", gpu, head_dim)
         peer = best(loops(counts, "tutorial_attention_kernel", gpu, head_dim.replace("72", "80")))
         assert own.stack_bytes == 0
         assert own.per_thousand(own.bound) <= peer.per_thousand(peer.bound) + 0.005, (str(own), str(peer))
-        limit = 1.02 * peer.per_thousand("issue")
-        assert own.per_thousand("issue") <= limit, (str(own), str(peer))
+        assert own.per_thousand("issue") <= peer.per_thousand("issue") + 0.0005, (str(own), str(peer))
 
 
 @pytest.mark.parametrize("head_dim", ["D=64", "D=72"])
