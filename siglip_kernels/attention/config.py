@@ -77,7 +77,7 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
             return Tile(128, 32, 4, 2)
         if unit == "mma" and narrow and not large:
             return Tile(128, 128, 8, 2)
-        return Tile(128, 64, 4, 2) if columns <= (64 if unit == "tcgen05" else 80) else Tile(128, 64, 8, 2)
+        return Tile(128, 64, 4, 2) if narrow else Tile(128, 64, 8, 2)
     if kernel == "backward_queries":
         if unit == "wgmma":
             return Tile(128, 128, 8, 2) if narrow else Tile(64, 64, 4, 2)
