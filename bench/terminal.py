@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bench.compiled.ahead_of_time import Row as Compiled
 from bench.measure.check import Checked
 from bench.measure.progress import Event, Progress
+from bench.peers.registry import FAMILIES
 from bench.report.tables import Group, milliseconds, share, size
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def print_checks(checked: Sequence[Checked]) -> None:
         if one.ok and one.problem:
             verdict = Text(one.problem, "yellow")
         errors = [number(value) for value in (one.error, one.allowed, one.eager_error, one.sdpa_error)]
-        operation = f"{one.op} for Hopper" if one.kernels == "triton:hopper" else one.op
+        operation = f"{one.op} for {FAMILIES[one.kernels].architecture}" if one.kernels in FAMILIES else one.op
         table.add_row(operation, str(one.shape["name"]), one.dtype, one.what, *errors, verdict)
     _print(table)
 

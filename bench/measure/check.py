@@ -39,7 +39,7 @@ class Checked:
     shape: dict[str, Any]
     dtype: str
     ok: bool
-    kernels: str = "triton"  # or "triton:hopper"
+    kernels: str = "triton"  # or a name of `bench.peers.registry.FAMILIES`
     problem: str = ""
     what: str = ""  # the output or gradient that comes closest to, or exceeds, its allowed error
     error: float | None = None

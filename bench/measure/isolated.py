@@ -30,7 +30,7 @@ from bench.measure.measure import DeadDevice, Plan, blank_row, device_is_dead
 from bench.measure.progress import Event, Progress, silent
 from bench.measure.run import Outcome, OutOfTime, Request, open_results, run
 from bench.peers import Unsupported, peers_of
-from bench.peers.registry import HOPPER, require_hopper
+from bench.peers.registry import FAMILIES, selecting
 from bench.report.rows import Results, Row
 
 # Seconds after which a step counts as hung: the check of one shape; the start of a process; the preparation of this
@@ -87,18 +87,18 @@ def check_isolated(
     until: float | None = None,
     progress: Progress = silent,
 ) -> list[Checked]:
-    """`check_all` in a process per operation, several at a time; kernels for Hopper have processes of their own.
+    """`check_all` in a process per operation, several at a time; kernels for one architecture have their own.
 
     Raises OutOfTime if `time.monotonic()` reaches `until` first.
     """
-    jobs = [(name, kernels) for name in operations for kernels in ("triton", "triton:hopper")]
+    jobs = [(name, kernels) for name in operations for kernels in ("triton", *FAMILIES)]
     jobs = [(name, kernels) for name, kernels in jobs if kernels in peers_of(name)]
     at_once = max(1, (os.cpu_count() or 1) - 1) if quick else 2  # thorough ones fill the memory
     running: list[_Process] = []
 
     def one(name: str, kernels: str) -> list[Checked]:
         task = {"task": "check", "operation": name, "kernels": kernels, "quick": quick, "dtypes": list(dtypes)}
-        with _Process(task, **(HOPPER if kernels == "triton:hopper" else {})) as process:
+        with _Process(task, **selecting(kernels)) as process:
             running.append(process)
             return _checked(process, name, kernels, until)
 
@@ -205,9 +205,9 @@ def run_isolated(
 def _check(task: dict[str, Any], tell: Callable[..., None]) -> None:
     name, kernels = task["operation"], task["kernels"]
     dtypes = task["dtypes"]
-    if kernels == "triton:hopper":
+    if kernels in FAMILIES:
         try:
-            require_hopper()
+            FAMILIES[kernels].require()
         except Unsupported:
             return tell(ended=True)
         served = peers_of(name)[kernels].dtypes or ()
@@ -221,7 +221,7 @@ def _check(task: dict[str, Any], tell: Callable[..., None]) -> None:
 
     with contextlib.suppress(DeadDevice):  # its result has been reported
         for one in check_all([name], task["quick"], dtypes, progress):
-            if kernels == "triton:hopper" and one.unsupported:
+            if kernels in FAMILIES and one.unsupported:
                 one = dataclasses.replace(one, ok=True, problem=f"not checked: {one.problem}")
             tell(checked=dataclasses.asdict(dataclasses.replace(one, kernels=kernels)))
     tell(ended=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 from torch import nn
 
@@ -11,7 +13,7 @@ from bench.cases.operations import Contender, Setting, as_contender, model_confi
 from bench.cases.shapes import AttentionShape, ModelShape
 from bench.peers.attention import chosen_backend
 from bench.peers.compiled import MODES, compiled
-from bench.peers.registry import HOPPER, Unsupported, peer, require_hopper
+from bench.peers.registry import FAMILIES, Unsupported, peer, selecting
 from siglip_kernels import MissingBackendError
 
 _MODELS = ("vision_tower", "siglip", "training_step")
@@ -43,7 +45,8 @@ def _project(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
             model = project_model(setting, backend)
         except MissingBackendError as error:
             raise Unsupported(str(error)) from error
-        return as_contender(model, setting, compiled(model, mode) if mode else None, _note(setting, backend))
+        contender = as_contender(model, setting, compiled(model, mode) if mode else None, _note(setting, backend))
+        return replace(contender, environment=selecting("triton")) if backend == "triton" else contender
 
     return load
 
@@ -54,19 +57,23 @@ peer(
 )(_project("triton", "compile"))
 
 
-def _hopper(setting: Setting) -> Contender:
-    require_hopper()
-    return replace(_project("triton")(setting), environment=HOPPER)
+def _family(name: str) -> Callable[[Setting], Contender]:
+    def load(setting: Setting) -> Contender:
+        FAMILIES[name].require()
+        return replace(_project("triton")(setting), environment=selecting(name))
+
+    return load
 
 
-peer(
-    _MODELS,
-    "triton:hopper",
-    package="triton",
-    cuda=True,
-    dtypes=_HALF,
-    note="this project's kernels for Hopper",
-)(_hopper)
+for _name, _of in FAMILIES.items():
+    peer(
+        _MODELS,
+        _name,
+        package="triton",
+        cuda=True,
+        dtypes=_HALF,
+        note=f"this project's kernels for {_of.architecture}",
+    )(_family(_name))
 
 
 def _captured(backend: str) -> Callable[[Setting], Contender]:
@@ -74,7 +81,9 @@ def _captured(backend: str) -> Callable[[Setting], Contender]:
         shape = setting.shape
         assert isinstance(shape, ModelShape)
         model = project_model(setting, backend)
-        return as_contender(model, setting, model.capture(shape.batch))  # type: ignore[operator]
+        with mock.patch.dict(os.environ, selecting("triton")):
+            captured = model.capture(shape.batch)  # type: ignore[operator]
+        return as_contender(model, setting, captured)
 
     return load
 

@@ -79,8 +79,8 @@ class Peer:
 
     @property
     def kernels(self) -> str:
-        """Which kernels an entry that `uses_kernels` runs: "triton:hopper" or, under any other name, "triton"."""
-        return self.name if self.name == "triton:hopper" else "triton"
+        """Which kernels an entry that `uses_kernels` runs: a name of FAMILIES or, under any other name, "triton"."""
+        return self.name if self.name in FAMILIES else "triton"
 
     def version(self) -> str | None:
         """The version of its package; None if that is not installed."""
@@ -137,26 +137,52 @@ def _kernels(operation: str) -> Callable[[Setting], Any]:
     return load
 
 
-# Makes the operations use their kernels for Hopper.
-HOPPER = {"SIGLIP_KERNELS_HOPPER": "1"}
+@dataclass(frozen=True)
+class Family:
+    """Kernels for one architecture: the compute capability they need, and the variable by which operations use them."""
+
+    architecture: str
+    capability: int  # its first number
+    variable: str
+    operations: tuple[str, ...]  # in fp16 and bf16
+
+    def require(self) -> None:
+        """Raises Unsupported on a GPU of another compute capability."""
+        capability = torch.cuda.get_device_capability()
+        if capability[0] != self.capability or torch.version.hip is not None:
+            raise Unsupported(
+                f"needs compute capability {self.capability}.0; this GPU has {capability[0]}.{capability[1]}"
+            )
 
 
-def _hopper_kernels(operation: str) -> Callable[[Setting], Any]:
+_LAYERS = ("attention", "linear", "pre_norm_qkv", "pre_norm_attention", "mlp", "pre_norm_mlp")
+FAMILIES = {
+    "triton:hopper": Family("Hopper", 9, "SIGLIP_KERNELS_HOPPER", (*_LAYERS, "sigmoid_loss")),
+    "triton:blackwell": Family("Blackwell", 10, "SIGLIP_KERNELS_BLACKWELL", _LAYERS),
+}
+
+
+def selecting(kernels: str) -> dict[str, str]:
+    """The environment variables with which operations use the family `kernels` of FAMILIES, or with "triton" none."""
+    return {family.variable: "1" if name == kernels else "0" for name, family in FAMILIES.items()}
+
+
+def _kernels_of_family(operation: str, name: str) -> Callable[[Setting], Any]:
     def load(setting: Setting) -> Contender:
-        require_hopper()
+        FAMILIES[name].require()
         shape = setting.shape
-        if isinstance(shape, AttentionShape) and shape.tokens <= short_block(setting.dtype.itemsize):
-            raise Unsupported("sequences this short use the same kernel on every GPU: see the row of triton")
-        return Contender(_kernels(operation)(setting), environment=HOPPER)
+        if isinstance(shape, AttentionShape):
+            if shape.tokens <= short_block(setting.dtype.itemsize):
+                raise Unsupported("sequences this short use the same kernel on every GPU: see the row of triton")
+            if name == "triton:blackwell" and setting.direction == "bwd":
+                raise Unsupported("has no backward of its own: see the row of triton")
+        return Contender(_kernels(operation)(setting), environment=selecting(name))
 
     return load
 
 
-def require_hopper() -> None:
-    """Raises Unsupported on a GPU of another compute capability than 9.0."""
-    capability = torch.cuda.get_device_capability()
-    if capability[0] != 9 or torch.version.hip is not None:
-        raise Unsupported(f"needs compute capability 9.0; this GPU has {capability[0]}.{capability[1]}")
+def _portable_kernels(operation: str) -> Callable[[Setting], Contender]:
+    return lambda setting: Contender(_kernels(operation)(setting), environment=selecting("triton"))
 
 
 @functools.cache
@@ -166,12 +192,11 @@ def everyone() -> dict[tuple[str, str], Peer]:
         "attention", "linear", "pre_norm_qkv", "pre_norm_attention", "mlp", "pre_norm_mlp", "layer_norm",
         "attention_pool", "patch_embed", "sigmoid_loss",
     ):  # fmt: skip
-        peer(operation, "triton", package="triton", cuda=True)(_kernels(operation))
-    for operation in (
-        "attention", "linear", "pre_norm_qkv", "pre_norm_attention", "mlp", "pre_norm_mlp", "sigmoid_loss",
-    ):  # fmt: skip
-        half = dict(cuda=True, dtypes=("fp16", "bf16"), note="this project's kernels for Hopper")
-        peer(operation, "triton:hopper", package="triton", **half)(_hopper_kernels(operation))
+        peer(operation, "triton", package="triton", cuda=True)(_portable_kernels(operation))
+    for name, family in FAMILIES.items():
+        half = dict(cuda=True, dtypes=("fp16", "bf16"), note=f"this project's kernels for {family.architecture}")
+        for operation in family.operations:
+            peer(operation, name, package="triton", **half)(_kernels_of_family(operation, name))
     for module in MODULES:
         importlib.import_module(f"bench.peers.{module}")
     return dict(sorted(_REGISTRY.items(), key=lambda item: not item[1].uses_kernels))

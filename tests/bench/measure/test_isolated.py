@@ -152,6 +152,7 @@ def test_a_check_that_hangs_or_crashes_fails(scripted, monkeypatch, fate, proble
         ("attention", "triton", True),
         ("attention", "triton:hopper", True),
         ("attention", "triton:hopper", False),
+        ("attention", "triton:blackwell", True),
         ("layer_norm", "triton", True),
     ]
     assert failures(checked)["attention", "triton:hopper"].endswith(f"(s65 bf16): crashed: {problem}")

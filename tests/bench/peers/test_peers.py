@@ -108,7 +108,29 @@ def test_short_sequences_have_no_kernel_for_hopper(monkeypatch):
     with pytest.raises(Unsupported, match="the same kernel on every GPU"):
         entry.prepare(Setting(OPERATIONS["attention"], short, torch.bfloat16, "cuda", "fwd"))
     contender = entry.prepare(Setting(OPERATIONS["attention"], longer, torch.bfloat16, "cuda", "fwd"))
-    assert contender.environment == {"SIGLIP_KERNELS_HOPPER": "1"}
+    assert contender.environment == {"SIGLIP_KERNELS_HOPPER": "1", "SIGLIP_KERNELS_BLACKWELL": "0"}
+
+
+def test_a_family_has_its_row_whatever_the_environment_selects(monkeypatch):
+    """And refuses other GPUs. Blackwell's attention has the backward of `triton`, its layers among others the GEMM."""
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    shape = AttentionShape("s65", 1, 65, 1, 64)
+    forward, backward = (
+        Setting(OPERATIONS["attention"], shape, torch.bfloat16, "cuda", direction) for direction in ("fwd", "bwd")
+    )
+    entries = peers_of("attention")
+    assert entries["triton"].prepare(forward).environment == {
+        "SIGLIP_KERNELS_HOPPER": "0",
+        "SIGLIP_KERNELS_BLACKWELL": "0",
+    }
+    contender = entries["triton:blackwell"].prepare(forward)
+    assert contender.environment == {"SIGLIP_KERNELS_HOPPER": "0", "SIGLIP_KERNELS_BLACKWELL": "1"}
+    with pytest.raises(Unsupported, match="row of triton"):
+        entries["triton:blackwell"].prepare(backward)
+    with pytest.raises(Unsupported, match=r"needs compute capability 9.0; this GPU has 10.0"):
+        entries["triton:hopper"].prepare(forward)
+    assert "triton:blackwell" not in peers_of("sigmoid_loss")
 
 
 def test_neighbours_are_marked():
