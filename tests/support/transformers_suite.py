@@ -6,8 +6,9 @@
 TRANSFORMERS_SOURCE: a checkout of transformers at the installed version, of which this needs the folders `tests` and
 `utils`. Its test suite needs the packages parameterized, requests and httpx. The tests are copied to a temporary
 folder, where every name that a SigLIP test file imports from transformers and that `siglip_model` has is imported from
-there instead. Prints the counts of both runs and the tests that pass with transformers and not here; --list adds the
-tests that fail with transformers. KEEP_OUTPUT=FOLDER keeps what pytest wrote.
+there instead. With HF_HUB_OFFLINE=1 they find a tokenizer with the vocabulary of transformers' fixtures in place of the
+Hub's. Prints the counts of both runs and the tests that pass with transformers and not here; --list adds the tests that
+fail with transformers. KEEP_OUTPUT=FOLDER keeps what pytest wrote.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import transformers
 ROOT = Path(__file__).parents[2]
 FOLDER = Path("tests/models/siglip")
 LINKED = ("fixtures",)
+CHECKPOINT = "google/siglip-base-patch16-224"  # whose tokenizer the tests load; a folder of this name wins over the Hub
 
 
 def copy_tests(source: Path, destination: Path) -> None:
@@ -44,6 +46,12 @@ def copy_tests(source: Path, destination: Path) -> None:
         (destination / name).symlink_to(source.resolve() / name)
     (destination / "src").mkdir()
     (destination / "src/transformers").symlink_to(Path(transformers.__file__).parent)  # whose version is tested
+
+
+def save_tokenizer(source: Path, destination: Path) -> None:
+    """A tokenizer where tests that run in `destination` look for the Hub's."""
+    vocabulary = source / "tests/fixtures/test_sentencepiece.model"
+    transformers.SiglipTokenizer(str(vocabulary)).save_pretrained(destination / CHECKPOINT)
 
 
 def with_import_changed(code: str, names: set[str]) -> str:
@@ -103,6 +111,8 @@ def main(arguments: list[str]) -> int:
         for name in ("transformers", "siglip_model"):
             root = Path(folder) / name
             copy_tests(source, root)
+            if os.environ.get("HF_HUB_OFFLINE") == "1":
+                save_tokenizer(source, root)
             if name == "siglip_model":
                 for path in (root / FOLDER).glob("test_*.py"):
                     path.write_text(with_import_changed(path.read_text(), set(siglip_model.__all__)))
