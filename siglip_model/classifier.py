@@ -12,6 +12,7 @@ from siglip_kernels.errors import unsupported
 from siglip_kernels.fusable import is_fusable, is_unhooked
 from siglip_model.capture import CapturedVision
 from siglip_model.config import SiglipConfig
+from siglip_model.encoder import HiddenStates
 from siglip_model.outputs import ImageClassifierOutput
 from siglip_model.pretrained import PreTrainedModel, finish
 from siglip_model.vision_tower import SiglipVisionModel
@@ -45,7 +46,7 @@ class SiglipForImageClassification(PreTrainedModel):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: HiddenStates | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> ImageClassifierOutput | tuple:

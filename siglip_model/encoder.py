@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from siglip_kernels import reference
+from siglip_kernels.errors import unsupported
 from siglip_kernels.fusable import is_fusable
 from siglip_model.backends import Backend
 from siglip_model.config import SiglipTextConfig, SiglipVisionConfig
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MaskArguments = dict[str, Any]  # keyword arguments of the backend's attention
 Projected = tuple[Tensor, Tensor, Tensor]  # q, k and v, each [B, S, H, D]
+HiddenStates = bool | int | Sequence[int]  # which of them an output has: all, none, or those of these indices
 
 
 class AttentionWeights:
@@ -171,18 +174,21 @@ class Encoder(nn.Module):
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | MaskArguments | None = None,
-        output_hidden_states: bool = False,
+        output_hidden_states: HiddenStates = False,
         output_attentions: bool = False,
     ) -> BaseModelOutput:
         """inputs_embeds: (B, S, width). attention_mask: see `EncoderLayer`.
 
-        Returns the last hidden state and, if asked for, all layers + 1 of them and the attention weights per layer.
+        output_hidden_states: True for the embeddings and each layer's output, or the indices of those to return; the
+        others are None then, as in transformers. Negative indices count from the last one.
+        Returns the last hidden state and, if asked for, layers + 1 hidden states and the attention weights per layer.
         """
+        kept = _kept(output_hidden_states, len(self.layers) + 1)
         x = inputs_embeds
         checkpointing = self.checkpointing if self.training else None
         if checkpointing is not None and checkpointing.get("use_reentrant") and self._is_trained_alone(x):
             x = x.detach().requires_grad_()  # reentrant checkpoints give no gradients if their input needs none
-        hidden_states = [x]
+        hidden_states = [x if 0 in kept else None]
         weights = AttentionWeights() if output_attentions else None
         if not isinstance(attention_mask, Tensor):
             attention_mask = attention_mask or None
@@ -193,7 +199,7 @@ class Encoder(nn.Module):
                 x = checkpoint(layer, x, *arguments, **checkpointing)
             else:
                 x = layer(x, *arguments)
-            hidden_states.append(x)
+            hidden_states.append(x if number + 1 in kept else None)
         return BaseModelOutput(
             x,
             tuple(hidden_states) if output_hidden_states else None,
@@ -204,3 +210,13 @@ class Encoder(nn.Module):
         """Whether the layers need gradients and their input does not, as with adapters and frozen embeddings."""
         trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # where no checkpoint is reentrant
         return trains and not x.requires_grad and any(parameter.requires_grad for parameter in self.parameters())
+
+
+def _kept(asked: HiddenStates, number: int) -> Sequence[int]:
+    """The indices of the hidden states to return, of so many. Those out of range select none, as in transformers."""
+    if isinstance(asked, bool) or asked is None:
+        return range(number) if asked else ()
+    indices = (asked,) if isinstance(asked, int) else tuple(asked)
+    if not all(isinstance(index, int) for index in indices):
+        raise unsupported("SigLIP", "output_hidden_states", f"is {asked!r}", "True, False, an index or a list of them")
+    return [index % number for index in indices if -number <= index < number]

@@ -12,6 +12,7 @@ from siglip_kernels import SigLipLoss
 from siglip_kernels.errors import unsupported
 from siglip_model.capture import CapturedSiglip
 from siglip_model.config import SiglipConfig
+from siglip_model.encoder import HiddenStates
 from siglip_model.layers import UsesBackend
 from siglip_model.outputs import BaseModelOutputWithPooling, SiglipOutput, pooled, unit_length
 from siglip_model.pretrained import PreTrainedModel, finish
@@ -92,7 +93,7 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         position_ids: Tensor | None = None,
         return_loss: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: HiddenStates | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         token_type_ids: Tensor | None = None,

@@ -121,7 +121,7 @@ class BaseModelOutput(ModelOutput):
     """An encoder's output: as a tower's, but last_hidden_state is before the final LayerNorm."""
 
     last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
@@ -130,13 +130,13 @@ class BaseModelOutputWithPooling(ModelOutput):
     """A tower's output.
 
     last_hidden_state: (B, S, width), after the final LayerNorm. pooler_output: (B, projection), or None without a head.
-    hidden_states: the embeddings and each layer's output, before the final LayerNorm. attentions: per layer
-    (B, H, S, S).
+    hidden_states: the embeddings and each layer's output, before the final LayerNorm; None for those not asked for.
+    attentions: per layer (B, H, S, S).
     """
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
@@ -162,7 +162,7 @@ class ImageClassifierOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 

@@ -317,7 +317,7 @@ class PreTrainedModel(nn.Module):
             if isinstance(module, Encoder):
                 module.checkpointing, module.checkpointed_every = arguments, every_n_layers
 
-    def _default(self, asked: bool | None, what: str) -> bool:
+    def _default(self, asked: Any, what: str) -> Any:
         return getattr(self.config, f"output_{what}") if asked is None else asked
 
     # Files -------------------------------------------------------------------------------------------------------

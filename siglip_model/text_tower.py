@@ -9,7 +9,7 @@ from siglip_kernels.errors import unsupported
 from siglip_kernels.fusable import is_fusable
 from siglip_model.capture import CapturedText
 from siglip_model.config import SiglipTextConfig
-from siglip_model.encoder import Encoder, MaskArguments
+from siglip_model.encoder import Encoder, HiddenStates, MaskArguments
 from siglip_model.layers import UsesBackend, apply_layer_norm, apply_linear, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling
 from siglip_model.pretrained import PreTrainedModel, finish
@@ -97,7 +97,7 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         attention_mask: Tensor | MaskArguments | None = None,
         position_ids: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: HiddenStates | None = None,
         return_dict: bool | None = None,
         token_type_ids: Tensor | None = None,
     ) -> BaseModelOutputWithPooling | tuple:
@@ -107,6 +107,7 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         attention_mask: (B, L), non-zero where a token may be attended to; eager and sdpa also support four dimensions.
             Or the keyword arguments that the backend's `attention_mask` returned, which a CUDA graph reads.
         position_ids: integers (B, L) or (1, L); by default 0 … L - 1.
+        output_hidden_states: all of them, or those of the given indices, see `Encoder`.
         token_type_ids: ignored, as in transformers: some tokenizers return them.
         Raises ValueError for ids that are missing, too long, not integers or (on the CPU) out of range, and for masks
         and positions of other shapes.

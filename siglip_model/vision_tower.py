@@ -12,7 +12,7 @@ from siglip_kernels.errors import unsupported
 from siglip_kernels.fusable import is_fusable
 from siglip_model.capture import CapturedVision
 from siglip_model.config import SiglipVisionConfig
-from siglip_model.encoder import Encoder
+from siglip_model.encoder import Encoder, HiddenStates
 from siglip_model.layers import MLP, UsesBackend, add_pre_norm_mlp, apply_layer_norm, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling
 from siglip_model.pretrained import PreTrainedModel, finish
@@ -127,7 +127,7 @@ class SiglipVisionModel(UsesBackend, PreTrainedModel):
         pixel_values: Tensor,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: HiddenStates | None = None,
     ) -> BaseModelOutputWithPooling:
         """The part of `forward` before the pooling head."""
         self._check_exporter()
@@ -149,13 +149,14 @@ class SiglipVisionModel(UsesBackend, PreTrainedModel):
         pixel_values: Tensor,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: HiddenStates | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple:
         """Encode images.
 
         pixel_values: floating point or uint8 (B, C, H, W), cast to the weights' dtype.
         interpolate_pos_encoding: resample the position embedding (bicubic) for images of another size.
+        output_hidden_states: all of them, or those of the given indices, see `Encoder`.
         Raises ValueError for another number of dimensions, of channels or (without interpolation) of patches.
         """
         output = self.encode(pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states)

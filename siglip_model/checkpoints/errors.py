@@ -22,6 +22,10 @@ class CheckpointError(OSError, ValueError):
         super().__init__(shortened(message, _LONGEST_MESSAGE))
 
 
+class MisfitError(CheckpointError, RuntimeError):
+    """Tensors are missing or have other shapes; in torch and transformers a RuntimeError."""
+
+
 def shortened(text: str, most: int) -> str:
     """The text without its middle if it has more than `most` characters."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"

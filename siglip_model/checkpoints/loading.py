@@ -10,7 +10,7 @@ import torch
 
 from siglip_kernels.errors import MissingBackendError, unsupported
 from siglip_model.checkpoints.commit import CONFIG_NAME
-from siglip_model.checkpoints.errors import CheckpointError, shortened
+from siglip_model.checkpoints.errors import CheckpointError, MisfitError, shortened
 from siglip_model.checkpoints.fields import shown
 from siglip_model.checkpoints.files import listed
 from siglip_model.checkpoints.weights import WEIGHT_DTYPES, StoredWeights, find_weights, read_tensors
@@ -280,7 +280,7 @@ def _check_fit(
     if missing or misshapen or (unexpected and differing_sizes and config_file):
         problems = [f"{kind}: {listed(names)}" for kind, names in kinds if names]
         problems += differing_sizes
-        raise CheckpointError(
+        raise MisfitError(
             f"{weights.source} does not fit {model} with {config_file or 'its config'}; {'; '.join(problems)}"
         )
 

@@ -1,5 +1,6 @@
 """The model against transformers: every output field and every gradient, in fp32, within 1e-5."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,43 @@ def test_every_output_field(shape: str, backend: str) -> None:
     inputs = batch(peer)
     with torch.no_grad():
         assert worst_difference(project(**inputs, **EVERYTHING), peer(**inputs, **EVERYTHING)) < TOLERANCE
+
+
+@pytest.mark.parametrize("asked", [[0], [-1, 1], (2, 9, -9), 1, [7]], ids=str)
+def test_chosen_hidden_states(asked: int | list[int]) -> None:
+    peer = transformers_model(TINY_TEXT, TINY_VISION)
+    project = project_model(peer, "sdpa")
+    inputs = batch(peer)
+    ours, theirs = (model(**inputs, output_hidden_states=asked) for model in (project, peer))
+    assert worst_difference(ours, theirs) < TOLERANCE
+    for tower in ("text_model_output", "vision_model_output"):
+        here, there = (output[tower].hidden_states for output in (ours, theirs))
+        assert [state is None for state in here] == [state is None for state in there]
+
+
+def test_refused_hidden_states() -> None:
+    project = project_model(transformers_model(TINY_TEXT, TINY_VISION), "sdpa")
+    with pytest.raises(ValueError, match="output_hidden_states is 'last'; supported: True, False, an index or a list"):
+        project.text_model(torch.zeros(1, 3, dtype=torch.long), output_hidden_states="last")
+
+
+def test_inference_keeps_one_hidden_state() -> None:
+    encoder = project_model(transformers_model(TINY_TEXT, TINY_VISION), "sdpa").vision_model.encoder
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def record(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        seen.append(weakref.ref(output))
+        alive.append(sum(state() is not None for state in seen))
+
+    for layer in encoder.layers:
+        layer.register_forward_hook(record)
+    for asked, expected in ((False, 2), (True, len(encoder.layers)), ([0], 2)):
+        seen.clear()
+        alive.clear()
+        with torch.no_grad():
+            encoder(torch.randn(1, 9, TINY_VISION["hidden_size"]), output_hidden_states=asked)
+        assert max(alive) == expected == alive[-1]  # a layer's input and its output, or all outputs
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])

@@ -35,6 +35,8 @@ def test_missing_tensor(checkpoint):
 def test_misshapen_tensor(checkpoint):
     rewrite(checkpoint, lambda tensors: tensors.update({TENSOR: torch.ones(32, 48)}))
     fails(checkpoint, "model.safetensors", TENSOR, "has shape (32, 48), expected (48, 32)")
+    with pytest.raises(RuntimeError, match="does not fit"):  # what transformers raises
+        siglip_model.SiglipModel.from_pretrained(checkpoint)
 
 
 def test_config_of_another_size(checkpoint):
