@@ -30,7 +30,7 @@ from siglip_model.checkpoints.fields import (
     whole,
 )
 from siglip_model.checkpoints.files import StoredObject, load_config_dict, read_json_object, split_hub_arguments
-from siglip_model.checkpoints.upload import save_and_upload, upload
+from siglip_model.checkpoints.upload import check_upload_arguments, save_and_upload, upload
 
 # Far above every model, and small enough that shapes and the names of labels can be computed.
 LARGEST = {
@@ -287,7 +287,11 @@ class PretrainedConfig:
         return build_from_file(path, partial(cls.from_dict, read_json_object(path)), {}, {})
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write config.json. push_to_hub, and its arguments in kwargs: see `push_to_hub`."""
+        """Write config.json. push_to_hub, and its arguments in kwargs: see `push_to_hub`.
+
+        Raises TypeError for an argument that names nothing.
+        """
+        check_upload_arguments(push_to_hub, kwargs)
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.to_json_file(Path(save_directory) / CONFIG_NAME)
         if push_to_hub:

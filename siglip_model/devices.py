@@ -33,10 +33,14 @@ def resolve_device(device: Any) -> torch.device:
     return torch.device("cpu")
 
 
+SPREADING = ("balanced", "balanced_low_0", "sequential")  # accelerate's ways to spread a model over several devices
+
+
 def resolve_device_map(device_map: torch.device | str | int | dict[str, Any] | None) -> torch.device:
     """The one device of a device_map: None is torch's default device, "auto" is CUDA where available, else the CPU.
 
-    Raises ValueError for several devices and for what names none.
+    A dict must give all parts the same device. Raises ValueError for several devices, such as "balanced" where there
+    are several accelerators, and for what names none.
     """
     if isinstance(device_map, dict):
         if len(set(map(str, device_map.values()))) != 1:
@@ -44,7 +48,9 @@ def resolve_device_map(device_map: torch.device | str | int | dict[str, Any] | N
         return resolve_device_map(next(iter(device_map.values())))
     if device_map is None:
         return torch.get_default_device()
-    if device_map == "auto":
+    if device_map in SPREADING and torch.accelerator.device_count() > 1:
+        raise ValueError(f"device_map is {device_map!r}; supported: one device for the whole model, as 'cuda:0'")
+    if device_map in ("auto", *SPREADING):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.device(device_map)

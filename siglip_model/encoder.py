@@ -59,6 +59,10 @@ class Attention(UsesBackend, nn.Module):
             raise ValueError(
                 f"{type(config).__name__}: hidden_size {width} is not divisible by num_attention_heads {self.num_heads}"
             )
+        self.config = config
+        self.embed_dim, self.head_dim = width, width // self.num_heads
+        self.scale = self.head_dim**-0.5
+        self.is_causal = False
         self.dropout = config.attention_dropout
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -117,6 +121,7 @@ class EncoderLayer(UsesBackend, nn.Module):
 
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
+        self.embed_dim = config.hidden_size
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = Attention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -166,6 +171,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
+        self.config = config
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.checkpointing: dict[str, Any] | None = None  # arguments of `checkpoint`
         self.checkpointed_every = 1  # layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -67,6 +68,20 @@ class ImagePipeline:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(backend={self.model.backend!r}, device={self.device}, dtype={self.dtype})"
+
+    def predict(self, inputs: Any) -> Any:
+        """A call, by scikit-learn's name."""
+        return self(inputs)  # type: ignore[operator]  # each pipeline defines its call
+
+    def transform(self, inputs: Any) -> Any:
+        """A call, by scikit-learn's name."""
+        return self(inputs)  # type: ignore[operator]  # each pipeline defines its call
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **arguments: Any) -> None:
+        """Write the model and its components to a folder that `pipeline` loads. arguments: push_to_hub and its own."""
+        for part in (self.model, getattr(self, "tokenizer", None), self.image_processor):
+            if part is not None:
+                part.save_pretrained(save_directory, **arguments)
 
     def prepare(
         self, image: Any, timeout: float | None = None, budget: PixelBudget | None = None, **options: Any

@@ -236,6 +236,27 @@ class PreTrainedModel(nn.Module):
         save_config_with_weights()
         return False
 
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Arguments of a forward pass, a batch of three, on the model's device."""
+        inputs = {}
+        if "text" in self.input_modalities:
+            inputs["input_ids"] = torch.tensor([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]], device=self.device)
+        if "image" in self.input_modalities:
+            vision = getattr(self.config, "vision_config", self.config)
+            shape = (3, vision.num_channels, vision.image_size, vision.image_size)
+            inputs["pixel_values"] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return inputs
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """Raises NotImplementedError: PEFT wraps the model itself, and saves and loads its adapters."""
+        raise NotImplementedError(f"{type(self).__name__}.add_adapter; supported: peft.get_peft_model(model, config)")
+
+    def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError: see `add_adapter`."""
+        supported = "peft.PeftModel.from_pretrained(model, path)"
+        raise NotImplementedError(f"{type(self).__name__}.load_adapter; supported: {supported}")
+
     @classmethod
     def can_generate(cls) -> bool:
         """False: SigLIP generates no text."""

@@ -21,6 +21,12 @@ class TextEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 (1, max_position_embeddings)."""
+        weight = self.position_embedding.weight
+        return torch.arange(len(weight), device=weight.device)[None]
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -46,7 +52,7 @@ class TextEmbeddings(nn.Module):
         if position_ids is None and is_fusable(self.position_embedding, nn.Embedding):
             return x + positions[:tokens]
         if position_ids is None:
-            position_ids = torch.arange(tokens, device=source.device)[None]
+            position_ids = self.position_ids[:, :tokens]
         return x + _looked_up(self.position_embedding, position_ids, "position_ids")
 
 

@@ -21,8 +21,10 @@ from siglip_model.pretrained import PreTrainedModel, finish
 class VisionEmbeddings(UsesBackend, nn.Module):
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
-        self.patch_size = config.patch_size
+        self.config = config
+        self.embed_dim, self.image_size, self.patch_size = config.hidden_size, config.image_size, config.patch_size
         self.grid = config.image_size // config.patch_size
+        self.num_patches = self.num_positions = self.grid**2
         self.patch_embedding = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
         self.position_embedding = nn.Embedding(self.grid**2, config.hidden_size)
 
@@ -54,11 +56,16 @@ class VisionEmbeddings(UsesBackend, nn.Module):
             return self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + position
         return self.ops.patch_embed(pixel_values, weight, self.patch_embedding.bias, position)
 
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 (1, patches)."""
+        return torch.arange(self.num_positions, device=self.position_embedding.weight.device)[None]
+
     def _positions(self) -> Tensor:
         embedding = self.position_embedding
         if is_fusable(embedding, nn.Embedding):
             return embedding.weight
-        return embedding(torch.arange(self.grid**2, device=embedding.weight.device)[None])[0]
+        return embedding(self.position_ids)[0]
 
     def _interpolated(self, position: Tensor, rows: int, columns: int) -> Tensor:
         square = position.T.reshape(1, -1, self.grid, self.grid)  # [1, width, grid, grid]

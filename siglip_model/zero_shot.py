@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from siglip_model.devices import resolve_device
+from siglip_model.devices import SPREADING, resolve_device, resolve_device_map
 from siglip_model.fit import check_fit
 from siglip_model.image_pipelines import (
     ImageClassificationPipeline,
@@ -229,6 +229,8 @@ def pipeline(
     if trust_remote_code:
         warnings.warn("trust_remote_code has no effect: code from a checkpoint is never run", stacklevel=2)
     dtype = _only_one("dtype", dtype, "torch_dtype", torch_dtype)
+    if isinstance(device_map, Mapping) or device_map in SPREADING:
+        device_map = str(resolve_device_map(device_map))
     device = _only_one("device", device, "device_map", device_map)
     image_processor = _only_one("image_processor", image_processor, "feature_extractor", feature_extractor)
     hub = {

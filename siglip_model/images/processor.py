@@ -28,6 +28,7 @@ from siglip_model.checkpoints.upload import check_upload_arguments, save_and_upl
 from siglip_model.images.inputs import LAYOUTS, flatten_images, to_levels
 from siglip_model.images.options import (
     BICUBIC,
+    BILINEAR,
     ImageOptions,
     SiglipImageProcessorKwargs,
     is_number,
@@ -139,6 +140,38 @@ class ImageProcessor:
         flat = [to_levels(image, resolved) for image in flatten_images(images)]
         pixel_values = self._process(flat, resolved, device)
         return BatchFeature(pixel_values=pixel_values if kind is None else _stack(pixel_values, kind))
+
+    # One step each, for arrays or tensors with channels first: (channels, height, width), or a batch of 4 dimensions.
+
+    def resize(self, image: Any, size: Any, resample: Any = BILINEAR) -> Any:
+        """The image resized. size, resample: as the options."""
+        return self._step(image, do_resize=True, size=size, resample=resample)
+
+    def center_crop(self, image: Any, size: Any) -> Any:
+        """The centre of the image. size: as `crop_size`."""
+        return self._step(image, do_center_crop=True, crop_size=size)
+
+    def rescale(self, image: Any, scale: float) -> Any:
+        """The image's values times `scale`, in float32."""
+        return self._step(image, do_rescale=True, rescale_factor=scale)
+
+    def normalize(self, image: Any, mean: Any, std: Any) -> Any:
+        """(image - mean) / std, in float32. mean, std: a number, or one per channel."""
+        return self._step(image, do_normalize=True, image_mean=mean, image_std=std)
+
+    def pad(self, images: list[Any], pad_size: Any = None) -> list[Any]:
+        """Images of 3 dimensions with zeros on the right and below. pad_size: as the option."""
+        return self._process(images, self._alone(do_pad=True, pad_size=pad_size), None)
+
+    def _step(self, image: Any, **options: Any) -> Any:
+        batch = image if image.ndim == 4 else image[None]
+        results = self._process(list(batch), self._alone(**options), None)
+        stacked = torch.stack(results) if isinstance(results[0], torch.Tensor) else np.stack(results)
+        return stacked if image.ndim == 4 else stacked[0]
+
+    def _alone(self, **options: Any) -> ImageOptions:
+        """These options with all other steps left out."""
+        return self._resolve({**dict.fromkeys(_FLAGS, False), "input_data_format": "channels_first", **options})
 
     def _process(self, images: list[Any], options: ImageOptions, device: Any) -> list[Any]:
         raise NotImplementedError

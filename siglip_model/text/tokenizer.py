@@ -73,6 +73,7 @@ class Tokenizer(abc.ABC):
     padding_side: str = "right"
     config_name: ClassVar[str] = "tokenizer_config.json"
     pad_token_type_id: ClassVar[int] = 0
+    init_inputs: ClassVar[tuple[()]] = ()  # positional arguments that transformers' files may hold
 
     bos_token, bos_token_id = _named_token("bos_token"), _named_token_id("bos_token")
     eos_token, eos_token_id = _named_token("eos_token"), _named_token_id("eos_token")

@@ -119,3 +119,35 @@ def test_pool_needs_a_head(checkpoint):
     processor = SiglipProcessor.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match="pool is True"):
         pipeline(FEATURES, model=SiglipVisionModel(config), processor=processor)(IMAGES[0], pool=True)
+
+
+def test_saved_pipelines_load_again(checkpoint, classifier, tmp_path):
+    for task, source, arguments in (
+        (CLASSES, classifier, {}),
+        (FEATURES, checkpoint, {"return_tensors": True}),
+        ("zero-shot-image-classification", checkpoint, {"candidate_labels": ["a cat", "a dog"]}),
+    ):
+        built = pipeline(task, model=source, device_map={"": "cpu"}, **arguments)
+        expected = built(IMAGES)
+        built.save_pretrained(tmp_path / task)
+        again = pipeline(task, model=tmp_path / task, device_map="balanced", **arguments)
+        for result in (built.predict(IMAGES), built.transform(IMAGES), again(IMAGES)):
+            assert str(result) == str(expected)
+        with pytest.raises(TypeError, match="foo"):
+            built.save_pretrained(tmp_path / task, foo=1)
+    theirs = transformers.pipeline(CLASSES, model=str(tmp_path / CLASSES), device=-1)(IMAGES[0])
+    ours = pipeline(CLASSES, model=tmp_path / CLASSES, device="cpu")(IMAGES[0])
+    assert [row["label"] for row in theirs] == [row["label"] for row in ours]
+
+
+def test_maps_of_one_device(checkpoint, monkeypatch):
+    with pytest.raises(ValueError, match="device_map is .*; supported: one device for the whole model"):
+        pipeline(FEATURES, model=checkpoint, device_map={"encoder": "cpu", "head": "meta"})
+    with pytest.raises(ValueError, match="device='cpu' and device_map='meta'"):
+        pipeline(FEATURES, model=checkpoint, device="cpu", device_map={"": "meta"})
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for spread in ("balanced", "balanced_low_0", "sequential"):
+        with pytest.raises(ValueError, match=f"device_map is {spread!r}; supported: one device for the whole model"):
+            pipeline(FEATURES, model=checkpoint, device_map=spread)
+        with pytest.raises(ValueError, match=f"device_map is {spread!r}"):
+            SiglipModel.from_pretrained(checkpoint, device_map=spread)

@@ -60,6 +60,41 @@ def test_answers_are_those_of_transformers(name: str) -> None:
     assert blocks & set(ours._no_split_modules)
 
 
+@pytest.mark.parametrize("part", ["text_model", "vision_model"])
+def test_sizes_of_parts_are_those_of_transformers(part: str) -> None:
+    ours, theirs = (getattr(build("SiglipModel", library), part) for library in (siglip_model, transformers))
+    names = {
+        "encoder.layers.0.self_attn": ("embed_dim", "num_heads", "head_dim", "scale", "dropout", "is_causal"),
+        "encoder.layers.0": ("embed_dim",),
+        "embeddings": ("embed_dim", "image_size", "patch_size", "num_patches", "num_positions")[: 5 * ("v" in part)],
+    }
+    for path, attributes in names.items():
+        for attribute in attributes:
+            here, there = (getattr(model.get_submodule(path), attribute) for model in (ours, theirs))
+            assert here == there, (path, attribute)
+    assert ours.encoder.config is ours.encoder.layers[1].self_attn.config is ours.config
+    assert torch.equal(ours.embeddings.position_ids, theirs.embeddings.position_ids)
+    assert ours.to("meta").embeddings.position_ids.is_meta
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dummy_inputs_fit_the_model(name: str) -> None:
+    model = build(name).half()
+    inputs = model.dummy_inputs
+    assert set(inputs) == {"text": {"input_ids"}, "image": {"pixel_values"}}.get(
+        "".join(model.input_modalities), {"input_ids", "pixel_values"}
+    )
+    assert len(model(**inputs)[0]) == 3
+
+
+def test_adapters_are_added_by_peft() -> None:
+    model = build("SiglipModel")
+    with pytest.raises(NotImplementedError, match=r"add_adapter; supported: peft.get_peft_model\(model, config\)"):
+        model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(NotImplementedError, match=r"supported: peft.PeftModel.from_pretrained\(model, path\)"):
+        model.load_adapter("folder")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_input_embeddings(name: str) -> None:
     ours, theirs = build(name), build(name, transformers)
@@ -158,6 +193,16 @@ def test_configuration_files(tmp_path: Path) -> None:
     assert found.output_attentions and unused == {"foo": 1} and not hasattr(found, "return_unused_kwargs")
     found, unused = type(ours).from_pretrained(tmp_path, output_attentions=True, foo=1, return_unused_kwargs=True)
     assert found.output_attentions and unused == {"foo": 1} and not hasattr(found, "foo")
+
+
+def test_saving_refuses_arguments_that_name_nothing(tmp_path: Path) -> None:
+    model = build("SiglipModel")
+    for part in (model.config, model.config.text_config, model):
+        with pytest.raises(TypeError, match="foo"):
+            part.save_pretrained(tmp_path, foo=1)
+        with pytest.raises(TypeError, match="foo"):
+            part.push_to_hub("owner/name", foo=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_difference_from_the_defaults() -> None:

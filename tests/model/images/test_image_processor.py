@@ -11,6 +11,7 @@ import torch
 import transformers
 from image_samples import ARRAYS, MODES, SIZE, assert_equal, noise, picture
 from PIL import Image
+from transformers.image_utils import SizeDict
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil as TransformersPil
 
 from siglip_model.batch import BatchFeature
@@ -260,3 +261,54 @@ class TestPillowLimits:
         with pytest.raises(ValueError, match="Pillow cannot resize"):
             SiglipImageProcessorPil()(image)
         assert SiglipImageProcessor()(image, return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)
+
+
+SIZES = [{"height": 24, "width": 20}, {"shortest_edge": 12}, {"shortest_edge": 12, "longest_edge": 16}]
+
+
+class TestSteps:
+    """Each step alone is transformers' method of the same name."""
+
+    PAIRS = (
+        (SiglipImageProcessorPil(), TransformersPil(), lambda image: image),
+        (SiglipImageProcessor(), transformers.SiglipImageProcessor(), torch.from_numpy),
+    )
+
+    @pytest.mark.parametrize("dtype", ["uint8", "float32"])
+    @pytest.mark.parametrize("ours, theirs, convert", PAIRS, ids=["pil", "torchvision"])
+    def test_one_image(self, ours: Any, theirs: Any, convert: Any, dtype: str) -> None:
+        image = convert((noise(31, 17, 3).transpose(2, 0, 1) / (1 if dtype == "uint8" else 255)).astype(dtype))
+        for size in SIZES:
+            for resample in (0, 2, 3):
+                same(ours.resize(image, size, resample), theirs.resize(image, SizeDict(**size), resample))
+            same(ours.resize(image, size=size), theirs.resize(image, SizeDict(**size)))
+        for height, width in ((8, 9), (40, 12), (31, 17)):
+            crop = {"height": height, "width": width}
+            same(ours.center_crop(image, crop), theirs.center_crop(image, SizeDict(**crop)))
+        same(ours.rescale(image, scale=1 / 127.5), theirs.rescale(image, scale=1 / 127.5))
+        values = theirs.rescale(image, 1 / 255)
+        for mean, std in (([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]), ((0.5,) * 3, (0.5,) * 3)):
+            same(ours.normalize(values, mean, std), theirs.normalize(values, mean, std))
+
+    @pytest.mark.parametrize("ours, theirs, convert", PAIRS, ids=["pil", "torchvision"])
+    def test_padding(self, ours: Any, theirs: Any, convert: Any) -> None:
+        images = [convert(noise(*size, 3).transpose(2, 0, 1).copy()) for size in ((31, 17), (9, 30))]
+        for pad_size in (None, {"height": 40, "width": 33}):
+            asked = pad_size and SizeDict(**pad_size)
+            for here, there in zip(ours.pad(images, pad_size), theirs.pad(images, asked), strict=True):
+                same(here, there)
+        with pytest.raises(ValueError, match="pad_size is"):
+            ours.pad(images, 10)
+
+    def test_batches(self) -> None:
+        batch = torch.rand(2, 3, 31, 17)
+        ours, theirs = SiglipImageProcessor(), transformers.SiglipImageProcessor()
+        same(ours.resize(batch, SIZES[0]), theirs.resize(batch, SizeDict(**SIZES[0])))
+        same(ours.normalize(batch, 0.5, 0.25), theirs.normalize(batch, [0.5] * 3, [0.25] * 3))
+        with pytest.raises(ValueError, match="size is 'large'"):
+            ours.resize(batch, "large")
+
+
+def same(here: Any, there: Any) -> None:
+    assert type(here) is type(there) and here.dtype == there.dtype and here.shape == there.shape
+    assert np.array_equal(np.asarray(here), np.asarray(there))
