@@ -180,7 +180,7 @@ class EmbeddingJournal:
 
     def _other_settings(self, earlier: Mapping[str, str]) -> str | None:
         changed = [
-            f"{name} was {earlier.get(name)} and is now {value}"
+            _change(name, earlier.get(name), value)
             for name, value in self.settings.items()
             if earlier.get(name) != value and not name.endswith("_name")
         ]
@@ -465,6 +465,20 @@ def _check_name(path: Path) -> None:
 def resuming(overwrite: bool) -> str:
     """Advice after a run that was stopped: `overwrite` would start over again."""
     return f"run the same command again {'without --overwrite ' if overwrite else ''}to resume"
+
+
+def _change(name: str, was: str | None, now: str) -> str:
+    """What changed in a setting: of an object in JSON, the items alone that differ."""
+    try:
+        before, after = json.loads(was or ""), json.loads(now)
+    except (ValueError, RecursionError):  # text
+        before = after = None
+    if isinstance(before, dict) and isinstance(after, dict):
+        texts = [{key: json.dumps(value) for key, value in items.items()} for items in (before, after)]
+        names = [key for key in sorted({**before, **after}) if texts[0].get(key) != texts[1].get(key)]
+        if names:
+            was, now = (", ".join(f"{key}={items.get(key, 'not given')}" for key in names) for items in texts)
+    return f"{name} was {was} and is now {now}"
 
 
 def _code(error: sqlite3.Error) -> int:
