@@ -16,7 +16,7 @@ from siglip_kernels.errors import unsupported
 from siglip_kernels.fusable import is_fusable
 from siglip_model.backends import Backend
 from siglip_model.config import SiglipTextConfig, SiglipVisionConfig
-from siglip_model.layers import MLP, UsesBackend, add_pre_norm_mlp, apply_layer_norm, apply_linear
+from siglip_model.layers import MLP, UsesBackend, add_pre_norm_mlp, apply_layer_norm, apply_linear, weights_of
 from siglip_model.outputs import BaseModelOutput
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ class Encoder(nn.Module):
     def _is_trained_alone(self, x: Tensor) -> bool:
         """Whether the layers need gradients and their input does not, as with adapters and frozen embeddings."""
         trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # where no checkpoint is reentrant
-        return trains and not x.requires_grad and any(parameter.requires_grad for parameter in self.parameters())
+        return trains and not x.requires_grad and any(weight.requires_grad for weight in weights_of(self))
 
 
 def _kept(asked: HiddenStates, number: int) -> Sequence[int]:

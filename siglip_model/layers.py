@@ -8,7 +8,7 @@ were replaced, wrapped or hooked.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +95,13 @@ def add_pre_norm_mlp(ops: Backend, norm: nn.Module, mlp: nn.Module, x: Tensor) -
         return mlp(apply_layer_norm(ops, norm, x), x)
     fc1, fc2 = mlp.fc1, mlp.fc2
     return ops.pre_norm_mlp(x, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+
+def weights_of(module: nn.Module) -> Iterator[Tensor]:
+    """Its parameters, or what replaces them in a replica by nn.DataParallel, which has none."""
+    for each in module.modules():
+        yield from each.parameters(recurse=False)
+        yield from getattr(each, "_former_parameters", {}).values()
 
 
 def lecun_normal_(weight: Tensor) -> None:

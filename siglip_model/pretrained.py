@@ -24,7 +24,7 @@ from siglip_model.checkpoints.files import split_hub_arguments, to_json, write_f
 from siglip_model.config import PretrainedConfig
 from siglip_model.devices import resolve_device_map
 from siglip_model.encoder import Encoder
-from siglip_model.layers import UsesBackend
+from siglip_model.layers import UsesBackend, weights_of
 from siglip_model.outputs import ModelOutput
 from siglip_model.trainer import save_config_with_weights
 
@@ -282,12 +282,12 @@ class PreTrainedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return next(weights_of(self)).device
 
     @property
     def dtype(self) -> torch.dtype:
-        parameters = list(self.parameters())
-        return next((each.dtype for each in parameters if each.is_floating_point()), parameters[0].dtype)
+        weights = list(weights_of(self))
+        return next((each.dtype for each in weights if each.is_floating_point()), weights[0].dtype)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]

@@ -4,14 +4,16 @@ import copy
 import io
 import json
 import pickle
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.parallel.scatter_gather as scatter_gather
+import torch.utils._pytree as pytree
 import transformers
-from oracle import worst_difference
+from oracle import TINY_TEXT, TINY_VISION, project_model, transformers_model, worst_difference
 from torch import Tensor
 
 from siglip_model.outputs import BaseModelOutputWithPooling, ImageClassifierOutput, ModelOutput, SiglipOutput
@@ -102,15 +104,57 @@ def test_a_shallow_copy_shares_tensors_alone() -> None:
     assert output.loss is None
 
 
-def test_gathered_by_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torch's own code, in which only the copy between GPUs is replaced."""
+def joined(*tensors: Tensor) -> Tensor:
+    return torch.cat([tensor.reshape(1) if tensor.dim() == 0 else tensor for tensor in tensors])
+
+
+@pytest.fixture
+def copies_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nn.DataParallel's own code, in which only the copies between GPUs are replaced."""
 
     class OnCpu:
-        @staticmethod
-        def apply(device: Any, dim: int, *tensors: Tensor) -> Tensor:
-            return torch.cat([tensor.reshape(1) if tensor.dim() == 0 else tensor for tensor in tensors], dim)
+        apply = staticmethod(lambda device, dim, *tensors: joined(*tensors))
 
+    def copies(tensors: list[Tensor], devices: list[int], detach: bool) -> list[list[Tensor]]:
+        return [[tensor.detach() if detach else tensor.clone() for tensor in tensors] for _ in devices]
+
+    replicate = sys.modules["torch.nn.parallel.replicate"]
     monkeypatch.setattr(scatter_gather, "Gather", OnCpu)
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", copies)
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, *_: device)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"return_loss": True, "output_hidden_states": True, "output_attentions": True},
+        {"return_loss": True, "output_hidden_states": [0, -1]},
+        {"output_hidden_states": True, "return_dict": False},
+    ],
+    ids=str,
+)
+def test_models_in_data_parallel(copies_on_the_cpu: None, asked: dict[str, Any]) -> None:
+    model = project_model(transformers_model(TINY_TEXT, TINY_VISION), "eager")
+    halves = [(torch.randint(0, 99, (2, 7)), torch.randn(2, 3, 48, 48)) for _ in range(2)]
+    replicas = torch.nn.parallel.replicate(model, [0, 1])
+    gathered = scatter_gather.gather([each(*half, **asked) for each, half in zip(replicas, halves, strict=True)], "cpu")
+    alone = [model(*half, **asked) for half in halves]
+    assert type(gathered) is type(alone[0])
+    expected = pytree.tree_map(lambda *parts: None if parts[0] is None else joined(*parts), *alone)
+    assert worst_difference(gathered, expected) == 0.0
+    assert all((each.device, each.dtype) == (model.device, model.dtype) for each in replicas)
+
+
+def test_replicas_train_layers_after_frozen_embeddings(copies_on_the_cpu: None) -> None:
+    tower = project_model(transformers_model(TINY_TEXT, TINY_VISION), "sdpa").vision_model.train()
+    tower.embeddings.requires_grad_(False)
+    tower.activation_checkpointing_enable({"use_reentrant": True})
+    torch.nn.parallel.replicate(tower, [0])[0](torch.randn(1, 3, 48, 48)).pooler_output.sum().backward()
+    assert tower.encoder.layers[0].mlp.fc1.weight.grad.abs().max() > 0
+
+
+def test_gathered_by_data_parallel(copies_on_the_cpu: None) -> None:
     halves = [ImageClassifierOutput(torch.tensor(float(number)), A + number) for number in range(2)]
     gathered = scatter_gather.gather(halves, "cpu")
     assert type(gathered) is ImageClassifierOutput
