@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from siglip_model.checkpoints.arguments import supported_arguments
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.files import MODEL_TYPES, load_config_dict, split_hub_arguments
+from siglip_model.checkpoints.registered import Registry
 from siglip_model.classifier import SiglipForImageClassification
 from siglip_model.config import PretrainedConfig, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from siglip_model.model import SiglipModel
@@ -46,10 +47,9 @@ class AutoConfig:
 
         Raises ValueError if the model_type is another, or is registered already and exist_ok is False.
         """
-        if config.model_type != model_type:
-            raise ValueError(
-                f"AutoConfig: model_type of {config.__name__} is {config.model_type!r}, not {model_type!r}"
-            )
+        own = getattr(config, "model_type", None)
+        if own != model_type:
+            raise ValueError(f"AutoConfig: model_type of {_name(config)} is {own!r}, not {model_type!r}")
         _add(cls.classes, model_type, config, exist_ok)
         if model_type not in MODEL_TYPES:
             MODEL_TYPES.append(model_type)
@@ -86,10 +86,10 @@ class AutoModel:
 
         Raises ValueError if it is another, or is registered already and exist_ok is False.
         """
-        if model_class.config_class is not config_class:
+        own = getattr(model_class, "config_class", None)
+        if own is not config_class or own is None:
             raise ValueError(
-                f"{cls.__name__}: config_class of {model_class.__name__} is {model_class.config_class.__name__}, not "
-                f"{config_class.__name__}"
+                f"{cls.__name__}: config_class of {_name(model_class)} is {_name(own)}, not {_name(config_class)}"
             )
         _add(cls.classes, config_class, model_class, exist_ok)
 
@@ -115,15 +115,21 @@ class AutoModelForImageClassification(AutoModel):
     classes: ClassVar = {SiglipConfig: SiglipForImageClassification}
 
 
-class AutoProcessor:
+class AutoProcessor(Registry):
     """`AutoProcessor.from_pretrained(...)` returns a SiglipProcessor."""
 
-    @staticmethod
-    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """Arguments: see `SiglipProcessor.from_pretrained`."""
         from siglip_model.processor import SiglipProcessor
 
+        if own := cls.registered_for(pretrained_model_name_or_path, split_hub_arguments(kwargs)[0]):
+            return own.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return SiglipProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+def _name(given: Any) -> str:
+    return str(getattr(given, "__name__", repr(given)))
 
 
 def _add(classes: dict[Any, Any], key: Any, value: Any, exist_ok: bool) -> None:

@@ -278,7 +278,7 @@ class PretrainedConfig:
     ) -> tuple[StoredObject, dict[str, Any]]:
         """(The content of config.json; the arguments that do not say where it is). See `from_pretrained`."""
         hub, others = split_hub_arguments(supported_arguments(cls.__name__, kwargs))
-        return load_config_dict(pretrained_model_name_or_path, **hub), others
+        return load_config_dict(pretrained_model_name_or_path, cls.model_type, **hub), others
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> Self:

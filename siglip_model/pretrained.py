@@ -238,15 +238,8 @@ class PreTrainedModel(nn.Module):
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """Arguments of a forward pass, a batch of three, on the model's device."""
-        inputs = {}
-        if "text" in self.input_modalities:
-            inputs["input_ids"] = torch.tensor([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]], device=self.device)
-        if "image" in self.input_modalities:
-            vision = getattr(self.config, "vision_config", self.config)
-            shape = (3, vision.num_channels, vision.image_size, vision.image_size)
-            inputs["pixel_values"] = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return inputs
+        """Arguments of a forward pass, a batch of three, on the model's device: those of its towers."""
+        return {name: value for tower in self._towers() for name, value in tower.dummy_inputs.items()}
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Raises NotImplementedError: PEFT wraps the model itself, and saves and loads its adapters."""

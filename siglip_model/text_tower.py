@@ -97,6 +97,11 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
     def _input_embeddings(self) -> tuple[nn.Module, str]:
         return self.embeddings, "token_embedding"
 
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """See `PreTrainedModel`; the ids of transformers."""
+        return {"input_ids": torch.tensor([[7, 6, 0, 0, 1], [1, 2, 3, 0, 0], [0, 0, 0, 4, 5]], device=self.device)}
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -129,6 +129,12 @@ class SiglipVisionModel(UsesBackend, PreTrainedModel):
     def _input_embeddings(self) -> tuple[nn.Module, str]:
         return self.embeddings, "patch_embedding"
 
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """See `PreTrainedModel`."""
+        shape = (3, self.config.num_channels, self.config.image_size, self.config.image_size)
+        return {"pixel_values": torch.zeros(shape, dtype=self.dtype, device=self.device)}
+
     def encode(
         self,
         pixel_values: Tensor,

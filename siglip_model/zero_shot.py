@@ -278,18 +278,15 @@ def pipeline(
     return ZeroShotImageClassificationPipeline(loaded, **components, **shared)
 
 
-def _model_class(task: str) -> type[PreTrainedModel]:
-    if task == ImageClassificationPipeline.task:
-        from siglip_model.classifier import SiglipForImageClassification
-
-        return SiglipForImageClassification
-    if task == ImageFeatureExtractionPipeline.task:
+def _model_class(task: str) -> Any:
+    if task == ImageFeatureExtractionPipeline.task:  # no Auto class loads the tower alone
         from siglip_model.vision_tower import SiglipVisionModel
 
         return SiglipVisionModel
-    from siglip_model.model import SiglipModel
+    from siglip_model.auto import AutoModelForImageClassification, AutoModelForZeroShotImageClassification
 
-    return SiglipModel
+    is_classifier = task == ImageClassificationPipeline.task
+    return AutoModelForImageClassification if is_classifier else AutoModelForZeroShotImageClassification
 
 
 def _components(model: Any, given: dict[str, Any], processor: Any, hub: dict[str, Any]) -> dict[str, Any]:

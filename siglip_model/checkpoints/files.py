@@ -96,9 +96,10 @@ def listed(items: Iterable[str], most: int = 5) -> str:
 MODEL_TYPES = ["siglip", "siglip_text_model", "siglip_vision_model"]  # AutoConfig.register appends
 
 
-def load_config_dict(path_or_id: str | os.PathLike[str], **hub: Any) -> StoredObject:
+def load_config_dict(path_or_id: str | os.PathLike[str], own_type: str = "", **hub: Any) -> StoredObject:
     """The content of config.json of a directory or Hub repository. hub: arguments of `resolve_file`.
 
+    own_type: a further model_type that it may have, of a class that is not registered.
     Raises:
         CheckpointError: config.json is missing, is not a JSON object, or describes another kind of model.
     """
@@ -108,6 +109,6 @@ def load_config_dict(path_or_id: str | os.PathLike[str], **hub: Any) -> StoredOb
         raise CheckpointError(f"{where.rstrip(os.sep)} has no {CONFIG_NAME}; give the configuration as config=")
     content = read_json_object(path)
     model_type = content.get("model_type", MODEL_TYPES[0])
-    if model_type not in MODEL_TYPES:
+    if model_type not in (*MODEL_TYPES, own_type):
         content.refuse("model_type", ", ".join(MODEL_TYPES))
     return content

@@ -7,18 +7,19 @@ from typing import Any
 
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.files import find_file, split_hub_arguments
+from siglip_model.checkpoints.registered import Registry
 from siglip_model.text.siglip import SiglipTokenizer
 from siglip_model.text.tokenizer import Tokenizer
 from siglip_model.text.tokenizer_config import find_settings
 
 
-class AutoTokenizer:
+class AutoTokenizer(Registry):
     """`AutoTokenizer.from_pretrained(...)` returns SigLIP's tokenizer, or Gemma's for SigLIP 2."""
 
-    @staticmethod
+    @classmethod
     def from_pretrained(
-        pretrained_model_name_or_path: str | os.PathLike[str], *, use_fast: bool | None = None, **arguments: Any
-    ) -> Tokenizer:
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *, use_fast: bool | None = None, **arguments: Any
+    ) -> Any:
         """The tokenizer of a directory or Hub repository.
 
         The class follows tokenizer_class of tokenizer_config.json; without one, spiece.model or tokenizer.json decides.
@@ -30,6 +31,8 @@ class AutoTokenizer:
 
         where = pretrained_model_name_or_path
         hub, _ = split_hub_arguments(arguments)
+        if own := cls.registered_for(where, hub):
+            return own.from_pretrained(where, **arguments)
         config = find_settings(where, Tokenizer.config_name, hub)
         name = ((config and config.get("tokenizer_class")) or "").removesuffix("Fast")
         if name == "SiglipTokenizer" or (not name and find_file(where, SiglipTokenizer.vocab_file_name, hub)):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from oracle import TINY_TEXT, TINY_VISION
 from torch import nn
 
 import siglip_model
+from siglip_model import auto as auto_module
 from siglip_model.checkpoints import files
 from siglip_model.checkpoints.errors import CheckpointError
+from siglip_model.demo import CHECKPOINT
 from siglip_model.pretrained import PreTrainedModel
 
 IDS = torch.randint(0, TINY_TEXT["vocab_size"], (2, 7))
@@ -306,6 +309,48 @@ def test_registered_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         siglip_model.AutoConfig.register("yours", MyConfig)
     with pytest.raises(ValueError, match="config_class of SiglipModel is SiglipConfig, not MyConfig"):
         siglip_model.AutoModel.register(MyConfig, siglip_model.SiglipModel)
+
+
+def test_registered_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own configuration, model and processors, through every Auto class and a pipeline."""
+    own = type("OwnConfig", (siglip_model.SiglipConfig,), {"model_type": "own"})
+    model = type("OwnModel", (siglip_model.SiglipModel,), {"config_class": own})
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "own")
+    loaded = siglip_model.SiglipConfig.from_pretrained(CHECKPOINT).to_dict()
+    own.from_dict({**loaded, "model_type": "own"}).save_pretrained(folder)
+    assert type(model.from_pretrained(folder).config) is own  # what is not registered loads by its own class
+    with pytest.raises(CheckpointError, match="model_type is 'own'; supported: siglip"):
+        siglip_model.AutoModel.from_pretrained(folder)
+
+    autos = (siglip_model.AutoModel, siglip_model.AutoModelForZeroShotImageClassification)
+    for auto in (siglip_model.AutoConfig, *autos):
+        monkeypatch.setattr(auto, "classes", dict(auto.classes))
+    monkeypatch.setattr(files, "MODEL_TYPES", files.MODEL_TYPES.copy())
+    monkeypatch.setattr(auto_module, "MODEL_TYPES", files.MODEL_TYPES)
+    siglip_model.AutoConfig.register("own", own)
+    for auto in autos:
+        auto.register(own, model)
+    for auto, base in (
+        (siglip_model.AutoProcessor, siglip_model.SiglipProcessor),
+        (siglip_model.AutoImageProcessor, siglip_model.SiglipImageProcessorPil),
+        (siglip_model.AutoTokenizer, siglip_model.SiglipTokenizer),
+    ):
+        monkeypatch.setattr(auto, "registered", {})
+        assert type(auto.from_pretrained(folder)).__name__ != "Own"
+        registered = type("Own", (base,), {})
+        auto.register(own, registered)
+        assert type(auto.from_pretrained(folder)) is registered
+        assert type(auto.from_pretrained(CHECKPOINT)) is not registered
+        with pytest.raises(ValueError, match="'own' is registered already"):
+            auto.register(own, registered)
+        auto.register(own, registered, exist_ok=True)
+        with pytest.raises(ValueError, match="config_class is 'own'; supported: a class with a model_type"):
+            auto.register("own", registered)
+        with pytest.raises(ValueError, match="has no from_pretrained"):
+            auto.register(own, nn.Linear)
+    built = siglip_model.pipeline("zero-shot-image-classification", folder, device="cpu")
+    assert type(built.model) is model
+    assert [type(part).__name__ for part in (built.tokenizer, built.image_processor)] == ["Own", "Own"]
 
 
 def test_a_tower_inside_another_model() -> None:
