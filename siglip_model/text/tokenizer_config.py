@@ -59,6 +59,10 @@ class AddedToken:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def __str__(self) -> str:
+        """The content, as of an AddedToken of the tokenizers library."""
+        return self.content
+
 
 def is_token(value: Any) -> bool:
     """Whether the value is a string, or an AddedToken of this module or of the tokenizers library."""

@@ -48,6 +48,9 @@ def test_tokens_with_flags(pair: Any) -> None:
         ours.add_tokens([token])
     theirs.add_tokens([transformers.AddedToken("<new>", **flags)])
     assert_same(ours, theirs)
+    here, there = ([*map(str, tokenizer.added_tokens_decoder.values())] for tokenizer in pair)
+    assert here == there and "<new>" in here
+    assert ours.init_inputs == theirs.init_inputs == ()
     with pytest.raises(TypeError, match="new_tokens holds 3"):
         ours.add_tokens(["a", 3])
 
