@@ -72,15 +72,16 @@ class SiglipForImageClassification(PreTrainedModel):
             vision = self.vision_model(pixel_values, *asked, return_dict=True)
         tokens: Any = vision.last_hidden_state  # [B, S, width]
         logits = self.classifier(tokens.mean(dim=1))
-        loss = None if labels is None else self._loss(logits, labels.to(logits.device))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return finish(ImageClassifierOutput(loss, logits, vision.hidden_states, vision.attentions), self, return_dict)
 
     def capture(self, batch_size: int = 1, *, image_size: int | tuple[int, int] | None = None) -> CapturedVision:
         """Record the forward pass into a CUDA graph, to be called with pixel_values. See `SiglipModel.capture`."""
         return CapturedVision(self, batch_size, image_size)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        config = self.config
+    def loss_function(self, labels: Tensor, logits: Tensor, config: SiglipConfig) -> Tensor:
+        """The loss of `forward`. `model.loss_function = ...` replaces it, as in transformers."""
+        labels = labels.to(logits.device)
         if config.problem_type is None:
             if config.num_labels == 1:
                 config.problem_type = "regression"

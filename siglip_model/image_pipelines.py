@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from siglip_model.automatic_capture import CapturesRepeats
+from siglip_model.checkpoints.upload import save_and_upload
 from siglip_model.devices import resolve_device
 from siglip_model.fit import check_pixels
 from siglip_model.images.batches import Failure, read_batches
@@ -82,6 +83,10 @@ class ImagePipeline:
         for part in (self.model, getattr(self, "tokenizer", None), self.image_processor):
             if part is not None:
                 part.save_pretrained(save_directory, **arguments)
+
+    def push_to_hub(self, repo_id: str, **arguments: Any) -> Any:
+        """Write these files to a repository of the Hub. arguments: see `checkpoints.upload.upload`."""
+        return save_and_upload(self.save_pretrained, repo_id, **arguments)
 
     def prepare(
         self, image: Any, timeout: float | None = None, budget: PixelBudget | None = None, **options: Any

@@ -135,6 +135,8 @@ def test_saved_pipelines_load_again(checkpoint, classifier, tmp_path):
             assert str(result) == str(expected)
         with pytest.raises(TypeError, match="foo"):
             built.save_pretrained(tmp_path / task, foo=1)
+        with pytest.raises(TypeError, match="foo"):
+            built.push_to_hub("owner/name", foo=1)
     theirs = transformers.pipeline(CLASSES, model=str(tmp_path / CLASSES), device=-1)(IMAGES[0])
     ours = pipeline(CLASSES, model=tmp_path / CLASSES, device="cpu")(IMAGES[0])
     assert [row["label"] for row in theirs] == [row["label"] for row in ours]

@@ -196,6 +196,10 @@ def test_classification(problem: str, given: bool) -> None:
     pixels = torch.randn(3, 3, 48, 48)
     outputs = [model(pixels, labels=labels, output_hidden_states=True) for model in (project, peer)]
     assert worst_difference(*outputs) < TOLERANCE
+    for model in (project, peer):
+        model.loss_function = lambda labels, logits, config: logits.sum() * config.num_labels + labels.sum()
+    outputs = [model(pixels, labels=labels) for model in (project, peer)]
+    assert worst_difference(*outputs) < TOLERANCE and len(outputs[0]) == 2
     assert project.config.problem_type == problem
     for output in outputs:
         output.loss.backward()
