@@ -246,6 +246,34 @@ def test_tower(make):
         assert left[entry.module] in entry.reason
 
 
+@pytest.mark.parametrize(
+    "options, asked, checkpointing",
+    [
+        (dict(attention_bias=False), dict(output_hidden_states=[0, -1]), None),
+        (dict(hidden_act="quick_gelu"), dict(output_hidden_states=True, output_attentions=True), None),
+        (dict(num_attention_heads=2), {}, dict(use_reentrant=True)),
+    ],
+    ids=["no bias", "other outputs", "checkpoints"],
+)
+def test_options_of_a_tower(options, asked, checkpointing):
+    config = transformers.JanusVisionConfig(
+        **{**SHAPE, **IMAGES, "mlp_ratio": 1.5, "hidden_act": "gelu_pytorch_tanh", **options}
+    )
+    config._attn_implementation = "eager"  # which returns attention weights
+    model, _ = vision(transformers.JanusVisionModel, config)
+    if checkpointing:
+        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+
+    def call(model):
+        output = model(pixels(2, 3, SIDE, SIDE), **asked)
+        states = {f"state {number}": state for number, state in enumerate(output.hidden_states or ())}
+        weights = {f"weights {number}": weights for number, weights in enumerate(output.attentions or ())}
+        found = dict(tokens=output.last_hidden_state, pooled=output.pooler_output, **states, **weights)
+        return {name: value for name, value in found.items() if value is not None}
+
+    assert check_acceleration(model, call, accelerate, restore).replaced
+
+
 def test_compiled_copied_and_pickled():
     """What replaces a recognised layer finds its parts by name at every call."""
     model, _ = janus()
