@@ -4,6 +4,8 @@ Written for clarity and for correctness in any floating-point dtype (tests compa
 and probabilities are in at least fp32 whatever the inputs are.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,6 +58,8 @@ def attention(
     *,
     scale: float | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -63,9 +67,19 @@ def attention(
 
     q: (B, Sq, H, D); k, v: (B, Sk, H, D). Returns (B, Sq, H, D).
     scale: D**-0.5 unless given. lengths: int32 (B,), how many of a sample's keys are valid; 0 gives zeros.
-    mask, dropout: as in `attention_with_weights`.
+    cu_seqlens: integers (N + 1,). q, k, v and the result are (T, H, D), N sequences one after the other; tokens
+    cu_seqlens[i] to cu_seqlens[i + 1] attend to each other alone, and those behind the last give zeros.
+    max_seqlen: not used, with cu_seqlens. mask, dropout: as in `attention_with_weights`; no mask with cu_seqlens.
     """
-    return attention_with_weights(q, k, v, scale=scale, lengths=lengths, mask=mask, dropout=dropout)[0]
+    if cu_seqlens is None:
+        return attention_with_weights(q, k, v, scale=scale, lengths=lengths, mask=mask, dropout=dropout)[0]
+    if lengths is not None or mask is not None:
+        raise ValueError("attention: cu_seqlens is given with lengths or mask; supported: one of them")
+    boundaries = cu_seqlens.tolist()
+    sizes = [end - start for start, end in pairwise([*boundaries, q.shape[0]])]
+    *sequences, _ = zip(*(tensor[None].split(sizes, dim=1) for tensor in (q, k, v)), strict=True)
+    out = [attention(*sequence, scale=scale, dropout=dropout) for sequence in sequences]
+    return torch.cat([*out, q.new_zeros(1, sizes[-1], *q.shape[1:])], dim=1)[0]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

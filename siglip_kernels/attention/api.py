@@ -7,55 +7,18 @@ an implementation that launches kernels, a fake for tracing, and a derivative. d
 import torch
 from torch import Tensor
 
-from siglip_kernels.arguments import (
-    autocast_dtype,
-    cast,
-    check_input,
-    check_lengths,
-    check_same_device,
-    check_same_dtype,
-    wants_gradients,
-)
+from siglip_kernels.arguments import autocast_dtype, cast, check_lengths, wants_gradients
+from siglip_kernels.attention.checks import check_heads, check_scale
 from siglip_kernels.attention.dispatch import kept_shape, launch_backward, launch_forward
+from siglip_kernels.attention.variable_length import packed_attention
 from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.errors import unsupported
 from siglip_kernels.transforms import refuse_transforms, register_derivative
 
-_LARGEST_HEAD_DIM = 128
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
-_LARGEST_SCALE = 2.0**127  # times log2(e), it is still finite in fp32
-
-
-def check_head_dim(operation: str, argument: str, head_dim: int) -> None:
-    """A head dim for which there are kernels."""
-    if head_dim % 8 != 0 or not 8 <= head_dim <= _LARGEST_HEAD_DIM:
-        raise unsupported(operation, argument, f"has head dim {head_dim}", f"multiples of 8 up to {_LARGEST_HEAD_DIM}")
-
-
-def check_scale(operation: str, scale: float | None) -> None:
-    """None, or a number that is finite in fp32 as an exponent of two."""
-    if scale is None:
-        return
-    if not isinstance(scale, _NUMBERS):
-        raise unsupported(operation, "scale", f"is a {type(scale).__name__}", "numbers, int or float")
-    if not -_LARGEST_SCALE < scale < _LARGEST_SCALE:
-        raise unsupported(operation, "scale", f"is {scale}", "finite numbers, smaller than 2^127")
-
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None) -> None:
     """Raises for every unsupported argument. Traceable: it reads no values."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_input("attention", name, tensor, "(B, S, H, D)")
-        check_same_dtype("attention", name, tensor, "q", q.dtype)
-        check_same_device("attention", name, tensor, "q", q.device)
-    if k.shape[1] != v.shape[1]:
-        raise unsupported("attention", "v", f"has {v.shape[1]} tokens while k has {k.shape[1]}", "as many as k")
-    for name, tensor in (("k", k), ("v", v)):
-        for axis, what in ((0, "batch size"), (2, "number of heads"), (3, "head dim")):
-            if tensor.shape[axis] != q.shape[axis]:
-                got = f"has {what} {tensor.shape[axis]} while q has {q.shape[axis]}"
-                raise unsupported("attention", name, got, f"the same {what} in q, k and v")
-    check_head_dim("attention", "q", q.shape[3])
+    check_heads("attention", q, k, v, "(B, S, H, D)")
     check_scale("attention", scale)
     check_lengths("attention", lengths, "q", q)
 
@@ -122,7 +85,16 @@ def _differentiate(ctx, out_grad, _):
 register_derivative("attention", _attention, _attention_backward, _differentiate, _keep)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, lengths: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
     """Softmax attention without dropout or mask: softmax(scale · q kᵀ) v.
 
     q: (B, Sq, H, D); k, v: (B, Sk, H, D), fp32, fp16 or bf16. Returns (B, Sq, H, D), contiguous, in q's dtype.
@@ -130,6 +102,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, le
     last stride is not 1 is copied. fp32 products are IEEE unless torch.backends.cuda.matmul allows TF32; sums are fp32.
     scale: default D**-0.5. lengths: int32 (B,), the number of valid keys per sample, clamped to 0..Sk; other keys are
     never read, and a sample without keys gives zeros. So does Sk = 0.
+
+    cu_seqlens: int32 or int64 (N + 1,), contiguous. q, k, v and the result are then (T, H, D), the tokens of N
+    sequences one after the other: tokens cu_seqlens[i] to cu_seqlens[i + 1] attend to each other alone. It starts with
+    0, does not decrease and ends with at most T; equal neighbours are an empty sequence, and tokens from its end on
+    belong to none and give zeros. The host does not read it on a GPU: values that break these rules give wrong results
+    but no access outside the tensors. SIGLIP_KERNELS_CHECK=1 reads and checks them at every call, as on a CPU.
+    max_seqlen: at least the length of the longest sequence. It chooses tiles; on a GPU a wrong one costs time only.
+
     Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
     Gradients are deterministic.
 
@@ -137,6 +117,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, le
     derivatives and differentiation by torch.func, and MissingBackendError for tensors that are not on an NVIDIA GPU of
     compute capability 8.0 or later, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
+    if cu_seqlens is not None:
+        if lengths is not None:
+            raise unsupported("attention", "lengths", "is given with cu_seqlens", "one of them")
+        return packed_attention(q, k, v, cu_seqlens, max_seqlen, scale)
+    if max_seqlen is not None:
+        raise unsupported("attention", "max_seqlen", "is given without cu_seqlens", "both, or none")
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     _validate(q, k, v, lengths, scale)

@@ -24,6 +24,7 @@ from torch import Tensor
 from siglip_kernels.attention import config
 from siglip_kernels.attention.exact_delta import exact_delta, row_products, weights_of_tile
 from siglip_kernels.attention.forward import exponent_scale, is_marked
+from siglip_kernels.attention.sequences import Sequences, kernel_arguments, programs_of_head, tile_of_program
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile, stride_names
 from siglip_kernels.device import facts, precision
 from siglip_kernels.interpreter import INTERPRETED, narrow
@@ -31,7 +32,7 @@ from siglip_kernels.strides import strides_of
 
 _STRIDES = stride_names("q", "k", "v", "out_grad")
 # Not specialised on: see forward.py.
-_INTEGERS = [*_STRIDES, "heads", "query_tokens", "key_tokens", "query_tiles", "key_tiles"]
+_INTEGERS = [*_STRIDES, "heads", "query_tokens", "key_tokens", "query_tiles", "key_tiles", "sequences"]
 
 
 @triton.jit
@@ -85,6 +86,9 @@ def attention_backward_queries_kernel(
     q_grad,  # (B, Sq, H, D), contiguous, or if PACKED a part of (B, Sq, 3, H, D); written
     delta,  # (B, H, Sq) fp32, read for marked rows, written for the others. If EXACT: (B, H, 2, Sq), see exact_delta.py
     lengths,  # (B,) int32
+    starts_of_queries,  # of packed sequences, see sequences.py; B is 1
+    starts_of_keys,
+    sequences,
     q_batch_stride,  # strides in UNIT elements
     q_token_stride,
     q_head_stride,
@@ -100,7 +104,7 @@ def attention_backward_queries_kernel(
     heads,
     query_tokens,
     key_tokens,
-    query_tiles,  # of one head
+    query_tiles,  # programs of one head
     scale,
     exponent_scale,  # scale · log2(e)
     HEAD_DIM: tl.constexpr,
@@ -112,6 +116,7 @@ def attention_backward_queries_kernel(
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     SAME_STRIDE: tl.constexpr,  # of k and v: see forward.py
     HAS_LENGTHS: tl.constexpr,
+    PACKED_SEQUENCES: tl.constexpr,
     PACKED: tl.constexpr,  # the gradients are parts of one tensor
     ONLY_DELTA: tl.constexpr,  # q_grad is not required
     EXACT: tl.constexpr,  # delta is exact for every row, and P is divided by its sum
@@ -120,12 +125,23 @@ def attention_backward_queries_kernel(
     # A program owns BLOCK_Q queries of one head of one sample and loops over the keys.
     program = tl.program_id(0)
     sequence = program // query_tiles
-    first_query = (program % query_tiles) * BLOCK_Q
+    first_query, query_end, keys_start, limit = tile_of_program(
+        program % query_tiles,
+        starts_of_queries,
+        starts_of_keys,
+        sequences,
+        query_tokens,
+        key_tokens,
+        BLOCK_Q,
+        PACKED_SEQUENCES,
+    )
     batch = (sequence // heads).to(tl.int64)
     head = (sequence % heads).to(tl.int64)
+    if PACKED_SEQUENCES and first_query == query_end:
+        return
 
-    k += batch * k_batch_stride * UNIT + head * k_head_stride * UNIT
-    v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT
+    k += batch * k_batch_stride * UNIT + head * k_head_stride * UNIT + keys_start * k_token_stride * UNIT
+    v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT + keys_start * v_token_stride * UNIT
     q += batch * q_batch_stride * UNIT + head * q_head_stride * UNIT
     q += first_query.to(tl.int64) * q_token_stride * UNIT
     out_grad += batch * out_grad_batch_stride * UNIT + head * out_grad_head_stride * UNIT
@@ -144,12 +160,11 @@ def attention_backward_queries_kernel(
 
     queries = tl.arange(0, BLOCK_Q)
     keys = tl.arange(0, BLOCK_K)
-    query_is_valid = queries < query_tokens - first_query
+    query_is_valid = queries < query_end - first_query
     out_grad_offsets = queries * (out_grad_token_stride * UNIT)
     out_grad_main, out_grad_tail = load_tile(out_grad, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
     statistics = sequence.to(tl.int64) * query_tokens + first_query + queries
     row_log_sum_exp = tl.load(log_sum_exp + statistics, mask=query_is_valid, other=float("inf"))
-    limit = key_tokens
     if HAS_LENGTHS:
         limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
     q_main, q_tail = load_tile(q, queries * (q_token_stride * UNIT), query_is_valid, HEAD_DIM, MAIN, TAIL)
@@ -195,7 +210,7 @@ def attention_backward_queries_kernel(
         store_tile(
             q_grad + (batch * query_tokens + first_query) * heads * (HEAD_DIM * PARTS) + head * HEAD_DIM,
             queries * (row * PARTS),
-            first_query + queries < query_tokens,  # see attention_backward_keys_kernel
+            first_query + queries < query_end,  # see attention_backward_keys_kernel
             q_grad_main * scale,
             q_grad_tail * scale,
             HEAD_DIM,
@@ -215,6 +230,9 @@ def attention_backward_keys_kernel(
     k_grad,  # (B, Sk, H, D), contiguous, or if PACKED a part of (B, Sk, 3, H, D); written
     v_grad,  # as k_grad; written
     lengths,  # (B,) int32
+    starts_of_queries,  # of packed sequences, see sequences.py; B is 1
+    starts_of_keys,
+    sequences,
     q_batch_stride,  # strides in UNIT elements
     q_token_stride,
     q_head_stride,
@@ -230,7 +248,7 @@ def attention_backward_keys_kernel(
     heads,
     query_tokens,
     key_tokens,
-    key_tiles,  # of one head
+    key_tiles,  # programs of one head
     scale,
     exponent_scale,  # scale · log2(e)
     HEAD_DIM: tl.constexpr,
@@ -241,6 +259,7 @@ def attention_backward_keys_kernel(
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     HAS_LENGTHS: tl.constexpr,
+    PACKED_SEQUENCES: tl.constexpr,
     PACKED: tl.constexpr,  # the gradients are parts of one tensor
     EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -248,16 +267,28 @@ def attention_backward_keys_kernel(
     # A program owns BLOCK_K keys of one head of one sample and loops over the queries. Its scores are transposed.
     program = tl.program_id(0)
     sequence = program // key_tiles
-    first_key = (program % key_tiles) * BLOCK_K
+    first_key, key_end, queries_start, query_count = tile_of_program(
+        program % key_tiles,
+        starts_of_keys,
+        starts_of_queries,
+        sequences,
+        key_tokens,
+        query_tokens,
+        BLOCK_K,
+        PACKED_SEQUENCES,
+    )
     batch = (sequence // heads).to(tl.int64)
     head = (sequence % heads).to(tl.int64)
+    if PACKED_SEQUENCES and first_key == key_end:
+        return
 
-    q += batch * q_batch_stride * UNIT + head * q_head_stride * UNIT
+    q += batch * q_batch_stride * UNIT + head * q_head_stride * UNIT + queries_start * q_token_stride * UNIT
     out_grad += batch * out_grad_batch_stride * UNIT + head * out_grad_head_stride * UNIT
+    out_grad += queries_start * out_grad_token_stride * UNIT
     k += batch * k_batch_stride * UNIT + head * k_head_stride * UNIT + first_key.to(tl.int64) * k_token_stride * UNIT
     v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT + first_key.to(tl.int64) * v_token_stride * UNIT
-    log_sum_exp += sequence.to(tl.int64) * query_tokens
-    delta += sequence.to(tl.int64) * query_tokens * (2 if EXACT else 1)
+    log_sum_exp += sequence.to(tl.int64) * query_tokens + queries_start
+    delta += sequence.to(tl.int64) * query_tokens * (2 if EXACT else 1) + queries_start
     row = heads * (HEAD_DIM * (3 if PACKED else 1))  # of k_grad and v_grad
     q_step = q_token_stride.to(tl.int64) * UNIT
     out_grad_step = out_grad_token_stride.to(tl.int64) * UNIT
@@ -268,11 +299,11 @@ def attention_backward_keys_kernel(
         out_grad_token_stride = out_grad_token_stride.to(tl.int64)
         row = row.to(tl.int64)
 
-    limit = key_tokens
-    query_limit = query_tokens
+    limit = key_end
+    query_limit = query_count
     if HAS_LENGTHS:
         limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
-        query_limit = tl.where(first_key < limit, query_tokens, 0)  # a tile of padding only has gradients of zero
+        query_limit = tl.where(first_key < limit, query_count, 0)  # a tile of padding only has gradients of zero
 
     queries = tl.arange(0, BLOCK_Q)
     keys = tl.arange(0, BLOCK_K)
@@ -287,7 +318,7 @@ def attention_backward_keys_kernel(
     v_grad_tail = tl.zeros([BLOCK_K, TAIL if TAIL > 0 else 16], tl.float32)
     for first_query in tl.range(0, query_limit, BLOCK_Q):
         # Beyond the last query, q and out_grad are zeros, and every weight is 2^(0 − inf) = 0.
-        query_is_valid = queries < query_tokens - first_query
+        query_is_valid = queries < query_count - first_query
         q_main, q_tail = load_tile(q + first_query * q_step, q_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
         row_log_sum_exp = tl.load(log_sum_exp + first_query + queries, mask=query_is_valid, other=float("inf"))
         scores = products_by_key(k_main, k_tail, q_main, q_tail, TAIL, PRECISION)  # [BLOCK_K, BLOCK_Q]
@@ -326,7 +357,7 @@ def attention_backward_keys_kernel(
     # Padded keys were loaded as zeros, and their weights are meaningless: their gradients are set to zero.
     real = key_is_valid[:, None]
     first = (batch * key_tokens + first_key) * row + head * HEAD_DIM
-    key_exists = first_key + keys < key_tokens  # not as above: a mask kept through the loop takes registers
+    key_exists = first_key + keys < key_end  # not as above: a mask kept through the loop takes registers
     store_tile(
         k_grad + first,
         keys * row,
@@ -377,8 +408,12 @@ def attention_backward(
     needs_q: bool,
     needs_k_or_v: bool,
     packed_grad: Tensor | None = None,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the kernels. out_grad, q, k, v: unit stride along D. Returns what `gradients_to_write` says."""
+    """Launches the kernels. out_grad, q, k, v: unit stride along D. Returns what `gradients_to_write` says.
+
+    sequences: as in `attention_forward`.
+    """
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]
     q_grad, k_grad, v_grad = gradients_to_write(q, k, needs_q, needs_k_or_v, packed_grad)
@@ -389,7 +424,8 @@ def attention_backward(
     delta = torch.empty((batch, heads, 2 if exact else 1, query_tokens), dtype=torch.float32, device=q.device)
     main, tail = config.split_head_dim(head_dim)
     strides = strides_of(q, k, v, out_grad)
-    sizes = (q.element_size(), head_dim, query_tokens, key_tokens)
+    longest = (query_tokens, key_tokens) if sequences is None else sequences.longest
+    sizes = (q.element_size(), head_dim, *longest)
     same_in_both: dict[str, Any] = dict(
         q=q,
         k=k,
@@ -398,6 +434,7 @@ def attention_backward(
         log_sum_exp=log_sum_exp,
         delta=delta,
         lengths=lengths,
+        **kernel_arguments(sequences),
         **dict(zip(_STRIDES, strides.values, strict=True)),
         heads=heads,
         query_tokens=query_tokens,
@@ -415,10 +452,10 @@ def attention_backward(
         enable_fp_fusion=not exact,  # in fp32, products and sums are rounded separately
     )
     if query_tokens > 0:
-        exact_delta(out_grad, q, k, v, out, log_sum_exp, delta, lengths, scale)
+        exact_delta(out_grad, q, k, v, out, log_sum_exp, delta, lengths, scale, sequences)
     if query_tokens > 0 and (needs_q or not exact):
         tile = config.tile("backward_queries", facts(q.device), *sizes)
-        query_tiles = triton.cdiv(query_tokens, tile.queries)
+        query_tiles = programs_of_head(query_tokens, tile.queries, sequences)
         attention_backward_queries_kernel[(config.grid(batch * heads * query_tiles),)](
             **same_in_both,
             out=out,
@@ -435,7 +472,7 @@ def attention_backward(
         )
     if needs_k_or_v and key_tokens > 0:
         tile = config.tile("backward_keys", facts(q.device), *sizes)
-        key_tiles = triton.cdiv(key_tokens, tile.keys)
+        key_tiles = programs_of_head(key_tokens, tile.keys, sequences)
         attention_backward_keys_kernel[(config.grid(batch * heads * key_tiles),)](
             **same_in_both,
             k_grad=k_grad,

@@ -3,11 +3,13 @@
 Only the launches import Triton.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from siglip_kernels.arguments import unit_stride
-from siglip_kernels.attention.config import is_short
+from siglip_kernels.attention.config import is_short, length_class
 from siglip_kernels.device import blackwell_kernels_enabled, hopper_kernels_enabled
 from siglip_kernels.errors import unsupported
 
@@ -66,8 +68,7 @@ def launch_backward(
     needs = (needs_q, needs_k_or_v, packed_grad)
     if is_short(q, k):
         return attention_short_backward(out_grad, q, k, v, lengths, scale, *needs)
-    if log_sum_exp.shape != kept_shape(q, k, True):
-        raise unsupported("attention", "keep_for_backward", "was False", "True where gradients are required")
+    _require_kept(log_sum_exp, kept_shape(q, k, True))
     if hopper_kernels_enabled():
         from siglip_kernels.attention.hopper import attention_backward_hopper
 
@@ -75,6 +76,85 @@ def launch_backward(
     return attention_backward(out_grad, q, k, v, out, log_sum_exp, lengths, scale, *needs)
 
 
+def launch_packed_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    scale: float | None,
+    keep_for_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    """`launch_forward` of packed sequences, (T, H, D). cu_seqlens_k: None for cu_seqlens_q.
+
+    These are computed by forward.py's and backward.py's kernels, however short, and whichever others are enabled.
+    """
+    from siglip_kernels.attention.forward import attention_forward
+
+    sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    batch = [unit_stride(tensor)[None] for tensor in (q, k, v)]
+    out, log_sum_exp = attention_forward(*batch, None, _scale(scale, q), keep_for_backward, sequences)
+    return out.view(q.shape), log_sum_exp.view(packed_kept_shape(q, keep_for_backward))
+
+
+def packed_kept_shape(q: Tensor, keep_for_backward: bool) -> int | tuple[int, int]:
+    """The shape of the log-sum-exp that `launch_packed_forward` returns."""
+    return (q.shape[1], q.shape[0]) if keep_for_backward else 0
+
+
+def launch_packed_backward(
+    out_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    scale: float | None,
+    needs_q: bool,
+    needs_k_or_v: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`launch_backward` of packed sequences."""
+    from siglip_kernels.attention.backward import attention_backward
+
+    _require_kept(log_sum_exp, packed_kept_shape(q, True))
+    sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    batch = [unit_stride(tensor)[None] for tensor in (out_grad, q, k, v)]
+    kept = (out[None], log_sum_exp[None])
+    gradients = attention_backward(*batch, *kept, None, _scale(scale, q), needs_q, needs_k_or_v, sequences=sequences)
+    needed = ((q, needs_q), (k, needs_k_or_v), (k, needs_k_or_v))
+    q_grad, k_grad, v_grad = (
+        gradient.view(like.shape if need else 0) for gradient, (like, need) in zip(gradients, needed, strict=True)
+    )
+    return q_grad, k_grad, v_grad
+
+
+def _sequences(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> Any:
+    """The launchers' `Sequences`. Where the longest is not known, all tokens may be of one."""
+    from siglip_kernels.attention.sequences import Sequences
+
+    longest_query = length_class(q.shape[0] if max_seqlen_q is None else max_seqlen_q)
+    longest_key = length_class(k.shape[0] if max_seqlen_k is None else max_seqlen_k)
+    return Sequences(cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, (longest_query, longest_key))
+
+
+def _require_kept(log_sum_exp: Tensor, shape: Any) -> None:
+    if log_sum_exp.shape != shape:
+        raise unsupported("attention", "keep_for_backward", "was False", "True where gradients are required")
+
+
 def _scale(scale: float | None, q: Tensor) -> float:
-    head_dim: int = q.shape[3]
+    head_dim: int = q.shape[-1]
     return head_dim**-0.5 if scale is None else scale

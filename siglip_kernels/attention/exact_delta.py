@@ -17,13 +17,14 @@ from torch import Tensor
 
 from siglip_kernels.attention import config
 from siglip_kernels.attention.forward import exponent_scale, is_marked
+from siglip_kernels.attention.sequences import Sequences, kernel_arguments, programs_of_head, tile_of_program
 from siglip_kernels.attention.tiles import inner_products, load_tile, stride_names
 from siglip_kernels.device import facts, precision
 from siglip_kernels.strides import strides_of
 
 _STRIDES = stride_names("q", "k", "v", "out_grad")
 # Not specialised on: see forward.py.
-_INTEGERS = [*_STRIDES, "heads", "query_tokens", "key_tokens", "spans"]
+_INTEGERS = [*_STRIDES, "heads", "query_tokens", "key_tokens", "spans", "sequences"]
 _SPAN = 512  # queries of a program; a span's last tile of marked rows is partly empty
 
 
@@ -95,6 +96,9 @@ def attention_backward_delta_kernel(
     delta,  # (B, H, Sq) fp32; marked rows are written. If EXACT: (B, H, 2, Sq), delta and the factors that normalise P
     rows,  # (B, H, Sq) int32; overwritten. If EXACT: None
     lengths,  # (B,) int32
+    starts_of_queries,  # of packed sequences, see sequences.py; B is 1
+    starts_of_keys,
+    sequences,
     q_batch_stride,  # strides in UNIT elements
     q_token_stride,
     q_head_stride,
@@ -110,7 +114,7 @@ def attention_backward_delta_kernel(
     heads,
     query_tokens,
     key_tokens,
-    spans,  # of one head
+    spans,  # programs of one head
     exponent_scale,  # scale · log2(e)
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
@@ -122,27 +126,32 @@ def attention_backward_delta_kernel(
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     SAME_STRIDE: tl.constexpr,  # of k and v: see forward.py
     HAS_LENGTHS: tl.constexpr,
+    PACKED_SEQUENCES: tl.constexpr,
     EXACT: tl.constexpr,  # all rows, not the marked ones
     PRECISION: tl.constexpr,
 ):
     # A program owns SPAN queries of one head of one sample.
     program = tl.program_id(0)
     sequence = program // spans
-    first_query = (program % spans) * SPAN
+    first_query, query_end, keys_start, limit = tile_of_program(
+        program % spans, starts_of_queries, starts_of_keys, sequences, query_tokens, key_tokens, SPAN, PACKED_SEQUENCES
+    )
     batch = (sequence // heads).to(tl.int64)
     head = (sequence % heads).to(tl.int64)
+    if PACKED_SEQUENCES and first_query == query_end:
+        return
     statistics = sequence.to(tl.int64) * query_tokens + first_query
     log_sum_exp += statistics
     delta += statistics + (sequence.to(tl.int64) * query_tokens if EXACT else 0)
-    count = tl.minimum(query_tokens - first_query, SPAN)
+    count = tl.minimum(query_end - first_query, SPAN)
     if not EXACT:
         rows += statistics
         count = collect_marked(rows, log_sum_exp, count, SPAN)
 
     q += batch * q_batch_stride * UNIT + head * q_head_stride * UNIT
     q += first_query.to(tl.int64) * q_token_stride * UNIT
-    k += batch * k_batch_stride * UNIT + head * k_head_stride * UNIT
-    v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT
+    k += batch * k_batch_stride * UNIT + head * k_head_stride * UNIT + keys_start * k_token_stride * UNIT
+    v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT + keys_start * v_token_stride * UNIT
     out_grad += batch * out_grad_batch_stride * UNIT + head * out_grad_head_stride * UNIT
     out_grad += first_query.to(tl.int64) * out_grad_token_stride * UNIT
     out += (batch * query_tokens + first_query) * heads * HEAD_DIM + head * HEAD_DIM
@@ -151,7 +160,6 @@ def attention_backward_delta_kernel(
     if WIDE:
         k_token_stride = k_token_stride.to(tl.int64)
         v_token_stride = v_token_stride.to(tl.int64)
-    limit = key_tokens
     if HAS_LENGTHS:
         limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
     keys = tl.arange(0, BLOCK_K)
@@ -208,17 +216,18 @@ def exact_delta(
     delta: Tensor,
     lengths: Tensor | None,
     scale: float,
+    sequences: Sequences | None = None,
 ) -> None:
     """Launches the kernel, which writes delta: of marked rows, or in fp32 of all. At least one query and sequence.
 
     out_grad, q, k, v: unit stride along D. log_sum_exp: as the forward keeps it. delta: (B, H, 1, Sq) fp32, or in fp32
-    (B, H, 2, Sq), delta and the factors by which P is to be multiplied.
+    (B, H, 2, Sq), delta and the factors by which P is to be multiplied. sequences: as in `attention_forward`.
     """
     batch, query_tokens, heads, head_dim = q.shape
     exact = q.dtype.itemsize == 4
     tile = config.delta_tile(facts(q.device), q.element_size(), head_dim)
     span = tile.queries if exact else _SPAN
-    spans = triton.cdiv(query_tokens, span)
+    spans = programs_of_head(query_tokens, span, sequences)
     main, tail = config.split_head_dim(head_dim)
     strides = strides_of(q, k, v, out_grad)
     attention_backward_delta_kernel[(config.grid(batch * heads * spans),)](
@@ -231,6 +240,7 @@ def exact_delta(
         delta=delta,
         rows=None if exact else log_sum_exp.new_empty(log_sum_exp.shape, dtype=torch.int32),
         lengths=lengths,
+        **kernel_arguments(sequences),
         **dict(zip(_STRIDES, strides.values, strict=True)),
         heads=heads,
         query_tokens=query_tokens,

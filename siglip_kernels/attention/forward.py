@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip_kernels.attention import config
+from siglip_kernels.attention.sequences import Sequences, kernel_arguments, programs_of_head, tile_of_program
 from siglip_kernels.attention.tiles import accumulate, inner_products, load_tile, store_tile, stride_names
 from siglip_kernels.device import facts, precision
 from siglip_kernels.interpreter import narrow
@@ -21,7 +22,7 @@ from siglip_kernels.strides import strides_of
 _STRIDES = stride_names("q", "k", "v")
 # These change from call to call: specialising on them (are they 1, do they divide by 16) would only recompile the
 # kernel. UNIT already says what matters of the strides, whether they divide by 8.
-_INTEGERS = [*_STRIDES, "heads", "query_tokens", "key_tokens", "query_tiles"]
+_INTEGERS = [*_STRIDES, "heads", "query_tokens", "key_tokens", "query_tiles", "sequences"]
 LOWEST = tl.constexpr(-(2.0 - 2**-23) * 2.0**127)  # the lowest finite number of fp32
 
 
@@ -81,6 +82,9 @@ def attention_forward_kernel(
     # last bit marks rows where one key has more than an eighth of the weight.
     log_sum_exp,
     lengths,  # (B,) int32
+    starts_of_queries,  # of packed sequences, see sequences.py; B is 1
+    starts_of_keys,
+    sequences,
     q_batch_stride,  # strides in UNIT elements
     q_token_stride,
     q_head_stride,
@@ -93,7 +97,7 @@ def attention_forward_kernel(
     heads,
     query_tokens,
     key_tokens,
-    query_tiles,  # of one head
+    query_tiles,  # programs of one head
     exponent_scale,  # scale · log2(e)
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
@@ -107,19 +111,31 @@ def attention_forward_kernel(
     PARTIAL_SUMS: tl.constexpr,  # of a row's weights, which are added after the loop
     NEGATIVE_SCALE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    PACKED_SEQUENCES: tl.constexpr,
     KEEP_LOG_SUM_EXP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # A program owns BLOCK_Q queries of one head of one sample. Adjacent programs share a head and its k and v in L2.
     program = tl.program_id(0)
     sequence = program // query_tiles
-    first_query = (program % query_tiles) * BLOCK_Q
+    first_query, query_end, keys_start, limit = tile_of_program(
+        program % query_tiles,
+        starts_of_queries,
+        starts_of_keys,
+        sequences,
+        query_tokens,
+        key_tokens,
+        BLOCK_Q,
+        PACKED_SEQUENCES,
+    )
     batch = (sequence // heads).to(tl.int64)
     head = (sequence % heads).to(tl.int64)
+    if PACKED_SEQUENCES and first_query == query_end:
+        return
 
     q += batch * q_batch_stride * UNIT + head * q_head_stride * UNIT + first_query.to(tl.int64) * q_token_stride * UNIT
-    k += batch * k_batch_stride * UNIT + head * k_head_stride * UNIT
-    v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT
+    k += batch * k_batch_stride * UNIT + head * k_head_stride * UNIT + keys_start * k_token_stride * UNIT
+    v += batch * v_batch_stride * UNIT + head * v_head_stride * UNIT + keys_start * v_token_stride * UNIT
     k_step = k_token_stride.to(tl.int64) * UNIT
     v_step = v_token_stride.to(tl.int64) * UNIT
     if WIDE:
@@ -127,13 +143,12 @@ def attention_forward_kernel(
         k_token_stride = k_token_stride.to(tl.int64)
         v_token_stride = v_token_stride.to(tl.int64)
 
-    limit = key_tokens
     if HAS_LENGTHS:
         limit = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), key_tokens)
 
     queries = tl.arange(0, BLOCK_Q)
     keys = tl.arange(0, BLOCK_K)
-    query_is_valid = queries < query_tokens - first_query
+    query_is_valid = queries < query_end - first_query
     q_main, q_tail = load_tile(q, queries * (q_token_stride * UNIT), query_is_valid, HEAD_DIM, MAIN, TAIL)
     k_offsets = keys * (k_token_stride * UNIT)
     v_offsets = k_offsets if SAME_STRIDE else keys * (v_token_stride * UNIT)
@@ -177,7 +192,7 @@ def attention_forward_kernel(
     store_tile(
         out,
         queries * row,
-        first_query + queries < query_tokens,  # not as above: a mask kept through the loop takes registers
+        first_query + queries < query_end,  # not as above: a mask kept through the loop takes registers
         out_main * normaliser[:, None],
         out_tail * normaliser[:, None],
         HEAD_DIM,
@@ -210,19 +225,29 @@ def results_to_write(q: Tensor, keep_log_sum_exp: bool) -> tuple[Tensor, Tensor]
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, keep_log_sum_exp: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    keep_log_sum_exp: bool,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernel. q, k, v: unit stride along D. Returns out, and log_sum_exp if kept, else an empty tensor."""
+    """Launches the kernel. q, k, v: unit stride along D. Returns out, and log_sum_exp if kept, else an empty tensor.
+
+    sequences: those that are packed in a batch of 1; lengths is None then.
+    """
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]
     out, log_sum_exp = results_to_write(q, keep_log_sum_exp)
     if out.numel() == 0:
         return out, log_sum_exp
     gpu = facts(q.device)
-    tile = config.tile("forward", gpu, q.element_size(), head_dim, query_tokens, key_tokens)
+    longest = (query_tokens, key_tokens) if sequences is None else sequences.longest
+    tile = config.tile("forward", gpu, q.element_size(), head_dim, *longest)
     main, tail = config.split_head_dim(head_dim)
     strides = strides_of(q, k, v)
-    query_tiles = triton.cdiv(query_tokens, tile.queries)
+    query_tiles = programs_of_head(query_tokens, tile.queries, sequences)
     attention_forward_kernel[(config.grid(batch * heads * query_tiles),)](
         q=q,
         k=k,
@@ -230,6 +255,7 @@ def attention_forward(
         out=out,
         log_sum_exp=log_sum_exp,
         lengths=lengths,
+        **kernel_arguments(sequences),
         **dict(zip(_STRIDES, strides.values, strict=True)),
         heads=heads,
         query_tokens=query_tokens,

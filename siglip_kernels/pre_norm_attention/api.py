@@ -29,7 +29,7 @@ from siglip_kernels.arguments import (
     check_projection,
     wants_gradients,
 )
-from siglip_kernels.attention.api import check_head_dim, check_scale
+from siglip_kernels.attention.checks import check_head_dim, check_scale
 from siglip_kernels.attention.dispatch import kept_shape, launch_backward, launch_forward
 from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.gemm import cublas
