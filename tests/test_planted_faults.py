@@ -6,15 +6,14 @@ Each case runs pytest on the copy until the first failure. A fault that no defau
 to replace still occurs once in the source is a default test.
 """
 
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from planting import package_with_fault
+from pytest_forks import PytestForks
 
 ROOT = Path(__file__).parent.parent
 
@@ -200,19 +199,24 @@ DROPPED_WAITS = {
 FAULTS = CONSTANTS | DROPPED_WAITS
 
 
-def default_test_that_fails(package: Path, tests: str) -> str:
+@pytest.fixture(scope="session")
+def forks() -> Iterator[PytestForks]:
+    with PytestForks(ROOT) as forks:
+        yield forks
+
+
+def default_test_that_fails(forks: PytestForks, package: Path, tests: str) -> str:
     """The first default test of a file that fails on the package in this folder; "" if none does.
 
     An error in a fixture is no failure: it would hide that the package cannot be tested at all.
     Tests that plant faults themselves are left out: they fail on any change of the texts that they replace.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     options = ["-x", "--tb=no", "-rf", "-p", "no:cacheprovider", "-k", "not a_fault_in_the_kernel"]
     options += ["-o", f"pythonpath={package} . tests/support"]
-    command = [sys.executable, "-m", "pytest", *options, f"tests/{tests}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    failed = re.search(r"^FAILED (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    status = forks.run([*options, f"tests/{tests}"], package / "output")
+    output = (package / "output").read_text()
+    assert status in (0, 1), output
+    failed = re.search(r"^FAILED (.+?)(?: - .*)?$", output, re.MULTILINE)
     return failed.group(1) if failed else ""
 
 
@@ -224,16 +228,16 @@ def test_what_it_replaces_occurs_once(fault: str) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_default_test_catches_it(fault: str, tmp_path: Path) -> None:
+def test_a_default_test_catches_it(forks: PytestForks, fault: str, tmp_path: Path) -> None:
     planted = FAULTS[fault]
     package_with_fault(planted.file, planted.text, planted.replacement, tmp_path)
-    caught_by = default_test_that_fails(tmp_path, planted.tests)
+    caught_by = default_test_that_fails(forks, tmp_path, planted.tests)
     assert caught_by, f"no default test of {planted.tests} catches {planted.text!r} -> {planted.replacement!r}"
     print(f"{fault}: caught by {caught_by}")
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("tests", [ATTENTION_HOPPER, LINEAR])
-def test_an_unchanged_copy_passes(tests: str, tmp_path: Path) -> None:
+def test_an_unchanged_copy_passes(forks: PytestForks, tests: str, tmp_path: Path) -> None:
     package_with_fault("errors.py", "def unsupported", "def unsupported", tmp_path)
-    assert not default_test_that_fails(tmp_path, tests)
+    assert not default_test_that_fails(forks, tmp_path, tests)
