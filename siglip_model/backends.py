@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,18 @@ def _nothing(*_: torch.device) -> None:
     """What a backend lacks that runs on every machine and device."""
 
 
+def _never(_: torch.device) -> bool:
+    return False
+
+
+def _always(_: torch.device) -> bool:
+    return True
+
+
+def _on_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
 @dataclass(frozen=True)
 class Backend:
     """The operations of SigLIP, which `siglip_kernels.reference` documents, and what the model has to know about them.
@@ -40,6 +53,9 @@ class Backend:
         `attention` replaces it as well, or sets it to None.
     returns_weights: whether output_attentions=True changes nothing in how attention is computed. Otherwise the
         reference computes it, with a warning.
+    packs: whether on a device attention takes sequences of different lengths without padding: q, k and v (1, T, H, D)
+        with cu_seqlens, int32 (N + 1,), where each begins and the last ends, and max_seqlen. Its attention then also
+        takes `lengths`.
     masks_sync: whether masked attention makes the host wait for the GPU, which a CUDA graph cannot capture.
     lacks: what this machine lacks to run the backend, or None.
     why_not: why the backend cannot run on a device of this machine, or None.
@@ -62,6 +78,7 @@ class Backend:
     masks_sync: bool
     lacks: Callable[[], str | None]
     why_not: Callable[[torch.device], str | None] = _nothing
+    packs: Callable[[torch.device], bool] = _never
     exports_to_onnx: bool = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
@@ -137,7 +154,11 @@ def _sdpa_attention(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
+    if cu_seqlens is not None:
+        return _sdpa_packed_attention(q[0], k[0], v[0], cu_seqlens, scale=scale, dropout=dropout)[None]
     if lengths is not None:
         valid = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
         mask = valid[:, None, None, :]
@@ -150,6 +171,17 @@ def _sdpa_attention(
     return out.transpose(1, 2)
 
 
+def _sdpa_packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
+    """Consecutive sequences of equal length together. q, k, v: (T, H, D)."""
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(cu_seqlens.diff().tolist())]
+    sizes = [length * count for length, count in runs]
+    outputs = [
+        _sdpa_attention(*(part.unflatten(0, (count, length)) for part in parts), **options).flatten(0, 1)
+        for (length, count), *parts in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    ]
+    return torch.cat(outputs)
+
+
 def _flash_attention(
     q: Tensor,
     k: Tensor,
@@ -158,6 +190,8 @@ def _flash_attention(
     scale: float | None = None,
     lengths: Tensor | None = None,
     dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     if not q.is_cuda:
         raise MissingBackendError(
@@ -173,6 +207,10 @@ def _flash_attention(
         )
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
+    if cu_seqlens is not None:
+        starts, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
+        packed = flash_attn_varlen_func(q[0], k[0], v[0], *starts, *longest, dropout_p=dropout, softmax_scale=scale)
+        return packed[None]
     if lengths is None:
         return flash_attn_func(q, k, v, dropout_p=dropout, softmax_scale=scale)
     valid = torch.arange(k.shape[1], device=k.device) < lengths[:, None]  # [B, Sk]
@@ -239,7 +277,12 @@ EAGER = Backend(
     lacks=_nothing,
 )
 SDPA = replace(
-    EAGER, name="sdpa", attention=_sdpa_attention, attention_pool=folded_attention_pool, returns_weights=False
+    EAGER,
+    name="sdpa",
+    attention=_sdpa_attention,
+    attention_pool=folded_attention_pool,
+    returns_weights=False,
+    packs=_on_cpu,
 )
 FLASH = replace(
     SDPA,
@@ -248,6 +291,7 @@ FLASH = replace(
     attention_mask=functools.partial(_lengths, name="flash_attention_2"),
     masks_sync=True,
     lacks=_lacks_flash,
+    packs=_always,
     exports_to_onnx=False,
 )
 TRITON = Backend(
