@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         SiglipVisionConfig,
     )
     from siglip_model.images.auto import AutoImageProcessor
+    from siglip_model.images.naflex import Siglip2ImageProcessor, Siglip2ImageProcessorPil
     from siglip_model.images.pillow import SiglipImageProcessorPil
     from siglip_model.images.tensor import SiglipImageProcessor, SiglipImageProcessorFast
     from siglip_model.model import SiglipModel
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         Siglip2TextModel,
         Siglip2VisionModel,
     )
-    from siglip_model.processor import SiglipProcessor
+    from siglip_model.processor import Siglip2Processor, SiglipProcessor
     from siglip_model.text.auto import AutoTokenizer
     from siglip_model.text.gemma import GemmaTokenizer, Siglip2Tokenizer
     from siglip_model.text.siglip import SiglipTokenizer
@@ -49,7 +50,10 @@ __all__ = [
     "GemmaTokenizer",
     "Siglip2Config",
     "Siglip2ForImageClassification",
+    "Siglip2ImageProcessor",
+    "Siglip2ImageProcessorPil",
     "Siglip2Model",
+    "Siglip2Processor",
     "Siglip2TextConfig",
     "Siglip2TextModel",
     "Siglip2Tokenizer",
@@ -83,7 +87,10 @@ _LAZY = {
     "GemmaTokenizer": "text.gemma",
     "Siglip2Config": "config",
     "Siglip2ForImageClassification": "naflex.models",
+    "Siglip2ImageProcessor": "images.naflex",
+    "Siglip2ImageProcessorPil": "images.naflex",
     "Siglip2Model": "naflex.models",
+    "Siglip2Processor": "processor",
     "Siglip2TextConfig": "config",
     "Siglip2TextModel": "naflex.models",
     "Siglip2Tokenizer": "text.gemma",

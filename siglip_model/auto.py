@@ -144,16 +144,26 @@ class AutoModelForImageClassification(AutoModel):
 
 
 class AutoProcessor(Registry):
-    """`AutoProcessor.from_pretrained(...)` returns a SiglipProcessor."""
+    """`AutoProcessor.from_pretrained(...)` returns a SiglipProcessor, or a Siglip2Processor."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """Arguments: see `SiglipProcessor.from_pretrained`."""
-        from siglip_model.processor import SiglipProcessor
+        """The processor that the image processor belongs to. Arguments: see `SiglipProcessor.from_pretrained`."""
+        from siglip_model.images.auto import AutoImageProcessor
+        from siglip_model.processor import Siglip2Processor, SiglipProcessor
 
-        if own := cls.registered_for(pretrained_model_name_or_path, split_hub_arguments(kwargs)[0]):
+        hub, _ = split_hub_arguments(kwargs)
+        if own := cls.registered_for(pretrained_model_name_or_path, hub):
             return own.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return SiglipProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        given = kwargs.get("image_processor")
+        if given is None:
+            kinds = AutoImageProcessor.kinds(pretrained_model_name_or_path, **hub)
+        else:
+            kinds = getattr(given, "kinds", ())
+        naflex = kinds == Siglip2Processor.image_processor_class.kinds
+        return (Siglip2Processor if naflex else SiglipProcessor).from_pretrained(
+            pretrained_model_name_or_path, **kwargs
+        )
 
 
 def _name(given: Any) -> str:
