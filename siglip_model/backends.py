@@ -30,18 +30,6 @@ def _nothing(*_: torch.device) -> None:
     """What a backend lacks that runs on every machine and device."""
 
 
-def _never(_: torch.device) -> bool:
-    return False
-
-
-def _always(_: torch.device) -> bool:
-    return True
-
-
-def _on_cpu(device: torch.device) -> bool:
-    return device.type == "cpu"
-
-
 @dataclass(frozen=True)
 class Backend:
     """The operations of SigLIP, which `siglip_kernels.reference` documents, and what the model has to know about them.
@@ -49,13 +37,13 @@ class Backend:
     attention_mask: converts the caller's mask, (B, S) or (B, 1 or H, S, S), into keyword arguments of `attention`, once
         per forward.
     pre_norm_attention: `pre_norm_qkv`, `attention` and `linear` as one operation, called instead of the three where
-        nothing is between them, with the keyword arguments of `attention`; None: it has none. A backend that replaces
-        `attention` replaces it as well, or sets it to None.
+        nothing is between them and no sequences are packed, with the other keyword arguments of `attention`; None: it
+        has none. A backend that replaces `attention` replaces it as well, or sets it to None.
     returns_weights: whether output_attentions=True changes nothing in how attention is computed. Otherwise the
         reference computes it, with a warning.
-    packs: whether on a device attention takes sequences of different lengths without padding: q, k and v (1, T, H, D)
-        with cu_seqlens, int32 (N + 1,), where each begins and the last ends, and max_seqlen. Its attention then also
-        takes `lengths`.
+    packs_on: types of devices on which `attention` takes sequences of different lengths without padding: q, k and v
+        (1, T, H, D) with cu_seqlens, int32 (N + 1,), where each begins and the last ends, and max_seqlen, an int. A
+        backend that replaces `attention` takes these arguments and `lengths`, or sets it to ().
     masks_sync: whether masked attention makes the host wait for the GPU, which a CUDA graph cannot capture.
     lacks: what this machine lacks to run the backend, or None.
     why_not: why the backend cannot run on a device of this machine, or None.
@@ -78,7 +66,7 @@ class Backend:
     masks_sync: bool
     lacks: Callable[[], str | None]
     why_not: Callable[[torch.device], str | None] = _nothing
-    packs: Callable[[torch.device], bool] = _never
+    packs_on: tuple[str, ...] = ()
     exports_to_onnx: bool = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
@@ -238,9 +226,14 @@ def _triton_attention(
     scale: float | None = None,
     lengths: Tensor | None = None,
     dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     if dropout:
         raise unsupported("triton", "attention_dropout", f"is {dropout}", "0 in training; eager and sdpa take any")
+    if cu_seqlens is not None:
+        packed = siglip_kernels.attention(q[0], k[0], v[0], scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return packed[None]
     return siglip_kernels.attention(q, k, v, scale=scale, lengths=lengths)
 
 
@@ -282,7 +275,7 @@ SDPA = replace(
     attention=_sdpa_attention,
     attention_pool=folded_attention_pool,
     returns_weights=False,
-    packs=_on_cpu,
+    packs_on=("cpu",),
 )
 FLASH = replace(
     SDPA,
@@ -291,7 +284,7 @@ FLASH = replace(
     attention_mask=functools.partial(_lengths, name="flash_attention_2"),
     masks_sync=True,
     lacks=_lacks_flash,
-    packs=_always,
+    packs_on=("cuda",),
     exports_to_onnx=False,
 )
 TRITON = Backend(
@@ -311,6 +304,7 @@ TRITON = Backend(
     masks_sync=False,
     lacks=why_not_here,
     why_not=_triton_refuses,
+    packs_on=("cuda", "cpu"),
     exports_to_onnx=False,
 )
 BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}

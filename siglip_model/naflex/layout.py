@@ -82,7 +82,7 @@ def layout(ops: Backend, pixel_values: Tensor, mask: Any, shapes: Any, *, dense:
     batch, patches = pixel_values.shape[:2]
     _check(mask, shapes, batch, patches)
     device = pixel_values.device
-    packs = ops.packs(device) and not dense
+    packs = device.type in ops.packs_on and not dense
     counts = None
     if (shapes.device.type == "cpu" or packs) and can_read_values(shapes) and can_read_values(pixel_values):
         counts = _read_counts(mask, shapes, patches)
@@ -92,9 +92,10 @@ def layout(ops: Backend, pixel_values: Tensor, mask: Any, shapes: Any, *, dense:
     lengths = shapes.prod(-1)
     if counts is not None and packs:
         return _packed(shapes, lengths, counts, patches)
-    given = {"lengths": lengths.int()} if ops.packs(device) else mask_arguments(ops, mask.to(device))
-    clears = ops.name != "eager"
-    return Padded(torch.arange(patches, device=device), shapes[:, None], lengths.int(), given, clears)
+    # Backends that pack take lengths, which need no reading of the mask.
+    given = {"lengths": lengths.int()} if ops.packs_on else mask_arguments(ops, mask.to(device))
+    numbers = torch.arange(patches, device=device)
+    return Padded(numbers, shapes[:, None], lengths.int(), given, clears_padding=bool(ops.packs_on))
 
 
 def _packed(shapes: Tensor, lengths: Tensor, counts: list[int], patches: int) -> Packed:
