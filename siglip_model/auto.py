@@ -143,11 +143,22 @@ class AutoModelForImageClassification(AutoModel):
     }
 
 
+class AutoVisionTower(AutoModel):
+    """`from_pretrained` returns the vision tower of a whole model, or one that was saved alone."""
+
+    classes: ClassVar = {
+        SiglipConfig: SiglipVisionModel,
+        SiglipVisionConfig: SiglipVisionModel,
+        Siglip2Config: Siglip2VisionModel,
+        Siglip2VisionConfig: Siglip2VisionModel,
+    }
+
+
 class AutoProcessor(Registry):
     """`AutoProcessor.from_pretrained(...)` returns a SiglipProcessor, or a Siglip2Processor."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """The processor that the image processor belongs to. Arguments: see `SiglipProcessor.from_pretrained`."""
         from siglip_model.images.auto import AutoImageProcessor
         from siglip_model.processor import Siglip2Processor, SiglipProcessor

@@ -20,8 +20,10 @@ from siglip_model.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    MaxNumPatchesOption,
     MaxPixelsOption,
     ModelOption,
+    TokenBudgetOption,
     errors_in_one_line,
     exit_with,
     find_images,
@@ -44,6 +46,8 @@ def embed(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 16,
+    max_num_patches: MaxNumPatchesOption = None,
+    token_budget: TokenBudgetOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,7 +65,7 @@ def embed(
         if problem := out_problem(out):
             raise ValueError(f"--out: {problem}")
         images = find_images(inputs)
-        classifier = load_classifier(model, backend, dtype, device)
+        classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget)
         failures: list[dict[str, str]] = []
         interrupted = False
         with (
@@ -87,6 +91,7 @@ def embed(
                     dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype),
                     batch_size=batch_size,
                     num_workers=workers(),
+                    token_budget=token_budget,
                     max_pixels=max_pixels,
                     overwrite=overwrite,
                     model_name=model,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,6 +62,26 @@ DeviceOption = Annotated[
     typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; the first GPU by default, else the CPU."),
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Images per forward pass.")]
+MaxNumPatchesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-num-patches",
+        metavar="N",
+        min=1,
+        help="Patches per image at native resolution; the checkpoint's by default.",
+        show_default=False,
+    ),
+]
+TokenBudgetOption = Annotated[
+    int | None,
+    typer.Option(
+        "--token-budget",
+        metavar="N",
+        min=1,
+        help="Patches per forward pass at native resolution, instead of --batch-size.",
+        show_default=False,
+    ),
+]
 MaxPixelsOption = Annotated[
     int,
     typer.Option(
@@ -110,7 +130,14 @@ def listed_on_stdin() -> Iterator[str]:
                 yield os.fsdecode(name)
 
 
-def load_classifier(model: str, backend: str, dtype: str, device: str | None) -> ZeroShotImageClassificationPipeline:
+def load_classifier(
+    model: str,
+    backend: str,
+    dtype: str,
+    device: str | None,
+    max_num_patches: int | None = None,
+    token_budget: int | None = None,
+) -> ZeroShotImageClassificationPipeline:
     from siglip_model.zero_shot import TASK, pipeline
 
     if model == str(CHECKPOINT) and not (CHECKPOINT / "config.json").exists():
@@ -118,7 +145,16 @@ def load_classifier(model: str, backend: str, dtype: str, device: str | None) ->
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
     place = int(device) if device is not None and device.lstrip("-").isdigit() else device
-    return pipeline(TASK, model=model, backend=backend, dtype=dtype, device=place)
+    options: dict[str, Any] = {} if token_budget is None else {"token_budget": token_budget}
+    classifier = pipeline(TASK, model=model, backend=backend, dtype=dtype, device=place, **options)
+    if max_num_patches is not None:
+        processor = classifier.image_processor
+        if "max_num_patches" not in processor.valid_kwargs.__annotations__:
+            raise ValueError(f"--max-num-patches is given, and {model} has images of one size")
+        classifier.image_processor = type(processor).from_dict(
+            {**processor.to_dict(), "max_num_patches": max_num_patches}
+        )
+    return classifier
 
 
 def workers() -> int:

@@ -18,9 +18,12 @@ from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal, resolve_out
 from siglip_model.fit import check_pixels
+from siglip_model.image_pipelines import TokenBudget
+from siglip_model.images import model_inputs
 from siglip_model.images.batches import Batch, Failure, read_batches
 from siglip_model.images.files import DOWNLOAD_SECONDS, ImageList, describe_failure, is_url, list_images, open_image
 from siglip_model.images.limits import PixelBudget
+from siglip_model.images.model_inputs import Inputs
 from siglip_model.outputs import pooled, unit_length
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ def embed_images(
     normalize: bool = True,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
+    token_budget: int | None = None,
     num_workers: int = 2,
     max_pixels: int | None = None,
     overwrite: bool = False,
@@ -82,7 +86,8 @@ def embed_images(
     """Writes the embeddings of all images to `out`, a .safetensors file that `load_embeddings` reads.
 
     inputs: images, folders (searched recursively) and URLs, or an ImageList. normalize: scale rows to unit length;
-    otherwise rows are the pooled output. dtype: storage dtype, float32, float16 or bfloat16. num_workers: threads
+    otherwise rows are the pooled output. dtype: storage dtype, float32, float16 or bfloat16. token_budget: at native
+    resolution, patches per forward pass: it takes as many images as fit, instead of batch_size. num_workers: threads
     that open images ahead of the model. max_pixels: limit on the pixels of an image, and on those that all threads
     decode at one time (default: `images.limits.MAX_PIXELS`).
     Images that `out`, or the journal of an interrupted run, already holds are skipped unless their file has changed;
@@ -102,6 +107,9 @@ def embed_images(
         raise ValueError(f"embed_images: batch_size is {batch_size}; supported: a whole number from 1")
     if not model.config.vision_config.vision_use_head:  # checked before the journal is created
         raise ValueError("embed_images: the model has no pooling head (vision_use_head is false), so no embedding")
+    sizes: dict[str, Any] = {"batch_size": batch_size}
+    if token_budget is not None:
+        sizes = TokenBudget(image_processor, token_budget).sizes()
     budget = PixelBudget(max_pixels)
     model.eval()
     settings = {
@@ -117,7 +125,7 @@ def embed_images(
     with closing(EmbeddingJournal(out, settings, overwrite=overwrite)) as journal:
         run = _Run(journal, str(out), model, image_processor, normalize, dtype, on_image)
         try:
-            run.over(inputs, batch_size, num_workers, budget)
+            run.over(inputs, sizes, num_workers, budget)
             return run.finish(complete=True)
         except KeyboardInterrupt:
             raise EmbeddingInterrupted(run.finish(complete=False)) from None
@@ -157,16 +165,18 @@ class _Run:
         self.in_flight: set[str] = set()  # read but not yet in the journal, so that a repeated path is skipped
 
     def over(
-        self, inputs: Iterable[str | os.PathLike[str]], batch_size: int, workers: int, budget: PixelBudget
+        self, inputs: Iterable[str | os.PathLike[str]], sizes: dict[str, Any], workers: int, budget: PixelBudget
     ) -> None:
-        def read(item: tuple[str, str]) -> torch.Tensor:
+        """sizes: of the batches, arguments of `read_batches`."""
+
+        def read(item: tuple[str, str]) -> Inputs:
             with open_image(item[0], DOWNLOAD_SECONDS, budget) as image:
-                pixel_values = self.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-            check_pixels(self.model.config, self.image_processor, pixel_values)
-            return pixel_values
+                prepared = model_inputs.prepare(self.image_processor, image)
+            check_pixels(self.model.config, self.image_processor, prepared["pixel_values"])
+            return prepared
 
         paths = inputs if isinstance(inputs, ImageList) else list_images(inputs)
-        batches = read_batches(self._todo(paths), read, batch_size=batch_size, workers=workers)
+        batches = read_batches(self._todo(paths), read, workers=workers, **sizes)
         with closing(batches), budget:
             for batch in batches:
                 if isinstance(batch, Failure):
@@ -185,9 +195,9 @@ class _Run:
                 yield path, stamp
 
     @torch.no_grad()
-    def _embed(self, batch: Batch[tuple[str, str], torch.Tensor]) -> None:
-        pixel_values = torch.cat(batch.values).to(self.model.device, self.model.dtype)
-        rows = pooled(self.encode_images(pixel_values)).float()
+    def _embed(self, batch: Batch[tuple[str, str], Inputs]) -> None:
+        inputs = model_inputs.to_model(model_inputs.join(batch.values), self.model.device, self.model.dtype)
+        rows = pooled(self.encode_images(**inputs)).float()
         if self.normalize:
             rows = unit_length(rows)
         rows = rows.to(self.dtype).cpu().contiguous()

@@ -46,7 +46,7 @@ def test_help_fits_narrow_terminals_and_cuts_nothing(capsys, monkeypatch, comman
     [
         ("siglip cl", {"classify"}),
         ("siglip ", set(COMMANDS)),
-        ("siglip embed --max", {"--max-pixels"}),
+        ("siglip embed --max", {"--max-pixels", "--max-num-patches"}),
         ("siglip classify x.png --dtype b", {"bfloat16"}),
         ("siglip demo --backend ", {"auto", *BACKENDS}),
     ],
