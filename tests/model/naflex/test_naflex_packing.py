@@ -172,6 +172,15 @@ def test_compiled_in_one_graph(backend: str) -> None:
         assert worst_difference(compiled(**inputs), model(**inputs)) < TOLERANCE
 
 
+def test_exported_with_any_number_of_images_and_patches() -> None:
+    model = tower("sdpa", num_hidden_layers=1)
+    batch, patches = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("patches", min=2, max=1024)
+    sizes = {"pixel_values": {0: batch, 1: patches}, "pixel_attention_mask": {0: batch, 1: patches}}
+    program = torch.export.export(model, (), images(), dynamic_shapes={**sizes, "spatial_shapes": {0: batch}}).module()
+    for inputs in (images(), images(((2, 2), (3, 3)), 12)):
+        assert worst_difference(program(**inputs).pooler_output, model(**inputs).pooler_output) < TOLERANCE
+
+
 def test_dropout_and_checkpointing() -> None:
     model = tower("sdpa", attention_dropout=0.5).train()
     model.gradient_checkpointing_enable()
