@@ -74,6 +74,7 @@ class PretrainedConfig:
     sub_configs: ClassVar[dict[str, type[PretrainedConfig]]] = {}
     # What libraries read from every configuration of transformers. Files may hold some of them.
     attribute_map: ClassVar[dict[str, str]] = {}
+    architectures: ClassVar[list[str] | None] = None  # of a file that a model wrote: the name of its class
     is_encoder_decoder: ClassVar[bool] = False
     base_model_tp_plan: ClassVar[None] = None
     base_model_pp_plan: ClassVar[None] = None
@@ -103,7 +104,8 @@ class PretrainedConfig:
             default = getattr(type(self), name)
             setattr(self, name, self._checked(name, kwargs.pop(name, default), expected))
         for name, value in kwargs.items():
-            if hasattr(self, name) and name != "is_encoder_decoder":  # a method, or one of Python's own attributes
+            stored = name in ("architectures", "is_encoder_decoder")
+            if hasattr(self, name) and not stored:  # a method, or one of Python's own attributes
                 raise ValueError(f"{type(self).__name__}: {name} is not a field; supported: names of no attribute")
             setattr(self, name, value)
         self._validate()
