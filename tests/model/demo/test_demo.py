@@ -29,7 +29,7 @@ from siglip_model.demo.recipe.evaluate import Score, all_logits, score_logits
 from siglip_model.demo.recipe.model_card import write_card
 from siglip_model.demo.recipe.vocabulary import write_tokenizer
 from siglip_model.text.prompts import TEMPLATE
-from siglip_model.training.loop import TrainingConfig
+from siglip_model.training.settings import TrainingConfig
 
 
 def write_package(folder: Path, design, icons, *, aliases=None, characters=None, hidden=()) -> None:
