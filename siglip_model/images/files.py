@@ -69,6 +69,15 @@ def load_image(
         return _load(image, timeout, PixelBudget(max_pixels), held)
 
 
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """`load_image` of a file's content. name: what UnreadableImageError names."""
+    with ExitStack() as held:
+        try:
+            return _decode_file(BytesIO(content), PixelBudget(), held)
+        except Exception as error:
+            raise UnreadableImageError(f"{name}: {_reason(content, error)}") from error
+
+
 @contextmanager
 def open_image(
     image: str | os.PathLike[str] | Image.Image, timeout: float | None, budget: PixelBudget
@@ -109,27 +118,31 @@ def _load(
 
 
 def _decode(source: str, timeout: float | None, budget: PixelBudget, held: ExitStack) -> Image.Image:
+    with _open_source(source, timeout) as file:
+        return _decode_file(file, budget, held)
+
+
+def _decode_file(file: BinaryIO, budget: PixelBudget, held: ExitStack) -> Image.Image:
     from PIL import Image
 
-    with _open_source(source, timeout) as file:
-        unknown_size = file.read(4) in SIZE_WITHIN
-        file.seek(0)
-        if unknown_size:
-            held.enter_context(budget.reserve(budget.max_pixels))
-        try:
-            with _pillow_permits(budget.max_pixels), Image.open(file, formats=_formats()) as opened:
-                if unknown_size:
-                    opened.load()
-                pixels, described = _size_of(opened)
-                if refusal := budget.refusal(pixels, described):
-                    raise ValueError(refusal)
-                if not unknown_size:
-                    held.enter_context(budget.reserve(pixels))
-                return _upright_rgb(opened, own=True)
-        except Image.DecompressionBombError as error:  # raised before the image's size can be asked
-            count = re.search(r"\d+", str(error))
-            refusal = budget.refusal(int(count[0])) if count else None
-            raise ValueError(refusal or str(error)) from error
+    unknown_size = file.read(4) in SIZE_WITHIN
+    file.seek(0)
+    if unknown_size:
+        held.enter_context(budget.reserve(budget.max_pixels))
+    try:
+        with _pillow_permits(budget.max_pixels), Image.open(file, formats=_formats()) as opened:
+            if unknown_size:
+                opened.load()
+            pixels, described = _size_of(opened)
+            if refusal := budget.refusal(pixels, described):
+                raise ValueError(refusal)
+            if not unknown_size:
+                held.enter_context(budget.reserve(pixels))
+            return _upright_rgb(opened, own=True)
+    except Image.DecompressionBombError as error:  # raised before the image's size can be asked
+        count = re.search(r"\d+", str(error))
+        refusal = budget.refusal(int(count[0])) if count else None
+        raise ValueError(refusal or str(error)) from error
 
 
 # EPS files are programs, which Pillow hands to Ghostscript. BLP and IPTC files state one size and hold an image of

@@ -123,12 +123,12 @@ def read_settings(config: Path | None, given: Mapping[str, Any]) -> RunSettings:
 
     Values may be texts. Raises ValueError that names the setting, OSError for a file that cannot be read.
     """
-    values = {} if config is None else _read_file(config)
-    values |= {name: value for name, value in given.items() if value is not None}
     known = {field.name: field for field in dataclasses.fields(RunSettings)}
+    values = {} if config is None else _read_file(config)
     for name in values:
         if name not in known:
             raise ValueError(f"{config}: unknown setting {name!r}; known: {', '.join(known)}")
+    values |= {name: value for name, value in given.items() if value is not None}
     for name, field in known.items():
         if field.default is dataclasses.MISSING and name not in values:
             raise ValueError(f"{_option(name)} is missing; give it as an option or in a file with --config")
@@ -178,7 +178,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             number = kind(value)
             if isinstance(value, str) or number == value:
                 return number
-        elif isinstance(value, kind):
+        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
     except (KeyError, ValueError, OverflowError):
         pass
