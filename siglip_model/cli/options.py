@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 IMAGES_HELP = "Files, folders (searched recursively) or URLs; - reads a list of them from stdin."
 GOOGLE_EXAMPLE = 'siglip classify IMAGE --model google/siglip-so400m-patch14-384 --labels "2 cats" "a plane"'
-SOME_FAILED, USAGE_ERROR, INTERRUPTED, OUTPUT_CLOSED = 1, 2, 130, 141
+SOME_FAILED, USAGE_ERROR, STOPPED, INTERRUPTED, OUTPUT_CLOSED = 1, 2, 75, 130, 141
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 BACKEND_NAMES = ("auto", "eager", "sdpa", "flash_attention_2", "triton")  # `backends` imports PyTorch
 LIST_ON_STDIN = "-"

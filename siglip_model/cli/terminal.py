@@ -117,6 +117,16 @@ def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
     return Text(f"{entry['label']}\n", "bold" if right else "") + bar + Text(f" {format_score(entry['score'])}")
 
 
+def print_scores(scores: Mapping[str, Any]) -> None:
+    """Prints the result of `evaluate_on`: counts, and fractions in percent."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in scores.items():
+        table.add_row(name.replace("_", " "), f"{value:.1%}" if isinstance(value, float) else str(value))
+    console().print(table)
+
+
 def print_machine(facts: Mapping[str, Mapping[str, str | None]]) -> None:
     """Prints the result of `describe_machine`, one line per entry."""
     from rich.text import Text
