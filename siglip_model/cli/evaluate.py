@@ -42,8 +42,8 @@ def evaluate(
     """
     with errors_in_one_line():
         from siglip_model.auto import AutoProcessor
-        from siglip_model.evaluation.run import evaluate_on
         from siglip_model.model import SiglipModel
+        from siglip_model.training.evaluation.run import evaluate_on
         from siglip_model.training.processes import joined_processes
 
         with joined_processes("auto" if device is None else device) as processes:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from siglip_model.checkpoints.atomic import atomic_write
 from siglip_model.training.skipped import Skipped
 
 LOG, SKIPPED = "log.jsonl", "skipped.jsonl"
@@ -65,4 +66,4 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 def _forget_after(path: Path, step: int) -> None:
     if path.exists():
         kept = [json.dumps(entry) + "\n" for entry in _entries(path) if entry["step"] <= step]
-        path.write_text("".join(kept))
+        atomic_write(path, "".join(kept).encode())

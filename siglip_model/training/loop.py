@@ -103,7 +103,7 @@ def train(
             if evaluate is not None and not outcome.stop and (due or done == config.steps):
                 log.write({"step": done, "evaluation": evaluate(done, run.averaged_model())})
                 run.training_mode()
-                meter = _Meter(run)
+                meter.restart()
         checkpoints.wait()
     return Trained(done, run.averaged_model())
 
@@ -212,10 +212,13 @@ class _Meter:
 
     def __init__(self, run: _Run) -> None:
         self.run = run
-        self.images, self.started = 0, time.perf_counter()
+        self.restart()
         self.skipped: list[Skipped] = []
         self.peak = run.config.peak_tflops
         self.flops = flops_per_pair(run.objective.model) if self.peak is not None else 0
+
+    def restart(self) -> None:
+        self.images, self.started = 0, time.perf_counter()
 
     def add(self, outcome: _Outcome) -> None:
         self.images += outcome.images
@@ -228,7 +231,7 @@ class _Meter:
     def read(self, done: int, outcome: _Outcome) -> dict[str, Any]:
         """A line of the log. images_per_second: of all processes."""
         speed = self.images * self.run.processes.world / (time.perf_counter() - self.started)
-        self.images, self.started = 0, time.perf_counter()
+        self.restart()
         model = self.run.objective.model
         entry: dict[str, Any] = {
             "step": done,

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from siglip_model.auto import AutoConfig, AutoProcessor
-from siglip_model.evaluation.run import evaluate_on
 from siglip_model.fit import check_fit
 from siglip_model.model import SiglipModel
 from siglip_model.processor import SiglipProcessor
 from siglip_model.training.batch import BatchSource
 from siglip_model.training.captions import read_captions
 from siglip_model.training.checkpoints import check_identity, has_checkpoints
+from siglip_model.training.evaluation.run import evaluate_on
 from siglip_model.training.folder import folder_batches
 from siglip_model.training.loop import Trained, train
 from siglip_model.training.objective import initialise_logits

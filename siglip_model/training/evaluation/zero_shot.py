@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from siglip_model.evaluation.encoder import Encoder
 from siglip_model.images.files import list_images
 from siglip_model.text.prompts import fill_template
+from siglip_model.training.evaluation.encoder import Encoder
 from siglip_model.training.processes import Processes
 from siglip_model.training.skipped import Skipped
 

@@ -9,10 +9,10 @@ from captioned import caption, save_folder, save_shard, shard_files
 from tiny_checkpoint import random_image, shared_tiny_checkpoint
 
 from siglip_model import SiglipModel, SiglipProcessor, pipeline
-from siglip_model.evaluation import retrieval
-from siglip_model.evaluation.retrieval import ranks_of_partners
-from siglip_model.evaluation.run import evaluate_on
-from siglip_model.evaluation.zero_shot import find_classes
+from siglip_model.training.evaluation import retrieval
+from siglip_model.training.evaluation.retrieval import ranks_of_partners
+from siglip_model.training.evaluation.run import evaluate_on
+from siglip_model.training.evaluation.zero_shot import find_classes
 from siglip_model.training.processes import Processes
 
 ALONE = Processes(torch.device("cpu"))
@@ -69,8 +69,8 @@ def test_zero_shot_accuracy_is_the_pipelines(classes, loaded, checkpoint):
 
 
 def test_templates_are_averaged_and_classes_may_be_named(classes, loaded):
-    from siglip_model.evaluation.encoder import Encoder
-    from siglip_model.evaluation.zero_shot import class_embeddings
+    from siglip_model.training.evaluation.encoder import Encoder
+    from siglip_model.training.evaluation.zero_shot import class_embeddings
 
     (classes / "classes.json").write_text(json.dumps({name: f"{name} 3" for name in CLASSES}))
     assert list(find_classes(classes).values()) == [f"{name} 3" for name in sorted(CLASSES)]

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from siglip_model.evaluation.encoder import Encoder
-from siglip_model.evaluation.retrieval import Pair, retrieval_recall
-from siglip_model.evaluation.zero_shot import find_classes, zero_shot_accuracy
 from siglip_model.images.files import list_images
 from siglip_model.model import SiglipModel
 from siglip_model.processor import SiglipProcessor
 from siglip_model.text.prompts import TEMPLATE
 from siglip_model.training.captions import captions_files, read_captions
+from siglip_model.training.evaluation.encoder import Encoder
+from siglip_model.training.evaluation.retrieval import Pair, retrieval_recall
+from siglip_model.training.evaluation.zero_shot import find_classes, zero_shot_accuracy
 from siglip_model.training.processes import Processes
 from siglip_model.training.shards import (
     find_shards,

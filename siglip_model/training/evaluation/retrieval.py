@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip_model.evaluation.encoder import Encoder
+from siglip_model.training.evaluation.encoder import Encoder
 from siglip_model.training.processes import Processes
 from siglip_model.training.skipped import Skipped
 
