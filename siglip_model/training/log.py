@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines, a progress bar on a terminal, and the samples that were left out."""
+"""The log of a run: JSON lines, curves, a progress bar on a terminal, and the samples that were left out."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from typing import Any, Self
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from siglip_model.checkpoints.atomic import atomic_write
+from siglip_model.training.plot import numbers, plot_run
 from siglip_model.training.skipped import Skipped
 
-LOG, SKIPPED = "log.jsonl", "skipped.jsonl"
+LOG, SKIPPED, CURVES, TENSORBOARD = "log.jsonl", "skipped.jsonl", "curves.png", "tensorboard"
 
 
 class RunLog:
-    """Writes log.jsonl and skipped.jsonl in the run's folder, on rank 0; other ranks write nothing.
+    """Writes log.jsonl, skipped.jsonl and curves.png in the run's folder, on rank 0; other ranks write nothing.
 
-    Lines of steps after `first`, which a resumed run does again, are dropped.
+    Lines of steps after `first`, which a resumed run does again, are dropped. tensorboard: also write its event files.
     """
 
-    def __init__(self, folder: Path, total: int, first: int, *, writes: bool, show_progress: bool) -> None:
-        self.writes, self.path, self.skipped_path = writes, folder / LOG, folder / SKIPPED
+    def __init__(
+        self, folder: Path, total: int, first: int, *, writes: bool, show_progress: bool, tensorboard: bool = False
+    ) -> None:
+        self.writes, self.folder = writes, folder
+        self.path, self.skipped_path = folder / LOG, folder / SKIPPED
+        self.board = _summary_writer(folder / TENSORBOARD, first) if writes and tensorboard else None
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self.progress = Progress(*columns, disable=not (writes and show_progress and sys.stderr.isatty()))
         self.bar = self.progress.add_task("training", total=total, completed=first)
@@ -35,6 +40,15 @@ class RunLog:
 
     def write(self, entry: dict[str, Any]) -> None:
         self._append(self.path, [entry])
+        if self.board is not None:
+            for name, value in {**entry, **numbers(entry.get("evaluation", {}))}.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, entry["step"])
+
+    def draw(self) -> None:
+        """Draws the curves of all lines so far."""
+        if self.writes:
+            plot_run(_entries(self.path), self.folder / CURVES)
 
     def skip(self, skipped: Iterable[Skipped]) -> None:
         """Names samples that were left out, each once."""
@@ -56,6 +70,16 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
+        if self.board is not None:
+            self.board.close()
+
+
+def _summary_writer(folder: Path, first: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise RuntimeError("tensorboard (--tensorboard) needs pip install 'siglip-triton[tensorboard]'") from error
+    return SummaryWriter(str(folder), purge_step=first + 1)
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

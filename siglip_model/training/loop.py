@@ -78,7 +78,8 @@ def train(
     last = config.steps if stop_after is None else min(config.steps, stop_after)
     writes = run.processes.rank == 0
     batches = source(first * config.accumulate, position)
-    with RunLog(directory, config.steps, first, writes=writes, show_progress=show_progress) as log:
+    shown = dict(writes=writes, show_progress=show_progress, tensorboard=config.tensorboard)
+    with RunLog(directory, config.steps, first, **shown) as log:
         meter = _Meter(run)
         done = first
         while done < last:
@@ -103,8 +104,10 @@ def train(
             if evaluate is not None and not outcome.stop and (due or done == config.steps):
                 log.write({"step": done, "evaluation": evaluate(done, run.averaged_model())})
                 run.training_mode()
+                log.draw()
                 meter.restart()
         checkpoints.wait()
+        log.draw()
     return Trained(done, run.averaged_model())
 
 

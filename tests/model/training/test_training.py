@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from coloured_squares import coloured_squares, log_of, tiny_model, weights
+from PIL import Image
 
 from siglip_model import SiglipModel
 from siglip_model.training.average import average_weights
@@ -299,6 +300,21 @@ def test_evaluations_are_logged_and_see_the_averages(tmp_path):
         {"step": step, "evaluation": {"score": step}} for step in (2, 4, 5)
     ]
     assert torch.equal(seen[-1], weights(trained.model)) and not torch.equal(seen[0], seen[1])
+
+
+def test_curves_and_event_files(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = TrainingConfig(steps=4, warmup_steps=0, log_every=1, save_every=2, evaluate_every=2, tensorboard=True)
+    for stop_after in (3, None):
+        train(tiny_model(), config, tmp_path, evaluate=lambda step, _: {"n": 3, "top1": 0.5}, stop_after=stop_after)
+    assert Image.open(tmp_path / "curves.png").size == (1080, 384)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = [entry["loss"] for entry in log_of(tmp_path) if "loss" in entry]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+    assert [(event.step, event.value) for event in events.Scalars("top1")] == [(2, 0.5), (4, 0.5)]
 
 
 def test_what_cannot_go_on_says_why(tmp_path):
