@@ -23,7 +23,7 @@ def plot_run(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     names = list(scores[0][1]) if scores else []
     for name in names:
         score.plot([step for step, _ in scores], [found[name] for _, found in scores], ".-", label=name)
-    score.set(xlabel="step", ylim=(0, 1), title="" if names else "no evaluation")
+    score.set(xlabel="step", ylim=(0, 1.03), title="" if names else "no evaluation")
     if names:
         score.legend(fontsize=8)
     figure.savefig(path, dpi=120)
