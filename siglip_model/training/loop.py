@@ -136,7 +136,7 @@ class _Run:
             model, make_loss(config, processes), autocast=torch.bfloat16 if config.bfloat16 else None
         )
         self.training_mode()
-        if config.activation_checkpointing:
+        if config.recompute:
             model.activation_checkpointing_enable()
         self.average: AveragedModel | None = None
         if config.average_decay > 0:

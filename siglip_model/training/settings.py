@@ -57,7 +57,9 @@ class TrainingConfig:
     bfloat16: bool = _setting("Compute in bfloat16; weights and the loss stay in float32.", False)
     global_loss: bool = _setting("Compare images with the texts of all processes.", True)
     parallel: str = _setting("How processes share the model.", "ddp", choices=("ddp", "fsdp"))
-    activation_checkpointing: bool = _setting("Recompute layers in the backward pass.", False, may_change=True)
+    recompute: bool = _setting(
+        "Activation checkpointing: recompute layers in the backward pass.", False, may_change=True
+    )
     compile: bool = _setting("Compile the model with torch.compile.", False, may_change=True)
     max_bad_steps: int = _setting("Stop after this many steps in a row whose loss is not finite.", 10, least=1)
     seed: int = _setting("Seed of all randomness.", 0, least=0)

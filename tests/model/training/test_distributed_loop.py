@@ -19,7 +19,7 @@ CONFIG = TrainingConfig(
 )
 WAYS = {
     "ddp": CONFIG,
-    "fsdp": dataclasses.replace(CONFIG, parallel="fsdp", activation_checkpointing=True),
+    "fsdp": dataclasses.replace(CONFIG, parallel="fsdp", recompute=True),
     "fsdp, bf16": dataclasses.replace(CONFIG, steps=3, warmup_steps=0, parallel="fsdp", bfloat16=True),
     "muon": dataclasses.replace(CONFIG, steps=3, warmup_steps=0, optimizer="muon", freeze="vision"),
 }
@@ -54,7 +54,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
 
 @pytest.mark.parametrize("name", WAYS)
 def test_two_processes_train_as_one(name: str, together: tuple, tmp_path: Path) -> None:
-    alone = dataclasses.replace(WAYS[name], parallel="ddp", activation_checkpointing=False)
+    alone = dataclasses.replace(WAYS[name], parallel="ddp", recompute=False)
     expected = weights(train(tiny_model(), share(0, 1), alone, tmp_path).model)
     folder, by_rank = together
     tolerance = 1e-2 if alone.bfloat16 else 1e-5  # FSDP's layers hold bfloat16, where autocast rounds their products
