@@ -21,6 +21,7 @@ from siglip_model.training.checkpoints import check_identity, has_checkpoints
 from siglip_model.training.evaluation.run import evaluate_on
 from siglip_model.training.folder import folder_batches
 from siglip_model.training.loop import Trained, train
+from siglip_model.training.lora import add_adapters, merged
 from siglip_model.training.objective import initialise_logits
 from siglip_model.training.preparation import Preparation
 from siglip_model.training.processes import Processes, joined_processes
@@ -63,7 +64,8 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
             show_progress=show_progress,
         )
         if trained.steps == settings.steps and processes.rank == 0:
-            trained.model.save_pretrained(out / MODEL)
+            whole = merged(trained.model) if settings.lora_rank else trained.model
+            whole.save_pretrained(out / MODEL)
             processor.save_pretrained(out / MODEL)
     return trained
 
@@ -81,6 +83,8 @@ def load(settings: RunSettings, processes: Processes) -> tuple[SiglipModel, Sigl
         )
     if settings.paper_logits or settings.weights == "random":
         initialise_logits(model)
+    if settings.lora_rank:
+        add_adapters(model, settings.lora_rank)
     check_fit(model.config, processor.tokenizer, processor.image_processor, settings.model)
     return model, processor
 

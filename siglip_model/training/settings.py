@@ -100,6 +100,7 @@ class RunSettings(TrainingConfig):
     out: str = _setting("Folder of the run.", may_change=True)
     weights: str = _setting("Where weights come from.", "checkpoint", choices=("checkpoint", "random"))
     paper_logits: bool = _setting("Start from t' = log 10 and b = -10, as random weights do.", False)
+    lora_rank: int = _setting("Train adapters of this rank by PEFT, and merge them at the end; 0: none.", 0, least=0)
     batch_size: int = _setting("Pairs per batch, over all processes.", 64, least=1)
     crop_scale: float = _setting("Least area of random crops; 1: whole images.", 1.0, above=0, most=1)
     flip: bool = _setting("Mirror half of the images.", False)
@@ -114,6 +115,8 @@ class RunSettings(TrainingConfig):
         super().__post_init__()
         if self.evaluate_every and self.evaluation_data is None:
             raise refusal("evaluate_every", self.evaluate_every, "0 without evaluation_data")
+        if self.lora_rank and self.parallel == "fsdp":
+            raise refusal("lora_rank", self.lora_rank, "0 with parallel=fsdp")
 
     def save(self, path: Path) -> None:
         """Write the settings as TOML, which `--config` reads."""

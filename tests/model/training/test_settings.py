@@ -41,6 +41,7 @@ def test_what_is_written_beside_the_run_gives_the_run_again(tmp_path):
         ({"freeze": "both"}, "freeze (--freeze) is 'both'; supported: none, vision, text"),
         ({"optimizer": "muon", "parallel": "fsdp"}, "optimizer (--optimizer) is 'muon'; supported: adamw with paral"),
         ({"evaluate_every": 5}, "evaluate_every (--evaluate-every) is 5; supported: 0 without evaluation_data"),
+        ({"lora_rank": 4, "parallel": "fsdp"}, "lora_rank (--lora-rank) is 4; supported: 0 with parallel=fsdp"),
         ({"data": 3}, "data (--data) is 3; supported: a text"),
     ],
 )
