@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from siglip_model.images.files import load_image
 from siglip_model.training.batch import Batch, BatchSource, seed_of
 from siglip_model.training.captions import Captioned
+from siglip_model.training.loader import make_loader
 from siglip_model.training.preparation import Preparation, Prepared, collate
 from siglip_model.training.skipped import Skipped
 
@@ -38,9 +39,9 @@ def folder_batches(
     """
 
     def batches(first: int, position: Any) -> Iterator[Batch]:
-        loader: DataLoader[Any] = DataLoader(
+        loader = make_loader(
             _Pairs(samples, preparation, seed),
-            batch_sampler=_numbers(first, batch_size, rank, world),  # type: ignore[arg-type]
+            batch_sampler=_numbers(first, batch_size, rank, world),
             collate_fn=_collate,
             num_workers=num_workers,
             pin_memory=pin_memory,

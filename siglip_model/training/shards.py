@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from siglip_model.images.files import IMAGE_SUFFIXES, decode_image
 from siglip_model.training.batch import Batch, BatchSource
 from siglip_model.training.captions import CAPTION_COLUMNS, clean_captions
+from siglip_model.training.loader import make_loader
 from siglip_model.training.preparation import Preparation, Prepared, collate
 from siglip_model.training.skipped import Skipped
 
@@ -109,7 +110,7 @@ def shard_batches(
         reader = _Reader(
             shards, preparation, batch_size // world, shuffle_buffer, f"{seed}{salt}", rank, readers, first, places
         )
-        loader: DataLoader[Any] = DataLoader(reader, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+        loader = make_loader(reader, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
         for batch in loader:
             slot, epoch, taken = batch.position
             places[slot] = [epoch, taken]

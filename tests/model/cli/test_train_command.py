@@ -110,7 +110,9 @@ def test_what_is_wrong_is_one_line(siglip, settings, tmp_path, arguments, messag
 def start(*command: object) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, *map(str, command)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -121,9 +123,9 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 def test_sigterm_saves_and_has_an_exit_code_of_its_own(siglip, settings, tmp_path):
     out = tmp_path / "run"
     more = ["--config", settings, "--out", out, "--steps", "100000", "--save-every", "100000"]
-    process = start("-m", "siglip_model", "train", *more)
+    process = start("-m", "siglip_model", "train", *more, "--num-workers", "1")
     wait_for(out / "log.jsonl", process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as batch systems do: the worker that reads data gets it too
     stdout, stderr = process.communicate()
     assert process.returncode == 75 and one_line(stderr), stderr
     steps = log_of(out)[-1]["step"]
