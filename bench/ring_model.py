@@ -15,9 +15,9 @@ the last sum. The all-gather: all texts arrive before, and all sums leave after,
 hidden.
 
 DDP and FSDP2: what a GPU sends in a step of `siglip train --bfloat16`, by ring collectives, each of which sends
-(W - 1)/W of its tensor. DDP reduces fp32 gradients and gathers their means, once per step. FSDP2 gathers bf16 weights in
-forward and again in backward and reduces fp32 gradients, for each accumulated batch: as many bytes. Embeddings and heads,
-which the trainer gathers in fp32, count as layers. How much of it the towers' computation hides is not modelled.
+(W - 1)/W of its tensor. DDP reduces fp32 gradients and gathers their means, once per step. FSDP2 gathers bf16 weights
+in forward and again in backward and reduces fp32 gradients, for each accumulated batch: as many bytes. Embeddings and
+heads, which the trainer gathers in fp32, count as layers. How much of it the towers' computation hides is not modelled.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The trainer on two processes, under DDP and FSDP2: the losses of one process, and its weights."""
+"""The trainer on two processes, under DDP and FSDP2: the losses of one process, and its weights and scores."""
 
 import dataclasses
 from pathlib import Path
@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from captioned import save_folder
 from coloured_squares import PAIRS, coloured_squares, log_of, tiny_model, weights
+from tiny_checkpoint import random_image, shared_tiny_checkpoint
 
+from siglip_model import SiglipModel, SiglipProcessor
 from siglip_model.training.batch import Batch, generated
+from siglip_model.training.evaluation.run import evaluate_on
 from siglip_model.training.loop import train
-from siglip_model.training.processes import processes_of_group
+from siglip_model.training.processes import Processes, processes_of_group
 from siglip_model.training.settings import TrainingConfig
 
 CONFIG = TrainingConfig(
@@ -33,9 +37,19 @@ def share(rank: int, world: int) -> Any:
     return generated(make, 0)
 
 
-def one_of_two(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+def scores(data: dict[str, Path], checkpoint: Path, processes: Processes) -> dict[str, Any]:
+    loaded = SiglipModel.from_pretrained(checkpoint), SiglipProcessor.from_pretrained(checkpoint)
+    return {name: evaluate_on(str(path), *loaded, processes=processes, batch_size=3) for name, path in data.items()}
+
+
+def one_of_two(rank: int, folder: Path, data: dict[str, Path], checkpoint: Path) -> dict[str, Any]:
     processes = processes_of_group(torch.device("cpu"))
-    found = {}
+    found: dict[str, Any] = {"scores": scores(data, checkpoint, processes)}
+    asked = iter([False, rank == 1])  # one of them is told to stop
+    stopped = train(
+        tiny_model(), share(rank, 2), CONFIG, folder / "stopped", processes=processes, should_stop=lambda: next(asked)
+    )
+    found["stopped"] = stopped.steps
     for name, config in WAYS.items():
         config = dataclasses.replace(config, save_every=7)
         if name == "fsdp":  # interrupted and resumed
@@ -46,10 +60,36 @@ def one_of_two(rank: int, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, torch.Tensor]]]:
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], Path]:
+    """Data of both kinds, with a broken image, and the checkpoint that is evaluated on it."""
+    folder = tmp_path_factory.mktemp("data")
+    captioned = save_folder(folder / "captioned", 11)
+    (captioned / "5.png").write_bytes(b"nothing")
+    for name, numbers in (("cat", range(3)), ("dog", range(3, 8))):
+        (folder / "classes" / name).mkdir(parents=True)
+        for number in numbers:
+            random_image(number).save(folder / "classes" / name / f"{number}.png")
+    return {"retrieval": captioned, "zero-shot": folder / "classes"}, shared_tiny_checkpoint(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory, evaluated: tuple) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("together")
     (folder / "ranks").mkdir()
-    return folder, ranks.run(one_of_two, 2, folder / "ranks", folder)
+    return folder, ranks.run(one_of_two, 2, folder / "ranks", folder, *evaluated)
+
+
+def test_all_stop_when_one_is_told_to(together: tuple) -> None:
+    folder, by_rank = together
+    assert [found["stopped"] for found in by_rank] == [2, 2]
+    assert (folder / "stopped" / "checkpoints" / "step-00000002" / ".metadata").exists()
+
+
+def test_two_processes_evaluate_as_one(together: tuple, evaluated: tuple) -> None:
+    expected = scores(*evaluated, Processes(torch.device("cpu")))
+    assert [expected[name]["images"] for name in ("retrieval", "zero-shot")] == [10, 8]
+    for found in together[1]:
+        assert found["scores"] == expected
 
 
 @pytest.mark.parametrize("name", WAYS)
