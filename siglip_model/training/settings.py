@@ -56,7 +56,7 @@ class TrainingConfig:
     average_decay: float = _setting("Decay of the weights' moving average; 0: none.", 0.998, least=0, below=1)
     bfloat16: bool = _setting("Compute in bfloat16; weights and the loss stay in float32.", False)
     global_loss: bool = _setting("Compare images with the texts of all processes.", True)
-    parallel: str = _setting("How processes share the model.", "ddp", choices=("ddp", "fsdp"))
+    parallel: str = _setting("How processes share the model.", "ddp", choices=("ddp", "fsdp"), may_change=True)
     recompute: bool = _setting(
         "Activation checkpointing: recompute layers in the backward pass.", False, may_change=True
     )

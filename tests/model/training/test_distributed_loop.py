@@ -18,6 +18,8 @@ from siglip_model.training.loop import train
 from siglip_model.training.processes import Processes, processes_of_group
 from siglip_model.training.settings import TrainingConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 CONFIG = TrainingConfig(
     steps=20, accumulate=2, warmup_steps=4, average_decay=0.9, layer_decay=0.9, max_scale=10.01, log_every=1
 )
@@ -47,7 +49,12 @@ def one_of_two(rank: int, folder: Path, data: dict[str, Path], checkpoint: Path)
     found: dict[str, Any] = {"scores": scores(data, checkpoint, processes)}
     asked = iter([False, rank == 1])  # one of them is told to stop
     stopped = train(
-        tiny_model(), share(rank, 2), CONFIG, folder / "stopped", processes=processes, should_stop=lambda: next(asked)
+        tiny_model(),
+        share(rank, 2),
+        WAYS["fsdp"],
+        folder / "stopped",
+        processes=processes,
+        should_stop=lambda: next(asked),
     )
     found["stopped"] = stopped.steps
     for name, config in WAYS.items():
@@ -79,10 +86,14 @@ def together(tmp_path_factory: pytest.TempPathFactory, evaluated: tuple) -> tupl
     return folder, ranks.run(one_of_two, 2, folder / "ranks", folder, *evaluated)
 
 
-def test_all_stop_when_one_is_told_to(together: tuple) -> None:
+def test_all_stop_when_one_is_told_to_and_one_alone_resumes(together: tuple, tmp_path: Path) -> None:
     folder, by_rank = together
     assert [found["stopped"] for found in by_rank] == [2, 2]
     assert (folder / "stopped" / "checkpoints" / "step-00000002" / ".metadata").exists()
+    for path in (folder / "stopped", tmp_path):
+        train(tiny_model(), share(0, 1), CONFIG, path)
+    losses, expected = ([entry["loss"] for entry in log_of(path)] for path in (folder / "stopped", tmp_path))
+    assert losses == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_processes_evaluate_as_one(together: tuple, evaluated: tuple) -> None:
