@@ -38,7 +38,7 @@ from siglip_model.images.limits import MAX_PIXELS, PixelBudget
 from siglip_model.text.prompts import TEMPLATE
 
 if TYPE_CHECKING:
-    from siglip_model.cli.plot import PlotRow
+    from siglip_model.plot import PlotRow
     from siglip_model.zero_shot import ZeroShotImageClassificationPipeline
 
 
@@ -113,7 +113,7 @@ def classify(
 ) -> None:
     """Score each image against the labels. Each score is an independent probability: they need not sum to 1."""
     with errors_in_one_line():
-        from siglip_model.cli import plot as plotting
+        from siglip_model import plot as plotting
 
         chosen = split_labels(labels)
         if not chosen:
@@ -169,7 +169,7 @@ class _ClassifyRun:
         self.thumbnails: dict[int, Any] = {}
 
     def over(self, paths: Iterable[str], batch_size: int, budget: PixelBudget) -> None:
-        from siglip_model.cli.plot import thumbnail
+        from siglip_model.plot import thumbnail
 
         def read(item: tuple[int, str]) -> Any:
             index, path = item
@@ -207,7 +207,7 @@ class _ClassifyRun:
 
     def plot_rows(self) -> list[PlotRow]:
         """The first images that were scored, beside their predictions."""
-        from siglip_model.cli.plot import PlotRow
+        from siglip_model.plot import PlotRow
 
         return [
             PlotRow(self.thumbnails[index], os.path.basename(result["image"]), result["predictions"])

@@ -77,7 +77,7 @@ def _bars(predictions: Sequence[dict[str, Any]], width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from siglip_model.cli.plot import format_score
+    from siglip_model.plot import format_score
 
     cells = max(8, min(30, width // 3))
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 1))
@@ -110,7 +110,7 @@ def print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
 def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
     from rich.text import Text
 
-    from siglip_model.cli.plot import format_score
+    from siglip_model.plot import format_score
 
     filled = round(entry["score"] * cells)
     bar = Text("█" * filled, "green" if right else "blue") + Text("░" * (cells - filled), "dim")

@@ -33,5 +33,7 @@ def _peft() -> Any:
     try:
         import peft
     except ModuleNotFoundError as error:
+        if error.name != "peft":  # transformers, which PEFT imports, cannot import something
+            raise
         raise RuntimeError("lora_rank (--lora-rank) needs pip install 'siglip-triton[lora]'") from error
     return peft

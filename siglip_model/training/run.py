@@ -19,6 +19,7 @@ from siglip_model.training.batch import BatchSource
 from siglip_model.training.captions import read_captions
 from siglip_model.training.checkpoints import check_identity, has_checkpoints
 from siglip_model.training.evaluation.run import evaluate_on
+from siglip_model.training.evaluation.samples import plot_samples
 from siglip_model.training.folder import folder_batches
 from siglip_model.training.loop import Trained, train
 from siglip_model.training.lora import add_adapters, merged
@@ -28,14 +29,15 @@ from siglip_model.training.processes import Processes, joined_processes
 from siglip_model.training.settings import RunSettings, read_settings, refusal
 from siglip_model.training.shards import find_shards, is_shards, shard_batches
 
-SETTINGS, MODEL = "settings.toml", "model"
+SETTINGS, MODEL, PREDICTIONS = "settings.toml", "model", "predictions"
 
 
 def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
     """Trains as the settings say, on all processes that torchrun started; a run that was stopped is resumed.
 
-    Writes settings.toml, log.jsonl, skipped.jsonl, checkpoints/ and, at the end, model/, a checkpoint for
-    `from_pretrained`. SIGTERM saves and returns early. Raises ValueError for settings that cannot be met.
+    Writes settings.toml, log.jsonl, skipped.jsonl, curves.png, predictions/, checkpoints/ and, at the end, model/, a
+    checkpoint for `from_pretrained`. SIGTERM saves and returns early. Raises ValueError for settings that cannot be
+    met.
     """
     out = Path(settings.out)
     with joined_processes(settings.device, settings.timeout) as processes, _termination_noted() as terminated:
@@ -51,7 +53,12 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
 
         def evaluate(step: int, averaged: SiglipModel) -> dict[str, Any]:
             assert settings.evaluation_data is not None
-            return evaluate_on(settings.evaluation_data, averaged, processor, processes=processes)
+            scores = evaluate_on(settings.evaluation_data, averaged, processor, processes=processes)
+            if processes.rank == 0:
+                (out / PREDICTIONS).mkdir(exist_ok=True)
+                picture = out / PREDICTIONS / f"step-{step:08}.png"
+                plot_samples(settings.evaluation_data, averaged, processor, picture)
+            return scores
 
         trained = train(
             model,

@@ -42,13 +42,17 @@ def evaluate_on(
     samples of this rank that cannot be read. Raises ValueError for data of neither kind.
     """
     encoder = Encoder(model, processor, batch_size)
-    if is_shards(data):
-        samples = _of_shards(find_shards(data), processes)
-    elif is_captioned(data):
-        samples = _of_folder(data, processes)
-    else:
+    samples = captioned_samples(data, processes)
+    if samples is None:
         return zero_shot_accuracy(encoder, find_classes(data), templates, processes, on_failure)
     return retrieval_recall(encoder, samples, processes, on_failure)
+
+
+def captioned_samples(data: str, processes: Processes) -> Iterator[Pair | Skipped] | None:
+    """This rank's share of shards or of a captioned folder; None for another folder."""
+    if is_shards(data):
+        return _of_shards(find_shards(data), processes)
+    return _of_folder(data, processes) if is_captioned(data) else None
 
 
 def is_captioned(folder: str) -> bool:

@@ -48,6 +48,7 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(siglip, settings, fol
     assert [entry["step"] for entry in log] == [1, 2, 3, 3, 4, 5, 5]
     assert [entry["evaluation"]["texts"] for entry in log if "evaluation" in entry] == [22, 22]
     assert log[-2]["skipped"] == 1
+    assert sorted(path.name for path in (out / "predictions").iterdir()) == ["step-00000003.png", "step-00000005.png"]
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert [Path(one["name"]).name for one in skipped] == ["7.png"]
     theirs = transformers.SiglipModel.from_pretrained(out / "model").state_dict()
