@@ -19,6 +19,9 @@ class NaFlexEmbeddings(UsesBackend, nn.Module):
 
     def __init__(self, config: Siglip2VisionConfig):
         super().__init__()
+        self.config = config
+        self.embed_dim, self.patch_size, self.num_patches = config.hidden_size, config.patch_size, config.num_patches
+        self.position_embedding_size = math.isqrt(config.num_patches)
         self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from siglip_kernels.errors import unsupported
@@ -39,6 +41,16 @@ class Siglip2VisionModel(_NaFlex, SiglipVisionModel):
 
     config_class = Siglip2VisionConfig
     embeddings_class = NaFlexEmbeddings
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """See `PreTrainedModel`; square images."""
+        config = self.config
+        patches = (3, config.num_patches, config.num_channels * config.patch_size**2)
+        return {
+            "pixel_values": torch.zeros(patches, dtype=self.dtype, device=self.device),
+            "spatial_shapes": torch.full((3, 2), math.isqrt(config.num_patches)),
+        }
 
     def encode(  # type: ignore[override]
         self,

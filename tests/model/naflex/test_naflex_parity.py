@@ -56,6 +56,28 @@ def test_every_output_field(kind: str, implementation: str) -> None:
     assert worst_difference(without_padding(output, mask), leaves(output)) == 0  # tokens of padding are zeros
 
 
+@pytest.mark.parametrize("asked", [[0], [-1, 1], 1], ids=str)
+def test_chosen_hidden_states(asked: int | list[int]) -> None:
+    peer = peer_model("eager")
+    inputs = {**images(MIXED, 24), **texts(len(MIXED))}
+    ours, theirs = (
+        model(**inputs, output_hidden_states=asked).vision_model_output
+        for model in (project_model(peer, "eager"), peer)
+    )
+    assert worst_difference(ours, theirs) < TOLERANCE
+    assert [state is None for state in ours.hidden_states] == [state is None for state in theirs.hidden_states]
+
+
+def test_names_of_transformers() -> None:
+    peer = peer_model("eager")
+    project = project_model(peer, "eager")
+    ours, theirs = (model.vision_model.embeddings for model in (project, peer))
+    for name in ("embed_dim", "patch_size", "num_patches", "position_embedding_size"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    for model in (project, project.vision_model, siglip_model.Siglip2ForImageClassification(project.config)):
+        assert len(model(**model.dummy_inputs)[0]) == 3
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_weights(backend: str) -> None:
     peer = peer_model()
