@@ -94,8 +94,9 @@ def launch_packed_forward(
     from siglip_kernels.attention.forward import attention_forward
 
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    batch = [unit_stride(tensor)[None] for tensor in (q, k, v)]
-    out, log_sum_exp = attention_forward(*batch, None, _scale(scale, q), keep_for_backward, sequences)
+    batch_q, batch_k, batch_v = (unit_stride(tensor)[None] for tensor in (q, k, v))
+    scale = _scale(scale, q)
+    out, log_sum_exp = attention_forward(batch_q, batch_k, batch_v, None, scale, keep_for_backward, sequences)
     return out.view(q.shape), log_sum_exp.view(packed_kept_shape(q, keep_for_backward))
 
 
@@ -124,9 +125,9 @@ def launch_packed_backward(
 
     _require_kept(log_sum_exp, packed_kept_shape(q, True))
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    batch = [unit_stride(tensor)[None] for tensor in (out_grad, q, k, v)]
-    kept = (out[None], log_sum_exp[None])
-    gradients = attention_backward(*batch, *kept, None, _scale(scale, q), needs_q, needs_k_or_v, sequences=sequences)
+    batch_out_grad, batch_q, batch_k, batch_v = (unit_stride(tensor)[None] for tensor in (out_grad, q, k, v))
+    kept = (out[None], log_sum_exp[None], None, _scale(scale, q), needs_q, needs_k_or_v)
+    gradients = attention_backward(batch_out_grad, batch_q, batch_k, batch_v, *kept, sequences=sequences)
     needed = ((q, needs_q), (k, needs_k_or_v), (k, needs_k_or_v))
     q_grad, k_grad, v_grad = (
         gradient.view(like.shape if need else 0) for gradient, (like, need) in zip(gradients, needed, strict=True)
