@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import naflex
 import peft
 import pytest
 import torch
@@ -22,17 +23,20 @@ from siglip_model.pretrained import PreTrainedModel
 
 IDS = torch.randint(0, TINY_TEXT["vocab_size"], (2, 7))
 PIXELS = torch.randn(2, 3, TINY_VISION["image_size"], TINY_VISION["image_size"])
-NAMES = ("SiglipModel", "SiglipTextModel", "SiglipVisionModel", "SiglipForImageClassification")
+KINDS = ("Model", "TextModel", "VisionModel", "ForImageClassification")
+NAMES = tuple(f"{family}{kind}" for family in ("Siglip", "Siglip2") for kind in KINDS)
 
 
-def config(library: Any = siglip_model, **fields: Any) -> Any:
-    return library.SiglipConfig(text_config=dict(TINY_TEXT), vision_config=dict(TINY_VISION), **fields)
+def config(library: Any = siglip_model, family: str = "Siglip", **fields: Any) -> Any:
+    vision = dict(TINY_VISION if family == "Siglip" else naflex.VISION)
+    return getattr(library, f"{family}Config")(text_config=dict(TINY_TEXT), vision_config=vision, **fields)
 
 
 def build(name: str, library: Any = siglip_model) -> Any:
-    whole = config(library)
-    towers = {"SiglipTextModel": whole.text_config, "SiglipVisionModel": whole.vision_config}
-    return getattr(library, name)(towers.get(name, whole)).eval()
+    family = "Siglip2" if name.startswith("Siglip2") else "Siglip"
+    whole = config(library, family)
+    towers = {"TextModel": whole.text_config, "VisionModel": whole.vision_config}
+    return getattr(library, name)(towers.get(name.removeprefix(family), whole)).eval()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,7 +52,7 @@ def test_answers_are_those_of_transformers(name: str) -> None:
         "name_or_path",
         "dtype",
         "device",
-        *(("num_labels",) if name == "SiglipForImageClassification" else ()),
+        *(("num_labels",) if name.endswith("ForImageClassification") else ()),
     ):
         assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
     assert ours.base_model is ours and theirs.base_model is theirs
@@ -84,9 +88,10 @@ def test_sizes_of_parts_are_those_of_transformers(part: str) -> None:
 def test_dummy_inputs_fit_the_model(name: str) -> None:
     model = build(name).half()
     inputs = model.dummy_inputs
-    assert set(inputs) == {"text": {"input_ids"}, "image": {"pixel_values"}}.get(
-        "".join(model.input_modalities), {"input_ids", "pixel_values"}
-    )
+    images = {"pixel_values", "spatial_shapes"} if "2" in name else {"pixel_values"}
+    texts = {"input_ids"}
+    expected = {"text": texts, "image": images}.get("".join(model.input_modalities), texts | images)
+    assert set(inputs) == expected
     assert len(model(**inputs)[0]) == 3
 
 
@@ -113,8 +118,7 @@ def test_input_embeddings(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs_of_frozen_models_require_gradients(name: str) -> None:
     model = build(name).requires_grad_(False)
-    inputs = {"input_ids": IDS} if "Text" in name else {"pixel_values": PIXELS}
-    inputs = {"input_ids": IDS, "pixel_values": PIXELS} if name == "SiglipModel" else inputs
+    inputs = model.dummy_inputs
     expected = model(**inputs)[0]
     model.enable_input_require_grads()
     model.enable_input_require_grads()  # does not hook twice
