@@ -195,19 +195,31 @@ def attention_forward(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     projected = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    boundaries = [arguments.get(f"cu_seq_lens_{side}") for side in "qk"]
-    if any(one is not None for one in boundaries):
+    if arguments.get("cu_seq_lens_q") is not None or arguments.get("cu_seq_lens_k") is not None:
         if attention_mask is not None:
             raise unsupported(NAME, "attention_mask", f"is given with cu_seq_lens_q by {kind}", "one of them")
-        longest = [arguments.get(f"max_length_{side}") for side in "qk"]
-        packed = [tensor.flatten(0, 1) for tensor in projected]
-        out = flash_attn_varlen_func(*packed, *boundaries, *longest, softmax_scale=scaling)
-        return out.view(projected[0].shape), None
+        return _attend_packed(projected, scaling, arguments), None
     padding = read_key_padding(getattr(attention_mask, _READ, attention_mask), key.shape[0], key.shape[2])
     if not (padding is None or isinstance(padding, KeyPadding)):
         got = f"of {kind} is not a padding mask ({_shown(attention_mask)})"
         raise unsupported(NAME, "attention_mask", got, "(batch, keys), the same for all queries; use 'sdpa' or 'eager'")
     return attend(projected, scaling, padding), None
+
+
+def _attend_packed(projected: tuple[Tensor, Tensor, Tensor], scale: float | None, arguments: dict[str, Any]) -> Tensor:
+    """Attention over packed sequences. projected: q, k and v, each (B, S, H, D), whose B · S tokens they are."""
+    q, k, v = (tensor.flatten(0, 1) for tensor in projected)
+    out = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        arguments.get("cu_seq_lens_q"),  # type: ignore[arg-type]
+        arguments.get("cu_seq_lens_k"),  # type: ignore[arg-type]
+        arguments.get("max_length_q"),
+        arguments.get("max_length_k"),
+        softmax_scale=scale,
+    )
+    return out.view(projected[0].shape)
 
 
 _BIDIRECTIONAL = (
