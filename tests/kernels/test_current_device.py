@@ -79,6 +79,11 @@ def attention(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return siglip_kernels.attention(*(tensor(2, tokens, 2, 64, dtype=dtype) for _ in "qkv"))
 
 
+def packed_attention() -> Tensor:
+    boundaries = torch.tensor([0, 30, 100], dtype=torch.int32)
+    return siglip_kernels.attention(*(tensor(100, 2, 64) for _ in "qkv"), cu_seqlens=boundaries)
+
+
 def linear(depth: int = 64) -> Tensor:
     return siglip_kernels.linear(tensor(3, depth), tensor(64, depth), tensor(64), tensor(3, 64))
 
@@ -143,6 +148,7 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "attention": lambda: attention(100),
     "attention of few tokens": lambda: attention(16),
     "attention in fp32": lambda: attention(100, torch.float32),
+    "attention over packed sequences": packed_attention,
     "linear": linear,
     "linear of a long sum": lambda: linear(depth=4096),
     "mlp": mlp,
