@@ -92,7 +92,11 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("where", "left"),
-    [("step", {4: True}), ("write_data", {4: True, 8: False}), ("finish", {4: True, 8: False})],
+    [
+        ("step", {4: True}),
+        pytest.param("write_data", {4: True, 8: False}, marks=pytest.mark.thorough),
+        ("finish", {4: True, 8: False}),
+    ],
 )
 def test_a_run_that_is_killed_resumes_from_its_last_complete_checkpoint(where, left, uninterrupted, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", KILLED, where, str(tmp_path)]
