@@ -11,9 +11,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from siglip_model.processor import SiglipProcessor
+from siglip_model.auto import AutoProcessor
+from siglip_model.processor import Siglip2Processor, SiglipProcessor
 from siglip_model.training.batch import Batch
 from siglip_model.training.skipped import Skipped
+
+
+def load_processor(checkpoint: str) -> SiglipProcessor:
+    """The processor of a checkpoint. Raises ValueError for one at native resolution (NaFlex)."""
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    if isinstance(processor, Siglip2Processor):
+        raise ValueError(f"model (--model) {checkpoint} takes images at native resolution; supported: fixed resolution")
+    return processor
 
 
 class Prepared(NamedTuple):

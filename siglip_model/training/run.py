@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from siglip_model.auto import AutoConfig, AutoProcessor
+from siglip_model.auto import AutoConfig
 from siglip_model.fit import check_fit
 from siglip_model.model import SiglipModel
 from siglip_model.processor import SiglipProcessor
@@ -24,7 +24,7 @@ from siglip_model.training.folder import folder_batches
 from siglip_model.training.loop import Trained, train
 from siglip_model.training.lora import add_adapters, merged
 from siglip_model.training.objective import initialise_logits
-from siglip_model.training.preparation import Preparation
+from siglip_model.training.preparation import Preparation, load_processor
 from siglip_model.training.processes import Processes, joined_processes
 from siglip_model.training.settings import RunSettings, read_settings, refusal
 from siglip_model.training.shards import find_shards, is_shards, shard_batches
@@ -79,7 +79,7 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
 
 def load(settings: RunSettings, processes: Processes) -> tuple[SiglipModel, SiglipProcessor]:
     """The model in fp32 and the processor of the checkpoint; with weights="random" a new model of its configuration."""
-    processor = AutoProcessor.from_pretrained(settings.model)
+    processor = load_processor(settings.model)
     if settings.weights == "random":
         torch.manual_seed(settings.seed)
         model = SiglipModel(AutoConfig.from_pretrained(settings.model), backend="eager").to(processes.device)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from captioned import save_folder, save_shard, shard_files
 from coloured_squares import log_of
 from command_line import one_line
 
-from siglip_model import SiglipModel
+from siglip_model import Siglip2ImageProcessor, SiglipModel
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -106,6 +107,18 @@ def test_what_is_wrong_is_one_line(siglip, settings, tmp_path, arguments, messag
     done = siglip("train", "--config", settings, "--out", tmp_path / "run", *arguments)
     assert done.exit_code == 2 and one_line(done.stderr) and message in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_native_resolution_is_refused(siglip, settings, checkpoint, folder, tmp_path, command):
+    native = tmp_path / "native"
+    shutil.copytree(checkpoint, native)
+    Siglip2ImageProcessor().save_pretrained(native)
+    (native / "processor_config.json").unlink(missing_ok=True)
+    more = ["--data", folder] if command == "evaluate" else ["--config", settings, "--out", tmp_path / "run"]
+    done = siglip(command, *more, "--model", native)
+    assert done.exit_code == 2 and one_line(done.stderr)
+    assert "native takes images at native resolution; supported: fixed resolution" in done.stderr
 
 
 def start(*command: object) -> subprocess.Popen:
