@@ -13,7 +13,9 @@ def attention_forward_blackwell(
 ) -> tuple[Tensor, Tensor]:
     """Launches the kernel, with the contract of `forward.attention_forward` for fp16 and bf16.
 
-    q, k, v: unit stride along D; copied first where `readable_by_tma` says so. Raises as `require_gpu` does.
+    q, k, v: unit stride along D; copied first where `readable_by_tma` says so. Raises as `require_gpu` does. With
+    lengths every partition reads global memory, and ptxas keeps the descriptor for that on the stack, beside what it
+    keeps there without them: 24 bytes.
     """
     batch, query_tokens, heads, head_dim = q.shape
     key_tokens = k.shape[1]

@@ -30,7 +30,7 @@ def launch_forward(
         from siglip_kernels.attention.hopper import attention_forward_hopper
 
         return attention_forward_hopper(q, k, v, lengths, scale, keep_for_backward)
-    if blackwell_kernels_enabled() and lengths is None:  # with lengths the kernel would spill 24 bytes
+    if blackwell_kernels_enabled() and lengths is None:  # with lengths it would spill: see blackwell.py
         from siglip_kernels.attention.blackwell import attention_forward_blackwell
 
         return attention_forward_blackwell(q, k, v, lengths, scale, keep_for_backward)

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench.compiled.launch import GPUS
 from siglip_kernels import UnsupportedInputError, attention, reference
-from siglip_kernels.attention.config import grid, split_head_dim
+from siglip_kernels.attention.config import advances_offsets, grid, split_head_dim
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -441,7 +442,7 @@ def test_offsets_beyond_32_bits(device):
             pytest.skip(f"no sparse file of 4 GB: {error}")
     else:
         storage = torch.zeros(2**31 + 2**20, dtype=torch.float16, device=device)
-    for tokens in (3, 70):
+    for tokens in (3, 70, 150):  # of which the last are more than one tile of keys
         far = 2**31 // (tokens - 1) // 8 * 8  # the stride of tokens: the last starts near 2^31
         for strides, batch in (((2**31, 16, 8, 1), 2), ((16, far, 8, 1), 1)):
             near = torch.randn(batch, tokens, 2, 8, device=device).half()
@@ -453,6 +454,22 @@ def test_offsets_beyond_32_bits(device):
                 torch.equal(a, b)
                 for a, b in zip(expected, run(attention, [view, view, view, out_grad], torch.float16), strict=True)
             )
+
+
+def test_the_loop_over_keys_advances_offsets_only_within_32_bits():
+    """And pointers on Blackwell, where that takes no more instructions."""
+    for gpu, tokens, stride, offsets in (
+        ("a100", 1024, 3456, True),
+        ("h200", 2**11 - 1, 2**20, True),
+        ("h200", 2**11, 2**20, False),
+        ("b200", 1024, 3456, False),
+        ("rtx5090", 1024, 3456, False),
+    ):
+        near, far = (
+            torch.empty_strided((1, tokens, 1, 64), (0, between, 64, 1), device="meta") for between in (64, stride)
+        )
+        for k, v in ((near, far), (far, near)):
+            assert advances_offsets(GPUS[gpu], k, v) == offsets
 
 
 @pytest.mark.parametrize("tokens", [130, 256])
