@@ -210,16 +210,54 @@ def patch_embed(pixel_values: Tensor, weight: Tensor, bias: Tensor, position: Te
 
 
 def sigmoid_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    image_groups: Tensor | None = None,
+    text_groups: Tensor | None = None,
+    offset: int | None = None,
+    positive_weight: float | Tensor = 1.0,
+    negative_weight: float = 1.0,
+    image_weight: Tensor | None = None,
+    text_weight: Tensor | None = None,
+    ignore: int | None = None,
+    reduction: str = "images",
 ) -> Tensor:
-    """The pairwise sigmoid loss (Zhai et al. 2023, arXiv 2303.15343, equation 1).
+    """The pairwise sigmoid loss (Zhai et al. 2023, arXiv 2303.15343, equation 1), and those derived from it.
 
-    L = -(1/N) Σᵢⱼ log σ(zᵢⱼ (t xᵢ·yⱼ + b)), zᵢⱼ = 1 where i = j, else -1.
-    image_embeds, text_embeds: (N, D), normalised by the caller; logit_scale: t itself, already exponentiated.
-    Returns a scalar of at least fp32.
+    L = -(1/N) Σᵢⱼ wᵢⱼ log σ(zᵢⱼ (t xᵢ·yⱼ + b)), zᵢⱼ = 1 where pair (i, j) is positive, else -1.
+    image_embeds: (N, D), text_embeds: (M, D), normalised by the caller; logit_scale: t itself, already exponentiated.
+    image_groups, text_groups: int64 (N,), (M,); pairs of equal groups from 0 on are positive. offset: instead, pairs
+    i + offset = j are positive; with neither, N = M and the offset is 0.
+    positive_weight (a number or (N,)), negative_weight, image_weight (N,), text_weight (M,): factors of w.
+    ignore: pairs with an image or a text of this group weigh 0.
+    reduction: the sum is divided by the number of "images", "pairs" or "positives", or not ("sum"); "none": (N,), of
+    each image. Returns at least fp32.
     """
     dtype = _at_least_fp32(image_embeds.dtype)
-    logits = (text_embeds @ image_embeds.T).to(dtype) * logit_scale + logit_bias
-    pairs = logits.shape[0]  # not len(logits), which an exporter makes a constant
-    signs = 2 * torch.eye(pairs, dtype=dtype, device=logits.device) - 1
-    return -F.logsigmoid(signs * logits).sum() / pairs
+    logits = (text_embeds @ image_embeds.T).to(dtype) * logit_scale + logit_bias  # [M, N]
+    texts, images = logits.shape  # not len(logits), which an exporter makes a constant
+    if image_groups is not None and text_groups is not None:
+        positive = (text_groups[:, None] == image_groups) & (image_groups >= 0)
+        if ignore is not None:
+            positive = positive & (image_groups != ignore)
+        signs = 2 * positive.to(dtype) - 1
+    elif offset is not None:
+        rows, columns = torch.arange(texts, device=logits.device), torch.arange(images, device=logits.device)
+        signs = 2 * (rows[:, None] == columns + offset).to(dtype) - 1
+    else:
+        signs = 2 * torch.eye(images, dtype=dtype, device=logits.device) - 1
+    losses = -F.logsigmoid(signs * logits)
+    if isinstance(positive_weight, Tensor) or positive_weight != 1 or negative_weight != 1:
+        losses = losses * torch.where(signs > 0, positive_weight, negative_weight)
+    if image_weight is not None:
+        losses = losses * image_weight
+    if text_weight is not None:
+        losses = losses * text_weight[:, None]
+    if ignore is not None and image_groups is not None and text_groups is not None:
+        losses = losses.masked_fill((text_groups[:, None] == ignore) | (image_groups == ignore), 0)
+    if reduction == "none":
+        return losses.sum(0)
+    return losses.sum() / {"images": images, "pairs": images * texts, "sum": 1}.get(reduction, (signs > 0).sum())

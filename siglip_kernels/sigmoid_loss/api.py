@@ -1,11 +1,16 @@
 """The sigmoid loss op: registration with PyTorch, autograd, the public functions, and the checks of their arguments.
 
 Two operators are registered. `siglip_kernels::sigmoid_loss` computes the loss and, in the same pass, the gradients that
-are required (blocks.py); `siglip_kernels::sigmoid_loss_backward` multiplies them by the upstream gradient. Both take
+are required (blocks.py); `siglip_kernels::sigmoid_loss_backward` multiplies them by the upstream gradient. Where the
+loss of each image is asked for, upstream gradients weight images: `siglip_kernels::sigmoid_losses` computes the losses
+and `siglip_kernels::sigmoid_losses_backward` the gradients of their weighted sum, as the first operator does. All take
 the name of an engine (engines.py): "triton" or "chunked".
 """
 
+from typing import Any, Unpack
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from siglip_kernels import reference
@@ -20,15 +25,16 @@ from siglip_kernels.arguments import (
 )
 from siglip_kernels.device import on_device
 from siglip_kernels.errors import unsupported
-from siglip_kernels.sigmoid_loss.blocks import loss_and_gradients
+from siglip_kernels.sigmoid_loss.blocks import loss_and_gradients, losses_of_images
 from siglip_kernels.sigmoid_loss.engines import make_engine, saved_dtype
+from siglip_kernels.sigmoid_loss.pairs import PairOptions, Pairs, check_reduction, make_pairs, matches
 from siglip_kernels.transforms import refuse_transforms, register_derivative, under_transform
 
 # `plain_sigmoid_loss` is chunked from this many pairs on. With fewer, the logits take less memory than the embeddings
 # of common models, and the definition, which can be differentiated twice, is as fast.
 CHUNKED_FROM = 1024
 
-LARGEST_WIDTH = 2048
+LARGEST_WIDTH = 4096
 
 
 @torch.library.custom_op("siglip_kernels::sigmoid_loss", mutates_args=())
@@ -42,8 +48,15 @@ def forward_op(
     image_gradient: bool,
     text_gradient: bool,
     scalar_gradients: bool,
+    divisor: int,
+    diagonal: int,
+    image_groups: Tensor | None,
+    text_groups: Tensor | None,
+    positive_weight: Tensor | None,
+    negative_weight: Tensor | None,
+    text_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the gradients that are required: see `blocks.loss_and_gradients`."""
+    """The loss, and the gradients that are required: see `blocks.loss_and_gradients`. The last six make its pairs."""
     with on_device(image_embeds), torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
         return loss_and_gradients(
             make_engine(engine, image_embeds, chunk_size),
@@ -51,6 +64,8 @@ def forward_op(
             aligned(text_embeds),
             logit_scale,
             logit_bias,
+            Pairs(diagonal, image_groups, text_groups, positive_weight, negative_weight, text_weight),
+            divisor,
             image_gradient,
             text_gradient,
             scalar_gradients,
@@ -74,6 +89,13 @@ def _(
     image_gradient: bool,
     text_gradient: bool,
     scalar_gradients: bool,
+    divisor: int,
+    diagonal: int,
+    image_groups: Tensor | None,
+    text_groups: Tensor | None,
+    positive_weight: Tensor | None,
+    negative_weight: Tensor | None,
+    text_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = saved_dtype(engine, image_embeds.dtype)
     return (
@@ -132,7 +154,7 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    image_embeds, text_embeds, logit_scale, logit_bias, engine, _, *wanted = inputs
+    image_embeds, text_embeds, logit_scale, logit_bias, engine, _, *wanted = inputs[:9]
     _, *gradients = output
     ctx.mark_non_differentiable(*gradients)
     ctx.save_for_backward(*gradients, image_embeds, text_embeds, logit_scale, logit_bias)
@@ -141,7 +163,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, upstream, *_):
-    nothing = (None,) * 9
+    nothing = (None,) * 16
     if upstream is None:
         return nothing
     needed = ctx.needs_input_grad[:4]
@@ -158,27 +180,195 @@ def _backward(ctx, upstream, *_):
 register_derivative("sigmoid_loss", forward_op, backward_op, _backward, _save)
 
 
-def sigmoid_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+@torch.library.custom_op("siglip_kernels::sigmoid_losses", mutates_args=())
+def losses_op(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    engine: str,
+    chunk_size: int,
+    diagonal: int,
+    image_groups: Tensor | None,
+    text_groups: Tensor | None,
+    positive_weight: Tensor | None,
+    negative_weight: Tensor | None,
+    text_weight: Tensor | None,
 ) -> Tensor:
-    """The pairwise sigmoid loss in Triton (Zhai et al. 2023, arXiv 2303.15343, equation 1).
+    """(N,): the loss of each image, see `blocks.losses_of_images`. The last six make its pairs."""
+    with on_device(image_embeds), torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
+        return losses_of_images(
+            make_engine(engine, image_embeds, chunk_size),
+            aligned(image_embeds),
+            aligned(text_embeds),
+            logit_scale,
+            logit_bias,
+            Pairs(diagonal, image_groups, text_groups, positive_weight, negative_weight, text_weight),
+        )
 
-    L = -(1/N) Σᵢⱼ log σ(zᵢⱼ (t xᵢ·yⱼ + b)), zᵢⱼ = 1 where i = j, else -1.
 
-    image_embeds, text_embeds: (N, D) on one CUDA device, fp32, fp16 or bf16 (under autocast they are cast to its
-    dtype), N >= 1, D a multiple of 8 up to 2048; normalised by the caller. Non-contiguous tensors are copied.
-    logit_scale: t, already exponentiated; logit_bias: b; each a number or a 0-dimensional floating-point tensor.
-    Returns an fp32 scalar. Logits and all sums are in at least fp32; fp32 products are IEEE unless
-    torch.backends.cuda.matmul allows TF32. Deterministic. Memory is O(N·D) including the gradients, which are computed
-    in the forward pass where required. They can be used repeatedly but not differentiated again.
+@losses_op.register_fake
+def _(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, *_: Any) -> Tensor:
+    return logit_scale.new_empty(image_embeds.shape[0])
+
+
+@torch.library.custom_op("siglip_kernels::sigmoid_losses_backward", mutates_args=())
+def losses_backward_op(
+    upstream: Tensor,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    engine: str,
+    chunk_size: int,
+    image_gradient: bool,
+    text_gradient: bool,
+    scalar_gradients: bool,
+    diagonal: int,
+    image_groups: Tensor | None,
+    text_groups: Tensor | None,
+    positive_weight: Tensor | None,
+    negative_weight: Tensor | None,
+    text_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The required gradients of Σ upstream · losses, the loss whose images have these weights."""
+    pairs = Pairs(diagonal, image_groups, text_groups, positive_weight, negative_weight, text_weight)
+    with on_device(image_embeds), torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
+        _, dx, dy, scalars = loss_and_gradients(
+            make_engine(engine, image_embeds, chunk_size),
+            aligned(image_embeds),
+            aligned(text_embeds),
+            logit_scale,
+            logit_bias,
+            pairs.of_weighted_images(upstream, len(text_embeds)),
+            1,
+            image_gradient,
+            text_gradient,
+            scalar_gradients,
+        )
+        return dx.to(image_embeds.dtype), dy.to(image_embeds.dtype), scalars
+
+
+@losses_backward_op.register_fake
+def _(
+    upstream: Tensor,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    engine: str,
+    chunk_size: int,
+    image_gradient: bool,
+    text_gradient: bool,
+    scalar_gradients: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        image_embeds.new_empty(image_embeds.shape if image_gradient else (0,)),
+        image_embeds.new_empty(text_embeds.shape if text_gradient else (0,)),
+        logit_scale.new_empty((2,) if scalar_gradients else (0,)),
+    )
+
+
+def _save_losses(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:4], *inputs[7:])
+    ctx.engine, ctx.chunk_size, ctx.diagonal = inputs[4:7]
+
+
+def _backward_losses(ctx, upstream):
+    image, text, scale, bias = ctx.needs_input_grad[:4]
+    embeds_and_scalars, options = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    dx, dy, scalars = losses_backward_op(
+        upstream.contiguous(),
+        *embeds_and_scalars,
+        ctx.engine,
+        ctx.chunk_size,
+        image,
+        text,
+        scale or bias,
+        ctx.diagonal,
+        *options,
+    )
+    gradients = dx if image else None, dy if text else None, scalars[0] if scale else None, scalars[1] if bias else None
+    return *gradients, *(None,) * 8
+
+
+register_derivative("sigmoid_loss", losses_op, losses_backward_op, _backward_losses, _save_losses)
+
+
+# Counting waits for the device: torch.compile leaves it out of its CUDA graphs.
+@torch.library.custom_op("siglip_kernels::count_positives", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def count_positives(image_groups: Tensor, text_groups: Tensor, operation: str) -> Tensor:
+    """int64, 0-dimensional: how many pairs have equal groups. Raises UnsupportedInputError if none has."""
+    count = matches(image_groups, text_groups).sum()
+    if not count.is_meta and not bool(count):
+        raise unsupported(operation, "reduction", "is 'positives', but there is no positive pair", "one or more")
+    return count
+
+
+@count_positives.register_fake
+def _(image_groups: Tensor, text_groups: Tensor, operation: str) -> Tensor:
+    return image_groups.new_empty(())
+
+
+def sigmoid_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    image_groups: Tensor | None = None,
+    text_groups: Tensor | None = None,
+    offset: int | None = None,
+    positive_weight: float | Tensor = 1.0,
+    negative_weight: float = 1.0,
+    image_weight: Tensor | None = None,
+    text_weight: Tensor | None = None,
+    ignore: int | None = None,
+    reduction: str = "images",
+) -> Tensor:
+    """The pairwise sigmoid loss in Triton (Zhai et al. 2023, arXiv 2303.15343, equation 1), and those derived from it.
+
+    L = -(1/N) Σᵢⱼ wᵢⱼ log σ(zᵢⱼ (t xᵢ·yⱼ + b)), zᵢⱼ = 1 where pair (i, j) is positive, else -1. Without options the
+    pairs i = j are positive, N = M and w = 1.
+
+    image_embeds: (N, D), text_embeds: (M, D), on one CUDA device, fp32, fp16 or bf16 (under autocast they are cast to
+    its dtype), N, M >= 1, D from 1 to 4096; normalised by the caller. Tensors that are not contiguous, or whose D is no
+    multiple of 8, are copied.
+    logit_scale: t, already exponentiated; logit_bias: b; each a number or a floating-point tensor () or (1,).
+    image_groups, text_groups: int64 (N,), (M,); pairs of equal groups are positive. A negative group has no positive.
+    offset: instead, the pairs i + offset = j are positive; from M on there are none.
+    positive_weight, negative_weight: factors w of all such pairs, from 0 on; the former also (N,), one for each image.
+    image_weight, text_weight: floating-point (N,), (M,), further factors. Weights are constants, without gradients.
+    ignore: images and texts of this group are left out: their pairs weigh 0.
+    reduction: what the sum over the pairs is divided by: the number of "images" N, of "pairs" N·M, of "positives"
+    (reading it waits for the GPU; with weights also the number); "sum": nothing. "none": (N,), each image's sum.
+
+    Returns an fp32 scalar, or (N,). Logits and all sums are in at least fp32; fp32 products are IEEE unless
+    torch.backends.cuda.matmul allows TF32. Deterministic. Memory is O((N + M)·D) including the gradients, which are
+    computed in the forward pass where required; with "none" in the backward pass, which computes logits again. They
+    can be used repeatedly but not differentiated again.
+
+    With SIGLIP_KERNELS_HOPPER=1, groups, weights and "none" still compute logits in the portable kernel.
 
     Raises UnsupportedInputError (a ValueError) for other types, shapes, dtypes, second and forward-mode derivatives and
-    differentiation by torch.func, and MissingBackendError for tensors that are not on an NVIDIA GPU of compute
-    capability 8.0 or later, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
+    differentiation by torch.func, and where "positives" finds none; MissingBackendError for tensors that are not on an
+    NVIDIA GPU of compute capability 8.0 or later, unless they are on the CPU and Triton was imported with
+    TRITON_INTERPRET=1.
     """
-    embeds = _validated("sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
-    check_kernel_input("sigmoid_loss", embeds[0])
-    return _apply("sigmoid_loss", *embeds, "triton", 0)
+    options: PairOptions = dict(
+        image_groups=image_groups,
+        text_groups=text_groups,
+        offset=offset,
+        positive_weight=positive_weight,
+        negative_weight=negative_weight,
+        image_weight=image_weight,
+        text_weight=text_weight,
+        ignore=ignore,
+    )
+    x, y, scale, bias, pairs = _validated("sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias, options)
+    check_kernel_input("sigmoid_loss", x)
+    return _apply("sigmoid_loss", padded(x), padded(y), scale, bias, pairs, "triton", 0, reduction)
 
 
 def chunked_sigmoid_loss(
@@ -187,30 +377,46 @@ def chunked_sigmoid_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
     chunk_size: int = 0,
+    *,
+    reduction: str = "images",
+    **options: Unpack[PairOptions],
 ) -> Tensor:
     """`sigmoid_loss` in PyTorch operations, for any device, any floating-point dtype and any D >= 1.
 
     chunk_size: images per block of logits; 0 chooses automatically. Beyond inputs and gradients, one block of logits is
-    in memory, independent of N. Returns a scalar of at least fp32. Raises UnsupportedInputError as `sigmoid_loss`
+    in memory, independent of N and M. Returns a result of at least fp32. Raises UnsupportedInputError as `sigmoid_loss`
     does, and where chunk_size is negative or not an integer.
     """
-    embeds = _validated("chunked_sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
-    check_chunk_size("chunked_sigmoid_loss", chunk_size)
-    return _apply("chunked_sigmoid_loss", *embeds, "chunked", chunk_size)
+    operation = "chunked_sigmoid_loss"
+    arguments = _validated(operation, image_embeds, text_embeds, logit_scale, logit_bias, options)
+    check_chunk_size(operation, chunk_size)
+    return _apply(operation, *arguments, "chunked", chunk_size, reduction)
 
 
 def plain_sigmoid_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    reduction: str = "images",
+    **options: Unpack[PairOptions],
 ) -> Tensor:
-    """The loss of backends without kernels: `reference.sigmoid_loss` for fewer than CHUNKED_FROM pairs, which can be
-    differentiated twice, and `chunked_sigmoid_loss` from there on. Takes and raises what the latter does, except that
-    transforms of torch.func, forward-mode derivatives and exported graphs, whose number of pairs may vary, take the
-    former, in O(N²) memory.
+    """The loss of backends without kernels: `reference.sigmoid_loss` for fewer than CHUNKED_FROM images and texts,
+    which can be differentiated twice, and `chunked_sigmoid_loss` from there on. Takes and raises what the latter does,
+    except that transforms of torch.func, forward-mode derivatives and exported graphs, whose number of pairs may vary,
+    take the former, in O(N·M) memory.
     """
-    _validated("plain_sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias)
-    if torch.compiler.is_exporting() or image_embeds.shape[0] < CHUNKED_FROM or under_transform():
-        return reference.sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
-    return chunked_sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
+    operation = "plain_sigmoid_loss"
+    _, _, _, _, pairs = _validated(operation, image_embeds, text_embeds, logit_scale, logit_bias, options)
+    few = image_embeds.shape[0] < CHUNKED_FROM and text_embeds.shape[0] < CHUNKED_FROM
+    if torch.compiler.is_exporting() or few or under_transform():
+        check_reduction(operation, reduction)
+        if reduction == "positives":
+            _positives(operation, image_embeds, text_embeds, pairs)
+        embeds = image_embeds, text_embeds
+        return reference.sigmoid_loss(*embeds, logit_scale, logit_bias, reduction=reduction, **options)
+    return chunked_sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, reduction=reduction, **options)
 
 
 def check_chunk_size(operation: str, chunk_size: int) -> None:
@@ -225,8 +431,14 @@ def check_kernel_input(operation: str, embeds: Tensor) -> None:
     """What the kernels ask beyond `chunked_sigmoid_loss`."""
     check_dtype(operation, "image_embeds", embeds)
     width = embeds.shape[1]
-    if width % 8 or not 8 <= width <= LARGEST_WIDTH:
-        raise unsupported(operation, "image_embeds", f"has width {width}", f"multiples of 8 up to {LARGEST_WIDTH}")
+    if width > LARGEST_WIDTH:
+        raise unsupported(operation, "image_embeds", f"has width {width}", f"1 to {LARGEST_WIDTH}")
+
+
+def padded(embeds: Tensor) -> Tensor:
+    """With zeros up to the next multiple of 8 columns, as TMA requires of bf16: the tensor itself or a copy."""
+    missing = -embeds.shape[1] % 8
+    return F.pad(embeds, (0, missing)) if missing else embeds
 
 
 def check_embeds(operation: str, image_embeds: Tensor, text_embeds: Tensor, *, same_length: bool = True) -> None:
@@ -252,17 +464,15 @@ def as_scalar(operation: str, argument: str, value: Tensor | float, embeds: Tens
     dtype = torch.promote_types(embeds.dtype, torch.float32)
     if isinstance(value, Tensor):
         check_tensor(operation, argument, value)
-        if value.dim() != 0:
-            raise unsupported(
-                operation, argument, f"has shape {tuple(value.shape)}", "a number or a 0-dimensional tensor"
-            )
+        if value.dim() > 1 or value.numel() != 1:
+            raise unsupported(operation, argument, f"has shape {tuple(value.shape)}", "a number, () or (1,)")
         if not value.is_floating_point():
             raise unsupported(operation, argument, f"has dtype {value.dtype}", "a number or a floating-point tensor")
         if value.device.type == "meta" != embeds.device.type:
             raise unsupported(operation, argument, "is on meta, and has no value", "a number or a tensor with one")
-        return value.to(embeds.device, dtype)
+        return value.reshape(()).to(embeds.device, dtype)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise unsupported(operation, argument, f"is {type(value).__name__}", "a number or a 0-dimensional tensor")
+        raise unsupported(operation, argument, f"is {type(value).__name__}", "a number or a tensor () or (1,)")
     return torch.full((), value, dtype=dtype, device=embeds.device)
 
 
@@ -272,14 +482,31 @@ def _validated(
     text_embeds: Tensor,
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_embeds(operation, image_embeds, text_embeds)
+    options: PairOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Pairs]:
+    check_embeds(operation, image_embeds, text_embeds, same_length=same_length(options))
     dtype = autocast_dtype(image_embeds)
     image_embeds, text_embeds = cast(image_embeds, dtype), cast(text_embeds, dtype)
     check_same_dtype(operation, "text_embeds", text_embeds, "image_embeds", image_embeds.dtype)
     scale = as_scalar(operation, "logit_scale", logit_scale, image_embeds)
     bias = as_scalar(operation, "logit_bias", logit_bias, image_embeds)
-    return image_embeds, text_embeds, scale, bias
+    return image_embeds, text_embeds, scale, bias, make_pairs(operation, image_embeds, text_embeds, **options)
+
+
+def same_length(options: PairOptions) -> bool:
+    """Whether image i and text i are a pair, so that there must be as many of both."""
+    return options.get("image_groups") is None and options.get("text_groups") is None and options.get("offset") is None
+
+
+def _positives(operation: str, image_embeds: Tensor, text_embeds: Tensor, pairs: Pairs) -> Tensor | int:
+    """The number of positive pairs. Raises UnsupportedInputError if there is none."""
+    if pairs.image_groups is not None and pairs.text_groups is not None:
+        return count_positives(pairs.image_groups, pairs.text_groups, operation)
+    images, texts = image_embeds.shape[0], text_embeds.shape[0]
+    count = min(images, texts - pairs.diagonal) - max(0, -pairs.diagonal)
+    if count < 1:
+        raise unsupported(operation, "reduction", "is 'positives', but there is no positive pair", "one or more")
+    return count
 
 
 def _apply(
@@ -288,11 +515,27 @@ def _apply(
     text_embeds: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
+    pairs: Pairs,
     engine: str,
     chunk_size: int,
+    reduction: str,
 ) -> Tensor:
+    check_reduction(operation, reduction)
     scalars = dict(logit_scale=logit_scale, logit_bias=logit_bias)
     refuse_transforms(operation, image_embeds=image_embeds, text_embeds=text_embeds, **scalars)
+    options = (
+        pairs.diagonal,
+        pairs.image_groups,
+        pairs.text_groups,
+        pairs.positive_weight,
+        pairs.negative_weight,
+        pairs.text_weight,
+    )
+    if reduction == "none":
+        return losses_op(image_embeds, text_embeds, logit_scale, logit_bias, engine, chunk_size, *options)
+    images, texts = image_embeds.shape[0], text_embeds.shape[0]
+    positives = _positives(operation, image_embeds, text_embeds, pairs) if reduction == "positives" else 1
+    counted = isinstance(positives, Tensor)
     loss, *_gradients = forward_op(
         image_embeds,
         text_embeds,
@@ -300,8 +543,10 @@ def _apply(
         logit_bias,
         engine,
         chunk_size,
-        image_gradient=wants_gradients(image_embeds),
-        text_gradient=wants_gradients(text_embeds),
-        scalar_gradients=wants_gradients(logit_scale, logit_bias),
+        wants_gradients(image_embeds),
+        wants_gradients(text_embeds),
+        wants_gradients(logit_scale, logit_bias),
+        {"images": images, "pairs": images * texts, "positives": 1 if counted else positives, "sum": 1}[reduction],
+        *options,
     )
-    return loss
+    return loss / positives if counted else loss

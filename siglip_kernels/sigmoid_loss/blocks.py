@@ -1,13 +1,15 @@
 """The sigmoid loss block by block: one algorithm on top of an engine's three operations.
 
-L = (1/n) Σᵢⱼ softplus(-zᵢⱼ sᵢⱼ), s = t·x yᵀ + b, z = +1 on positives and -1 elsewhere (arXiv 2303.15343, eq. 1).
-With G = σ(s) - [positive], the gradient of n L with respect to s (`logit_grad`):
+L = (1/n) Σᵢⱼ wᵢⱼ softplus(-zᵢⱼ sᵢⱼ), s = t·x yᵀ + b, z = +1 on positives and -1 elsewhere, where w = 1 and n is the
+number of images in the paper (arXiv 2303.15343, eq. 1). pairs.py defines z and w.
+With G = w (σ(s) - [positive]), the gradient of n L with respect to s (`logit_grad`):
 
     dL/dx = (t/n) G y,    dL/dy = (t/n) Gᵀ x,    dL/dt = (1/n) Σ G ⊙ x yᵀ,    dL/db = (1/n) Σ G.
 
 In one pass, the loss and all gradients take three matrix products. Required gradients are therefore computed in the
 forward pass, from one block of G (rows × columns) at a time, and no N × N matrix is ever stored. G itself is stored, in
-[-1, 1]: multiplied by t/n before its products, it would underflow in fp16.
+[-1, 1], for which weights are divided by a power of two: multiplied by t/n before its products, G would underflow in
+fp16.
 """
 
 from dataclasses import dataclass
@@ -16,8 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# A diagonal outside of every block: between images and texts of different ranks no pair is positive.
-NO_POSITIVES = 1 << 30
+from siglip_kernels.sigmoid_loss.pairs import Pairs
 
 
 class Engine(Protocol):
@@ -31,8 +32,11 @@ class Engine(Protocol):
     sum_dtype: torch.dtype  # of partial sums of gradients, at least fp32
     saved_dtype: torch.dtype  # of the gradients that the forward pass saves for the backward pass
 
-    def totals(self, device: torch.device) -> Tensor:
-        """Zeros (3, any) that accumulate the loss, G ⊙ x yᵀ and G."""
+    def totals(self, device: torch.device, pairs: Pairs) -> Tensor:
+        """Zeros (3, any) that accumulate the loss, G ⊙ x yᵀ and G of these pairs, a block at a time."""
+
+    def image_losses(self, images: int, device: torch.device, pairs: Pairs) -> Tensor:
+        """Zeros (any, images) that accumulate each image's share of the loss."""
 
     def logit_grad(
         self,
@@ -40,14 +44,16 @@ class Engine(Protocol):
         y: Tensor,
         logit_scale: Tensor,
         logit_bias: Tensor,
-        diagonal: int,
+        pairs: Pairs,
         totals: Tensor,
         gradients: bool,
         out: Tensor | None,
+        image_losses: Tensor | None = None,
     ) -> None:
         """Adds a block's sums to `totals` and writes its G, times logit_grad_scale, to `out` unless that is None.
 
-        Image i and text i + diagonal are a positive pair. gradients: whether anything beyond the loss is required.
+        pairs: of the images and texts of the block. gradients: whether anything beyond the loss is required.
+        image_losses: (any, len(x)), the block's part of `Engine.image_losses`, added to unless it is None.
         """
 
     def product(
@@ -122,17 +128,20 @@ def accumulate(
     y: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    diagonal: int,
+    pairs: Pairs,
     totals: Tensor,
     scalar_gradients: bool,
     logit_grad: Tensor | None,
     image: GradientSum | None,
     text: GradientSum | None,
+    gradient_scale: Tensor,
     factor: float,
+    image_losses: Tensor | None = None,
 ) -> None:
     """Adds all pairs of x (at most engine.rows images) and y (any number of texts) to totals and gradients.
 
     logit_grad: the workspace for a block of G; None where neither image nor text requires a gradient.
+    gradient_scale: t, times the unit of the weights (`Pairs.in_units`).
     """
     gradients = scalar_gradients or logit_grad is not None
     for start in range(0, len(y), engine.columns):
@@ -143,16 +152,17 @@ def accumulate(
             y=y[columns],
             logit_scale=logit_scale,
             logit_bias=logit_bias,
-            diagonal=diagonal - start,
+            pairs=pairs.part(slice(None), columns),
             totals=totals,
             gradients=gradients,
             out=block,
+            image_losses=image_losses,
         )
         if block is not None and image is not None:
-            image.add(engine, block, y[columns], slice(None), logit_scale, factor, transposed=False)
+            image.add(engine, block, y[columns], slice(None), gradient_scale, factor, transposed=False)
             image.started = True
         if block is not None and text is not None:
-            text.add(engine, block, x, columns, logit_scale, factor, transposed=True)
+            text.add(engine, block, x, columns, gradient_scale, factor, transposed=True)
     if text is not None:
         text.started = True
 
@@ -174,22 +184,26 @@ def loss_and_gradients(
     y: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
+    pairs: Pairs,
+    divisor: int,
     image_gradient: bool,
     text_gradient: bool,
     scalar_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, dL/dx, dL/dy and [dL/dt, dL/db] of n pairs; a gradient that is not required is an empty tensor.
+    """Loss, dL/dx, dL/dy and [dL/dt, dL/db]; a gradient that is not required is an empty tensor.
 
-    x, y: (n, D). Temporary memory: one block of G, and in fp32 dL/dx of one block's images and, where n exceeds a
-    block, dL/dy.
+    x: (n, D); y: (m, D); pairs: all of theirs. The sum over the pairs is divided by `divisor`. Temporary memory: one
+    block of G, and in fp32 dL/dx of one block's images and, where n exceeds a block, dL/dy.
     """
-    n, width = x.shape
-    factor = 1 / (n * engine.logit_grad_scale)
-    totals = engine.totals(x.device)
-    logit_grad = workspace(engine, n, n, x.device) if image_gradient or text_gradient else None
+    (n, width), m = x.shape, len(y)
+    factor = 1 / (divisor * engine.logit_grad_scale)
+    pairs, unit = pairs.in_units()
+    gradient_scale = logit_scale if unit is None else logit_scale * unit
+    totals = engine.totals(x.device, pairs)
+    logit_grad = workspace(engine, n, m, x.device) if image_gradient or text_gradient else None
     # Partial sums accumulate in the result itself where its dtype allows.
     in_place = engine.saved_dtype == engine.sum_dtype
-    several_columns, several_rows = n > engine.columns, n > engine.rows
+    several_columns, several_rows = m > engine.columns, n > engine.rows
 
     dx = x.new_empty(x.shape if image_gradient else (0,), dtype=engine.saved_dtype)
     row_sum = dx[:0]
@@ -215,26 +229,61 @@ def loss_and_gradients(
             y=y,
             logit_scale=logit_scale,
             logit_bias=logit_bias,
-            diagonal=start,
+            pairs=pairs.part(rows, slice(None)),
             totals=totals,
             scalar_gradients=scalar_gradients,
             logit_grad=logit_grad,
             image=image,
             text=text,
+            gradient_scale=gradient_scale,
             factor=factor,
         )
         if image is not None and image.total is not None:
-            engine.scale(image.total, logit_scale, factor, dx[rows])
+            engine.scale(image.total, gradient_scale, factor, dx[rows])
 
     del logit_grad, row_sum, image  # before the last conversion allocates, which is where memory peaks
     if text is not None and text.total is not None:
         dy = dy if in_place else x.new_empty(y.shape, dtype=engine.saved_dtype)
-        engine.scale(text.total, logit_scale, factor, dy)
-    loss, scalars = finish_totals(totals, 1 / n, logit_scale.dtype, scalar_gradients)
+        engine.scale(text.total, gradient_scale, factor, dy)
+    loss, scalars = finish_totals(totals, 1 / divisor, unit, logit_scale.dtype, scalar_gradients)
     return loss, dx, dy, scalars
 
 
-def finish_totals(totals: Tensor, factor: float, dtype: torch.dtype, scalar_gradients: bool) -> tuple[Tensor, Tensor]:
-    """The loss, and [dL/dt, dL/db] if required, else an empty tensor. totals: `Engine.totals`, complete."""
-    sums = (totals.sum(1) * factor).to(dtype)
+def losses_of_images(
+    engine: Engine, x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, pairs: Pairs
+) -> Tensor:
+    """(n,): for each image of x (n, D), the sum over the texts y (m, D)."""
+    pairs, unit = pairs.in_units()
+    totals, losses = engine.totals(x.device, pairs), engine.image_losses(len(x), x.device, pairs)
+    for start in range(0, len(x), engine.rows):
+        rows = slice(start, min(start + engine.rows, len(x)))
+        accumulate(
+            engine=engine,
+            x=x[rows],
+            y=y,
+            logit_scale=logit_scale,
+            logit_bias=logit_bias,
+            pairs=pairs.part(rows, slice(None)),
+            totals=totals,
+            scalar_gradients=False,
+            logit_grad=None,
+            image=None,
+            text=None,
+            gradient_scale=logit_scale,
+            factor=1.0,
+            image_losses=losses[:, rows],
+        )
+    sums = losses.sum(0)
+    return (sums if unit is None else sums * unit).to(logit_scale.dtype)
+
+
+def finish_totals(
+    totals: Tensor, factor: float, unit: Tensor | None, dtype: torch.dtype, scalar_gradients: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss, and [dL/dt, dL/db] if required, else an empty tensor.
+
+    totals: `Engine.totals`, complete. unit: of the weights (`Pairs.in_units`).
+    """
+    sums = totals.sum(1) * factor
+    sums = (sums if unit is None else sums * unit).to(dtype)
     return sums[0].clone(), sums[1:].clone() if scalar_gradients else sums.new_empty(0)

@@ -25,9 +25,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """The tiles of the two matrix kernels, and the block of G that they share."""
+    """The tiles of the matrix kernels, and the block of G that they share."""
 
     logit_grad: Tile
+    weighted: Tile  # logit_grad where pairs have weights
     product: Tile
     block: int  # images and texts
     descriptors: bool  # load tiles by tensor descriptors (TMA, sm_90 and later) instead of pointers
@@ -51,7 +52,7 @@ _LARGEST_BLOCK = 5632
 def choose(dtype: torch.dtype, width: int, gpu: Facts, precision: str) -> Config:
     """The configuration for embeddings of this dtype and width. precision: of fp32 products, "ieee" or "tf32"."""
     if gpu.interpreted:
-        return Config(_INTERPRETER, _INTERPRETER, 256, descriptors=True, precision=precision)
+        return Config(_INTERPRETER, _INTERPRETER, _INTERPRETER, 256, descriptors=True, precision=precision)
     if dtype == torch.float32:
         logit_grad = product = _TF32 if precision == "tf32" else _IEEE
     elif gpu.matrix_unit == "wgmma":
@@ -62,7 +63,10 @@ def choose(dtype: torch.dtype, width: int, gpu: Facts, precision: str) -> Config
         logit_grad = product = _SQUARE if gpu.has_tma else _AMPERE
     logit_grad = _measured("logit_grad", dtype, width, gpu) or logit_grad
     product = _measured("product", dtype, width, gpu) or product
-    return Config(logit_grad, product, _block_size(product, width, gpu.multiprocessors), gpu.has_tma, precision)
+    # Weights, and a logarithm for each pair, leave too few registers for the accumulator of 128 × 256.
+    weighted = _SQUARE if logit_grad.rows * logit_grad.columns > _SQUARE.rows * _SQUARE.columns else logit_grad
+    block = _block_size(product, width, gpu.multiprocessors)
+    return Config(logit_grad, weighted, product, block, gpu.has_tma, precision)
 
 
 def _measured(kernel: str, dtype: torch.dtype, width: int, gpu: Facts) -> Tile | None:

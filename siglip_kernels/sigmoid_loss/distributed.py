@@ -24,8 +24,9 @@ from torch import Tensor
 
 from siglip_kernels.device import on_device
 from siglip_kernels.sigmoid_loss.api import aligned, backward_op
-from siglip_kernels.sigmoid_loss.blocks import NO_POSITIVES, Engine, GradientSum, accumulate, finish_totals, workspace
+from siglip_kernels.sigmoid_loss.blocks import Engine, GradientSum, accumulate, finish_totals, workspace
 from siglip_kernels.sigmoid_loss.engines import make_engine
+from siglip_kernels.sigmoid_loss.pairs import NO_POSITIVES, Pairs
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Pass:
     ) -> None:
         self.engine, self.peers, self.wanted = engine, peers, wanted
         self.x, self.logit_scale, self.logit_bias = x, logit_scale, logit_bias
-        self.totals = engine.totals(x.device)
+        self.totals = engine.totals(x.device, Pairs())
         self.factor = 1 / (peers.mean_size * engine.logit_grad_scale)
         largest = max(peers.sizes)
         self.logit_grad = workspace(engine, len(x), largest, x.device) if wanted.image or wanted.text else None
@@ -96,12 +97,13 @@ class Pass:
                 y=texts,
                 logit_scale=self.logit_scale,
                 logit_bias=self.logit_bias,
-                diagonal=start if source == self.peers.rank else NO_POSITIVES,
+                pairs=Pairs(start if source == self.peers.rank else NO_POSITIVES),
                 totals=self.totals,
                 scalar_gradients=self.wanted.scalars,
                 logit_grad=self.logit_grad,
                 image=None if self.image is None else GradientSum(self.image[rows], self.image_started),
                 text=text,
+                gradient_scale=self.logit_scale,
                 factor=self.factor,
             )
         self.image_started = True
@@ -219,7 +221,7 @@ class GlobalLoss(torch.autograd.Function):
             if work.image is not None:
                 dx = engine.scale(work.image, logit_scale, work.factor, torch.empty_like(x, dtype=engine.saved_dtype))
             dy = x.new_empty(0) if dy is None else dy.to(engine.saved_dtype, copy=True)
-            loss, scalars = finish_totals(work.totals, 1 / peers.mean_size, logit_scale.dtype, wanted.scalars)
+            loss, scalars = finish_totals(work.totals, 1 / peers.mean_size, None, logit_scale.dtype, wanted.scalars)
         if average:
             dist.all_reduce(loss, group=peers.group)
             loss /= peers.world

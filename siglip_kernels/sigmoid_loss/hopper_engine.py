@@ -11,11 +11,15 @@ from siglip_kernels.gemm.hopper import TALL, WIDE, Tile
 from siglip_kernels.gemm.hopper_pipeline import CONSUMERS, THREADS
 from siglip_kernels.gemm.ring import BLOCK_K
 from siglip_kernels.sigmoid_loss.hopper_kernels import BUFFERS, PIECE, logit_grad_kernel, product_kernel
+from siglip_kernels.sigmoid_loss.pairs import Pairs
 from siglip_kernels.sigmoid_loss.triton_engine import TritonEngine, config_for
 
 
 class HopperEngine(TritonEngine):
     """See `blocks.Engine`. Blocks and dtypes are those of `TritonEngine`.
+
+    Rectangles of pairs and any diagonal are computed here. With groups, weights or losses per image the portable kernel
+    computes G, and the kernels here its products.
 
     Not measured on a GPU. Counted by `python -m bench.compiled.tile_cost sigmoid_loss_hopper sigmoid_loss` with triton
     3.7.1, in clocks of one warp on its quarter of a multiprocessor: the epilogue that computes G and the sums takes
@@ -38,9 +42,15 @@ class HopperEngine(TritonEngine):
         super().__init__(embeds.dtype, config_for(embeds), chunk_size)
         self.programs, self.shared_memory = gpu.multiprocessors, gpu.shared_memory
 
-    def totals(self, device: torch.device) -> Tensor:
+    def totals(self, device: torch.device, pairs: Pairs) -> Tensor:
+        if not self._supports(pairs):
+            return super().totals(device, pairs)
         slots = self.programs * CONSUMERS.value * THREADS.value
         return torch.zeros((3, slots), dtype=torch.float64, device=device)
+
+    @staticmethod
+    def _supports(pairs: Pairs) -> bool:
+        return pairs.image_groups is None and pairs.positive_weight is None
 
     def logit_grad(
         self,
@@ -48,11 +58,15 @@ class HopperEngine(TritonEngine):
         y: Tensor,
         logit_scale: Tensor,
         logit_bias: Tensor,
-        diagonal: int,
+        pairs: Pairs,
         totals: Tensor,
         gradients: bool,
         out: Tensor | None,
+        image_losses: Tensor | None = None,
     ) -> None:
+        if not self._supports(pairs) or image_losses is not None:
+            super().logit_grad(x, y, logit_scale, logit_bias, pairs, totals, gradients, out, image_losses)
+            return
         tile = WIDE
         logit_grad_kernel[(self._grid(len(x), len(y), tile),)](
             image_source=descriptor(x, [tile.consumer_rows, BLOCK_K.value]),
@@ -64,7 +78,7 @@ class HopperEngine(TritonEngine):
             slots=totals.shape[1],
             images=len(x),
             texts=len(y),
-            diagonal=diagonal,
+            diagonal=pairs.diagonal,
             WIDTH=x.shape[1],
             CONSUMER_ROWS=tile.consumer_rows,
             BLOCK_N=tile.columns,

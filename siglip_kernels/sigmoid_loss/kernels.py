@@ -4,6 +4,9 @@ For images x and texts y, with s = t·x yᵀ + b and zᵢⱼ = +1 on positives, 
 
     loss = Σ softplus(-z s),    G = σ(s) - [positive],    db = Σ G,    dt = Σ G ⊙ x yᵀ,    dx = t G y,    dy = t Gᵀ x
 
+Options, which are compiled in where given (pairs.py): pairs are positive by their groups instead of on a diagonal, and
+a pair's loss and G are multiplied by its weight.
+
 `logit_grad_kernel` computes everything that needs logits, which exist in fp32 in the accumulator only; of the large
 matrices G alone is stored. `product_kernel` computes both products with G, `scale_kernel` multiplies by t / N or by the
 upstream gradient in fp32.
@@ -125,30 +128,54 @@ def _sums(
     images,
     texts,
     diagonal,
+    image_groups_ptr,
+    text_groups_ptr,
+    positive_weight_ptr,
+    negative_weight_ptr,
+    text_weight_ptr,
     GRADIENTS: tl.constexpr,
     LOGIT_GRAD_SCALE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    SPECIAL: tl.constexpr,  # whether there may be positives, or pairs past the last image or text
+    SPECIAL: tl.constexpr,  # whether there may be positives on the diagonal, or pairs past the last image or text
 ):
-    """Σ max(-z s, 0) / log 2, Π (1 + e^-|s|) - 1, Σ G ⊙ x yᵀ and Σ G over columns FOLDED apart. Stores G."""
+    """Σ max(-z s, 0) / log 2, Π (1 + e^-|s|) - 1, Σ G ⊙ x yᵀ and Σ G over columns FOLDED apart. Stores G.
+
+    With weights the first is the sum of whole losses, and the product is 1 - 1.
+    """
+    MAY_BE_POSITIVE: tl.constexpr = SPECIAL or image_groups_ptr is not None
     rows = first_row + tl.arange(0, products.shape[0])[:, None]
     columns = first_column + tl.arange(0, products.shape[1])[None, :]
     # wrong = -z s: how far a pair is on the wrong side. -inf past the edge: such pairs have no loss and no G.
     wrong = products * scale + bias
-    if SPECIAL:
+    if image_groups_ptr is not None:
+        image_groups = tl.load(image_groups_ptr + rows, mask=rows < images, other=-1)
+        positive = image_groups == tl.load(text_groups_ptr + columns, mask=columns < texts, other=-2)
+    elif SPECIAL:
         positive = rows + diagonal == columns
+    if MAY_BE_POSITIVE:
         wrong = tl.where(positive, -wrong, wrong)
+    if SPECIAL:
         wrong = tl.where((rows < images) & (columns < texts), wrong, float("-inf"))
     e = tl.exp2(-tl.abs(wrong))
-    # Σ log(1 + e) = log Π (1 + e): one logarithm for many pairs. Π - 1 is kept, because Π would lose a small e.
-    softplus = _fold_softplus(e)
-    right_sum = _fold(tl.maximum(wrong, 0.0))
+    if positive_weight_ptr is not None:
+        weight = tl.load(negative_weight_ptr + rows, mask=rows < images, other=0.0)
+        if MAY_BE_POSITIVE:
+            weight = tl.where(positive, tl.load(positive_weight_ptr + rows, mask=rows < images, other=0.0), weight)
+        weight = weight * tl.load(text_weight_ptr + columns, mask=columns < texts, other=0.0)
+        right_sum = _fold(weight * (tl.maximum(wrong, 0.0) + log1p(e) * LOG2_E))
+        softplus = tl.zeros_like(right_sum)
+    else:
+        # Σ log(1 + e) = log Π (1 + e): one logarithm for many pairs. Π - 1 is kept, because Π would lose a small e.
+        softplus = _fold_softplus(e)
+        right_sum = _fold(tl.maximum(wrong, 0.0))
     dot_sum = tl.zeros_like(right_sum)
     logit_grad_sum = tl.zeros_like(right_sum)
     if GRADIENTS:
         logit_grad = tl.where(wrong >= 0.0, 1.0, e) * reciprocal(1.0 + e)  # σ(-z s)
-        if SPECIAL:
+        if MAY_BE_POSITIVE:
             logit_grad = tl.where(positive, -logit_grad, logit_grad)
+        if positive_weight_ptr is not None:
+            logit_grad *= weight
         dot_sum = _fold(logit_grad * products)
         logit_grad_sum = _fold(logit_grad)
         if logit_grad_target is not None:
@@ -163,7 +190,7 @@ def _sums(
     return right_sum, softplus, dot_sum, logit_grad_sum
 
 
-@triton.jit(do_not_specialize=["images", "texts", "diagonal"])
+@triton.jit(do_not_specialize=["images", "texts", "diagonal", "image_losses_stride"])
 def logit_grad_kernel(
     image_source,  # x (images, WIDTH): descriptor of blocks [BLOCK_M, BLOCK_K], or pointer
     text_source,  # y (texts, WIDTH): descriptor of blocks [BLOCK_N, BLOCK_K], or pointer
@@ -175,7 +202,14 @@ def logit_grad_kernel(
     slots,
     images,
     texts,
-    diagonal,  # image i and text i + diagonal are a positive pair
+    diagonal,  # image i and text i + diagonal are a positive pair, unless there are groups
+    image_groups_ptr,  # int64 (images,) and (texts,): equal ids are positive; or None
+    text_groups_ptr,
+    positive_weight_ptr,  # fp32 (images,), (images,) and (texts,), below 1: of an image's positives, of its negatives,
+    negative_weight_ptr,  # and of a text's pairs; or None
+    text_weight_ptr,
+    image_losses_ptr,  # fp64 (column tiles, image_losses_stride), added to: each image's loss; or None
+    image_losses_stride,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -203,18 +237,23 @@ def logit_grad_kernel(
     parts = _quarters(products)
     for part in tl.static_range(4):
         column = first_column + part * PART
-        has_positives = (first_row + diagonal < column + PART) & (first_row + diagonal + BLOCK_M > column)
+        if image_groups_ptr is None:
+            has_positives = (first_row + diagonal < column + PART) & (first_row + diagonal + BLOCK_M > column)
+        else:
+            has_positives = False  # SPECIAL or not
         at_edge = (first_row + BLOCK_M > images) | (column + PART > texts)
         # The branch also keeps the compiler from interleaving the parts, which would spill.
         if has_positives | at_edge:
             right, soft, dots, grads = _sums(
                 parts[part], logit_grad_target, logit_grad_stride, first_row, column, scale, bias, images, texts,
-                diagonal, GRADIENTS, LOGIT_GRAD_SCALE, DESCRIPTORS, True,
+                diagonal, image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr,
+                text_weight_ptr, GRADIENTS, LOGIT_GRAD_SCALE, DESCRIPTORS, True,
             )  # fmt: skip
         else:
             right, soft, dots, grads = _sums(
                 parts[part], logit_grad_target, logit_grad_stride, first_row, column, scale, bias, images, texts,
-                diagonal, GRADIENTS, LOGIT_GRAD_SCALE, DESCRIPTORS, False,
+                diagonal, image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr,
+                text_weight_ptr, GRADIENTS, LOGIT_GRAD_SCALE, DESCRIPTORS, False,
             )  # fmt: skip
         if part == 0:
             right_sum, softplus, dot_sum, logit_grad_sum = right, soft, dots, grads
@@ -224,6 +263,11 @@ def logit_grad_kernel(
             dot_sum += dots
             logit_grad_sum += grads
     loss_sum = right_sum * LOG_2 + _log1p_of_any(softplus)
+    if image_losses_ptr is not None:
+        o_images = first_row + tl.arange(0, BLOCK_M)
+        losses_ptr = image_losses_ptr + tl.program_id(1).to(tl.int64) * image_losses_stride + o_images
+        before = tl.load(losses_ptr, mask=o_images < images)
+        tl.store(losses_ptr, before + tl.sum(loss_sum, 1).to(tl.float64), mask=o_images < images)
 
     # Within a tile sums are fp32, a tree with at most 16 terms in a row, over tiles fp64. A slot belongs to one program
     # per launch, and launches run one after another, so the order of every sum is fixed.

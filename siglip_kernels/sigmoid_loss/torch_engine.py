@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siglip_kernels.sigmoid_loss.pairs import Pairs
+
 # The default images and texts per block: large enough that threads of a busy CPU seldom wait for each other, and that
 # launch overhead is negligible on a GPU. A block and its temporaries take 50 MB and 400 MB in fp32.
 _CPU_BLOCK = (1024, 4096)
@@ -29,7 +31,7 @@ class TorchEngine:
         self.logit_grad_dtype = dtype if self.mixed else self.sum_dtype
         self.logit_grad_scale = 2.0**15 if self.logit_grad_dtype == torch.float16 else 1.0
 
-    def totals(self, device: torch.device) -> Tensor:
+    def totals(self, device: torch.device, pairs: Pairs) -> Tensor:
         # MPS has no fp64.
         dtype = self.sum_dtype if device.type == "mps" else torch.float64
         return torch.zeros((3, 1), dtype=dtype, device=device)
@@ -39,32 +41,29 @@ class TorchEngine:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.mm(a.to(self.sum_dtype), b.to(self.sum_dtype))
 
+    def image_losses(self, images: int, device: torch.device, pairs: Pairs) -> Tensor:
+        return self.totals(device, pairs).new_zeros(1, images)
+
     def logit_grad(
         self,
         x: Tensor,
         y: Tensor,
         logit_scale: Tensor,
         logit_bias: Tensor,
-        diagonal: int,
+        pairs: Pairs,
         totals: Tensor,
         gradients: bool,
         out: Tensor | None,
+        image_losses: Tensor | None = None,
     ) -> None:
         products = self._matmul(x, y.T)
         logits = torch.addcmul(logit_bias, products, logit_scale)
-        if -len(x) < diagonal < len(y):
-            positives = logits.diagonal(diagonal)
-            positive_logits = positives.clone()
-            positives.fill_(-torch.inf)  # as negatives they add no loss and no gradient
+        if pairs.image_groups is not None or pairs.positive_weight is not None or image_losses is not None:
+            logit_grad = _with_options(logits, pairs, totals, image_losses)
         else:
-            positive_logits = logits.new_empty(0)
-        # Beyond 40, softplus(z) = z to the last bit even in fp64; the default threshold of 20 would show.
-        totals[0] += F.softplus(logits, threshold=40).sum() - F.logsigmoid(positive_logits).sum()
+            logit_grad = _plain(logits, pairs.diagonal, totals, gradients)
         if not gradients:
             return
-        logit_grad = logits.sigmoid_()
-        if len(positive_logits):
-            logit_grad.diagonal(diagonal).copy_(-torch.sigmoid(-positive_logits))
         totals[1] += torch.mul(logit_grad, products, out=products).sum()
         totals[2] += logit_grad.sum()
         if out is not None:
@@ -93,3 +92,45 @@ class TorchEngine:
 
     def scale(self, source: Tensor, scale: Tensor, factor: float, out: Tensor) -> Tensor:
         return out.copy_(source * (scale * factor))
+
+
+def _plain(logits: Tensor, diagonal: int, totals: Tensor, gradients: bool) -> Tensor:
+    """G of a block whose pairs weigh 1 and are positive on a diagonal, in the memory of the logits."""
+    images, texts = logits.shape
+    if -images < diagonal < texts:
+        positives = logits.diagonal(diagonal)
+        positive_logits = positives.clone()
+        positives.fill_(-torch.inf)  # as negatives they add no loss and no gradient
+    else:
+        positive_logits = logits.new_empty(0)
+    totals[0] += _softplus(logits).sum() - F.logsigmoid(positive_logits).sum()
+    if not gradients:
+        return logits
+    logit_grad = logits.sigmoid_()
+    if len(positive_logits):
+        logit_grad.diagonal(diagonal).copy_(-torch.sigmoid(-positive_logits))
+    return logit_grad
+
+
+def _with_options(logits: Tensor, pairs: Pairs, totals: Tensor, image_losses: Tensor | None) -> Tensor:
+    """G of any block, with its mask of positives and its weights in memory."""
+    images, texts = (torch.arange(size, device=logits.device) for size in logits.shape)
+    if pairs.image_groups is not None and pairs.text_groups is not None:
+        positive = pairs.image_groups[:, None] == pairs.text_groups
+    else:
+        positive = images[:, None] + pairs.diagonal == texts
+    wrong = torch.where(positive, -logits, logits)
+    losses, logit_grad = _softplus(wrong), wrong.sigmoid()
+    if pairs.positive_weight is not None and pairs.negative_weight is not None and pairs.text_weight is not None:
+        weight = torch.where(positive, pairs.positive_weight[:, None], pairs.negative_weight[:, None])
+        weight = weight * pairs.text_weight
+        losses, logit_grad = losses * weight, logit_grad * weight
+    totals[0] += losses.sum()
+    if image_losses is not None:
+        image_losses += losses.sum(1)
+    return torch.where(positive, -logit_grad, logit_grad)
+
+
+def _softplus(logits: Tensor) -> Tensor:
+    # Beyond 40, softplus(z) = z to the last bit even in fp64; the default threshold of 20 would show.
+    return F.softplus(logits, threshold=40)

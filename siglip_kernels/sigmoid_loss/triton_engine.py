@@ -7,8 +7,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from siglip_kernels.device import facts, precision
 from siglip_kernels.sigmoid_loss.blocks import round_up
-from siglip_kernels.sigmoid_loss.config import Config, choose
+from siglip_kernels.sigmoid_loss.config import Config, Tile, choose
 from siglip_kernels.sigmoid_loss.kernels import logit_grad_kernel, product_kernel, scale_kernel
+from siglip_kernels.sigmoid_loss.pairs import Pairs
 
 
 def config_for(embeds: Tensor) -> Config:
@@ -33,10 +34,17 @@ class TritonEngine:
         # Gradients times t/n fit bf16; in fp16 they would underflow before a GradScaler multiplies them.
         self.saved_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
-    def totals(self, device: torch.device) -> Tensor:
-        tile = self.config.logit_grad
+    def totals(self, device: torch.device, pairs: Pairs) -> Tensor:
+        tile = self._tile(pairs)
         slots = triton.cdiv(self.rows, tile.rows) * triton.cdiv(self.columns, tile.columns)
         return torch.zeros((3, slots), dtype=torch.float64, device=device)
+
+    def image_losses(self, images: int, device: torch.device, pairs: Pairs) -> Tensor:
+        tiles = triton.cdiv(self.columns, self._tile(pairs).columns)
+        return torch.zeros((tiles, images), dtype=torch.float64, device=device)
+
+    def _tile(self, pairs: Pairs) -> Tile:
+        return self.config.logit_grad if pairs.positive_weight is None else self.config.weighted
 
     def _source(self, tensor: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
         if not self.config.descriptors:
@@ -49,12 +57,13 @@ class TritonEngine:
         y: Tensor,
         logit_scale: Tensor,
         logit_bias: Tensor,
-        diagonal: int,
+        pairs: Pairs,
         totals: Tensor,
         gradients: bool,
         out: Tensor | None,
+        image_losses: Tensor | None = None,
     ) -> None:
-        tile = self.config.logit_grad
+        tile = self._tile(pairs)
         grid = (triton.cdiv(len(x), tile.rows), triton.cdiv(len(y), tile.columns))
         logit_grad_kernel[grid](
             image_source=self._source(x, tile.rows, tile.depth),
@@ -67,7 +76,14 @@ class TritonEngine:
             slots=totals.shape[1],
             images=len(x),
             texts=len(y),
-            diagonal=diagonal,
+            diagonal=pairs.diagonal,
+            image_groups_ptr=pairs.image_groups,
+            text_groups_ptr=pairs.text_groups,
+            positive_weight_ptr=pairs.positive_weight,
+            negative_weight_ptr=pairs.negative_weight,
+            text_weight_ptr=pairs.text_weight,
+            image_losses_ptr=image_losses,
+            image_losses_stride=0 if image_losses is None else image_losses.stride(0),
             WIDTH=x.shape[1],
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,

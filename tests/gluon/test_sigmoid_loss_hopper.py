@@ -16,6 +16,7 @@ from bench.compiled.ahead_of_time import GPUS
 from siglip_kernels import UnsupportedInputError, reference, sigmoid_loss
 from siglip_kernels.device import pretend
 from siglip_kernels.sigmoid_loss import api, blocks, hopper_engine, hopper_kernels
+from siglip_kernels.sigmoid_loss.pairs import NO_POSITIVES, Pairs
 
 # Few multiprocessors, so that each program has several tiles.
 HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
@@ -170,11 +171,10 @@ def test_negatives_of_another_rank():
     x = x[:90]
     with on_hopper():
         engine = api.make_engine("triton", x)
-        totals = engine.totals(x.device)
+        negatives = Pairs(NO_POSITIVES)
+        totals = engine.totals(x.device, negatives)
         logit_grad = blocks.workspace(engine, 90, 300, x.device)
-        engine.logit_grad(
-            x, y, torch.tensor(10.0), torch.tensor(-5.0), blocks.NO_POSITIVES, totals, True, logit_grad[:90, :300]
-        )
+        engine.logit_grad(x, y, torch.tensor(10.0), torch.tensor(-5.0), negatives, totals, True, logit_grad[:90, :300])
         products = torch.zeros(300, 24)
         engine.product(logit_grad[:90, :300], x, True, None, products, None, 1.0)
     dots = x.double() @ y.double().T

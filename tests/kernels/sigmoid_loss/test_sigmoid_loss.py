@@ -18,6 +18,7 @@ from siglip_kernels import (
     sigmoid_loss,
 )
 from siglip_kernels.sigmoid_loss import api, blocks, config, torch_engine, triton_engine
+from siglip_kernels.sigmoid_loss.pairs import NO_POSITIVES, Pairs
 
 LOSSES = {"triton": sigmoid_loss, "chunked": chunked_sigmoid_loss}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -120,13 +121,12 @@ def test_fp16_gradients_at_the_scale_of_65536_pairs(engine, device):
     x, y = (v.half() for v in embeddings(share, 64, device))
     scale, bias = torch.tensor(10.0, device=device), torch.tensor(-10.0, device=device)
     made = api.make_engine(engine, x)
-    totals, factor = made.totals(x.device), 1 / (pairs * made.logit_grad_scale)
+    negatives = Pairs(NO_POSITIVES)
+    totals, factor = made.totals(x.device, negatives), 1 / (pairs * made.logit_grad_scale)
     image = blocks.GradientSum(torch.zeros(x.shape, dtype=made.sum_dtype, device=device))
     text = blocks.GradientSum(torch.zeros(y.shape, dtype=made.sum_dtype, device=device))
     workspace = blocks.workspace(made, share, share, x.device)
-    blocks.accumulate(
-        made, x, y, scale, bias, blocks.NO_POSITIVES, totals, True, workspace, image, text, factor
-    )  # all pairs are negatives
+    blocks.accumulate(made, x, y, scale, bias, negatives, totals, True, workspace, image, text, scale, factor)
     g = torch.sigmoid(10 * x.double() @ y.double().T - 10)
     assert (g / pairs).half().eq(0).any()
     saved = made.scale(image.total, scale, factor, torch.empty(x.shape, dtype=made.saved_dtype, device=device))
@@ -140,7 +140,7 @@ def test_fp16_gradients_at_the_scale_of_65536_pairs(engine, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_both_ways_of_loading_tiles(descriptors, dtype, device, monkeypatch):
     small = config.Tile(32, 64, 16, num_warps=4, num_stages=1)
-    chosen = config.Config(small, config.Tile(64, 32, 16, 4, 1), 256, descriptors, "ieee")
+    chosen = config.Config(small, small, config.Tile(64, 32, 16, 4, 1), 256, descriptors, "ieee")
     monkeypatch.setattr(triton_engine, "choose", lambda *_: chosen)
     check_budget(sigmoid_loss, *embeddings(270, 24, device), 10.0, -5.0, dtype)
 
@@ -247,8 +247,9 @@ def test_torch_compile_and_opcheck(loss_function, device):
     engine = next(name for name, function in LOSSES.items() if function is loss_function)
     x, y = (v.requires_grad_() for v in embeddings(12, 8, device))
     t, b = (torch.tensor(v, device=device, requires_grad=True) for v in (3.0, -1.0))
-    torch.library.opcheck(api.forward_op, (x, y, t, b, engine, 0, True, True, True))
-    torch.library.opcheck(api.forward_op, (x.detach(), y, t.detach(), b.detach(), engine, 0, False, True, False))
+    torch.library.opcheck(api.forward_op, (x, y, t, b, engine, 0, True, True, True, 12, 0, *(None,) * 5))
+    some = x.detach(), y, t.detach(), b.detach(), engine, 0, False, True, False, 12, 0, *(None,) * 5
+    torch.library.opcheck(api.forward_op, some)
     compiled = torch.compile(
         lambda x, y, t, b: loss_function(x, y, t.exp(), b) * 2, fullgraph=True, backend="aot_eager"
     )
@@ -269,7 +270,7 @@ def test_torch_compile_and_opcheck(loss_function, device):
         (torch.ones(2, 8, dtype=torch.int32), torch.ones(2, 8), 1.0, 0.0, "image_embeds has dtype torch.int32"),
         (torch.ones(2, 8), torch.ones(2, 8).half(), 1.0, 0.0, "text_embeds has dtype torch.float16 while"),
         (torch.ones(2, 8), torch.ones(2, 8), torch.ones(2), 0.0, "logit_scale has shape"),
-        (torch.ones(2, 8), torch.ones(2, 8), torch.ones(1), 0.0, "logit_scale has shape"),
+        (torch.ones(2, 8), torch.ones(2, 8), torch.ones(1, 1), 0.0, "logit_scale has shape"),
         (torch.ones(2, 8), torch.ones(2, 8), 1.0, torch.tensor(1), "logit_bias has dtype"),
         (torch.ones(2, 8), torch.ones(2, 8), "1", 0.0, "logit_scale is str"),
         ([[1.0]], torch.ones(2, 8), 1.0, 0.0, "image_embeds is list"),
@@ -281,7 +282,7 @@ def test_bad_input_is_named(function, x, y, t, b, message):
 
 
 def test_what_only_the_kernels_refuse(device):
-    for width, dtype in ((12, torch.float32), (2056, torch.float32), (8, torch.float64)):
+    for width, dtype in ((4097, torch.float32), (8, torch.float64)):
         x = torch.ones(2, width, dtype=dtype, device=device)
         with pytest.raises(UnsupportedInputError, match="image_embeds has"):
             sigmoid_loss(x, x, 1.0, 0.0)

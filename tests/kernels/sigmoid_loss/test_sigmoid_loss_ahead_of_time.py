@@ -54,6 +54,7 @@ import torch
 from bench.compiled.ahead_of_time import GPUS, compiling_for
 from siglip_kernels.sigmoid_loss.blocks import loss_and_gradients
 from siglip_kernels.sigmoid_loss.api import make_engine
+from siglip_kernels.sigmoid_loss.pairs import Pairs
 compiled = []
 def record(name, kernel):
     assert not isinstance(kernel, Exception), kernel
@@ -62,7 +63,7 @@ scalar = torch.empty((), device="meta")
 for pairs in (1000, 1, 2, 16, 17, 255, 4096, 5000):
     x = torch.empty(pairs, 64, dtype=torch.bfloat16, device="meta")
     with compiling_for(GPUS["{gpu}"], record):
-        loss_and_gradients(make_engine("triton", x), x, x, scalar, scalar, True, True, True)
+        loss_and_gradients(make_engine("triton", x), x, x, scalar, scalar, Pairs(), pairs, True, True, True)
     print(pairs, len(set(compiled)))
 """
 
