@@ -10,10 +10,17 @@ from siglip_kernels.mlp import mlp, pre_norm_mlp
 from siglip_kernels.patch_embed import patch_embed
 from siglip_kernels.pre_norm_attention import pre_norm_attention
 from siglip_kernels.qkv import pre_norm_qkv
-from siglip_kernels.sigmoid_loss import SigLipLoss, chunked_sigmoid_loss, plain_sigmoid_loss, sigmoid_loss
+from siglip_kernels.sigmoid_loss import (
+    SigLipLoss,
+    SigLIPPlusLoss,
+    chunked_sigmoid_loss,
+    plain_sigmoid_loss,
+    sigmoid_loss,
+)
 
 __all__ = [
     "MissingBackendError",
+    "SigLIPPlusLoss",
     "SigLipLoss",
     "UnsupportedInputError",
     "attention",

@@ -240,7 +240,7 @@ def losses_backward_op(
             aligned(text_embeds),
             logit_scale,
             logit_bias,
-            pairs.of_weighted_images(upstream, len(text_embeds)),
+            pairs.weighted(upstream, upstream, len(text_embeds)),
             1,
             image_gradient,
             text_gradient,

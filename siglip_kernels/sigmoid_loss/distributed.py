@@ -1,13 +1,17 @@
 """The sigmoid loss of the global batch over torch.distributed: ranks exchange texts and keep their images.
 
-Rank r holds M_r images and M_r texts. Its loss is the sum over its own images and all ranks' texts,
+Rank r holds N_r images and M_r texts; without groups, N_r = M_r. Its loss is the sum over its own images and all ranks'
+texts,
 
-    L_r = -(1/m) Σ_{i on r} Σ_{j anywhere} log σ(zᵢⱼ sᵢⱼ),   m = the mean of M over the ranks,
+    L_r = -(1/n) Σ_{i on r} Σ_{j anywhere} wᵢⱼ log σ(zᵢⱼ sᵢⱼ),   n = the mean of N over the ranks,
 
 so the mean of L_r over the ranks is the loss of the global batch, whatever the sizes of the local batches; where they
-are equal, m is the local batch size and L_r equals open_clip's. A rank's gradients are those of Σ_r u_r L_r, where u_r
-is the upstream gradient of L_r: those of its images, scale and bias come from its own loss, those of its texts from the
-losses of all ranks. The mean that DistributedDataParallel takes over the ranks is the gradient of the global batch.
+are equal, n is the local batch size and L_r equals open_clip's. Another reduction's n is likewise that of the global
+batch divided by the number of ranks. Groups and weights of texts travel with their texts.
+
+A rank's gradients are those of Σ_r u_r L_r, where u_r is the upstream gradient of L_r: those of its images, scale and
+bias come from its own loss, those of its texts from the losses of all ranks. The mean that DistributedDataParallel
+takes over the ranks is the gradient of the global batch.
 
 All ranks have to take part in every forward and backward pass: if one skips a pass or dies, the others wait until the
 backend notices or torch.distributed times out.
@@ -15,8 +19,10 @@ backend notices or torch.distributed times out.
 
 from __future__ import annotations  # torch may be built without torch.distributed
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,35 +32,57 @@ from siglip_kernels.device import on_device
 from siglip_kernels.sigmoid_loss.api import aligned, backward_op
 from siglip_kernels.sigmoid_loss.blocks import Engine, GradientSum, accumulate, finish_totals, workspace
 from siglip_kernels.sigmoid_loss.engines import make_engine
-from siglip_kernels.sigmoid_loss.pairs import NO_POSITIVES, Pairs
+from siglip_kernels.sigmoid_loss.pairs import NO_POSITIVES, Pairs, matches
 
 
 @dataclass(frozen=True)
 class Peers:
-    """A process group, and the number of pairs on each of its ranks."""
+    """A process group, and the numbers of images and of texts on each of its ranks."""
 
     group: dist.ProcessGroup
     rank: int
-    sizes: tuple[int, ...]
+    images: tuple[int, ...]
+    texts: tuple[int, ...]
 
     @property
     def world(self) -> int:
-        return len(self.sizes)
+        return len(self.images)
 
     @property
-    def mean_size(self) -> float:
-        return sum(self.sizes) / len(self.sizes)
+    def mean_images(self) -> float:
+        return sum(self.images) / self.world
 
-    def exchange(self, send: Tensor, receive: Tensor, tag: int) -> list[dist.Work]:
-        """Starts sending to the right neighbour and receiving from the left one."""
+    def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor], tag: int = 0) -> list[dist.Work]:
+        """Starts sending to the right neighbour and receiving from the left one. Tags count up from `tag`."""
         right = dist.get_global_rank(self.group, (self.rank + 1) % self.world)
         left = dist.get_global_rank(self.group, (self.rank - 1) % self.world)
-        return dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, send, right, self.group, tag),
-                dist.P2POp(dist.irecv, receive, left, self.group, tag),
-            ]
-        )
+        operations = []
+        for number, (sent, received) in enumerate(zip(send, receive, strict=True), start=tag):
+            operations.append(dist.P2POp(dist.isend, sent, right, self.group, number))
+            operations.append(dist.P2POp(dist.irecv, received, left, self.group, number))
+        return dist.batch_isend_irecv(operations)
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest value among the ranks."""
+        value = value.clone()
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
+        return value
+
+
+class Texts(NamedTuple):
+    """Texts and what the pairs know of each of them: `Pairs.text_groups` and `Pairs.text_weight`."""
+
+    embeds: Tensor
+    groups: Tensor | None
+    weight: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in self if tensor is not None]
+
+    def like(self, make: Callable[[Tensor], Tensor]) -> Texts:
+        """The same with every tensor replaced."""
+        groups, weight = (None if tensor is None else make(tensor) for tensor in self[1:])
+        return Texts(make(self.embeds), groups, weight)
 
 
 @dataclass(frozen=True)
@@ -70,40 +98,56 @@ class Pass:
     """One pass over all pairs of this rank's images with all ranks' texts."""
 
     def __init__(
-        self, engine: Engine, peers: Peers, x: Tensor, logit_scale: Tensor, logit_bias: Tensor, wanted: Wanted
+        self,
+        engine: Engine,
+        peers: Peers,
+        x: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        pairs: Pairs,
+        divisor: float,
+        wanted: Wanted,
     ) -> None:
         self.engine, self.peers, self.wanted = engine, peers, wanted
         self.x, self.logit_scale, self.logit_bias = x, logit_scale, logit_bias
-        self.totals = engine.totals(x.device, Pairs())
-        self.factor = 1 / (peers.mean_size * engine.logit_grad_scale)
-        largest = max(peers.sizes)
+        self.pairs, self.unit = pairs.in_units(peers.largest)
+        self.gradient_scale = logit_scale if self.unit is None else logit_scale * self.unit
+        self.totals = engine.totals(x.device, pairs)
+        self.factor = 1 / (divisor * engine.logit_grad_scale)
+        largest = max(peers.texts)
         self.logit_grad = workspace(engine, len(x), largest, x.device) if wanted.image or wanted.text else None
         self.image = self.sums(len(x)) if wanted.image else None
         self.image_started = False
+
+    def texts(self, y: Tensor) -> Texts:
+        """This rank's texts."""
+        return Texts(y, self.pairs.text_groups, self.pairs.text_weight)
 
     def sums(self, rows: int) -> Tensor:
         """Memory for partial sums of the gradients of this many images or texts."""
         return self.x.new_empty((rows, self.x.shape[1]), dtype=self.engine.sum_dtype)
 
-    def add(self, source: int, texts: Tensor, out: Tensor | None) -> None:
-        """Adds the texts of rank `source`. out: (len(texts), D), written with Gᵀ x; None: skipped."""
+    def add(self, source: int, texts: Texts, out: Tensor | None) -> None:
+        """Adds the texts of rank `source`. out: (their number, D), written with Gᵀ x; None: skipped."""
         engine = self.engine
+        diagonal = self.pairs.diagonal if source == self.peers.rank else NO_POSITIVES
+        pairs = replace(self.pairs, diagonal=diagonal, text_groups=texts.groups, text_weight=texts.weight)
         text = None if out is None else GradientSum(out)
         for start in range(0, len(self.x), engine.rows):
             rows = slice(start, min(start + engine.rows, len(self.x)))
             accumulate(
                 engine=engine,
                 x=self.x[rows],
-                y=texts,
+                y=texts.embeds,
                 logit_scale=self.logit_scale,
                 logit_bias=self.logit_bias,
-                pairs=Pairs(start if source == self.peers.rank else NO_POSITIVES),
+                pairs=pairs.part(rows, slice(None)),
                 totals=self.totals,
                 scalar_gradients=self.wanted.scalars,
                 logit_grad=self.logit_grad,
                 image=None if self.image is None else GradientSum(self.image[rows], self.image_started),
                 text=text,
-                gradient_scale=self.logit_scale,
+                gradient_scale=self.gradient_scale,
                 factor=self.factor,
             )
         self.image_started = True
@@ -117,31 +161,33 @@ def ring(work: Pass, y: Tensor, weight: Tensor) -> Tensor | None:
     rank's contribution to the texts' gradients. Returns dL/dy of this rank's texts, complete, or None.
     """
     peers, wanted = work.peers, work.wanted
-    largest = max(peers.sizes)
+    largest = max(peers.texts)
+    texts = work.texts(y)
     blocks = [
-        torch.empty((largest, y.shape[1]), dtype=y.dtype, device=y.device) for _ in range(min(2, peers.world - 1))
+        texts.like(lambda tensor: tensor.new_empty((largest, *tensor.shape[1:])))
+        for _ in range(min(2, peers.world - 1))
     ]
     shares = [work.sums(largest) for _ in range(2)] if wanted.text else []
     incoming = work.sums(largest) if wanted.text else None
 
-    texts = y
     text_requests: list[dist.Work] = []
     sum_requests: list[dist.Work] = []
     for step in range(peers.world):
         source, following = (peers.rank - step) % peers.world, (peers.rank - step - 1) % peers.world
         next_texts = None
         if step + 1 < peers.world:
-            next_texts = blocks[step % 2][: peers.sizes[following]]
-            text_requests = peers.exchange(texts, next_texts, tag=0)
-        share = shares[step % 2][: len(texts)] if wanted.text else None
+            size = peers.texts[following]
+            next_texts = blocks[step % 2].like(itemgetter(slice(size)))
+            text_requests = peers.exchange(texts.tensors(), next_texts.tensors())
+        share = shares[step % 2][: len(texts.embeds)] if wanted.text else None
         work.add(source, texts, share)
         if share is not None and incoming is not None:
             if step == 0:
                 share.mul_(weight)
             else:
                 _wait(sum_requests)
-                torch.addcmul(incoming[: len(texts)], share, weight, out=share)
-            sum_requests = peers.exchange(share, incoming[: peers.sizes[following]], tag=1)
+                torch.addcmul(incoming[: len(share)], share, weight, out=share)
+            sum_requests = peers.exchange([share], [incoming[: peers.texts[following]]], tag=len(Texts._fields))
         if next_texts is not None:
             _wait(text_requests)
             texts = next_texts
@@ -151,23 +197,43 @@ def ring(work: Pass, y: Tensor, weight: Tensor) -> Tensor | None:
 
 def gather(work: Pass, y: Tensor, weight: Tensor) -> Tensor | None:
     """`ring` with one all-gather before and one reduce-scatter after: O(global N·D) memory, fewer messages."""
-    peers = work.peers
-    shape = (max(peers.sizes), y.shape[1])
-    padded = y if len(y) == shape[0] else y.new_zeros(shape).index_copy_(0, torch.arange(len(y), device=y.device), y)
-    everyone = y.new_empty((peers.world, *shape))
-    all_gather(everyone, padded, peers.group)
+    peers, largest = work.peers, max(work.peers.texts)
+
+    def gathered(own: Tensor) -> Tensor:
+        padded = own
+        if len(own) < largest:
+            rows = torch.arange(len(own), device=own.device)
+            padded = own.new_zeros((largest, *own.shape[1:])).index_copy_(0, rows, own)
+        everyone = own.new_empty((peers.world, *padded.shape))
+        all_gather(everyone, padded, peers.group)
+        return everyone
+
+    everyone = work.texts(y).like(gathered)
     shares = None
     if work.wanted.text:
-        shares = torch.zeros((peers.world, *shape), dtype=work.engine.sum_dtype, device=y.device)
+        shares = torch.zeros(everyone.embeds.shape, dtype=work.engine.sum_dtype, device=y.device)
     for step in range(peers.world):
         source = (peers.rank - step) % peers.world
-        size = peers.sizes[source]
-        work.add(source, everyone[source, :size], None if shares is None else shares[source, :size])
+        size = peers.texts[source]
+        texts = everyone.like(itemgetter((source, slice(size))))
+        work.add(source, texts, None if shares is None else shares[source, :size])
     if shares is None:
         return None
-    own = work.sums(shape[0])
+    own = work.sums(largest)
     _reduce_scatter(own, shares.mul_(weight), peers.group)
     return own[: len(y)]
+
+
+def matches_of_all(groups: Tensor, others: Tensor, sizes: Sequence[int], peers: Peers) -> Tensor:
+    """`pairs.matches` with the others of all ranks, sizes[r] of rank r, in memory independent of their number."""
+    count = matches(groups, others)
+    blocks = [others.new_empty(max(sizes)) for _ in range(2)]
+    for step in range(1, peers.world):
+        received = blocks[step % 2][: sizes[(peers.rank - step) % peers.world]]
+        _wait(peers.exchange([others], [received]))
+        others = received
+        count += matches(groups, others)
+    return count
 
 
 def all_gather(out: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
@@ -210,24 +276,37 @@ class GlobalLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, image_embeds, text_embeds, logit_scale, logit_bias, engine_name, chunk_size, peers, route, wanted, average
+        ctx,
+        image_embeds,
+        text_embeds,
+        logit_scale,
+        logit_bias,
+        engine_name,
+        chunk_size,
+        peers,
+        route,
+        pairs,
+        divisor,
+        wanted,
+        average,
     ):
         with on_device(image_embeds), torch.autocast(image_embeds.device.type, enabled=False):
             x, y = aligned(image_embeds), aligned(text_embeds)
             engine = make_engine(engine_name, x, chunk_size)
-            work = Pass(engine, peers, x, logit_scale, logit_bias, wanted)
-            dy = route(work, y, logit_scale * work.factor)
+            work = Pass(engine, peers, x, logit_scale, logit_bias, pairs, divisor, wanted)
+            scale = work.gradient_scale
+            dy = route(work, y, scale * work.factor)
             dx = x.new_empty(0)
             if work.image is not None:
-                dx = engine.scale(work.image, logit_scale, work.factor, torch.empty_like(x, dtype=engine.saved_dtype))
+                dx = engine.scale(work.image, scale, work.factor, torch.empty_like(x, dtype=engine.saved_dtype))
             dy = x.new_empty(0) if dy is None else dy.to(engine.saved_dtype, copy=True)
-            loss, scalars = finish_totals(work.totals, 1 / peers.mean_size, None, logit_scale.dtype, wanted.scalars)
+            loss, scalars = finish_totals(work.totals, 1 / divisor, work.unit, logit_scale.dtype, wanted.scalars)
         if average:
             dist.all_reduce(loss, group=peers.group)
             loss /= peers.world
         ctx.save_for_backward(dx, dy, scalars, image_embeds, text_embeds, logit_scale, logit_bias)
         ctx.engine, ctx.chunk_size, ctx.peers, ctx.route = engine_name, chunk_size, peers, route
-        ctx.wanted = wanted
+        ctx.pairs, ctx.divisor, ctx.wanted = pairs, divisor, wanted
         return loss
 
     @staticmethod
@@ -250,7 +329,7 @@ class GlobalLoss(torch.autograd.Function):
             (dy if weighted is None else weighted) if needs[1] else None,
             scalars[0] if needs[2] else None,
             scalars[1] if needs[3] else None,
-            *(None,) * 6,
+            *(None,) * 8,
         )
 
 
@@ -260,5 +339,6 @@ def _weighted_text_gradient(ctx, upstream, image_embeds, text_embeds, logit_scal
     x, y = aligned(image_embeds), aligned(text_embeds)
     engine = make_engine(ctx.engine, x, ctx.chunk_size)
     with on_device(x), torch.autocast(x.device.type, enabled=False):
-        work = Pass(engine, ctx.peers, x, logit_scale, logit_bias, Wanted(image=False, text=True, scalars=False))
-        return ctx.route(work, y, logit_scale * upstream * work.factor).to(text_embeds.dtype)
+        wanted = Wanted(image=False, text=True, scalars=False)
+        work = Pass(engine, ctx.peers, x, logit_scale, logit_bias, ctx.pairs, ctx.divisor, wanted)
+        return ctx.route(work, y, work.gradient_scale * upstream * work.factor).to(text_embeds.dtype)

@@ -1,8 +1,9 @@
-"""`SigLipLoss`: the counterpart of open_clip's class of the same name."""
+"""`SigLipLoss`, the counterpart of open_clip's class of the same name, and `SigLIPPlusLoss`."""
 
 from __future__ import annotations  # torch may be built without torch.distributed
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -19,15 +20,36 @@ from siglip_kernels.sigmoid_loss.api import (
     check_embeds,
     check_kernel_input,
     chunked_sigmoid_loss,
+    padded,
     plain_sigmoid_loss,
+    same_length,
     sigmoid_loss,
 )
-from siglip_kernels.sigmoid_loss.distributed import GatherTexts, GlobalLoss, Peers, Wanted, all_gather, gather, ring
+from siglip_kernels.sigmoid_loss.distributed import (
+    GatherTexts,
+    GlobalLoss,
+    Peers,
+    Wanted,
+    all_gather,
+    gather,
+    matches_of_all,
+    ring,
+)
 from siglip_kernels.sigmoid_loss.engines import make_engine
+from siglip_kernels.sigmoid_loss.pairs import (
+    PairOptions,
+    Pairs,
+    check_groups,
+    check_reduction,
+    make_pairs,
+    matches,
+    plus_weights,
+)
 from siglip_kernels.transforms import refuse_transforms, under_transform
 
 _ROUTES = {"ring": ring, "bidir": ring, "shift": ring, "reduce": ring, "gather": gather}
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
+_Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Pairs]
 _METHODS = ("get_logits", "get_ground_truth", "_loss")
 
 
@@ -46,6 +68,8 @@ class SigLipLoss(nn.Module):
     chunked elsewhere, and `plain_sigmoid_loss` within transforms of torch.func and forward-mode differentiation, which
     the others and a global batch refuse.
     average_loss: return the mean of the ranks' losses, the same on every rank; gradients do not change.
+    positive_weight, negative_weight, ignore, reduction: as in `sigmoid_loss`, where "none" is not supported with
+    several ranks; what the sum is divided by is counted in the global batch.
 
     A subclass, or an instance, may override `get_logits`, `get_ground_truth` (several positives, soft labels) and
     `_loss` as in open_clip. Then these are called and PyTorch computes the loss: over the texts of all ranks after one
@@ -71,6 +95,10 @@ class SigLipLoss(nn.Module):
         group: dist.ProcessGroup | None = None,
         backend: str = "auto",
         average_loss: bool = False,
+        positive_weight: float = 1.0,
+        negative_weight: float = 1.0,
+        ignore: int | None = None,
+        reduction: str = "images",
     ) -> None:
         super().__init__()
         if not isinstance(cache_labels, bool):
@@ -87,10 +115,13 @@ class SigLipLoss(nn.Module):
         if backend not in ("auto", "triton", "chunked"):
             raise unsupported("SigLipLoss", "backend", f"is {backend!r}", "auto, triton, chunked")
         check_chunk_size("SigLipLoss", chunk_size)
+        check_reduction("SigLipLoss", reduction)
         if group is not None and world_size == 1:
             rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         if not 0 <= rank < world_size:
             raise unsupported("SigLipLoss", "rank", f"is {rank} with world_size {world_size}", "0 to world_size - 1")
+        if reduction == "none" and world_size > 1:
+            raise unsupported("SigLipLoss", "reduction", "is 'none' with several ranks", "another one")
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
@@ -99,6 +130,10 @@ class SigLipLoss(nn.Module):
         self.group = group
         self.backend = backend
         self.average_loss = average_loss
+        self.positive_weight = positive_weight
+        self.negative_weight = negative_weight
+        self.ignore = ignore
+        self.reduction = reduction
 
     def forward(
         self,
@@ -107,25 +142,40 @@ class SigLipLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        *,
+        image_groups: Tensor | None = None,
+        text_groups: Tensor | None = None,
+        image_weight: Tensor | None = None,
+        text_weight: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or {"contrastive_loss": loss}.
 
-        image_features, text_features: (local N, D), normalised; fp64 is supported by "chunked" only. logit_scale:
-        exponentiated. It and logit_bias are numbers or tensors of one element, of 0 or 1 dimensions as in open_clip;
-        logit_bias None is 0.
+        image_features: (local N, D), text_features: (local M, D), normalised; N = M without groups; fp64 is supported
+        by "chunked" only. logit_scale: exponentiated. It and logit_bias are numbers or tensors () or (1,); logit_bias
+        None is 0. image_groups, text_groups, image_weight, text_weight: as in `sigmoid_loss`, (local N,) and (local M,)
+        in the global batch; pairs of different ranks may also be in one group.
         """
+        options: PairOptions = dict(
+            image_groups=image_groups,
+            text_groups=text_groups,
+            positive_weight=self.positive_weight,
+            negative_weight=self.negative_weight,
+            image_weight=image_weight,
+            text_weight=text_weight,
+            ignore=self.ignore,
+        )
         if self._overridden():
+            self._refuse_options(options)
             local, across = self._local_by_methods, self._global_by_methods
         else:
             local, across = self._local, self._global
-            logit_scale = _scalar_shape(logit_scale)
-            logit_bias = _scalar_shape(0.0 if logit_bias is None else logit_bias)
+            logit_bias = 0.0 if logit_bias is None else logit_bias
         if self.world_size == 1:
-            loss = local(image_features, text_features, logit_scale, logit_bias)
+            loss = local(image_features, text_features, logit_scale, logit_bias, options)
         else:
             if torch.compiler.is_compiling():  # collectives cause a graph break
                 across = torch.compiler.disable(across)
-            loss = across(image_features, text_features, logit_scale, logit_bias)
+            loss = across(image_features, text_features, logit_scale, logit_bias, options)
         return {"contrastive_loss": loss} if output_dict else loss
 
     # What open_clip lets subclasses override. Nothing calls these unless one of them is overridden.
@@ -163,15 +213,27 @@ class SigLipLoss(nn.Module):
                 got = f"is {value!r}, but {' and '.join(self._overridden())} is overridden and computes the loss"
                 raise unsupported("SigLipLoss", name, got, repr(ordinary))
 
-    def _local_by_methods(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
+    def _refuse_options(self, options: PairOptions) -> None:
+        ordinary = {"positive_weight": 1.0, "negative_weight": 1.0}
+        given = {**options, "reduction": None if self.reduction == "images" else self.reduction}
+        for name, value in given.items():
+            if value is not None and not (name in ordinary and value == ordinary[name]):
+                got = f"is given, but {' and '.join(self._overridden())} is overridden and computes the loss"
+                raise unsupported("SigLipLoss", name, got, "none")
+
+    def _local_by_methods(
+        self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias, options: PairOptions
+    ) -> Tensor:
         self._refuse_choices()
         return self._loss(image_features, text_features, logit_scale, logit_bias)
 
-    def _global_by_methods(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
+    def _global_by_methods(
+        self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias, options: PairOptions
+    ) -> Tensor:
         self._refuse_choices()
         group = self._group()
-        scale, bias = _scalar_shape(logit_scale), _scalar_shape(0.0 if logit_bias is None else logit_bias)
-        sizes, _ = self._agreed(group, image_features, text_features, scale, bias, "chunked")
+        bias = 0.0 if logit_bias is None else logit_bias
+        (sizes, _), _ = self._agreed(group, image_features, text_features, logit_scale, bias, options, "chunked")
         if len(set(sizes)) > 1:
             got = f"differ between ranks in number: {list(sizes)}"
             raise unsupported("SigLipLoss", "features", got, f"the same where {self._overridden()[0]} is overridden")
@@ -191,23 +253,62 @@ class SigLipLoss(nn.Module):
             return self.backend
         return "triton" if image_features.is_cuda and kernels_run_on(image_features.device) else "chunked"
 
-    def _local(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
-        check_embeds("SigLipLoss", image_features, text_features)
+    def _local(
+        self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias, options: PairOptions
+    ) -> Tensor:
+        check_embeds("SigLipLoss", image_features, text_features, same_length=same_length(options))
+        weight = self._weight_of_positives(image_features, text_features, options)
+        if weight is not None:
+            options = {**options, "positive_weight": weight * self.positive_weight}
+        embeds, reduction = (image_features, text_features), self.reduction
         if self.backend == "auto" and under_transform():
-            return plain_sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
+            return plain_sigmoid_loss(*embeds, logit_scale, logit_bias, reduction=reduction, **options)
         if self._engine(image_features) == "triton":
-            return sigmoid_loss(image_features, text_features, logit_scale, logit_bias)
-        return chunked_sigmoid_loss(image_features, text_features, logit_scale, logit_bias, self.chunk_size)
+            return sigmoid_loss(*embeds, logit_scale, logit_bias, reduction=reduction, **options)
+        return chunked_sigmoid_loss(*embeds, logit_scale, logit_bias, self.chunk_size, reduction=reduction, **options)
 
-    def _global(self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias) -> Tensor:
+    def _weight_of_positives(
+        self, image_features: Tensor, text_features: Tensor, options: PairOptions, peers: Peers | None = None
+    ) -> Tensor | None:
+        """(N,): a further weight of each image's positive pairs, or None. peers: of a global batch."""
+        return None
+
+    def _global(
+        self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias, options: PairOptions
+    ) -> Tensor:
         group = self._group()
+        if self.reduction == "none":
+            raise unsupported(
+                "SigLipLoss", "reduction", "is 'none' with several ranks", "images, pairs, positives, sum"
+            )
         engine = self._engine(image_features) if isinstance(image_features, Tensor) else "chunked"
-        sizes, arguments = self._agreed(group, image_features, text_features, logit_scale, logit_bias, engine)
-        x, y, scale, bias = arguments
-        wanted = _wanted(arguments)
-        peers = Peers(group, self.rank, sizes)
-        route = _ROUTES[self.dist_impl]
-        return GlobalLoss.apply(x, y, scale, bias, engine, self.chunk_size, peers, route, wanted, self.average_loss)
+        (images, texts), (x, y, scale, bias, pairs) = self._agreed(
+            group, image_features, text_features, logit_scale, logit_bias, options, engine
+        )
+        peers = Peers(group, self.rank, images, texts)
+        weight = self._weight_of_positives(image_features, text_features, options, peers)
+        if weight is not None:
+            weight = weight.to(scale.dtype)
+            pairs = pairs.weighted(weight, torch.ones_like(weight), texts[self.rank])
+        wanted, route = _wanted((x, y, scale, bias)), _ROUTES[self.dist_impl]
+        positives = None
+        if self.reduction == "positives" and pairs.image_groups is not None and pairs.text_groups is not None:
+            positives = matches_of_all(pairs.image_groups, pairs.text_groups, texts, peers).sum()
+            dist.all_reduce(positives, group=group)
+            if not bool(positives):
+                raise unsupported(
+                    "SigLipLoss", "reduction", "is 'positives', but there is no positive pair", "one or more"
+                )
+        # Of the global batch, divided by the number of ranks: see `distributed`.
+        divisor = peers.mean_images
+        if self.reduction == "pairs":
+            divisor *= sum(texts)
+        elif self.reduction == "sum" or positives is not None:
+            divisor = 1 / peers.world
+        loss: Tensor = GlobalLoss.apply(
+            x, y, scale, bias, engine, self.chunk_size, peers, route, pairs, divisor, wanted, self.average_loss
+        )
+        return loss if positives is None else loss / positives
 
     def _agreed(
         self,
@@ -216,13 +317,17 @@ class SigLipLoss(nn.Module):
         text_features: Tensor,
         logit_scale: Tensor | float,
         logit_bias: Tensor | float,
+        options: PairOptions,
         engine: str,
-    ) -> tuple[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """The number of pairs on each rank, and the checked arguments. Raises on every rank if one refuses its own."""
+    ) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], _Arguments]:
+        """The numbers of images and of texts on each rank, and the checked arguments.
+
+        Raises on every rank if one refuses its own.
+        """
         problem: Exception | None = None
-        arguments: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        arguments: _Arguments | None = None
         try:
-            check_embeds("SigLipLoss", image_features, text_features)
+            check_embeds("SigLipLoss", image_features, text_features, same_length=same_length(options))
             autocast = autocast_dtype(image_features)
             x, y = cast(image_features, autocast), cast(text_features, autocast)
             if x.dtype != y.dtype or x.dtype not in _DTYPES:
@@ -231,10 +336,11 @@ class SigLipLoss(nn.Module):
             if engine == "triton":
                 check_kernel_input("SigLipLoss", x)
                 make_engine(engine, x)  # raises where the kernels cannot run
+                x, y = padded(x), padded(y)
             scale = as_scalar("SigLipLoss", "logit_scale", logit_scale, x)
             bias = as_scalar("SigLipLoss", "logit_bias", logit_bias, x)
             refuse_transforms("SigLipLoss", image_features=x, text_features=y, logit_scale=scale, logit_bias=bias)
-            arguments = x, y, scale, bias
+            arguments = x, y, scale, bias, make_pairs("SigLipLoss", x, y, **options)
         except Exception as error:  # raised after the other ranks know of it, which would wait for this one
             problem = error
         sizes = _agree(group, self.rank, image_features, arguments, problem)
@@ -281,11 +387,34 @@ class SigLipLoss(nn.Module):
         return f"rank={self.rank}, world_size={self.world_size}, dist_impl={self.dist_impl!r}, backend={self.backend!r}"
 
 
-def _scalar_shape(value: Tensor | float) -> Tensor | float:
-    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+class SigLIPPlusLoss(SigLipLoss):
+    """SigLIP+: several positives per image, each weighing 1/k of an image's k, as siglip-kernel defines it.
+
+    Pairs of equal groups are positive. A positive weighs 1/k, where k is the number of texts in its group, or with
+    `symmetric` the mean of 1/k and 1/k', where k' is the number of images in its group; a negative weighs 1. Groups are
+    counted in the global batch. Without groups all weights are 1. The sum is divided by the number of pairs.
+
+    symmetric: see above. The other arguments are those of `SigLipLoss`.
+    """
+
+    def __init__(self, *arguments: Any, symmetric: bool = True, reduction: str = "pairs", **named: Any) -> None:
+        super().__init__(*arguments, reduction=reduction, **named)
+        self.symmetric = symmetric
+
+    def _weight_of_positives(
+        self, image_features: Tensor, text_features: Tensor, options: PairOptions, peers: Peers | None = None
+    ) -> Tensor | None:
+        images, texts = options.get("image_groups"), options.get("text_groups")
+        check_groups("SigLIPPlusLoss", image_features, text_features, images, texts)
+        if images is None or texts is None:
+            return None
+        if peers is None:
+            return plus_weights(matches(images, texts), matches(images, images), self.symmetric)
+        of_texts = matches_of_all(images, texts, peers.texts, peers)
+        return plus_weights(of_texts, matches_of_all(images, images, peers.images, peers), self.symmetric)
 
 
-def _wanted(arguments: tuple[Tensor, Tensor, Tensor, Tensor]) -> Wanted:
+def _wanted(arguments: Sequence[Tensor]) -> Wanted:
     image, text, scale, bias = arguments
     return Wanted(wants_gradients(image), wants_gradients(text), wants_gradients(scale, bias))
 
@@ -307,15 +436,19 @@ def _agree(
     group: dist.ProcessGroup,
     rank: int,
     image_features: object,
-    arguments: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    arguments: _Arguments | None,
     problem: Exception | None,
-) -> tuple[int, ...]:
-    """The number of pairs on each rank. Raises on every rank if one refused its input or if their inputs disagree."""
-    facts = [0, 0, 0, 0, 0]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The numbers of images and of texts on each rank.
+
+    Raises on every rank if one refused its input or if their inputs disagree.
+    """
+    facts = [0] * 8
     if arguments is not None:
-        wanted = _wanted(arguments)
+        (x, y), pairs, wanted = arguments[:2], arguments[4], _wanted(arguments[:4])
         gradients = wanted.image or wanted.text or wanted.scalars
-        facts = [*arguments[0].shape, _DTYPES.index(arguments[0].dtype), int(wanted.text), int(gradients)]
+        flags = (wanted.text, gradients, pairs.image_groups is not None, pairs.text_weight is not None)
+        facts = [len(x), len(y), x.shape[1], _DTYPES.index(x.dtype), *map(int, flags)]
     mine = torch.tensor(facts, dtype=torch.int64, device=_exchange_device(group, image_features))
     gathered = mine.new_empty((dist.get_world_size(group), len(facts)))
     all_gather(gathered, mine, group)
@@ -326,11 +459,18 @@ def _agree(
     if refused:
         got = f"was refused by rank {refused[0]}, whose own error says why"
         raise unsupported("SigLipLoss", "input", got, "valid input on every rank")
-    names = ("width", "dtype", "whether texts need gradients", "whether anything needs gradients")
-    for column, name in enumerate(names, start=1):
+    names = (
+        "width",
+        "dtype",
+        "whether texts need gradients",
+        "whether anything needs gradients",
+        "whether there are groups",
+        "whether there are weights",
+    )
+    for column, name in enumerate(names, start=2):
         values = [row[column] for row in table]
         if len(set(values)) > 1:
             shown = [str(_DTYPES[value]) if name == "dtype" else value for value in values]
             got = f"differ between ranks in {name}: {shown}"
             raise unsupported("SigLipLoss", "features", got, "the same on every rank")
-    return tuple(row[0] for row in table)
+    return tuple(row[0] for row in table), tuple(row[1] for row in table)

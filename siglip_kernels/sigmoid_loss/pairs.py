@@ -8,6 +8,7 @@ of images, of texts and of positives; and SigLIP+, which weights the positives (
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -68,19 +69,25 @@ class Pairs:
             of(self.text_weight, texts),
         )
 
-    def of_weighted_images(self, weight: Tensor, texts: int) -> Pairs:
-        """The weight of each image multiplied by one of (n,). texts: m."""
+    def weighted(self, positive: Tensor, negative: Tensor, texts: int) -> Pairs:
+        """The weights of each image in positive and in negative pairs multiplied by (n,) each. texts: m."""
         if self.positive_weight is None or self.negative_weight is None:
-            return replace(self, positive_weight=weight, negative_weight=weight, text_weight=weight.new_ones(texts))
-        positive, negative = self.positive_weight * weight, self.negative_weight * weight
+            ones = positive.new_ones(texts)
+            return replace(self, positive_weight=positive, negative_weight=negative, text_weight=ones)
+        positive, negative = self.positive_weight * positive, self.negative_weight * negative
         return replace(self, positive_weight=positive, negative_weight=negative)
 
-    def in_units(self) -> tuple[Pairs, Tensor | None]:
-        """These pairs with weights below 1, so that G times its weight fits fp16, and the power of two they lack."""
+    def in_units(self, agree: Callable[[Tensor], Tensor] | None = None) -> tuple[Pairs, Tensor | None]:
+        """These pairs with weights below 1, so that G times its weight fits fp16, and the power of two they lack.
+
+        agree: returns the largest among ranks of a 0-dimensional tensor, for the texts, which all of them share.
+        """
         if self.positive_weight is None or self.negative_weight is None or self.text_weight is None:
             return self, None
         image_unit = _unit(torch.maximum(self.positive_weight.abs(), self.negative_weight.abs()))
         text_unit = _unit(self.text_weight)
+        if agree is not None:
+            text_unit = agree(text_unit)
         pairs = replace(
             self,
             positive_weight=self.positive_weight / image_unit,
@@ -115,21 +122,11 @@ def make_pairs(
     for argument, value in (("offset", offset), ("ignore", ignore)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise unsupported(operation, argument, f"is {given(value)}", "None or an integer")
-    if (image_groups is None) != (text_groups is None):
-        missing, present = ("text", "image") if text_groups is None else ("image", "text")
-        got = f"is None while {present}_groups is given"
-        raise unsupported(operation, f"{missing}_groups", got, "both or neither")
+    check_groups(operation, image_embeds, text_embeds, image_groups, text_groups)
     if image_groups is not None and offset is not None:
         raise unsupported(operation, "offset", f"is {offset} beside groups", "one of them")
     if image_groups is None and ignore is not None:
         raise unsupported(operation, "ignore", f"is {ignore} without groups", "the id of a group")
-    for argument, groups, count in (("image_groups", image_groups, images), ("text_groups", text_groups, texts)):
-        if groups is not None:
-            check_tensor(operation, argument, groups)
-            if groups.dtype != torch.int64:
-                raise unsupported(operation, argument, f"has dtype {groups.dtype}", "int64")
-            check_shape(operation, argument, groups, (count,))
-            check_same_device(operation, argument, groups, "image_embeds", image_embeds.device)
 
     diagonal = offset or 0
     if not -images < diagonal < texts:
@@ -146,6 +143,28 @@ def make_pairs(
     image_groups = image_groups.masked_fill(image_groups < 0, -1)
     text_groups = text_groups.masked_fill(text_groups < 0, -2)
     return Pairs(diagonal, image_groups, text_groups, *weights)
+
+
+def check_groups(
+    operation: str, image_embeds: Tensor, text_embeds: Tensor, image_groups: object, text_groups: object
+) -> None:
+    """Raises unless both are None, or int64 (N,) and (M,) on the embeddings' device."""
+    if (image_groups is None) != (text_groups is None):
+        missing, present = ("text", "image") if text_groups is None else ("image", "text")
+        got = f"is None while {present}_groups is given"
+        raise unsupported(operation, f"{missing}_groups", got, "both or neither")
+    for argument, groups, embeds in (
+        ("image_groups", image_groups, image_embeds),
+        ("text_groups", text_groups, text_embeds),
+    ):
+        if groups is None:
+            continue
+        check_tensor(operation, argument, groups)
+        assert isinstance(groups, Tensor)
+        if groups.dtype != torch.int64:
+            raise unsupported(operation, argument, f"has dtype {groups.dtype}", "int64")
+        check_shape(operation, argument, groups, (embeds.shape[0],))
+        check_same_device(operation, argument, groups, "image_embeds", image_embeds.device)
 
 
 _Weights = tuple[Tensor | None, Tensor | None, Tensor | None]
