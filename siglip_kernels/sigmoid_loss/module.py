@@ -408,10 +408,13 @@ class SigLIPPlusLoss(SigLipLoss):
         check_groups("SigLIPPlusLoss", image_features, text_features, images, texts)
         if images is None or texts is None:
             return None
+        return plus_weights(*self._members(images, texts, peers), self.symmetric)
+
+    def _members(self, images: Tensor, texts: Tensor, peers: Peers | None) -> tuple[Tensor, Tensor]:
+        """(N,) each: how many texts and how many images are in each image's group."""
         if peers is None:
-            return plus_weights(matches(images, texts), matches(images, images), self.symmetric)
-        of_texts = matches_of_all(images, texts, peers.texts, peers)
-        return plus_weights(of_texts, matches_of_all(images, images, peers.images, peers), self.symmetric)
+            return matches(images, texts), matches(images, images)
+        return matches_of_all(images, texts, peers.texts, peers), matches_of_all(images, images, peers.images, peers)
 
 
 def _wanted(arguments: Sequence[Tensor]) -> Wanted:
