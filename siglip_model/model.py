@@ -100,16 +100,20 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         token_type_ids: Tensor | None = None,
+        return_logits: bool = True,
     ) -> SiglipOutput | tuple:
         """Compare every image with every text.
 
         input_ids (T, L), attention_mask, position_ids: see SiglipTextModel; pixel_values (I, C, H, W),
         interpolate_pos_encoding: see SiglipVisionModel. return_loss: also return the sigmoid loss, which pairs image i
-        with text i and needs I = T. token_type_ids: ignored, as in transformers.
+        with text i and needs I = T. token_type_ids: ignored, as in transformers. return_logits: False leaves out both
+        logits, with which training through `return_loss` has the memory of the loss, O(I·D), instead of I·T logits.
         Raises ValueError for inputs that the towers do not support.
         """
         images, texts = (pixel_values, interpolate_pos_encoding), (input_ids, attention_mask, position_ids)
-        output = self._compare_inputs(images, texts, return_loss, output_attentions, output_hidden_states)
+        output = self._compare_inputs(
+            images, texts, return_loss, output_attentions, output_hidden_states, return_logits
+        )
         return finish(output, self, return_dict)
 
     def _compare_inputs(
@@ -119,6 +123,7 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         return_loss: bool | None,
         output_attentions: bool | None,
         output_hidden_states: HiddenStates | None,
+        return_logits: bool = True,
     ) -> SiglipOutput:
         """images, texts: arguments of the towers, in their order."""
         asked = {
@@ -126,16 +131,23 @@ class SiglipModel(UsesBackend, PreTrainedModel):
             "output_hidden_states": self._default(output_hidden_states, "hidden_states"),
             "return_dict": True,
         }
-        return self.compare(self.vision_model(*images, **asked), self.text_model(*texts, **asked), return_loss)
+        vision, text = self.vision_model(*images, **asked), self.text_model(*texts, **asked)
+        return self.compare(vision, text, return_loss, return_logits)
 
     def compare(
-        self, vision: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling, return_loss: bool | None = None
+        self,
+        vision: BaseModelOutputWithPooling,
+        text: BaseModelOutputWithPooling,
+        return_loss: bool | None = None,
+        return_logits: bool = True,
     ) -> SiglipOutput:
         """The part of `forward` after the towers."""
         image_embeds = unit_length(pooled(vision))  # [I, D]
         text_embeds = unit_length(pooled(text))  # [T, D]
-        logits_per_text = self.logits_per_text(text_embeds, image_embeds)  # [T, I]
-        loss = None
+        logits_per_text = logits_per_image = loss = None
+        if return_logits:
+            logits_per_text = self.logits_per_text(text_embeds, image_embeds)  # [T, I]
+            logits_per_image = logits_per_text.T
         if return_loss:
             images, texts = image_embeds.shape[0], text_embeds.shape[0]
             if texts != images:
@@ -147,7 +159,7 @@ class SiglipModel(UsesBackend, PreTrainedModel):
                 )
             compute = self.ops.sigmoid_loss if self.global_loss is None else self.global_loss
             loss = compute(image_embeds, text_embeds, self.logit_scale.exp().squeeze(), self.logit_bias.squeeze())
-        return self.output_class(loss, logits_per_text.T, logits_per_text, text_embeds, image_embeds, text, vision)
+        return self.output_class(loss, logits_per_image, logits_per_text, text_embeds, image_embeds, text, vision)
 
     def logits_per_text(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
         """t·⟨text, image⟩ + b: (T, I) from unit embeddings (T, D) and (I, D). The sigmoid of it is a probability."""

@@ -1,0 +1,116 @@
+"""Training on batches whose activations do not fit: the towers run in micro-batches, the loss sees the whole batch.
+
+Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv 2101.06983): the
+gradients of a tower depend on the other samples only through the gradients of its embeddings. So the embeddings are
+computed without a graph, the loss gives their gradients, and the towers run again, one micro-batch at a time, each
+differentiated at once. It takes one more forward pass of the towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from siglip_kernels.errors import unsupported
+from siglip_model.outputs import pooled, unit_length
+
+if TYPE_CHECKING:
+    from siglip_model.model import SiglipModel
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def cached_step(
+    model: SiglipModel | nn.parallel.DistributedDataParallel,
+    input_ids: Tensor,
+    pixel_values: Tensor,
+    micro_batch: int,
+    *,
+    attention_mask: Tensor | None = None,
+    loss: Loss | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """Add the gradients of the whole batch's loss to the parameters, with the activations of a micro-batch in memory.
+
+    Takes the place of `model(..., return_loss=True).loss.backward()`. Returns the loss, without a graph.
+
+    input_ids (T, L), attention_mask, pixel_values (I, C, H, W): as the model takes them. micro_batch: the most images
+    or texts that a tower sees at a time. loss: a function of image_embeds (I, D), text_embeds (T, D), t and b; by
+    default that of `return_loss`, for which I = T; with groups, functools.partial(siglip_kernels.sigmoid_loss, ...).
+    scaler: scales the loss before it is differentiated.
+    Dropout draws the same in both passes. Autocast applies as it does to the model. Under DDP the gradients are
+    averaged over the ranks here, as its own backward pass would; call `model.module.use_global_loss()` before for the
+    loss of the global batch. Raises UnsupportedInputError for a model under FSDP and for a micro_batch below 1.
+    """
+    if isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1:
+        raise unsupported("cached_step", "micro_batch", f"is {micro_batch!r}", "integers from 1 on")
+    parallel = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    siglip: SiglipModel = model if parallel is None else model.module  # type: ignore[assignment]
+    if not hasattr(siglip, "get_text_features") or hasattr(siglip, "unshard"):
+        raise unsupported("cached_step", "model", f"is {type(model).__name__}", "a SiglipModel, alone or under DDP")
+
+    def embed_texts(ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return unit_length(pooled(siglip.get_text_features(ids, mask, return_dict=True)))
+
+    def embed_images(pixels: Tensor) -> Tensor:
+        return unit_length(pooled(siglip.get_image_features(pixels, return_dict=True)))
+
+    ids = input_ids.split(micro_batch)
+    masks = [None] * len(ids) if attention_mask is None else attention_mask.split(micro_batch)
+    images = [_Piece(embed_images, pixels) for pixels in pixel_values.split(micro_batch)]
+    texts = [_Piece(embed_texts, *both) for both in zip(ids, masks, strict=True)]
+    image_embeds, text_embeds = (
+        torch.cat([piece.first() for piece in side]).requires_grad_() for side in (images, texts)
+    )
+    if loss is None:
+        if len(image_embeds) != len(text_embeds):
+            got = f"asks for the loss of {len(image_embeds)} images and {len(text_embeds)} texts"
+            raise unsupported("cached_step", "loss", got, "as many images as texts, or a loss with groups")
+        loss = siglip.ops.sigmoid_loss if siglip.global_loss is None else siglip.global_loss
+    value = loss(image_embeds, text_embeds, siglip.logit_scale.exp().squeeze(), siglip.logit_bias.squeeze())
+    with torch.autocast(value.device.type, enabled=False):
+        (value if scaler is None else scaler.scale(value)).backward()
+    for side, embeds in ((images, image_embeds), (texts, text_embeds)):
+        assert embeds.grad is not None
+        for piece, gradient in zip(side, embeds.grad.split(micro_batch), strict=True):
+            piece.again(gradient)
+    if parallel is not None:
+        _average_gradients(parallel)
+    return value.detach()
+
+
+class _Piece:
+    """A micro-batch: its embeddings, then the same with a graph, as if drawn from the same random numbers."""
+
+    def __init__(self, embed: Callable[..., Tensor], *inputs: Tensor | None) -> None:
+        self.embed, self.inputs = embed, inputs
+
+    @torch.no_grad()
+    def first(self) -> Tensor:
+        self.cpu_state = torch.get_rng_state()
+        self.devices, self.states = get_device_states(*self.inputs)
+        return self.embed(*self.inputs)
+
+    def again(self, gradient: Tensor) -> None:
+        """Adds the gradients of the parameters."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu_state)
+            set_device_states(self.devices, self.states)
+            embeds = self.embed(*self.inputs)
+        if embeds.requires_grad:  # not of a frozen tower
+            with torch.autocast(embeds.device.type, enabled=False):
+                embeds.backward(gradient)
+
+
+def _average_gradients(parallel: nn.parallel.DistributedDataParallel) -> None:
+    group = parallel.process_group
+    gradients = [parameter.grad for parameter in parallel.parameters() if parameter.grad is not None]
+    requests = [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]
+    for request, gradient in zip(requests, gradients, strict=True):
+        request.wait()
+        gradient /= dist.get_world_size(group)
