@@ -14,6 +14,7 @@ from siglip_kernels.sigmoid_loss import (
     SigLipLoss,
     SigLIPPlusLoss,
     chunked_sigmoid_loss,
+    matryoshka_sigmoid_loss,
     plain_sigmoid_loss,
     sigmoid_loss,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "chunked_sigmoid_loss",
     "layer_norm",
     "linear",
+    "matryoshka_sigmoid_loss",
     "mlp",
     "patch_embed",
     "plain_sigmoid_loss",
