@@ -249,12 +249,20 @@ def _patch_inputs(shape: shapes.PatchShape, draw: Draw) -> Inputs:
 
 
 def _loss_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
-    """Normalised embeddings, and SigLIP's initial scale and bias, in fp32 as in a model."""
-    embeds = [F.normalize(_normal(generator, torch.float32, device, shape.pairs, shape.width)) for _ in range(2)]
+    """Normalised embeddings, and SigLIP's initial scale and bias, in fp32 as in a model; groups and weights."""
+    counts = shape.pairs, shape.texts
+    embeds = [F.normalize(_normal(generator, torch.float32, device, count, shape.width)) for count in counts]
     tensors = {name: value.to(dtype) for name, value in zip(("image_embeds", "text_embeds"), embeds, strict=True)}
     tensors["logit_scale"] = torch.full((), 10.0, device=device)
     tensors["logit_bias"] = torch.full((), -10.0, device=device)
-    return Inputs(tensors)
+    constants: dict[str, Any] = {}
+    if shape.captions:
+        ids = [torch.arange(count, device=device) % shape.pairs for count in counts]
+        constants.update(image_groups=ids[0], text_groups=ids[1])
+    if shape.weighted:
+        weights = [torch.rand(count, generator=generator, device=device) for count in counts]
+        constants.update(image_weight=weights[0], text_weight=weights[1], positive_weight=2.0)
+    return Inputs(tensors, constants)
 
 
 def _model_inputs(shape: shapes.ModelShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:

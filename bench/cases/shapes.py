@@ -314,23 +314,34 @@ class PatchShape(Shape):
 
 @dataclass(frozen=True)
 class LossShape(Shape):
+    """Pairs of one image and one text or, if `captions` is not 0, images with that many texts, found by group ids.
+
+    weighted: whether images, texts and positives have weights.
+    """
+
     pairs: int
     width: int
+    captions: int = 0
+    weighted: bool = False
+
+    @property
+    def texts(self) -> int:
+        return self.pairs * max(1, self.captions)
 
     def sample(self) -> Self:
         return dataclasses.replace(self, pairs=min(self.pairs, 2048))
 
     def _forward_flops(self) -> int:
-        return 2 * self.pairs**2 * self.width
+        return 2 * self.pairs * self.texts * self.width
 
     def _backward_flops(self) -> int:
-        return 4 * self.pairs**2 * self.width
+        return 4 * self.pairs * self.texts * self.width
 
     def _forward_values(self) -> int:
-        return 2 * self.pairs * self.width
+        return (self.pairs + self.texts) * self.width
 
     def _backward_values(self) -> int:
-        return 4 * self.pairs * self.width
+        return 2 * (self.pairs + self.texts) * self.width
 
 
 @dataclass(frozen=True)
@@ -415,7 +426,9 @@ def parse(shape_class: type[Shape], text: str) -> Shape:
             raise ValueError(f"shape {text!r}: {name} is {value!r}; supported: an integer") from None
         if name == "model" and value not in MODELS:
             raise ValueError(f"shape {text!r}: model is {value!r}; supported: {', '.join(MODELS)}")
-        if name != "model" and values[name] < (name not in ("residual", "layers", "text", "peaked")):
+        if name != "model" and values[name] < (
+            name not in ("residual", "layers", "text", "peaked", "captions", "weighted")
+        ):
             raise ValueError(f"shape {text!r}: {name} is {value}; supported: 1 and more")
     missing = [name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING]
     if missing:

@@ -159,8 +159,11 @@ def _patch(model: str, batch: int, quick: bool = False) -> Case:
     return Case("patch_embed", PatchShape(f"{model}-b{batch}", batch, tower.image, tower.patch, tower.width), quick)
 
 
-def _loss(pairs: int, width: int, quick: bool = False, cpu: str = "") -> Case:
-    return Case("sigmoid_loss", LossShape(f"n{pairs}-d{width}", pairs, width), quick, cpu)
+def _loss(
+    pairs: int, width: int, captions: int = 0, weighted: bool = False, quick: bool = False, cpu: str = ""
+) -> Case:
+    name = f"n{pairs}{f'x{captions}' if captions else ''}-d{width}{'-weighted' if weighted else ''}"
+    return Case("sigmoid_loss", LossShape(name, pairs, width, captions, weighted), quick, cpu)
 
 
 def _model(model: str, batch: int, text: bool = False, layers: int = 0, quick: bool = False, cpu: str = "") -> Case:
@@ -209,8 +212,12 @@ SUITES = {
                 _loss(2048, 768, cpu="quick"),
                 _loss(1024, 768, cpu="quick"),
                 _loss(4096, 768, cpu="quick"),
+                _loss(2048, 768, captions=2, cpu="quick"),
+                _loss(2048, 768, captions=2, weighted=True, cpu="full"),
                 _loss(512, 768),
                 _loss(16_384, 768, cpu="full"),
+                _loss(16_384, 768, captions=4),
+                _loss(16_384, 768, captions=4, weighted=True),
                 _loss(32_768, 768),
                 _loss(16_384, 1152),
                 _loss(65_536, 1152),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.cases.operations import Contender, Inputs, Setting
+from bench.cases.shapes import LossShape
 from bench.cases.suites import SUITES, dtype_name
 from bench.environment import Watch, process_environment
 from bench.measure.accuracy import Judge, NoTruth, as_list, differentiable, forward, upstream
@@ -194,9 +195,9 @@ class _Group:
 
     def _require_memory(self, entry: Peer) -> None:
         """Raises OutOfMemoryError on a CPU, where the system overcommits memory and kills the process later."""
-        pairs = getattr(self.setting.shape, "pairs", 0)
-        if self.setting.device == "cpu" and entry.quadratic:
-            needed, there = 4 * entry.quadratic * pairs**2, _available_memory()
+        shape = self.setting.shape
+        if self.setting.device == "cpu" and entry.quadratic and isinstance(shape, LossShape):
+            needed, there = 4 * entry.quadratic * shape.pairs * shape.texts, _available_memory()
             if needed > 0.8 * there:
                 raise torch.OutOfMemoryError(
                     f"not tried: about {needed / 1e9:.0f} GB, and {there / 1e9:.0f} GB are free"

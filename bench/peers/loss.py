@@ -13,6 +13,7 @@ from torch import Tensor
 
 import siglip_kernels
 from bench.cases.operations import Setting
+from bench.cases.shapes import LossShape
 from bench.peers.compiled import compiled
 from bench.peers.registry import Missing, Unsupported, peer
 from siglip_kernels import reference
@@ -40,10 +41,19 @@ def max_autotune(setting: Setting) -> Loss:
     return compiled(reference.sigmoid_loss, "max-autotune")
 
 
+def _require_pairs(setting: Setting) -> None:
+    """Raises Unsupported for groups and weights."""
+    shape = setting.shape
+    assert isinstance(shape, LossShape)
+    if shape.captions or shape.weighted:
+        raise Unsupported("has no groups and no weights of pairs")
+
+
 def _siglip_kernel(backend: str, **arguments: int) -> Callable[[Setting], Loss]:
     """siglip-kernel takes log t. With a chunk size its bf16 path is called, as its README recommends."""
 
     def load(setting: Setting) -> Loss:
+        _require_pairs(setting)
         if arguments:
             from siglip_kernel import fused_chunked_bf16_siglip_loss
 
@@ -82,6 +92,7 @@ def _open_clip(**arguments: int) -> Callable[[Setting], Loss]:
     """open_clip's class, loaded from its file because the package imports torchvision."""
 
     def load(setting: Setting) -> Loss:
+        _require_pairs(setting)
         found = importlib.util.find_spec("open_clip")
         if found is None or found.origin is None:
             raise Missing("pip install open-clip-torch")
@@ -113,6 +124,7 @@ def softmax_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor,
 
 @peer("sigmoid_loss", "inf_cl", package="inf-cl", cuda=True, truth=softmax_loss, note="another loss: softmax")
 def inf_cl(setting: Setting) -> Loss:
+    _require_pairs(setting)
     from inf_cl import cal_flash_loss
 
     def call(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
@@ -141,6 +153,7 @@ def softmax_loss_of_constant_scale(
     note="another loss: softmax, constant scale",
 )
 def memeff(setting: Setting) -> Loss:
+    _require_pairs(setting)
     from memeff import MemoryEfficientCLIPLoss
 
     temperature = 1 / float(setting.inputs().tensors["logit_scale"])

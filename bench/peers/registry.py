@@ -46,7 +46,7 @@ class Peer:
     directions, dtypes: what it supports; None for all. cuda: it needs a CUDA device.
     slow: it takes minutes to prepare; `--quick` leaves it out unless it is named.
     one_size: it is compiled for one size, too slowly to check its gradients on a smaller sample.
-    quadratic: it holds this many fp32 values per pair of samples.
+    quadratic: it holds this many fp32 values per pair of an image and a text.
     tolerance: the relative error allowed for reduced precision such as fp8; None for the default.
     note: what distinguishes it, for the tables.
     truth: the definition of a neighbouring function that it computes instead of the operation's.
