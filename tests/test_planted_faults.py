@@ -33,6 +33,7 @@ PRE_NORM_ATTENTION = "kernels/pre_norm_attention/test_pre_norm_attention.py"
 PATCH_EMBED = "kernels/patch_embed/test_patch_embed.py"
 POOL = "kernels/attention_pool/test_attention_pool.py"
 LOSS = "kernels/sigmoid_loss/test_sigmoid_loss.py"
+LOSS_OPTIONS = "kernels/sigmoid_loss/test_sigmoid_loss_options.py"
 ATTENTION_HOPPER = "gluon/test_attention_hopper.py"
 ATTENTION_HOPPER_BACKWARD = "gluon/test_attention_hopper_backward.py"
 LINEAR_HOPPER = "gluon/test_linear_hopper.py"
@@ -129,6 +130,9 @@ CONSTANTS = {
     "loss: logarithm": Planted("sigmoid_loss/kernels.py", "p * e + 0.9999999403953552", "p * e + 0.9999", LOSS),
     "loss: logit gradient": Planted(
         "sigmoid_loss/kernels.py", "e) * reciprocal(1.0 + e)", "e) * reciprocal(1.01 + e)", LOSS
+    ),
+    "loss: weight": Planted(
+        "sigmoid_loss/kernels.py", "logit_grad *= weight", "logit_grad *= 1.01 * weight", LOSS_OPTIONS
     ),
     "loss: product": Planted(
         "sigmoid_loss/kernels.py", "total *= tl.load(logit_scale_ptr)", "total *= 1.01 * tl.load(logit_scale_ptr)", LOSS

@@ -64,7 +64,7 @@ def check_budget(
     # takes a bias for every pair, whose gradients are the terms.
     x, y, biases = x.double(), y.double(), torch.full((len(y), len(x)), b, dtype=torch.float64, device=x.device)
     loss = reference.sigmoid_loss(x, y, t, biases.requires_grad_(), **exact)
-    g = torch.autograd.grad(loss, biases, upstream(loss))[0].abs().T
+    g = torch.autograd.grad(loss, biases, upstream(loss), retain_graph=True)[0].abs().T
 
     def sizes(g: Tensor) -> dict[str, Tensor]:
         return {
@@ -75,7 +75,10 @@ def check_budget(
         }
 
     # A rounding of a logit s, which is fp32 in any case, changes e^s by |s| roundings; of few pairs, all one way.
-    of_terms, of_logits = sizes(g), sizes(g * (t * x @ y.T + b).abs())
+    logits = (t * x @ y.T + b).abs()
+    of_terms, of_logits = sizes(g), sizes(g * logits)
+    of_pairs = torch.autograd.grad(loss, biases, torch.ones_like(loss))[0].abs().T
+    of_logits["loss"] = (of_pairs * logits).sum()
     for name, value in found.items():
         assert value.isfinite().all(), name
         slack = torch.finfo(value.dtype).tiny + float(of_logits.get(name, 0.0)) * torch.finfo(torch.float32).eps
@@ -87,7 +90,7 @@ def check_budget(
 @st.composite
 def problems(draw) -> dict[str, Any]:
     """Sizes, groups with and without positives, weights with zeros, and a reduction."""
-    images, texts, width = (draw(st.integers(1, most)) for most in (100, 140, 40))
+    images, texts, width = (draw(st.integers(1, most)) for most in (80, 90, 40))
     seed = draw(st.integers(0, 99))
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"reduction": draw(st.sampled_from(["images", "pairs", "sum", "none"]))}
@@ -103,10 +106,12 @@ def problems(draw) -> dict[str, Any]:
         texts = images
     for name, count in (("image_weight", images), ("text_weight", texts)):
         if draw(st.booleans()):
-            weight = torch.rand(count, generator=generator) * draw(st.sampled_from([1e-3, 1.0, 300.0]))
+            weight = torch.rand(count, generator=generator) * draw(
+                st.sampled_from([1e-3, 0.1, 3.0])
+            )  # more would exceed fp16
             options[name] = weight * (torch.rand(count, generator=generator) < 0.8)
     if draw(st.booleans()):
-        options["positive_weight"] = draw(st.sampled_from([0.0, 0.3, 50.0]))
+        options["positive_weight"] = draw(st.sampled_from([0.0, 0.3, 5.0]))
         options["negative_weight"] = draw(st.sampled_from([0.0, 0.7, 3.0]))
     return {"images": images, "texts": texts, "width": width, "options": options}
 
@@ -247,8 +252,9 @@ def test_compile_and_opcheck(loss_function, some):
     t, b = t.requires_grad_(), b.requires_grad_()
     pairs = (2, options["image_groups"], options["text_groups"], *(x.detach()[:, 0].abs(),) * 2, y.detach()[:, 0].abs())
     torch.library.opcheck(api.forward_op, (x, y, t, b, engine, 0, True, True, True, 9, *pairs))
-    torch.library.opcheck(api.losses_op, (x, y, t, b, engine, 0, *pairs))
-    torch.library.opcheck(api.count_positives, (*pairs[1:3], "sigmoid_loss"))
+    if engine == "chunked":  # what is checked is the registration, which engines share
+        torch.library.opcheck(api.losses_op, (x, y, t, b, engine, 0, *pairs))
+        torch.library.opcheck(api.count_positives, (*pairs[1:3], "sigmoid_loss"))
 
     def loss(x, y, t, b, reduction):
         return (loss_function(x, y, t.exp(), b, reduction=reduction, **options) * 2).sum()
