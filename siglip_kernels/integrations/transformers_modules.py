@@ -53,6 +53,7 @@ from siglip_kernels.integrations.transformers_structure import (
     why_not_attention,
     why_not_mlp,
 )
+from siglip_kernels.sigmoid_loss.api import LARGEST_WIDTH
 
 
 class Attention(Accelerated):
@@ -437,17 +438,14 @@ class Model(_TakesArguments):
 
     def _loss(self: Any, output: Any) -> Tensor:
         image, text = output.image_embeds, output.text_embeds
-        fits = image.shape == text.shape and image.shape[-1] % 8 == 0 and image.shape[-1] <= _WIDEST_LOSS
+        fits = image.shape == text.shape and image.shape[-1] <= LARGEST_WIDTH
         if fits and image.device == text.device and runs(image, text):
             scale, bias = self.logit_scale.to(text.device).exp(), self.logit_bias.to(text.device)
-            return siglip_kernels.sigmoid_loss(image, text, scale.reshape(()), bias.reshape(()))
+            return siglip_kernels.sigmoid_loss(image, text, scale, bias)
         logits = output.logits_per_text
         # transformers' formula, which raises its error for unequal numbers of images and texts.
         signs = 2 * torch.eye(logits.shape[0], device=logits.device) - torch.ones_like(logits)
         return -nn.functional.logsigmoid(signs * logits).sum(-1).mean()
-
-
-_WIDEST_LOSS = 2048
 
 
 def _tower(package: str, prefix: str, attention: str, mlp: str) -> dict[str, type[Accelerated]]:

@@ -18,7 +18,13 @@ def config_for(embeds: Tensor) -> Config:
 
 
 class TritonEngine:
-    """See `blocks.Engine`."""
+    """See `blocks.Engine`.
+
+    Counted for an H200 at D = 768 by `python -m bench.compiled.tile_cost sigmoid_loss --only "bf16 D=768"` with triton
+    3.7.1, in clocks of one warp on its quarter of a multiprocessor, of which two share it: the epilogue of 128 × 256
+    logits takes 2313 clocks of issue, with groups 3199; of 128 × 128 with groups and weights 2521. The products of a
+    tile take 12,288 and 6,144, so that all three products run at 89, 85 and 79 % of the peak at best.
+    """
 
     name = "triton"
 
