@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -183,6 +184,30 @@ def test_negatives_of_another_rank():
     assert ((totals.sum(1) - truth).abs() <= 1e-6 * torch.stack([truth[0], (g * dots.abs()).sum(), g.sum()])).all()
     assert (products.double() - g.T @ x.double()).norm() <= 2**-8 * (g.T @ x.double()).norm()
     assert (logit_grad[:90, :300].double() - g).norm() <= 2**-8 * g.norm()
+
+
+def test_more_texts_than_images_and_an_offset():
+    x, y = embeddings(300, 24, torch.bfloat16)
+    with on_hopper():
+        found = results(functools.partial(sigmoid_loss, offset=150), x[:90], y, 10.0, -10.0, torch.bfloat16)
+    truth = results(functools.partial(reference.sigmoid_loss, offset=150), x[:90], y, 10.0, -10.0, torch.float64)
+    assert all((found[name].double() - true).norm() <= 2**-7 * true.norm() for name, true in truth.items())
+
+
+@pytest.mark.parametrize("reduction", ["images", "none"])
+def test_groups_and_weights_take_g_from_the_portable_kernel(reduction):
+    """And its products from the kernels here."""
+    x, y = embeddings(150, 24, torch.bfloat16)
+    options = dict(image_groups=torch.arange(70) % 9, text_groups=torch.arange(150) % 11, reduction=reduction)
+    options["text_weight"] = torch.linspace(0, 2, 150)
+
+    def total(*inputs: Tensor, loss=sigmoid_loss) -> Tensor:
+        return loss(*inputs, **options).sum()
+
+    with on_hopper():
+        found = results(total, x[:70], y, 10.0, -10.0, torch.bfloat16)
+    truth = results(functools.partial(total, loss=reference.sigmoid_loss), x[:70], y, 10.0, -10.0, torch.float64)
+    assert all((found[name].double() - true).norm() <= 2**-7 * true.norm() for name, true in truth.items())
 
 
 def test_nothing_falls_back():
