@@ -6,8 +6,9 @@ which makes a tensor's GPU current, and the launches themselves are recorded ins
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import siglip_kernels
 from bench.compiled.launch import GPUS
 from siglip_kernels.device import pretend
 from siglip_kernels.sigmoid_loss import distributed, module
+from siglip_kernels.sigmoid_loss.pairs import Pairs
 
 triton = pytest.importorskip("triton")
 
@@ -126,22 +128,23 @@ def scalars() -> tuple[Tensor, Tensor]:
     return tensor(dtype=torch.float32), tensor(dtype=torch.float32)
 
 
-def sigmoid_loss() -> Tensor:
-    return siglip_kernels.sigmoid_loss(tensor(300, 64), tensor(300, 64), *scalars())
+def sigmoid_loss(**options: Any) -> Tensor:
+    return siglip_kernels.sigmoid_loss(tensor(300, 64), tensor(300, 64), *scalars(), **options)
 
 
 class OnlyRank(distributed.Peers):
-    def exchange(self, send: Tensor, receive: Tensor, tag: int) -> list:
-        receive.copy_(send)
+    def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor], tag: int = 0) -> list:
+        for sent, received in zip(send, receive, strict=True):
+            received.copy_(sent)
         return []
 
 
 def global_loss(route: Callable, chunk_size: int = 0) -> Tensor:
     """The loss of the only rank."""
-    peers = OnlyRank(torch.distributed.group.WORLD, 0, (300,))
+    peers, pairs = OnlyRank(torch.distributed.group.WORLD, 0, (300,), (300,)), Pairs()
     wanted = distributed.Wanted(image=True, text=True, scalars=True)
-    arguments = (tensor(300, 64), tensor(300, 64), *scalars(), "triton", chunk_size, peers, route, wanted, False)
-    return distributed.GlobalLoss.apply(*arguments)
+    arguments = (tensor(300, 64), tensor(300, 64), *scalars(), "triton", chunk_size, peers, route)
+    return distributed.GlobalLoss.apply(*arguments, pairs, 300, wanted, False)
 
 
 CALLS: dict[str, Callable[[], Tensor]] = {
@@ -161,6 +164,8 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "attention_pool": attention_pool,
     "patch_embed": patch_embed,
     "sigmoid_loss": sigmoid_loss,
+    "sigmoid_loss with weights": lambda: sigmoid_loss(positive_weight=2.0),
+    "sigmoid_loss of each image": lambda: sigmoid_loss(reduction="none").sum(),
     "sigmoid_loss around a ring": lambda: global_loss(distributed.ring),
     "sigmoid_loss in chunks": lambda: global_loss(distributed.ring, chunk_size=256),
     "sigmoid_loss whose texts are weighted": lambda: global_loss(distributed.ring) * torch.nan,  # equal to no other
