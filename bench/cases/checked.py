@@ -54,6 +54,10 @@ def _loss(*sizes: tuple[int, int]) -> tuple[Shape, ...]:
     return tuple(shapes.LossShape(f"n{n}-d{width}", n, width) for n, width in sizes)
 
 
+def _grouped_loss(pairs: int, width: int) -> tuple[Shape, ...]:
+    return (shapes.LossShape(f"n{pairs}x2-d{width}-weighted", pairs, width, captions=2, weighted=True),)
+
+
 # On a GPU: sizes of published models, then sizes that tiles do not divide.
 QUICK: dict[str, tuple[Shape, ...]] = {
     "attention": _attention((64, 729), (64, 72), heads=16) + _attention((729,), (64, 72), heads=16, peaked=10),
@@ -65,7 +69,7 @@ QUICK: dict[str, tuple[Shape, ...]] = {
     "layer_norm": _norm((729, 1152)),
     "attention_pool": _pool((3, 729, 1152, 16)),
     "patch_embed": _patch((2, 384, 14, 1152)),
-    "sigmoid_loss": _loss((2048, 768), (1000, 1152)),
+    "sigmoid_loss": _loss((2048, 768), (1000, 1152)) + _grouped_loss(1000, 768),
 }
 THOROUGH: dict[str, tuple[Shape, ...]] = {
     "attention": _attention((1, 17, 63, 65, 196, 256, 577, 1024, 1025), (64, 72, 80, 88, 128))
@@ -97,5 +101,5 @@ TINY: dict[str, tuple[Shape, ...]] = {
     "layer_norm": _norm((33, 72)),
     "attention_pool": _pool((2, 17, 48, 2)),
     "patch_embed": _patch((2, 28, 14, 48)),
-    "sigmoid_loss": _loss((65, 72)),
+    "sigmoid_loss": _loss((65, 72)) + _grouped_loss(40, 72),
 }
