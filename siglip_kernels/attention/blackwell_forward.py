@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     TensorMemoryLayout,
     allocate_tensor_memory,
     fence_async_shared,
-    get_tmem_reg_layout,
     mbarrier,
     tcgen05_commit,
     tcgen05_mma,
@@ -40,6 +39,7 @@ from siglip_kernels.attention.hopper_forward import (
     rows_of,
     weigh,
 )
+from siglip_kernels.tensor_memory import OLDER, register_layout
 from siglip_kernels.tma import async_store
 
 ROWS = gl.constexpr(128)  # queries of a tile: the lanes of tensor memory
@@ -59,7 +59,7 @@ def tensor_layout(columns):
 @gluon.constexpr_function
 def row_layout(columns):
     """The layout of such a tile of fp32 in registers: a row per thread."""
-    return get_tmem_reg_layout(gl.float32, [128, columns], tensor_layout(columns), 4)
+    return register_layout([128, columns], tensor_layout(columns), 4)
 
 
 @gluon.jit
@@ -86,7 +86,11 @@ def read_tile(tile, lengths, numbers):
 @gluon.jit
 def weights_of(scores, element: gl.constexpr):
     """Where the weights of a tile of scores lie: in the first half of its columns."""
-    return scores.slice(0, KEYS // 2)._reinterpret(element, [ROWS, KEYS], tensor_layout(KEYS))
+    half = scores.slice(0, KEYS // 2)
+    if OLDER:
+        return half._reinterpret(element, [ROWS, KEYS], tensor_layout(KEYS))
+    else:
+        return half.reinterpret(element, [ROWS, KEYS], tensor_layout(KEYS))
 
 
 @gluon.jit

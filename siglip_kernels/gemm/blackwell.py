@@ -18,7 +18,6 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     TensorMemoryLayout,
     allocate_tensor_memory,
     fence_async_shared,
-    get_tmem_reg_layout,
     mbarrier,
     tcgen05_commit,
     tcgen05_mma,
@@ -29,6 +28,7 @@ from siglip_kernels.device import Facts, facts
 from siglip_kernels.gemm.epilogue import PIECE, finish_piece, load_added
 from siglip_kernels.gemm.gluon_launch import GROUP, arguments, buffers_of, check_supported, stages
 from siglip_kernels.gemm.ring import BLOCK_K, choose, load_tiles, make_stages, tile_position
+from siglip_kernels.tensor_memory import register_layout
 
 ROWS = gl.constexpr(128)  # of a tile: the lanes of tensor memory
 ACCUMULATORS = gl.constexpr(2)
@@ -42,7 +42,7 @@ def piece_layout():
     With a row per thread, each would hold every bias of the piece, and sums over rows take six times as many shuffles.
     """
     layout = TensorMemoryLayout([128, PIECE.value], col_stride=1)
-    return get_tmem_reg_layout(gl.float32, [128, PIECE.value], layout, WARPS.value, "16x256b")
+    return register_layout([128, PIECE.value], layout, WARPS.value, "16x256b")
 
 
 @gluon.jit

@@ -12,13 +12,14 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     TensorMemoryLayout,
     allocate_tensor_memory,
     fence_async_shared,
-    get_tmem_reg_layout,
     mbarrier,
     tcgen05_commit,
     tcgen05_mma,
     tma,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from siglip_kernels.tensor_memory import register_layout
 
 ROWS = gl.constexpr(128)
 COLUMNS = gl.constexpr(64)
@@ -28,7 +29,7 @@ RESULT = gl.constexpr(TensorMemoryLayout([128, 64], col_stride=1))
 
 @gluon.constexpr_function
 def registers(columns, layout):
-    return get_tmem_reg_layout(gl.float32, [128, columns], layout, 4)
+    return register_layout([128, columns], layout, 4)
 
 
 @gluon.jit
