@@ -123,7 +123,7 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         return_loss: bool | None,
         output_attentions: bool | None,
         output_hidden_states: HiddenStates | None,
-        return_logits: bool = True,
+        return_logits: bool,
     ) -> SiglipOutput:
         """images, texts: arguments of the towers, in their order."""
         asked = {

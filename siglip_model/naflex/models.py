@@ -152,6 +152,7 @@ class Siglip2Model(_NaFlex, SiglipModel):
         output_hidden_states: HiddenStates | None = None,
         return_dict: bool | None = None,
         token_type_ids: Tensor | None = None,
+        return_logits: bool = True,
     ) -> Siglip2Output | tuple:
         """Compare every image with every text.
 
@@ -160,7 +161,9 @@ class Siglip2Model(_NaFlex, SiglipModel):
         """
         images = (pixel_values, pixel_attention_mask, spatial_shapes)
         texts = (input_ids, attention_mask, position_ids)
-        output = self._compare_inputs(images, texts, return_loss, output_attentions, output_hidden_states)
+        output = self._compare_inputs(
+            images, texts, return_loss, output_attentions, output_hidden_states, return_logits
+        )
         return finish(output, self, return_dict)
 
 
