@@ -108,7 +108,7 @@ def embed_images(
         "model": model_digest(model),
         "model_name": str(model_name),
         "computed_in": str(model.dtype).removeprefix("torch."),
-        "image_processor": _settings_of(image_processor),
+        "image_processor": settings_of(image_processor),
         "normalize": str(normalize).lower(),
         "dtype": codes[dtype],
         "width": str(model.config.vision_config.hidden_size),
@@ -232,9 +232,9 @@ class _Run:
 
 
 def model_digest(model: SiglipModel) -> str:
-    """A hash of samples of the vision tower's parameters: distinguishes models quickly."""
+    """A hash of samples of all parameters: distinguishes models, and the text towers of one vision tower, quickly."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.vision_model.named_parameters()):
+    for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
         values = parameter.detach().reshape(-1)
         values = values[:: max(1, values.numel() // SAMPLED_VALUES)]
@@ -242,8 +242,8 @@ def model_digest(model: SiglipModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _settings_of(image_processor: Any) -> str:
-    """Also which of both processors it is: they resize differently, and write the same files."""
+def settings_of(image_processor: Any) -> str:
+    """Its options, and which of both processors it is: they resize differently, and write the same files."""
     settings: Mapping[str, Any] = {**image_processor.to_dict(), "computed_by": type(image_processor).__name__}
     return json.dumps(settings, sort_keys=True, default=str)
 
