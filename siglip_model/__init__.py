@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from siglip_model.images.tensor import SiglipImageProcessor, SiglipImageProcessorFast
     from siglip_model.model import SiglipModel
     from siglip_model.processor import SiglipProcessor
+    from siglip_model.retrieval.searcher import search
     from siglip_model.text.auto import AutoTokenizer
     from siglip_model.text.gemma import GemmaTokenizer, Siglip2Tokenizer
     from siglip_model.text.siglip import SiglipTokenizer
@@ -48,6 +49,7 @@ __all__ = [
     "SiglipVisionConfig",
     "SiglipVisionModel",
     "pipeline",
+    "search",
 ]
 
 # Imported on first use: running the model alone imports no image or tokenizer library, and the command `siglip` prints
@@ -75,6 +77,7 @@ _LAZY = {
     "SiglipVisionConfig": "config",
     "SiglipVisionModel": "vision_tower",
     "pipeline": "zero_shot",
+    "search": "retrieval.searcher",
 }
 
 

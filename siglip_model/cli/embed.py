@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -89,7 +90,7 @@ def embed(
                     num_workers=workers(),
                     max_pixels=max_pixels,
                     overwrite=overwrite,
-                    model_name=model,
+                    model_name=os.path.abspath(model) if os.path.isdir(model) else model,  # from any folder
                     on_image=on_image,
                 )
             except EmbeddingInterrupted as interruption:

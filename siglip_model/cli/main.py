@@ -1,4 +1,4 @@
-"""The command `siglip`: zero-shot classification, bulk embedding, a demo, and what this machine supports.
+"""The command `siglip`: zero-shot classification, bulk embedding, search, a demo, and what this machine supports.
 
 Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 130 interrupted, 141 the output
 was closed early, as by `siglip ... | head -1`.
@@ -20,6 +20,7 @@ from siglip_model.cli.demo import demo
 from siglip_model.cli.embed import embed
 from siglip_model.cli.info import DISTRIBUTION, info, installed_version
 from siglip_model.cli.options import INTERRUPTED, OUTPUT_CLOSED, USAGE_ERROR
+from siglip_model.cli.search import search
 
 app = typer.Typer(
     name="siglip",
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's columns cut the names of options in narrow terminals
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="Score images against labels, and embed images, with SigLIP.",
+    help="Score images against labels, embed images, and search them, with SigLIP.",
     epilog="Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 130 interrupted,"
     " 141 the output was closed early.",
 )
@@ -50,6 +51,7 @@ def siglip(
 
 app.command(cls=LabelListCommand, short_help="Score images against labels.")(classify)
 app.command(short_help="Embed images into one file.")(embed)
+app.command(short_help="Search embedded images by text or image.")(search)
 app.command(short_help="Classify eight bundled images.")(demo)
 app.command(short_help="Show versions, devices and backends.")(info)
 

@@ -110,6 +110,11 @@ def listed_on_stdin() -> Iterator[str]:
                 yield os.fsdecode(name)
 
 
+def device_named(device: str | None) -> str | int | None:
+    """The value of --device, whose ordinals are numbers."""
+    return int(device) if device is not None and device.lstrip("-").isdigit() else device
+
+
 def load_classifier(model: str, backend: str, dtype: str, device: str | None) -> ZeroShotImageClassificationPipeline:
     from siglip_model.zero_shot import TASK, pipeline
 
@@ -117,8 +122,7 @@ def load_classifier(model: str, backend: str, dtype: str, device: str | None) ->
         raise ValueError(f"the bundled checkpoint is missing ({CHECKPOINT}); choose one with --model")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
-    place = int(device) if device is not None and device.lstrip("-").isdigit() else device
-    return pipeline(TASK, model=model, backend=backend, dtype=dtype, device=place)
+    return pipeline(TASK, model=model, backend=backend, dtype=dtype, device=device_named(device))
 
 
 def workers() -> int:

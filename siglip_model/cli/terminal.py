@@ -82,11 +82,32 @@ def _bars(predictions: Sequence[dict[str, Any]], width: int) -> Any:
     cells = max(8, min(30, width // 3))
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 1))
     for place, entry in enumerate(predictions):
-        filled = round(entry["score"] * cells)
-        bar = Text("█" * filled, style="blue") + Text("░" * (cells - filled), style="dim")
+        bar = _bar(entry["score"], cells)
         style = "bold" if place == 0 else ""
         table.add_row("", Text(printable(str(entry["label"])), style), bar, Text(format_score(entry["score"]), style))
     return table
+
+
+def _bar(score: float, cells: int, style: str = "blue") -> Any:
+    from rich.text import Text
+
+    filled = round(score * cells)
+    return Text("█" * filled, style) + Text("░" * (cells - filled), "dim")
+
+
+def print_found(query: str, hits: Sequence[Any]) -> None:
+    """The hits of one query, best first: rank, a bar of the score where there is one, cosine and file."""
+    from rich.text import Text
+
+    from siglip_model.cli.plot import format_score
+
+    out = console(soft_wrap=True)  # a path stays in one piece
+    out.print(Text(printable(query), style="bold"))
+    for rank, hit in enumerate(hits, start=1):
+        line = Text(f"{rank:>4}  ", "dim")
+        if hit.score is not None:
+            line += _bar(hit.score, 10) + Text(f"  {format_score(hit.score):<6}")
+        out.print(line + Text(f"  {hit.cosine:>7.4f}  ", "dim") + Text(printable(hit.file)))
 
 
 def print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
@@ -112,8 +133,7 @@ def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
 
     from siglip_model.cli.plot import format_score
 
-    filled = round(entry["score"] * cells)
-    bar = Text("█" * filled, "green" if right else "blue") + Text("░" * (cells - filled), "dim")
+    bar = _bar(entry["score"], cells, "green" if right else "blue")
     return Text(f"{entry['label']}\n", "bold" if right else "") + bar + Text(f" {format_score(entry['score'])}")
 
 
