@@ -1,4 +1,4 @@
-"""`siglip search`: the best images of embedding files for texts and images."""
+"""`siglip search`: the best rows of embedding files for texts and images."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def search(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the images of embedding files that match texts, or that are like an image.
+    """Find the rows of embedding files that match texts, or that are like an image.
 
     A score is the probability that text and image match; the number beside it is their cosine. Every row is compared,
     unless --approximate is given.
@@ -84,6 +84,8 @@ def search(
         if plot is not None and (problem := plot_problem(plot)):
             raise ValueError(f"--plot {problem}")
         with Searcher(files, model=model, backend=backend, device=device_named(device)) as searcher:
+            if plot is not None and searcher.collection.settings["content"] != "images":
+                raise ValueError(f"--plot draws images, and the rows of {files[0]} are texts")
             nearest = _index(searcher, recall) if approximate else None
             results = searcher.find(texts, image=image or [], top=top, template=template, nearest=nearest)
         if as_json:
@@ -122,7 +124,7 @@ def _index(searcher: Searcher, recall: bool) -> Any:
 
 def _described(found: Any) -> dict[str, Any]:
     hits = [
-        {"rank": rank, "file": hit.file, "cosine": hit.cosine} | ({} if hit.score is None else {"score": hit.score})
+        {"rank": rank, "name": hit.name, "cosine": hit.cosine} | ({} if hit.score is None else {"score": hit.score})
         for rank, hit in enumerate(found.hits, start=1)
     ]
     return {"query": found.query, "kind": found.kind, "results": hits}

@@ -55,13 +55,13 @@ def draw_sheet(results: Sequence[Found], path: str | os.PathLike[str]) -> int:
 def _draw_hit(axes: Axes, hit: Hit) -> None:
     picture: Any
     try:
-        picture = thumbnail(load_image(hit.file, DOWNLOAD_SECONDS))
+        picture = thumbnail(load_image(hit.name, DOWNLOAD_SECONDS))
     except UnreadableImageError as error:
         axes.text(0.5, 0.5, _wrapped(str(error)), ha="center", va="center", color=FAINT, fontsize=6)
     else:
         axes.imshow(picture)
     number = f"cosine {hit.cosine:.3f}" if hit.score is None else format_score(hit.score)
-    axes.set_title(f"{number}\n{shortened(os.path.basename(hit.file), 24)}", color=INK, fontsize=8)
+    axes.set_title(f"{number}\n{shortened(os.path.basename(hit.name), 24)}", color=INK, fontsize=8)
 
 
 def _wrapped(text: str) -> str:

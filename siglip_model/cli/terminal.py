@@ -31,15 +31,15 @@ def printable(text: str) -> str:
 class ProgressReport:
     """Progress of a long run: a bar on a terminal, nothing elsewhere. Messages are always printed."""
 
-    def __init__(self, bar: Any = None, task: Any = None) -> None:
-        self.bar, self.task, self.counted = bar, task, 0
+    def __init__(self, bar: Any = None, task: Any = None, unit: str = "images") -> None:
+        self.bar, self.task, self.unit, self.counted = bar, task, unit, 0
 
     def advance(self, counts: bool = True) -> None:
-        """One image is finished; `counts` includes it in images/s."""
+        """One image or text is finished; `counts` includes it in images/s."""
         if self.bar is not None:
             self.counted += counts
             elapsed = self.bar.tasks[self.task].elapsed or 0
-            speed = f"{self.counted / elapsed:.1f} images/s" if elapsed > 0 else ""
+            speed = f"{self.counted / elapsed:.1f} {self.unit}/s" if elapsed > 0 else ""
             self.bar.update(self.task, advance=1, speed=speed)
 
     def say(self, message: str) -> None:
@@ -50,7 +50,8 @@ class ProgressReport:
 
 
 @contextmanager
-def progress(total: int, what: str, *, hidden: bool) -> Iterator[ProgressReport]:
+def progress(total: int | None, what: str, *, hidden: bool, unit: str = "images") -> Iterator[ProgressReport]:
+    """total: how many there are to finish; None where that is not known before the end."""
     if hidden or not sys.stderr.isatty():
         yield ProgressReport()
         return
@@ -58,7 +59,7 @@ def progress(total: int, what: str, *, hidden: bool) -> Iterator[ProgressReport]
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console(stderr=True), transient=True) as bar:
-        yield ProgressReport(bar, bar.add_task(what, total=total, speed=""))
+        yield ProgressReport(bar, bar.add_task(what, total=total, speed=""), unit)
 
 
 def print_predictions(results: Sequence[dict[str, Any]]) -> None:
@@ -107,7 +108,7 @@ def print_found(query: str, hits: Sequence[Any]) -> None:
         line = Text(f"{rank:>4}  ", "dim")
         if hit.score is not None:
             line += _bar(hit.score, 10) + Text(f"  {format_score(hit.score):<6}")
-        out.print(line + Text(f"  {hit.cosine:>7.4f}  ", "dim") + Text(printable(hit.file)))
+        out.print(line + Text(f"  {hit.cosine:>7.4f}  ", "dim") + Text(printable(hit.name)))
 
 
 def print_demo(results: Sequence[dict[str, Any]], right: int) -> None:

@@ -55,7 +55,7 @@ class Collection:
     def _check_models(self) -> None:
         first = self.files[0]
         for file in self.files[1:]:
-            if any(file.metadata.get(name) != first.metadata.get(name) for name in ("model", "width")):
+            if any(file.metadata.get(name) != first.metadata.get(name) for name in ("model", "width", "content")):
                 raise file.error(
                     f"was made with {describe_model(file.metadata)}, and {first.path} with"
                     f" {describe_model(first.metadata)}; search them apart"
@@ -103,4 +103,5 @@ class Collection:
 
 def describe_model(settings: dict[str, str]) -> str:
     name = settings.get("model_name") or "a model without a name"
-    return f"{name} (weights {settings.get('model')}, {settings.get('computed_in')})"
+    content = settings.get("content")
+    return f"{name} ({content}; weights {settings.get('model')}, {settings.get('computed_in')})"

@@ -1,7 +1,7 @@
-"""`search`: the best images of embedding files for a text or an image.
+"""`search`: the best rows of embedding files for a text or an image.
 
-A text's score for an image is σ(t·⟨x, y⟩ + b), as in `zero_shot`: an independent probability. The cosine of two images
-is no input of that sigmoid, so an image as query gives cosines alone.
+The score of a text and an image is σ(t·⟨x, y⟩ + b), as in `zero_shot`: an independent probability. The cosine of two
+images, or of two texts, is no input of that sigmoid, so these have cosines alone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ WHOLE_TEXT = "{}"
 
 @dataclass(frozen=True)
 class Hit:
-    """A row that was found. score: the probability that text and image match; None for an image as query."""
+    """A row that was found. name: the image's path or URL, or the text itself.
 
-    file: str
+    score: the probability that text and image match; None where both are images, or texts.
+    """
+
+    name: str
     cosine: float
     score: float | None
 
@@ -105,7 +108,7 @@ class Searcher:
         """float32 (images, width) of unit length. Raises UnreadableImageError, and EmbeddingFileError where the image
         processor of the model is not that of the files."""
         path, earlier = self.collection.files[0].path, self.collection.settings.get("image_processor")
-        if settings_of(self._classifier.image_processor) != earlier:
+        if earlier is not None and settings_of(self._classifier.image_processor) != earlier:
             raise EmbeddingFileError(f"{path} was made with another image processor: {earlier}")
         rows = []
         for image in images:
@@ -138,7 +141,7 @@ class Searcher:
         ]
 
     def _score(self, kind: str, cosine: float) -> float | None:
-        if kind == "image":
+        if self.collection.settings["content"] == f"{kind}s":
             return None
         model = self._classifier.model
         scale, bias = model.logit_scale.double().exp(), model.logit_bias.double()

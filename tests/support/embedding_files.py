@@ -5,7 +5,8 @@ from siglip_model.embed.journal import EmbeddingJournal
 
 def write_rows(path, rows, *, names=None, **settings):
     """rows: float32 (n, width)."""
-    settings = {"model": "one", "computed_in": "float32", "dtype": "F32", "width": str(rows.shape[1]), **settings}
+    common = {"model": "one", "content": "images", "computed_in": "float32"}
+    settings = {**common, "dtype": "F32", "width": str(rows.shape[1]), **settings}
     journal = EmbeddingJournal(path, settings)
     for number, row in enumerate(rows):
         name = names[number] if names else f"/images/{number}.png"

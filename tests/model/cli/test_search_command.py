@@ -40,8 +40,8 @@ def test_table_json_and_sheet(siglip, images, photos, tmp_path):
     assert (text["query"], text["kind"], image["kind"]) == ("2 cats", "text", "image")
     assert [hit["rank"] for hit in text["results"]] == [1, 2, 3]
     for line, hit in zip(lines[1:], text["results"], strict=True):
-        assert line.endswith(hit["file"]) and f"{hit['cosine']:.4f}" in line
-    assert image["results"][0]["file"] == str(images / "4.png") and "score" not in image["results"][0]
+        assert line.endswith(hit["name"]) and f"{hit['cosine']:.4f}" in line
+    assert image["results"][0]["name"] == str(images / "4.png") and "score" not in image["results"][0]
     with Image.open(sheet) as opened:
         pixels = np.asarray(opened.convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # the images

@@ -50,11 +50,11 @@ def test_scores_are_transformers_probabilities(photos, checkpoint):
     with torch.no_grad():
         expected = torch.sigmoid(model(**inputs).logits_per_text)
     for row, found in enumerate(results):
-        assert sorted(hit.file for hit in found.hits) == sorted(files)
+        assert sorted(hit.name for hit in found.hits) == sorted(files)
         scores = torch.tensor([hit.score for hit in found.hits])
         assert (scores.diff() <= 0).all()
         torch.testing.assert_close(
-            scores, expected[row, [files.index(hit.file) for hit in found.hits]], atol=1e-5, rtol=1e-4
+            scores, expected[row, [files.index(hit.name) for hit in found.hits]], atol=1e-5, rtol=1e-4
         )
 
 
@@ -62,16 +62,16 @@ def test_an_image_finds_itself_and_has_no_score(photos, classifier):
     file = load_embeddings(photos[1]).files[2]
     found_text, found = search(photos, "2 cats", image=file, top=3, model=classifier)
     assert (found_text.kind, found.kind, len(found.hits)) == ("text", "image", 3)
-    assert found.hits[0].file == file and abs(found.hits[0].cosine - 1) < 1e-5
+    assert found.hits[0].name == file and abs(found.hits[0].cosine - 1) < 1e-5
     assert all(hit.score is None for hit in found.hits)
     (again,) = search(photos, image=[Image.open(file)], top=1, model=classifier)
-    assert again.hits[0].file == file
+    assert again.hits[0].name == file
 
 
 def test_the_index_finds_what_exact_search_finds(photos, classifier):
     pytest.importorskip("usearch", reason="the extra `search` is not installed")
     found, exact = (search(photos, TEXTS, model=classifier, approximate=choice) for choice in (True, False))
-    assert [[hit.file for hit in one.hits] for one in found] == [[hit.file for hit in one.hits] for one in exact]
+    assert [[hit.name for hit in one.hits] for one in found] == [[hit.name for hit in one.hits] for one in exact]
 
 
 def test_another_model_is_named(photos, tmp_path_factory, checkpoint):
