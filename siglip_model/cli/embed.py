@@ -70,6 +70,10 @@ def embed(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 16,
+    shards: Annotated[
+        int | None,
+        typer.Option("--shards", metavar="N", min=1, help="Write N files and a manifest, for ranks of torchrun."),
+    ] = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
 ) -> None:
@@ -89,13 +93,18 @@ def embed(
         what = "texts" if texts else "images"
         _check_inputs(inputs or [], texts or [], encoding)
         images = find_images([] if texts else inputs or [], optional=bool(texts))
-        total = None if texts or any(map(holds_several, inputs or [])) else len(images)
+        rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if ranks > 1 and LIST_ON_STDIN in (*(inputs or []), *(texts or [])):
+            raise ValueError("- reads stdin, which ranks cannot share; give files")
+        if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        total = None if ranks > 1 or texts or any(map(holds_several, inputs or [])) else len(images)
         classifier = load_classifier(model, backend, dtype, device)
         failures: list[dict[str, str]] = []
         interrupted = False
         with (
             closing(images),
-            terminal.progress(total, "embed", hidden=as_json, unit=what) as progress,
+            terminal.progress(total, "embed", hidden=as_json or rank > 0, unit=what) as progress,
             _termination_as_ctrl_c(),
         ):
 
@@ -113,6 +122,9 @@ def embed(
                 "batch_size": batch_size,
                 "num_workers": workers(),
                 "overwrite": overwrite,
+                "shards": shards,
+                "rank": rank,
+                "world_size": ranks,
                 "model_name": os.path.abspath(model) if os.path.isdir(model) else model,  # from any folder
             }
             try:

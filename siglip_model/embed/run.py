@@ -17,6 +17,7 @@ import torch
 from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal, resolve_out
+from siglip_model.embed.shards import ShardedJournal, Shards, open_shards
 from siglip_model.embed.sources import Source, image_sources, text_sources
 from siglip_model.fit import check_pixels
 from siglip_model.images.batches import Batch, Failure, read_batches
@@ -80,6 +81,9 @@ def embed_images(
     num_workers: int = 2,
     max_pixels: int | None = None,
     overwrite: bool = False,
+    shards: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
     model_name: str = "",
     on_image: Callable[[str, str, str], None] | None = None,
 ) -> EmbedSummary:
@@ -94,6 +98,9 @@ def embed_images(
     failed images are retried. An image that was embedded before and fails now keeps its row.
     overwrite: replace the output instead of resuming. An earlier journal is deleted at once; the old file stays until
     the new rows are complete, also across interrupted runs.
+    shards: write this many files instead of one (see `shards`); by default as many as the manifest of an earlier run
+    says, and 64 where there is none and several ranks. rank, world_size: of this process among those that share the
+    inputs; each writes files of its own.
     on_image(name, outcome, error): called for every image; the outcome is "embedded", "skipped" or "failed".
 
     Raises EmbeddingFileError if `out` was made with another model or other settings, is damaged or another kind of
@@ -116,13 +123,14 @@ def embed_images(
     def encode(pixel_values: list[torch.Tensor]) -> torch.Tensor:
         return pooled(encode_images(torch.cat(pixel_values).to(model.device, model.dtype)))
 
+    place = open_shards(out, shards, rank, world_size)
     with budget:
         return run_embedding(
             model,
-            image_sources(inputs, column),
+            image_sources(inputs, column, place.owns if place else None),
             read,
             encode,
-            out,
+            place or out,
             {**settings, **common_settings(model, normalize, dtype, model_name)},
             normalize=normalize,
             dtype=dtype,
@@ -146,6 +154,9 @@ def embed_texts(
     batch_size: int = 16,
     num_workers: int = 2,
     overwrite: bool = False,
+    shards: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
     model_name: str = "",
     on_text: Callable[[str, str, str], None] | None = None,
 ) -> EmbedSummary:
@@ -172,7 +183,7 @@ def embed_texts(
         text_sources(inputs, column, encoding),
         read,
         encode,
-        out,
+        open_shards(out, shards, rank, world_size) or out,
         {**settings, **common_settings(model, normalize, dtype, model_name)},
         normalize=normalize,
         dtype=dtype,
@@ -209,7 +220,7 @@ def run_embedding(
     sources: Iterable[Source],
     read: Callable[[Source], Any],
     encode: Callable[[list[Any]], torch.Tensor],
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | Shards,
     settings: Mapping[str, str],
     *,
     normalize: bool,
@@ -223,8 +234,14 @@ def run_embedding(
     if batch_size < 1:
         raise ValueError(f"embed: batch_size is {batch_size}; supported: a whole number from 1")
     model.eval()
-    with closing(EmbeddingJournal(out, settings, overwrite=overwrite)) as journal:
-        run = _Run(journal, str(out), encode, normalize, dtype, on_source or (lambda name, outcome, error: None))
+    journal: EmbeddingJournal | ShardedJournal
+    if isinstance(out, Shards):
+        place, journal = str(out.out), ShardedJournal(out, settings, overwrite=overwrite)
+        sources = (source for source in sources if out.owns(source.name))
+    else:
+        place, journal = str(out), EmbeddingJournal(out, settings, overwrite=overwrite)
+    with closing(journal):
+        run = _Run(journal, place, encode, normalize, dtype, on_source or (lambda name, outcome, error: None))
         try:
             run.over(sources, read, batch_size, num_workers)
             return run.finish(complete=True)
@@ -244,7 +261,7 @@ class _Run:
 
     def __init__(
         self,
-        journal: EmbeddingJournal,
+        journal: EmbeddingJournal | ShardedJournal,
         out: str,
         encode: Callable[[list[Any]], torch.Tensor],
         normalize: bool,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
@@ -41,16 +41,22 @@ class Source:
     content: str | EncodedImage | Exception
 
 
-def image_sources(inputs: Iterable[str | os.PathLike[str]], column: str | None = None) -> Iterator[Source]:
+def image_sources(
+    inputs: Iterable[str | os.PathLike[str]],
+    column: str | None = None,
+    owns: Callable[[str], bool] | None = None,
+) -> Iterator[Source]:
     """The images of the inputs, in order: of files, folders, URLs, WebDataset shards (.tar) and .parquet files.
 
     column: of parquet files, with encoded images, Hugging Face's {"bytes", "path"}, or paths and URLs; may be omitted
-    where only one column is of these types. What a shard or a file lacks is a source with an error. Raises ValueError
-    for a column that does not exist or is of another type, ImportError for parquet files without pyarrow.
+    where only one column is of these types. owns: whether a shard is to be read here; by default all are.
+    What a shard or a file lacks is a source with an error. Raises ValueError for a column that does not exist or is of
+    another type, ImportError for parquet files without pyarrow.
     """
     for path in inputs if isinstance(inputs, ImageList) else list_images(inputs):
         if path.endswith(TAR) and os.path.isfile(path):
-            yield from _members(path)
+            if owns is None or owns(path):
+                yield from _members(path)
         elif path.endswith(PARQUET) and os.path.isfile(path):
             yield from _rows(path, column, ("images", "paths"))
         else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from siglip_model.embed.file import EmbeddingFile, EmbeddingFileError
+from siglip_model.embed.shards import shard_files
 from siglip_model.retrieval.exact import nearest
 
 BLOCK_BYTES = 2**24  # of rows that are compared at once
@@ -21,11 +22,13 @@ QUERIES_AT_ONCE = 128  # bounds the scores in memory for any number of queries
 class Collection:
     """The rows of one or several embedding files of one model; a context manager that closes them.
 
-    files: what `siglip embed` wrote. Raises EmbeddingFileError for a damaged file, and for files of different models.
+    files: what `siglip embed` wrote; an output of several shards by the name of the output.
+    Raises EmbeddingFileError for a damaged file, and for files of different models.
     """
 
     def __init__(self, files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
-        paths = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+        named = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+        paths = [path for name in named for path in shard_files(name)]
         if not paths:
             raise ValueError("files is empty; supported: one or more files that `siglip embed` wrote")
         with ExitStack() as opened:
