@@ -43,7 +43,9 @@ INPUTS_HELP = (
 
 
 def embed(
-    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Output file.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Output file: .safetensors or .parquet.", show_default=False)
+    ],
     inputs: Annotated[list[str] | None, typer.Argument(metavar="IMAGE", help=INPUTS_HELP, show_default=False)] = None,
     texts: Annotated[
         list[str] | None,

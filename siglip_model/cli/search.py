@@ -15,14 +15,16 @@ from siglip_model.cli.options import BackendOption, DeviceOption, JsonOption, de
 if TYPE_CHECKING:
     from siglip_model.retrieval.searcher import Searcher
 
-SUFFIX = ".safetensors"
-
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """(files, texts): words that end as embedding files do, and the others. Raises ValueError for no file."""
-    files = [word for word in words if word.endswith(SUFFIX)]
+    from siglip_model.embed.file import SUFFIXES
+
+    files = [word for word in words if word.endswith(SUFFIXES)]
     if not files:
-        raise ValueError(f"no embedding file among {', '.join(map(repr, words[:3]))}; give one that ends in {SUFFIX}")
+        raise ValueError(
+            f"no embedding file among {', '.join(map(repr, words[:3]))}; give one that ends in {' or '.join(SUFFIXES)}"
+        )
     return files, [word for word in words if word not in files]
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 PRODUCER = "siglip embed"
+SUFFIXES = (".safetensors", ".parquet")
 TEXT_LIMIT = 2**24  # bytes of a header or of one line; more is not read
 MESSAGE_LIMIT = 5000  # characters; twice the settings of an image processor are shorter
 WIDTH_LIMIT = 2**20  # values per row, which is read as a whole
@@ -53,13 +54,22 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
 
     Raises FileNotFoundError, and EmbeddingFileError for a damaged file or any other kind of file.
     """
-    with EmbeddingFile(path) as file:
+    with open_embedding_file(path) as file:
         rows: dict[str, None] = {}
         for name, _, _ in file.rows():
             if name in rows:
                 raise file.duplicate(name)
             rows[name] = None
         return Embeddings(file.embeddings(), list(rows), dict(file.failures()), file.metadata)
+
+
+def open_embedding_file(path: str | os.PathLike[str]) -> EmbeddingFile:
+    """The file, open for reading, in the format of its suffix. Raises ImportError for parquet without pyarrow."""
+    if os.fspath(path).endswith(".parquet"):
+        from siglip_model.embed.parquet import ParquetEmbeddingFile
+
+        return ParquetEmbeddingFile(path)
+    return EmbeddingFile(path)
 
 
 @dataclass(frozen=True)

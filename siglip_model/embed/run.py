@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from siglip_model.automatic_capture import CapturesRepeats
-from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError
+from siglip_model.embed.file import SUFFIXES, TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal, resolve_out
 from siglip_model.embed.shards import ShardedJournal, Shards, open_shards
-from siglip_model.embed.sources import Source, image_sources, text_sources
+from siglip_model.embed.sources import Source, image_sources, pyarrow_parquet, text_sources
 from siglip_model.fit import check_pixels
 from siglip_model.images.batches import Batch, Failure, read_batches
 from siglip_model.images.files import DOWNLOAD_SECONDS, describe_failure, open_image
@@ -87,7 +87,7 @@ def embed_images(
     model_name: str = "",
     on_image: Callable[[str, str, str], None] | None = None,
 ) -> EmbedSummary:
-    """Writes the embeddings of all images to `out`, a .safetensors file that `load_embeddings` reads.
+    """Writes the embeddings of all images to `out`, a .safetensors or .parquet file that `load_embeddings` reads.
 
     inputs: images, folders (searched recursively), URLs, WebDataset shards (.tar) and .parquet files, or an ImageList.
     column: of parquet files, as for `sources.image_sources`. normalize: scale rows to unit length;
@@ -367,6 +367,8 @@ def out_problem(out: Path) -> str | None:
         resolve_out(out)
     except EmbeddingFileError as error:
         return str(error)
-    if out.suffix != ".safetensors":
-        return f"{out} does not end in .safetensors"
+    if out.suffix not in SUFFIXES:
+        return f"{out} does not end in {' or '.join(SUFFIXES)}"
+    if out.suffix == ".parquet":
+        pyarrow_parquet()
     return None

@@ -57,7 +57,7 @@ def open_shards(
     """
     out = Path(out)
     manifest = out.with_name(f"{out.name}.json")
-    if manifest.exists():
+    if os.path.exists(manifest):  # also where its name would be too long
         written = _read(manifest)
         if count not in (None, written):
             raise EmbeddingFileError(f"{manifest} names {written} files, not {count}; choose another --out")

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from siglip_model.embed.file import EmbeddingFile, EmbeddingFileError
+from siglip_model.embed.file import EmbeddingFileError, open_embedding_file
 from siglip_model.embed.shards import shard_files
 from siglip_model.retrieval.exact import nearest
 
@@ -32,7 +32,7 @@ class Collection:
         if not paths:
             raise ValueError("files is empty; supported: one or more files that `siglip embed` wrote")
         with ExitStack() as opened:
-            self.files = [opened.enter_context(EmbeddingFile(path)) for path in paths]
+            self.files = [opened.enter_context(open_embedding_file(path)) for path in paths]
             self._check_models()
             self._tensors = [file.embeddings() for file in self.files]
             self._opened = opened.pop_all()
