@@ -76,6 +76,13 @@ def embed(
         int | None,
         typer.Option("--shards", metavar="N", min=1, help="Write N files and a manifest, for ranks of torchrun."),
     ] = None,
+    num_workers: Annotated[
+        int | None,
+        typer.Option("--workers", metavar="N", min=1, help="Threads that read and decode; by default 2 to 8."),
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Measure the stages, and print what bounds the run.")
+    ] = False,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,7 +129,8 @@ def embed(
                 "normalize": normalize,
                 "dtype": torch.float32 if dtype == "auto" else getattr(torch, dtype),
                 "batch_size": batch_size,
-                "num_workers": workers(),
+                "num_workers": num_workers or workers(),
+                "profile": profile,
                 "overwrite": overwrite,
                 "shards": shards,
                 "rank": rank,
@@ -156,6 +164,10 @@ def embed(
         if as_json:
             report = dataclasses.asdict(summary)
             report["images_per_second"] = round(summary.images_per_second, 2)
+            if summary.profile is None:
+                del report["profile"]
+            else:
+                report["profile"]["bound_by"] = summary.profile.bound_by
             print(json.dumps({**report, "failures": failures}, indent=2))
         elif summary.rows == 0:
             print(f"no {what[:-1]} was embedded; {out} was not written")
@@ -167,6 +179,8 @@ def embed(
                 f" {summary.embedded} embedded now ({summary.images_per_second:.1f} {what}/s),"
                 f" {summary.skipped} already present, {summary.failed} failed"
             )
+        if summary.profile is not None and not as_json:
+            terminal.print_profile(summary.profile)
         done = summary.embedded + summary.failed + summary.skipped
         # The number of rows in shards and files is known when they have been read
         whole = total if total is not None or interrupted else done

@@ -111,6 +111,17 @@ def print_found(query: str, hits: Sequence[Any]) -> None:
         out.print(line + Text(f"  {hit.cosine:>7.4f}  ", "dim") + Text(printable(hit.name)))
 
 
+def print_profile(profile: Any) -> None:
+    """The share of each stage of embedding, and what bounds the run."""
+    from rich.text import Text
+
+    out = console(soft_wrap=True)
+    for stage in ("list", "decode", "copy", "compute", "write", "rest"):
+        share = getattr(profile, stage) / profile.total
+        out.print(Text(f"  {stage:<8} ") + _bar(max(0.0, share), 20) + Text(f" {share:>4.0%}"))
+    out.print(f"bound by {profile.bound_by}")
+
+
 def print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
     from rich.table import Table
     from rich.text import Text

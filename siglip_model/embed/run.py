@@ -17,6 +17,7 @@ import torch
 from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.embed.file import SUFFIXES, TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal, resolve_out
+from siglip_model.embed.profile import Profile, ProfileReport
 from siglip_model.embed.shards import ShardedJournal, Shards, open_shards
 from siglip_model.embed.sources import Source, image_sources, pyarrow_parquet, text_sources
 from siglip_model.fit import check_pixels
@@ -39,7 +40,7 @@ class EmbedSummary:
     """Counts of a run: images or texts `embedded`, `failed` and `skipped` (embedded earlier), and the finished rows.
 
     written: whether the file `out` holds these rows. Otherwise there are none, or they wait in the journal until they
-    are complete and overwrite the file.
+    are complete and overwrite the file. profile: where the time went, if that was asked for.
     """
 
     out: str
@@ -51,6 +52,7 @@ class EmbedSummary:
     complete: bool
     seconds: float
     written: bool = True
+    profile: ProfileReport | None = None
 
     @property
     def images_per_second(self) -> float:
@@ -84,6 +86,7 @@ def embed_images(
     shards: int | None = None,
     rank: int = 0,
     world_size: int = 1,
+    profile: bool = False,
     model_name: str = "",
     on_image: Callable[[str, str, str], None] | None = None,
 ) -> EmbedSummary:
@@ -100,7 +103,7 @@ def embed_images(
     the new rows are complete, also across interrupted runs.
     shards: write this many files instead of one (see `shards`); by default as many as the manifest of an earlier run
     says, and 64 where there is none and several ranks. rank, world_size: of this process among those that share the
-    inputs; each writes files of its own.
+    inputs; each writes files of its own. profile: measure the stages, for which the device is waited for after each.
     on_image(name, outcome, error): called for every image; the outcome is "embedded", "skipped" or "failed".
 
     Raises EmbeddingFileError if `out` was made with another model or other settings, is damaged or another kind of
@@ -120,8 +123,11 @@ def embed_images(
         check_pixels(model.config, image_processor, pixel_values)
         return pixel_values
 
-    def encode(pixel_values: list[torch.Tensor]) -> torch.Tensor:
-        return pooled(encode_images(torch.cat(pixel_values).to(model.device, model.dtype)))
+    def to_device(pixel_values: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(pixel_values).to(model.device, model.dtype)
+
+    def encode(pixel_values: torch.Tensor) -> torch.Tensor:
+        return pooled(encode_images(pixel_values))
 
     place = open_shards(out, shards, rank, world_size)
     with budget:
@@ -129,6 +135,7 @@ def embed_images(
             model,
             image_sources(inputs, column, place.owns if place else None),
             read,
+            to_device,
             encode,
             place or out,
             {**settings, **common_settings(model, normalize, dtype, model_name)},
@@ -138,6 +145,7 @@ def embed_images(
             num_workers=num_workers,
             overwrite=overwrite,
             on_source=on_image,
+            profile=profile,
         )
 
 
@@ -157,6 +165,7 @@ def embed_texts(
     shards: int | None = None,
     rank: int = 0,
     world_size: int = 1,
+    profile: bool = False,
     model_name: str = "",
     on_text: Callable[[str, str, str], None] | None = None,
 ) -> EmbedSummary:
@@ -173,15 +182,17 @@ def embed_texts(
     def read(source: Source) -> Any:
         return tokenizer([content_of(source)], **options)
 
-    def encode(tokens: list[Any]) -> torch.Tensor:
-        names = tokens[0].keys()
-        rows = {name: torch.cat([each[name] for each in tokens]).to(model.device) for name in names}
-        return pooled(model.get_text_features(**rows))
+    def to_device(tokens: list[Any]) -> dict[str, torch.Tensor]:
+        return {name: torch.cat([each[name] for each in tokens]).to(model.device) for name in tokens[0]}
+
+    def encode(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        return pooled(model.get_text_features(**tokens))
 
     return run_embedding(
         model,
         text_sources(inputs, column, encoding),
         read,
+        to_device,
         encode,
         open_shards(out, shards, rank, world_size) or out,
         {**settings, **common_settings(model, normalize, dtype, model_name)},
@@ -191,6 +202,7 @@ def embed_texts(
         num_workers=num_workers,
         overwrite=overwrite,
         on_source=on_text,
+        profile=profile,
     )
 
 
@@ -219,7 +231,8 @@ def run_embedding(
     model: SiglipModel,
     sources: Iterable[Source],
     read: Callable[[Source], Any],
-    encode: Callable[[list[Any]], torch.Tensor],
+    to_device: Callable[[list[Any]], Any],
+    encode: Callable[[Any], torch.Tensor],
     out: str | os.PathLike[str] | Shards,
     settings: Mapping[str, str],
     *,
@@ -229,8 +242,12 @@ def run_embedding(
     num_workers: int,
     overwrite: bool,
     on_source: Callable[[str, str, str], None] | None,
+    profile: bool,
 ) -> EmbedSummary:
-    """Embeds what the sources hold and `out` does not. read: in threads. encode: what was read, to rows."""
+    """Embeds what the sources hold and `out` does not.
+
+    read: a source, in threads. to_device: what was read of several, as the inputs of `encode`, which makes rows.
+    """
     if batch_size < 1:
         raise ValueError(f"embed: batch_size is {batch_size}; supported: a whole number from 1")
     model.eval()
@@ -241,7 +258,9 @@ def run_embedding(
     else:
         place, journal = str(out), EmbeddingJournal(out, settings, overwrite=overwrite)
     with closing(journal):
-        run = _Run(journal, place, encode, normalize, dtype, on_source or (lambda name, outcome, error: None))
+        stages = Profile(num_workers, _synchronizer(model.device) if profile else None)
+        on_source = on_source or (lambda name, outcome, error: None)
+        run = _Run(journal, place, to_device, encode, normalize, dtype, on_source, stages)
         try:
             run.over(sources, read, batch_size, num_workers)
             return run.finish(complete=True)
@@ -263,14 +282,18 @@ class _Run:
         self,
         journal: EmbeddingJournal | ShardedJournal,
         out: str,
-        encode: Callable[[list[Any]], torch.Tensor],
+        to_device: Callable[[list[Any]], Any],
+        encode: Callable[[Any], torch.Tensor],
         normalize: bool,
         dtype: torch.dtype,
         on_source: Callable[[str, str, str], None],
+        profile: Profile,
     ) -> None:
         self.journal = journal
         self.out = out
+        self.to_device = to_device
         self.encode = encode
+        self.profile = profile
         self.normalize = normalize
         self.dtype = dtype
         self.on_source = on_source
@@ -281,17 +304,28 @@ class _Run:
         self.in_flight: set[str] = set()  # read but not yet in the journal, so that a repeated source is skipped
 
     def over(self, sources: Iterable[Source], read: Callable[[Source], Any], batch_size: int, workers: int) -> None:
+        read = self.profile.in_threads(read)
         batches = read_batches(self._todo(sources), read, batch_size=batch_size, workers=workers)
         with closing(batches):
-            for batch in batches:
+            while True:
+                with self.profile.stage("batch"):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
                 if isinstance(batch, Failure):
                     self._note(batch.item, error=describe_failure(batch.item.name, batch.error))
                 else:
                     self._embed(batch)
 
     def _todo(self, sources: Iterable[Source]) -> Iterator[Source]:
-        for source in sources:
-            if source.name in self.in_flight or self.journal.has(source.name, source.stamp):
+        remaining = iter(sources)
+        while True:
+            with self.profile.stage("list"):
+                source = next(remaining, None)
+                if source is None:
+                    return
+                finished = source.name in self.in_flight or self.journal.has(source.name, source.stamp)
+            if finished:
                 self.skipped += 1
                 self.on_source(source.name, "skipped", "")
             else:
@@ -300,22 +334,27 @@ class _Run:
 
     @torch.no_grad()
     def _embed(self, batch: Batch[Source, Any]) -> None:
-        rows = self.encode(batch.values).float()
-        if self.normalize:
-            rows = unit_length(rows)
-        rows = rows.to(self.dtype).cpu().contiguous()
-        finite = rows.isfinite().all(dim=-1).tolist()
+        with self.profile.stage("copy"):
+            inputs = self.to_device(batch.values)
+        with self.profile.stage("compute"):
+            rows = self.encode(inputs).float()
+            if self.normalize:
+                rows = unit_length(rows)
+            rows = rows.to(self.dtype).cpu().contiguous()
+            finite = rows.isfinite().all(dim=-1).tolist()
         for source, row, is_finite in zip(batch.items, rows, finite, strict=True):
             if is_finite:
                 self._note(source, embedding=row.view(torch.uint8).numpy().tobytes())
             else:
                 self._note(source, error=f"{source.name}: its embedding is not finite in {self.computed_in}")
         if time.monotonic() - self.committed > COMMIT_SECONDS:
-            self.journal.commit()
+            with self.profile.stage("write"):
+                self.journal.commit()
             self.committed = time.monotonic()
 
     def _note(self, source: Source, *, embedding: bytes | None = None, error: str | None = None) -> None:
-        self.journal.add(source.name, source.stamp, embedding=embedding, error=error)
+        with self.profile.stage("write"):
+            self.journal.add(source.name, source.stamp, embedding=embedding, error=error)
         self.in_flight.discard(source.name)
         if error is None:
             self.embedded += 1
@@ -326,11 +365,12 @@ class _Run:
     def finish(self, *, complete: bool) -> EmbedSummary:
         """Writes the file from the journal; a complete run then deletes the journal, an interrupted one keeps it."""
         if self.journal.is_open:  # else the interrupt came when all was done
-            self.journal.commit()
-            self.rows, _ = self.journal.counts()
-            self.written = self.journal.write(complete=complete)
-            if complete:
-                self.journal.remove()
+            with self.profile.stage("write"):
+                self.journal.commit()
+                self.rows, _ = self.journal.counts()
+                self.written = self.journal.write(complete=complete)
+                if complete:
+                    self.journal.remove()
         return EmbedSummary(
             out=self.out,
             embedded=self.embedded,
@@ -341,7 +381,13 @@ class _Run:
             complete=complete,
             seconds=time.monotonic() - self.started,
             written=self.written,
+            profile=self.profile.report(),
         )
+
+
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    """What waits for the work of a device."""
+    return (lambda: None) if device.type == "cpu" else (lambda: torch.accelerator.synchronize(device))
 
 
 def model_digest(model: SiglipModel) -> str:

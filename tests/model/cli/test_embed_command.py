@@ -172,3 +172,15 @@ def test_wrong_use_of_texts_ends_with_2(siglip, images, tmp_path):
     ):
         result = siglip("embed", *words, "--out", tmp_path / "out.safetensors")
         assert result.exit_code == 2 and one_line(result.stderr) and message in result.stderr, result.stderr
+
+
+def test_profile_prints_the_stages(siglip, images, tmp_path):
+    result = siglip("embed", images, "--out", tmp_path / "a.safetensors", "--profile", "--workers", 3)
+    assert result.exit_code == 0 and "\nbound by " in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()[1:-1]]
+    assert [line[0] for line in lines] == ["list", "decode", "copy", "compute", "write", "rest"]
+    assert 97 <= sum(int(line[-1].removesuffix("%")) for line in lines) <= 103
+    report = json.loads(siglip("embed", images, "--out", tmp_path / "b.safetensors", "--profile", "--json").stdout)
+    assert report["profile"]["bound_by"] and report["profile"]["total"] > 0
+    report = json.loads(siglip("embed", images, "--out", tmp_path / "b.safetensors", "--json").stdout)
+    assert "profile" not in report
