@@ -18,7 +18,7 @@ from siglip_model.embed.file import PRODUCER, TENSOR_DTYPES, EmbeddingFile, RowF
 from siglip_model.embed.sources import pyarrow_parquet
 
 KEY = b"siglip"
-GROUP_BYTES = 2**25  # of embeddings in a row group, which is in memory while it is written
+GROUP_BYTES, GROUP_ROWS = 2**25, 2**14  # most of a row group, which is in memory while it is written
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 
 
@@ -34,7 +34,7 @@ def write_parquet(
     import pyarrow
 
     schema, rows_format = _schema(metadata), RowFormat(metadata["dtype"], int(metadata["width"]))
-    most = max(1, GROUP_BYTES // rows_format.row_bytes)
+    most = max(1, min(GROUP_ROWS, GROUP_BYTES // rows_format.row_bytes))
     compression = {"id": "zstd", "path": "zstd", "stamp": "zstd", "embedding.list.element": "none"}
     with parquet.ParquetWriter(file, schema, compression=compression, use_dictionary=False) as writer:
         group: list[tuple[str, str, bytes]] = []

@@ -4,9 +4,12 @@ import builtins
 import http.server
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import threading
 
+import colour_embedder
 import pytest
 import torch
 import transformers
@@ -276,3 +279,37 @@ def test_urls(embed, tmp_path):
         summary, stored = embed([f"{place}/1.png", f"{place}/gone.png"])
         server.shutdown()
     assert stored.files == [f"{place}/1.png"] and "404" in stored.failed[f"{place}/gone.png"] and summary.failed == 1
+
+
+MEMORY = """
+import io, resource, sys, tarfile
+from colour_embedder import embed_colours
+content, out, shards = open(sys.argv[1], "rb").read(), sys.argv[2], []
+for shard in range(int(sys.argv[3])):
+    shards.append(f"{out}.{shard}.tar")
+    with tarfile.open(shards[-1], "w") as file:
+        for number in range(1000):
+            info = tarfile.TarInfo(f"{number}.png")
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+            file.members.clear()
+rows = embed_colours(shards, out, batch_size=16, num_workers=2).rows
+print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
+def test_memory_does_not_grow_with_the_shards(tmp_path, suffix):
+    (tmp_path / "x.png").write_bytes(encoded(0, size=(16, 16)))
+    support = os.path.dirname(colour_embedder.__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), ".", support])}
+    peaks = []
+    for shards in (2, 16):
+        arguments = [tmp_path / "x.png", tmp_path / f"{shards}.{suffix}", shards]
+        command = [sys.executable, "-c", MEMORY, *map(str, arguments)]
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        rows, kibibytes = map(int, printed.split())
+        assert rows == 1000 * shards
+        peaks.append(kibibytes)
+    assert peaks[1] - peaks[0] < 16 * 1024  # KiB; what 14,000 images or their names would take is more
