@@ -1,6 +1,7 @@
-"""Calculates, without measuring, time and traffic of the distributed loss on 8 to 4,096 GPUs.
+"""Calculates, without measuring, time and traffic of the distributed loss, and traffic of DDP and FSDP2.
 
     python -m bench.ring_model [--global-batch 32768] [--width 768] [--tflops 592.5] [--node-gbs 450] [--network-gbs 50]
+        [--parameters 877.96e6]
 
 The assumptions are arguments. A GPU computes at 75 % of the 790 TFLOP/s that a large bf16 GEMM reaches on an H200 (the
 goal of the single-GPU loss, not yet measured). In a node of eight, NVLink carries 450 GB/s per GPU in each direction
@@ -12,6 +13,11 @@ block (2 bytes per value) and the last block's gradient sums (4 bytes) travel; a
 two. The ring crosses between nodes at every node's edge, so one network hop sets the pace of all of it. Nothing hides
 the last sum. The all-gather: all texts arrive before, and all sums leave after, W m² pairs of computation; nothing is
 hidden.
+
+DDP and FSDP2: what a GPU sends in a step of `siglip train --bfloat16`, by ring collectives, each of which sends
+(W - 1)/W of its tensor. DDP reduces fp32 gradients and gathers their means, once per step. FSDP2 gathers bf16 weights
+in forward and again in backward and reduces fp32 gradients, for each accumulated batch: as many bytes. Embeddings and
+heads, which the trainer gathers in fp32, count as layers. How much of it the towers' computation hides is not modelled.
 """
 
 import argparse
@@ -95,6 +101,26 @@ def table(global_batch: int, assumed: Assumptions) -> str:
     return "\n".join(lines)
 
 
+def parallel_table(parameters: float, assumed: Assumptions) -> str:
+    """What DDP and FSDP2 send per GPU for each batch, with its time in transit, as text."""
+    lines = [
+        f"{parameters / 1e6:,.0f} M parameters, one batch per step. Calculated, not measured; per GPU.",
+        "  GPUs  DDP MB  FSDP2 MB  in transit ms",
+    ]
+    for power in range(3, 13):
+        gpus = 2**power
+        bandwidth = assumed.node if gpus <= assumed.gpus_in_a_node else assumed.network
+        ddp, fsdp = parallel_bytes(gpus, parameters)
+        lines.append(f"{gpus:6,} {ddp / 1e6:7,.0f} {fsdp / 1e6:9,.0f} {max(ddp, fsdp) / bandwidth * 1e3:14.1f}")
+    return "\n".join(lines)
+
+
+def parallel_bytes(gpus: int, parameters: float) -> tuple[float, float]:
+    """Bytes that a GPU sends for a batch under DDP and under FSDP2."""
+    sent = (gpus - 1) / gpus * parameters
+    return sent * (4 + 4), sent * (2 + 2 + 4)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Calculate the costs of the distributed loss; nothing is measured.")
     parser.add_argument("--global-batch", type=int, nargs="+", default=[32_768, 1_048_576])
@@ -102,11 +128,13 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=0.75 * 790)
     parser.add_argument("--node-gbs", type=float, default=450.0)
     parser.add_argument("--network-gbs", type=float, default=50.0)
+    parser.add_argument("--parameters", type=float, default=877.96e6, help="by default those of so400m-patch14-384")
     arguments = parser.parse_args()
     assumed = Assumptions(
         arguments.width, arguments.tflops * 1e12, arguments.node_gbs * 1e9, arguments.network_gbs * 1e9
     )
     print("\n\n".join(table(batch, assumed) for batch in arguments.global_batch))
+    print("\n" + parallel_table(arguments.parameters, assumed))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,13 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or in_forward_mode()
 
 
+def can_read_values(tensor: Tensor) -> bool:
+    """Whether the host may read values: not while they are traced, captured or batched by torch.func.vmap."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not Tensor or under_transform():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def in_forward_mode() -> bool:
     """Whether a call is within forward-mode differentiation."""
     return forward_ad._current_level >= 0

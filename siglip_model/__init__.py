@@ -12,12 +12,26 @@ if TYPE_CHECKING:
         AutoProcessor,
     )
     from siglip_model.classifier import SiglipForImageClassification
-    from siglip_model.config import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+    from siglip_model.config import (
+        Siglip2Config,
+        Siglip2TextConfig,
+        Siglip2VisionConfig,
+        SiglipConfig,
+        SiglipTextConfig,
+        SiglipVisionConfig,
+    )
     from siglip_model.images.auto import AutoImageProcessor
+    from siglip_model.images.naflex import Siglip2ImageProcessor, Siglip2ImageProcessorPil
     from siglip_model.images.pillow import SiglipImageProcessorPil
     from siglip_model.images.tensor import SiglipImageProcessor, SiglipImageProcessorFast
     from siglip_model.model import SiglipModel
-    from siglip_model.processor import SiglipProcessor
+    from siglip_model.naflex.models import (
+        Siglip2ForImageClassification,
+        Siglip2Model,
+        Siglip2TextModel,
+        Siglip2VisionModel,
+    )
+    from siglip_model.processor import Siglip2Processor, SiglipProcessor
     from siglip_model.retrieval.searcher import search
     from siglip_model.text.auto import AutoTokenizer
     from siglip_model.text.gemma import GemmaTokenizer, Siglip2Tokenizer
@@ -35,7 +49,17 @@ __all__ = [
     "AutoProcessor",
     "AutoTokenizer",
     "GemmaTokenizer",
+    "Siglip2Config",
+    "Siglip2ForImageClassification",
+    "Siglip2ImageProcessor",
+    "Siglip2ImageProcessorPil",
+    "Siglip2Model",
+    "Siglip2Processor",
+    "Siglip2TextConfig",
+    "Siglip2TextModel",
     "Siglip2Tokenizer",
+    "Siglip2VisionConfig",
+    "Siglip2VisionModel",
     "SiglipConfig",
     "SiglipForImageClassification",
     "SiglipImageProcessor",
@@ -63,7 +87,17 @@ _LAZY = {
     "AutoProcessor": "auto",
     "AutoTokenizer": "text.auto",
     "GemmaTokenizer": "text.gemma",
+    "Siglip2Config": "config",
+    "Siglip2ForImageClassification": "naflex.models",
+    "Siglip2ImageProcessor": "images.naflex",
+    "Siglip2ImageProcessorPil": "images.naflex",
+    "Siglip2Model": "naflex.models",
+    "Siglip2Processor": "processor",
+    "Siglip2TextConfig": "config",
+    "Siglip2TextModel": "naflex.models",
     "Siglip2Tokenizer": "text.gemma",
+    "Siglip2VisionConfig": "config",
+    "Siglip2VisionModel": "naflex.models",
     "SiglipConfig": "config",
     "SiglipForImageClassification": "classifier",
     "SiglipImageProcessor": "images.tensor",

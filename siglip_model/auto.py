@@ -11,18 +11,40 @@ from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.files import MODEL_TYPES, load_config_dict, split_hub_arguments
 from siglip_model.checkpoints.registered import Registry
 from siglip_model.classifier import SiglipForImageClassification
-from siglip_model.config import PretrainedConfig, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from siglip_model.config import (
+    PretrainedConfig,
+    Siglip2Config,
+    Siglip2TextConfig,
+    Siglip2VisionConfig,
+    SiglipConfig,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+)
 from siglip_model.model import SiglipModel
+from siglip_model.naflex.models import (
+    Siglip2ForImageClassification,
+    Siglip2Model,
+    Siglip2TextModel,
+    Siglip2VisionModel,
+)
 from siglip_model.pretrained import PreTrainedModel
 from siglip_model.text_tower import SiglipTextModel
 from siglip_model.vision_tower import SiglipVisionModel
 
 
 class AutoConfig:
-    """`AutoConfig.from_pretrained(...)` returns a SiglipConfig, or the configuration of a tower saved alone."""
+    """`AutoConfig.from_pretrained(...)` returns a Siglip(2)Config, or the configuration of a tower saved alone."""
 
     classes: ClassVar[dict[str, type[PretrainedConfig]]] = {
-        config.model_type: config for config in (SiglipConfig, SiglipTextConfig, SiglipVisionConfig)
+        config.model_type: config
+        for config in (
+            SiglipConfig,
+            SiglipTextConfig,
+            SiglipVisionConfig,
+            Siglip2Config,
+            Siglip2TextConfig,
+            Siglip2VisionConfig,
+        )
     }
 
     @classmethod
@@ -56,12 +78,15 @@ class AutoConfig:
 
 
 class AutoModel:
-    """`AutoModel.from_pretrained(...)` returns a SiglipModel, or a tower that was saved alone."""
+    """`AutoModel.from_pretrained(...)` returns a Siglip(2)Model, or a tower that was saved alone."""
 
     classes: ClassVar[dict[type[PretrainedConfig], type[PreTrainedModel]]] = {
         SiglipConfig: SiglipModel,
         SiglipTextConfig: SiglipTextModel,
         SiglipVisionConfig: SiglipVisionModel,
+        Siglip2Config: Siglip2Model,
+        Siglip2TextConfig: Siglip2TextModel,
+        Siglip2VisionConfig: Siglip2VisionModel,
     }
 
     @classmethod
@@ -104,28 +129,52 @@ class AutoModel:
 
 
 class AutoModelForZeroShotImageClassification(AutoModel):
-    """`from_pretrained` returns a SiglipModel."""
+    """`from_pretrained` returns a SiglipModel, or a Siglip2Model."""
 
-    classes: ClassVar = {SiglipConfig: SiglipModel}
+    classes: ClassVar = {SiglipConfig: SiglipModel, Siglip2Config: Siglip2Model}
 
 
 class AutoModelForImageClassification(AutoModel):
-    """`from_pretrained` returns a SiglipForImageClassification."""
+    """`from_pretrained` returns a SiglipForImageClassification, or a Siglip2ForImageClassification."""
 
-    classes: ClassVar = {SiglipConfig: SiglipForImageClassification}
+    classes: ClassVar = {
+        SiglipConfig: SiglipForImageClassification,
+        Siglip2Config: Siglip2ForImageClassification,
+    }
+
+
+class AutoVisionTower(AutoModel):
+    """`from_pretrained` returns the vision tower of a whole model, or one that was saved alone."""
+
+    classes: ClassVar = {
+        SiglipConfig: SiglipVisionModel,
+        SiglipVisionConfig: SiglipVisionModel,
+        Siglip2Config: Siglip2VisionModel,
+        Siglip2VisionConfig: Siglip2VisionModel,
+    }
 
 
 class AutoProcessor(Registry):
-    """`AutoProcessor.from_pretrained(...)` returns a SiglipProcessor."""
+    """`AutoProcessor.from_pretrained(...)` returns a SiglipProcessor, or a Siglip2Processor."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """Arguments: see `SiglipProcessor.from_pretrained`."""
-        from siglip_model.processor import SiglipProcessor
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """The processor that the image processor belongs to. Arguments: see `SiglipProcessor.from_pretrained`."""
+        from siglip_model.images.auto import AutoImageProcessor
+        from siglip_model.processor import Siglip2Processor, SiglipProcessor
 
-        if own := cls.registered_for(pretrained_model_name_or_path, split_hub_arguments(kwargs)[0]):
+        hub, _ = split_hub_arguments(kwargs)
+        if own := cls.registered_for(pretrained_model_name_or_path, hub):
             return own.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return SiglipProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        given = kwargs.get("image_processor")
+        if given is None:
+            kinds = AutoImageProcessor.kinds(pretrained_model_name_or_path, **hub)
+        else:
+            kinds = getattr(given, "kinds", ())
+        naflex = kinds == Siglip2Processor.image_processor_class.kinds
+        return (Siglip2Processor if naflex else SiglipProcessor).from_pretrained(
+            pretrained_model_name_or_path, **kwargs
+        )
 
 
 def _name(given: Any) -> str:

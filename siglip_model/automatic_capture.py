@@ -29,6 +29,8 @@ MOST_GRAPHS = 4  # shapes; each graph keeps the memory of one forward pass
 class CapturesRepeats:
     """`encode(pixel_values)` returns what `model.get_image_features(pixel_values)`, or another method, returns.
 
+    So does `encode(pixel_values, **others)`, of images at native resolution, which differ in shape: it calls the model.
+
     On a CUDA device, in evaluation mode and without gradients, a shape that repeats is replayed from a CUDA graph. It
     is recorded again if the model has changed: weights that moved, another backend or setting, replaced modules. A
     model with hooks, which a graph would not call, is never recorded; where recording fails, a warning says so.
@@ -55,9 +57,9 @@ class CapturesRepeats:
         self._calls: Counter[Any] = Counter()
         self._failed = False
 
-    def __call__(self, pixel_values: Tensor) -> Any:
-        if not self._may_capture(pixel_values):
-            return self._call(pixel_values)
+    def __call__(self, pixel_values: Tensor, **others: Tensor) -> Any:
+        if others or not self._may_capture(pixel_values):
+            return self._call(pixel_values, **others)
         key = (tuple(pixel_values.shape), pixel_values.dtype, _context(pixel_values.device))
         with self._lock:
             graph = self._graphs.get(key)
@@ -67,8 +69,8 @@ class CapturesRepeats:
                     return graph.copy_results()
             return self._call_and_count(key, pixel_values)
 
-    def _call(self, pixel_values: Tensor) -> Any:
-        return getattr(self._model, self._method)(pixel_values)
+    def _call(self, pixel_values: Tensor, **others: Tensor) -> Any:
+        return getattr(self._model, self._method)(pixel_values, **others)
 
     def _may_capture(self, pixel_values: Tensor) -> bool:
         model = self._model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,10 +37,13 @@ class Backend:
     attention_mask: converts the caller's mask, (B, S) or (B, 1 or H, S, S), into keyword arguments of `attention`, once
         per forward.
     pre_norm_attention: `pre_norm_qkv`, `attention` and `linear` as one operation, called instead of the three where
-        nothing is between them, with the keyword arguments of `attention`; None: it has none. A backend that replaces
-        `attention` replaces it as well, or sets it to None.
+        nothing is between them and no sequences are packed, with the other keyword arguments of `attention`; None: it
+        has none. A backend that replaces `attention` replaces it as well, or sets it to None.
     returns_weights: whether output_attentions=True changes nothing in how attention is computed. Otherwise the
         reference computes it, with a warning.
+    packs_on: types of devices on which `attention` takes sequences of different lengths without padding: q, k and v
+        (1, T, H, D) with cu_seqlens, int32 (N + 1,), where each begins and the last ends, and max_seqlen, an int. A
+        backend that replaces `attention` takes these arguments and `lengths`, or sets it to ().
     masks_sync: whether masked attention makes the host wait for the GPU, which a CUDA graph cannot capture.
     lacks: what this machine lacks to run the backend, or None.
     why_not: why the backend cannot run on a device of this machine, or None.
@@ -62,6 +66,7 @@ class Backend:
     masks_sync: bool
     lacks: Callable[[], str | None]
     why_not: Callable[[torch.device], str | None] = _nothing
+    packs_on: tuple[str, ...] = ()
     exports_to_onnx: bool = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
@@ -137,7 +142,11 @@ def _sdpa_attention(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
+    if cu_seqlens is not None:
+        return _sdpa_packed_attention(q[0], k[0], v[0], cu_seqlens, scale=scale, dropout=dropout)[None]
     if lengths is not None:
         valid = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
         mask = valid[:, None, None, :]
@@ -150,6 +159,17 @@ def _sdpa_attention(
     return out.transpose(1, 2)
 
 
+def _sdpa_packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
+    """Consecutive sequences of equal length together. q, k, v: (T, H, D)."""
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(cu_seqlens.diff().tolist())]
+    sizes = [length * count for length, count in runs]
+    outputs = [
+        _sdpa_attention(*(part.unflatten(0, (count, length)) for part in parts), **options).flatten(0, 1)
+        for (length, count), *parts in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    ]
+    return torch.cat(outputs)
+
+
 def _flash_attention(
     q: Tensor,
     k: Tensor,
@@ -158,6 +178,8 @@ def _flash_attention(
     scale: float | None = None,
     lengths: Tensor | None = None,
     dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     if not q.is_cuda:
         raise MissingBackendError(
@@ -173,6 +195,10 @@ def _flash_attention(
         )
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
+    if cu_seqlens is not None:
+        starts, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
+        packed = flash_attn_varlen_func(q[0], k[0], v[0], *starts, *longest, dropout_p=dropout, softmax_scale=scale)
+        return packed[None]
     if lengths is None:
         return flash_attn_func(q, k, v, dropout_p=dropout, softmax_scale=scale)
     valid = torch.arange(k.shape[1], device=k.device) < lengths[:, None]  # [B, Sk]
@@ -200,9 +226,14 @@ def _triton_attention(
     scale: float | None = None,
     lengths: Tensor | None = None,
     dropout: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     if dropout:
         raise unsupported("triton", "attention_dropout", f"is {dropout}", "0 in training; eager and sdpa take any")
+    if cu_seqlens is not None:
+        packed = siglip_kernels.attention(q[0], k[0], v[0], scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return packed[None]
     return siglip_kernels.attention(q, k, v, scale=scale, lengths=lengths)
 
 
@@ -239,7 +270,12 @@ EAGER = Backend(
     lacks=_nothing,
 )
 SDPA = replace(
-    EAGER, name="sdpa", attention=_sdpa_attention, attention_pool=folded_attention_pool, returns_weights=False
+    EAGER,
+    name="sdpa",
+    attention=_sdpa_attention,
+    attention_pool=folded_attention_pool,
+    returns_weights=False,
+    packs_on=("cpu",),
 )
 FLASH = replace(
     SDPA,
@@ -248,6 +284,7 @@ FLASH = replace(
     attention_mask=functools.partial(_lengths, name="flash_attention_2"),
     masks_sync=True,
     lacks=_lacks_flash,
+    packs_on=("cuda",),
     exports_to_onnx=False,
 )
 TRITON = Backend(
@@ -267,6 +304,7 @@ TRITON = Backend(
     masks_sync=False,
     lacks=why_not_here,
     why_not=_triton_refuses,
+    packs_on=("cuda", "cpu"),
     exports_to_onnx=False,
 )
 BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,13 @@ class SiglipForImageClassification(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     new_parameters = ("classifier.",)
+    vision_class: ClassVar[type[SiglipVisionModel]] = SiglipVisionModel
 
     def __init__(self, config: SiglipConfig, **kwargs: str):
         super().__init__(config, **kwargs)
         if config.num_labels < 1:
             raise unsupported("SiglipForImageClassification", "num_labels", f"is {config.num_labels}", "at least 1")
-        self.vision_model = SiglipVisionModel(config.vision_config, **kwargs)  # type: ignore[arg-type]
+        self.vision_model = self.vision_class(config.vision_config, **kwargs)  # type: ignore[arg-type]
         self.classifier = nn.Linear(config.vision_config.hidden_size, config.num_labels)  # type: ignore[union-attr]
         self.post_init()
 
@@ -56,24 +57,38 @@ class SiglipForImageClassification(PreTrainedModel):
         image; (B,) floating point for num_labels = 1. config.problem_type selects the loss; if it is None, it is
         inferred from the labels and set. Returns logits (B, num_labels).
         """
+        images = (pixel_values, interpolate_pos_encoding)
+        output = self._classify(images, None, labels, output_attentions, output_hidden_states)
+        return finish(output, self, return_dict)
+
+    def _classify(
+        self,
+        images: tuple[Any, ...],
+        mask: Tensor | None,
+        labels: Tensor | None,
+        output_attentions: bool | None,
+        output_hidden_states: HiddenStates | None,
+    ) -> ImageClassifierOutput:
+        """images: arguments of the vision tower, in its order. mask: (B, S), non-zero for the tokens to average."""
         if labels is not None and not isinstance(labels, Tensor):
             raise unsupported("SiglipForImageClassification", "labels", f"is {type(labels).__name__}", "a tensor")
-        asked = (
-            interpolate_pos_encoding,
-            self._default(output_attentions, "attentions"),
-            self._default(output_hidden_states, "hidden_states"),
-        )
+        asked = (self._default(output_attentions, "attentions"), self._default(output_hidden_states, "hidden_states"))
         head = self.vision_model.head
         # transformers computes the pooling head and drops its output: a hook in it sees that here as well.
         unseen = head is None or all(is_unhooked(module) for module in head.modules())
-        if is_fusable(self.vision_model, SiglipVisionModel) and unseen:
-            vision = self.vision_model.encode(pixel_values, *asked)
+        if is_fusable(self.vision_model, self.vision_class) and unseen:
+            vision = self.vision_model.encode(*images, *asked)  # type: ignore[call-arg]  # its own class's images
         else:
-            vision = self.vision_model(pixel_values, *asked, return_dict=True)
+            vision = self.vision_model(*images, *asked, return_dict=True)
         tokens: Any = vision.last_hidden_state  # [B, S, width]
-        logits = self.classifier(tokens.mean(dim=1))
+        if mask is None:
+            mean = tokens.mean(dim=1)
+        else:
+            mask = mask[..., None].to(tokens.device)
+            mean = (tokens * mask).sum(dim=1) / mask.sum(dim=1)
+        logits = self.classifier(mean)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        return finish(ImageClassifierOutput(loss, logits, vision.hidden_states, vision.attentions), self, return_dict)
+        return ImageClassifierOutput(loss, logits, vision.hidden_states, vision.attentions)
 
     def capture(self, batch_size: int = 1, *, image_size: int | tuple[int, int] | None = None) -> CapturedVision:
         """Record the forward pass into a CUDA graph, to be called with pixel_values. See `SiglipModel.capture`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -40,6 +41,7 @@ LARGEST = {
     "num_hidden_layers": 2**14,
     "num_attention_heads": 2**17,
     "max_position_embeddings": 2**24,
+    "num_patches": 2**24,
     "projection_size": 2**17,
     "num_channels": 2**10,
     "image_size": 2**16,
@@ -68,9 +70,11 @@ class PretrainedConfig:
 
     model_type: ClassVar[str] = ""
     base_config_key: ClassVar[str] = ""
+    whole_model_type: ClassVar[str] = ""  # of a tower's configuration: the model_type of the file that may hold it
     sub_configs: ClassVar[dict[str, type[PretrainedConfig]]] = {}
     # What libraries read from every configuration of transformers. Files may hold some of them.
     attribute_map: ClassVar[dict[str, str]] = {}
+    architectures: ClassVar[list[str] | None] = None  # of a file that a model wrote: the name of its class
     is_encoder_decoder: ClassVar[bool] = False
     base_model_tp_plan: ClassVar[None] = None
     base_model_pp_plan: ClassVar[None] = None
@@ -100,7 +104,8 @@ class PretrainedConfig:
             default = getattr(type(self), name)
             setattr(self, name, self._checked(name, kwargs.pop(name, default), expected))
         for name, value in kwargs.items():
-            if hasattr(self, name) and name != "is_encoder_decoder":  # a method, or one of Python's own attributes
+            stored = name in ("architectures", "is_encoder_decoder")
+            if hasattr(self, name) and not stored:  # a method, or one of Python's own attributes
                 raise ValueError(f"{type(self).__name__}: {name} is not a field; supported: names of no attribute")
             setattr(self, name, value)
         self._validate()
@@ -235,7 +240,7 @@ class PretrainedConfig:
             known, unused = cls._known_and_unused(values, overrides)
             return cls.from_dict(values, **known), unused
         values = copy.deepcopy(values)
-        if cls.base_config_key and values.get("model_type") == SiglipConfig.model_type:
+        if cls.base_config_key and values.get("model_type") == cls.whole_model_type:
             values = values.get(cls.base_config_key) or {}
             if not isinstance(values, dict):
                 raise TypeError(f"{cls.__name__}: {cls.base_config_key} is {shown(values)}; supported: dict or None")
@@ -353,6 +358,7 @@ class SiglipTextConfig(PretrainedConfig):
 
     model_type = "siglip_text_model"
     base_config_key = "text_config"
+    whole_model_type = "siglip"
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -381,6 +387,7 @@ class SiglipVisionConfig(PretrainedConfig):
 
     model_type = "siglip_vision_model"
     base_config_key = "vision_config"
+    whole_model_type = "siglip"
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -420,10 +427,13 @@ class SiglipConfig(PretrainedConfig):
     def _validate(self) -> None:
         super()._validate()
         self._check(initializer_factor=Field("a finite number", is_finite))
-        if not isinstance(self.text_config, SiglipTextConfig):
-            self.text_config = SiglipTextConfig(**(self.text_config or {}))
-        if not isinstance(self.vision_config, SiglipVisionConfig):
-            self.vision_config = SiglipVisionConfig(**(self.vision_config or {}))
+        for name, kind in self.sub_configs.items():
+            given = getattr(self, name)
+            if not isinstance(given, PretrainedConfig):
+                setattr(self, name, kind(**(given or {})))
+            elif given.model_type != kind.model_type:
+                supported = f"{kind.__name__}, dict or None"
+                raise TypeError(f"{type(self).__name__}: {name} is a {type(given).__name__}; supported: {supported}")
 
     @classmethod
     def from_text_vision_configs(
@@ -431,3 +441,54 @@ class SiglipConfig(PretrainedConfig):
     ) -> SiglipConfig:
         """One configuration from copies of both towers'."""
         return cls(text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), **kwargs)
+
+
+class Siglip2TextConfig(SiglipTextConfig):
+    """The text tower of SigLIP 2, which is SigLIP's."""
+
+    model_type = "siglip2_text_model"
+    whole_model_type = "siglip2"
+
+
+class Siglip2VisionConfig(PretrainedConfig):
+    """The vision tower of SigLIP 2 at native resolution. Defaults: google/siglip2-base-patch16-naflex.
+
+    patch_size: side in pixels. num_patches: size of the position embedding, a square, which each image's is resized
+    from.
+    """
+
+    model_type = "siglip2_vision_model"
+    base_config_key = "vision_config"
+    whole_model_type = "siglip2"
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    patch_size: int = 16
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    vision_use_head: bool = True
+    num_patches: int = 256
+
+    def _validate(self) -> None:
+        super()._validate()
+        self._validate_transformer()
+        self._check_sizes("num_channels", "patch_size", "num_patches")
+        if math.isqrt(self.num_patches) ** 2 != self.num_patches:
+            raise ValueError(f"Siglip2VisionConfig: num_patches is {self.num_patches}; supported: squares")
+
+
+class Siglip2Config(SiglipConfig):
+    """Both towers of SigLIP 2 at native resolution. Fields: see `SiglipConfig`."""
+
+    model_type = "siglip2"
+    sub_configs: ClassVar[dict[str, type[PretrainedConfig]]] = {
+        "text_config": Siglip2TextConfig,
+        "vision_config": Siglip2VisionConfig,
+    }
+
+    text_config: Siglip2TextConfig | dict | None = None
+    vision_config: Siglip2VisionConfig | dict | None = None  # type: ignore[assignment]

@@ -12,12 +12,14 @@ import torch
 
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.checkpoints.fields import shown
-from siglip_model.config import SiglipConfig, SiglipVisionConfig
+from siglip_model.config import PretrainedConfig, Siglip2VisionConfig, SiglipConfig
+from siglip_model.images.naflex import Siglip2ImageProcessor
 from siglip_model.images.processor import ImageProcessor
+from siglip_model.images.tensor import SiglipImageProcessor
 from siglip_model.text.tokenizer import Tokenizer
 
 
-def check_fit(config: SiglipConfig | SiglipVisionConfig, tokenizer: Any, image_processor: Any, where: str) -> None:
+def check_fit(config: PretrainedConfig, tokenizer: Any, image_processor: Any, where: str) -> None:
     """Raises CheckpointError if the model takes neither the processor's images nor the tokenizer's ids.
 
     where: what the message names if a component was not loaded from a file.
@@ -36,6 +38,17 @@ def _check_images(vision: Any, processor: ImageProcessor, where: str) -> None:
                 f"{where}: {name} is {shown(value)}; supported: a number, or one for each of the model's "
                 f"{vision.num_channels} channels"
             )
+    naflex = isinstance(vision, Siglip2VisionConfig)
+    kinds = (Siglip2ImageProcessor if naflex else SiglipImageProcessor).kinds
+    if processor.kinds != kinds:
+        raise CheckpointError(
+            f"{where}: the image processor is a {type(processor).__name__}; supported by the model: {kinds[0]}(Pil)"
+        )
+    if naflex:
+        patch_size = getattr(processor, "patch_size", None)
+        if patch_size != vision.patch_size:
+            raise CheckpointError(f"{where}: patch_size is {patch_size}; supported: the model's, {vision.patch_size}")
+        return
     name, size = _size_of_pixels(processor)
     if "height" not in size:
         return
@@ -57,11 +70,13 @@ def _size_of_pixels(processor: ImageProcessor) -> tuple[str, dict[str, int]]:
     return "size", {}
 
 
-def check_pixels(config: SiglipConfig | SiglipVisionConfig, image_processor: Any, pixel_values: torch.Tensor) -> None:
+def check_pixels(config: PretrainedConfig, image_processor: Any, pixel_values: torch.Tensor) -> None:
     """Raises CheckpointError if a processor that does not resize made pixels (.., height, width) of another size."""
-    if not isinstance(image_processor, ImageProcessor) or "height" in _size_of_pixels(image_processor)[1]:
-        return
     vision: Any = getattr(config, "vision_config", config)  # a vision tower's configuration is itself
+    if isinstance(vision, Siglip2VisionConfig) or not isinstance(image_processor, ImageProcessor):
+        return
+    if "height" in _size_of_pixels(image_processor)[1]:
+        return
     height, width = pixel_values.shape[-2:]
     grid = vision.image_size // vision.patch_size
     if (height // vision.patch_size) * (width // vision.patch_size) not in (1, grid**2):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,15 +13,17 @@ from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.checkpoints.upload import save_and_upload
 from siglip_model.devices import resolve_device
 from siglip_model.fit import check_pixels
+from siglip_model.images import model_inputs
 from siglip_model.images.batches import Failure, read_batches
 from siglip_model.images.files import describe_source, open_image
 from siglip_model.images.limits import PixelBudget
+from siglip_model.images.model_inputs import Inputs
 
 if TYPE_CHECKING:
     from siglip_model.classifier import SiglipForImageClassification
     from siglip_model.vision_tower import SiglipVisionModel
 
-RowsOf = Callable[[torch.Tensor], Iterable[Any]]
+RowsOf = Callable[[Inputs], Iterable[Any]]
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda logits: logits.softmax(dim=-1),
@@ -34,11 +36,13 @@ class ImagePipeline:
 
     device: device to move the model to; None leaves it on its device. batch_size, num_workers, timeout: defaults of
     each call. max_pixels: as for `ZeroShotImageClassificationPipeline`.
+    token_budget: at native resolution, patches per forward pass: it takes as many images as fit, instead of batch_size.
     """
 
     task: ClassVar[str]
     method: ClassVar[str] = "__call__"  # of the model, which encodes images
     results_are: ClassVar[str] = "the model's outputs are"
+    keep_padding: ClassVar[bool] = False  # of images at native resolution
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class ImagePipeline:
         num_workers: int | None = None,
         timeout: float | None = None,
         max_pixels: int | None = None,
+        token_budget: int | None = None,
     ) -> None:
         self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
         self.encode_images = CapturesRepeats(self.model, self.method)
@@ -58,6 +63,7 @@ class ImagePipeline:
         self.num_workers = count("num_workers", num_workers or 0, at_least=0)
         self.timeout = timeout
         self.max_pixels = PixelBudget(max_pixels).max_pixels
+        self.token_budget = TokenBudget(image_processor, token_budget) if token_budget is not None else None
 
     @property
     def device(self) -> torch.device:
@@ -90,16 +96,22 @@ class ImagePipeline:
 
     def prepare(
         self, image: Any, timeout: float | None = None, budget: PixelBudget | None = None, **options: Any
-    ) -> torch.Tensor:
-        """One image as pixel values: float32 (1, channels, height, width), on the CPU. Raises like `load_image`.
+    ) -> Inputs:
+        """One image as the model's inputs on the CPU: pixel_values, float32 (1, channels, height, width), or at native
+        resolution (1, patches, values) with pixel_attention_mask and spatial_shapes. Raises like `load_image`.
 
         budget: that of all threads that prepare images; by default of this image alone. options: of the image
         processor.
         """
         with open_image(image, timeout, PixelBudget(self.max_pixels) if budget is None else budget) as opened:
-            pixel_values = self.image_processor(images=[opened], **{**options, "return_tensors": "pt"})["pixel_values"]
-        check_pixels(self.model.config, self.image_processor, pixel_values)
-        return pixel_values
+            inputs = model_inputs.prepare(self.image_processor, opened, **options)
+        check_pixels(self.model.config, self.image_processor, inputs["pixel_values"])
+        return inputs
+
+    def join(self, images: Sequence[Inputs]) -> Inputs:
+        """One batch of what `prepare` returned, for the model."""
+        joined = model_inputs.join(images, keep_padding=self.keep_padding)
+        return model_inputs.to_model(joined, self.device, self.dtype)
 
     def not_finite(self, image: Any) -> str:
         """The error for an image whose results are not finite."""
@@ -117,7 +129,7 @@ class ImagePipeline:
         """Checks the arguments of a call, and returns what runs it: the rows of one image, of a list of images as a
         list, of a stream of images as an iterator.
 
-        options: of the image processor. What runs it takes a function from a batch's pixels to a row per image, which
+        options: of the image processor. What runs it takes a function from a batch's inputs to a row per image, which
         is None for one that is not finite.
         """
         source = only_source(self.task, sources)
@@ -127,15 +139,16 @@ class ImagePipeline:
 
         def results(items: Iterable[Any], rows_of: RowsOf) -> Iterator[Any]:
             budget = PixelBudget(self.max_pixels)
+            sizes = {"batch_size": size} if self.token_budget is None else self.token_budget.sizes()
             batches = read_batches(
-                items, lambda item: self.prepare(item, wait, budget, **options), batch_size=size, workers=workers
+                items, lambda item: self.prepare(item, wait, budget, **options), workers=workers, **sizes
             )
             with closing(batches), budget:
                 for batch in batches:
                     if isinstance(batch, Failure):
                         raise batch.error
                     with torch.no_grad():
-                        rows = list(rows_of(torch.cat(batch.values).to(self.device, self.dtype)))
+                        rows = list(rows_of(self.join(batch.values)))
                     for item, row in zip(batch.items, rows, strict=True):
                         if row is None:
                             raise ValueError(self.not_finite(item))
@@ -197,8 +210,8 @@ class ImageClassificationPipeline(ImagePipeline):
         most = self.top_k if top_k is None else count("top_k", top_k, at_least=1)
         labels = self.model.config.id2label
 
-        def rows_of(pixel_values: torch.Tensor) -> Iterator[list[dict[str, Any]] | None]:
-            logits = self.encode_images(pixel_values).logits.float()
+        def rows_of(inputs: Inputs) -> Iterator[list[dict[str, Any]] | None]:
+            logits = self.encode_images(**inputs).logits.float()
             for row, finite in zip(apply(logits).tolist(), logits.isfinite().all(dim=-1).tolist(), strict=True):
                 scores = [{"label": labels[index], "score": score} for index, score in enumerate(row)]
                 yield sorted(scores, key=lambda each: -each["score"])[:most] if finite else None
@@ -224,6 +237,7 @@ class ImageFeatureExtractionPipeline(ImagePipeline):
     """
 
     task = "image-feature-extraction"
+    keep_padding = True  # as in transformers
     model: SiglipVisionModel
 
     def __init__(
@@ -263,8 +277,8 @@ class ImageFeatureExtractionPipeline(ImagePipeline):
         if pool and not self.model.config.vision_use_head:
             raise ValueError(f"{self.task}: pool is True, but the model has no pooling head; supported: False")
 
-        def rows_of(pixel_values: torch.Tensor) -> Iterator[Any]:
-            output = self.encode_images(pixel_values)
+        def rows_of(inputs: Inputs) -> Iterator[Any]:
+            output = self.encode_images(**inputs)
             rows = output.pooler_output if pool else output.last_hidden_state
             for row, finite in zip(rows, rows.isfinite().flatten(1).all(dim=-1).tolist(), strict=True):
                 kept = row[None].cpu()
@@ -278,6 +292,27 @@ class ImageFeatureExtractionPipeline(ImagePipeline):
             **{**self.image_processor_kwargs, **(image_processor_kwargs or {})},
         )
         return run(rows_of)
+
+
+class TokenBudget:
+    """How many patches a forward pass takes of images at native resolution.
+
+    Raises ValueError for other image processors, and unless `tokens` is a whole number from 1.
+    """
+
+    def __init__(self, image_processor: Any, tokens: int) -> None:
+        if "spatial_shapes" not in getattr(image_processor, "model_input_names", ()):
+            raise ValueError(
+                f"token_budget is given with a {type(image_processor).__name__}, whose images have equally many "
+                "patches; supported: models at native resolution, or batch_size"
+            )
+        self.tokens = count("token_budget", tokens, at_least=1)
+        self._image_processor = image_processor
+
+    def sizes(self) -> dict[str, Any]:
+        """Arguments of `read_batches`."""
+        ahead = 2 * max(1, self.tokens // self._image_processor.max_num_patches)
+        return {"batch_size": self.tokens, "cost": model_inputs.tokens, "ahead": ahead}
 
 
 def only_source(task: str, sources: Mapping[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,14 @@ class SiglipModel(UsesBackend, PreTrainedModel):
     """An image tower and a text tower that embed into one space."""
 
     config_class = SiglipConfig
+    text_class: ClassVar[type[SiglipTextModel]] = SiglipTextModel
+    vision_class: ClassVar[type[SiglipVisionModel]] = SiglipVisionModel
+    output_class: ClassVar[type[SiglipOutput]] = SiglipOutput
 
     def __init__(self, config: SiglipConfig, **kwargs: str):
         super().__init__(config, **kwargs)
-        self.text_model = SiglipTextModel(config.text_config, **kwargs)  # type: ignore[arg-type]
-        self.vision_model = SiglipVisionModel(config.vision_config, **kwargs)  # type: ignore[arg-type]
+        self.text_model = self.text_class(config.text_config, **kwargs)  # type: ignore[arg-type]
+        self.vision_model = self.vision_class(config.vision_config, **kwargs)  # type: ignore[arg-type]
         self.logit_scale = nn.Parameter(torch.zeros(1))  # log of the paper's t
         self.logit_bias = nn.Parameter(torch.zeros(1))
         self.global_loss: SigLipLoss | None = None
@@ -105,14 +108,25 @@ class SiglipModel(UsesBackend, PreTrainedModel):
         with text i and needs I = T. token_type_ids: ignored, as in transformers.
         Raises ValueError for inputs that the towers do not support.
         """
+        images, texts = (pixel_values, interpolate_pos_encoding), (input_ids, attention_mask, position_ids)
+        output = self._compare_inputs(images, texts, return_loss, output_attentions, output_hidden_states)
+        return finish(output, self, return_dict)
+
+    def _compare_inputs(
+        self,
+        images: tuple[Any, ...],
+        texts: tuple[Any, ...],
+        return_loss: bool | None,
+        output_attentions: bool | None,
+        output_hidden_states: HiddenStates | None,
+    ) -> SiglipOutput:
+        """images, texts: arguments of the towers, in their order."""
         asked = {
             "output_attentions": self._default(output_attentions, "attentions"),
             "output_hidden_states": self._default(output_hidden_states, "hidden_states"),
             "return_dict": True,
         }
-        vision = self.vision_model(pixel_values, interpolate_pos_encoding, **asked)
-        text = self.text_model(input_ids, attention_mask, position_ids, **asked)
-        return finish(self.compare(vision, text, return_loss), self, return_dict)
+        return self.compare(self.vision_model(*images, **asked), self.text_model(*texts, **asked), return_loss)
 
     def compare(
         self, vision: BaseModelOutputWithPooling, text: BaseModelOutputWithPooling, return_loss: bool | None = None
@@ -133,7 +147,7 @@ class SiglipModel(UsesBackend, PreTrainedModel):
                 )
             compute = self.ops.sigmoid_loss if self.global_loss is None else self.global_loss
             loss = compute(image_embeds, text_embeds, self.logit_scale.exp().squeeze(), self.logit_bias.squeeze())
-        return SiglipOutput(loss, logits_per_text.T, logits_per_text, text_embeds, image_embeds, text, vision)
+        return self.output_class(loss, logits_per_text.T, logits_per_text, text_embeds, image_embeds, text, vision)
 
     def logits_per_text(self, text_embeds: Tensor, image_embeds: Tensor) -> Tensor:
         """t·⟨text, image⟩ + b: (T, I) from unit embeddings (T, D) and (I, D). The sigmoid of it is a probability."""

@@ -14,6 +14,12 @@ from torch import Tensor
 
 from siglip_kernels.errors import unsupported
 
+_TWINS = (
+    "transformers.modeling_outputs",
+    "transformers.models.siglip.modeling_siglip",
+    "transformers.models.siglip2.modeling_siglip2",
+)
+
 
 class _Item:
     """An attribute that reads and writes an item of a ModelOutput. None is an item that is not there."""
@@ -69,7 +75,7 @@ class ModelOutput(dict[str, Any]):
         cls: type = type(self)
         if torch.compiler.is_compiling():
             return cls
-        for module in ("transformers.modeling_outputs", "transformers.models.siglip.modeling_siglip"):
+        for module in _TWINS:
             twin = vars(sys.modules[module]).get(cls.__name__) if module in sys.modules else None
             if twin is not None:
                 return twin
@@ -154,6 +160,11 @@ class SiglipOutput(ModelOutput):
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+@dataclass
+class Siglip2Output(SiglipOutput):
+    """A SiglipOutput."""
 
 
 @dataclass

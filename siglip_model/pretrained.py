@@ -45,7 +45,13 @@ class PreTrainedModel(nn.Module):
     supports_gradient_checkpointing: ClassVar[bool] = True
     is_parallelizable: ClassVar[bool] = False
     # Asked by accelerate, peft and transformers' Trainer.
-    _no_split_modules: ClassVar[list[str]] = ["TextEmbeddings", "VisionEmbeddings", "EncoderLayer", "PoolingHead"]
+    _no_split_modules: ClassVar[list[str]] = [
+        "TextEmbeddings",
+        "VisionEmbeddings",
+        "NaFlexEmbeddings",
+        "EncoderLayer",
+        "PoolingHead",
+    ]
     _supports_sdpa: ClassVar[bool] = True
     _supports_flash_attn: ClassVar[bool] = True
     _supports_flex_attn: ClassVar[bool] = False

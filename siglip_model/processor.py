@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from siglip_model.batch import BatchFeature
 from siglip_model.checkpoints.arguments import split_unused, supported_arguments
 from siglip_model.checkpoints.files import split_hub_arguments, to_json, write_file
 from siglip_model.checkpoints.upload import check_upload_arguments, save_and_upload, upload
 from siglip_model.images.auto import AutoImageProcessor
-from siglip_model.images.options import SiglipImageProcessorKwargs
+from siglip_model.images.naflex import Siglip2ImageProcessor
 from siglip_model.images.processor import PROCESSOR_NAME, ImageProcessor
+from siglip_model.images.tensor import SiglipImageProcessor
 from siglip_model.text.auto import AutoTokenizer
 from siglip_model.text.tokenizer import Tokenizer
 from siglip_model.text.tokenizer_config import CALL_ARGUMENTS, SETTINGS
 
-__all__ = ["SiglipProcessor"]
+__all__ = ["Siglip2Processor", "SiglipProcessor"]
 
 _TEXT_ARGUMENTS = frozenset(inspect.signature(Tokenizer.encode_texts).parameters) - {"self", "text"}
 _TEXT_ARGUMENTS |= {"text_target", "text_pair_target"}
 _TOKENIZER_SETTINGS = frozenset((*SETTINGS, *CALL_ARGUMENTS))
-_IMAGE_ARGUMENTS = frozenset(SiglipImageProcessorKwargs.__annotations__)
 
 
 class SiglipProcessor:
@@ -31,12 +33,13 @@ class SiglipProcessor:
 
     config_name = PROCESSOR_NAME
     chat_template = None  # which models that chat have
+    image_processor_class: ClassVar[type[ImageProcessor]] = SiglipImageProcessor  # or its twin with Pillow
+    text_defaults: ClassVar[Mapping[str, Any]] = {}  # arguments of the tokenizer
 
     def __init__(self, image_processor: ImageProcessor, tokenizer: Tokenizer) -> None:
-        if not isinstance(image_processor, ImageProcessor):
-            raise TypeError(
-                f"image_processor is a {type(image_processor).__name__}; supported: SiglipImageProcessor(Pil)"
-            )
+        kinds = self.image_processor_class.kinds
+        if not isinstance(image_processor, ImageProcessor) or image_processor.kinds != kinds:
+            raise TypeError(f"image_processor is a {type(image_processor).__name__}; supported: {kinds[0]}(Pil)")
         if not isinstance(tokenizer, Tokenizer):
             raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; supported: SiglipTokenizer, GemmaTokenizer")
         self.image_processor = image_processor
@@ -81,20 +84,30 @@ class SiglipProcessor:
             if value is not None:
                 raise ValueError(f"SiglipProcessor: {name} is a {type(value).__name__}; supported: None")
         for_text = self._arguments("text_kwargs", text_kwargs, _TEXT_ARGUMENTS, common_kwargs, arguments)
-        for_images = self._arguments("images_kwargs", images_kwargs, _IMAGE_ARGUMENTS, common_kwargs, arguments)
+        of_images = self._image_arguments()
+        for_images = self._arguments("images_kwargs", images_kwargs, of_images, common_kwargs, arguments)
         if images is None and text is None and for_text.get("text_target") is None:
             raise ValueError("SiglipProcessor: neither images nor text is given; supported: one or both")
         if text is not None and not _are_texts(text, bool(for_text.get("is_split_into_words"))):
             raise ValueError(f"SiglipProcessor: text is {text!r}; supported: a string or a list of strings")
-        unknown = set(arguments) - _TEXT_ARGUMENTS - _IMAGE_ARGUMENTS
+        unknown = set(arguments) - _TEXT_ARGUMENTS - of_images
         if unknown:
             raise TypeError(f"SiglipProcessor: unknown argument {', '.join(sorted(unknown))}")
         batch = BatchFeature()
         if text is not None or for_text.get("text_target") is not None:
-            batch.update(self.tokenizer(text, **{**self.tokenizer.call_defaults, **for_text}))
+            for_text = {**self.text_defaults, **self.tokenizer.call_defaults, **for_text}
+            self._check_padding(for_text)
+            batch.update(self.tokenizer(text, **for_text))
         if images is not None:
             batch.update(self.image_processor(images, **for_images))
         return batch
+
+    @classmethod
+    def _image_arguments(cls) -> frozenset[str]:
+        return frozenset(cls.image_processor_class.valid_kwargs.__annotations__)
+
+    def _check_padding(self, arguments: Mapping[str, Any]) -> None:
+        """Warns if the tokenizer's arguments pad texts otherwise than in training."""
 
     @staticmethod
     def _arguments(
@@ -144,7 +157,7 @@ class SiglipProcessor:
         """
         where = pretrained_model_name_or_path
         hub, given = split_hub_arguments(supported_arguments(cls.__name__, arguments))
-        of_images = {name: given.pop(name) for name in list(given) if name in _IMAGE_ARGUMENTS}
+        of_images = {name: given.pop(name) for name in list(given) if name in cls._image_arguments()}
         given, unused = split_unused(given, _TOKENIZER_SETTINGS)
         if image_processor is None:
             image_processor = AutoImageProcessor.from_pretrained(
@@ -193,6 +206,27 @@ class SiglipProcessor:
     def push_to_hub(self, repo_id: str, **upload_arguments: Any) -> Any:
         """Writes the files to a repository of the Hub. Arguments: see `checkpoints.upload.upload`."""
         return save_and_upload(self.save_pretrained, repo_id, **upload_arguments)
+
+
+class Siglip2Processor(SiglipProcessor):
+    """SigLIP 2's at native resolution: patches of images, and texts that are padded or cut to 64 tokens by default.
+
+    A call also returns pixel_attention_mask and spatial_shapes. patch_size and max_num_patches are the image
+    processor's, unless they are given. (transformers takes 16 and 256 whatever the checkpoint says.) Padding texts
+    otherwise than in training changes every score, so that it is warned of.
+    """
+
+    image_processor_class = Siglip2ImageProcessor
+    text_defaults: ClassVar[Mapping[str, Any]] = {"padding": "max_length", "truncation": True, "max_length": 64}
+
+    def _check_padding(self, arguments: Mapping[str, Any]) -> None:
+        padded = {name: arguments[name] for name in ("padding", "max_length")}
+        trained = {name: self.text_defaults[name] for name in padded}
+        if padded != trained:
+            warnings.warn(
+                f"Siglip2Processor: texts are padded with {padded}; SigLIP 2 was trained with {trained}, the default",
+                stacklevel=3,
+            )
 
 
 def _are_texts(text: Any, words: bool) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,8 +13,8 @@ from torch.nn.parameter import Parameter
 from siglip_kernels.errors import unsupported
 from siglip_kernels.fusable import is_fusable
 from siglip_model.capture import CapturedVision
-from siglip_model.config import SiglipVisionConfig
-from siglip_model.encoder import Encoder, HiddenStates
+from siglip_model.config import PretrainedConfig, SiglipVisionConfig
+from siglip_model.encoder import Encoder, HiddenStates, MaskArguments
 from siglip_model.layers import MLP, UsesBackend, add_pre_norm_mlp, apply_layer_norm, lecun_normal_
 from siglip_model.outputs import BaseModelOutputWithPooling
 from siglip_model.pretrained import PreTrainedModel, finish
@@ -48,7 +50,7 @@ class VisionEmbeddings(UsesBackend, nn.Module):
                 f"SiglipVisionModel: pixel_values are {height} × {width}, {rows * columns} patches; supported: "
                 f"{self.grid**2} patches ({side} × {side}), or interpolate_pos_encoding=True for other sizes"
             )
-        position = self._positions()
+        position = position_table(self.position_embedding)
         if interpolate_pos_encoding and not (rows * columns == len(position) and height == width):
             position = self._interpolated(position, rows, columns)
         pixel_values = pixel_values.to(weight.dtype)
@@ -61,15 +63,17 @@ class VisionEmbeddings(UsesBackend, nn.Module):
         """int64 (1, patches)."""
         return torch.arange(self.num_positions, device=self.position_embedding.weight.device)[None]
 
-    def _positions(self) -> Tensor:
-        embedding = self.position_embedding
-        if is_fusable(embedding, nn.Embedding):
-            return embedding.weight
-        return embedding(self.position_ids)[0]
-
     def _interpolated(self, position: Tensor, rows: int, columns: int) -> Tensor:
         square = position.T.reshape(1, -1, self.grid, self.grid)  # [1, width, grid, grid]
         return F.interpolate(square, (rows, columns), mode="bicubic", align_corners=False).flatten(2).squeeze(0).T
+
+
+def position_table(embedding: nn.Module) -> Tensor:
+    """All position embeddings (positions, width), by calling a module that was replaced, wrapped or hooked."""
+    weight: Any = embedding.weight
+    if is_fusable(embedding, nn.Embedding):
+        return weight
+    return embedding(torch.arange(len(weight), device=weight.device)[None])[0]
 
 
 class PoolingHead(UsesBackend, nn.Module):
@@ -84,21 +88,25 @@ class PoolingHead(UsesBackend, nn.Module):
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        pooled = self._pool(hidden_state)[:, None]  # [B, 1, width], as hooks and wrappers see it in transformers
+    def forward(self, hidden_state: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """hidden_state: (B, S, width). lengths: (B,), how many tokens of each image are valid. Returns (B, width)."""
+        pooled = self._pool(hidden_state, lengths)[:, None]  # [B, 1, width], as hooks see it in transformers
         return add_pre_norm_mlp(self.ops, self.layernorm, self.mlp, pooled)[:, 0]
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def _pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         attention = self.attention
         if not is_fusable(attention, nn.MultiheadAttention):
-            return attention(self.probe.expand(x.shape[0], -1, -1), x, x)[0].squeeze(1)
+            padding: dict[str, Tensor] = {}
+            if lengths is not None:
+                padding["key_padding_mask"] = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+            return attention(self.probe.expand(x.shape[0], -1, -1), x, x, **padding)[0].squeeze(1)
         weight, bias, out_proj = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj
         arguments = (x, self.probe, weight, bias)
         if is_fusable(out_proj, NonDynamicallyQuantizableLinear):
-            return self.ops.attention_pool(*arguments, out_proj.weight, out_proj.bias, attention.num_heads)
+            return self.ops.attention_pool(*arguments, out_proj.weight, out_proj.bias, attention.num_heads, lengths)
         identity = torch.eye(len(self.probe[0, 0]), dtype=weight.dtype, device=weight.device)
         return out_proj(
-            self.ops.attention_pool(*arguments, identity, torch.zeros_like(identity[0]), attention.num_heads)
+            self.ops.attention_pool(*arguments, identity, torch.zeros_like(identity[0]), attention.num_heads, lengths)
         )
 
     def init_weights(self) -> None:
@@ -113,14 +121,15 @@ class PoolingHead(UsesBackend, nn.Module):
 class SiglipVisionModel(UsesBackend, PreTrainedModel):
     """SigLIP's image encoder, with its pooling head unless the configuration says otherwise."""
 
-    config_class = SiglipVisionConfig
+    config_class: ClassVar[type[PretrainedConfig]] = SiglipVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    embeddings_class: ClassVar[type[nn.Module]] = VisionEmbeddings
 
     def __init__(self, config: SiglipVisionConfig, **kwargs: str):
         super().__init__(config, **kwargs)
-        self.embeddings = VisionEmbeddings(config)
+        self.embeddings: Any = self.embeddings_class(config)
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head = PoolingHead(config) if config.vision_use_head else None
@@ -148,9 +157,19 @@ class SiglipVisionModel(UsesBackend, PreTrainedModel):
             got = "is None" if pixel_values is None else f"is {type(pixel_values).__name__}"
             raise unsupported("SiglipVisionModel", "pixel_values", got, "a tensor (batch, channels, height, width)")
         x = self.embeddings(pixel_values, interpolate_pos_encoding)  # [B, S, width]
+        return self._encode_tokens(x, None, output_attentions, output_hidden_states)
+
+    def _encode_tokens(
+        self,
+        x: Tensor,
+        mask: MaskArguments | None,
+        output_attentions: bool | None,
+        output_hidden_states: HiddenStates | None,
+    ) -> BaseModelOutputWithPooling:
+        """The layers and the final LayerNorm. x: (B, S, width). mask: see `EncoderLayer`."""
         encoded = self.encoder(
             x,
-            None,
+            mask,
             self._default(output_hidden_states, "hidden_states"),
             self._default(output_attentions, "attentions"),
         )
@@ -184,6 +203,6 @@ class SiglipVisionModel(UsesBackend, PreTrainedModel):
     def init_weights(self) -> None:
         super().init_weights()
         lecun_normal_(self.embeddings.patch_embedding.weight)
-        nn.init.zeros_(self.embeddings.patch_embedding.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.embeddings.patch_embedding.bias)
         nn.init.normal_(self.embeddings.position_embedding.weight, std=self.config.hidden_size**-0.5)
         self.post_layernorm.reset_parameters()

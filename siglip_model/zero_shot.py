@@ -22,6 +22,7 @@ from siglip_model.image_pipelines import (
     ImagePipeline,
     count,
 )
+from siglip_model.images.model_inputs import Inputs
 from siglip_model.outputs import pooled, unit_length
 from siglip_model.text.padding import as_trained
 from siglip_model.text.prompts import TEMPLATE, fill_template
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
     from siglip_model.pretrained import PreTrainedModel
 
 TASK = "zero-shot-image-classification"
+_OF_ALL = ("timeout", "max_pixels", "token_budget")
 CALL_DEFAULTS = {
-    TASK: {"candidate_labels", "hypothesis_template", "timeout", "tokenizer_kwargs", "top_k", "max_pixels"},
-    ImageClassificationPipeline.task: {"function_to_apply", "timeout", "top_k", "max_pixels"},
-    ImageFeatureExtractionPipeline.task: {"image_processor_kwargs", "pool", "return_tensors", "timeout", "max_pixels"},
+    TASK: {"candidate_labels", "hypothesis_template", "tokenizer_kwargs", "top_k", *_OF_ALL},
+    ImageClassificationPipeline.task: {"function_to_apply", "top_k", *_OF_ALL},
+    ImageFeatureExtractionPipeline.task: {"image_processor_kwargs", "pool", "return_tensors", *_OF_ALL},
 }
 LABELS_AT_ONCE = 128  # bounds the text tower's memory for any number of labels
 
@@ -50,6 +52,7 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
     call.
     max_pixels: limit on the pixels of a file, and on those decoded at one time by all workers of a call (default:
     `images.limits.MAX_PIXELS`). Larger files are refused, larger PIL images are processed alone.
+    token_budget: see `ImagePipeline`.
     """
 
     task = TASK
@@ -72,6 +75,7 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         top_k: int | None = None,
         max_pixels: int | None = None,
+        token_budget: int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -81,6 +85,7 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
             num_workers=num_workers,
             timeout=timeout,
             max_pixels=max_pixels,
+            token_budget=token_budget,
         )
         self.tokenizer = tokenizer
         self.candidate_labels = candidate_labels
@@ -124,8 +129,8 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
         )
         most = self.top_k if top_k is None else count("top_k", top_k, at_least=1)
 
-        def rows_of(pixel_values: torch.Tensor) -> Iterator[list[Prediction] | None]:
-            scores = self.score(pixel_values, label_embeds)
+        def rows_of(inputs: Inputs) -> Iterator[list[Prediction] | None]:
+            scores = self.score(inputs, label_embeds)
             for row, finite in zip(scores.tolist(), are_finite(scores), strict=True):
                 yield rank(row, labels)[:most] if finite else None
 
@@ -153,10 +158,9 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
         return unit_length(torch.cat(embeds))
 
     @torch.no_grad()
-    def score(self, pixel_values: torch.Tensor, label_embeds: torch.Tensor) -> torch.Tensor:
-        """σ(t·⟨image, label⟩ + b) for pixels (images, channels, height, width): float32 (images, labels)."""
-        pixel_values = pixel_values.to(self.device, self.dtype)
-        image_embeds = unit_length(pooled(self.encode_images(pixel_values)))
+    def score(self, inputs: Inputs, label_embeds: torch.Tensor) -> torch.Tensor:
+        """σ(t·⟨image, label⟩ + b) for what `join` returned: float32 (images, labels)."""
+        image_embeds = unit_length(pooled(self.encode_images(**inputs)))
         return torch.sigmoid(self.model.logits_per_text(label_embeds, image_embeds).t().float())
 
 
@@ -201,8 +205,8 @@ def pipeline(
     """A ready pipeline over images, as `transformers.pipeline` builds one.
 
     task: "zero-shot-image-classification" (also None), "image-classification" or "image-feature-extraction".
-    model: a checkpoint folder, a Hub id, or the task's model: SiglipModel, SiglipForImageClassification, and for
-    features SiglipVisionModel, or a SiglipModel, whose vision tower it takes.
+    model: a checkpoint folder, a Hub id, or the task's model: Siglip(2)Model, Siglip(2)ForImageClassification, and for
+    features Siglip(2)VisionModel, or a Siglip(2)Model, whose vision tower it takes.
     tokenizer (for zero-shot only), image_processor (or feature_extractor, its older name), processor: objects, or where
     to load them from; by default from the model's checkpoint. Required with a model that is already loaded.
     config, backend (or attn_implementation), dtype (or torch_dtype), revision, token, cache_dir, local_files_only,
@@ -212,7 +216,7 @@ def pipeline(
     framework: "pt". use_fast: of the tokenizer, without effect. trust_remote_code: ignored; code from a checkpoint is
     never run.
     batch_size, num_workers, and the arguments of the task's call, such as candidate_labels or top_k: defaults of each
-    call. max_pixels: limit on decoded pixels, see ZeroShotImageClassificationPipeline.
+    call. max_pixels: limit on decoded pixels, see ZeroShotImageClassificationPipeline. token_budget: see ImagePipeline.
     Raises ValueError for an unknown task, a missing component or contradictory arguments, TypeError for unknown ones.
     """
     task = TASK if task is None else task
@@ -278,23 +282,21 @@ def pipeline(
 
 
 def _model_class(task: str) -> Any:
-    if task == ImageFeatureExtractionPipeline.task:  # no Auto class loads the tower alone
-        from siglip_model.vision_tower import SiglipVisionModel
+    from siglip_model import auto
 
-        return SiglipVisionModel
-    from siglip_model.auto import AutoModelForImageClassification, AutoModelForZeroShotImageClassification
-
+    if task == ImageFeatureExtractionPipeline.task:
+        return auto.AutoVisionTower
     is_classifier = task == ImageClassificationPipeline.task
-    return AutoModelForImageClassification if is_classifier else AutoModelForZeroShotImageClassification
+    return auto.AutoModelForImageClassification if is_classifier else auto.AutoModelForZeroShotImageClassification
 
 
 def _components(model: Any, given: dict[str, Any], processor: Any, hub: dict[str, Any]) -> dict[str, Any]:
     """Tokenizer and image processor: each as given, else the processor's, else from the model's checkpoint."""
     origin = model if isinstance(model, (str, os.PathLike)) else None
     if isinstance(processor, (str, os.PathLike)):
-        from siglip_model.processor import SiglipProcessor
+        from siglip_model.auto import AutoProcessor
 
-        processor = SiglipProcessor.from_pretrained(processor, **hub)
+        processor = AutoProcessor.from_pretrained(processor, **hub)
     components = {}
     for name, component in given.items():
         if component is None:

@@ -237,7 +237,7 @@ def test_a_default_test_catches_it(forks: PytestForks, fault: str, tmp_path: Pat
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("tests", [ATTENTION_HOPPER, LINEAR])
+@pytest.mark.parametrize("tests", [ATTENTION_HOPPER, SMALL_BATCHES])
 def test_an_unchanged_copy_passes(forks: PytestForks, tests: str, tmp_path: Path) -> None:
     package_with_fault("errors.py", "def unsupported", "def unsupported", tmp_path)
     assert not default_test_that_fails(forks, tmp_path, tests)

@@ -266,6 +266,18 @@ def _model_inputs(shape: shapes.ModelShape, dtype: torch.dtype, device: str, gen
     return Inputs({}, constants, () if isinstance(shape, shapes.TrainShape) else ("pixel_values", "input_ids"))
 
 
+def _naflex_inputs(shape: shapes.NaFlexShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+    """Patches padded to the model's number, as the image processor returns them."""
+    vision = MODELS[shape.model].vision
+    grids = torch.tensor(shape.grids())
+    constants = {
+        "pixel_values": _normal(generator, dtype, device, shape.batch, vision.tokens, 3 * vision.patch**2),
+        "pixel_attention_mask": (torch.arange(vision.tokens) < grids.prod(-1, keepdim=True)).int().to(device),
+        "spatial_shapes": grids.to(device),
+    }
+    return Inputs({}, constants, tuple(constants))
+
+
 def model_config(shape: shapes.ModelShape) -> dict[str, Any]:
     """config.json of the shape's model, for transformers and for this project."""
 
@@ -275,8 +287,11 @@ def model_config(shape: shapes.ModelShape) -> dict[str, Any]:
         return {**sizes, "num_hidden_layers": layers, "num_attention_heads": tower.heads}
 
     model = MODELS[shape.model]
-    vision = {**fields(model.vision), "image_size": model.vision.image, "patch_size": model.vision.patch}
-    return {"model_type": "siglip", "text_config": fields(model.text), "vision_config": vision}
+    vision = {**fields(model.vision), "patch_size": model.vision.patch}
+    naflex = isinstance(shape, shapes.NaFlexShape)
+    vision |= {"num_patches": model.vision.tokens} if naflex else {"image_size": model.vision.image}
+    family = "siglip2" if naflex else "siglip"
+    return {"model_type": family, "text_config": fields(model.text), "vision_config": vision}
 
 
 @functools.lru_cache(maxsize=1)
@@ -285,15 +300,16 @@ def _model_weights(shape: shapes.ModelShape, dtype: torch.dtype, device: str) ->
 
     torch.manual_seed(0)
     with torch.device(device):
-        config = siglip_model.SiglipConfig.from_dict(model_config(shape))
-        return siglip_model.SiglipModel(config, backend="eager").to(dtype).state_dict()
+        config = siglip_model.AutoConfig.for_model(**model_config(shape))
+        return siglip_model.AutoModel.from_config(config, backend="eager", dtype=dtype).state_dict()
 
 
 def model_weights(setting: Setting) -> Mapping[str, Tensor]:
     """Random weights by transformers' names. All contenders share the tensors."""
     shape = setting.shape
     assert isinstance(shape, shapes.ModelShape)
-    return _model_weights(shapes.ModelShape("", shape.model, 1, shape.layers, True), setting.dtype, setting.device)
+    kind = shapes.NaFlexShape if isinstance(shape, shapes.NaFlexShape) else shapes.ModelShape
+    return _model_weights(kind("", shape.model, 1, shape.layers, True), setting.dtype, setting.device)
 
 
 def project_model(setting: Setting, backend: str, dtype: torch.dtype | None = None) -> nn.Module:
@@ -303,7 +319,8 @@ def project_model(setting: Setting, backend: str, dtype: torch.dtype | None = No
     shape = setting.shape
     assert isinstance(shape, shapes.ModelShape)
     with torch.device(setting.device):
-        model = siglip_model.SiglipModel(siglip_model.SiglipConfig.from_dict(model_config(shape)), backend=backend)
+        config = siglip_model.AutoConfig.for_model(**model_config(shape))
+        model: Any = siglip_model.AutoModel.from_config(config, backend=backend)
     model.load_state_dict(model_weights(setting), assign=True)
     whole: nn.Module = model if shape.text else model.vision_model
     return whole.to(dtype or setting.dtype).eval()
@@ -355,6 +372,7 @@ OPERATIONS = {
         Operation("patch_embed", shapes.PatchShape, _patch_inputs, _plain(reference.patch_embed), _TRAINED),
         Operation("sigmoid_loss", shapes.LossShape, _loss_inputs, _plain(reference.sigmoid_loss), ("fwd+bwd", "fwd")),
         Operation("vision_tower", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
+        Operation("naflex_tower", shapes.NaFlexShape, _naflex_inputs, _model_definition, ("fwd",)),
         Operation("siglip", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
         Operation("training_step", shapes.TrainShape, _model_inputs, _model_definition, ("fwd+bwd",)),
     )

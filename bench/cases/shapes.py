@@ -8,6 +8,7 @@ every output written once, no intermediates. Both are for one direction: "fwd", 
 from __future__ import annotations
 
 import dataclasses
+import random
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -44,7 +45,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Model:
-    """A published SigLIP: google/siglip-<name>."""
+    """A published SigLIP: google/siglip-<name>, or SigLIP 2 at native resolution."""
 
     name: str
     vision: Tower
@@ -61,6 +62,7 @@ MODELS = {
     short: _model(name, *sizes)
     for short, name, *sizes in (
         ("base-224", "base-patch16-224", 768, 3072, 12, 12, 16, 224),
+        ("base-naflex", "base-patch16-naflex", 768, 3072, 12, 12, 16, 256),  # images of up to 16 x 16 patches
         ("base-512", "base-patch16-512", 768, 3072, 12, 12, 16, 512),
         ("large-384", "large-patch16-384", 1024, 4096, 24, 16, 16, 384),
         ("so400m-224", "so400m-patch14-224", 1152, 4304, 27, 16, 14, 224),
@@ -356,6 +358,30 @@ class ModelShape(Shape):
 
     def _backward_values(self) -> int:
         return sum(2 * tower.parameters() for tower in self.towers())
+
+
+@dataclass(frozen=True)
+class NaFlexShape(ModelShape):
+    """The vision tower of SigLIP 2 at native resolution, for images of different sizes.
+
+    Both sides of each are drawn from a quarter of the model's grid to all of it, so that patches fill about 39 % of a
+    batch that is padded to the model's number. Padding does not count.
+    """
+
+    def grids(self) -> list[tuple[int, int]]:
+        """Height and width of each image in patches."""
+        tower = MODELS[self.model].vision
+        side = tower.image // tower.patch
+        draw = random.Random(0)
+        return [(draw.randint(side // 4, side), draw.randint(side // 4, side)) for _ in range(self.batch)]
+
+    def _forward_flops(self) -> int:
+        (tower,) = self.towers()
+        return sum(dataclasses.replace(tower, tokens=height * width).flops() for height, width in self.grids())
+
+    def _forward_values(self) -> int:
+        (tower,) = self.towers()
+        return tower.parameters() + sum(height * width for height, width in self.grids()) * 3 * tower.patch**2
 
 
 @dataclass(frozen=True)

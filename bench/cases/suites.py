@@ -18,6 +18,7 @@ from bench.cases.shapes import (
     LossShape,
     MLPShape,
     ModelShape,
+    NaFlexShape,
     NormShape,
     PatchShape,
     PoolShape,
@@ -98,7 +99,7 @@ def _usual(case: Case, device: str, quick: bool) -> bool:
 
 def _possible(operation: Operation) -> tuple[str, ...]:
     """Models have gradients in training_step only; the loss may compute its gradients in the forward."""
-    if operation.name in ("vision_tower", "siglip"):
+    if operation.name in ("vision_tower", "naflex_tower", "siglip"):
         return ("fwd",)
     return ("fwd", "fwd+bwd") if operation.name in ("sigmoid_loss", "training_step") else DIRECTIONS
 
@@ -167,6 +168,11 @@ def _model(model: str, batch: int, text: bool = False, layers: int = 0, quick: b
     return Case("siglip" if text else "vision_tower", ModelShape(name, model, batch, layers, text), quick, cpu)
 
 
+def _naflex(batch: int, layers: int = 0, quick: bool = False, cpu: str = "") -> Case:
+    name = f"base-naflex-b{batch}" + (f"-l{layers}" if layers else "")
+    return Case("naflex_tower", NaFlexShape(name, "base-naflex", batch, layers), quick, cpu)
+
+
 def _train(model: str, batch: int, layers: int = 0, quick: bool = False, cpu: str = "") -> Case:
     name = f"{model}-b{batch}" + (f"-l{layers}" if layers else "")
     return Case("training_step", TrainShape(name, model, batch, layers), quick, cpu)
@@ -221,6 +227,8 @@ SUITES = {
                 _model("so400m-384", 1, layers=1, cpu="quick"),
                 _model("base-224", 1, layers=2, cpu="quick"),
                 *(_model("base-224", batch, layers=2, cpu="quick") for batch in (4, 8, 16)),
+                _naflex(16, layers=2, cpu="quick"),
+                _naflex(64),
                 _model("so400m-384", 128),
                 _model("so400m-384", 32),
                 _model("so400m-384", 8),

@@ -177,7 +177,7 @@ def check_all(
 
 
 # Operations that run all the others.
-_MODELS = ("vision_tower", "siglip", "training_step")
+_MODELS = ("vision_tower", "naflex_tower", "siglip", "training_step")
 
 
 def failures(checked: Iterable[Checked]) -> dict[tuple[str, str], str]:

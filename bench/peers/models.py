@@ -10,22 +10,23 @@ from unittest import mock
 from torch import nn
 
 from bench.cases.operations import Contender, Setting, as_contender, model_config, model_weights, project_model
-from bench.cases.shapes import AttentionShape, ModelShape
+from bench.cases.shapes import AttentionShape, ModelShape, NaFlexShape
 from bench.peers.attention import chosen_backend
 from bench.peers.compiled import MODES, compiled
 from bench.peers.registry import FAMILIES, Unsupported, peer, selecting
 from siglip_kernels import MissingBackendError
 
 _MODELS = ("vision_tower", "siglip", "training_step")
+_WITH_NAFLEX = (*_MODELS, "naflex_tower")
 _HALF = ("fp16", "bf16")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
 def _note(setting: Setting, attention: str) -> str:
     """The backend that SDPA selects for the vision tower."""
-    if attention != "sdpa":
-        return ""
     shape = setting.shape
+    if attention != "sdpa" or isinstance(shape, NaFlexShape):  # masked, or packed
+        return ""
     assert isinstance(shape, ModelShape)
     tower = shape.towers()[0]
     attention_shape = AttentionShape("", shape.batch, tower.tokens, tower.heads, tower.head_dim)
@@ -51,7 +52,7 @@ def _project(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
     return load
 
 
-peer(_MODELS, "triton", package="triton", cuda=True)(_project("triton"))
+peer(_WITH_NAFLEX, "triton", package="triton", cuda=True)(_project("triton"))
 peer(
     _MODELS, "triton:compile", package="triton", cuda=True, slow=True, one_size=True, note="this project, torch.compile"
 )(_project("triton", "compile"))
@@ -96,9 +97,9 @@ peer(_FORWARD, "siglip_model:sdpa:graph", cuda=True, note="this project, without
     _captured("sdpa")
 )
 for _backend in ("sdpa", "eager"):
-    peer(_MODELS, f"siglip_model:{_backend}", note="this project, without its kernels")(_project(_backend))
+    peer(_WITH_NAFLEX, f"siglip_model:{_backend}", note="this project, without its kernels")(_project(_backend))
 peer(
-    _MODELS,
+    _WITH_NAFLEX,
     "siglip_model:flash_attention_2",
     package="flash-attn",
     install="pip install flash-attn --no-build-isolation",
@@ -116,9 +117,9 @@ def transformers_model(setting: Setting, attention: str) -> nn.Module:
     assert isinstance(shape, ModelShape)
     transformers.logging.set_verbosity_error()
     fields = model_config(shape)
-    config = transformers.SiglipConfig(text_config=fields["text_config"], vision_config=fields["vision_config"])
+    config = transformers.AutoConfig.for_model(**fields)
     with torch.device(setting.device):
-        model = transformers.SiglipModel._from_config(config, attn_implementation=attention, dtype=setting.dtype)
+        model = transformers.AutoModel.from_config(config, attn_implementation=attention, dtype=setting.dtype)
     model.load_state_dict(model_weights(setting), assign=True)
     return (model if shape.text else model.vision_model).eval()
 
@@ -136,7 +137,7 @@ for _attention in _ATTENTION:
     _flash = _attention == "flash_attention_2"
     for _mode in ("", *MODES):
         peer(
-            _MODELS,
+            _MODELS if _flash or _mode else _WITH_NAFLEX,  # transformers' Siglip2 has no FlashAttention
             f"transformers:{_attention}" + (f":{_mode}" if _mode else ""),
             package="flash-attn" if _flash else "transformers",
             install="pip install flash-attn --no-build-isolation" if _flash else "pip install 'transformers>=5.17'",

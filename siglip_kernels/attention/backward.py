@@ -354,30 +354,15 @@ def attention_backward_keys_kernel(
             PRECISION,
         )
 
-    # Padded keys were loaded as zeros, and their weights are meaningless: their gradients are set to zero.
-    real = key_is_valid[:, None]
+    k_grad_main, k_grad_tail = k_grad_main * scale, k_grad_tail * scale
+    if HAS_LENGTHS:  # padded keys were loaded as zeros, and their weights are meaningless
+        real = key_is_valid[:, None]
+        k_grad_main, k_grad_tail = tl.where(real, k_grad_main, 0.0), tl.where(real, k_grad_tail, 0.0)
+        v_grad_main, v_grad_tail = tl.where(real, v_grad_main, 0.0), tl.where(real, v_grad_tail, 0.0)
     first = (batch * key_tokens + first_key) * row + head * HEAD_DIM
     key_exists = first_key + keys < key_end  # not as above: a mask kept through the loop takes registers
-    store_tile(
-        k_grad + first,
-        keys * row,
-        key_exists,
-        tl.where(real, k_grad_main * scale, 0.0),
-        tl.where(real, k_grad_tail * scale, 0.0),
-        HEAD_DIM,
-        MAIN,
-        TAIL,
-    )
-    store_tile(
-        v_grad + first,
-        keys * row,
-        key_exists,
-        tl.where(real, v_grad_main, 0.0),
-        tl.where(real, v_grad_tail, 0.0),
-        HEAD_DIM,
-        MAIN,
-        TAIL,
-    )
+    store_tile(k_grad + first, keys * row, key_exists, k_grad_main, k_grad_tail, HEAD_DIM, MAIN, TAIL)
+    store_tile(v_grad + first, keys * row, key_exists, v_grad_main, v_grad_tail, HEAD_DIM, MAIN, TAIL)
 
 
 def gradients_to_write(
@@ -425,7 +410,7 @@ def attention_backward(
     main, tail = config.split_head_dim(head_dim)
     strides = strides_of(q, k, v, out_grad)
     longest = (query_tokens, key_tokens) if sequences is None else sequences.longest
-    sizes = (q.element_size(), head_dim, *longest)
+    sizes = (q.element_size(), head_dim, *longest, sequences is not None)
     same_in_both: dict[str, Any] = dict(
         q=q,
         k=k,

@@ -46,15 +46,26 @@ def length_class(tokens: int) -> int:
 
 
 @functools.cache
-def tile(kernel: str, facts: Facts, element_bytes: int, head_dim: int, query_tokens: int, key_tokens: int) -> Tile:
-    """The tile of `kernel` ("forward", "backward_queries" or "backward_keys") for lengths that are not both short."""
+def tile(
+    kernel: str,
+    facts: Facts,
+    element_bytes: int,
+    head_dim: int,
+    query_tokens: int,
+    key_tokens: int,
+    packed: bool = False,
+) -> Tile:
+    """The tile of `kernel` ("forward", "backward_queries" or "backward_keys") for lengths that are not both short.
+
+    packed: of packed sequences, of which these are the longest.
+    """
     columns = sum(split_head_dim(head_dim))
     shape_class = (kernel, element_bytes, columns, length_class(query_tokens), length_class(key_tokens))
     measured = TUNED.get(facts.name, {}).get(shape_class)
-    return Tile(*measured) if measured else _heuristic(kernel, facts, element_bytes, columns)
+    return Tile(*measured) if measured else _heuristic(kernel, facts, element_bytes, columns, packed)
 
 
-def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> Tile:
+def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int, packed: bool = False) -> Tile:
     """Not measured. Of the tiles without a spill (`python -m bench.compiled.ahead_of_time attention`), those with the
     fewest clocks of the busiest pipe per product, then the fewest issue slots (`python -m bench count attention`).
     """
@@ -87,7 +98,7 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int) -> T
     if narrow and unit != "tcgen05":
         wider = columns <= 64  # with more columns, twice the queries spill
         if unit == "wgmma":
-            return Tile(128 if wider else 64, 128, 8, 2)
+            return Tile(128 if wider and not packed else 64, 128, 8, 2)  # packed, it spills as well
         return Tile(32 if wider and large else 16, 128, 4, 2)
     return Tile(32 if unit == "mma" else 64, 64, 4 if narrow else 8, 2)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import siglip_kernels
-from siglip_kernels.transforms import under_transform
+from siglip_kernels.transforms import can_read_values
 
 
 class KeyPadding(NamedTuple):
@@ -83,13 +83,6 @@ def from_valid_keys(valid: Tensor, mask: Tensor) -> KeyPadding:
 def is_served(padding: Any) -> bool:
     """Whether `attend` with what `read_key_padding` returned gives the library's result."""
     return padding is None or (isinstance(padding, KeyPadding) and not padding.hides_all)
-
-
-def can_read_values(tensor: Tensor) -> bool:
-    """Whether the host may read values: not while they are traced, captured or batched by torch.func.vmap."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) is not Tensor or under_transform():
-        return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def as_given(mask: Any) -> Any:

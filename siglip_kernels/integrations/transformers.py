@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from siglip_kernels.attention import flash_attn_varlen_func
 from siglip_kernels.errors import MissingBackendError, unsupported
 from siglip_kernels.integrations.blocks import LayerNorm
 from siglip_kernels.integrations.key_padding import (
@@ -49,6 +50,7 @@ from siglip_kernels.integrations.verification import verify as compare
 __all__ = ["accelerate", "register", "restore"]
 
 NAME = "siglip_triton"
+PACKING_NAME = "siglip_triton_flash"  # models that pack under FlashAttention look for "flash" in the name
 _VERSIONS = ((4, 50), (6,))
 
 
@@ -121,9 +123,14 @@ def _require_version() -> str:
 def register() -> None:
     """Register attn_implementation="siglip_triton" with transformers, for every model with selectable attention.
 
-    It computes bidirectional attention, with or without a padding mask. Causal attention, sliding windows, soft caps,
-    sinks, biases, dropout and other masks raise an error that names them. For the tower of a vision-language model
-    pass attn_implementation={"vision_config": "siglip_triton"}.
+    It computes bidirectional attention, with or without a padding mask, or over packed sequences (cu_seq_lens_q,
+    cu_seq_lens_k). Causal attention, sliding windows, soft caps, sinks, biases, dropout and other masks raise an error
+    that names them. For the tower of a vision-language model alone pass
+    attn_implementation={"vision_config": "siglip_triton"}.
+
+    Towers such as Qwen2-VL's pack their images for FlashAttention, by its name, and call others once per image. For
+    them the same attention is also registered as "siglip_triton_flash". transformers looks on the Hub for a name like
+    that while it loads a model, so set it afterwards: `tower.config._attn_implementation = "siglip_triton_flash"`.
 
     Raises MissingBackendError for a version of transformers without the mask interface (before 4.53).
     """
@@ -133,8 +140,9 @@ def register() -> None:
     except ImportError as error:
         message = f"register: transformers {transformers.__version__} has no AttentionMaskInterface; 4.53 is the first"
         raise MissingBackendError(message) from error
-    transformers.AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, padding_mask)
+    for name in (NAME, PACKING_NAME):
+        transformers.AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, padding_mask)
 
 
 # Unsupported arguments that change attention's result, under transformers' names.
@@ -151,8 +159,6 @@ _UNSUPPORTED = (
     "block_indices",
     "indices",
     "sinks",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
     "output_attentions",
 )
 
@@ -171,6 +177,8 @@ def attention_forward(
     """transformers' attention interface. query, key, value: (B, H, S, D). Returns (B, S, H, D), and no weights.
 
     attention_mask: what `padding_mask` returned, or a mask that marks valid keys (see `key_padding`).
+    cu_seq_lens_q, cu_seq_lens_k: the boundaries of sequences that are packed into B · S tokens, without a mask;
+    max_length_q, max_length_k: their longest.
     With grouped queries, keys and values are repeated. Raises UnsupportedInputError for what the kernels lack.
     """
     kind = type(module).__name__
@@ -183,14 +191,22 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal and attention_mask is None and query.shape[2] > 1:
         raise unsupported(NAME, "is_causal", f"is True in {kind}", _BIDIRECTIONAL)
-    padding = read_key_padding(getattr(attention_mask, _READ, attention_mask), key.shape[0], key.shape[2])
-    if not (padding is None or isinstance(padding, KeyPadding)):
-        got = f"of {kind} is not a padding mask ({_shown(attention_mask)})"
-        raise unsupported(NAME, "attention_mask", got, "(batch, keys), the same for all queries; use 'sdpa' or 'eager'")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     projected = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    boundaries = [arguments.get(f"cu_seq_lens_{side}") for side in "qk"]
+    if any(one is not None for one in boundaries):
+        if attention_mask is not None:
+            raise unsupported(NAME, "attention_mask", f"is given with cu_seq_lens_q by {kind}", "one of them")
+        longest = [arguments.get(f"max_length_{side}") for side in "qk"]
+        packed = [tensor.flatten(0, 1) for tensor in projected]
+        out = flash_attn_varlen_func(*packed, *boundaries, *longest, softmax_scale=scaling)
+        return out.view(projected[0].shape), None
+    padding = read_key_padding(getattr(attention_mask, _READ, attention_mask), key.shape[0], key.shape[2])
+    if not (padding is None or isinstance(padding, KeyPadding)):
+        got = f"of {kind} is not a padding mask ({_shown(attention_mask)})"
+        raise unsupported(NAME, "attention_mask", got, "(batch, keys), the same for all queries; use 'sdpa' or 'eager'")
     return attend(projected, scaling, padding), None
 
 

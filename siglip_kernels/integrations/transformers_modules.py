@@ -141,7 +141,7 @@ def _is_sdpa_or_eager(config: Any) -> bool:
 
 
 _SOFTMAX_ATTENTIONS = {
-    *(None, "eager", "sdpa", "flex_attention", "siglip_triton"),
+    *(None, "eager", "sdpa", "flex_attention", "siglip_triton", "siglip_triton_flash"),
     *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
 }
 

@@ -93,7 +93,9 @@ def listed(items: Iterable[str], most: int = 5) -> str:
     return ", ".join(shortened(item, 300) for item in items[:most]) + others
 
 
-MODEL_TYPES = ["siglip", "siglip_text_model", "siglip_vision_model"]  # AutoConfig.register appends
+MODEL_TYPES = [  # AutoConfig.register appends
+    f"{family}{part}" for family in ("siglip", "siglip2") for part in ("", "_text_model", "_vision_model")
+]
 
 
 def load_config_dict(path_or_id: str | os.PathLike[str], own_type: str = "", **hub: Any) -> StoredObject:

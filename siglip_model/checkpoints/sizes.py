@@ -32,6 +32,11 @@ _SHOWN: dict[str, dict[str, tuple[str, ...]]] = {
         "head.mlp.fc1.weight": ("intermediate_size", "hidden_size"),
     },
 }
+_NAFLEX_EMBEDDINGS = {
+    "embeddings.patch_embedding.weight": ("hidden_size", "values of a patch (num_channels · patch_size squared)"),
+    "embeddings.position_embedding.weight": ("num_patches", "hidden_size"),
+}
+_FAMILIES = ("siglip", "siglip2")
 _LAYER = re.compile(r"encoder\.layers\.(\d{1,9})\.")
 
 
@@ -39,16 +44,21 @@ def differing_sizes(config: Any, weights: StoredWeights) -> list[str]:
     """Each field of the configuration whose size is not the weights', with both values."""
     found: dict[str, str] = {}
     classifier = weights.tensors.get("classifier.weight")
-    if classifier is not None and classifier.shape and getattr(config, "model_type", "") == "siglip":
+    if classifier is not None and classifier.shape and getattr(config, "model_type", "") in _FAMILIES:
         _compare(found, "", "num_labels", {"num_labels": config.num_labels}, classifier.shape[0])
     for tower, field, part in _towers(config):
         shapes = _shapes(tower, weights)
         configured: dict[str, Any] = dict(vars(part))
-        if tower == "vision":
+        sizes = _SHOWN[tower]
+        if "num_patches" in configured:
+            sizes = sizes | _NAFLEX_EMBEDDINGS
+            values = part.num_channels * part.patch_size**2
+            configured["values of a patch (num_channels · patch_size squared)"] = values
+        elif tower == "vision":
             configured["patches (image_size // patch_size squared)"] = (part.image_size // part.patch_size) ** 2
         if shapes:
             _compare(found, field, "num_hidden_layers", configured, _layers(shapes))
-        for name, fields in _SHOWN[tower].items():
+        for name, fields in sizes.items():
             for size, stored in zip(fields, shapes.get(name, ()), strict=False):
                 _compare(found, field, size, configured, stored)
     return list(found.values())
@@ -91,9 +101,9 @@ def size_in_bytes(operation: str, argument: str, size: int | str, units: Mapping
 def _towers(config: Any) -> list[tuple[str, str, Any]]:
     """(tower, field that holds its configuration or "", its configuration) of every tower."""
     kind = getattr(config, "model_type", "")
-    if kind == "siglip":
+    if kind in _FAMILIES:
         return [(tower, f"{tower}_config", getattr(config, f"{tower}_config")) for tower in _SHOWN]
-    return [(tower, "", config) for tower in _SHOWN if kind == f"siglip_{tower}_model"]
+    return [(tower, "", config) for tower in _SHOWN if kind in {f"{family}_{tower}_model" for family in _FAMILIES}]
 
 
 def _shapes(tower: str, weights: StoredWeights) -> dict[str, tuple[int, ...]]:

@@ -19,10 +19,12 @@ from siglip_model.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    MaxNumPatchesOption,
     MaxPixelsOption,
     ModelOption,
     PlotOption,
     TemplateOption,
+    TokenBudgetOption,
     errors_in_one_line,
     exit_with,
     find_images,
@@ -36,7 +38,7 @@ from siglip_model.images.limits import MAX_PIXELS, PixelBudget
 from siglip_model.text.prompts import TEMPLATE
 
 if TYPE_CHECKING:
-    from siglip_model.cli.plot import PlotRow
+    from siglip_model.plot import PlotRow
     from siglip_model.zero_shot import ZeroShotImageClassificationPipeline
 
 
@@ -104,12 +106,14 @@ def classify(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 16,
+    max_num_patches: MaxNumPatchesOption = None,
+    token_budget: TokenBudgetOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
 ) -> None:
     """Score each image against the labels. Each score is an independent probability: they need not sum to 1."""
     with errors_in_one_line():
-        from siglip_model.cli import plot as plotting
+        from siglip_model import plot as plotting
 
         chosen = split_labels(labels)
         if not chosen:
@@ -117,7 +121,7 @@ def classify(
         if plot is not None and (problem := plotting.plot_problem(plot)):
             raise ValueError(f"--plot {problem}")
         paths = find_images(images)
-        classifier = load_classifier(model, backend, dtype, device)
+        classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget)
         label_embeds = classifier.encode_labels(chosen, template)
         interrupted = False
         with closing(paths), terminal.progress(len(paths), "classify", hidden=as_json) as progress:
@@ -165,7 +169,7 @@ class _ClassifyRun:
         self.thumbnails: dict[int, Any] = {}
 
     def over(self, paths: Iterable[str], batch_size: int, budget: PixelBudget) -> None:
-        from siglip_model.cli.plot import thumbnail
+        from siglip_model.plot import thumbnail
 
         def read(item: tuple[int, str]) -> Any:
             index, path = item
@@ -174,7 +178,9 @@ class _ClassifyRun:
                     self.thumbnails[index] = thumbnail(image)
                 return self.classifier.prepare(image)
 
-        batches = read_batches(enumerate(paths), read, batch_size=batch_size, workers=workers())
+        tokens = self.classifier.token_budget
+        sizes = {"batch_size": batch_size} if tokens is None else tokens.sizes()
+        batches = read_batches(enumerate(paths), read, workers=workers(), **sizes)
         with closing(batches), budget:
             for batch in batches:
                 if isinstance(batch, Failure):
@@ -183,11 +189,9 @@ class _ClassifyRun:
                     self._score(batch)
 
     def _score(self, batch: Batch[tuple[int, str], Any]) -> None:
-        import torch
-
         from siglip_model.zero_shot import rank
 
-        scores = self.classifier.score(torch.cat(batch.values), self.label_embeds)
+        scores = self.classifier.score(self.classifier.join(batch.values), self.label_embeds)
         finite = scores.isfinite().all(dim=-1).tolist()
         for (index, path), row, is_finite in zip(batch.items, scores.tolist(), finite, strict=True):
             if is_finite:
@@ -203,7 +207,7 @@ class _ClassifyRun:
 
     def plot_rows(self) -> list[PlotRow]:
         """The first images that were scored, beside their predictions."""
-        from siglip_model.cli.plot import PlotRow
+        from siglip_model.plot import PlotRow
 
         return [
             PlotRow(self.thumbnails[index], os.path.basename(result["image"]), result["predictions"])

@@ -35,7 +35,7 @@ def demo(
 ) -> None:
     """Try zero-shot classification on eight bundled images."""
     with errors_in_one_line():
-        from siglip_model.cli import plot as plotting
+        from siglip_model import plot as plotting
         from siglip_model.demo.classify import classify_demo_pictures, ten_way_score
 
         if plot is not None and (problem := plotting.plot_problem(plot)):

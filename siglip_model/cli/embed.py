@@ -24,8 +24,10 @@ from siglip_model.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    MaxNumPatchesOption,
     MaxPixelsOption,
     ModelOption,
+    TokenBudgetOption,
     errors_in_one_line,
     exit_with,
     find_images,
@@ -72,6 +74,8 @@ def embed(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     batch_size: BatchSizeOption = 16,
+    max_num_patches: MaxNumPatchesOption = None,
+    token_budget: TokenBudgetOption = None,
     shards: Annotated[
         int | None,
         typer.Option("--shards", metavar="N", min=1, help="Write N files and a manifest, for ranks of torchrun."),
@@ -108,7 +112,7 @@ def embed(
         if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         total = None if ranks > 1 or texts or any(map(holds_several, inputs or [])) else len(images)
-        classifier = load_classifier(model, backend, dtype, device)
+        classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget)
         failures: list[dict[str, str]] = []
         interrupted = False
         with (
@@ -155,6 +159,7 @@ def embed(
                         classifier.image_processor,
                         images,
                         out,
+                        token_budget=token_budget,
                         max_pixels=max_pixels,
                         on_image=on_source,
                         **options,

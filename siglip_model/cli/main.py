@@ -1,7 +1,7 @@
-"""The command `siglip`: zero-shot classification, bulk embedding, search, a demo, and what this machine supports.
+"""The command `siglip`: classification, embedding, search, training, evaluation, a demo, and this machine's support.
 
-Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 130 interrupted, 141 the output
-was closed early, as by `siglip ... | head -1`.
+Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 75 training was stopped by
+SIGTERM and saved, 130 interrupted, 141 the output was closed early, as by `siglip ... | head -1`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from siglip_model.cli import terminal
 from siglip_model.cli.classify import LabelListCommand, classify
 from siglip_model.cli.demo import demo
 from siglip_model.cli.embed import embed
+from siglip_model.cli.evaluate import evaluate
 from siglip_model.cli.info import DISTRIBUTION, info, installed_version
 from siglip_model.cli.options import INTERRUPTED, OUTPUT_CLOSED, USAGE_ERROR
 from siglip_model.cli.search import search
+from siglip_model.cli.train import train
 
 app = typer.Typer(
     name="siglip",
@@ -28,9 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's columns cut the names of options in narrow terminals
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="Score images against labels, embed images, and search them, with SigLIP.",
-    epilog="Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 130 interrupted,"
-    " 141 the output was closed early.",
+    help="Score images against labels, embed and search images, and train, with SigLIP.",
+    epilog="Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 75 training was"
+    " stopped by SIGTERM and saved, 130 interrupted, 141 the output was closed early.",
 )
 
 
@@ -52,6 +54,8 @@ def siglip(
 app.command(cls=LabelListCommand, short_help="Score images against labels.")(classify)
 app.command(short_help="Embed images into one file.")(embed)
 app.command(short_help="Search embedded images by text or image.")(search)
+app.command(short_help="Train on captioned images.")(train)
+app.command(short_help="Measure zero-shot accuracy or retrieval.")(evaluate)
 app.command(short_help="Classify eight bundled images.")(demo)
 app.command(short_help="Show versions, devices and backends.")(info)
 
@@ -68,6 +72,8 @@ def main() -> None:
     warnings.showwarning = lambda message, *details, **more: terminal.say(f"warning: {' '.join(str(message).split())}")
     # Pillow's warning about images of half its own limit; here --max-pixels decides.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit of .* decompression bomb")
+    # torch.distributed.checkpoint's, whatever it is told
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     code: str | int | None = 0
     try:
         code = _run()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 IMAGES_HELP = "Files, folders (searched recursively) or URLs; - reads a list of them from stdin."
 GOOGLE_EXAMPLE = 'siglip classify IMAGE --model google/siglip-so400m-patch14-384 --labels "2 cats" "a plane"'
-SOME_FAILED, USAGE_ERROR, INTERRUPTED, OUTPUT_CLOSED = 1, 2, 130, 141
+SOME_FAILED, USAGE_ERROR, STOPPED, INTERRUPTED, OUTPUT_CLOSED = 1, 2, 75, 130, 141
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 BACKEND_NAMES = ("auto", "eager", "sdpa", "flash_attention_2", "triton")  # `backends` imports PyTorch
 LIST_ON_STDIN = "-"
@@ -62,6 +62,26 @@ DeviceOption = Annotated[
     typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; the first GPU by default, else the CPU."),
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Images per forward pass.")]
+MaxNumPatchesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-num-patches",
+        metavar="N",
+        min=1,
+        help="Patches per image at native resolution; the checkpoint's by default.",
+        show_default=False,
+    ),
+]
+TokenBudgetOption = Annotated[
+    int | None,
+    typer.Option(
+        "--token-budget",
+        metavar="N",
+        min=1,
+        help="Patches per forward pass at native resolution, instead of --batch-size.",
+        show_default=False,
+    ),
+]
 MaxPixelsOption = Annotated[
     int,
     typer.Option(
@@ -122,14 +142,30 @@ def device_named(device: str | None) -> str | int | None:
     return int(device) if device is not None and device.lstrip("-").isdigit() else device
 
 
-def load_classifier(model: str, backend: str, dtype: str, device: str | None) -> ZeroShotImageClassificationPipeline:
+def load_classifier(
+    model: str,
+    backend: str,
+    dtype: str,
+    device: str | None,
+    max_num_patches: int | None = None,
+    token_budget: int | None = None,
+) -> ZeroShotImageClassificationPipeline:
     from siglip_model.zero_shot import TASK, pipeline
 
     if model == str(CHECKPOINT) and not (CHECKPOINT / "config.json").exists():
         raise ValueError(f"the bundled checkpoint is missing ({CHECKPOINT}); choose one with --model")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
-    return pipeline(TASK, model=model, backend=backend, dtype=dtype, device=device_named(device))
+    options: dict[str, Any] = {} if token_budget is None else {"token_budget": token_budget}
+    classifier = pipeline(TASK, model=model, backend=backend, dtype=dtype, device=device_named(device), **options)
+    if max_num_patches is not None:
+        processor = classifier.image_processor
+        if "max_num_patches" not in processor.valid_kwargs.__annotations__:
+            raise ValueError(f"--max-num-patches is given, and {model} has images of one size")
+        classifier.image_processor = type(processor).from_dict(
+            {**processor.to_dict(), "max_num_patches": max_num_patches}
+        )
+    return classifier
 
 
 def workers() -> int:

@@ -75,7 +75,7 @@ def search(
     """
     with errors_in_one_line():
         from siglip_model.cli import sheet
-        from siglip_model.cli.plot import plot_problem
+        from siglip_model.plot import plot_problem
         from siglip_model.retrieval.searcher import Searcher
 
         files, texts = split_words(words)

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from siglip_model.cli.plot import DOTS_PER_INCH, FAINT, INK, fonts, format_score, save, shortened, thumbnail
 from siglip_model.images.files import DOWNLOAD_SECONDS, UnreadableImageError, load_image
+from siglip_model.plot import DOTS_PER_INCH, FAINT, INK, fonts, format_score, save, shortened, thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

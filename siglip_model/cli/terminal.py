@@ -78,7 +78,7 @@ def _bars(predictions: Sequence[dict[str, Any]], width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from siglip_model.cli.plot import format_score
+    from siglip_model.plot import format_score
 
     cells = max(8, min(30, width // 3))
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 1))
@@ -100,7 +100,7 @@ def print_found(query: str, hits: Sequence[Any]) -> None:
     """The hits of one query, best first: rank, a bar of the score where there is one, cosine and file."""
     from rich.text import Text
 
-    from siglip_model.cli.plot import format_score
+    from siglip_model.plot import format_score
 
     out = console(soft_wrap=True)  # a path stays in one piece
     out.print(Text(printable(query), style="bold"))
@@ -143,10 +143,20 @@ def print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
 def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
     from rich.text import Text
 
-    from siglip_model.cli.plot import format_score
+    from siglip_model.plot import format_score
 
     bar = _bar(entry["score"], cells, "green" if right else "blue")
     return Text(f"{entry['label']}\n", "bold" if right else "") + bar + Text(f" {format_score(entry['score'])}")
+
+
+def print_scores(scores: Mapping[str, Any]) -> None:
+    """Prints the result of `evaluate_on`: counts, and fractions in percent."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in scores.items():
+        table.add_row(name.replace("_", " "), f"{value:.1%}" if isinstance(value, float) else str(value))
+    console().print(table)
 
 
 def print_machine(facts: Mapping[str, Mapping[str, str | None]]) -> None:

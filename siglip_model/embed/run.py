@@ -21,9 +21,12 @@ from siglip_model.embed.profile import Profile, ProfileReport
 from siglip_model.embed.shards import ShardedJournal, Shards, open_shards
 from siglip_model.embed.sources import Source, image_sources, pyarrow_parquet, text_sources
 from siglip_model.fit import check_pixels
+from siglip_model.image_pipelines import TokenBudget
+from siglip_model.images import model_inputs
 from siglip_model.images.batches import Batch, Failure, read_batches
 from siglip_model.images.files import DOWNLOAD_SECONDS, describe_failure, open_image
 from siglip_model.images.limits import PixelBudget
+from siglip_model.images.model_inputs import Inputs
 from siglip_model.outputs import pooled, unit_length
 from siglip_model.text.padding import as_trained
 
@@ -80,6 +83,7 @@ def embed_images(
     normalize: bool = True,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
+    token_budget: int | None = None,
     num_workers: int = 2,
     max_pixels: int | None = None,
     overwrite: bool = False,
@@ -93,8 +97,9 @@ def embed_images(
     """Writes the embeddings of all images to `out`, a .safetensors or .parquet file that `load_embeddings` reads.
 
     inputs: images, folders (searched recursively), URLs, WebDataset shards (.tar) and .parquet files, or an ImageList.
-    column: of parquet files, as for `sources.image_sources`. normalize: scale rows to unit length;
-    otherwise rows are the pooled output. dtype: storage dtype, float32, float16 or bfloat16. num_workers: threads
+    column: of parquet files, as for `sources.image_sources`. normalize: scale rows to unit length; otherwise rows are
+    the pooled output. dtype: storage dtype, float32, float16 or bfloat16. token_budget: at native resolution, patches
+    per forward pass: it takes as many images as fit, instead of batch_size. num_workers: threads
     that open images ahead of the model. max_pixels: limit on the pixels of an image, and on those that all threads
     decode at one time (default: `images.limits.MAX_PIXELS`).
     Images that `out`, or the journal of an interrupted run, already holds are skipped unless their file has changed;
@@ -113,21 +118,24 @@ def embed_images(
     """
     if not model.config.vision_config.vision_use_head:  # checked before the journal is created
         raise ValueError("embed_images: the model has no pooling head (vision_use_head is false), so no embedding")
+    sizes: dict[str, Any] = {"batch_size": batch_size}
+    if token_budget is not None:
+        sizes = TokenBudget(image_processor, token_budget).sizes()
     budget = PixelBudget(max_pixels)
     encode_images = CapturesRepeats(model)
     settings = {"content": "images", "image_processor": settings_of(image_processor)}
 
-    def read(source: Source) -> torch.Tensor:
+    def read(source: Source) -> Inputs:
         with open_image(content_of(source), DOWNLOAD_SECONDS, budget) as image:
-            pixel_values = image_processor(images=[image], return_tensors="pt")["pixel_values"]
-        check_pixels(model.config, image_processor, pixel_values)
-        return pixel_values
+            prepared = model_inputs.prepare(image_processor, image)
+        check_pixels(model.config, image_processor, prepared["pixel_values"])
+        return prepared
 
-    def to_device(pixel_values: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(pixel_values).to(model.device, model.dtype)
+    def to_device(images: list[Inputs]) -> Inputs:
+        return model_inputs.to_model(model_inputs.join(images), model.device, model.dtype)
 
-    def encode(pixel_values: torch.Tensor) -> torch.Tensor:
-        return pooled(encode_images(pixel_values))
+    def encode(inputs: Inputs) -> torch.Tensor:
+        return pooled(encode_images(**inputs))
 
     place = open_shards(out, shards, rank, world_size)
     with budget:
@@ -141,7 +149,7 @@ def embed_images(
             {**settings, **common_settings(model, normalize, dtype, model_name)},
             normalize=normalize,
             dtype=dtype,
-            batch_size=batch_size,
+            sizes=sizes,
             num_workers=num_workers,
             overwrite=overwrite,
             on_source=on_image,
@@ -198,7 +206,7 @@ def embed_texts(
         {**settings, **common_settings(model, normalize, dtype, model_name)},
         normalize=normalize,
         dtype=dtype,
-        batch_size=batch_size,
+        sizes={"batch_size": batch_size},
         num_workers=num_workers,
         overwrite=overwrite,
         on_source=on_text,
@@ -238,7 +246,7 @@ def run_embedding(
     *,
     normalize: bool,
     dtype: torch.dtype,
-    batch_size: int,
+    sizes: Mapping[str, Any],
     num_workers: int,
     overwrite: bool,
     on_source: Callable[[str, str, str], None] | None,
@@ -247,9 +255,10 @@ def run_embedding(
     """Embeds what the sources hold and `out` does not.
 
     read: a source, in threads. to_device: what was read of several, as the inputs of `encode`, which makes rows.
+    sizes: of the batches, arguments of `read_batches`.
     """
-    if batch_size < 1:
-        raise ValueError(f"embed: batch_size is {batch_size}; supported: a whole number from 1")
+    if sizes["batch_size"] < 1:
+        raise ValueError(f"embed: batch_size is {sizes['batch_size']}; supported: a whole number from 1")
     model.eval()
     journal: EmbeddingJournal | ShardedJournal
     if isinstance(out, Shards):
@@ -262,7 +271,7 @@ def run_embedding(
         on_source = on_source or (lambda name, outcome, error: None)
         run = _Run(journal, place, to_device, encode, normalize, dtype, on_source, stages)
         try:
-            run.over(sources, read, batch_size, num_workers)
+            run.over(sources, read, sizes, num_workers)
             return run.finish(complete=True)
         except KeyboardInterrupt:
             raise EmbeddingInterrupted(run.finish(complete=False)) from None
@@ -303,9 +312,12 @@ class _Run:
         self.started = self.committed = time.monotonic()
         self.in_flight: set[str] = set()  # read but not yet in the journal, so that a repeated source is skipped
 
-    def over(self, sources: Iterable[Source], read: Callable[[Source], Any], batch_size: int, workers: int) -> None:
+    def over(
+        self, sources: Iterable[Source], read: Callable[[Source], Any], sizes: Mapping[str, Any], workers: int
+    ) -> None:
+        """sizes: of the batches, arguments of `read_batches`."""
         read = self.profile.in_threads(read)
-        batches = read_batches(self._todo(sources), read, batch_size=batch_size, workers=workers)
+        batches = read_batches(self._todo(sources), read, workers=workers, **sizes)
         with closing(batches):
             while True:
                 with self.profile.stage("batch"):

@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from siglip_model.checkpoints.files import split_hub_arguments
+from siglip_model.checkpoints.arguments import supported_arguments
+from siglip_model.checkpoints.files import StoredObject, split_hub_arguments
 from siglip_model.checkpoints.registered import Registry
+from siglip_model.images.naflex import Siglip2ImageProcessor, Siglip2ImageProcessorPil
 from siglip_model.images.pillow import SiglipImageProcessorPil
+from siglip_model.images.processor import ImageProcessor, kind_of, read_settings
 from siglip_model.images.tensor import SiglipImageProcessor
 
-_CLASSES = {cls.backend: cls for cls in (SiglipImageProcessor, SiglipImageProcessorPil)}
+_CLASSES: dict[str, type[ImageProcessor]] = {
+    cls.backend: cls for cls in (SiglipImageProcessor, SiglipImageProcessorPil)
+}
+_NAFLEX: dict[str, type[ImageProcessor]] = {
+    cls.backend: cls for cls in (Siglip2ImageProcessor, Siglip2ImageProcessorPil)
+}
 
 
 class AutoImageProcessor(Registry):
-    """`AutoImageProcessor.from_pretrained(...)` returns a SiglipImageProcessor, or a SiglipImageProcessorPil."""
+    """`AutoImageProcessor.from_pretrained(...)` returns a Siglip(2)ImageProcessor, or a Siglip(2)ImageProcessorPil."""
 
     @classmethod
     def from_pretrained(
@@ -27,8 +35,8 @@ class AutoImageProcessor(Registry):
     ) -> Any:
         """The image processor of a directory or Hub repository.
 
-        backend: "torchvision" for SiglipImageProcessor, the default whichever class the file names, as in transformers
-            5; "pil" for SiglipImageProcessorPil. use_fast: True and False, transformers 4's names for them.
+        backend: "torchvision" for the class that computes with PyTorch, the default whichever the file names, as in
+            transformers 5; "pil" for the one with Pillow. use_fast: True and False, transformers 4's names for them.
         Other arguments and errors as for `ImageProcessor.from_pretrained`; ValueError if both contradict.
         """
         if own := cls.registered_for(pretrained_model_name_or_path, split_hub_arguments(arguments)[0]):
@@ -39,7 +47,25 @@ class AutoImageProcessor(Registry):
         backend = backend or older or SiglipImageProcessor.backend
         if backend not in _CLASSES:
             raise ValueError(f"backend is {backend!r}; supported: {', '.join(map(repr, _CLASSES))}, None")
-        return _CLASSES[backend].from_pretrained(pretrained_model_name_or_path, **arguments)
+        hub, given = split_hub_arguments(supported_arguments("AutoImageProcessor", arguments))
+        settings = _read(pretrained_model_name_or_path, hub)
+        return _class_for(settings, backend)._from_settings(settings, given)
+
+    @classmethod
+    def kinds(cls, pretrained_model_name_or_path: str | os.PathLike[str], **hub: Any) -> tuple[str, ...]:
+        """The names of the class that the files of a directory or Hub repository ask for: its `kinds`."""
+        if own := cls.registered_for(pretrained_model_name_or_path, hub):
+            return getattr(own, "kinds", ())
+        settings = _read(pretrained_model_name_or_path, hub)
+        return _class_for(settings, SiglipImageProcessor.backend).kinds
+
+
+def _read(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> StoredObject:
+    return read_settings(path_or_id, hub, (*SiglipImageProcessor.kinds, *Siglip2ImageProcessor.kinds))
+
+
+def _class_for(settings: StoredObject, backend: str) -> type[ImageProcessor]:
+    return (_NAFLEX if kind_of(settings) in Siglip2ImageProcessor.kinds else _CLASSES)[backend]
 
 
 def _backend_of(use_fast: Any) -> str:

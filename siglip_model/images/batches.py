@@ -29,29 +29,44 @@ class Failure(Generic[Item]):
 
 
 def read_batches(
-    items: Iterable[Item], read: Callable[[Item], Value], *, batch_size: int, workers: int
+    items: Iterable[Item],
+    read: Callable[[Item], Value],
+    *,
+    batch_size: int,
+    workers: int,
+    cost: Callable[[Value], int] | None = None,
+    ahead: int | None = None,
 ) -> Generator[Batch[Item, Value] | Failure[Item], None, None]:
     """Reads each item and yields the values in batches of `batch_size`; only the last batch may be smaller.
 
+    cost: of a value. Consecutive values are then a batch as long as they cost at most `batch_size` together; one value
+    may cost more. ahead: about how many values are read ahead, by default twice `batch_size`.
     An item for which `read` raises an Exception is left out of its batch and yielded as a Failure at once. Memory
     holds a bounded number of values, independent of the number of items. Close the generator to stop its threads early.
     """
     batch: Batch[Item, Value] = Batch([], [])
-    ahead = read_ahead(items, read, workers=workers, window=2 * batch_size + workers)
+    spent = 0
+    window = (2 * batch_size if ahead is None else ahead) + workers
+    results = read_ahead(items, read, workers=workers, window=window)
     try:
-        for item, value, error in ahead:
+        for item, value, error in results:
             if error is not None:
                 yield Failure(item, error)
                 continue
-            batch.items.append(item)
-            batch.values.append(value)  # type: ignore[arg-type]  # there is a value wherever there is no error
-            if len(batch.items) == batch_size:
+            price = 1 if cost is None else cost(value)  # type: ignore[arg-type]  # a value wherever there is no error
+            if batch.items and spent + price > batch_size:
                 yield batch
-                batch = Batch([], [])
+                batch, spent = Batch([], []), 0
+            batch.items.append(item)
+            batch.values.append(value)  # type: ignore[arg-type]
+            spent += price
+            if spent >= batch_size:
+                yield batch
+                batch, spent = Batch([], []), 0
         if batch.items:
             yield batch
     finally:
-        ahead.close()
+        results.close()
 
 
 def read_ahead(

@@ -78,6 +78,12 @@ def load_image(
         return _load(image, timeout, PixelBudget(max_pixels), held)
 
 
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """`load_image` of a file's content. name: what UnreadableImageError names."""
+    with ExitStack() as held:
+        return _load(EncodedImage(name, content), None, PixelBudget(), held)
+
+
 @contextmanager
 def open_image(
     image: str | os.PathLike[str] | Image.Image | EncodedImage, timeout: float | None, budget: PixelBudget

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
@@ -59,19 +59,23 @@ class ImageOptions:
 
     do_convert_rgb: bool
     do_resize: bool
-    size: dict[str, int]
     resample: int
-    do_center_crop: bool
-    crop_size: dict[str, int] | None
     do_rescale: bool
     rescale_factor: float
     do_normalize: bool
     image_mean: Any
     image_std: Any
-    do_pad: bool
-    pad_size: dict[str, int] | None
     input_data_format: str | None
     disable_grouping: bool
+    # Of SigLIP's processors.
+    size: dict[str, int] = field(default_factory=dict)
+    do_center_crop: bool = False
+    crop_size: dict[str, int] | None = None
+    do_pad: bool = False
+    pad_size: dict[str, int] | None = None
+    # Of SigLIP 2's.
+    patch_size: int = 0
+    max_num_patches: int = 0
 
 
 def is_number(value: Any) -> bool:

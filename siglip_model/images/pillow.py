@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from siglip_model.images.inputs import channels_last, check_alpha_range, to_8_bit_image
-from siglip_model.images.options import ImageOptions, SiglipImageProcessorKwargs, output_size, padded_size, per_channel
+from siglip_model.images.options import ImageOptions, padded_size, per_channel
 from siglip_model.images.processor import ImageProcessor
 
 if TYPE_CHECKING:
@@ -24,13 +24,10 @@ class SiglipImageProcessorPil(ImageProcessor):
     """
 
     backend: ClassVar[str] = "pil"
-    valid_kwargs: ClassVar[type] = SiglipImageProcessorKwargs
 
     def _process(self, images: list[Any], options: ImageOptions, device: Any) -> list[np.ndarray]:
         if device is not None and torch.device(device).type != "cpu":
-            raise ValueError(
-                f"device is {device!r}: SiglipImageProcessorPil works on the CPU; use SiglipImageProcessor"
-            )
+            raise ValueError(f"device is {device!r}: {type(self).__name__} works on the CPU; use {self.kinds[0]}")
         processed = [self._process_one(image, options) for image in images]
         if not options.do_pad:
             return processed
@@ -42,9 +39,12 @@ class SiglipImageProcessorPil(ImageProcessor):
     def _process_one(self, image: Any, options: ImageOptions) -> np.ndarray:
         if isinstance(image, (np.ndarray, torch.Tensor)):
             array = _to_channels_first(image, options)
-            array = _resize_array(array, options) if options.do_resize else array
+            size = self._size_of(array.shape[1:], options) if options.do_resize else None
+            array = array if size is None else _resize_array(array, size, options.resample)
         else:
-            array = _resized_to_array(to_8_bit_image(image, options.do_convert_rgb), options)
+            image = to_8_bit_image(image, options.do_convert_rgb)
+            size = self._size_of(image.size[::-1], options) if options.do_resize else None
+            array = _to_array(image, size, options.resample)
         if options.crop_size is not None and options.do_center_crop:
             array = _center_crop(array, options.crop_size)
         return _scale_by_table(array, options) if array.dtype == np.uint8 else _scale(array, options)
@@ -69,22 +69,20 @@ def _to_channels_first(image: np.ndarray | torch.Tensor, options: ImageOptions) 
     return (np.round(composite) if white == 255 else composite).astype(image.dtype)
 
 
-def _resized_to_array(image: Image.Image, options: ImageOptions) -> np.ndarray:
-    """An 8-bit image as (channels, height, width), resized with `do_resize`."""
-    direct = options.do_resize and image.mode in ("L", "RGB")
-    if direct:  # the same numbers as through an array, without copies of a whole image that may be large
-        height, width = output_size(image.size[::-1], options.size)
-        image = image.resize((width, height), resample=options.resample)
+def _to_array(image: Image.Image, size: tuple[int, int] | None, resample: int) -> np.ndarray:
+    """An 8-bit image as (channels, height, width), resized to `size` (height, width) unless it is None."""
+    if size is not None and image.mode in ("L", "RGB"):
+        # The same numbers as through an array, without copies of a whole image that may be large.
+        image, size = image.resize(size[::-1], resample=resample), None
     array = np.array(image)
     array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-    return _resize_array(array, options) if options.do_resize and not direct else array
+    return array if size is None else _resize_array(array, size, resample)
 
 
-def _resize_array(image: np.ndarray, options: ImageOptions) -> np.ndarray:
-    """(channels, height, width) to the size of the options, through an 8-bit Pillow image."""
+def _resize_array(image: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+    """(channels, height, width) to `size` (height, width), through an 8-bit Pillow image."""
     from PIL import Image
 
-    height, width = output_size(image.shape[1:], options.size)
     image = np.moveaxis(image, 0, -1)
     if image.shape[-1] > 4:
         raise ValueError(f"images: got {image.shape[-1]} channels to resize with Pillow; supported: 1 to 4")
@@ -92,7 +90,7 @@ def _resize_array(image: np.ndarray, options: ImageOptions) -> np.ndarray:
     to_unit_range = _needs_scaling(image)
     if to_unit_range:
         image = (image.astype(np.float64) * 255).astype(np.float32)
-    resized = np.array(Image.fromarray(image.astype(np.uint8)).resize((width, height), resample=options.resample))
+    resized = np.array(Image.fromarray(image.astype(np.uint8)).resize(size[::-1], resample=resample))
     resized = resized[None] if resized.ndim == 2 else np.moveaxis(resized, -1, 0)
     return (resized.astype(np.float64) * (1 / 255)).astype(np.float32) if to_unit_range else resized
 

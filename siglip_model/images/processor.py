@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -32,6 +32,7 @@ from siglip_model.images.options import (
     ImageOptions,
     SiglipImageProcessorKwargs,
     is_number,
+    output_size,
     to_exact_size,
     to_resample,
     to_size,
@@ -39,10 +40,6 @@ from siglip_model.images.options import (
 
 PROCESSOR_NAME = "processor_config.json"
 LARGEST = 1e9  # of factors, means and deviations, and the inverse of the least: pixel values remain finite in float32
-_KINDS = ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil")
-_OPTIONS = tuple(SiglipImageProcessorKwargs.__annotations__)
-# Of a machine and of a caller: neither written to files nor read from them.
-_STORED = tuple(name for name in _OPTIONS if name not in ("device", "return_tensors"))
 _FLAGS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "default_to_square",
           "disable_grouping")  # fmt: skip
 _STEPS = ("do_resize", "do_rescale", "do_normalize")  # None is kept, as in transformers: the step is left out
@@ -66,7 +63,9 @@ class ImageProcessor:
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
     file_name: ClassVar[str] = "preprocessor_config.json"
-    valid_kwargs: ClassVar[type]
+    valid_kwargs: ClassVar[type] = SiglipImageProcessorKwargs
+    # The names in files that ask for this class, or its twin with the other backend. The first is written.
+    kinds: ClassVar[tuple[str, ...]] = ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil")
     backend: ClassVar[str] = ""  # transformers' name of what computes
     name_or_path: str = ""  # the file that the options were loaded from
 
@@ -92,12 +91,11 @@ class ImageProcessor:
     return_tensors: str | None = None
 
     def __init__(self, **options: Any) -> None:
-        unknown = [name for name in options if name not in _OPTIONS]
+        known = self._options()
+        unknown = [name for name in options if name not in known]
         if unknown:
-            raise TypeError(
-                f"{type(self).__name__}: unknown argument {', '.join(unknown)}; known: {', '.join(_OPTIONS)}"
-            )
-        for name in _OPTIONS:
+            raise TypeError(f"{type(self).__name__}: unknown argument {', '.join(unknown)}; known: {', '.join(known)}")
+        for name in known:
             value = options.get(name)
             if value is None and not (name in options and name in _STEPS):
                 value = copy.deepcopy(getattr(type(self), name))
@@ -109,8 +107,17 @@ class ImageProcessor:
         check_tensor_kind(self.return_tensors)
         self._resolve({})  # reports bad values early
 
+    @classmethod
+    def _options(cls) -> tuple[str, ...]:
+        return tuple(cls.valid_kwargs.__annotations__)
+
+    @classmethod
+    def _stored(cls) -> tuple[str, ...]:
+        """The options in files: those of a machine and of a caller are neither written nor read."""
+        return tuple(name for name in cls._options() if name not in ("device", "return_tensors"))
+
     def __repr__(self) -> str:
-        given = ((name, getattr(self, name)) for name in _OPTIONS)
+        given = ((name, getattr(self, name)) for name in self._options())
         shown_options = (f"{name}={value!r}" for name, value in given if value is not None)
         return f"{type(self).__name__}({', '.join(shown_options)})"
 
@@ -138,8 +145,15 @@ class ImageProcessor:
         device = options.pop("device", self.device)
         resolved = self._resolve(options)
         flat = [to_levels(image, resolved) for image in flatten_images(images)]
-        pixel_values = self._process(flat, resolved, device)
-        return BatchFeature(pixel_values=pixel_values if kind is None else _stack(pixel_values, kind))
+        return self._collect(self._process(flat, resolved, device), resolved, kind)
+
+    def _collect(self, images: list[Any], options: ImageOptions, kind: str | None) -> BatchFeature:
+        """The result of a call. images: (channels, height, width), after all steps."""
+        return BatchFeature(pixel_values=images if kind is None else stack(images, kind))
+
+    def _size_of(self, shape: Sequence[int], options: ImageOptions) -> tuple[int, int]:
+        """The (height, width) that `do_resize` gives an image of `shape` (height, width)."""
+        return output_size(shape, options.size)
 
     # One step each, for arrays or tensors with channels first: (channels, height, width), or a batch of 4 dimensions.
 
@@ -177,22 +191,30 @@ class ImageProcessor:
         raise NotImplementedError
 
     def _resolve(self, overrides: Mapping[str, Any]) -> ImageOptions:
-        settings: dict[str, Any] = {name: getattr(self, name) for name in _STORED}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in self._stored()}
         for name, value in overrides.items():
             if name not in settings:
-                raise TypeError(f"{type(self).__name__}: unknown argument {name}; known: {', '.join(_OPTIONS)}")
+                known = ", ".join(self._options())
+                raise TypeError(f"{type(self).__name__}: unknown argument {name}; known: {known}")
             settings[name] = value
+        return ImageOptions(**self._validated(settings))
+
+    def _validated(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call in the form of ImageOptions. Raises ValueError for bad values."""
         for name in _FLAGS:
+            if name not in settings:
+                continue
             if settings[name] is not None and not isinstance(settings[name], (bool, np.bool_)):
                 raise ValueError(f"{name} is {shown(settings[name])}; supported: True, False")
             settings[name] = bool(settings[name])
-        default_to_square = settings.pop("default_to_square")
+        default_to_square = settings.pop("default_to_square", False)
         if settings["do_resize"]:
-            settings["size"] = to_size(settings["size"], default_to_square)
             settings["resample"] = to_resample(settings["resample"])
-        if settings["do_center_crop"]:
+            if "size" in settings:
+                settings["size"] = to_size(settings["size"], default_to_square)
+        if settings.get("do_center_crop"):
             settings["crop_size"] = to_exact_size("crop_size", settings["crop_size"])
-        if settings["do_pad"] and settings["pad_size"] is not None:
+        if settings.get("do_pad") and settings["pad_size"] is not None:
             settings["pad_size"] = to_exact_size("pad_size", settings["pad_size"])
         if settings.pop("data_format") not in (None, "channels_first"):
             raise ValueError("data_format: supported: 'channels_first', the model's layout")
@@ -222,7 +244,7 @@ class ImageProcessor:
         settings["input_data_format"] = next((name for name in LAYOUTS if layout == name), None)
         if layout is not None and settings["input_data_format"] is None:
             raise ValueError(f"input_data_format is {layout!r}; supported: {', '.join(map(repr, LAYOUTS))}, None")
-        return ImageOptions(**settings)
+        return settings
 
     # ---- files
 
@@ -236,12 +258,12 @@ class ImageProcessor:
         an unknown argument, ValueError for one of transformers whose effect is not supported.
         """
         hub, given = split_hub_arguments(supported_arguments(cls.__name__, arguments))
-        return cls._from_settings(read_settings(pretrained_model_name_or_path, hub), given)
+        return cls._from_settings(read_settings(pretrained_model_name_or_path, hub, cls.kinds), given)
 
     @classmethod
     def _from_settings(cls, settings: StoredObject, given: Mapping[str, Any]) -> Any:
-        given, unused = split_unused(given, _OPTIONS)
-        processor = build_from_file(settings.path, cls, _known(settings), given)
+        given, unused = split_unused(given, cls._options())
+        processor = build_from_file(settings.path, cls, cls._known(settings), given)
         processor.name_or_path = str(settings.path)
         return processor if unused is None else (processor, unused)
 
@@ -252,9 +274,14 @@ class ImageProcessor:
         Names in the dict that are no options are left out, as in a file; see `from_pretrained` for
         return_unused_kwargs.
         """
-        options, unused = split_unused(options, _OPTIONS)
-        processor = cls(**{**_known(image_processor_dict), **options})
+        options, unused = split_unused(options, cls._options())
+        processor = cls(**{**cls._known(image_processor_dict), **options})
         return processor if unused is None else (processor, unused)
+
+    @classmethod
+    def _known(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of a file's settings that are options."""
+        return {name: value for name, value in settings.items() if name in cls._stored()}
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike[str]) -> Self:
@@ -264,20 +291,21 @@ class ImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """The content of preprocessor_config.json, without options that are None by default.
 
-        Both processors write the name SiglipImageProcessor, which every version of transformers loads.
+        Both backends' processors write the first of `kinds`, a name which every version of transformers loads.
         """
-        settings = {name: getattr(self, name) for name in _STORED}
+        settings = {name: getattr(self, name) for name in self._stored()}
         for name in ("rescale_factor", "image_mean", "image_std"):  # may be numpy numbers
             value = settings[name]
             settings[name] = float(value) if is_number(value) else [float(number) for number in value]
         settings["resample"] = int(to_resample(self.resample))
-        settings["default_to_square"] = self.default_to_square or None
+        if "default_to_square" in settings:
+            settings["default_to_square"] = self.default_to_square or None
         settings = {
             name: dict(value) if isinstance(value, Mapping) else value
             for name, value in settings.items()
             if value is not None or name in _STEPS
         }
-        return {**settings, "image_processor_type": "SiglipImageProcessor"}
+        return {**settings, "image_processor_type": self.kinds[0]}
 
     def to_json_string(self) -> str:
         """`to_dict` in JSON."""
@@ -306,8 +334,11 @@ class ImageProcessor:
         return save_and_upload(self.save_pretrained, repo_id, **upload_arguments)
 
 
-def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> StoredObject:
-    """The image processor's settings: nested in processor_config.json (transformers 5), or in their own file."""
+def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any], kinds: Sequence[str]) -> StoredObject:
+    """The image processor's settings: nested in processor_config.json (transformers 5), or in their own file.
+
+    kinds: the supported names of its class. Raises CheckpointError for another.
+    """
     whole = find_json(path_or_id, PROCESSOR_NAME, hub)
     if whole is not None and whole.get("image_processor") is not None:
         if not isinstance(whole["image_processor"], dict):
@@ -321,18 +352,18 @@ def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any]) -> St
                 f"{path_or_id} has neither {ImageProcessor.file_name} nor a {PROCESSOR_NAME} with an image processor"
             )
         settings = alone
-    kind = "image_processor_type" if settings.get("image_processor_type") else "feature_extractor_type"
-    if settings.get(kind) and settings[kind] not in _KINDS:
-        settings.refuse(kind, "SiglipImageProcessor, SiglipImageProcessorFast")
+    if kind_of(settings) not in ("", *kinds):
+        field = "image_processor_type" if settings.get("image_processor_type") else "feature_extractor_type"
+        settings.refuse(field, ", ".join(name for name in kinds if not name.endswith("Pil")))
     return settings
 
 
-def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a file's settings that are options."""
-    return {name: value for name, value in settings.items() if name in _STORED}
+def kind_of(settings: Mapping[str, Any]) -> Any:
+    """The name of the class that settings ask for, or an empty string."""
+    return settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""
 
 
-def _stack(images: list[Any], kind: str) -> torch.Tensor | np.ndarray:
+def stack(images: list[Any], kind: str) -> torch.Tensor | np.ndarray:
     shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
         raise ValueError(

@@ -15,8 +15,6 @@ from siglip_model.images.options import (
     LANCZOS,
     NEAREST,
     ImageOptions,
-    SiglipImageProcessorKwargs,
-    output_size,
     padded_size,
     per_channel,
 )
@@ -37,7 +35,6 @@ class SiglipImageProcessor(ImageProcessor):
     """
 
     backend: ClassVar[str] = "torchvision"
-    valid_kwargs: ClassVar[type] = SiglipImageProcessorKwargs
     _MODES: ClassVar[dict[int, str]] = {
         NEAREST: "nearest-exact",
         LANCZOS: "lanczos",
@@ -49,8 +46,8 @@ class SiglipImageProcessor(ImageProcessor):
         options = super()._resolve(overrides)
         if options.do_resize and options.resample not in self._MODES:
             raise ValueError(
-                f"resample is {options.resample}: SiglipImageProcessor supports {NEAREST} (nearest), {LANCZOS} "
-                f"(lanczos), {BILINEAR} (bilinear) and {BICUBIC} (bicubic); use SiglipImageProcessorPil for other "
+                f"resample is {options.resample}: {type(self).__name__} supports {NEAREST} (nearest), {LANCZOS} "
+                f"(lanczos), {BILINEAR} (bilinear) and {BICUBIC} (bicubic); use {self.kinds[-1]} for other "
                 "filters"
             )
         return options
@@ -80,12 +77,12 @@ class SiglipImageProcessor(ImageProcessor):
         """(channels, height, width) on the device, and the size to resize it to (None without `do_resize`)."""
         if not isinstance(image, (torch.Tensor, np.ndarray)):
             image = to_8_bit_image(image, options.do_convert_rgb)
-            size = output_size((image.height, image.width), options.size) if options.do_resize else None
+            size = self._size_of((image.height, image.width), options) if options.do_resize else None
             on_cpu = device is None or torch.device(device).type == "cpu"
             width = size[1] if size is not None and on_cpu else image.width
             return _pil_to_tensor(image, width, self._MODES.get(options.resample, "")).to(device), size
         tensor = self._array_to_tensor(image, options, device)
-        return tensor, output_size(tensor.shape[1:], options.size) if options.do_resize else None
+        return tensor, self._size_of(tensor.shape[1:], options) if options.do_resize else None
 
     def _array_to_tensor(self, image: Any, options: ImageOptions, device: Any) -> torch.Tensor:
         if isinstance(image, np.ndarray):

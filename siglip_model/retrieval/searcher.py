@@ -112,8 +112,8 @@ class Searcher:
             raise EmbeddingFileError(f"{path} was made with another image processor: {earlier}")
         rows = []
         for image in images:
-            pixel_values = self._classifier.prepare(image).to(self._classifier.device, self._classifier.dtype)
-            rows.append(pooled(self._classifier.encode_images(pixel_values)).float())
+            inputs = self._classifier.join([self._classifier.prepare(image)])
+            rows.append(pooled(self._classifier.encode_images(**inputs)).float())
         return unit_length(torch.cat(rows))
 
     def find(

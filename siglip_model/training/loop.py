@@ -1,313 +1,261 @@
-"""Training with the sigmoid loss (Zhai et al. 2023, arXiv 2303.15343): AdamW, warm-up and cosine, averaged weights.
+"""The training loop, on one process or several.
 
-One process. All randomness of a step is a function of the seed and the step's number, so a run that is interrupted
-resumes with exactly the batches, moments and averages that it would have had.
+All randomness of a step is a function of the seed and the step's number, so a run that is interrupted resumes with
+exactly the batches, moments and averages that it would have had.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-from siglip_model.checkpoints.atomic import sync_directory, sync_file
-from siglip_model.outputs import pooled, unit_length
+from siglip_model.model import SiglipModel
+from siglip_model.training.average import average_weights
+from siglip_model.training.batch import Batch, BatchSource, seed_of
+from siglip_model.training.checkpoints import Checkpoints, TrainingState
+from siglip_model.training.flops import flops_per_pair
+from siglip_model.training.log import RunLog
+from siglip_model.training.objective import Objective, clamp_scale, freeze
+from siglip_model.training.optimizer import learning_rate_factor, make_optimizers, set_learning_rate
+from siglip_model.training.parallel import copy_to_ranks, make_loss, shard, whole_model, without_exchange
+from siglip_model.training.processes import Processes
+from siglip_model.training.settings import TrainingConfig
+from siglip_model.training.skipped import Skipped
 
-if TYPE_CHECKING:
-    from siglip_model.model import SiglipModel
-
-_STATE = "training_state.safetensors"
-_LOG = "training_log.jsonl"
+Evaluate = Callable[[int, SiglipModel], dict[str, Any]]
+"""From the number of steps done and the averaged model, in eval mode, to what the log shall hold. On every rank."""
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How to train. A step is one update of the weights, from `accumulate` batches.
-
-    The loss is computed per batch: accumulated batches share no negatives. Raises ValueError for values out of range.
-    """
+class Trained:
+    """The steps that are done, and the model in eval mode: with averaged weights, on every rank whole."""
 
     steps: int
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    gradient_clip: float = 1.0
-    accumulate: int = 1
-    average_decay: float = 0.998  # of the exponential moving average of the weights; 0 turns it off
-    bfloat16: bool = False  # autocast
-    seed: int = 0
-    log_every: int = 20
-    save_every: int = 200
-
-    def __post_init__(self) -> None:
-        # huggingface_hub's strict dataclasses would do this, but their errors are not ValueErrors.
-        for name in ("steps", "accumulate", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainingConfig: {name} is {getattr(self, name)}; supported: 1 and more")
-        if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"TrainingConfig: warmup_steps is {self.warmup_steps}; supported: 0 to steps={self.steps}")
-        if not self.learning_rate > 0 or not self.gradient_clip > 0:
-            raise ValueError("TrainingConfig: learning_rate and gradient_clip must be positive")
-        if not 0 <= self.average_decay < 1:
-            raise ValueError(f"TrainingConfig: average_decay is {self.average_decay}; supported: 0 up to below 1")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """N texts, and one or more images of each.
-
-    input_ids: int64 (N, length). pixel_values: (V, N, C, H, W), where image [v, n] belongs to text n, or (N, C, H, W)
-    for one view. The text tower runs once for all views. Raises ValueError for shapes that do not match.
-    """
-
-    input_ids: Tensor
-    pixel_values: Tensor
-
-    def __post_init__(self) -> None:
-        views, texts = self.pixel_values.shape[:-3], self.input_ids.shape[0]
-        if len(views) not in (1, 2) or views[-1] != texts:
-            raise ValueError(
-                f"Batch: pixel_values {tuple(self.pixel_values.shape)} for {texts} texts; "
-                "supported: (N, C, H, W) or (V, N, C, H, W)"
-            )
-
-
-BatchSource = Callable[[int, torch.Generator], Batch]
-"""Returns a batch from its number (0, 1, ...) and a generator seeded by that number."""
-
-
-def learning_rate_factor(step: int, config: TrainingConfig) -> float:
-    """What the learning rate is multiplied by at a step, 0 for the first update: linear warm-up, then half a cosine."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def initialise_logits(model: SiglipModel) -> None:
-    """The paper's initial t' = log 10 and b = -10, with which the many negatives do not dominate the first steps."""
-    with torch.no_grad():
-        model.logit_scale.fill_(math.log(10))
-        model.logit_bias.fill_(-10)
-
-
-def make_optimizer(model: SiglipModel, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019). Vectors and scalars (biases, norms, t' and b) are not decayed."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    for group in groups:
-        group["initial_lr"] = config.learning_rate  # a schedule that starts at a later step reads it
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
-
-
-def batch_loss(model: SiglipModel, batch: Batch, bfloat16: bool = False) -> Tensor:
-    """The sigmoid loss, a scalar: the mean over the views. bfloat16: autocast of the towers; the loss stays in fp32."""
-    pixel_values = batch.pixel_values if batch.pixel_values.ndim == 5 else batch.pixel_values[None]
-    views = len(pixel_values)
-    device = batch.input_ids.device.type
-    with torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext():
-        texts = pooled(model.get_text_features(batch.input_ids))
-        images = pooled(model.get_image_features(pixel_values.flatten(0, 1)))
-    # A zero embedding, such as a new head may give, stays zero instead of ending the run with NaN.
-    texts = unit_length(texts.float(), eps=1e-12)  # [N, D]
-    images = unit_length(images.float(), eps=1e-12).unflatten(0, (views, -1))  # [V, N, D]
-    scale, bias = model.logit_scale.exp().squeeze(), model.logit_bias.squeeze()
-    return torch.stack([model.ops.sigmoid_loss(view, texts, scale, bias) for view in images]).mean()
-
-
-def average_weights(model: SiglipModel, decay: float) -> AveragedModel:
-    """An exponential moving average of the model's weights; the decay grows to its value over the first steps.
-
-    Its `module` is a second model, a deep copy in eval mode, with the averages as weights.
-    """
-
-    def update(averages: Any, weights: Any, count: Any) -> None:
-        count = int(count)
-        get_ema_multi_avg_fn(min(decay, count / (9 + count)))(averages, weights, count)
-
-    average = AveragedModel(model, multi_avg_fn=update).eval()
-    average.n_averaged.fill_(1)  # the initial weights are the first of the average; from 0, an update would drop them
-    return average
-
-
-AfterSave = Callable[[int, "SiglipModel", AveragedModel], None]
-"""Called after each save with the number of steps done, the model and its averaged weights."""
+    model: SiglipModel
 
 
 def train(
     model: SiglipModel,
-    batches: BatchSource,
+    source: BatchSource,
     config: TrainingConfig,
     directory: str | Path,
     *,
-    device: str | torch.device = "cpu",
-    show_progress: bool = True,
-    after_save: AfterSave | None = None,
+    processes: Processes | None = None,
+    identity: dict[str, Any] | None = None,
+    evaluate: Evaluate | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     stop_after: int | None = None,
-) -> SiglipModel:
-    """Train `model` in place and return it, in eval mode, with its averaged weights.
+    show_progress: bool = True,
+) -> Trained:
+    """Train `model` in place, on each of the processes alike (by default one, on the CPU).
 
-    directory: holds the state of the run (weights, moments, averages; replaced atomically every `save_every` steps)
-        and a log in JSON lines. A state of an interrupted run with the same configuration is resumed.
-    after_save: called after each save, to measure progress.
-    stop_after: stop after this many steps, as if interrupted; the model then has the last weights, not the averages.
-    Raises ValueError if the directory holds the state of another configuration or model, FloatingPointError when the
-    loss is not finite.
+    directory: of the run: checkpoints/, and a log in JSON lines. The newest checkpoint of the same run is resumed.
+    identity: what makes a run the same, by default the configuration.
+    should_stop: asked after each step; if it holds on one rank, all save and return. stop_after: likewise, a step.
+    A step whose loss or gradient is not finite leaves the weights as they are. Raises FloatingPointError that names the
+    samples after config.max_bad_steps of them in a row, ValueError if the directory holds another run.
     """
+    run = _Run(model, config, processes or Processes(torch.device("cpu")))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    model.to(device).train()
-    optimizer = make_optimizer(model, config)
-    average = average_weights(model, config.average_decay)
-    first = _load_state(directory / _STATE, model, optimizer, average, config)
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, config), last_epoch=first - 1)
-    _forget_after(directory / _LOG, first)
+    checkpoints = Checkpoints(directory / "checkpoints", run.processes, config.keep_checkpoints)
+    identity = config.identity() if identity is None else identity
+    facts = checkpoints.resume(run.state, identity)
+    first, position = 0, None
+    if facts is not None:
+        first, run.bad_steps, positions = facts["step"], facts["bad_steps"], facts["positions"]
+        position = positions[min(run.processes.rank, len(positions) - 1)]
     last = config.steps if stop_after is None else min(config.steps, stop_after)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, disable=not show_progress) as progress, open(directory / _LOG, "a") as log:
-        bar = progress.add_task("training", total=config.steps, completed=first)
-        images, started = 0, time.perf_counter()
-        for step in range(first, last):
-            rate = schedule.get_last_lr()[0]
-            loss_sum = 0.0
-            for micro in range(config.accumulate):
-                number = step * config.accumulate + micro
-                seed = _seed_of_batch(config.seed, number)
-                torch.manual_seed(seed)  # of dropout
-                batch = batches(number, torch.Generator().manual_seed(seed))
-                batch = Batch(batch.input_ids.to(device), batch.pixel_values.to(device))
-                loss = batch_loss(model, batch, config.bfloat16) / config.accumulate
-                loss.backward()
-                loss_sum += loss.item()
-                images += batch.pixel_values.shape[:-3].numel()
-            if not math.isfinite(loss_sum):
-                raise FloatingPointError(f"the loss is {loss_sum} at step {step}; try a lower learning rate")
-            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update_parameters(model)
-            done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                speed = images / (time.perf_counter() - started)
-                entry = {
-                    "step": done,
-                    "loss": loss_sum,
-                    "learning_rate": rate,
-                    "gradient_norm": float(gradient_norm),
-                    "scale": model.logit_scale.exp().item(),
-                    "bias": model.logit_bias.item(),
-                    "images_per_second": speed,
-                }
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
-                progress.update(bar, description=f"loss {loss_sum:.3f}  {speed:.0f} images/s")
-                images, started = 0, time.perf_counter()
-            progress.update(bar, completed=done)
+    writes = run.processes.rank == 0
+    batches = source(first * config.accumulate, position)
+    shown = dict(writes=writes, show_progress=show_progress, tensorboard=config.tensorboard)
+    with RunLog(directory, config.steps, first, **shown) as log:
+        meter = _Meter(run)
+        done = first
+        while done < last:
+            outcome = run.step(done, batches, should_stop())
+            done += 1
+            if outcome.stop:
+                last = done
+            meter.add(outcome)
+            if done % config.log_every == 0 or done == last or outcome.bad:
+                entry = meter.read(done, outcome)
+                log.skip([one for skipped in run.processes.gather(meter.take_skipped()) for one in skipped])
+                log.write({**entry, "skipped": len(log.skipped)})
+                log.show(done, outcome.loss, entry["images_per_second"])
+            if run.bad_in_a_row == config.max_bad_steps:
+                checkpoints.wait()
+                raise FloatingPointError(run.complaint(done, outcome))
             if done % config.save_every == 0 or done == last:
-                _save_state(directory / _STATE, done, model, optimizer, average, config)
-                if after_save is not None:
-                    after_save(done, model, average)
-                    images, started = 0, time.perf_counter()
-    if last == config.steps and config.average_decay > 0:
-        model.load_state_dict(average.module.state_dict())
-    return model.eval()
+                places = run.processes.gather(outcome.position)
+                saved = {"identity": identity, "positions": places, "bad_steps": run.bad_steps}
+                checkpoints.save(done, run.state, saved)
+            due = config.evaluate_every > 0 and done % config.evaluate_every == 0
+            if evaluate is not None and not outcome.stop and (due or done == config.steps):
+                log.write({"step": done, "evaluation": evaluate(done, run.averaged_model())})
+                run.training_mode()
+                log.draw()
+                meter.restart()
+        checkpoints.wait()
+        log.draw()
+    return Trained(done, run.averaged_model())
 
 
-def _seed_of_batch(seed: int, number: int) -> int:
-    """Knuth's multiplier spreads seeds, so that runs with neighbouring seeds share no batches."""
-    return (seed * 2654435761 + number * 40503 + 1) % 2**63
+@dataclass(frozen=True)
+class _Outcome:
+    """Of a step: the global batch's loss, whether the step was left out or one rank wants to stop, and the samples."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    bad: bool
+    stop: bool
+    images: int
+    names: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    position: Any
 
 
-def _forget_after(log: Path, step: int) -> None:
-    """Drop the log lines of steps after the last save, which will be repeated."""
-    if log.exists():
-        lines = log.read_text().splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+class _Run:
+    """The model, its optimizers and its average, as one step changes them."""
+
+    def __init__(self, model: SiglipModel, config: TrainingConfig, processes: Processes) -> None:
+        self.config, self.processes = config, processes
+        model.to(processes.device)
+        self.objective = Objective(
+            model, make_loss(config, processes), autocast=torch.bfloat16 if config.bfloat16 else None
+        )
+        self.training_mode()
+        if config.recompute:
+            model.activation_checkpointing_enable()
+        self.average: AveragedModel | None = None
+        if config.average_decay > 0:
+            self.average = average_weights(self.objective, config.average_decay)
+        if config.parallel == "fsdp":
+            for objective in (self.objective, *([self.average.module] if self.average else [])):
+                shard(objective, config, processes)  # type: ignore[arg-type]
+        self.optimizers: list[Optimizer] = make_optimizers(model, config)
+        self.state = TrainingState(self.objective, self.optimizers, self.average)
+        self.parallel = copy_to_ranks(self.objective, config, processes)
+        if config.compile:
+            self.objective.compile()
+        self.bad_steps = self.bad_in_a_row = 0
+
+    def training_mode(self) -> None:
+        self.objective.train()
+        freeze(self.objective.model, self.config.freeze)
+
+    def averaged_model(self) -> SiglipModel:
+        return whole_model(self.objective if self.average is None else self.average.module)  # type: ignore[arg-type]
+
+    def step(self, step: int, batches: Iterator[Batch], wants_to_stop: bool) -> _Outcome:
+        """One update of the weights, unless the loss or the gradient of one rank is not finite."""
+        config, processes = self.config, self.processes
+        factor = learning_rate_factor(step, config)
+        set_learning_rate(self.optimizers, factor)
+        taken, loss_sum = [], 0.0
+        for micro in range(config.accumulate):
+            number = step * config.accumulate + micro
+            batch = next(batches).to(processes.device)
+            torch.manual_seed(seed_of(config.seed, number) + processes.rank)  # of dropout
+            with without_exchange(self.parallel, last=micro == config.accumulate - 1):
+                loss = self.parallel(batch.input_ids, batch.pixel_values) / config.accumulate
+                loss.backward()
+            loss_sum += loss.item()
+            taken.append(batch)
+        norm = _value(nn.utils.clip_grad_norm_(self.objective.parameters(), config.gradient_clip))
+        fine = math.isfinite(loss_sum) and math.isfinite(norm)
+        loss_sum, fine_ranks, stopping = processes.sum(loss_sum, fine, wants_to_stop)
+        bad = fine_ranks < processes.world
+        if bad:
+            self.bad_steps += 1
+            self.bad_in_a_row += 1
+        else:
+            self.bad_in_a_row = 0
+            for optimizer in self.optimizers:
+                optimizer.step()
+            clamp_scale(self.objective.model, config.max_scale)
+            if self.average is not None:
+                self.average.update_parameters(self.objective)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return _Outcome(
+            loss=loss_sum / processes.world,
+            gradient_norm=norm,
+            learning_rate=config.learning_rate * factor,
+            bad=bad,
+            stop=stopping > 0,
+            images=sum(batch.pixel_values.shape[:-3].numel() for batch in taken),
+            names=tuple(name for batch in taken for name in batch.names),
+            skipped=tuple(one for batch in taken for one in batch.skipped),
+            position=taken[-1].position,
+        )
+
+    def complaint(self, done: int, outcome: _Outcome) -> str:
+        names = [name for names in self.processes.gather(outcome.names) for name in names]
+        samples = f" The last batch holds {', '.join(names)}." if names else ""
+        return (
+            f"loss or gradient were not finite in {self.bad_in_a_row} steps in a row, the last of them step {done}; "
+            f"try a lower learning rate.{samples}"
+        )
 
 
-def _save_state(
-    path: Path,
-    step: int,
-    model: SiglipModel,
-    optimizer: torch.optim.AdamW,
-    average: AveragedModel,
-    config: TrainingConfig,
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    averages = dict(average.module.named_parameters())
-    for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach()
-        tensors[f"average.{name}"] = averages[name].detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    temporary = path.with_name(path.name + ".part")
-    save_file(tensors, temporary, metadata={"step": str(step), "config": json.dumps(_identity(config))})
-    sync_file(temporary)
-    temporary.replace(path)  # atomic: an interruption keeps the previous state
-    sync_directory(path.parent)
+class _Meter:
+    """Speed, and samples left out, since the last line of the log."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+        self.restart()
+        self.skipped: list[Skipped] = []
+        self.peak = run.config.peak_tflops
+        self.flops = flops_per_pair(run.objective.model) if self.peak is not None else 0
+
+    def restart(self) -> None:
+        self.images, self.started = 0, time.perf_counter()
+
+    def add(self, outcome: _Outcome) -> None:
+        self.images += outcome.images
+        self.skipped += outcome.skipped
+
+    def take_skipped(self) -> list[Skipped]:
+        taken, self.skipped = self.skipped, []
+        return taken
+
+    def read(self, done: int, outcome: _Outcome) -> dict[str, Any]:
+        """A line of the log. images_per_second: of all processes."""
+        speed = self.images * self.run.processes.world / (time.perf_counter() - self.started)
+        self.restart()
+        model = self.run.objective.model
+        entry: dict[str, Any] = {
+            "step": done,
+            "loss": _finite(outcome.loss),
+            "learning_rate": outcome.learning_rate,
+            "gradient_norm": _finite(outcome.gradient_norm),
+            "scale": _finite(math.exp(_value(model.logit_scale.detach()))),
+            "bias": _finite(_value(model.logit_bias.detach())),
+            "images_per_second": speed,
+            "bad_steps": self.run.bad_steps,
+        }
+        if self.peak is not None:
+            entry["mfu"] = speed * self.flops / (self.run.processes.world * self.peak * 1e12)
+        return entry
 
 
-def _load_state(
-    path: Path, model: SiglipModel, optimizer: torch.optim.AdamW, average: AveragedModel, config: TrainingConfig
-) -> int:
-    """Restore the saved state, if any, and return the number of completed steps."""
-    if not path.exists():
-        return 0
-    try:
-        state = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not the state of a run: {error}; remove it to start again") from error
-    with state as file:
-        metadata = file.metadata() or {}
-        if not {"step", "config"} <= metadata.keys():
-            raise ValueError(f"{path} is not the state of a run: no step and config; remove it to start again")
-        saved, wanted = json.loads(metadata["config"]), json.loads(json.dumps(_identity(config)))
-        if saved != wanted:
-            differing = [key for key in wanted if saved.get(key) != wanted[key]]
-            changed = ", ".join(f"{key} was {saved.get(key)}, is {wanted[key]}" for key in differing)
-            raise ValueError(f"{path} is the state of another run ({changed}); use another directory or remove it")
-        names = set(file.keys())
-        averages = dict(average.module.named_parameters())
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if f"model.{name}" not in names:
-                    raise ValueError(f"{path} is the state of another model: it has no {name}")
-                stored = file.get_tensor(f"model.{name}")
-                if stored.shape != parameter.shape:
-                    shapes = f"{name} is {tuple(stored.shape)}, not {tuple(parameter.shape)}"
-                    raise ValueError(f"{path} is the state of another model: {shapes}")
-                parameter.copy_(stored)
-                averages[name].copy_(file.get_tensor(f"average.{name}"))
-                moments: dict[str, Any] = {}
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    if f"optimizer.{key}.{name}" in names:
-                        value = file.get_tensor(f"optimizer.{key}.{name}")
-                        moments[key] = value if key == "step" else value.to(parameter.device)
-                if moments:
-                    optimizer.state[parameter] = moments
-        step = int(metadata["step"])
-        average.n_averaged.fill_(1 + step)
-        return step
+def _value(tensor: Tensor) -> float:
+    """The number that a tensor of one element holds; a sharded one is gathered, so every rank must ask."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).item()
 
 
-def _identity(config: TrainingConfig) -> dict[str, Any]:
-    """What must be equal for a run to resume; how often it logs and saves may change."""
-    return {key: value for key, value in asdict(config).items() if key not in ("log_every", "save_every")}
+def _finite(value: float) -> float | None:
+    """None, which JSON has, for NaN and infinity, which it has not."""
+    return value if math.isfinite(value) else None

@@ -1,5 +1,7 @@
 """attn_implementation="siglip_triton" in transformers' models: computed, or an error that names the reason."""
 
+from unittest import mock
+
 import pytest
 import torch
 import transformers
@@ -157,7 +159,7 @@ def test_biases_of_positions_are_refused():
     refused(transformers.T5EncoderModel(config).eval(), inputs()["input_ids"], match="position_bias is given by T5")
 
 
-UNSUPPORTED = ["softcap", "s_aux", "sinks", "indices", "position_bias", "cu_seq_lens_q", "output_attentions"]
+UNSUPPORTED = ["softcap", "s_aux", "sinks", "indices", "position_bias", "output_attentions"]
 
 
 @pytest.mark.parametrize("value", [1, torch.ones(2)], ids=["number", "tensor"])
@@ -170,6 +172,53 @@ def test_what_else_changes_attention_is_refused(argument, value):
     attention_forward(module, q, q, q, None, **{argument: None})
     with pytest.raises(UnsupportedInputError, match=f"{argument} is given by SiglipAttention"):
         attention_forward(module, q, q, q, None, **{argument: value})
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_sequences(batch):
+    from siglip_kernels.integrations.transformers import attention_forward
+
+    module = siglip().vision_model.encoder.layers[0].self_attn
+    q, k, v = (torch.randn(batch, heads, 6, 8) for heads in (4, 2, 2))
+    boundaries = torch.tensor([0, 2, 6, 6 * batch], dtype=torch.int32)
+    lengths = dict(cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=6, max_length_k=torch.tensor(6))
+    out, weights = attention_forward(module, q, k, v, None, scaling=0.3, **lengths)
+    packed = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v)]
+    of = torch.bucketize(torch.arange(6 * batch), boundaries[1:].long(), right=True)
+    mask = of[:, None] == of
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(tensor.transpose(0, 1) for tensor in packed), mask, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(out.flatten(0, 1), expected.transpose(0, 1))
+    assert out.shape == (batch, 6, 4, 8) and weights is None
+    with pytest.raises(UnsupportedInputError, match="attention_mask is given with cu_seq_lens_q by SiglipAttention"):
+        attention_forward(module, q, k, v, torch.ones(batch, 1, 1, 6, dtype=torch.bool), **lengths)
+    with pytest.raises(UnsupportedInputError, match="cu_seqlens_k is NoneType; supported: a tensor"):
+        attention_forward(module, q, k, v, None, cu_seq_lens_q=boundaries)
+
+
+@pytest.mark.parametrize(("name", "packed", "dense"), [(NAME, 0, 4), ("siglip_triton_flash", 1, 0)])
+def test_a_vision_tower_that_packs_its_images(name, packed, dense, monkeypatch):
+    """Under a name with "flash" in it, transformers calls attention once for all images of Qwen2-VL."""
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen
+
+    from siglip_kernels.integrations import transformers as integration
+
+    config = qwen.Qwen2VLVisionConfig(
+        depth=1, embed_dim=32, hidden_size=16, num_heads=2, mlp_ratio=2, patch_size=2, spatial_merge_size=2
+    )
+    tower = qwen.Qwen2VisionTransformerPretrainedModel._from_config(config, attn_implementation="sdpa").eval()
+    randomise(tower)
+    grid = torch.tensor([[1, 4, 6], [1, 2, 2], [2, 4, 4]])
+    pixels = torch.randn(int(grid.prod(1).sum()), 3 * 2 * 2 * 2)
+    expected = tower(pixels, grid_thw=grid)
+    functions = [mock.Mock(wraps=getattr(integration, one)) for one in ("flash_attn_varlen_func", "attend")]
+    monkeypatch.setattr(integration, "flash_attn_varlen_func", functions[0])
+    monkeypatch.setattr(integration, "attend", functions[1])
+    tower.config._attn_implementation = name
+    found = tower(pixels, grid_thw=grid)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state)
+    assert [function.call_count for function in functions] == [packed, dense]
 
 
 def test_grouped_queries():

@@ -28,7 +28,9 @@ from siglip_model.embed.file import EmbeddingFileError, Embeddings
 from siglip_model.embed.run import EmbeddingInterrupted, EmbedSummary
 from siglip_model.images.files import UnreadableImageError
 from siglip_model.outputs import BaseModelOutputWithPooling, SiglipOutput
-from siglip_model.training.loop import Batch, TrainingConfig, make_optimizer
+from siglip_model.training.batch import Batch
+from siglip_model.training.optimizer import make_optimizers
+from siglip_model.training.settings import TrainingConfig
 
 CONFIG = siglip_model.SiglipConfig(
     text_config={**TINY_TEXT, "num_hidden_layers": 1},
@@ -80,7 +82,7 @@ OBJECTS: dict[str, Callable[[Path], Any]] = {
     ),
     "output": lambda _: SiglipOutput(torch.ones(1), vision_model_output=BaseModelOutputWithPooling(torch.ones(2))),
     "loss": lambda _: SigLipLoss(dist_impl="gather", chunk_size=3),
-    "optimizer": lambda _: make_optimizer(model(), TrainingConfig(steps=200)),
+    "optimizer": lambda _: make_optimizers(model(), TrainingConfig(steps=200))[0],
     "training configuration": lambda _: TrainingConfig(steps=200),
     "training batch": lambda _: Batch(**inputs()),
     "averaged weights": lambda _: AveragedModel(model()),

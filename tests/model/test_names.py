@@ -221,6 +221,9 @@ def test_reading_and_updating() -> None:
     ours = config()
     assert ours.get_text_config() is ours.text_config and ours.text_config.get_text_config() is ours.text_config
     assert {"text_config", "vision_config", "initializer_factor", "id2label"} <= set(ours)
+    assert ours.architectures is None and siglip_model.AutoConfig.from_pretrained(CHECKPOINT).architectures == [
+        "SiglipModel"
+    ]
     assert ours.sub_configs == {
         "text_config": siglip_model.SiglipTextConfig,
         "vision_config": siglip_model.SiglipVisionConfig,

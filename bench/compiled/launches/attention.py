@@ -15,7 +15,8 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 def launches() -> Iterator[Launch]:
-    """Training on packed q, k and v: published shapes, then other head dims, fp16, padding, smaller tiles and fp32.
+    """Training on packed q, k and v: published shapes, then other head dims, fp16, padding, smaller tiles,
+    packed sequences and fp32.
 
     Gradients are packed as well, except with padding.
     """
@@ -29,6 +30,11 @@ def launches() -> Iterator[Launch]:
             yield from _training(tokens, head_dim, torch.bfloat16, padded=True)
     for tokens, head_dim in ((32, 64), (32, 72), (32, 128), (16, 72)):
         yield from _training(tokens, head_dim, torch.bfloat16)
+    for head_dim in (64, 72, 80, 96, 128):
+        yield from _training_packed(head_dim, torch.bfloat16)
+        yield from _training_packed(head_dim, torch.float32)
+    yield from _training_packed(88, torch.float16)
+    yield from _training_packed(72, torch.float32, allow_tf32=True)
     for tokens in (729, 16):
         for head_dim in (64, 72, 96, 128):
             yield from _training(tokens, head_dim, torch.float32)
@@ -85,6 +91,25 @@ def _training(
     name = _name(tokens, head_dim, dtype, padded, allow_tf32)
     yield Launch(f"{name} forward", with_tf32(allow_tf32, _forward(tokens, head_dim, dtype, padded)))
     yield Launch(f"{name} backward", with_tf32(allow_tf32, _backward(tokens, head_dim, dtype, padded)))
+
+
+def _training_packed(head_dim: int, dtype: torch.dtype, allow_tf32: bool = False) -> Iterator[Launch]:
+    """Packed sequences, the longest of 1,024 tokens."""
+    name = f"{precision_name(dtype, allow_tf32)} S=1024 D={head_dim} packed"
+
+    def run(backward: bool) -> None:
+        from siglip_kernels.attention.dispatch import launch_packed_backward, launch_packed_forward
+
+        q, k, v = torch.empty(16384, 3, 16, head_dim, device="meta", dtype=dtype).unbind(1)
+        boundaries = (torch.empty(65, device="meta", dtype=torch.int32), None, 1024, 1024)
+        if backward:
+            out, statistics = torch.empty(q.shape, device="meta", dtype=dtype), torch.empty(16, 16384, device="meta")
+            launch_packed_backward(out, q, k, v, out, statistics, *boundaries, None, True, True)
+        else:
+            launch_packed_forward(q, k, v, *boundaries, None, True)
+
+    yield Launch(f"{name} forward", with_tf32(allow_tf32, lambda: run(False)))
+    yield Launch(f"{name} backward", with_tf32(allow_tf32, lambda: run(True)))
 
 
 def _name(tokens: int, head_dim: int, dtype: torch.dtype, padded: bool, allow_tf32: bool = False) -> str:

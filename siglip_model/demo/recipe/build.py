@@ -4,8 +4,6 @@ Fetches and draws the emoji, trains tokenizer and model, measures on the test de
 The same command resumes an interrupted run.
 """
 
-import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +11,6 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from siglip_model.demo.recipe.augmentation import augment
 from siglip_model.demo.recipe.emoji import TEST_DESIGN, TRAINING_DESIGNS, VALIDATION_DESIGN, Emoji, download, load_emoji
@@ -21,7 +18,10 @@ from siglip_model.demo.recipe.evaluate import evaluate, score_logits
 from siglip_model.demo.recipe.model_card import write_card
 from siglip_model.demo.recipe.vocabulary import LENGTH, PROMPTS, write_image_processor, write_tokenizer
 from siglip_model.outputs import pooled, unit_length
-from siglip_model.training.loop import AfterSave, Batch, TrainingConfig, initialise_logits, train
+from siglip_model.training.batch import Batch, generated
+from siglip_model.training.loop import Evaluate, train
+from siglip_model.training.objective import initialise_logits
+from siglip_model.training.settings import TrainingConfig
 
 if TYPE_CHECKING:
     from siglip_model import SiglipModel
@@ -90,21 +90,18 @@ def make_model(vocabulary: int, seed: int) -> "SiglipModel":
     return model
 
 
-def _validation(emoji: Emoji, prompts: Tensor, log: Path) -> AfterSave:
-    """Logs the score of the averaged weights on the validation design. prompts: int64 (names, length)."""
+def _validation(emoji: Emoji, prompts: Tensor) -> Evaluate:
+    """The score of the averaged weights on the validation design. prompts: int64 (names, length)."""
     pictures = emoji.pictures[VALIDATION_DESIGN.name].float() / 255
     pictures = pictures[:, :3] * pictures[:, 3:] + 1 - pictures[:, 3:]  # on white
     pixels = F.interpolate(pictures, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
 
     @torch.no_grad()
-    def measure(step: int, model: "SiglipModel", average: AveragedModel) -> None:
-        averaged: Any = average.module
+    def measure(step: int, averaged: "SiglipModel") -> dict[str, Any]:
         images = [pooled(averaged.get_image_features(part)) for part in pixels.split(256)]
         texts = [pooled(averaged.get_text_features(part)) for part in prompts.split(256)]
         logits = unit_length(torch.cat(images)) @ unit_length(torch.cat(texts)).T
-        score = score_logits(logits, emoji.name_of[VALIDATION_DESIGN.name])
-        with open(log, "a") as file:
-            file.write(json.dumps({"step": step, "time": time.strftime("%H:%M:%S"), **vars(score)}) + "\n")
+        return vars(score_logits(logits, emoji.name_of[VALIDATION_DESIGN.name]))
 
     return measure
 
@@ -146,14 +143,19 @@ def main(
     pictures = sum(len(data.pictures[design.name]) for design in TRAINING_DESIGNS)
     print(f"{len(data.names)} names, {pictures} training images, {parameters:,} parameters")
     config = TrainingConfig(
-        steps=steps, learning_rate=learning_rate, bfloat16=bfloat16, seed=seed, save_every=save_every
+        steps=steps,
+        learning_rate=learning_rate,
+        bfloat16=bfloat16,
+        seed=seed,
+        save_every=save_every,
+        evaluate_every=save_every,
     )
     model.set_backend("eager")  # the fastest in bfloat16 on a CPU with so few tokens
-    batches = EmojiBatches(data, prompts, names_per_batch, views)
-    validation = _validation(data, prompts[0], work / "validation.jsonl")
-    train(model, batches, config, work, after_save=validation, stop_after=stop_after)
-    if stop_after is not None and stop_after < steps:
+    batches = generated(EmojiBatches(data, prompts, names_per_batch, views), seed)
+    trained = train(model, batches, config, work, evaluate=_validation(data, prompts[0]), stop_after=stop_after)
+    if trained.steps < steps:
         return
+    model = trained.model
     model.save_pretrained(out)
     score = evaluate(SiglipModel.from_pretrained(out), SiglipProcessor.from_pretrained(out), emoji)
     score.save(out)

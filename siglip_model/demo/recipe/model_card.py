@@ -111,7 +111,7 @@ def write_card(
         steps=config.steps,
         warmup=config.warmup_steps,
         rate=config.learning_rate,
-        betas=", ".join(str(beta) for beta in config.betas),
+        betas=f"{config.beta1}, {config.beta2}",
         decay=config.weight_decay,
         clip=config.gradient_clip,
         precision="bfloat16 autocast" if config.bfloat16 else "float32",

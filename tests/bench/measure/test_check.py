@@ -82,7 +82,7 @@ def test_other_bits_in_a_second_run_fail():
 def test_a_crash_excludes_the_models_that_would_repeat_it():
     checked = Checked("mlp", {"name": "s1"}, "bf16", False, "triton:hopper", "crashed: did not end", crashed=True)
     assert set(failures([checked])) == {
-        (name, "triton:hopper") for name in ("mlp", "vision_tower", "siglip", "training_step")
+        (name, "triton:hopper") for name in ("mlp", "vision_tower", "naflex_tower", "siglip", "training_step")
     }
     assert set(failures([replace(checked, problem="results is off", crashed=False)])) == {("mlp", "triton:hopper")}
 

@@ -208,7 +208,7 @@ def test_missing_config(checkpoint):
     fails(checkpoint, checkpoint, "has no config.json")
 
 
-@pytest.mark.parametrize("model_type", ["clip", "siglip2", "", None, 3, ["siglip"]])
+@pytest.mark.parametrize("model_type", ["clip", "siglip3", "", None, 3, ["siglip"]])
 def test_foreign_model_type(checkpoint, model_type):
     edit_json(checkpoint / "config.json", lambda config: config.update(model_type=model_type))
     for name in ("SiglipModel", "SiglipVisionModel"):

@@ -9,7 +9,7 @@ import transformers
 from command_line import LABELS, one_line
 
 from siglip_model.cli import classify
-from siglip_model.cli.plot import format_score
+from siglip_model.plot import format_score
 
 
 def test_classify_in_json_equals_transformers(siglip, images, checkpoint):

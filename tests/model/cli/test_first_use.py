@@ -21,7 +21,7 @@ from siglip_model.embed import load_embeddings
 from siglip_model.images.files import DOWNLOAD_SECONDS
 from siglip_model.images.tensor import SiglipImageProcessor
 
-COMMANDS = ("classify", "embed", "search", "demo", "info")
+COMMANDS = ("classify", "embed", "search", "train", "evaluate", "demo", "info")
 
 
 @pytest.mark.parametrize("columns", [52, 60, 100])
@@ -46,7 +46,7 @@ def test_help_fits_narrow_terminals_and_cuts_nothing(capsys, monkeypatch, comman
     [
         ("siglip cl", {"classify"}),
         ("siglip ", set(COMMANDS)),
-        ("siglip embed --max", {"--max-pixels"}),
+        ("siglip embed --max", {"--max-pixels", "--max-num-patches"}),
         ("siglip classify x.png --dtype b", {"bfloat16"}),
         ("siglip demo --backend ", {"auto", *BACKENDS}),
     ],

@@ -8,7 +8,7 @@ from command_line import LABELS
 from PIL import Image
 from tiny_checkpoint import random_image
 
-from siglip_model.cli.plot import ROWS_AT_MOST, PlotRow, format_score, plot_predictions
+from siglip_model.plot import ROWS_AT_MOST, PlotRow, format_score, plot_predictions
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".jpg"])

@@ -10,6 +10,7 @@ from PIL import Image
 
 from siglip_model import SiglipModel, SiglipProcessor, SiglipTokenizer
 from siglip_model.demo import CHECKPOINT, PICTURES, SCORE_FILE
+from siglip_model.demo.recipe import new_labels
 from siglip_model.demo.recipe.augmentation import augment
 from siglip_model.demo.recipe.build import SIZE, EmojiBatches
 from siglip_model.demo.recipe.bundle import NAMES
@@ -29,7 +30,9 @@ from siglip_model.demo.recipe.evaluate import Score, all_logits, score_logits
 from siglip_model.demo.recipe.model_card import write_card
 from siglip_model.demo.recipe.vocabulary import write_tokenizer
 from siglip_model.text.prompts import TEMPLATE
-from siglip_model.training.loop import TrainingConfig
+from siglip_model.training.captions import read_captions
+from siglip_model.training.evaluation.zero_shot import find_classes
+from siglip_model.training.settings import TrainingConfig
 
 
 def write_package(folder: Path, design, icons, *, aliases=None, characters=None, hidden=()) -> None:
@@ -243,3 +246,13 @@ def test_the_shipped_card_is_what_the_recipe_writes(shipped, tmp_path):
     assert (tmp_path / "README.md").read_text() == shipped_card
     score.save(tmp_path)
     assert (tmp_path / SCORE_FILE).read_text() == (CHECKPOINT / SCORE_FILE).read_text()
+
+
+def test_the_data_to_fine_tune_on_has_a_folder_per_new_word(tmp_path):
+    new_labels.main(tmp_path, train=2, test=1)
+    samples, skipped = read_captions(tmp_path / "train")
+    assert skipped == [] and len(samples) == 2 * len(new_labels.WORDS)
+    assert samples[0].captions == ("This is a photo of blim.",)
+    assert sorted(find_classes(tmp_path / "test").values()) == sorted(new_labels.WORDS)
+    image = Image.open(samples[0].image)
+    assert image.size == (64, 64) and image.mode == "RGB"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import siglip_model
 from siglip_kernels.device import interpreting
-from siglip_model.training.loop import initialise_logits
+from siglip_model.training.objective import initialise_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS, BATCH = 32, 4

@@ -1,62 +1,37 @@
-"""Training learns, follows its schedule, and ends an interrupted run where an uninterrupted one ends."""
+"""The training loop on one process: it learns, averages, skips bad steps, and resumes exactly."""
 
 import json
 import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from coloured_squares import coloured_squares, log_of, tiny_model, weights
+from PIL import Image
 
-from siglip_model import SiglipConfig, SiglipModel
-from siglip_model.training.loop import (
-    Batch,
-    TrainingConfig,
-    average_weights,
-    batch_loss,
-    initialise_logits,
-    learning_rate_factor,
-    make_optimizer,
-    train,
-)
+from siglip_model import SiglipModel
+from siglip_model.training.average import average_weights
+from siglip_model.training.batch import Batch, generated
+from siglip_model.training.loop import Trained
+from siglip_model.training.loop import train as train_on
+from siglip_model.training.objective import Objective, clamp_scale, freeze
+from siglip_model.training.optimizer import layer_factor, learning_rate_factor, make_optimizers
+from siglip_model.training.settings import TrainingConfig
 
-COLOURS = torch.rand(12, 3, 1, 1, generator=torch.Generator().manual_seed(1)) * 2 - 1
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def tiny_model(seed: int = 0, **vision: object) -> SiglipModel:
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = SiglipConfig(
-        text_config={**tower, "vocab_size": 20, "max_position_embeddings": 4, "pad_token_id": 1}
-        | {"bos_token_id": 1, "eos_token_id": 1},
-        vision_config={**tower, "image_size": 8, "patch_size": 4, **vision},
-    )
-    torch.manual_seed(seed)
-    model = SiglipModel(config)
-    initialise_logits(model)
-    return model
-
-
-def coloured_squares(number: int, generator: torch.Generator) -> Batch:
-    """Six of twelve colours, each with its own token, in two noisy views."""
-    chosen = torch.randperm(len(COLOURS), generator=generator)[:6]
-    input_ids = torch.ones(6, 4, dtype=torch.int64)
-    input_ids[:, 0] = chosen + 3
-    pixels = COLOURS[chosen].expand(2, 6, 3, 8, 8)
-    return Batch(input_ids, pixels + 0.1 * torch.randn(pixels.shape, generator=generator))
-
-
-def weights(model: SiglipModel) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-
-
-def log_of(directory):
-    return [json.loads(line) for line in (directory / "training_log.jsonl").read_text().splitlines()]
+def train(model, config, directory, make=coloured_squares, **more) -> Trained:
+    return train_on(model, generated(make, config.seed), config, directory, show_progress=False, **more)
 
 
 def test_a_tiny_model_learns_to_name_colours(tmp_path):
-    model = tiny_model()
     config = TrainingConfig(steps=150, learning_rate=5e-3, warmup_steps=10, average_decay=0.9, log_every=10)
-    train(model, coloured_squares, config, tmp_path, show_progress=False)
+    model = train(tiny_model(), config, tmp_path).model
     log = log_of(tmp_path)
     assert log[-1]["step"] == 150
     assert log[-1]["loss"] < log[0]["loss"] / 3
@@ -67,51 +42,81 @@ def test_a_tiny_model_learns_to_name_colours(tmp_path):
     assert logits.argmax(1).tolist() == list(range(6))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_interrupted_run_ends_bitwise_where_an_uninterrupted_one_does(tmp_path, accumulate):
-    config = TrainingConfig(steps=9, warmup_steps=3, accumulate=accumulate, log_every=1, save_every=4)
-    whole = train(tiny_model(), coloured_squares, config, tmp_path / "whole", show_progress=False)
+@pytest.mark.parametrize("more", [{"accumulate": 2}, {"optimizer": "muon", "freeze": "text"}, {"average_decay": 0.0}])
+def test_an_interrupted_run_ends_bitwise_where_an_uninterrupted_one_does(tmp_path, more):
+    config = TrainingConfig(steps=9, warmup_steps=3, log_every=1, save_every=4, **more)
+    whole = train(tiny_model(), config, tmp_path / "whole").model
 
     parts = tmp_path / "parts"
-    train(tiny_model(), coloured_squares, config, parts, show_progress=False, stop_after=5)
+    assert train(tiny_model(), config, parts, stop_after=5).steps == 5
     torch.manual_seed(99)  # what happens in between does not matter, nor does the second model's initialisation
-    resumed = train(tiny_model(seed=7), coloured_squares, config, parts, show_progress=False)
+    resumed = train(tiny_model(seed=7), config, parts).model
 
     assert torch.equal(weights(whole), weights(resumed))
-    without_speed = [
-        [{key: value for key, value in entry.items() if key != "images_per_second"} for entry in log_of(directory)]
-        for directory in (tmp_path / "whole", parts)
-    ]
-    assert without_speed[0] == without_speed[1]
+    assert log_of(tmp_path / "whole") == log_of(parts)
+    assert [path.name for path in sorted((parts / "checkpoints").iterdir())] == ["step-00000008", "step-00000009"]
 
 
-def test_steps_after_the_last_saving_are_done_again_and_logged_once(tmp_path):
-    config = TrainingConfig(steps=6, warmup_steps=1, log_every=1, save_every=4)
-    whole = train(tiny_model(), coloured_squares, config, tmp_path / "whole", show_progress=False)
+KILLED = """
+import os, sys
+sys.path[:0] = ["tests/support"]
+import torch.distributed.checkpoint as dcp
+from coloured_squares import coloured_squares, tiny_model
+from siglip_model.training.batch import generated
+from siglip_model.training.loop import train
+from siglip_model.training.settings import TrainingConfig
 
-    def failing(number, generator):
-        if number == 5:
-            raise KeyboardInterrupt
-        return coloured_squares(number, generator)
+where, folder = sys.argv[1:]
+kill = lambda *_, **__: os.kill(os.getpid(), 9)
 
-    parts = tmp_path / "parts"
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny_model(), failing, config, parts, show_progress=False)
-    assert [entry["step"] for entry in log_of(parts)] == [1, 2, 3, 4, 5]  # 5 is not in the saved state
-    resumed = train(tiny_model(), coloured_squares, config, parts, show_progress=False)
-    assert [entry["step"] for entry in log_of(parts)] == [1, 2, 3, 4, 5, 6]
-    assert torch.equal(weights(whole), weights(resumed))
+def make(number, generator):
+    if where == "step" and number == 8:
+        kill()
+    return coloured_squares(number, generator)
+
+if where != "step":
+    method, saves = getattr(dcp.FileSystemWriter, where), []
+    def counted(*arguments, **more):
+        saves.append(0)
+        return kill() if len(saves) == 2 else method(*arguments, **more)
+    setattr(dcp.FileSystemWriter, where, counted)
+train(tiny_model(), generated(make, 0), TrainingConfig(steps=9, warmup_steps=3, log_every=1, save_every=4), folder)
+"""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return train(tiny_model(), TrainingConfig(steps=9, warmup_steps=3, log_every=1, save_every=4), folder), folder
+
+
+@pytest.mark.parametrize(
+    ("where", "left"),
+    [("step", {4: True}), ("write_data", {4: True, 8: False}), ("finish", {4: True, 8: False})],
+)
+def test_a_run_that_is_killed_resumes_from_its_last_complete_checkpoint(where, left, uninterrupted, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, where, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found = {int(path.name[5:]): (path / ".metadata").exists() for path in (tmp_path / "checkpoints").iterdir()}
+    assert left.items() <= found.items()  # the last one is written while training continues
+    whole, folder = uninterrupted
+    config = TrainingConfig(steps=9, warmup_steps=3, log_every=1, save_every=4)
+    assert torch.equal(weights(train(tiny_model(seed=5), config, tmp_path).model), weights(whole.model))
+    assert log_of(tmp_path) == log_of(folder)
+
+
+def test_a_run_that_should_stop_saves_first(tmp_path):
+    config = TrainingConfig(steps=6, warmup_steps=1, log_every=1)
+    asked = iter([False, False, True])
+    assert train(tiny_model(), config, tmp_path, should_stop=lambda: next(asked)).steps == 3
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    assert train(tiny_model(), config, tmp_path).steps == 6
 
 
 def test_another_seed_gives_other_batches(tmp_path):
     runs = [
-        train(
-            tiny_model(),
-            coloured_squares,
-            TrainingConfig(steps=2, warmup_steps=0, seed=seed),
-            tmp_path / str(seed),
-            show_progress=False,
-        )
+        train(tiny_model(), TrainingConfig(steps=2, warmup_steps=0, seed=seed), tmp_path / str(seed)).model
         for seed in (0, 1)
     ]
     assert not torch.equal(weights(runs[0]), weights(runs[1]))
@@ -129,7 +134,7 @@ def test_learning_rate_rises_linearly_then_falls_as_a_cosine():
 def test_each_step_has_the_learning_rate_of_the_schedule(tmp_path):
     config = TrainingConfig(steps=5, learning_rate=2e-3, warmup_steps=2, log_every=1)
     for stop_after in (3, None):  # resumed in the middle
-        train(tiny_model(), coloured_squares, config, tmp_path, show_progress=False, stop_after=stop_after)
+        train(tiny_model(), config, tmp_path, stop_after=stop_after)
     expected = [2e-3 * learning_rate_factor(step, config) for step in range(5)]
     assert [entry["learning_rate"] for entry in log_of(tmp_path)] == expected
 
@@ -137,34 +142,35 @@ def test_each_step_has_the_learning_rate_of_the_schedule(tmp_path):
 def test_loss_is_the_papers_over_each_view():
     model = tiny_model().double()
     batch = coloured_squares(0, torch.Generator().manual_seed(0))
-    batch = Batch(batch.input_ids, batch.pixel_values.double())
+    pixels = batch.pixel_values.double()
     expected = []
-    for view in batch.pixel_values:
-        images = F.normalize(model.get_image_features(view).pooler_output.float(), dim=-1)
-        texts = F.normalize(model.get_text_features(batch.input_ids).pooler_output.float(), dim=-1)
+    for view in pixels:
+        images = F.normalize(model.get_image_features(view).pooler_output, dim=-1)
+        texts = F.normalize(model.get_text_features(batch.input_ids).pooler_output, dim=-1)
         logits = images @ texts.T * 10 - 10  # t' = log 10, b = -10
         terms = [
             F.softplus(-logits[i, j] if i == j else logits[i, j]) for i in range(len(texts)) for j in range(len(texts))
         ]
         expected.append(sum(terms) / len(texts))
-    torch.testing.assert_close(batch_loss(model, batch).double(), sum(expected).double() / 2, atol=1e-5, rtol=1e-5)
+    loss = Objective(model)(batch.input_ids, pixels)
+    torch.testing.assert_close(loss.double(), sum(expected) / 2, atol=1e-5, rtol=1e-5)
 
 
 def test_one_view_needs_no_dimension_of_its_own():
-    model, batch = tiny_model(), coloured_squares(0, torch.Generator().manual_seed(0))
-    flat, nested = Batch(batch.input_ids, batch.pixel_values[0]), Batch(batch.input_ids, batch.pixel_values[:1])
-    assert torch.equal(batch_loss(model, flat), batch_loss(model, nested))
+    objective, batch = Objective(tiny_model()), coloured_squares(0, torch.Generator().manual_seed(0))
+    flat, nested = (objective(batch.input_ids, pixels) for pixels in (batch.pixel_values[0], batch.pixel_values[:1]))
+    assert torch.equal(flat, nested)
 
 
 def test_bfloat16_is_close_and_keeps_float32_weights(tmp_path):
     model, batch = tiny_model(), coloured_squares(0, torch.Generator().manual_seed(0))
-    exact, rounded = batch_loss(model, batch), batch_loss(model, batch, bfloat16=True)
+    inputs = batch.input_ids, batch.pixel_values
+    exact, rounded = Objective(model)(*inputs), Objective(model, autocast=torch.bfloat16)(*inputs)
     assert rounded.dtype == torch.float32
     assert exact.item() != rounded.item()
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
-    config = TrainingConfig(steps=2, warmup_steps=0, bfloat16=True)
-    train(model, coloured_squares, config, tmp_path, show_progress=False)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    trained = train(model, TrainingConfig(steps=2, warmup_steps=0, bfloat16=True), tmp_path).model
+    assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -173,20 +179,61 @@ def test_the_triton_backend_trains_as_eager_does(bfloat16, tmp_path):
     for backend in ("eager", "triton"):
         model = tiny_model()
         model.set_backend(backend)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        train(model, coloured_squares, config, tmp_path / backend, device=device, show_progress=False)
+        train(model, config, tmp_path / backend)
     logs = [[entry["loss"] for entry in log_of(tmp_path / backend)] for backend in ("eager", "triton")]
     assert logs[1] == pytest.approx(logs[0], rel=0.01 if bfloat16 else 1e-5)
 
 
+def groups_of(model: SiglipModel, config: TrainingConfig) -> dict[str, tuple[str, float, float]]:
+    """Optimizer, weight decay and learning rate of each trained parameter."""
+    found = {
+        id(parameter): (type(optimizer).__name__, group["weight_decay"], group["lr"])
+        for optimizer in make_optimizers(model, config)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return {name: found[id(parameter)] for name, parameter in model.named_parameters() if id(parameter) in found}
+
+
 def test_biases_norms_and_logit_parameters_are_not_decayed():
-    model = tiny_model()
-    optimizer = make_optimizer(model, TrainingConfig(steps=1, warmup_steps=0, weight_decay=0.3))
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]}
-    free = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
-    for name, parameter in model.named_parameters():
+    for name, (_, decay, _) in groups_of(tiny_model(), TrainingConfig(steps=1, warmup_steps=0)).items():
         vector = name.endswith("bias") or "norm" in name or name.startswith("logit")
-        assert id(parameter) in (free if vector else decayed), name
+        assert decay == (0.0 if vector else 0.1), name
+
+
+def test_muon_trains_the_layers_matrices_and_a_frozen_tower_is_in_no_group():
+    model = tiny_model()
+    freeze(model.train(), "vision")
+    assert not model.vision_model.training and model.text_model.training
+    groups = groups_of(model, TrainingConfig(steps=1, warmup_steps=0, optimizer="muon"))
+    assert {name for name, (kind, *_) in groups.items() if kind == "Muon"} == {
+        f"text_model.encoder.layers.0.{part}.weight"
+        for part in ("mlp.fc1", "mlp.fc2", *(f"self_attn.{letter}_proj" for letter in ("q", "k", "v", "out")))
+    }
+    assert not any(name.startswith("vision_model") for name in groups)
+    assert "logit_scale" in groups and "text_model.embeddings.token_embedding.weight" in groups
+
+
+def test_the_learning_rate_decays_by_layer_towards_the_inputs():
+    model = tiny_model(layers=2)
+    for name, factor in {
+        "vision_model.embeddings.patch_embedding.weight": 0.125,
+        "vision_model.encoder.layers.0.mlp.fc1.weight": 0.25,
+        "text_model.encoder.layers.1.mlp.fc1.weight": 0.5,
+        "vision_model.head.probe": 1,
+        "logit_scale": 1,
+    }.items():
+        assert layer_factor(name, model, 0.5) == factor, name
+    groups = groups_of(model, TrainingConfig(steps=1, warmup_steps=0, layer_decay=0.5, learning_rate=1.0))
+    assert groups["vision_model.encoder.layers.0.mlp.fc1.weight"][2] == 0.25
+
+
+def test_the_scale_is_clamped(tmp_path):
+    model = tiny_model()
+    clamp_scale(model, None)
+    assert model.logit_scale.exp().item() == pytest.approx(10)
+    train(model, TrainingConfig(steps=1, warmup_steps=0, max_scale=5.0, average_decay=0.0), tmp_path)
+    assert model.logit_scale.exp().item() == pytest.approx(5)
 
 
 def test_the_average_leaves_the_model_alone():
@@ -215,44 +262,75 @@ def test_the_decay_of_the_average_grows():
     torch.testing.assert_close(weights(average.module), before + 1 - 0.1 * 2 / 11)
 
 
+def with_nan(numbers):
+    def make(number, generator):
+        batch = coloured_squares(number, generator)
+        return Batch(batch.input_ids, batch.pixel_values * (math.nan if number in numbers else 1), batch.names)
+
+    return make
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path):
+    config = TrainingConfig(steps=4, warmup_steps=0, average_decay=0.0, log_every=1, save_every=2)
+    model = train(tiny_model(), config, tmp_path, make=with_nan({1, 3})).model
+    assert all(math.isfinite(value) for value in weights(model).tolist())
+    log = log_of(tmp_path)
+    assert [entry["loss"] is None for entry in log] == [False, True, False, True]
+    assert [entry["bad_steps"] for entry in log] == [0, 1, 1, 2]
+    json.loads((tmp_path / "log.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
+
+
+def test_steps_in_a_row_that_are_not_finite_end_the_run_and_name_their_samples(tmp_path):
+    config = TrainingConfig(steps=9, warmup_steps=0, max_bad_steps=3)
+    with pytest.raises(FloatingPointError, match=r"not finite in 3 steps in a row, the last of them step 4; .* colour"):
+        train(tiny_model(), config, tmp_path, make=with_nan({1, 2, 3}))
+
+
+def test_evaluations_are_logged_and_see_the_averages(tmp_path):
+    seen = []
+
+    def evaluate(step, model):
+        assert not model.training
+        seen.append(weights(model))
+        return {"score": step}
+
+    config = TrainingConfig(steps=5, warmup_steps=0, evaluate_every=2, average_decay=0.5)
+    trained = train(tiny_model(), config, tmp_path, evaluate=evaluate)
+    assert [entry for entry in log_of(tmp_path) if "evaluation" in entry] == [
+        {"step": step, "evaluation": {"score": step}} for step in (2, 4, 5)
+    ]
+    assert torch.equal(seen[-1], weights(trained.model)) and not torch.equal(seen[0], seen[1])
+
+
+def test_curves_and_event_files(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = TrainingConfig(steps=4, warmup_steps=0, log_every=1, save_every=2, evaluate_every=2, tensorboard=True)
+    for stop_after in (3, None):
+        train(tiny_model(), config, tmp_path, evaluate=lambda step, _: {"n": 3, "top1": 0.5}, stop_after=stop_after)
+    assert Image.open(tmp_path / "curves.png").size == (1080, 384)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = [entry["loss"] for entry in log_of(tmp_path) if "loss" in entry]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+    assert [(event.step, event.value) for event in events.Scalars("top1")] == [(2, 0.5), (4, 0.5)]
+
+
 def test_what_cannot_go_on_says_why(tmp_path):
-    config = TrainingConfig(steps=2, warmup_steps=0)
-    train(tiny_model(), coloured_squares, config, tmp_path, show_progress=False)
-    with pytest.raises(ValueError, match=r"learning_rate was 0.001, is 0.01"):
-        train(tiny_model(), coloured_squares, TrainingConfig(2, 0.01, 0), tmp_path, show_progress=False)
-    with pytest.raises(ValueError, match=r"patch_embedding.weight is \(32, 3, 4, 4\), not \(32, 3, 2, 2\)"):
-        train(tiny_model(patch_size=2), coloured_squares, config, tmp_path, show_progress=False)
-    save_file({"weight": torch.ones(2)}, tmp_path / "training_state.safetensors")
-    with pytest.raises(ValueError, match="training_state.safetensors is not the state of a run: no step and config"):
-        train(tiny_model(), coloured_squares, config, tmp_path, show_progress=False)
-    (tmp_path / "training_state.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="not the state of a run"):
-        train(tiny_model(), coloured_squares, config, tmp_path, show_progress=False)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    model = tiny_model()
-    with torch.no_grad():
-        model.logit_bias.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="step 0"):
-        train(model, coloured_squares, TrainingConfig(steps=1, warmup_steps=0), tmp_path, show_progress=False)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"steps": 0}, "steps is 0"),
-        ({"steps": 5, "warmup_steps": 6}, "warmup_steps is 6"),
-        ({"steps": 5, "warmup_steps": 0, "learning_rate": 0.0}, "learning_rate"),
-        ({"steps": 5, "warmup_steps": 0, "average_decay": 1.0}, "average_decay is 1.0"),
-        ({"steps": 5, "warmup_steps": 0, "accumulate": 0}, "accumulate is 0"),
-    ],
-)
-def test_impossible_configurations_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        TrainingConfig(**arguments)
+    train(tiny_model(), TrainingConfig(steps=2, warmup_steps=0), tmp_path)
+    with pytest.raises(ValueError, match=r"step-00000002 is of another run \(learning_rate was 0.001, is 0.01\)"):
+        train(tiny_model(), TrainingConfig(steps=2, warmup_steps=0, learning_rate=0.01), tmp_path)
 
 
 def test_a_batch_whose_texts_and_pictures_differ_in_number_is_refused():
     with pytest.raises(ValueError, match=r"pixel_values \(2, 5, 3, 8, 8\) for 6 texts"):
         Batch(torch.ones(6, 4, dtype=torch.int64), torch.zeros(2, 5, 3, 8, 8))
+
+
+def test_mfu_is_the_share_of_the_stated_peak(tmp_path):
+    config = TrainingConfig(steps=1, warmup_steps=0, peak_tflops=1e-3, log_every=1)
+    train(tiny_model(), config, tmp_path)
+    (entry,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    multiply_adds = 2 * 32 * (4 * 48)  # four patches of 4 x 4 x 3 values; the rest is more
+    assert entry["mfu"] * 1e9 / entry["images_per_second"] > 3 * multiply_adds

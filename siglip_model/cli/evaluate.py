@@ -1,0 +1,65 @@
+"""`siglip evaluate`: zero-shot accuracy or retrieval of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from siglip_model.cli import terminal
+from siglip_model.cli.options import (
+    BackendOption,
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    errors_in_one_line,
+    exit_with,
+)
+from siglip_model.demo import CHECKPOINT
+from siglip_model.text.prompts import TEMPLATE
+
+
+def evaluate(
+    data: Annotated[str, typer.Option(metavar="FOLDER|SHARDS", help="What to evaluate on.", show_default=False)],
+    template: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="Sentence in which {} stands for the class; repeat for several.")
+    ] = [TEMPLATE],  # noqa: B006
+    model: ModelOption = str(CHECKPOINT),
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+    batch_size: BatchSizeOption = 64,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a checkpoint: zero-shot accuracy or retrieval, by the data.
+
+    A folder with a folder of images per class (classes.json may name them) gives zero-shot top-1 and top-5, with the
+    prompts of several templates averaged. A captioned folder or shards, as for `siglip train`, give the recall of
+    retrieval among 1, 5 and 10. Under torchrun the processes share the work.
+    """
+    with errors_in_one_line():
+        from siglip_model.auto import AutoProcessor
+        from siglip_model.model import SiglipModel
+        from siglip_model.training.evaluation.run import evaluate_on
+        from siglip_model.training.processes import joined_processes
+
+        with joined_processes("auto" if device is None else device) as processes:
+            result = evaluate_on(
+                data,
+                SiglipModel.from_pretrained(model, backend=backend, dtype=dtype, device_map=processes.device),
+                AutoProcessor.from_pretrained(model),
+                templates=template,
+                batch_size=batch_size,
+                processes=processes,
+                on_failure=lambda failure: terminal.say(f"failed: {failure.name}: {failure.reason}"),
+            )
+            if processes.rank > 0:
+                return
+        if as_json:
+            print(json.dumps(result, indent=2))
+        else:
+            terminal.print_scores(result)
+        exit_with(False, result["failed"], result["images"], result["images"] + result["failed"])

@@ -1,0 +1,1 @@
+"""Zero-shot accuracy and retrieval of a model."""

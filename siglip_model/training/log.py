@@ -1,0 +1,93 @@
+"""The log of a run: JSON lines, curves, a progress bar on a terminal, and the samples that were left out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from siglip_model.checkpoints.atomic import atomic_write
+from siglip_model.training.plot import numbers, plot_run
+from siglip_model.training.skipped import Skipped
+
+LOG, SKIPPED, CURVES, TENSORBOARD = "log.jsonl", "skipped.jsonl", "curves.png", "tensorboard"
+
+
+class RunLog:
+    """Writes log.jsonl, skipped.jsonl and curves.png in the run's folder, on rank 0; other ranks write nothing.
+
+    Lines of steps after `first`, which a resumed run does again, are dropped. tensorboard: also write its event files.
+    """
+
+    def __init__(
+        self, folder: Path, total: int, first: int, *, writes: bool, show_progress: bool, tensorboard: bool = False
+    ) -> None:
+        self.writes, self.folder = writes, folder
+        self.path, self.skipped_path = folder / LOG, folder / SKIPPED
+        self.board = _summary_writer(folder / TENSORBOARD, first) if writes and tensorboard else None
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        self.progress = Progress(*columns, disable=not (writes and show_progress and sys.stderr.isatty()))
+        self.bar = self.progress.add_task("training", total=total, completed=first)
+        self.skipped: set[str] = set()
+        if writes:
+            _forget_after(self.path, first)
+            if self.skipped_path.exists():
+                self.skipped = {entry["name"] for entry in _entries(self.skipped_path)}
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self._append(self.path, [entry])
+        if self.board is not None:
+            for name, value in {**entry, **numbers(entry.get("evaluation", {}))}.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, entry["step"])
+
+    def draw(self) -> None:
+        """Draws the curves of all lines so far."""
+        if self.writes:
+            plot_run(_entries(self.path), self.folder / CURVES)
+
+    def skip(self, skipped: Iterable[Skipped]) -> None:
+        """Names samples that were left out, each once."""
+        new = {one.name: one for one in skipped if one.name not in self.skipped}
+        self.skipped |= new.keys()
+        self._append(self.skipped_path, [one._asdict() for one in new.values()])
+
+    def show(self, done: int, loss: float, speed: float) -> None:
+        self.progress.update(self.bar, completed=done, description=f"loss {loss:.3f}  {speed:.0f} images/s")
+
+    def _append(self, path: Path, entries: list[dict[str, Any]]) -> None:
+        if self.writes and entries:
+            with open(path, "a") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+        if self.board is not None:
+            self.board.close()
+
+
+def _summary_writer(folder: Path, first: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise RuntimeError("tensorboard (--tensorboard) needs pip install 'siglip-triton[tensorboard]'") from error
+    return SummaryWriter(str(folder), purge_step=first + 1)
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """The whole lines; a killed run may have left part of one."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _forget_after(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [json.dumps(entry) + "\n" for entry in _entries(path) if entry["step"] <= step]
+        atomic_write(path, "".join(kept).encode())

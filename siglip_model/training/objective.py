@@ -1,0 +1,60 @@
+"""What is trained: the model and its loss as one module, which DDP or FSDP wraps."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from siglip_kernels import SigLipLoss
+from siglip_model.model import SiglipModel
+from siglip_model.outputs import pooled, unit_length
+
+
+class Objective(nn.Module):
+    """Batch -> the sigmoid loss (Zhai et al. 2023, arXiv 2303.15343), a scalar: the mean over the views.
+
+    autocast: the dtype of the towers' autocast, if any; embeddings and the loss stay in fp32.
+    """
+
+    def __init__(
+        self, model: SiglipModel, loss: SigLipLoss | None = None, *, autocast: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = SigLipLoss() if loss is None else loss
+        self.autocast = autocast
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        """input_ids: (N, length). pixel_values: (N, C, H, W), or (V, N, C, H, W) for V images of each text."""
+        views = pixel_values if pixel_values.ndim == 5 else pixel_values[None]
+        with torch.autocast(input_ids.device.type, self.autocast) if self.autocast else nullcontext():
+            texts = pooled(self.model.get_text_features(input_ids))
+            images = pooled(self.model.get_image_features(views.flatten(0, 1)))
+        # A zero embedding, such as a new head may give, stays zero instead of ending the run with NaN.
+        texts = unit_length(texts.float(), eps=1e-12)  # [N, D]
+        images = unit_length(images.float(), eps=1e-12).unflatten(0, (len(views), -1))  # [V, N, D]
+        scale, bias = self.model.logit_scale.exp().squeeze(), self.model.logit_bias.squeeze()
+        return torch.stack([self.loss(view, texts, scale, bias) for view in images]).mean()
+
+
+def initialise_logits(model: SiglipModel) -> None:
+    """The paper's initial t' = log 10 and b = -10, with which the many negatives do not dominate the first steps."""
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(10))
+        model.logit_bias.fill_(-10)
+
+
+def freeze(model: SiglipModel, tower: str) -> None:
+    """Trains neither weights nor dropout of a tower: "vision", as LiT does (Zhai et al. 2022), or "text"; or "none"."""
+    if tower != "none":
+        getattr(model, f"{tower}_model").requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def clamp_scale(model: SiglipModel, most: float | None) -> None:
+    """Keeps the temperature t = exp(t') at `most`."""
+    if most is not None:
+        model.logit_scale.clamp_(max=math.log(most))

@@ -1,0 +1,130 @@
+"""`siglip train`: from settings to a trained checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from siglip_model.auto import AutoConfig, AutoProcessor
+from siglip_model.fit import check_fit
+from siglip_model.model import SiglipModel
+from siglip_model.processor import SiglipProcessor
+from siglip_model.training.batch import BatchSource
+from siglip_model.training.captions import read_captions
+from siglip_model.training.checkpoints import check_identity, has_checkpoints
+from siglip_model.training.evaluation.run import evaluate_on
+from siglip_model.training.evaluation.samples import plot_samples
+from siglip_model.training.folder import folder_batches
+from siglip_model.training.loop import Trained, train
+from siglip_model.training.lora import add_adapters, merged
+from siglip_model.training.objective import initialise_logits
+from siglip_model.training.preparation import Preparation
+from siglip_model.training.processes import Processes, joined_processes
+from siglip_model.training.settings import RunSettings, read_settings, refusal
+from siglip_model.training.shards import find_shards, is_shards, shard_batches
+
+SETTINGS, MODEL, PREDICTIONS = "settings.toml", "model", "predictions"
+
+
+def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
+    """Trains as the settings say, on all processes that torchrun started; a run that was stopped is resumed.
+
+    Writes settings.toml, log.jsonl, skipped.jsonl, curves.png, predictions/, checkpoints/ and, at the end, model/, a
+    checkpoint for `from_pretrained`. SIGTERM saves and returns early. Raises ValueError for settings that cannot be
+    met.
+    """
+    out = Path(settings.out)
+    with joined_processes(settings.device, settings.timeout) as processes, _termination_noted() as terminated:
+        if settings.batch_size % processes.world:
+            raise refusal("batch_size", settings.batch_size, f"a multiple of the {processes.world} processes")
+        if has_checkpoints(out) and (out / SETTINGS).exists():
+            check_identity(out, read_settings(out / SETTINGS, {}).identity(), settings.identity())
+        model, processor = load(settings, processes)
+        source = _source(settings, model, processor, processes)
+        if processes.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            settings.save(out / SETTINGS)
+
+        def evaluate(step: int, averaged: SiglipModel) -> dict[str, Any]:
+            assert settings.evaluation_data is not None
+            scores = evaluate_on(settings.evaluation_data, averaged, processor, processes=processes)
+            if processes.rank == 0:
+                (out / PREDICTIONS).mkdir(exist_ok=True)
+                picture = out / PREDICTIONS / f"step-{step:08}.png"
+                plot_samples(settings.evaluation_data, averaged, processor, picture)
+            return scores
+
+        trained = train(
+            model,
+            source,
+            settings,
+            out,
+            processes=processes,
+            evaluate=None if settings.evaluation_data is None else evaluate,
+            should_stop=terminated,
+            show_progress=show_progress,
+        )
+        if trained.steps == settings.steps and processes.rank == 0:
+            whole = merged(trained.model) if settings.lora_rank else trained.model
+            whole.save_pretrained(out / MODEL)
+            processor.save_pretrained(out / MODEL)
+    return trained
+
+
+def load(settings: RunSettings, processes: Processes) -> tuple[SiglipModel, SiglipProcessor]:
+    """The model in fp32 and the processor of the checkpoint; with weights="random" a new model of its configuration."""
+    processor = AutoProcessor.from_pretrained(settings.model)
+    if settings.weights == "random":
+        torch.manual_seed(settings.seed)
+        model = SiglipModel(AutoConfig.from_pretrained(settings.model), backend="eager").to(processes.device)
+        model.set_backend(settings.backend)
+    else:
+        model = SiglipModel.from_pretrained(
+            settings.model, backend=settings.backend, dtype=torch.float32, device_map=processes.device
+        )
+    if settings.paper_logits or settings.weights == "random":
+        initialise_logits(model)
+    if settings.lora_rank:
+        add_adapters(model, settings.lora_rank)
+    check_fit(model.config, processor.tokenizer, processor.image_processor, settings.model)
+    return model, processor
+
+
+def _source(settings: RunSettings, model: SiglipModel, processor: SiglipProcessor, processes: Processes) -> BatchSource:
+    length = model.config.text_config.max_position_embeddings
+    preparation = Preparation(processor, length, settings.crop_scale, settings.flip)
+    shared: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "rank": processes.rank,
+        "world": processes.world,
+        "num_workers": settings.num_workers,
+        "pin_memory": processes.device.type == "cuda",
+        "seed": settings.seed,
+    }
+    if is_shards(settings.data):
+        shards = find_shards(settings.data)
+        return shard_batches(shards, preparation, shuffle_buffer=settings.shuffle_buffer, **shared)
+    samples, skipped = read_captions(settings.data)
+    if len(samples) < settings.batch_size:
+        raise refusal("batch_size", settings.batch_size, f"at most the {len(samples)} captioned images of the data")
+    return folder_batches(samples, preparation, left_out=skipped if processes.rank == 0 else (), **shared)
+
+
+@contextmanager
+def _termination_noted() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM, which batch systems send, is noted instead of ending the process."""
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield noted.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
+    try:
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,192 @@
+"""Settings of a training run: from a TOML or YAML file, the command line, and back. Imports no PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+
+def _setting(
+    text: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+    choices: tuple[str, ...] = (),
+    may_change: bool = False,
+) -> Any:
+    """A field with its help text and range. may_change: a run may be resumed with another value."""
+    supported = [f"from {least:g}"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
+    supported += [f"to {most:g}"] * (most < math.inf) + [f"below {below:g}"] * (below < math.inf)
+    metadata = {
+        "help": text,
+        "within": lambda value: least <= value <= most and above < value < below,
+        "supported": " ".join(supported),
+        "choices": choices,
+        "may_change": may_change,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train. A step is one update of the weights. Raises ValueError for values out of range."""
+
+    steps: int = _setting("Optimizer steps.", least=1)
+    accumulate: int = _setting("Batches per step; each is compared within itself.", 1, least=1)
+    learning_rate: float = _setting("Peak learning rate: linear warm-up, then a cosine to 0.", 1e-3, above=0)
+    warmup_steps: int = _setting("Steps of warm-up.", 100, least=0)
+    optimizer: str = _setting("adamw; or muon for the layers' matrices.", "adamw", choices=("adamw", "muon"))
+    beta1: float = _setting("AdamW's decay of the gradients' mean.", 0.9, least=0, below=1)
+    beta2: float = _setting("AdamW's decay of the gradients' square.", 0.95, least=0, below=1)
+    weight_decay: float = _setting("Weight decay of matrices; vectors and scalars have none.", 0.1, least=0)
+    gradient_clip: float = _setting("Largest norm of the gradient.", 1.0, above=0)
+    layer_decay: float = _setting("Factor of the learning rate per layer towards the inputs.", 1.0, above=0, most=1)
+    freeze: str = _setting("A tower that is not trained; vision is LiT.", "none", choices=("none", "vision", "text"))
+    max_scale: float | None = _setting("Clamp the temperature t to this after each step.", None, above=0)
+    average_decay: float = _setting("Decay of the weights' moving average; 0: none.", 0.998, least=0, below=1)
+    bfloat16: bool = _setting("Compute in bfloat16; weights and the loss stay in float32.", False)
+    global_loss: bool = _setting("Compare images with the texts of all processes.", True)
+    parallel: str = _setting("How processes share the model.", "ddp", choices=("ddp", "fsdp"), may_change=True)
+    recompute: bool = _setting(
+        "Activation checkpointing: recompute layers in the backward pass.", False, may_change=True
+    )
+    compile: bool = _setting("Compile the model with torch.compile.", False, may_change=True)
+    max_bad_steps: int = _setting("Stop after this many steps in a row whose loss is not finite.", 10, least=1)
+    seed: int = _setting("Seed of all randomness.", 0, least=0)
+    log_every: int = _setting("Steps between lines of the log.", 20, least=1, may_change=True)
+    save_every: int = _setting("Steps between checkpoints.", 200, least=1, may_change=True)
+    keep_checkpoints: int = _setting("Checkpoints to keep.", 2, least=1, may_change=True)
+    evaluate_every: int = _setting("Steps between evaluations; 0: at the end only.", 0, least=0, may_change=True)
+    tensorboard: bool = _setting("Also write TensorBoard's event files.", False, may_change=True)
+    peak_tflops: float | None = _setting("Peak TFLOP/s of one device, for MFU.", None, above=0, may_change=True)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _typed(field.name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+            choices = field.metadata["choices"]
+            if choices and value not in choices:
+                raise refusal(field.name, value, ", ".join(choices))
+            if isinstance(value, (int, float)) and not (math.isfinite(value) and field.metadata["within"](value)):
+                raise refusal(field.name, value, field.metadata["supported"])
+        if self.warmup_steps > self.steps:
+            raise refusal("warmup_steps", self.warmup_steps, f"0 to steps={self.steps}")
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise refusal("optimizer", self.optimizer, "adamw with parallel=fsdp")
+
+    def identity(self) -> dict[str, Any]:
+        """The values that must be equal for a run to resume."""
+        fields = dataclasses.fields(self)
+        return {field.name: getattr(self, field.name) for field in fields if not field.metadata["may_change"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(TrainingConfig):
+    """A run of `siglip train`. batch_size counts the pairs of all processes, so a run is the same on any number."""
+
+    data: str = _setting("Folder of captioned images, or tar shards such as 'shards/{000..099}.tar'.")
+    model: str = _setting("Checkpoint to start from: a folder or a Hub id.")
+    out: str = _setting("Folder of the run.", may_change=True)
+    weights: str = _setting("Where weights come from.", "checkpoint", choices=("checkpoint", "random"))
+    paper_logits: bool = _setting("Start from t' = log 10 and b = -10, as random weights do.", False)
+    lora_rank: int = _setting("Train adapters of this rank by PEFT, and merge them at the end; 0: none.", 0, least=0)
+    batch_size: int = _setting("Pairs per batch, over all processes.", 64, least=1)
+    crop_scale: float = _setting("Least area of random crops; 1: whole images.", 1.0, above=0, most=1)
+    flip: bool = _setting("Mirror half of the images.", False)
+    shuffle_buffer: int = _setting("Samples of shards to shuffle among, per worker.", 1000, least=1)
+    num_workers: int = _setting("Processes that read data, per process.", 2, least=0, may_change=True)
+    backend: str = _setting("Compute backend, see `siglip info`.", "auto", may_change=True)
+    device: str = _setting("cpu or cuda; auto: a GPU if there is one.", "auto", may_change=True)
+    timeout: float = _setting("Seconds after which processes give up a silent one.", 600, above=0, may_change=True)
+    evaluation_data: str | None = _setting("What to evaluate on, see `siglip evaluate`.", None, may_change=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.evaluate_every and self.evaluation_data is None:
+            raise refusal("evaluate_every", self.evaluate_every, "0 without evaluation_data")
+        if self.lora_rank and self.parallel == "fsdp":
+            raise refusal("lora_rank", self.lora_rank, "0 with parallel=fsdp")
+
+    def save(self, path: Path) -> None:
+        """Write the settings as TOML, which `--config` reads."""
+        lines = [f"{name} = {json.dumps(value)}\n" for name, value in vars(self).items() if value is not None]
+        path.write_text("".join(lines))
+
+
+def read_settings(config: Path | None, given: Mapping[str, Any]) -> RunSettings:
+    """The settings of a file, replaced by the `given` ones that are not None, and the defaults of the others.
+
+    Values may be texts. Raises ValueError that names the setting, OSError for a file that cannot be read.
+    """
+    known = {field.name: field for field in dataclasses.fields(RunSettings)}
+    values = {} if config is None else _read_file(config)
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{config}: unknown setting {name!r}; known: {', '.join(known)}")
+    values |= {name: value for name, value in given.items() if value is not None}
+    for name, field in known.items():
+        if field.default is dataclasses.MISSING and name not in values:
+            raise ValueError(f"{_option(name)} is missing; give it as an option or in a file with --config")
+    return RunSettings(**values)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if path.suffix == ".toml":
+        try:
+            return tomllib.loads(path.read_text())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--config is {str(path)!r}; supported: files named *.toml, *.yaml or *.yml")
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise RuntimeError("--config: reading YAML needs pip install pyyaml") from error
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}; supported: settings, each as name: value")
+    return values
+
+
+def refusal(name: str, value: Any, supported: str) -> ValueError:
+    """The error of a setting, under its name and its option's."""
+    return ValueError(f"{_option(name)} is {value!r}; supported: {supported}")
+
+
+def _option(name: str) -> str:
+    return f"{name} (--{name.replace('_', '-')})"
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as the field's type; numbers and truth values may be texts, as on the command line."""
+    optional = isinstance(hint, types.UnionType)
+    kind = get_args(hint)[0] if optional else hint
+    if optional and value in (None, "none"):
+        return None
+    try:
+        if kind is bool and isinstance(value, str):
+            return {"true": True, "false": False}[value.lower()]
+        if kind in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            number = kind(value)
+            if isinstance(value, str) or number == value:
+                return number
+        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    except (KeyError, ValueError, OverflowError):
+        pass
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    raise refusal(name, value, names[kind] + " or none" * optional)

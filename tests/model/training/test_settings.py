@@ -1,0 +1,84 @@
+"""Settings: files, options, defaults, and one line for what is wrong."""
+
+import dataclasses
+import re
+
+import pytest
+
+from siglip_model.training.settings import RunSettings, TrainingConfig, read_settings
+
+NEEDED = {"steps": 200, "data": "d", "model": "m", "out": "o"}
+
+
+def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    (tmp_path / "run.toml").write_text('steps = 300\nlearning_rate = 1e-4\nmodel = "m"\ndata = "d"\nflip = true\n')
+    (tmp_path / "run.yaml").write_text("steps: 300\nlearning_rate: 1e-4\nmodel: m\ndata: d\nflip: true\n")
+    given = {"steps": "150", "out": "o", "flip": None, "max_scale": "none", "timeout": 9}
+    found = [read_settings(tmp_path / name, given) for name in ("run.toml", "run.yaml")]
+    expected = RunSettings(steps=150, learning_rate=1e-4, model="m", data="d", out="o", flip=True, timeout=9.0)
+    assert found == [expected, expected]
+
+
+def test_what_is_written_beside_the_run_gives_the_run_again(tmp_path):
+    settings = RunSettings(**{**NEEDED, "out": 'a "b" \\ c'}, learning_rate=3e-05, max_scale=100, flip=True)
+    settings.save(tmp_path / "settings.toml")
+    assert read_settings(tmp_path / "settings.toml", {}) == settings
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": "many"}, "steps (--steps) is 'many'; supported: a whole number"),
+        ({"steps": 1.5}, "steps (--steps) is 1.5; supported: a whole number"),
+        ({"steps": True}, "steps (--steps) is True; supported: a whole number"),
+        ({"steps": 0}, "steps (--steps) is 0; supported: from 1"),
+        ({"warmup_steps": 201}, "warmup_steps (--warmup-steps) is 201; supported: 0 to steps=200"),
+        ({"learning_rate": 0}, "learning_rate (--learning-rate) is 0.0; supported: above 0"),
+        ({"learning_rate": "nan"}, "learning_rate (--learning-rate) is nan; supported: above 0"),
+        ({"average_decay": 1}, "average_decay (--average-decay) is 1.0; supported: from 0 below 1"),
+        ({"max_scale": "big"}, "max_scale (--max-scale) is 'big'; supported: a number or none"),
+        ({"bfloat16": "maybe"}, "bfloat16 (--bfloat16) is 'maybe'; supported: true or false"),
+        ({"freeze": "both"}, "freeze (--freeze) is 'both'; supported: none, vision, text"),
+        ({"optimizer": "muon", "parallel": "fsdp"}, "optimizer (--optimizer) is 'muon'; supported: adamw with paral"),
+        ({"evaluate_every": 5}, "evaluate_every (--evaluate-every) is 5; supported: 0 without evaluation_data"),
+        ({"lora_rank": 4, "parallel": "fsdp"}, "lora_rank (--lora-rank) is 4; supported: 0 with parallel=fsdp"),
+        ({"data": 3}, "data (--data) is 3; supported: a text"),
+    ],
+)
+def test_what_is_wrong_is_named(given, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        read_settings(None, {**NEEDED, **given})
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(ValueError, match=r"^data \(--data\) is missing; give it as an option or in a file"):
+        read_settings(None, {**NEEDED, "data": None})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.toml", "steps =", r"a.toml: Invalid value"),
+        ("a.yaml", "steps: [", r"a.yaml: while parsing"),
+        ("a.yaml", "steps", r"a.yaml: holds a str; supported: settings"),
+        ("a.json", "{}", r"--config is '.*a.json'; supported: files named \*.toml, \*.yaml or \*.yml"),
+        ("a.toml", "stepz = 1", r"a.toml: unknown setting 'stepz'; known: steps, "),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_settings(tmp_path / name, NEEDED)
+
+
+def test_a_run_is_the_same_whatever_is_logged_and_saved():
+    config = TrainingConfig(steps=200)
+    for changed, same in {
+        "log_every": True,
+        "save_every": True,
+        "compile": True,
+        "seed": False,
+        "freeze": False,
+    }.items():
+        value = {"compile": True, "freeze": "text"}.get(changed, 7)
+        assert (dataclasses.replace(config, **{changed: value}).identity() == config.identity()) is same
