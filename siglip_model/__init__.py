@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Siglip2VisionModel,
     )
     from siglip_model.processor import Siglip2Processor, SiglipProcessor
+    from siglip_model.retrieval.searcher import search
     from siglip_model.text.auto import AutoTokenizer
     from siglip_model.text.gemma import GemmaTokenizer, Siglip2Tokenizer
     from siglip_model.text.siglip import SiglipTokenizer
@@ -72,6 +73,7 @@ __all__ = [
     "SiglipVisionConfig",
     "SiglipVisionModel",
     "pipeline",
+    "search",
 ]
 
 # Imported on first use: running the model alone imports no image or tokenizer library, and the command `siglip` prints
@@ -109,6 +111,7 @@ _LAZY = {
     "SiglipVisionConfig": "config",
     "SiglipVisionModel": "vision_tower",
     "pipeline": "zero_shot",
+    "search": "retrieval.searcher",
 }
 
 

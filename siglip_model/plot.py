@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from PIL import Image
 
 THUMBNAIL = 640  # pixels of the longer side: enough for a page, and bounds memory for large photos
@@ -58,7 +59,7 @@ def plot_predictions(rows: Sequence[PlotRow], path: str | os.PathLike[str]) -> N
     largest = max((float(entry["score"]) for row in rows for entry in row.predictions), default=1.0)
     limit = next(step for step in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if largest <= step)
     heights = [max(ROW_INCHES, 0.42 * len(row.predictions) + 0.9) for row in rows]
-    with matplotlib.rc_context({"font.family": _fonts(), "text.parse_math": False, "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"font.family": fonts(), "text.parse_math": False, "svg.fonttype": "path"}):
         figure = Figure(
             figsize=(WIDTH_INCHES, sum(heights)), dpi=DOTS_PER_INCH, facecolor="white", layout="constrained"
         )
@@ -67,11 +68,16 @@ def plot_predictions(rows: Sequence[PlotRow], path: str | os.PathLike[str]) -> N
         for row, (picture, bars) in zip(rows, axes, strict=True):
             _draw_image(picture, row)
             _draw_bars(bars, row.predictions, limit)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            figure.savefig(path)
+        save(figure, path)
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes the figure, with one warning for all characters that cannot be drawn."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(path)
     if any("missing from font" in str(warning.message) for warning in caught):
-        warnings.warn("the plot shows boxes for characters that no installed font has", stacklevel=2)
+        warnings.warn("the plot shows boxes for characters that no installed font has", stacklevel=3)
 
 
 def plot_problem(path: str | os.PathLike[str]) -> str | None:
@@ -96,7 +102,7 @@ def _draw_image(axes: Axes, row: PlotRow) -> None:
     axes.set_anchor("C")
     for spine in axes.spines.values():
         spine.set(color="#d9dee6", linewidth=0.8)
-    axes.set_xlabel(_shortened(row.title, 30), color=FAINT, fontsize=9, labelpad=6)
+    axes.set_xlabel(shortened(row.title, 30), color=FAINT, fontsize=9, labelpad=6)
 
 
 def _draw_bars(axes: Axes, predictions: Sequence[Mapping[str, Any]], limit: float) -> None:
@@ -138,15 +144,16 @@ def format_score(score: float) -> str:
 
 
 def _wrapped(label: str) -> str:
-    return "\n".join(textwrap.wrap(_shortened(label, 68), 34)) or " "
+    return "\n".join(textwrap.wrap(shortened(label, 68), 34)) or " "
 
 
-def _shortened(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
     text = text.encode(errors="replace").decode()  # names on disk need not be valid Unicode
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def _fonts() -> list[str]:
+def fonts() -> list[str]:
+    """matplotlib's default font, and the installed ones for what it lacks."""
     from matplotlib import font_manager
 
     installed = {font.name for font in font_manager.fontManager.ttflist}

@@ -24,6 +24,7 @@ from siglip_model.image_pipelines import (
 )
 from siglip_model.images.model_inputs import Inputs
 from siglip_model.outputs import pooled, unit_length
+from siglip_model.text.padding import as_trained
 from siglip_model.text.prompts import TEMPLATE, fill_template
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from siglip_model.pretrained import PreTrainedModel
 
 TASK = "zero-shot-image-classification"
-LABEL_TOKENS = 64  # SigLIP was trained on texts padded to this length
 _OF_ALL = ("timeout", "max_pixels", "token_budget")
 CALL_DEFAULTS = {
     TASK: {"candidate_labels", "hypothesis_template", "tokenizer_kwargs", "top_k", *_OF_ALL},
@@ -145,8 +145,7 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
     ) -> torch.Tensor:
         """Unit-length embeddings (labels, width) of the labels' sentences, in the model's dtype, on its device."""
         positions = self.model.config.text_config.max_position_embeddings
-        options: dict[str, Any] = {"padding": "max_length", "max_length": min(LABEL_TOKENS, positions)}
-        options.update({"truncation": True, "return_tensors": "pt", **(tokenizer_kwargs or {})})
+        options = {**as_trained(positions), "return_tensors": "pt", **(tokenizer_kwargs or {})}
         tokens = self.tokenizer(fill_template(labels, hypothesis_template), **options)
         embeds = [
             pooled(

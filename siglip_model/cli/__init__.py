@@ -1,1 +1,1 @@
-"""The command `siglip`: classify, embed, demo and info."""
+"""The command `siglip`: classify, embed, search, demo and info."""

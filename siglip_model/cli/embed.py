@@ -1,20 +1,24 @@
-"""`siglip embed`: a folder of images into one safetensors file."""
+"""`siglip embed`: images or texts into one safetensors file."""
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
+import io
 import json
+import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from siglip_model.cli import terminal
 from siglip_model.cli.options import (
-    IMAGES_HELP,
+    LIST_ON_STDIN,
     BackendOption,
     BatchSizeOption,
     DeviceOption,
@@ -27,16 +31,40 @@ from siglip_model.cli.options import (
     errors_in_one_line,
     exit_with,
     find_images,
+    holds_several,
     load_classifier,
     workers,
 )
 from siglip_model.demo import CHECKPOINT
 from siglip_model.images.limits import MAX_PIXELS
 
+INPUTS_HELP = (
+    "Files, folders (searched recursively), URLs, WebDataset shards (.tar) or .parquet files; - reads a list of them"
+    " from stdin."
+)
+
 
 def embed(
-    inputs: Annotated[list[str], typer.Argument(metavar="IMAGE", help=IMAGES_HELP, show_default=False)],
-    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Output file.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Output file: .safetensors or .parquet.", show_default=False)
+    ],
+    inputs: Annotated[list[str] | None, typer.Argument(metavar="IMAGE", help=INPUTS_HELP, show_default=False)] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--texts", metavar="FILE", help="Embed the lines of text files, or a column of .parquet files, instead."
+        ),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option("--column", metavar="NAME", help="Column of .parquet files: encoded images, paths, or texts."),
+    ] = None,
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            "--encoding", metavar="NAME", help="Of text files; by default as their byte order mark says, else UTF-8."
+        ),
+    ] = None,
     normalize: Annotated[bool, typer.Option(help="Scale rows to unit length, or keep the pooled output.")] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start over; the old output is kept until the new one is complete.")
@@ -48,73 +76,143 @@ def embed(
     batch_size: BatchSizeOption = 16,
     max_num_patches: MaxNumPatchesOption = None,
     token_budget: TokenBudgetOption = None,
+    shards: Annotated[
+        int | None,
+        typer.Option("--shards", metavar="N", min=1, help="Write N files and a manifest, for ranks of torchrun."),
+    ] = None,
+    num_workers: Annotated[
+        int | None,
+        typer.Option("--workers", metavar="N", min=1, help="Threads that read and decode; by default 2 to 8."),
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Measure the stages, and print what bounds the run.")
+    ] = False,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
 ) -> None:
-    """Embed images into one file: `embeddings` (n, width), and the file name of each row.
+    """Embed images, or texts, into one file: `embeddings` (n, width), and the file name or text of each row.
 
-    The same command resumes an interrupted run: finished images are skipped, failed and changed ones are retried.
+    The same command resumes an interrupted run: finished rows are skipped, failed and changed images are retried.
     Rows are stored as float32, or as --dtype. Read the file with siglip_model.embed.load_embeddings(FILE).
     """
     with errors_in_one_line():
         import torch
 
         from siglip_model.embed.journal import resuming
-        from siglip_model.embed.run import EmbeddingInterrupted, embed_images, out_problem
+        from siglip_model.embed.run import EmbeddingInterrupted, embed_images, embed_texts, out_problem
 
         if problem := out_problem(out):
             raise ValueError(f"--out: {problem}")
-        images = find_images(inputs)
+        what = "texts" if texts else "images"
+        _check_inputs(inputs or [], texts or [], encoding)
+        images = find_images([] if texts else inputs or [], optional=bool(texts))
+        rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if ranks > 1 and LIST_ON_STDIN in (*(inputs or []), *(texts or [])):
+            raise ValueError("- reads stdin, which ranks cannot share; give files")
+        if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        total = None if ranks > 1 or texts or any(map(holds_several, inputs or [])) else len(images)
         classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget)
         failures: list[dict[str, str]] = []
         interrupted = False
         with (
             closing(images),
-            terminal.progress(len(images), "embed", hidden=as_json) as progress,
+            terminal.progress(total, "embed", hidden=as_json or rank > 0, unit=what) as progress,
             _termination_as_ctrl_c(),
         ):
 
-            def on_image(path: str, outcome: str, error: str) -> None:
+            def on_source(name: str, outcome: str, error: str) -> None:
                 if outcome == "failed":
                     progress.say(f"failed: {error}")
                     if as_json:
-                        failures.append({"image": path, "error": error})
+                        failures.append({what[:-1]: name, "error": error})
                 progress.advance(counts=outcome != "skipped")
 
+            options: dict[str, Any] = {
+                "column": column,
+                "normalize": normalize,
+                "dtype": torch.float32 if dtype == "auto" else getattr(torch, dtype),
+                "batch_size": batch_size,
+                "num_workers": num_workers or workers(),
+                "profile": profile,
+                "overwrite": overwrite,
+                "shards": shards,
+                "rank": rank,
+                "world_size": ranks,
+                "model_name": os.path.abspath(model) if os.path.isdir(model) else model,  # from any folder
+            }
             try:
-                summary = embed_images(
-                    classifier.model,
-                    classifier.image_processor,
-                    images,
-                    out,
-                    normalize=normalize,
-                    dtype=torch.float32 if dtype == "auto" else getattr(torch, dtype),
-                    batch_size=batch_size,
-                    num_workers=workers(),
-                    token_budget=token_budget,
-                    max_pixels=max_pixels,
-                    overwrite=overwrite,
-                    model_name=model,
-                    on_image=on_image,
-                )
+                if texts:
+                    files = [_stdin(encoding) if file == LIST_ON_STDIN else file for file in texts]
+                    summary = embed_texts(
+                        classifier.model,
+                        classifier.tokenizer,
+                        files,
+                        out,
+                        encoding=encoding,
+                        on_text=on_source,
+                        **options,
+                    )
+                else:
+                    summary = embed_images(
+                        classifier.model,
+                        classifier.image_processor,
+                        images,
+                        out,
+                        token_budget=token_budget,
+                        max_pixels=max_pixels,
+                        on_image=on_source,
+                        **options,
+                    )
             except EmbeddingInterrupted as interruption:
                 summary, interrupted = interruption.summary, True
         if as_json:
             report = dataclasses.asdict(summary)
             report["images_per_second"] = round(summary.images_per_second, 2)
+            if summary.profile is None:
+                del report["profile"]
+            else:
+                report["profile"]["bound_by"] = summary.profile.bound_by
             print(json.dumps({**report, "failures": failures}, indent=2))
         elif summary.rows == 0:
-            print(f"no image was embedded; {out} was not written")
+            print(f"no {what[:-1]} was embedded; {out} was not written")
         elif not summary.written:
             print(f"{out} is kept until all new rows are finished; {summary.rows} are")
         else:
             print(
                 f"{out}: {summary.rows} row{'s' * (summary.rows != 1)} of {summary.width};"
-                f" {summary.embedded} embedded now ({summary.images_per_second:.1f} images/s),"
+                f" {summary.embedded} embedded now ({summary.images_per_second:.1f} {what}/s),"
                 f" {summary.skipped} already present, {summary.failed} failed"
             )
+        if summary.profile is not None and not as_json:
+            terminal.print_profile(summary.profile)
         done = summary.embedded + summary.failed + summary.skipped
-        exit_with(interrupted, summary.failed, done, len(images), f"; {resuming(overwrite)}")
+        # The number of rows in shards and files is known when they have been read
+        whole = total if total is not None or interrupted else done
+        exit_with(interrupted, summary.failed, done, whole, f"; {resuming(overwrite)}", what)
+
+
+def _check_inputs(inputs: Sequence[str], texts: Sequence[str], encoding: str | None) -> None:
+    if texts and inputs:
+        raise ValueError(f"{inputs[0]} is given beside --texts; embed images and texts into different files")
+    if not texts and not inputs:
+        raise ValueError("there is nothing to embed; give images, or --texts FILE")
+    if encoding is not None:
+        if not texts:
+            raise ValueError("--encoding is that of --texts, which is not given")
+        try:
+            codecs.lookup(encoding)
+        except LookupError as error:
+            raise ValueError(f"--encoding: {error}; supported: the encodings of Python, such as latin-1") from error
+    for file in texts:
+        if file != LIST_ON_STDIN and not os.path.isfile(file):
+            raise ValueError(f"--texts: no such file: {file}")
+
+
+def _stdin(encoding: str | None) -> TextIO:
+    if sys.stdin is None:
+        raise ValueError("--texts - reads texts from stdin, which is closed")
+    return io.TextIOWrapper(sys.stdin.buffer, encoding or "utf-8")
 
 
 @contextmanager

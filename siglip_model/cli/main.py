@@ -1,4 +1,4 @@
-"""The command `siglip`: classification, embedding, training, evaluation, a demo, and what this machine supports.
+"""The command `siglip`: classification, embedding, search, training, evaluation, a demo, and this machine's support.
 
 Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 75 training was stopped by
 SIGTERM and saved, 130 interrupted, 141 the output was closed early, as by `siglip ... | head -1`.
@@ -21,6 +21,7 @@ from siglip_model.cli.embed import embed
 from siglip_model.cli.evaluate import evaluate
 from siglip_model.cli.info import DISTRIBUTION, info, installed_version
 from siglip_model.cli.options import INTERRUPTED, OUTPUT_CLOSED, USAGE_ERROR
+from siglip_model.cli.search import search
 from siglip_model.cli.train import train
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich's columns cut the names of options in narrow terminals
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="Score images against labels, embed images, and train, with SigLIP.",
+    help="Score images against labels, embed and search images, and train, with SigLIP.",
     epilog="Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 75 training was"
     " stopped by SIGTERM and saved, 130 interrupted, 141 the output was closed early.",
 )
@@ -52,6 +53,7 @@ def siglip(
 
 app.command(cls=LabelListCommand, short_help="Score images against labels.")(classify)
 app.command(short_help="Embed images into one file.")(embed)
+app.command(short_help="Search embedded images by text or image.")(search)
 app.command(short_help="Train on captioned images.")(train)
 app.command(short_help="Measure zero-shot accuracy or retrieval.")(evaluate)
 app.command(short_help="Classify eight bundled images.")(demo)

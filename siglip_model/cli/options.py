@@ -97,11 +97,13 @@ PlotOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
-def find_images(inputs: Sequence[str]) -> ImageList:
+def find_images(inputs: Sequence[str], optional: bool = False) -> ImageList:
     """The images that the inputs stand for; - stands for those listed on stdin.
 
-    Raises ValueError if there are none, or if none of the inputs exists.
+    Raises ValueError if there are none, unless they are optional, or if none of the inputs exists.
     """
+    if optional and not inputs:
+        return ImageList([])
     if inputs.count(LIST_ON_STDIN) > 1:
         raise ValueError("- is given twice; stdin holds one list (./- is the file of that name)")
     if not any(is_url(entry) or entry == LIST_ON_STDIN or os.path.lexists(entry) for entry in inputs):
@@ -111,6 +113,11 @@ def find_images(inputs: Sequence[str]) -> ImageList:
         places = ", ".join("the list on stdin" if entry == LIST_ON_STDIN else entry for entry in inputs[:3])
         raise ValueError(f"no images in {places}; looked for names ending in {' '.join(IMAGE_SUFFIXES)}")
     return images
+
+
+def holds_several(name: str) -> bool:
+    """Whether an input may be a file of many images, whose number is known after reading it."""
+    return name.endswith((".tar", ".parquet")) or name == LIST_ON_STDIN
 
 
 def listed_on_stdin() -> Iterator[str]:
@@ -130,6 +137,11 @@ def listed_on_stdin() -> Iterator[str]:
                 yield os.fsdecode(name)
 
 
+def device_named(device: str | None) -> str | int | None:
+    """The value of --device, whose ordinals are numbers."""
+    return int(device) if device is not None and device.lstrip("-").isdigit() else device
+
+
 def load_classifier(
     model: str,
     backend: str,
@@ -144,9 +156,8 @@ def load_classifier(
         raise ValueError(f"the bundled checkpoint is missing ({CHECKPOINT}); choose one with --model")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
-    place = int(device) if device is not None and device.lstrip("-").isdigit() else device
     options: dict[str, Any] = {} if token_budget is None else {"token_budget": token_budget}
-    classifier = pipeline(TASK, model=model, backend=backend, dtype=dtype, device=place, **options)
+    classifier = pipeline(TASK, model=model, backend=backend, dtype=dtype, device=device_named(device), **options)
     if max_num_patches is not None:
         processor = classifier.image_processor
         if "max_num_patches" not in processor.valid_kwargs.__annotations__:
@@ -162,13 +173,16 @@ def workers() -> int:
     return max(2, min(8, (os.cpu_count() or 2) // 2))
 
 
-def exit_with(interrupted: bool, failed: int, done: int, total: int, remark: str = "") -> None:
+def exit_with(
+    interrupted: bool, failed: int, done: int, total: int | None, remark: str = "", what: str = "images"
+) -> None:
     """Reports an incomplete run on stderr and exits with its code; returns if all images succeeded."""
+    of_all = "" if total is None else f" of {total}"
     if interrupted:
-        terminal.say(f"interrupted after {done} of {total} images{remark}")
+        terminal.say(f"interrupted after {done}{of_all} {what}{remark}")
         raise typer.Exit(INTERRUPTED)
     if failed:
-        terminal.say(f"{failed} of {total} images failed")
+        terminal.say(f"{failed}{of_all} {what} failed")
         raise typer.Exit(SOME_FAILED)
 
 

@@ -31,15 +31,15 @@ def printable(text: str) -> str:
 class ProgressReport:
     """Progress of a long run: a bar on a terminal, nothing elsewhere. Messages are always printed."""
 
-    def __init__(self, bar: Any = None, task: Any = None) -> None:
-        self.bar, self.task, self.counted = bar, task, 0
+    def __init__(self, bar: Any = None, task: Any = None, unit: str = "images") -> None:
+        self.bar, self.task, self.unit, self.counted = bar, task, unit, 0
 
     def advance(self, counts: bool = True) -> None:
-        """One image is finished; `counts` includes it in images/s."""
+        """One image or text is finished; `counts` includes it in images/s."""
         if self.bar is not None:
             self.counted += counts
             elapsed = self.bar.tasks[self.task].elapsed or 0
-            speed = f"{self.counted / elapsed:.1f} images/s" if elapsed > 0 else ""
+            speed = f"{self.counted / elapsed:.1f} {self.unit}/s" if elapsed > 0 else ""
             self.bar.update(self.task, advance=1, speed=speed)
 
     def say(self, message: str) -> None:
@@ -50,7 +50,8 @@ class ProgressReport:
 
 
 @contextmanager
-def progress(total: int, what: str, *, hidden: bool) -> Iterator[ProgressReport]:
+def progress(total: int | None, what: str, *, hidden: bool, unit: str = "images") -> Iterator[ProgressReport]:
+    """total: how many there are to finish; None where that is not known before the end."""
     if hidden or not sys.stderr.isatty():
         yield ProgressReport()
         return
@@ -58,7 +59,7 @@ def progress(total: int, what: str, *, hidden: bool) -> Iterator[ProgressReport]
 
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console(stderr=True), transient=True) as bar:
-        yield ProgressReport(bar, bar.add_task(what, total=total, speed=""))
+        yield ProgressReport(bar, bar.add_task(what, total=total, speed=""), unit)
 
 
 def print_predictions(results: Sequence[dict[str, Any]]) -> None:
@@ -82,11 +83,43 @@ def _bars(predictions: Sequence[dict[str, Any]], width: int) -> Any:
     cells = max(8, min(30, width // 3))
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 1))
     for place, entry in enumerate(predictions):
-        filled = round(entry["score"] * cells)
-        bar = Text("█" * filled, style="blue") + Text("░" * (cells - filled), style="dim")
+        bar = _bar(entry["score"], cells)
         style = "bold" if place == 0 else ""
         table.add_row("", Text(printable(str(entry["label"])), style), bar, Text(format_score(entry["score"]), style))
     return table
+
+
+def _bar(score: float, cells: int, style: str = "blue") -> Any:
+    from rich.text import Text
+
+    filled = round(score * cells)
+    return Text("█" * filled, style) + Text("░" * (cells - filled), "dim")
+
+
+def print_found(query: str, hits: Sequence[Any]) -> None:
+    """The hits of one query, best first: rank, a bar of the score where there is one, cosine and file."""
+    from rich.text import Text
+
+    from siglip_model.plot import format_score
+
+    out = console(soft_wrap=True)  # a path stays in one piece
+    out.print(Text(printable(query), style="bold"))
+    for rank, hit in enumerate(hits, start=1):
+        line = Text(f"{rank:>4}  ", "dim")
+        if hit.score is not None:
+            line += _bar(hit.score, 10) + Text(f"  {format_score(hit.score):<6}")
+        out.print(line + Text(f"  {hit.cosine:>7.4f}  ", "dim") + Text(printable(hit.name)))
+
+
+def print_profile(profile: Any) -> None:
+    """The share of each stage of embedding, and what bounds the run."""
+    from rich.text import Text
+
+    out = console(soft_wrap=True)
+    for stage in ("list", "decode", "copy", "compute", "write", "rest"):
+        share = getattr(profile, stage) / profile.total
+        out.print(Text(f"  {stage:<8} ") + _bar(max(0.0, share), 20) + Text(f" {share:>4.0%}"))
+    out.print(f"bound by {profile.bound_by}")
 
 
 def print_demo(results: Sequence[dict[str, Any]], right: int) -> None:
@@ -112,8 +145,7 @@ def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
 
     from siglip_model.plot import format_score
 
-    filled = round(entry["score"] * cells)
-    bar = Text("█" * filled, "green" if right else "blue") + Text("░" * (cells - filled), "dim")
+    bar = _bar(entry["score"], cells, "green" if right else "blue")
     return Text(f"{entry['label']}\n", "bold" if right else "") + bar + Text(f" {format_score(entry['score'])}")
 
 

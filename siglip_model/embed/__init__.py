@@ -1,7 +1,7 @@
-"""Bulk embedding: any number of images into one safetensors file, resumable, in constant memory."""
+"""Bulk embedding: any number of images or texts into one safetensors file, resumable, in constant memory."""
 
 from siglip_model.embed.file import EmbeddingFileError, Embeddings, load_embeddings
-from siglip_model.embed.run import EmbeddingInterrupted, EmbedSummary, embed_images
+from siglip_model.embed.run import EmbeddingInterrupted, EmbedSummary, embed_images, embed_texts
 
 __all__ = [
     "EmbedSummary",
@@ -9,5 +9,6 @@ __all__ = [
     "EmbeddingInterrupted",
     "Embeddings",
     "embed_images",
+    "embed_texts",
     "load_embeddings",
 ]

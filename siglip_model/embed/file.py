@@ -15,7 +15,7 @@ import mmap
 import os
 import reprlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 PRODUCER = "siglip embed"
+SUFFIXES = (".safetensors", ".parquet")
 TEXT_LIMIT = 2**24  # bytes of a header or of one line; more is not read
 MESSAGE_LIMIT = 5000  # characters; twice the settings of an image processor are shorter
 WIDTH_LIMIT = 2**20  # values per row, which is read as a whole
@@ -53,13 +54,22 @@ def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
 
     Raises FileNotFoundError, and EmbeddingFileError for a damaged file or any other kind of file.
     """
-    with EmbeddingFile(path) as file:
+    with open_embedding_file(path) as file:
         rows: dict[str, None] = {}
         for name, _, _ in file.rows():
             if name in rows:
                 raise file.duplicate(name)
             rows[name] = None
         return Embeddings(file.embeddings(), list(rows), dict(file.failures()), file.metadata)
+
+
+def open_embedding_file(path: str | os.PathLike[str]) -> EmbeddingFile:
+    """The file, open for reading, in the format of its suffix. Raises ImportError for parquet without pyarrow."""
+    if os.fspath(path).endswith(".parquet"):
+        from siglip_model.embed.parquet import ParquetEmbeddingFile
+
+        return ParquetEmbeddingFile(path)
+    return EmbeddingFile(path)
 
 
 @dataclass(frozen=True)
@@ -223,6 +233,17 @@ class EmbeddingFile:
         if next(lines, None) is not None:
             raise self.error(f"is damaged: it has {self.count} rows and the names of more")
 
+    def names(self, rows: Sequence[int]) -> dict[int, str]:
+        """The names of these rows, from one pass over the lines that parses no others."""
+        wanted = set(rows)
+        names = {}
+        self._file.seek(self._spans["files"][0])
+        for row in range(max(wanted, default=-1) + 1):
+            line = self._file.readline(min(max(0, self._spans["files"][1] - self._file.tell()), TEXT_LIMIT))
+            if row in wanted:
+                names[row], _ = self._parsed("files", "stamp", row + 1, line)
+        return names
+
     def failures(self) -> Iterator[tuple[str, str]]:
         """Yields (file, error) of each image that could not be read."""
         return self._lines("failed", "error")
@@ -235,16 +256,19 @@ class EmbeddingFile:
             line = self._file.readline(min(end - position, TEXT_LIMIT))
             position += len(line)
             number += 1
-            try:
-                entry = json.loads(line.decode())
-                name, value = entry["file"], entry[key]
-                if not (line.endswith(b"\n") and len(entry) == 2 and isinstance(value, str)):
-                    raise ValueError
-                if os.fsdecode(os.fsencode(name)) != name or (key == "stamp" and not value.isascii()):
-                    raise ValueError
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise self.error(f"is damaged: line {number} of its tensor `{tensor}` cannot be read") from None
-            yield name, value
+            yield self._parsed(tensor, key, number, line)
+
+    def _parsed(self, tensor: str, key: str, number: int, line: bytes) -> tuple[str, str]:
+        try:
+            entry = json.loads(line.decode())
+            name, value = entry["file"], entry[key]
+            if not (line.endswith(b"\n") and len(entry) == 2 and isinstance(value, str)):
+                raise ValueError
+            if os.fsdecode(os.fsencode(name)) != name or (key == "stamp" and not value.isascii()):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise self.error(f"is damaged: line {number} of its tensor `{tensor}` cannot be read") from None
+        return name, value
 
     def embeddings(self) -> torch.Tensor:
         """(n, width), memory-mapped: pages are read when they are used, and a write to the tensor stays in memory."""

@@ -23,15 +23,17 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from siglip_model.checkpoints.atomic import ordinary_mode, sync_directory
 from siglip_model.embed.file import (
     PRODUCER,
+    SUFFIXES,
     TEXT_LIMIT,
-    EmbeddingFile,
     EmbeddingFileError,
     RowFormat,
     encode_header,
+    open_embedding_file,
     shortened,
 )
 
@@ -41,6 +43,7 @@ SCHEMA = {
     "images": "CREATE TABLE images (path BLOB PRIMARY KEY, stamp TEXT, error TEXT, embedding BLOB)",
 }
 LONGEST_NAME = 255 - len(".part-journal")  # bytes of FILE's name, to which SQLite's file beside the journal adds
+FILE_NAME = f"a file name ending in {' or '.join(SUFFIXES)}"
 OVERWRITES = "overwrites"  # among the settings of a journal: FILE is to be replaced, not continued
 BUSY_SECONDS = 0.2  # with less, two runs that start at once may each see the other, and both be refused
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
@@ -67,6 +70,8 @@ class EmbeddingJournal:
 
     def __init__(self, out: str | os.PathLike[str], settings: Mapping[str, str], *, overwrite: bool = False) -> None:
         self.out = resolve_out(out)
+        if self.out.suffix == ".parquet" and settings["dtype"] == "BF16":
+            raise EmbeddingFileError(f"{out}: parquet has no bfloat16; supported: float32, float16, or .safetensors")
         self.part = self.out.with_name(self.out.name + ".part")
         self.settings = dict(settings)
         self.format = RowFormat(self.settings["dtype"], int(self.settings["width"]))
@@ -218,7 +223,7 @@ class EmbeddingJournal:
         """Adds the rows and failures of FILE, except for images that an earlier run recorded in the journal."""
         (last,) = self._execute("SELECT COALESCE(MAX(rowid), 0) FROM images").fetchone()
         try:
-            with EmbeddingFile(self.out) as file:
+            with open_embedding_file(self.out) as file:
                 if problem := self._other_settings(file.metadata):
                     raise file.error(problem)
                 for name, stamp, row in file.rows():
@@ -302,7 +307,7 @@ class EmbeddingJournal:
 
     def _check_file(self, rows: int) -> None:
         try:
-            with EmbeddingFile(self.out) as file:
+            with open_embedding_file(self.out) as file:
                 if file.count > rows:
                     raise file.error(f"has {file.count} rows, more than the {rows} of {self.part}")
         except EmbeddingFileError as error:
@@ -313,7 +318,7 @@ class EmbeddingJournal:
     def _check_overwritten(self, rows: int) -> None:
         """Raises EmbeddingFileError where a run that was not asked to overwrite would leave FILE with fewer rows."""
         try:
-            with EmbeddingFile(self.out) as file:
+            with open_embedding_file(self.out) as file:
                 count = file.count
         except EmbeddingFileError:  # there is nothing to lose in a file that cannot be read
             return
@@ -325,18 +330,15 @@ class EmbeddingJournal:
             )
 
     def _replace_file(self, rows: int, complete: bool) -> None:
-        sizes = [sum(map(len, lines)) for lines in (self._file_lines(), self._failed_lines())]
         metadata = {**self.settings, "format": "pt", "producer": PRODUCER, "complete": str(complete).lower()}
-        header = encode_header(metadata, rows, *sizes)
         unfinished = self.out.with_name(f".{self.out.name}.unfinished")  # one name: the lock admits one writer
         unfinished.unlink(missing_ok=True)
         try:
             with open(unfinished, "xb") as file:
-                file.write(header)
-                for (row,) in self._stream("SELECT embedding FROM images WHERE embedding IS NOT NULL ORDER BY rowid"):
-                    file.write(row)
-                for lines in (self._file_lines(), self._failed_lines()):
-                    file.writelines(lines)
+                if self.out.suffix == ".parquet":
+                    self._write_parquet(file, metadata)
+                else:
+                    self._write_safetensors(file, metadata, rows)
                 file.flush()
                 os.chmod(unfinished, ordinary_mode(self.out))
                 os.fsync(file.fileno())
@@ -344,6 +346,29 @@ class EmbeddingJournal:
         finally:
             unfinished.unlink(missing_ok=True)
         sync_directory(self.out.parent)  # before the journal is deleted
+
+    def _write_safetensors(self, file: BinaryIO, metadata: Mapping[str, str], rows: int) -> None:
+        sizes = [sum(map(len, lines)) for lines in (self._file_lines(), self._failed_lines())]
+        file.write(encode_header(metadata, rows, *sizes))
+        for (row,) in self._stream("SELECT embedding FROM images WHERE embedding IS NOT NULL ORDER BY rowid"):
+            file.write(row)
+        for lines in (self._file_lines(), self._failed_lines()):
+            file.writelines(lines)
+
+    def _write_parquet(self, file: BinaryIO, metadata: Mapping[str, str]) -> None:
+        from siglip_model.embed.parquet import write_parquet
+
+        rows = self._stream("SELECT path, stamp, embedding FROM images WHERE embedding IS NOT NULL ORDER BY rowid")
+        failures = self._stream("SELECT path, error FROM images WHERE error IS NOT NULL ORDER BY rowid")
+        try:
+            write_parquet(
+                file,
+                metadata,
+                ((os.fsdecode(path), stamp, row) for path, stamp, row in rows),
+                ((os.fsdecode(path), error) for path, error in failures),
+            )
+        except ValueError as error:
+            raise EmbeddingFileError(f"{self.out} was not written: {error}; the rows are in {self.part}") from error
 
     def _file_lines(self) -> Iterator[bytes]:
         query = "SELECT path, stamp FROM images WHERE embedding IS NOT NULL ORDER BY rowid"
@@ -445,9 +470,11 @@ def resolve_out(out: str | os.PathLike[str]) -> Path:
         if path.is_symlink():
             raise EmbeddingFileError(f"{out} is a symbolic link to itself; supported: a file name")
     if path.is_dir():
-        raise EmbeddingFileError(f"{path} is a folder; supported: a file name ending in .safetensors")
+        raise EmbeddingFileError(f"{path} is a folder; supported: {FILE_NAME}")
     if path.exists() and not path.is_file():
-        raise EmbeddingFileError(f"{path} is not a regular file; supported: a file name ending in .safetensors")
+        raise EmbeddingFileError(
+            f"{path} is not a regular file; supported: a file name ending in {' or '.join(SUFFIXES)}"
+        )
     if not path.parent.is_dir():
         raise EmbeddingFileError(f"the folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK):

@@ -1,4 +1,4 @@
-"""Embeds any number of images into one file, in constant memory; an interrupted run can be resumed."""
+"""Embeds any number of images or texts into one file, in constant memory; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -10,35 +10,40 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
 from siglip_model.automatic_capture import CapturesRepeats
-from siglip_model.embed.file import TENSOR_DTYPES, EmbeddingFileError
+from siglip_model.embed.file import SUFFIXES, TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal, resolve_out
+from siglip_model.embed.profile import Profile, ProfileReport
+from siglip_model.embed.shards import ShardedJournal, Shards, open_shards
+from siglip_model.embed.sources import Source, image_sources, pyarrow_parquet, text_sources
 from siglip_model.fit import check_pixels
 from siglip_model.image_pipelines import TokenBudget
 from siglip_model.images import model_inputs
 from siglip_model.images.batches import Batch, Failure, read_batches
-from siglip_model.images.files import DOWNLOAD_SECONDS, ImageList, describe_failure, is_url, list_images, open_image
+from siglip_model.images.files import DOWNLOAD_SECONDS, describe_failure, open_image
 from siglip_model.images.limits import PixelBudget
 from siglip_model.images.model_inputs import Inputs
 from siglip_model.outputs import pooled, unit_length
+from siglip_model.text.padding import as_trained
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
 
 COMMIT_SECONDS = 2.0  # the most work that a kill can lose
 SAMPLED_VALUES = 4096  # per parameter, in the model's digest
+SAMPLE_TEXT = "A photo of TWO cats: “Ünïcode”, 2×!"  # shows a tokenizer's vocabulary, case and punctuation
 
 
 @dataclass(frozen=True)
 class EmbedSummary:
-    """Counts of a run: images `embedded`, `failed` and `skipped` (embedded earlier), and the finished rows.
+    """Counts of a run: images or texts `embedded`, `failed` and `skipped` (embedded earlier), and the finished rows.
 
     written: whether the file `out` holds these rows. Otherwise there are none, or they wait in the journal until they
-    are complete and overwrite the file.
+    are complete and overwrite the file. profile: where the time went, if that was asked for.
     """
 
     out: str
@@ -50,6 +55,7 @@ class EmbedSummary:
     complete: bool
     seconds: float
     written: bool = True
+    profile: ProfileReport | None = None
 
     @property
     def images_per_second(self) -> float:
@@ -73,6 +79,7 @@ def embed_images(
     inputs: Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
+    column: str | None = None,
     normalize: bool = True,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
@@ -80,52 +87,191 @@ def embed_images(
     num_workers: int = 2,
     max_pixels: int | None = None,
     overwrite: bool = False,
+    shards: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    profile: bool = False,
     model_name: str = "",
     on_image: Callable[[str, str, str], None] | None = None,
 ) -> EmbedSummary:
-    """Writes the embeddings of all images to `out`, a .safetensors file that `load_embeddings` reads.
+    """Writes the embeddings of all images to `out`, a .safetensors or .parquet file that `load_embeddings` reads.
 
-    inputs: images, folders (searched recursively) and URLs, or an ImageList. normalize: scale rows to unit length;
-    otherwise rows are the pooled output. dtype: storage dtype, float32, float16 or bfloat16. token_budget: at native
-    resolution, patches per forward pass: it takes as many images as fit, instead of batch_size. num_workers: threads
+    inputs: images, folders (searched recursively), URLs, WebDataset shards (.tar) and .parquet files, or an ImageList.
+    column: of parquet files, as for `sources.image_sources`. normalize: scale rows to unit length; otherwise rows are
+    the pooled output. dtype: storage dtype, float32, float16 or bfloat16. token_budget: at native resolution, patches
+    per forward pass: it takes as many images as fit, instead of batch_size. num_workers: threads
     that open images ahead of the model. max_pixels: limit on the pixels of an image, and on those that all threads
     decode at one time (default: `images.limits.MAX_PIXELS`).
     Images that `out`, or the journal of an interrupted run, already holds are skipped unless their file has changed;
     failed images are retried. An image that was embedded before and fails now keeps its row.
     overwrite: replace the output instead of resuming. An earlier journal is deleted at once; the old file stays until
     the new rows are complete, also across interrupted runs.
-    on_image(path, outcome, error): called for every image; the outcome is "embedded", "skipped" or "failed".
+    shards: write this many files instead of one (see `shards`); by default as many as the manifest of an earlier run
+    says, and 64 where there is none and several ranks. rank, world_size: of this process among those that share the
+    inputs; each writes files of its own. profile: measure the stages, for which the device is waited for after each.
+    on_image(name, outcome, error): called for every image; the outcome is "embedded", "skipped" or "failed".
 
     Raises EmbeddingFileError if `out` was made with another model or other settings, is damaged or another kind of
-    file, cannot be written, or is being written by another run; ValueError for an unsupported dtype or a model without
-    a pooling head; EmbeddingInterrupted on Ctrl-C, after the finished rows were saved.
+    file, cannot be written, or is being written by another run; ValueError for an unsupported dtype, a model without
+    a pooling head or a column that does not exist; ImportError for parquet files without pyarrow; EmbeddingInterrupted
+    on Ctrl-C, after the finished rows were saved.
     """
-    codes = {value: code for code, value in TENSOR_DTYPES.items()}
-    if dtype not in codes:
-        raise ValueError(f"embed_images: dtype is {dtype}; supported: {', '.join(str(name) for name in codes)}")
-    if batch_size < 1:
-        raise ValueError(f"embed_images: batch_size is {batch_size}; supported: a whole number from 1")
     if not model.config.vision_config.vision_use_head:  # checked before the journal is created
         raise ValueError("embed_images: the model has no pooling head (vision_use_head is false), so no embedding")
     sizes: dict[str, Any] = {"batch_size": batch_size}
     if token_budget is not None:
         sizes = TokenBudget(image_processor, token_budget).sizes()
     budget = PixelBudget(max_pixels)
-    model.eval()
-    settings = {
+    encode_images = CapturesRepeats(model)
+    settings = {"content": "images", "image_processor": settings_of(image_processor)}
+
+    def read(source: Source) -> Inputs:
+        with open_image(content_of(source), DOWNLOAD_SECONDS, budget) as image:
+            prepared = model_inputs.prepare(image_processor, image)
+        check_pixels(model.config, image_processor, prepared["pixel_values"])
+        return prepared
+
+    def to_device(images: list[Inputs]) -> Inputs:
+        return model_inputs.to_model(model_inputs.join(images), model.device, model.dtype)
+
+    def encode(inputs: Inputs) -> torch.Tensor:
+        return pooled(encode_images(**inputs))
+
+    place = open_shards(out, shards, rank, world_size)
+    with budget:
+        return run_embedding(
+            model,
+            image_sources(inputs, column, place.owns if place else None),
+            read,
+            to_device,
+            encode,
+            place or out,
+            {**settings, **common_settings(model, normalize, dtype, model_name)},
+            normalize=normalize,
+            dtype=dtype,
+            sizes=sizes,
+            num_workers=num_workers,
+            overwrite=overwrite,
+            on_source=on_image,
+            profile=profile,
+        )
+
+
+def embed_texts(
+    model: SiglipModel,
+    tokenizer: Any,
+    inputs: Iterable[str | os.PathLike[str] | TextIO],
+    out: str | os.PathLike[str],
+    *,
+    column: str | None = None,
+    encoding: str | None = None,
+    normalize: bool = True,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    num_workers: int = 2,
+    overwrite: bool = False,
+    shards: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    profile: bool = False,
+    model_name: str = "",
+    on_text: Callable[[str, str, str], None] | None = None,
+) -> EmbedSummary:
+    """As `embed_images`, for texts: a row is named by its text, so that equal texts have one row.
+
+    inputs: text files, one text per line, .parquet files, and open text files. column, encoding: as for
+    `sources.text_sources`. tokenizer: the model's. Texts are cut and padded to the length of the model's training.
+    Raises also ValueError for a file of another encoding.
+    """
+    options = {**as_trained(model.config.text_config.max_position_embeddings), "return_tensors": "pt"}
+    sample = tokenizer([SAMPLE_TEXT], **options)["input_ids"].tolist()
+    settings = {"content": "texts", "tokenizer": f"{type(tokenizer).__name__}, which makes {sample} of a sample"}
+
+    def read(source: Source) -> Any:
+        return tokenizer([content_of(source)], **options)
+
+    def to_device(tokens: list[Any]) -> dict[str, torch.Tensor]:
+        return {name: torch.cat([each[name] for each in tokens]).to(model.device) for name in tokens[0]}
+
+    def encode(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        return pooled(model.get_text_features(**tokens))
+
+    return run_embedding(
+        model,
+        text_sources(inputs, column, encoding),
+        read,
+        to_device,
+        encode,
+        open_shards(out, shards, rank, world_size) or out,
+        {**settings, **common_settings(model, normalize, dtype, model_name)},
+        normalize=normalize,
+        dtype=dtype,
+        sizes={"batch_size": batch_size},
+        num_workers=num_workers,
+        overwrite=overwrite,
+        on_source=on_text,
+        profile=profile,
+    )
+
+
+def common_settings(model: SiglipModel, normalize: bool, dtype: torch.dtype, model_name: str) -> dict[str, str]:
+    """What agrees between the rows of any file, as text. Raises ValueError for an unsupported dtype."""
+    codes = {value: code for code, value in TENSOR_DTYPES.items()}
+    if dtype not in codes:
+        raise ValueError(f"embed: dtype is {dtype}; supported: {', '.join(str(name) for name in codes)}")
+    return {
         "model": model_digest(model),
         "model_name": str(model_name),
         "computed_in": str(model.dtype).removeprefix("torch."),
-        "image_processor": _settings_of(image_processor),
         "normalize": str(normalize).lower(),
         "dtype": codes[dtype],
         "width": str(model.config.vision_config.hidden_size),
     }
-    on_image = on_image or (lambda path, outcome, error: None)
-    with closing(EmbeddingJournal(out, settings, overwrite=overwrite)) as journal:
-        run = _Run(journal, str(out), model, image_processor, normalize, dtype, on_image)
+
+
+def content_of(source: Source) -> Any:
+    if isinstance(source.content, Exception):
+        raise source.content
+    return source.content
+
+
+def run_embedding(
+    model: SiglipModel,
+    sources: Iterable[Source],
+    read: Callable[[Source], Any],
+    to_device: Callable[[list[Any]], Any],
+    encode: Callable[[Any], torch.Tensor],
+    out: str | os.PathLike[str] | Shards,
+    settings: Mapping[str, str],
+    *,
+    normalize: bool,
+    dtype: torch.dtype,
+    sizes: Mapping[str, Any],
+    num_workers: int,
+    overwrite: bool,
+    on_source: Callable[[str, str, str], None] | None,
+    profile: bool,
+) -> EmbedSummary:
+    """Embeds what the sources hold and `out` does not.
+
+    read: a source, in threads. to_device: what was read of several, as the inputs of `encode`, which makes rows.
+    sizes: of the batches, arguments of `read_batches`.
+    """
+    if sizes["batch_size"] < 1:
+        raise ValueError(f"embed: batch_size is {sizes['batch_size']}; supported: a whole number from 1")
+    model.eval()
+    journal: EmbeddingJournal | ShardedJournal
+    if isinstance(out, Shards):
+        place, journal = str(out.out), ShardedJournal(out, settings, overwrite=overwrite)
+        sources = (source for source in sources if out.owns(source.name))
+    else:
+        place, journal = str(out), EmbeddingJournal(out, settings, overwrite=overwrite)
+    with closing(journal):
+        stages = Profile(num_workers, _synchronizer(model.device) if profile else None)
+        on_source = on_source or (lambda name, outcome, error: None)
+        run = _Run(journal, place, to_device, encode, normalize, dtype, on_source, stages)
         try:
-            run.over(inputs, sizes, num_workers, budget)
+            run.over(sources, read, sizes, num_workers)
             return run.finish(complete=True)
         except KeyboardInterrupt:
             raise EmbeddingInterrupted(run.finish(complete=False)) from None
@@ -139,95 +285,104 @@ def embed_images(
 
 
 class _Run:
-    """One run over the inputs, with its counts."""
+    """One run over the sources, with its counts."""
 
     def __init__(
         self,
-        journal: EmbeddingJournal,
+        journal: EmbeddingJournal | ShardedJournal,
         out: str,
-        model: SiglipModel,
-        image_processor: Any,
+        to_device: Callable[[list[Any]], Any],
+        encode: Callable[[Any], torch.Tensor],
         normalize: bool,
         dtype: torch.dtype,
-        on_image: Callable[[str, str, str], None],
+        on_source: Callable[[str, str, str], None],
+        profile: Profile,
     ) -> None:
         self.journal = journal
         self.out = out
-        self.model = model
-        self.encode_images = CapturesRepeats(model)
-        self.image_processor = image_processor
+        self.to_device = to_device
+        self.encode = encode
+        self.profile = profile
         self.normalize = normalize
         self.dtype = dtype
-        self.on_image = on_image
+        self.on_source = on_source
+        self.computed_in = journal.settings["computed_in"]
         self.embedded = self.failed = self.skipped = self.rows = 0
         self.written = False
         self.started = self.committed = time.monotonic()
-        self.in_flight: set[str] = set()  # read but not yet in the journal, so that a repeated path is skipped
+        self.in_flight: set[str] = set()  # read but not yet in the journal, so that a repeated source is skipped
 
     def over(
-        self, inputs: Iterable[str | os.PathLike[str]], sizes: dict[str, Any], workers: int, budget: PixelBudget
+        self, sources: Iterable[Source], read: Callable[[Source], Any], sizes: Mapping[str, Any], workers: int
     ) -> None:
         """sizes: of the batches, arguments of `read_batches`."""
-
-        def read(item: tuple[str, str]) -> Inputs:
-            with open_image(item[0], DOWNLOAD_SECONDS, budget) as image:
-                prepared = model_inputs.prepare(self.image_processor, image)
-            check_pixels(self.model.config, self.image_processor, prepared["pixel_values"])
-            return prepared
-
-        paths = inputs if isinstance(inputs, ImageList) else list_images(inputs)
-        batches = read_batches(self._todo(paths), read, workers=workers, **sizes)
-        with closing(batches), budget:
-            for batch in batches:
+        read = self.profile.in_threads(read)
+        batches = read_batches(self._todo(sources), read, workers=workers, **sizes)
+        with closing(batches):
+            while True:
+                with self.profile.stage("batch"):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
                 if isinstance(batch, Failure):
-                    self._note(*batch.item, error=describe_failure(batch.item[0], batch.error))
+                    self._note(batch.item, error=describe_failure(batch.item.name, batch.error))
                 else:
                     self._embed(batch)
 
-    def _todo(self, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-        for path in paths:
-            stamp = _stamp(path)
-            if path in self.in_flight or self.journal.has(path, stamp):
+    def _todo(self, sources: Iterable[Source]) -> Iterator[Source]:
+        remaining = iter(sources)
+        while True:
+            with self.profile.stage("list"):
+                source = next(remaining, None)
+                if source is None:
+                    return
+                finished = source.name in self.in_flight or self.journal.has(source.name, source.stamp)
+            if finished:
                 self.skipped += 1
-                self.on_image(path, "skipped", "")
+                self.on_source(source.name, "skipped", "")
             else:
-                self.in_flight.add(path)
-                yield path, stamp
+                self.in_flight.add(source.name)
+                yield source
 
     @torch.no_grad()
-    def _embed(self, batch: Batch[tuple[str, str], Inputs]) -> None:
-        inputs = model_inputs.to_model(model_inputs.join(batch.values), self.model.device, self.model.dtype)
-        rows = pooled(self.encode_images(**inputs)).float()
-        if self.normalize:
-            rows = unit_length(rows)
-        rows = rows.to(self.dtype).cpu().contiguous()
-        finite = rows.isfinite().all(dim=-1).tolist()
-        for (path, stamp), row, is_finite in zip(batch.items, rows, finite, strict=True):
+    def _embed(self, batch: Batch[Source, Any]) -> None:
+        with self.profile.stage("copy"):
+            inputs = self.to_device(batch.values)
+        with self.profile.stage("compute"):
+            rows = self.encode(inputs).float()
+            if self.normalize:
+                rows = unit_length(rows)
+            rows = rows.to(self.dtype).cpu().contiguous()
+            finite = rows.isfinite().all(dim=-1).tolist()
+        for source, row, is_finite in zip(batch.items, rows, finite, strict=True):
             if is_finite:
-                self._note(path, stamp, embedding=row.view(torch.uint8).numpy().tobytes())
+                self._note(source, embedding=row.view(torch.uint8).numpy().tobytes())
             else:
-                self._note(path, stamp, error=f"{path}: its embedding is not finite in {self.model.dtype}")
+                self._note(source, error=f"{source.name}: its embedding is not finite in {self.computed_in}")
         if time.monotonic() - self.committed > COMMIT_SECONDS:
-            self.journal.commit()
+            with self.profile.stage("write"):
+                self.journal.commit()
             self.committed = time.monotonic()
 
-    def _note(self, path: str, stamp: str, *, embedding: bytes | None = None, error: str | None = None) -> None:
-        self.journal.add(path, stamp, embedding=embedding, error=error)
-        self.in_flight.discard(path)
+    def _note(self, source: Source, *, embedding: bytes | None = None, error: str | None = None) -> None:
+        with self.profile.stage("write"):
+            self.journal.add(source.name, source.stamp, embedding=embedding, error=error)
+        self.in_flight.discard(source.name)
         if error is None:
             self.embedded += 1
         else:
             self.failed += 1
-        self.on_image(path, "embedded" if error is None else "failed", error or "")
+        self.on_source(source.name, "embedded" if error is None else "failed", error or "")
 
     def finish(self, *, complete: bool) -> EmbedSummary:
         """Writes the file from the journal; a complete run then deletes the journal, an interrupted one keeps it."""
         if self.journal.is_open:  # else the interrupt came when all was done
-            self.journal.commit()
-            self.rows, _ = self.journal.counts()
-            self.written = self.journal.write(complete=complete)
-            if complete:
-                self.journal.remove()
+            with self.profile.stage("write"):
+                self.journal.commit()
+                self.rows, _ = self.journal.counts()
+                self.written = self.journal.write(complete=complete)
+                if complete:
+                    self.journal.remove()
         return EmbedSummary(
             out=self.out,
             embedded=self.embedded,
@@ -238,13 +393,19 @@ class _Run:
             complete=complete,
             seconds=time.monotonic() - self.started,
             written=self.written,
+            profile=self.profile.report(),
         )
 
 
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    """What waits for the work of a device."""
+    return (lambda: None) if device.type == "cpu" else (lambda: torch.accelerator.synchronize(device))
+
+
 def model_digest(model: SiglipModel) -> str:
-    """A hash of samples of the vision tower's parameters: distinguishes models quickly."""
+    """A hash of samples of all parameters: distinguishes models, and the text towers of one vision tower, quickly."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.vision_model.named_parameters()):
+    for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
         values = parameter.detach().reshape(-1)
         values = values[:: max(1, values.numel() // SAMPLED_VALUES)]
@@ -252,21 +413,10 @@ def model_digest(model: SiglipModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _settings_of(image_processor: Any) -> str:
-    """Also which of both processors it is: they resize differently, and write the same files."""
+def settings_of(image_processor: Any) -> str:
+    """Its options, and which of both processors it is: they resize differently, and write the same files."""
     settings: Mapping[str, Any] = {**image_processor.to_dict(), "computed_by": type(image_processor).__name__}
     return json.dumps(settings, sort_keys=True, default=str)
-
-
-def _stamp(path: str) -> str:
-    """Size and modification time of a file. Empty for URLs, which are assumed not to change."""
-    if is_url(path):
-        return ""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # ValueError for a name that no file can have
-        return ""
-    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def out_problem(out: Path) -> str | None:
@@ -275,6 +425,8 @@ def out_problem(out: Path) -> str | None:
         resolve_out(out)
     except EmbeddingFileError as error:
         return str(error)
-    if out.suffix != ".safetensors":
-        return f"{out} does not end in .safetensors"
+    if out.suffix not in SUFFIXES:
+        return f"{out} does not end in {' or '.join(SUFFIXES)}"
+    if out.suffix == ".parquet":
+        pyarrow_parquet()
     return None

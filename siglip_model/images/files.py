@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -51,6 +52,14 @@ class UnreadableImageError(OSError, ValueError):
     """An image that is missing, truncated, not an image or of unknown value range; the message names source and why."""
 
 
+@dataclass(frozen=True)
+class EncodedImage:
+    """The content of an image file that is part of another, such as a member of an archive; messages give its name."""
+
+    name: str
+    content: bytes
+
+
 def load_image(
     image: str | os.PathLike[str] | Image.Image, timeout: float | None = None, max_pixels: int | None = None
 ) -> Image.Image:
@@ -72,15 +81,12 @@ def load_image(
 def decode_image(content: bytes, name: str) -> Image.Image:
     """`load_image` of a file's content. name: what UnreadableImageError names."""
     with ExitStack() as held:
-        try:
-            return _decode_file(BytesIO(content), PixelBudget(), held)
-        except Exception as error:
-            raise UnreadableImageError(f"{name}: {_reason(content, error)}") from error
+        return _load(EncodedImage(name, content), None, PixelBudget(), held)
 
 
 @contextmanager
 def open_image(
-    image: str | os.PathLike[str] | Image.Image, timeout: float | None, budget: PixelBudget
+    image: str | os.PathLike[str] | Image.Image | EncodedImage, timeout: float | None, budget: PixelBudget
 ) -> Iterator[Image.Image]:
     """`load_image` for one of several threads: within the block, the image's pixels take up room in the budget.
 
@@ -94,12 +100,15 @@ def open_image(
 
 
 def _load(
-    image: str | os.PathLike[str] | Image.Image, timeout: float | None, budget: PixelBudget, held: ExitStack
+    image: str | os.PathLike[str] | Image.Image | EncodedImage,
+    timeout: float | None,
+    budget: PixelBudget,
+    held: ExitStack,
 ) -> Image.Image:
     """The image; its room in the budget is held until the stack is closed."""
     from PIL import Image
 
-    if isinstance(image, Image.Image):
+    if isinstance(image, (Image.Image, EncodedImage)):
         source: Any = image
     elif isinstance(image, (str, os.PathLike)):
         source = os.fspath(image)
@@ -108,7 +117,7 @@ def _load(
             f"image is of type {type(image).__name__}; supported: a path, a URL, a base64 string or a PIL image"
         )
     try:
-        if isinstance(source, str):
+        if isinstance(source, (str, EncodedImage)):
             return _decode(source, timeout, budget, held)
         held.enter_context(budget.reserve(source.width * source.height))
         return _upright_rgb(source)
@@ -117,32 +126,28 @@ def _load(
         raise UnreadableImageError(f"{describe_source(source)}: {_reason(source, error)}") from error
 
 
-def _decode(source: str, timeout: float | None, budget: PixelBudget, held: ExitStack) -> Image.Image:
-    with _open_source(source, timeout) as file:
-        return _decode_file(file, budget, held)
-
-
-def _decode_file(file: BinaryIO, budget: PixelBudget, held: ExitStack) -> Image.Image:
+def _decode(source: str | EncodedImage, timeout: float | None, budget: PixelBudget, held: ExitStack) -> Image.Image:
     from PIL import Image
 
-    unknown_size = file.read(4) in SIZE_WITHIN
-    file.seek(0)
-    if unknown_size:
-        held.enter_context(budget.reserve(budget.max_pixels))
-    try:
-        with _pillow_permits(budget.max_pixels), Image.open(file, formats=_formats()) as opened:
-            if unknown_size:
-                opened.load()
-            pixels, described = _size_of(opened)
-            if refusal := budget.refusal(pixels, described):
-                raise ValueError(refusal)
-            if not unknown_size:
-                held.enter_context(budget.reserve(pixels))
-            return _upright_rgb(opened, own=True)
-    except Image.DecompressionBombError as error:  # raised before the image's size can be asked
-        count = re.search(r"\d+", str(error))
-        refusal = budget.refusal(int(count[0])) if count else None
-        raise ValueError(refusal or str(error)) from error
+    with _open_source(source, timeout) as file:
+        unknown_size = file.read(4) in SIZE_WITHIN
+        file.seek(0)
+        if unknown_size:
+            held.enter_context(budget.reserve(budget.max_pixels))
+        try:
+            with _pillow_permits(budget.max_pixels), Image.open(file, formats=_formats()) as opened:
+                if unknown_size:
+                    opened.load()
+                pixels, described = _size_of(opened)
+                if refusal := budget.refusal(pixels, described):
+                    raise ValueError(refusal)
+                if not unknown_size:
+                    held.enter_context(budget.reserve(pixels))
+                return _upright_rgb(opened, own=True)
+        except Image.DecompressionBombError as error:  # raised before the image's size can be asked
+            count = re.search(r"\d+", str(error))
+            refusal = budget.refusal(int(count[0])) if count else None
+            raise ValueError(refusal or str(error)) from error
 
 
 # EPS files are programs, which Pillow hands to Ghostscript. BLP and IPTC files state one size and hold an image of
@@ -209,7 +214,9 @@ def _upright_rgb(image: Image.Image, own: bool = False) -> Image.Image:
     return levels if levels.mode == "RGB" else levels.convert("RGB")
 
 
-def _open_source(source: str, timeout: float | None) -> BinaryIO:
+def _open_source(source: str | EncodedImage, timeout: float | None) -> BinaryIO:
+    if isinstance(source, EncodedImage):
+        return BytesIO(source.content)
     if is_url(source):
         return _download(source, timeout)
     try:
@@ -250,7 +257,8 @@ def is_url(source: str) -> bool:
 
 def describe_source(source: object) -> str:
     """A source as error messages name it; long base64 strings are shortened."""
-    text = source if isinstance(source, str) else f"<{type(source).__name__}>"
+    name = source.name if isinstance(source, EncodedImage) else source
+    text = name if isinstance(name, str) else f"<{type(source).__name__}>"
     return text if len(text) <= 500 else f"{text[:60]}... ({len(text)} characters)"
 
 

@@ -11,6 +11,12 @@ TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
 SIDES = ("right", "left")
 # A model_max_length above this stands for "no limit" (transformers writes 10^30).
 NO_LIMIT = 10**20
+TRAINED_TOKENS = 64  # SigLIP was trained on texts padded to this length
+
+
+def as_trained(positions: int) -> dict[str, Any]:
+    """Arguments of a tokenizer call that pads and cuts as in training. positions: the most tokens the model takes."""
+    return {"padding": "max_length", "max_length": min(TRAINED_TOKENS, positions), "truncation": True}
 
 
 @dataclass(frozen=True)

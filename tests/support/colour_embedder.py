@@ -17,8 +17,8 @@ class ColourModel:
     config = SimpleNamespace(vision_config=SimpleNamespace(vision_use_head=True, hidden_size=WIDTH))
 
     def __init__(self, seed=0):
-        self.vision_model = torch.nn.Linear(1, 1, bias=False)
-        torch.nn.init.constant_(self.vision_model.weight, seed)
+        self.named_parameters = torch.nn.Linear(1, 1, bias=False).named_parameters
+        torch.nn.init.constant_(dict(self.named_parameters())["weight"], seed)
 
     def eval(self):
         return self

@@ -137,3 +137,50 @@ def test_an_interrupted_overwrite_keeps_the_old_file_and_is_resumed_without_it(s
     report = json.loads(result.stdout)
     assert (report["skipped"], report["rows"], report["written"]) == (6, 40, True)
     assert load_embeddings(out).settings["normalize"] == "false" and out.is_symlink()
+
+
+def test_texts_from_a_file_and_from_stdin(siglip, tmp_path):
+    out, listed = tmp_path / "out.safetensors", tmp_path / "x.txt"
+    listed.write_bytes("a rocket\n\nein Käse\na rocket\n".encode("latin-1"))
+    result = siglip("embed", "--texts", listed, "--out", out)
+    assert result.exit_code == 2 and one_line(result.stderr) and "x.txt is not encoded in utf-8" in result.stderr
+    result = siglip("embed", "--texts", listed, "--out", out, "--encoding", "latin-1")
+    assert result.exit_code == 0 and "2 rows of 32; 2 embedded now" in result.stdout and "texts/s" in result.stdout
+    result = siglip("embed", "--texts", "-", "--out", out, stdin="a rocket\n2 cats\n" + "x" * 70_000)
+    assert result.exit_code == 1 and "1 of 3 texts failed" in result.stderr
+    assert load_embeddings(out).files == ["a rocket", "ein Käse", "2 cats"]
+    found = siglip("search", out, "a rocket", "--json", "--top", 1, "--device", "cpu")
+    (query,) = json.loads(found.stdout)
+    assert query["results"][0]["name"] == "a rocket" and "score" not in query["results"][0]
+    picture = tmp_path / "0.png"
+    random_image(0).save(picture)
+    found = siglip("search", out, "--image", picture, "--json", "--device", "cpu")
+    assert 0 < json.loads(found.stdout)[0]["results"][0]["score"] < 1
+    result = siglip("search", out, "a rocket", "--plot", tmp_path / "x.png", "--device", "cpu")
+    assert result.exit_code == 2 and "are texts" in result.stderr
+
+
+def test_wrong_use_of_texts_ends_with_2(siglip, images, tmp_path):
+    listed = tmp_path / "x.txt"
+    listed.write_text("x")
+    for words, message in (
+        ([], "there is nothing to embed"),
+        ([images, "--texts", listed], "embed images and texts into different files"),
+        (["--texts", tmp_path / "gone.txt"], "--texts: no such file"),
+        (["--texts", listed, "--encoding", "latin-99"], "--encoding: unknown encoding: latin-99"),
+        ([images, "--encoding", "latin-1"], "--encoding is that of --texts"),
+    ):
+        result = siglip("embed", *words, "--out", tmp_path / "out.safetensors")
+        assert result.exit_code == 2 and one_line(result.stderr) and message in result.stderr, result.stderr
+
+
+def test_profile_prints_the_stages(siglip, images, tmp_path):
+    result = siglip("embed", images, "--out", tmp_path / "a.safetensors", "--profile", "--workers", 3)
+    assert result.exit_code == 0 and "\nbound by " in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()[1:-1]]
+    assert [line[0] for line in lines] == ["list", "decode", "copy", "compute", "write", "rest"]
+    assert 97 <= sum(int(line[-1].removesuffix("%")) for line in lines) <= 103
+    report = json.loads(siglip("embed", images, "--out", tmp_path / "b.safetensors", "--profile", "--json").stdout)
+    assert report["profile"]["bound_by"] and report["profile"]["total"] > 0
+    report = json.loads(siglip("embed", images, "--out", tmp_path / "b.safetensors", "--json").stdout)
+    assert "profile" not in report

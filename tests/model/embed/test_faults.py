@@ -26,6 +26,7 @@ from siglip_model.embed import file as embed_file
 from siglip_model.embed import journal as embed_journal
 from siglip_model.embed import run as embed_run
 
+OUT = "out.safetensors"
 SOURCES = (embed_journal.__file__, embed_file.__file__)
 DISK_TYPES = (sqlite3.Connection, sqlite3.Cursor, io.IOBase)
 
@@ -45,7 +46,7 @@ def folder(monkeypatch):
 
 
 def embed(folder, name, **options):
-    return embed_colours([folder / name], folder / "out" / "out.safetensors", **options)
+    return embed_colours([folder / name], folder / "out" / OUT, **options)
 
 
 def interrupt(*_):
@@ -64,7 +65,7 @@ def prepare_file_and_journal(folder):
     embed(folder, "old")
     with pytest.raises(EmbeddingInterrupted):
         embed(folder, "new", batch_size=1, on_image=interrupt)
-    assert (folder / "out" / "out.safetensors.part").exists()
+    assert (folder / "out" / f"{OUT}.part").exists()
 
 
 def prepare_file_of_another_model(folder):
@@ -73,7 +74,7 @@ def prepare_file_of_another_model(folder):
 
 def prepare_damaged_journal(folder):
     embed(folder, "old", seed=1)
-    (folder / "out" / "out.safetensors.part").write_text("no journal" * 100)
+    (folder / "out" / f"{OUT}.part").write_text("no journal" * 100)
 
 
 CASES = {
@@ -90,7 +91,7 @@ class Case:
 
     def __init__(self, folder, prepare, options):
         self.folder, self.options = folder, options
-        self.out = folder / "out" / "out.safetensors"
+        self.out = folder / "out" / OUT
         prepare(folder)
         shutil.copytree(folder / "out", folder / "before")
         self.rows = self.rows_of_file()
@@ -124,12 +125,15 @@ class Case:
             assert rows.items() >= self.rows.items()
         self.run()
         assert self.out.read_bytes() == self.expected
-        assert [path.name for path in self.out.parent.iterdir()] == ["out.safetensors"]
+        assert [path.name for path in self.out.parent.iterdir()] == [OUT]
 
 
-@pytest.fixture(params=CASES)
-def case(request, folder):
-    return Case(folder, *CASES[request.param])
+@pytest.fixture(params=[*CASES, "parquet: resumed"])
+def case(request, folder, monkeypatch):
+    if request.param.startswith("parquet: "):
+        pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+        monkeypatch.setattr(sys.modules[__name__], "OUT", "out.parquet")
+    return Case(folder, *CASES[request.param.removeprefix("parquet: ")])
 
 
 def reaches_the_disk(function):

@@ -1,0 +1,229 @@
+"""What becomes rows: images and texts, from files, URLs, WebDataset shards, parquet columns and lists of lines.
+
+A source names its row: an image by its path or URL, a member of a shard as SHARD.tar#MEMBER, encoded images in a column
+as FILE.parquet#ROW, and a text by itself. Memory is bounded by the largest image.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TextIO
+
+from siglip_model.images.files import DOWNLOAD_BYTES, IMAGE_SUFFIXES, EncodedImage, ImageList, is_url, list_images
+
+TAR, PARQUET = ".tar", ".parquet"
+TEXT_CHARACTERS = 2**16  # of one text, of which the model reads its first 64 tokens
+ROWS_AT_ONCE = 64  # of a parquet file
+_BLOCK = tarfile.BLOCKSIZE
+# UTF-32's mark in little-endian order begins with UTF-16's
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A row to be made. name: in the output. stamp: changes with the content; empty where that is the name.
+
+    content: a path, URL or EncodedImage, or a text; or the error for which there is none.
+    """
+
+    name: str
+    stamp: str
+    content: str | EncodedImage | Exception
+
+
+def image_sources(
+    inputs: Iterable[str | os.PathLike[str]],
+    column: str | None = None,
+    owns: Callable[[str], bool] | None = None,
+) -> Iterator[Source]:
+    """The images of the inputs, in order: of files, folders, URLs, WebDataset shards (.tar) and .parquet files.
+
+    column: of parquet files, with encoded images, Hugging Face's {"bytes", "path"}, or paths and URLs; may be omitted
+    where only one column is of these types. owns: whether a shard is to be read here; by default all are.
+    What a shard or a file lacks is a source with an error. Raises ValueError for a column that does not exist or is of
+    another type, ImportError for parquet files without pyarrow.
+    """
+    for path in inputs if isinstance(inputs, ImageList) else list_images(inputs):
+        if path.endswith(TAR) and os.path.isfile(path):
+            if owns is None or owns(path):
+                yield from _members(path)
+        elif path.endswith(PARQUET) and os.path.isfile(path):
+            yield from _rows(path, column, ("images", "paths"))
+        else:
+            yield Source(path, stamp_of(path), path)
+
+
+def text_sources(
+    inputs: Iterable[str | os.PathLike[str] | TextIO], column: str | None = None, encoding: str | None = None
+) -> Iterator[Source]:
+    """The texts of the inputs, in order: the lines of text files that are not empty, and columns of .parquet files.
+
+    encoding: of text files; by default the one that a byte order mark names, else UTF-8. Raises ValueError for a file
+    of another encoding, and for columns as `image_sources`.
+    """
+    for entry in inputs:
+        if not isinstance(entry, (str, os.PathLike)):
+            yield from _lines(entry, "the list of texts")
+            continue
+        path = os.path.abspath(entry)
+        if path.endswith(PARQUET):
+            yield from _rows(path, column, ("texts",))
+            continue
+        with open(path, encoding=encoding or _encoding_of(path)) as file:
+            yield from _lines(file, path)
+
+
+def _lines(file: TextIO, name: str) -> Iterator[Source]:
+    number = 0
+    while True:
+        try:
+            line = file.readline(TEXT_CHARACTERS + 1)
+        except UnicodeError as error:
+            raise ValueError(
+                f"{name} is not encoded in {getattr(file, 'encoding', None)} ({error}); name its encoding, such as"
+                " latin-1 or gb18030, as `encoding`"
+            ) from error
+        if not line:
+            return
+        number += 1
+        if len(line) > TEXT_CHARACTERS:
+            while line and not line.endswith("\n"):
+                line = file.readline(TEXT_CHARACTERS)
+            yield _failed(f"{name}#{number}", f"has more than {TEXT_CHARACTERS:,} characters")
+        elif text := line.strip():
+            yield Source(text, "", text)
+
+
+def _encoding_of(path: str) -> str:
+    with open(path, "rb") as file:
+        beginning = file.read(4)
+    return next((name for mark, name in _BYTE_ORDER_MARKS if beginning.startswith(mark)), "utf-8")
+
+
+def _members(path: str) -> Iterator[Source]:
+    """The images of a shard. After bytes that are no member it continues with the next that is one."""
+    stamp = stamp_of(path)
+    end = 0  # of the last member
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            shard = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)  # noqa: SIM115  # nothing to close
+            while end < size and (member := shard.next()) is not None:
+                if not _is_padding(file, end, member.offset):
+                    yield _failed(f"{path}#{end}", f"bytes {end:,} to {member.offset:,} are not a member")
+                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                shard.members.clear()  # type: ignore[attr-defined]  # the list would grow with the shard
+                name, missing = f"{path}#{member.name}", member.offset_data + member.size - size
+                if missing > 0:
+                    yield _failed(name, f"is truncated: of {member.size:,} bytes {missing:,} are missing")
+                elif member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGE_SUFFIXES:
+                    yield _member(file, name, stamp, member)
+        except (tarfile.TarError, OSError) as error:
+            yield _failed(path, f"is not a tar file, or cannot be read ({error})")
+            return
+        if not _is_padding(file, end, size):
+            yield _failed(f"{path}#{end}", f"is damaged or truncated: bytes {end:,} to {size:,} are not a member")
+
+
+def _member(file: BinaryIO, name: str, stamp: str, member: tarfile.TarInfo) -> Source:
+    if member.size > DOWNLOAD_BYTES:
+        return _failed(name, f"is larger than {DOWNLOAD_BYTES >> 20} MiB")
+    file.seek(member.offset_data)
+    return Source(name, stamp, EncodedImage(name, file.read(member.size)))
+
+
+def _is_padding(file: BinaryIO, start: int, end: int) -> bool:
+    """Whether these bytes are zeros, as after the last member, or none."""
+    file.seek(start)
+    while start < end:
+        piece = file.read(min(end - start, 2**20))
+        if not piece:
+            return True
+        if piece.strip(b"\0"):
+            return False
+        start += len(piece)
+    return True
+
+
+def _rows(path: str, column: str | None, kinds: tuple[str, ...]) -> Iterator[Source]:
+    parquet = pyarrow_parquet()
+    stamp = stamp_of(path)
+    with parquet.ParquetFile(path) as file:
+        name, kind = _column(path, file.schema_arrow, column, kinds)
+        number = 0
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[name]):
+            for value in batch.column(0).to_pylist():
+                row = f"{path}#{number}"
+                number += 1
+                if isinstance(value, dict):
+                    value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+                if value is None:
+                    yield _failed(row, f"its column {name} is null")
+                elif isinstance(value, bytes):
+                    yield Source(row, stamp, EncodedImage(row, value))
+                elif kind == "texts" and len(value) > TEXT_CHARACTERS:
+                    yield _failed(row, f"has more than {TEXT_CHARACTERS:,} characters")
+                elif kind == "texts":
+                    yield Source(value, "", value)
+                else:
+                    image = value if is_url(value) else os.path.abspath(value)
+                    yield Source(image, stamp_of(image), image)
+
+
+def _column(path: str, schema: Any, column: str | None, kinds: tuple[str, ...]) -> tuple[str, str]:
+    """The name and the kind of the column to read."""
+    suitable = {field.name: kind for field in schema if (kind := _kind(field.type, kinds)) is not None}
+    described = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    if column is None and len(suitable) == 1:
+        return next(iter(suitable.items()))
+    if column in suitable:
+        return str(column), suitable[str(column)]
+    problem = "has no single column of them; name one as `column`" if column is None else f"has no such column {column}"
+    wanted = "strings" if "texts" in kinds else "bytes, strings or {bytes, path}"
+    raise ValueError(f"{path} {problem}; supported: a column of {wanted}; its columns are {described}")
+
+
+def _kind(kind: Any, kinds: tuple[str, ...]) -> str | None:
+    import pyarrow.types as types
+
+    if types.is_string(kind) or types.is_large_string(kind):
+        return "texts" if "texts" in kinds else "paths"
+    encoded = types.is_binary(kind) or types.is_large_binary(kind)
+    hugging_face = types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+    return "images" if "images" in kinds and (encoded or hugging_face) else None
+
+
+def pyarrow_parquet() -> Any:
+    """The module pyarrow.parquet. Raises ImportError, with the remedy, without it."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f"parquet files need pyarrow ({error}); install it with: pip install 'siglip-triton[parquet]'"
+        ) from error
+    return pyarrow.parquet
+
+
+def _failed(name: str, problem: str) -> Source:
+    return Source(name, "", ValueError(problem))
+
+
+def stamp_of(path: str) -> str:
+    """Size and modification time of a file. Empty for URLs, which are assumed not to change."""
+    if is_url(path):
+        return ""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError for a name that no file can have
+        return ""
+    return f"{status.st_size}-{status.st_mtime_ns}"

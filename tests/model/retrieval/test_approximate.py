@@ -1,0 +1,87 @@
+"""The index beside a file: its recall, its exact cosines, and that it is built again when the file has changed."""
+
+import builtins
+import os
+
+import pytest
+import torch
+from embedding_files import write_rows
+
+from siglip_model.embed import EmbeddingFileError
+from siglip_model.retrieval import ApproximateIndex, Collection
+from siglip_model.retrieval.approximate import recall
+
+pytest.importorskip("usearch", reason="the extra `search` is not installed")
+
+
+def draw(*shape, seed=0):
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_recall_and_exact_cosines(tmp_path, capsys):
+    files = [
+        write_rows(tmp_path / f"{seed}.safetensors", draw(rows, 32, seed=seed)) for seed, rows in enumerate((1500, 700))
+    ]
+    queries = draw(16, 32, seed=9)
+    with Collection(files) as stored:
+        exact = stored.nearest(queries, 10)
+        found = ApproximateIndex(stored).nearest(queries, 10)
+    share = recall(found, exact)
+    print(f"recall@10 of usearch over 2,200 random rows of width 32: {share:.3f}")
+    assert share > 0.9
+    for some, every in zip(found, exact, strict=True):
+        assert some == sorted(some, key=lambda pair: -pair[0]) and len(some) == 10
+        cosines = {row: cosine for cosine, row in every}
+        for cosine, row in some:
+            if row in cosines:
+                assert abs(cosine - cosines[row]) < 1e-6
+
+
+def test_recall_counts_rows():
+    exact = [[(0.9, 1), (0.8, 2)], [(0.7, 3), (0.6, 4)]]
+    assert recall([[(0.9, 1), (0.8, 5)], [(0.6, 4), (0.7, 3)]], exact) == 0.75
+    assert recall([[]], [[]]) == 1.0
+
+
+def test_an_index_is_used_again_until_its_file_changes(tmp_path):
+    file = write_rows(tmp_path / "x.safetensors", draw(50, 8))
+    built = []
+    with Collection(file) as stored:
+        (path,) = ApproximateIndex(stored, built.append).paths
+    assert built == [path] and path.parent == tmp_path
+    with Collection(file) as stored:
+        assert ApproximateIndex(stored, built.append).paths == [path] and built == [path]
+    other = tmp_path / "x.safetensors.backup.usearch"
+    other.write_text("not ours")
+    write_rows(file, draw(80, 8, seed=1), names=[f"/more/{number}.png" for number in range(80)])
+    with Collection(file) as stored:
+        (later,) = ApproximateIndex(stored, built.append).paths
+        exact = stored.nearest(draw(3, 8, seed=2), 5)
+        assert recall(ApproximateIndex(stored).nearest(draw(3, 8, seed=2), 5), exact) > 0.9
+    assert built == [path, later] and later != path
+    assert sorted(name for name in os.listdir(tmp_path) if name.endswith(".usearch")) == sorted(
+        [later.name, other.name]
+    )
+
+
+def test_a_damaged_index_is_named(tmp_path):
+    file = write_rows(tmp_path / "x.safetensors", draw(50, 8))
+    with Collection(file) as stored:
+        (path,) = ApproximateIndex(stored).paths
+        path.write_bytes(b"junk" * 100)
+        with pytest.raises(EmbeddingFileError, match=r"usearch is not the index of .*delete it to build it again"):
+            ApproximateIndex(stored)
+
+
+def test_without_usearch_the_extra_is_named(tmp_path, monkeypatch):
+    found = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("usearch"):
+            raise ImportError("No module named 'usearch'")
+        return found(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    file = write_rows(tmp_path / "x.safetensors", draw(5, 8))
+    with Collection(file) as stored, pytest.raises(ImportError, match=r"pip install 'siglip-triton\[search\]'"):
+        ApproximateIndex(stored)

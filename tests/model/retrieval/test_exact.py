@@ -1,0 +1,77 @@
+"""Exact search equals a comparison with every row in fp64, whatever the blocks, and keeps the order of equal rows."""
+
+import pytest
+import torch
+from embedding_files import write_rows
+
+from siglip_model.embed import EmbeddingFileError
+from siglip_model.retrieval import Collection, collection, nearest
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_brute_force(queries, rows, top):
+    cosines = torch.nn.functional.cosine_similarity(queries.double()[:, None], rows.double()[None], dim=-1)
+    return cosines.sort(dim=1, descending=True, stable=True).indices[:, :top], cosines
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "block", "top"), [(1000, 64, 10), (37, 1000, 37), (5, 2, 10), (100, 7, 1)])
+def test_equals_brute_force(rows, block, top, dtype):
+    stored = (3 * draw(rows, 48)).to(dtype)  # not of unit length
+    queries = torch.nn.functional.normalize(draw(6, 48, seed=1), dim=-1)
+    found, places = nearest(queries, stored.split(block), top)
+    expected, cosines = by_brute_force(queries, stored, top)
+    assert torch.equal(places, expected)
+    assert places.shape == (6, min(rows, top))
+    assert (found - cosines.gather(1, places)).abs().max() < 4 * torch.finfo(torch.float32).eps
+
+
+def test_equal_cosines_keep_the_order_of_the_rows():
+    row = torch.nn.functional.normalize(draw(1, 8), dim=-1)
+    stored = torch.cat([-row, row.expand(50, -1), draw(3, 8, seed=2), row.expand(20, -1)])
+    _, places = nearest(row, stored.split(16), 60)
+    assert places[0].tolist() == [*range(1, 51), *range(54, 64)]
+
+
+def test_no_row_and_no_query():
+    cosines, places = nearest(draw(3, 8), [], 5)
+    assert cosines.shape == places.shape == (3, 0)
+    cosines, places = nearest(draw(0, 8), [draw(4, 8)], 5)
+    assert cosines.shape == places.shape == (0, 4)
+
+
+def test_a_collection_numbers_the_rows_of_its_files_through(tmp_path, monkeypatch):
+    monkeypatch.setattr(collection, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(collection, "QUERIES_AT_ONCE", 2)
+    rows = draw(61, 16)
+    names = [f"/ü\n/{number}.png" for number in range(61)]
+    parts = {"a": slice(0, 20), "empty": slice(0, 0), "b": slice(20, 61)}
+    files = [tmp_path / f"{name}.safetensors" for name in parts]
+    for file, part in zip(files, parts.values(), strict=True):
+        if part.stop:
+            write_rows(file, rows[part], names=names[part])
+    queries = torch.nn.functional.normalize(draw(5, 16, seed=3), dim=-1)
+    with Collection([files[0], files[2]]) as stored:
+        assert len(stored) == 61
+        found = stored.nearest(queries, 7)
+        expected, _ = by_brute_force(queries, rows, 7)
+        assert [[row for _, row in query] for query in found] == expected.tolist()
+        assert stored.names(expected.flatten().tolist()) == {row: names[row] for row in expected.flatten().tolist()}
+        assert torch.equal(stored.rows([60, 3, 20]), rows[[60, 3, 20]])
+
+
+def test_files_of_other_models_and_damaged_rows_are_named(tmp_path):
+    one = write_rows(tmp_path / "one.safetensors", draw(4, 8), model_name="google/a")
+    two = write_rows(tmp_path / "two.safetensors", draw(4, 8), model="two", model_name="google/b")
+    with pytest.raises(EmbeddingFileError, match="two.safetensors was made with google/b .*one.safetensors.*google/a"):
+        Collection([one, two])
+    with pytest.raises(ValueError, match="files is empty"):
+        Collection([])
+    rows = draw(4, 8)
+    rows[2, 3] = float("nan")
+    damaged = write_rows(tmp_path / "damaged.safetensors", rows)
+    with Collection(damaged) as stored, pytest.raises(EmbeddingFileError, match="damaged.safetensors: row 2 is not"):
+        stored.nearest(draw(1, 8), 2)
