@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +45,7 @@ class Batch:
         return replace(self, input_ids=self.input_ids.pin_memory(), pixel_values=self.pixel_values.pin_memory())
 
 
-BatchSource = Callable[[int, Any], Iterator[Batch]]
+BatchSource = Callable[[int, Any], Generator[Batch, None, None]]
 """Returns this process's batches, without end, from the batch of a number (0, 1, ...) on.
 
 The second argument is the `position` of the batch before, or None at the start of the data.
@@ -55,7 +55,7 @@ The second argument is the `position` of the batch before, or None at the start 
 def generated(make: Callable[[int, torch.Generator], Batch], seed: int) -> BatchSource:
     """The source of batches that a function makes from their number and a generator seeded by it."""
 
-    def batches(first: int, position: Any) -> Iterator[Batch]:
+    def batches(first: int, position: Any) -> Generator[Batch, None, None]:
         number = first
         while True:
             yield make(number, torch.Generator().manual_seed(seed_of(seed, number)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,7 @@ def folder_batches(
     images, its caption and its augmentation. left_out: samples to report with the first batch.
     """
 
-    def batches(first: int, position: Any) -> Iterator[Batch]:
+    def batches(first: int, position: Any) -> Generator[Batch, None, None]:
         loader = make_loader(
             _Pairs(samples, preparation, seed),
             batch_sampler=_numbers(first, batch_size, rank, world),

@@ -6,6 +6,7 @@ exactly the batches, moments and averages that it would have had.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -77,9 +78,11 @@ def train(
         position = positions[min(run.processes.rank, len(positions) - 1)]
     last = config.steps if stop_after is None else min(config.steps, stop_after)
     writes = run.processes.rank == 0
-    batches = source(first * config.accumulate, position)
     shown = dict(writes=writes, show_progress=show_progress, tensorboard=config.tensorboard)
-    with RunLog(directory, config.steps, first, **shown) as log:
+    with (
+        contextlib.closing(source(first * config.accumulate, position)) as batches,  # and with it the workers that read
+        RunLog(directory, config.steps, first, **shown) as log,
+    ):
         meter = _Meter(run)
         done = first
         while done < last:

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -99,7 +99,7 @@ def shard_batches(
     """
     readers = world * max(1, num_workers)
 
-    def batches(first: int, position: Any) -> Iterator[Batch]:
+    def batches(first: int, position: Any) -> Generator[Batch, None, None]:
         salt, places = "", [[0, 0] for _ in range(max(1, num_workers))]
         if position is not None and position["readers"] == readers:
             salt, places = position["salt"], [list(place) for place in position["places"]]
