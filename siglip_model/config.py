@@ -263,7 +263,7 @@ class PretrainedConfig:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """Read config.json of a directory or Hub repository.
+        """Read config.json of a directory or Hub repository, or the JSON file whose path is given.
 
         revision, cache_dir, local_files_only, token, subfolder, force_download: as in huggingface_hub. Other arguments
         override fields, as in `from_dict`. return_unused_kwargs: also return those that are no fields, in a dict.

@@ -363,7 +363,7 @@ class PreTrainedModel(nn.Module):
         """Load a checkpoint that transformers or this package saved, in evaluation mode.
 
         pretrained_model_name_or_path: a directory or a Hugging Face Hub id; None with both config and state_dict.
-        config: replaces the checkpoint's config.json: a configuration, or where to load one from.
+        config: replaces the checkpoint's config.json: a configuration, or the directory, file or id to load one from.
         state_dict: replaces the checkpoint's tensors, which are then not read.
         variant: of the weights' file names, such as "fp16" for model.fp16.safetensors.
         backend (alias attn_implementation): eager, sdpa, flash_attention_2, triton or auto; or one per part, see

@@ -101,11 +101,12 @@ MODEL_TYPES = [  # AutoConfig.register appends
 def load_config_dict(path_or_id: str | os.PathLike[str], own_type: str = "", **hub: Any) -> StoredObject:
     """The content of config.json of a directory or Hub repository. hub: arguments of `resolve_file`.
 
+    path_or_id: may also be the path of a JSON file of any name, as in transformers.
     own_type: a further model_type that it may have, of a class that is not registered.
     Raises:
         CheckpointError: config.json is missing, is not a JSON object, or describes another kind of model.
     """
-    path = resolve_file(path_or_id, CONFIG_NAME, **hub)
+    path = _json_file(path_or_id) or resolve_file(path_or_id, CONFIG_NAME, **hub)
     if path is None:
         where = os.path.join(path_or_id, hub.get("subfolder") or "")
         raise CheckpointError(f"{where.rstrip(os.sep)} has no {CONFIG_NAME}; give the configuration as config=")
@@ -114,3 +115,11 @@ def load_config_dict(path_or_id: str | os.PathLike[str], own_type: str = "", **h
     if model_type not in (*MODEL_TYPES, own_type):
         content.refuse("model_type", ", ".join(MODEL_TYPES))
     return content
+
+
+def _json_file(path_or_id: str | os.PathLike[str]) -> Path | None:
+    """The path if it is one of a JSON file, rather than of a directory or a Hub id."""
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        return None
+    path = Path(os.path.expanduser(path_or_id))
+    return path if path.suffix == ".json" and path.is_file() else None

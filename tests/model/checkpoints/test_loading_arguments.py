@@ -80,7 +80,13 @@ def test_state_dict_and_config_of_the_caller(saved, tmp_path):
     assert half.dtype == torch.float16 == half.config.dtype
     (tmp_path / "config").mkdir()
     shutil.copy(saved / "config.json", tmp_path / "config")
-    assert load(saved, config=str(tmp_path / "config")).config == model.config
+    shutil.copy(saved / "config.json", tmp_path / "mine.json")
+    for where in (tmp_path / "config", tmp_path / "mine.json"):
+        assert load(saved, config=str(where)).config == model.config
+        assert siglip_model.AutoModel.from_pretrained(saved, config=where).config == model.config
+        assert siglip_model.AutoConfig.from_pretrained(where) == siglip_model.AutoConfig.from_pretrained(saved)
+    with pytest.raises(OSError, match="is a file; give the directory"):
+        load(saved / "config.json")
     tower = siglip_model.SiglipVisionModel.from_pretrained(saved, state_dict=tensors)
     assert torch.equal(tower.state_dict()[TENSOR.removeprefix("vision_model.")], tensors[TENSOR])
 
