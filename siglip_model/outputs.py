@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -113,6 +113,18 @@ class ModelOutput(dict[str, Any]):
     def update(self, *args: Any, **kwargs: Any) -> None:
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
+
+    setdefault = MutableMapping.setdefault  # dict's own, and its |=, would set items past __setitem__
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def __or__(self, other: Any) -> Self:  # type: ignore[override]
+        return self.copy().__ior__(other)
+
+    def copy(self) -> Self:
+        return self._from_items(self.values(), self)
 
 
 def _are_pairs(items: Any) -> bool:

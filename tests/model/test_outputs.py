@@ -48,7 +48,18 @@ def test_what_is_set_later_keeps_the_order() -> None:
     assert list(output) == ["last_hidden_state", "pooler_output", "hidden_states", "attentions"]
     output.pooler_output = None
     assert list(output) == ["last_hidden_state", "hidden_states", "attentions"]
-    for change in (lambda: output.update(other=A), lambda: output.__setitem__("other", A)):
+    both = output | {"pooler_output": C}
+    assert type(both) is BaseModelOutputWithPooling and both[1] is C and output.pooler_output is None
+    assert output.setdefault("pooler_output", B) is B is output.setdefault("pooler_output", C) is output[1]
+    output |= {"pooler_output": C}
+    assert output[1] is C and list(output) == ["last_hidden_state", "pooler_output", "hidden_states", "attentions"]
+    changes = (
+        lambda: output.update(other=A),
+        lambda: output.__setitem__("other", A),
+        lambda: output.setdefault("other", A),
+        lambda: output | {"other": A},
+    )
+    for change in changes:
         with pytest.raises(KeyError, match="other"):
             change()
 
@@ -96,9 +107,10 @@ def test_copies_are_independent(twin: Callable[[ModelOutput], Any]) -> None:
     assert worst_difference(output, nested()) == 0 and output.loss is None
 
 
-def test_a_shallow_copy_shares_tensors_alone() -> None:
+@pytest.mark.parametrize("twin", [copy.copy, ModelOutput.copy])
+def test_a_shallow_copy_shares_tensors_alone(twin: Callable[[ModelOutput], Any]) -> None:
     output = nested()
-    found = copy.copy(output)
+    found = twin(output)
     assert type(found) is SiglipOutput and found.text_embeds is B
     found.loss = C
     assert output.loss is None
