@@ -94,6 +94,9 @@ def outcomes(root: Path, arguments: list[str]) -> dict[str, str]:
     found = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         kinds = {child.tag for child in case}
+        for child in case:
+            if child.get("message") == "collection failure":  # a missing package would hide all tests of a file
+                raise SystemExit(f"{case.get('name')} was not collected: {child.text}")
         kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
         found[f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"] = kind
     return found
