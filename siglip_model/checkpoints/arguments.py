@@ -9,9 +9,11 @@ from typing import Any
 from siglip_kernels.errors import unsupported
 from siglip_model.checkpoints.fields import shown
 
-# No effect at any value: no pickle is opened, weights are always mapped, and the rest is transformers' bookkeeping.
+# No effect at any value: no pickle is opened, no code from a checkpoint is run, weights are always mapped, and the rest
+# is transformers' bookkeeping.
 _WITHOUT_EFFECT = {
     "weights_only",
+    "code_revision",
     "low_cpu_mem_usage",
     "disable_mmap",
     "offload_state_dict",

@@ -106,7 +106,7 @@ def load_config_dict(path_or_id: str | os.PathLike[str], own_type: str = "", **h
     Raises:
         CheckpointError: config.json is missing, is not a JSON object, or describes another kind of model.
     """
-    path = _json_file(path_or_id) or resolve_file(path_or_id, CONFIG_NAME, **hub)
+    path = json_file(path_or_id) or resolve_file(path_or_id, CONFIG_NAME, **hub)
     if path is None:
         where = os.path.join(path_or_id, hub.get("subfolder") or "")
         raise CheckpointError(f"{where.rstrip(os.sep)} has no {CONFIG_NAME}; give the configuration as config=")
@@ -117,7 +117,7 @@ def load_config_dict(path_or_id: str | os.PathLike[str], own_type: str = "", **h
     return content
 
 
-def _json_file(path_or_id: str | os.PathLike[str]) -> Path | None:
+def json_file(path_or_id: str | os.PathLike[str]) -> Path | None:
     """The path if it is one of a JSON file, rather than of a directory or a Hub id."""
     if not isinstance(path_or_id, (str, os.PathLike)):
         return None

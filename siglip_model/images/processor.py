@@ -19,6 +19,7 @@ from siglip_model.checkpoints.fields import shown
 from siglip_model.checkpoints.files import (
     StoredObject,
     find_json,
+    json_file,
     read_json_object,
     split_hub_arguments,
     to_json,
@@ -250,7 +251,7 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **arguments: Any) -> Any:
-        """Loads a directory or Hub repository: processor_config.json, else preprocessor_config.json.
+        """Loads a directory or Hub repository: processor_config.json, else preprocessor_config.json; or one such file.
 
         arguments: the constructor's options, which override the file; those of `resolve_file`.
         return_unused_kwargs: return unknown arguments beside the processor, as a dict, instead of raising TypeError.
@@ -337,16 +338,18 @@ class ImageProcessor:
 def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any], kinds: Sequence[str]) -> StoredObject:
     """The image processor's settings: nested in processor_config.json (transformers 5), or in their own file.
 
+    path_or_id: may also be the path of such a file, of any name, as in transformers.
     kinds: the supported names of its class. Raises CheckpointError for another.
     """
-    whole = find_json(path_or_id, PROCESSOR_NAME, hub)
+    file = json_file(path_or_id)
+    whole = find_json(path_or_id, PROCESSOR_NAME, hub) if file is None else read_json_object(file)
     if whole is not None and whole.get("image_processor") is not None:
         if not isinstance(whole["image_processor"], dict):
             whole.refuse("image_processor", "an object")
         settings = StoredObject(whole["image_processor"])
         settings.path = whole.path
     else:
-        alone = find_json(path_or_id, ImageProcessor.file_name, hub)
+        alone = find_json(path_or_id, ImageProcessor.file_name, hub) if file is None else whole
         if alone is None:
             raise CheckpointError(
                 f"{path_or_id} has neither {ImageProcessor.file_name} nor a {PROCESSOR_NAME} with an image processor"

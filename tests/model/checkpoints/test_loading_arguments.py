@@ -173,10 +173,10 @@ def test_part_of_a_tower(saved, oracle):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"trust_remote_code": False, "weights_only": True, "low_cpu_mem_usage": True, "force_download": False},
+        {"trust_remote_code": False, "code_revision": "main", "weights_only": True, "force_download": False},
         {"quantization_config": None, "variant": None, "proxies": None, "subfolder": "", "max_memory": None},
         {"tp_plan": None, "device_mesh": None, "key_mapping": None, "use_kernels": False, "adapter_kwargs": {}},
-        {"device_map": "cpu", "max_memory": {"cpu": "1GiB", 0: "10GB"}},
+        {"low_cpu_mem_usage": True, "device_map": "cpu", "max_memory": {"cpu": "1GiB", 0: "10GB"}},
     ],
 )
 def test_arguments_that_ask_for_nothing(saved, arguments):

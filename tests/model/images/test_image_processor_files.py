@@ -38,6 +38,14 @@ class TestFiles:
         assert torch.equal(reference(image, return_tensors="pt").pixel_values, exact)
         assert repr(again) == repr(processor) and repr(pickle.loads(pickle.dumps(processor))) == repr(processor)
 
+    def test_path_of_a_file(self, tmp_path: Path) -> None:
+        settings = SiglipImageProcessorPil(size=SIZE).to_dict()
+        (tmp_path / "mine.json").write_text(json.dumps(settings))
+        (tmp_path / "nested.json").write_text(json.dumps({"image_processor": settings}))
+        for cls in (TransformersPil, AutoImageProcessor, SiglipImageProcessor):
+            assert cls.from_pretrained(str(tmp_path / "mine.json")).size == SIZE
+        assert SiglipImageProcessor.from_pretrained(tmp_path / "nested.json").size == SIZE
+
     def test_numpy_numbers(self, tmp_path: Path) -> None:
         options = {"image_mean": np.float32([0.1, 0.2, 0.3]), "rescale_factor": np.float32(0.004), "size": np.int64(9)}
         processor = SiglipImageProcessorPil(**options)
