@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from siglip_model.images.files import load_image
 from siglip_model.training.batch import Batch, BatchSource, seed_of
 from siglip_model.training.captions import Captioned
-from siglip_model.training.loader import make_loader
+from siglip_model.training.loader import load_batches
 from siglip_model.training.preparation import Preparation, Prepared, collate
 from siglip_model.training.skipped import Skipped
 
@@ -39,14 +39,13 @@ def folder_batches(
     """
 
     def batches(first: int, position: Any) -> Generator[Batch, None, None]:
-        loader = make_loader(
+        found = load_batches(
             _Pairs(samples, preparation, seed),
             batch_sampler=_numbers(first, batch_size, rank, world),
             collate_fn=_collate,
             num_workers=num_workers,
             pin_memory=pin_memory,
         )
-        found = iter(loader)
         batch = next(found)
         yield replace(batch, skipped=(*left_out, *batch.skipped))
         yield from found

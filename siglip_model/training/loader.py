@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 
-def make_loader(dataset: Any, **arguments: Any) -> DataLoader[Any]:
-    """A DataLoader. Batch systems also send SIGTERM to its workers, whose death would end the run before it saves."""
-    return DataLoader(dataset, worker_init_fn=_ignore_termination, **arguments)
+def load_batches(dataset: Any, **arguments: Any) -> Iterator[Any]:
+    """The batches of a DataLoader. Its workers end when the iterator is closed, or raises an error.
+
+    Batch systems also send SIGTERM to workers, whose death would end the run before it saves, so they ignore it. Python
+    ends workers by the same signal when it exits, and would wait for them forever: an error's traceback keeps the
+    DataLoader's iterator alive, which would otherwise end them.
+    """
+    found: Any = iter(DataLoader(dataset, worker_init_fn=_ignore_termination, **arguments))
+    try:
+        yield from found
+    finally:
+        if arguments.get("num_workers"):
+            found._shutdown_workers()
 
 
 def _ignore_termination(worker: int) -> None:

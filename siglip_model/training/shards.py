@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from siglip_model.images.files import IMAGE_SUFFIXES, decode_image
 from siglip_model.training.batch import Batch, BatchSource
 from siglip_model.training.captions import CAPTION_COLUMNS, clean_captions
-from siglip_model.training.loader import make_loader
+from siglip_model.training.loader import load_batches
 from siglip_model.training.preparation import Preparation, Prepared, collate
 from siglip_model.training.skipped import Skipped
 
@@ -110,8 +110,8 @@ def shard_batches(
         reader = _Reader(
             shards, preparation, batch_size // world, shuffle_buffer, f"{seed}{salt}", rank, readers, first, places
         )
-        loader = make_loader(reader, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
-        for batch in loader:
+        found = load_batches(reader, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+        for batch in found:
             slot, epoch, taken = batch.position
             places[slot] = [epoch, taken]
             position = {"readers": readers, "salt": salt, "places": [list(place) for place in places]}

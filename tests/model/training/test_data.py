@@ -1,6 +1,7 @@
 """Captions, and batches of folders and shards: order, shares of ranks, resumption, and broken samples."""
 
 import json
+import multiprocessing
 from itertools import islice
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import torch
 from captioned import caption, jpeg, prepared_by, save_folder, save_shard, shard_files
 from tiny_checkpoint import random_image, shared_tiny_checkpoint
 
+from siglip_model import SiglipModel
 from siglip_model.training.captions import read_captions
 from siglip_model.training.folder import folder_batches
+from siglip_model.training.loop import train
+from siglip_model.training.settings import TrainingConfig
 from siglip_model.training.shards import find_shards, is_shards, sample_captions, shard_batches
 
 TABLE = [("a.png", "a cat"), ("b.png", "a dog"), ("a.png", "two cats"), ("c.png", " ")]
@@ -240,6 +244,24 @@ def test_shards_without_a_usable_sample_end_the_run(tmp_path, checkpoint):
     shard = save_shard(tmp_path / "a.tar", {"0.txt": b"a cat"})
     with pytest.raises(ValueError, match=r"finds no usable sample \(.*a.tar:0: has no image\)"):
         taken(shard_batches([str(shard)], prepared_by(checkpoint), batch_size=1, shuffle_buffer=1), 1)
+
+
+def test_an_error_ends_the_workers(tmp_path, folder, checkpoint):
+    """They ignore SIGTERM, so that Python would wait for those left when it exits."""
+    pytest.importorskip("webdataset")
+    shard = save_shard(tmp_path / "a.tar", {"0.txt": b"a cat"})
+    source = shard_batches([str(shard)], prepared_by(checkpoint), batch_size=1, shuffle_buffer=1, num_workers=1)
+    with pytest.raises(ValueError, match="finds no usable sample"):  # of a worker
+        next(source(0, None))
+    assert not multiprocessing.active_children()
+
+    source = folder_batches(read_captions(folder)[0], prepared_by(checkpoint), batch_size=2, num_workers=1)
+    model = SiglipModel.from_pretrained(checkpoint)
+    model.logit_bias.data.fill_(torch.nan)
+    config = TrainingConfig(steps=2, warmup_steps=0, max_bad_steps=1)
+    with pytest.raises(FloatingPointError) as error:  # of the loop
+        train(model, source, config, tmp_path / "run", show_progress=False)
+    assert error.traceback and not multiprocessing.active_children()
 
 
 def test_which_data_is_shards(tmp_path):
