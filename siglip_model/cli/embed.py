@@ -104,7 +104,7 @@ def embed(
         if problem := out_problem(out):
             raise ValueError(f"--out: {problem}")
         what = "texts" if texts else "images"
-        _check_inputs(inputs or [], texts or [], encoding)
+        _check_inputs(inputs or [], texts or [], encoding, column)
         images = find_images([] if texts else inputs or [], optional=bool(texts))
         rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         if ranks > 1 and LIST_ON_STDIN in (*(inputs or []), *(texts or [])):
@@ -192,11 +192,13 @@ def embed(
         exit_with(interrupted, summary.failed, done, whole, f"; {resuming(overwrite)}", what)
 
 
-def _check_inputs(inputs: Sequence[str], texts: Sequence[str], encoding: str | None) -> None:
+def _check_inputs(inputs: Sequence[str], texts: Sequence[str], encoding: str | None, column: str | None) -> None:
     if texts and inputs:
         raise ValueError(f"{inputs[0]} is given beside --texts; embed images and texts into different files")
     if not texts and not inputs:
         raise ValueError("there is nothing to embed; give images, or --texts FILE")
+    if column is not None and not any(name.endswith(".parquet") or name == LIST_ON_STDIN for name in (*inputs, *texts)):
+        raise ValueError("--column is that of .parquet files, and none is given")
     if encoding is not None:
         if not texts:
             raise ValueError("--encoding is that of --texts, which is not given")

@@ -32,7 +32,7 @@ def search(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE [FILE]... [TEXT]...",
+            metavar="FILE|TEXT",
             help="Files of `siglip embed`, told by their suffix, and the texts to search for.",
             show_default=False,
         ),

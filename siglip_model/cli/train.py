@@ -36,6 +36,8 @@ def train(config: Path | None, **given: Any) -> None:
             terminal.say(f"stopped by SIGTERM after step {trained.steps} of {settings.steps}; run it again to resume")
             raise typer.Exit(STOPPED)
         print(f"{Path(settings.out) / MODEL}: the model after {trained.steps} steps")
+        if trained.scores is not None:
+            terminal.print_scores(trained.scores)
 
 
 def _signature() -> inspect.Signature:

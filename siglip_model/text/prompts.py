@@ -19,7 +19,7 @@ def fill_template(labels: Sequence[Any], template: str) -> list[str]:
             raise ValueError("it has no {} for the label")
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"hypothesis_template is {template!r} ({error}); supported: a text with {{}} where the label goes, and"
-            " {{ and }} for literal braces"
+            f"hypothesis_template (--template) is {template!r} ({error}); supported: a text with {{}} where the label"
+            " goes, and {{ and }} for literal braces"
         ) from error
     return sentences

@@ -48,7 +48,7 @@ class Batch:
 BatchSource = Callable[[int, Any], Generator[Batch, None, None]]
 """Returns this process's batches, without end, from the batch of a number (0, 1, ...) on.
 
-The second argument is the `position` of the batch before, or None at the start of the data.
+The second argument is the `position` of the batch before, or None at the start of the data. Training closes it.
 """
 
 

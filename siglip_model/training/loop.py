@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,14 @@ Evaluate = Callable[[int, SiglipModel], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Trained:
-    """The steps that are done, and the model in eval mode: with averaged weights, on every rank whole."""
+    """The steps that are done, the model in eval mode, with averaged weights and whole on every rank, and its scores.
+
+    scores: what `evaluate` returned last; None if it was not called.
+    """
 
     steps: int
     model: SiglipModel
+    scores: Mapping[str, Any] | None = None
 
 
 def train(
@@ -85,6 +89,7 @@ def train(
     ):
         meter = _Meter(run)
         done = first
+        scores = None
         while done < last:
             outcome = run.step(done, batches, should_stop())
             done += 1
@@ -105,13 +110,14 @@ def train(
                 checkpoints.save(done, run.state, saved)
             due = config.evaluate_every > 0 and done % config.evaluate_every == 0
             if evaluate is not None and not outcome.stop and (due or done == config.steps):
-                log.write({"step": done, "evaluation": evaluate(done, run.averaged_model())})
+                scores = evaluate(done, run.averaged_model())
+                log.write({"step": done, "evaluation": scores})
                 run.training_mode()
                 log.draw()
                 meter.restart()
         checkpoints.wait()
         log.draw()
-    return Trained(done, run.averaged_model())
+    return Trained(done, run.averaged_model(), scores)
 
 
 @dataclass(frozen=True)

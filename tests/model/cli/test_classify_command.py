@@ -73,7 +73,11 @@ def test_the_template_reaches_the_model(siglip, images):
         scores.append(json.loads(result.stdout)[0]["predictions"][0]["score"])
     assert len({round(score, 5) for score in scores}) == 3
     result = siglip("classify", image, "--labels", "a cat", "--template", "no place")
-    assert result.exit_code == 2 and one_line(result.stderr) and "hypothesis_template is 'no place'" in result.stderr
+    assert (
+        result.exit_code == 2
+        and one_line(result.stderr)
+        and "hypothesis_template (--template) is 'no place'" in result.stderr
+    )
 
 
 def test_one_unreadable_image_among_many(siglip, images):

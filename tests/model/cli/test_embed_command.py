@@ -169,6 +169,7 @@ def test_wrong_use_of_texts_ends_with_2(siglip, images, tmp_path):
         (["--texts", tmp_path / "gone.txt"], "--texts: no such file"),
         (["--texts", listed, "--encoding", "latin-99"], "--encoding: unknown encoding: latin-99"),
         ([images, "--encoding", "latin-1"], "--encoding is that of --texts"),
+        ([images, "--column", "image"], "--column is that of .parquet files"),
     ):
         result = siglip("embed", *words, "--out", tmp_path / "out.safetensors")
         assert result.exit_code == 2 and one_line(result.stderr) and message in result.stderr, result.stderr

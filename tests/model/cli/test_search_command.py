@@ -71,7 +71,7 @@ def test_wrong_use_ends_with_2(siglip, images, photos, tmp_path):
     for words, message in (
         (["search", photos], "there is no query"),
         (["search", "2 cats"], "no embedding file"),
-        (["search", tmp_path / "gone.safetensors", "2 cats"], "gone.safetensors"),
+        (["search", tmp_path / "gone.safetensors", "2 cats"], "gone.safetensors: No such file or directory\n"),
         (["search", photos, "2 cats", "--recall"], "--approximate"),
         (["search", photos, "2 cats", "--plot", "x.abc"], "--plot"),
         (["search", photos, "--image", "gone.png"], "gone.png: no such file"),
