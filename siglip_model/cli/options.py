@@ -201,8 +201,9 @@ def errors_in_one_line() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("SIGLIP_TRACEBACK"):
             raise
-        named = isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror
-        text = f"{error.filename}: {error.strerror}" if named else " ".join(str(error).split())
+        text = " ".join(str(error).split())
+        if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
         if not text or not isinstance(error, (OSError, ValueError, TypeError, RuntimeError, ImportError)):
             text = f"{type(error).__name__}{': ' * bool(text)}{text} (SIGLIP_TRACEBACK=1 shows where)"
         terminal.say(f"error: {text}")
