@@ -1,4 +1,4 @@
-"""The sets of versions of .ci/versions: within what pyproject.toml supports, and shown in the README."""
+"""The sets of versions of .ci/versions: within what pyproject.toml supports, and shown in the tests' README."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ def test_the_small_part_exists() -> None:
 
 
 def test_the_readme_shows_every_set() -> None:
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "tests/README.md").read_text()
     for name, python, packages in SETS:
         versions = dict(package.split("==") for package in packages.split())
         shown = [python, *(versions[package] for package in ("torch", "triton", "transformers"))]
