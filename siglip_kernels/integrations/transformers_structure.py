@@ -58,9 +58,9 @@ _ALL_NAMES = frozenset(name for names in NAMES.values() for name in names)
 _PURPOSES = {
     "cu_seqlens": "packed sequences",
     "position_embeddings": "rotary positions",
-    "past_key_values": "a cache",
     "encoder_hidden_states": "cross-attention",
 }
+_CACHES = {"cache", "past_key_values", "past_key_value", "layer_past"}  # the first from transformers 5.24 on
 
 
 def name_of(module: Any, role: str) -> str:
@@ -110,7 +110,7 @@ def _may_be_layer(module: Any) -> bool:
     attention = part(module, "attention")
     if not all(name_of(attention, role) for role in ATTENTION):
         return False
-    return not {"past_key_values", "past_key_value", "layer_past"} & _parameters(attention).keys()
+    return not _CACHES & _parameters(attention).keys()
 
 
 def tower_of(model: nn.Module, path: str) -> str:
