@@ -115,6 +115,7 @@ def attention_backward_queries_kernel(
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
     SAME_STRIDE: tl.constexpr,  # of k and v: see forward.py
+    ADVANCE_OFFSETS: tl.constexpr,  # of k and v: see forward.py
     HAS_LENGTHS: tl.constexpr,
     PACKED_SEQUENCES: tl.constexpr,
     PACKED: tl.constexpr,  # the gradients are parts of one tensor
@@ -205,8 +206,12 @@ def attention_backward_queries_kernel(
                 row_log_sum_exp, row_delta, normaliser, exponent_scale, q_grad_main, q_grad_tail,
                 HEAD_DIM, MAIN, TAIL, EXACT, PRECISION,
             )  # fmt: skip
-            k += BLOCK_K * k_step
-            v += BLOCK_K * v_step
+            if ADVANCE_OFFSETS:
+                k_offsets += BLOCK_K * (k_token_stride * UNIT)
+                v_offsets = k_offsets if SAME_STRIDE else v_offsets + BLOCK_K * (v_token_stride * UNIT)
+            else:
+                k += BLOCK_K * k_step
+                v += BLOCK_K * v_step
         store_tile(
             q_grad + (batch * query_tokens + first_query) * heads * (HEAD_DIM * PARTS) + head * HEAD_DIM,
             queries * (row * PARTS),
@@ -258,6 +263,7 @@ def attention_backward_keys_kernel(
     BLOCK_K: tl.constexpr,
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a tile need 64 bits
+    ADVANCE_OFFSETS: tl.constexpr,  # of q and out_grad: see forward.py
     HAS_LENGTHS: tl.constexpr,
     PACKED_SEQUENCES: tl.constexpr,
     PACKED: tl.constexpr,  # the gradients are parts of one tensor
@@ -319,15 +325,15 @@ def attention_backward_keys_kernel(
     for first_query in tl.range(0, query_limit, BLOCK_Q):
         # Beyond the last query, q and out_grad are zeros, and every weight is 2^(0 − inf) = 0.
         query_is_valid = queries < query_count - first_query
-        q_main, q_tail = load_tile(q + first_query * q_step, q_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
+        q_tile = q if ADVANCE_OFFSETS else q + first_query * q_step
+        out_grad_tile = out_grad if ADVANCE_OFFSETS else out_grad + first_query * out_grad_step
+        q_main, q_tail = load_tile(q_tile, q_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
         row_log_sum_exp = tl.load(log_sum_exp + first_query + queries, mask=query_is_valid, other=float("inf"))
         scores = products_by_key(k_main, k_tail, q_main, q_tail, TAIL, PRECISION)  # [BLOCK_K, BLOCK_Q]
         weights = tl.exp2(scores * exponent_scale - row_log_sum_exp[None, :])
         if EXACT:
             weights *= tl.load(delta + query_tokens + first_query + queries, mask=query_is_valid, other=0.0)[None, :]
-        out_grad_main, out_grad_tail = load_tile(
-            out_grad + first_query * out_grad_step, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL
-        )
+        out_grad_main, out_grad_tail = load_tile(out_grad_tile, out_grad_offsets, query_is_valid, HEAD_DIM, MAIN, TAIL)
         row_delta = tl.load(delta + first_query + queries, mask=query_is_valid, other=0.0)
         # With one block of columns, dP before the product for dV leaves registers for wider tiles; with two it spills.
         if TAIL == 0:
@@ -353,6 +359,9 @@ def attention_backward_keys_kernel(
             TAIL,
             PRECISION,
         )
+        if ADVANCE_OFFSETS:
+            q_offsets += BLOCK_Q * (q_token_stride * UNIT)
+            out_grad_offsets += BLOCK_Q * (out_grad_token_stride * UNIT)
 
     k_grad_main, k_grad_tail = k_grad_main * scale, k_grad_tail * scale
     if HAS_LENGTHS:  # padded keys were loaded as zeros, and their weights are meaningless
@@ -404,6 +413,7 @@ def attention_backward(
     q_grad, k_grad, v_grad = gradients_to_write(q, k, needs_q, needs_k_or_v, packed_grad)
     if batch * heads == 0:
         return q_grad, k_grad, v_grad
+    gpu = facts(q.device)
     exact = q.dtype == torch.float32
     parts = 1 if packed_grad is None else 3
     delta = torch.empty((batch, heads, 2 if exact else 1, query_tokens), dtype=torch.float32, device=q.device)
@@ -439,7 +449,7 @@ def attention_backward(
     if query_tokens > 0:
         exact_delta(out_grad, q, k, v, out, log_sum_exp, delta, lengths, scale, sequences)
     if query_tokens > 0 and (needs_q or not exact):
-        tile = config.tile("backward_queries", facts(q.device), *sizes)
+        tile = config.tile("backward_queries", gpu, *sizes)
         query_tiles = programs_of_head(query_tokens, tile.queries, sequences)
         attention_backward_queries_kernel[(config.grid(batch * heads * query_tiles),)](
             **same_in_both,
@@ -450,13 +460,14 @@ def attention_backward(
             BLOCK_K=tile.keys,
             WIDE=strides.wide or parts * heads * head_dim * tile.queries >= 2**31,
             SAME_STRIDE=k.stride(1) == v.stride(1),
+            ADVANCE_OFFSETS=config.advances_offsets(gpu, k, v),
             ONLY_DELTA=not needs_q,
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,
         )
     if needs_k_or_v and key_tokens > 0:
-        tile = config.tile("backward_keys", facts(q.device), *sizes)
+        tile = config.tile("backward_keys", gpu, *sizes)
         key_tiles = programs_of_head(key_tokens, tile.keys, sequences)
         attention_backward_keys_kernel[(config.grid(batch * heads * key_tiles),)](
             **same_in_both,
@@ -466,6 +477,7 @@ def attention_backward(
             BLOCK_Q=tile.queries,
             BLOCK_K=tile.keys,
             WIDE=strides.wide or parts * heads * head_dim * tile.keys >= 2**31,
+            ADVANCE_OFFSETS=config.advances_offsets(gpu, q, out_grad),
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,

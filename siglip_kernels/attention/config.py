@@ -114,7 +114,8 @@ def delta_tile(facts: Facts, element_bytes: int, head_dim: int) -> Tile:
 
 
 def advances_offsets(facts: Facts, k: Tensor, v: Tensor) -> bool:
-    """Whether a loop over keys advances the offsets of its loads, which fit 32 bits, and not two 64-bit pointers.
+    """Whether a loop over the tokens of k and v, or of q and out_grad, advances the offsets of its loads, which fit 32
+    bits, and not two 64-bit pointers.
 
     Before Blackwell a 64-bit addition takes two instructions, but one adds a 32-bit offset to a pointer.
     """

@@ -60,5 +60,5 @@ def test_the_backward_is_bound_by_products(counts, extent, head_dim):
             scores = loop.multiply_adds / (3 if loop is queries else 4)  # products of tiles
             clocks["tensor"] += loop.clocks["tensor"] / scores
             clocks["bound"] += loop.clocks[loop.bound] / scores
-            assert loop.stack_bytes <= 8
+            assert loop.stack_bytes <= (8 if gpu == "rtx5090" else 0)
         assert clocks["tensor"] / clocks["bound"] >= SHARES.get((gpu, head_dim), 0.99), (str(queries), str(keys))
