@@ -409,8 +409,8 @@ def plain_sigmoid_loss(
     """
     operation = "plain_sigmoid_loss"
     _, _, _, _, pairs = _validated(operation, image_embeds, text_embeds, logit_scale, logit_bias, options)
-    few = image_embeds.shape[0] < CHUNKED_FROM and text_embeds.shape[0] < CHUNKED_FROM
-    if torch.compiler.is_exporting() or few or under_transform():
+    any_size = torch.compiler.is_exporting() or under_transform()  # asked first: an exporter keeps comparisons of sizes
+    if any_size or (image_embeds.shape[0] < CHUNKED_FROM and text_embeds.shape[0] < CHUNKED_FROM):
         check_reduction(operation, reduction)
         if reduction == "positives":
             _positives(operation, image_embeds, text_embeds, pairs)
