@@ -30,7 +30,12 @@ class _Process(Generic[Task, Result]):
         context = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks
         self.connection, other_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(other_end, work), daemon=True)
-        self.process.start()
+        # Ctrl-C reaches the parent as well, which ends this process. Until _serve ignores it, it stays blocked.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         other_end.close()
         self.number = -1
 
@@ -56,7 +61,8 @@ class _Process(Generic[Task, Result]):
 
 
 def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             task = connection.recv()
