@@ -17,28 +17,13 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import random_image, save_tiny_checkpoint, shared_tiny_checkpoint
+from tiny_checkpoint import random_image, save_tiny_checkpoint
 
 from siglip_model.embed import EmbeddingFileError, EmbeddingInterrupted, embed_images, load_embeddings
 from siglip_model.embed.run import model_digest
 from siglip_model.images.pillow import SiglipImageProcessorPil
 from siglip_model.images.tensor import SiglipImageProcessor
 from siglip_model.model import SiglipModel
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return shared_tiny_checkpoint(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return SiglipModel.from_pretrained(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def image_processor(checkpoint):
-    return SiglipImageProcessor.from_pretrained(checkpoint)
 
 
 @pytest.fixture

@@ -13,29 +13,12 @@ import colour_embedder
 import pytest
 import torch
 import transformers
-from tiny_checkpoint import random_image, shared_tiny_checkpoint
+from tiny_checkpoint import random_image
 
 from siglip_model import AutoTokenizer
 from siglip_model.embed import EmbeddingFileError, embed_images, embed_texts, load_embeddings
 from siglip_model.embed.sources import image_sources, text_sources
 from siglip_model.images.files import EncodedImage
-from siglip_model.images.tensor import SiglipImageProcessor
-from siglip_model.model import SiglipModel
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return shared_tiny_checkpoint(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return SiglipModel.from_pretrained(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def image_processor(checkpoint):
-    return SiglipImageProcessor.from_pretrained(checkpoint)
 
 
 @pytest.fixture(scope="module")

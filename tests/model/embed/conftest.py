@@ -1,0 +1,22 @@
+"""A tiny checkpoint, its model and its image processor."""
+
+import pytest
+from tiny_checkpoint import shared_tiny_checkpoint
+
+from siglip_model.images.tensor import SiglipImageProcessor
+from siglip_model.model import SiglipModel
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return shared_tiny_checkpoint(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return SiglipModel.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def image_processor(checkpoint):
+    return SiglipImageProcessor.from_pretrained(checkpoint)
