@@ -2,22 +2,29 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace the file at ``path`` by ``data``: a temporary file in the same directory, fsync, rename.
+    """Replace the file at ``path`` by ``data``. The directory must exist. Raises OSError."""
+    with replacement(Path(path)) as temporary:
+        temporary.write_bytes(data)
 
-    The directory must exist. A replaced file keeps its permissions; a new one gets those of the umask. Raises OSError.
+
+@contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """A temporary file in the directory of ``path``, which it replaces after the block: fsync, rename.
+
+    A replaced file keeps its permissions; a new one gets those of the umask. Where the block raises, nothing changes.
     """
-    path = Path(path)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(descriptor)
     temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync_file(temporary)
         os.chmod(temporary, ordinary_mode(path))
         os.replace(temporary, path)
     except BaseException:

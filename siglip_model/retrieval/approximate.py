@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from siglip_model.checkpoints.atomic import ordinary_mode, sync_directory, sync_file
+from siglip_model.checkpoints.atomic import replacement
 from siglip_model.embed.file import EmbeddingFile, EmbeddingFileError
 from siglip_model.retrieval.collection import Collection
 from siglip_model.retrieval.exact import nearest
@@ -85,17 +84,8 @@ def _build(index: Any, file: EmbeddingFile, path: Path) -> None:
         keys = np.arange(first, first + len(block), dtype=np.uint64)
         index.add(keys, block.float().numpy())
         first += len(block)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        index.save(name)
-        sync_file(temporary)
-        os.chmod(temporary, ordinary_mode(path))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    with replacement(path) as temporary:
+        index.save(str(temporary))
     earlier = re.compile(rf"{re.escape(file.path.name)}\.[0-9a-f]+-[0-9a-f]+\.usearch")
     for other in path.parent.iterdir():
         if earlier.fullmatch(other.name) and other != path:
