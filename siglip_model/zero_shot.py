@@ -205,8 +205,9 @@ def pipeline(
     """A ready pipeline over images, as `transformers.pipeline` builds one.
 
     task: "zero-shot-image-classification" (also None), "image-classification" or "image-feature-extraction".
-    model: a checkpoint folder, a Hub id, or the task's model: Siglip(2)Model, Siglip(2)ForImageClassification, and for
-    features Siglip(2)VisionModel, or a Siglip(2)Model, whose vision tower it takes.
+    model: a checkpoint folder, a Hub id, for zero-shot a file of `siglip export`, or the task's model: Siglip(2)Model,
+    Siglip(2)ForImageClassification, and for features Siglip(2)VisionModel, or a Siglip(2)Model, whose vision tower it
+    takes.
     tokenizer (for zero-shot only), image_processor (or feature_extractor, its older name), processor: objects, or where
     to load them from; by default from the model's checkpoint. Required with a model that is already loaded.
     config, backend (or attn_implementation), dtype (or torch_dtype), revision, token, cache_dir, local_files_only,
@@ -250,7 +251,11 @@ def pipeline(
     for_model = {name: value for name, value in for_model.items() if value is not None}
 
     loaded: Any = model
-    if isinstance(model, (str, os.PathLike)):
+    origin: Any = model if isinstance(model, (str, os.PathLike)) else None  # of the components that are not given
+    if origin is not None and os.fspath(origin).endswith(".onnx"):
+        loaded = _load_onnx(task, origin, {**for_model, **(model_kwargs or {}), **hub, "device": device})
+        origin, device, hub = os.path.dirname(os.path.abspath(origin)), None, {}
+    elif isinstance(model, (str, os.PathLike)):
         for name in for_model:
             if name in (model_kwargs or {}):
                 raise ValueError(f"pipeline: {name} is given both as an argument and in model_kwargs; give it once")
@@ -266,12 +271,12 @@ def pipeline(
     if task == ImageFeatureExtractionPipeline.task:
         loaded = getattr(loaded, "vision_model", loaded)
     if task == TASK:
-        components = _components(model, {"tokenizer": tokenizer, "image_processor": image_processor}, processor, hub)
+        components = _components(origin, {"tokenizer": tokenizer, "image_processor": image_processor}, processor, hub)
     elif tokenizer is not None:
         raise ValueError(f"pipeline: tokenizer is given; {task} takes none")
     else:
-        components = _components(model, {"image_processor": image_processor}, processor, hub)
-    where = os.fspath(model) if isinstance(model, (str, os.PathLike)) else task
+        components = _components(origin, {"image_processor": image_processor}, processor, hub)
+    where = task if origin is None else os.fspath(origin)
     check_fit(loaded.config, components.get("tokenizer"), components["image_processor"], where)
     shared = {"device": device, "batch_size": batch_size, "num_workers": num_workers, **call_defaults}
     if task == ImageClassificationPipeline.task:
@@ -290,9 +295,29 @@ def _model_class(task: str) -> Any:
     return auto.AutoModelForImageClassification if is_classifier else auto.AutoModelForZeroShotImageClassification
 
 
-def _components(model: Any, given: dict[str, Any], processor: Any, hub: dict[str, Any]) -> dict[str, Any]:
-    """Tokenizer and image processor: each as given, else the processor's, else from the model's checkpoint."""
-    origin = model if isinstance(model, (str, os.PathLike)) else None
+def _load_onnx(task: str, path: Any, given: dict[str, Any]) -> Any:
+    """given: the other arguments for loading."""
+    from siglip_model.onnx import load
+
+    if task != TASK:
+        raise ValueError(
+            f"pipeline: model is the ONNX file {path}; supported for {task}: a checkpoint folder, a Hub id"
+        )
+    supported = {
+        "backend": ("auto",),
+        "attn_implementation": ("auto",),
+        "dtype": ("auto", "float32", torch.float32),
+        "device": ("auto", "cpu", torch.device("cpu"), -1),
+    }
+    for name, value in given.items():
+        if value is not None and value not in supported.get(name, ()):
+            values = ", ".join(dict.fromkeys(map(str, supported.get(name, ("none",)))))
+            raise ValueError(f"pipeline: {name} is {value!r} with an ONNX file; supported: {values}")
+    return load(path)
+
+
+def _components(origin: Any, given: dict[str, Any], processor: Any, hub: dict[str, Any]) -> dict[str, Any]:
+    """Tokenizer and image processor: each as given, else the processor's, else from `origin`, as the model is."""
     if isinstance(processor, (str, os.PathLike)):
         from siglip_model.auto import AutoProcessor
 

@@ -139,7 +139,7 @@ def embed(
                 "shards": shards,
                 "rank": rank,
                 "world_size": ranks,
-                "model_name": os.path.abspath(model) if os.path.isdir(model) else model,  # from any folder
+                "model_name": os.path.abspath(model) if os.path.exists(model) else model,  # from any folder
             }
             try:
                 if texts:

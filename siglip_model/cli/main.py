@@ -1,4 +1,4 @@
-"""The command `siglip`: classification, embedding, search, training, evaluation, a demo, and this machine's support.
+"""The command `siglip`: classify, embed, search, train, evaluate, export, a demo, and what this machine supports.
 
 Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 75 training was stopped by
 SIGTERM and saved, 130 interrupted, 141 the output was closed early, as by `siglip ... | head -1`.
@@ -19,6 +19,7 @@ from siglip_model.cli.classify import LabelListCommand, classify
 from siglip_model.cli.demo import demo
 from siglip_model.cli.embed import embed
 from siglip_model.cli.evaluate import evaluate
+from siglip_model.cli.export import export
 from siglip_model.cli.info import DISTRIBUTION, info, installed_version
 from siglip_model.cli.options import INTERRUPTED, OUTPUT_CLOSED, USAGE_ERROR
 from siglip_model.cli.search import search
@@ -56,6 +57,7 @@ app.command(short_help="Embed images into one file.")(embed)
 app.command(short_help="Search embedded images by text or image.")(search)
 app.command(short_help="Train on captioned images.")(train)
 app.command(short_help="Measure zero-shot accuracy or retrieval.")(evaluate)
+app.command(short_help="Export a model to ONNX.")(export)
 app.command(short_help="Classify eight bundled images.")(demo)
 app.command(short_help="Show versions, devices and backends.")(info)
 

@@ -35,7 +35,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="FOLDER|HUB_ID",
-        help="Checkpoint; the bundled demo checkpoint by default.",
+        help="Checkpoint, or a file of `siglip export`; the bundled demo checkpoint by default.",
         show_default=False,
     ),
 ]
