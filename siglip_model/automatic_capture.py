@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from siglip_model.capture import CudaGraphRecorder, Recorder, Recording, Weights, buffer_of
+from siglip_model.naflex.capture import NaFlexRecording, Sizes
+from siglip_model.naflex.layout import Layout
 
 if TYPE_CHECKING:
     from siglip_model.pretrained import PreTrainedModel
@@ -29,7 +31,8 @@ MOST_GRAPHS = 4  # shapes; each graph keeps the memory of one forward pass
 class CapturesRepeats:
     """`encode(pixel_values)` returns what `model.get_image_features(pixel_values)`, or another method, returns.
 
-    So does `encode(pixel_values, **others)`, of images at native resolution, which differ in shape: it calls the model.
+    So does `encode(pixel_values, pixel_attention_mask=, spatial_shapes=)` of images at native resolution, whose batches
+    share a graph if they have about as many images and patches, and spatial_shapes is on the CPU.
 
     On a CUDA device, in evaluation mode and without gradients, a shape that repeats is replayed from a CUDA graph. It
     is recorded again if the model has changed: weights that moved, another backend or setting, replaced modules. A
@@ -53,23 +56,24 @@ class CapturesRepeats:
 
     def _forget(self) -> None:
         self._form: _Form | None = None  # of the model that was counted and recorded
-        self._graphs: dict[Any, Recording] = {}
+        self._graphs: dict[Any, Recording | NaFlexRecording] = {}
         self._calls: Counter[Any] = Counter()
         self._failed = False
 
     def __call__(self, pixel_values: Tensor, **others: Tensor) -> Any:
-        if others or not self._may_capture(pixel_values):
+        sizes = _sizes(pixel_values, **others) if self._may_capture(pixel_values) else None
+        if sizes is None:
             return self._call(pixel_values, **others)
-        key = (tuple(pixel_values.shape), pixel_values.dtype, _context(pixel_values.device))
+        key = (sizes, pixel_values.dtype, _context(pixel_values.device))
         with self._lock:
             graph = self._graphs.get(key)
             if graph is not None:
-                graph.replay(pixel_values=pixel_values)
+                graph.replay(pixel_values=pixel_values, **others)
                 if self._form is not None and self._form.holds():  # after the launch, to overlap with the GPU's work
                     return graph.copy_results()
-            return self._call_and_count(key, pixel_values)
+            return self._call_and_count(key, pixel_values, others)
 
-    def _call(self, pixel_values: Tensor, **others: Tensor) -> Any:
+    def _call(self, pixel_values: Tensor, **others: Any) -> Any:
         return getattr(self._model, self._method)(pixel_values, **others)
 
     def _may_capture(self, pixel_values: Tensor) -> bool:
@@ -84,12 +88,12 @@ class CapturesRepeats:
             and not (_module._global_forward_hooks or _module._global_forward_pre_hooks)
         )
 
-    def _call_and_count(self, key: Any, pixel_values: Tensor) -> Any:
+    def _call_and_count(self, key: Any, pixel_values: Tensor, others: dict[str, Tensor]) -> Any:
         if self._form is None or not self._form.holds():
             self._forget()
             self._form = _Form(self._model, self._method)
         self._calls[key] += 1
-        result = self._call(pixel_values)
+        result = self._call(pixel_values, **others)
         repeats = self._calls[key] >= REPEATS and len(self._graphs) < MOST_GRAPHS
         if repeats and self._form.may_be_recorded and not self._failed:
             self._record(key, pixel_values)
@@ -98,8 +102,7 @@ class CapturesRepeats:
     def _record(self, key: Any, pixel_values: Tensor) -> None:
         record = (self._recorder or CudaGraphRecorder)(pixel_values.device)
         try:
-            buffer = buffer_of(self._model, pixel_values.shape, pixel_values.dtype)
-            self._graphs[key] = Recording(self._call, {"pixel_values": buffer}, record)
+            self._graphs[key] = self._recording(key[0], pixel_values.dtype, record)
         except RuntimeError as error:  # also out of memory
             self._failed = True
             warnings.warn(
@@ -107,6 +110,23 @@ class CapturesRepeats:
                 f"called, which is slower for small batches: {error}",
                 stacklevel=4,
             )
+
+    def _recording(self, sizes: Any, dtype: torch.dtype, record: Recorder) -> Recording | NaFlexRecording:
+        if not isinstance(sizes, Sizes):
+            return Recording(self._call, {"pixel_values": buffer_of(self._model, sizes, dtype)}, record)
+
+        def call(pixel_values: Tensor, where: Layout, spatial_shapes: Tensor) -> Any:
+            return self._call(pixel_values, pixel_attention_mask=where, spatial_shapes=spatial_shapes)
+
+        return NaFlexRecording(call, self._model, sizes, dtype, record)
+
+
+def _sizes(pixel_values: Tensor, **others: Tensor) -> Sizes | tuple[int, ...] | None:
+    """Those of a recording for this batch; None: it cannot be recorded."""
+    if not others:
+        return tuple(pixel_values.shape)
+    shapes = others.get("spatial_shapes")
+    return None if shapes is None or shapes.device.type != "cpu" else Sizes.around(pixel_values, shapes)
 
 
 def _context(device: torch.device) -> tuple[Any, ...]:

@@ -42,8 +42,9 @@ class Backend:
     returns_weights: whether output_attentions=True changes nothing in how attention is computed. Otherwise the
         reference computes it, with a warning.
     packs_on: types of devices on which `attention` takes sequences of different lengths without padding: q, k and v
-        (1, T, H, D) with cu_seqlens, int32 (N + 1,), where each begins and the last ends, and max_seqlen, an int. A
-        backend that replaces `attention` takes these arguments and `lengths`, or sets it to ().
+        (1, T, H, D) with cu_seqlens, int32 (N + 1,), where each begins and the last ends, and max_seqlen, an int. What
+        it returns for tokens beyond the last sequence is ignored. A backend that replaces `attention` takes these
+        arguments and `lengths`, or sets it to ().
     masks_sync: whether masked attention makes the host wait for the GPU, which a CUDA graph cannot capture.
     lacks: what this machine lacks to run the backend, or None.
     why_not: why the backend cannot run on a device of this machine, or None.
@@ -163,11 +164,12 @@ def _sdpa_packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, 
     """Consecutive sequences of equal length together. q, k, v: (T, H, D)."""
     runs = [(length, len(list(run))) for length, run in itertools.groupby(cu_seqlens.diff().tolist())]
     sizes = [length * count for length, count in runs]
+    sizes.append(len(q) - sum(sizes))  # tokens of no sequence, which give zeros
     outputs = [
         _sdpa_attention(*(part.unflatten(0, (count, length)) for part in parts), **options).flatten(0, 1)
-        for (length, count), *parts in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        for (length, count), *parts in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=False)
     ]
-    return torch.cat(outputs)
+    return torch.cat([*outputs, torch.zeros_like(q[: sizes[-1]])])
 
 
 def _flash_attention(

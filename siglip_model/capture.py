@@ -89,11 +89,15 @@ class Weights:
             )
 
 
-def _recorder(model: PreTrainedModel, **sizes: int) -> CudaGraphRecorder:
-    """A recorder for the model. Raises if it, or one of the sizes, cannot be captured."""
+def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise unsupported("capture", name, f"is {size!r}", "integers from 1")
+
+
+def recorder_of(model: PreTrainedModel, **sizes: int) -> CudaGraphRecorder:
+    """A recorder for the model. Raises if it, or one of the sizes, cannot be captured."""
+    check_sizes(**sizes)
     if model.training:
         raise unsupported("capture", "the model", "is in training mode", "evaluation mode: model.eval()")
     if model.device.type != "cuda":
@@ -112,14 +116,14 @@ def buffer_of(model: PreTrainedModel, shape: tuple[int, ...], dtype: torch.dtype
 def _check(name: str, tensor: Any, buffer: Tensor) -> None:
     """Raises ValueError unless the tensor can be copied to `buffer`, apart from its dtype."""
     if not isinstance(tensor, Tensor):
-        raise _refused(name, f"is {type(tensor).__name__}", "a tensor")
+        raise refused(name, f"is {type(tensor).__name__}", "a tensor")
     if tensor.shape != buffer.shape:
-        raise _refused(name, f"has shape {tuple(tensor.shape)}", f"{tuple(buffer.shape)}; capture again for another")
+        raise refused(name, f"has shape {tuple(tensor.shape)}", f"{tuple(buffer.shape)}; capture again for another")
     if tensor.device != buffer.device:
-        raise _refused(name, f"is on {tensor.device}", f"{buffer.device}")
+        raise refused(name, f"is on {tensor.device}", f"{buffer.device}")
 
 
-def _refused(name: str, got: str, supported: str) -> Exception:
+def refused(name: str, got: str, supported: str) -> Exception:
     return unsupported("captured model", name, got, supported)
 
 
@@ -142,16 +146,16 @@ class Recording:
         return pytree.tree_map_only(Tensor, torch.clone, self.results)
 
 
-class _Captured:
+class Captured:
     """Base of the captured models."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise _refused(
+        raise refused(
             "a copy or pickle", "is asked for, and a graph has fixed addresses", "a copy of the model, captured again"
         )
 
 
-class CapturedVision(_Captured):
+class CapturedVision(Captured):
     """A vision tower, or an image classifier, for images of one shape: `captured(pixel_values)`."""
 
     def __init__(
@@ -164,7 +168,7 @@ class CapturedVision(_Captured):
         config = getattr(model.config, "vision_config", model.config)
         size = config.image_size if image_size is None else image_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        record = record or _recorder(model, batch_size=batch_size, image_height=height, image_width=width)
+        record = record or recorder_of(model, batch_size=batch_size, image_height=height, image_width=width)
         dtype = model.get_input_embeddings().weight.dtype
         pixels = buffer_of(model, (batch_size, config.num_channels, height, width), dtype)
 
@@ -178,7 +182,7 @@ class CapturedVision(_Captured):
         buffer = self.recording.inputs["pixel_values"]
         _check("pixel_values", pixel_values, buffer)
         if not pixel_values.is_floating_point():
-            raise _refused("pixel_values", f"has dtype {pixel_values.dtype}", "floating point")
+            raise refused("pixel_values", f"has dtype {pixel_values.dtype}", "floating point")
         self.recording.replay(pixel_values=pixel_values)
         self._weights.check()  # after the launch, so that it overlaps with the GPU's work
 
@@ -189,7 +193,7 @@ class CapturedVision(_Captured):
         return self.recording.copy_results()
 
 
-class CapturedText(_Captured):
+class CapturedText(Captured):
     """A text tower for texts of one shape: `captured(input_ids)`, or `captured(input_ids, attention_mask)`."""
 
     def __init__(
@@ -201,7 +205,7 @@ class CapturedText(_Captured):
         record: Recorder | None = None,
     ):
         length = model.config.max_position_embeddings if text_length is None else text_length
-        record = record or _recorder(model, batch_size=batch_size, text_length=length)
+        record = record or recorder_of(model, batch_size=batch_size, text_length=length)
         ops: Backend = model.ops  # type: ignore[assignment]
         if attention_mask and ops.masks_sync:
             got = f"is True with the backend {ops.name}, whose masked attention makes the host wait for the GPU"
@@ -223,11 +227,11 @@ class CapturedText(_Captured):
         buffer = self.recording.inputs["input_ids"]
         _check("input_ids", input_ids, buffer)
         if input_ids.dtype not in (torch.int64, torch.int32):
-            raise _refused("input_ids", f"has dtype {input_ids.dtype}", "int64, int32")
+            raise refused("input_ids", f"has dtype {input_ids.dtype}", "int64, int32")
         mask = self._no_padding
         if attention_mask is not None:
             if not mask:
-                raise _refused("attention_mask", "is given", "none, or capture(..., attention_mask=True)")
+                raise refused("attention_mask", "is given", "none, or capture(..., attention_mask=True)")
             _check("attention_mask", attention_mask, buffer)
             mask = self._convert_mask(attention_mask)
         self.recording.replay(input_ids=input_ids, **mask)
@@ -240,7 +244,7 @@ class CapturedText(_Captured):
         return self.recording.copy_results()
 
 
-class CapturedSiglip(_Captured):
+class CapturedSiglip(Captured):
     """A SiglipModel for images of one shape and texts of one shape, together or separately."""
 
     def __init__(
@@ -255,11 +259,27 @@ class CapturedSiglip(_Captured):
         *,
         compare: Callable[[Any, Any], SiglipOutput],  # SiglipModel.compare
     ):
-        vision_model: PreTrainedModel = model.vision_model  # type: ignore[assignment]
+        def capture_vision(record: Recorder) -> CapturedVision:
+            tower: Any = model.vision_model
+            return CapturedVision(tower, batch_size, image_size, record)
+
+        self._capture(model, capture_vision, batch_size, text_batch_size, text_length, attention_mask, record, compare)
+
+    def _capture(
+        self,
+        model: PreTrainedModel,
+        capture_vision: Callable[[Recorder], Any],
+        batch_size: int,
+        text_batch_size: int | None,
+        text_length: int | None,
+        attention_mask: bool,
+        record: Recorder | None,
+        compare: Callable[[Any, Any], SiglipOutput],
+    ) -> None:
         text_model: PreTrainedModel = model.text_model  # type: ignore[assignment]
         texts = batch_size if text_batch_size is None else text_batch_size
-        record = record or _recorder(model, batch_size=batch_size, text_batch_size=texts)
-        self._vision = CapturedVision(vision_model, batch_size, image_size, record)
+        record = record or recorder_of(model, batch_size=batch_size, text_batch_size=texts)
+        self._vision = capture_vision(record)
         self._text = CapturedText(text_model, texts, text_length, attention_mask, record)
         self._weights = Weights([model])  # its own parameters: the towers check theirs
         vision, text = self._vision.recording.results, self._text.recording.results
@@ -280,6 +300,9 @@ class CapturedSiglip(_Captured):
         """See the model's forward; without loss."""
         self._vision.replay(pixel_values)
         self._text.replay(input_ids, attention_mask)
+        return self._compare_towers()
+
+    def _compare_towers(self) -> SiglipOutput:
         self._comparison.replay()
         self._weights.check()
         return self._comparison.copy_results()

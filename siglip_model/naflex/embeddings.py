@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from siglip_kernels.errors import unsupported
 from siglip_model.config import Siglip2VisionConfig
 from siglip_model.layers import UsesBackend, apply_linear
-from siglip_model.naflex.layout import Packed, Padded
+from siglip_model.naflex.layout import Layout
 from siglip_model.vision_tower import position_table
 
 
@@ -25,24 +24,12 @@ class NaFlexEmbeddings(UsesBackend, nn.Module):
         self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
 
-    def forward(self, pixel_values: Tensor, layout: Padded | Packed) -> Tensor:
+    def forward(self, pixel_values: Tensor, layout: Layout) -> Tensor:
         """pixel_values: floating point or uint8 (B, P, C · p · p). Returns the layout's (B, P or 1, T, width)."""
         weight = self.patch_embedding.weight
         position = resized_positions(position_table(self.position_embedding), layout.shapes, layout.numbers)
         patches = layout.drop_padding(pixel_values.to(weight.dtype))
         return apply_linear(self.ops, self.patch_embedding, patches, position.expand(*patches.shape[:2], -1))
-
-
-def check_patches(pixel_values: object, values: int) -> None:
-    """Raises ValueError unless these are patches of so many values: floating point or uint8 (B, P, values)."""
-    supported = f"floating point or uint8 (batch, patches, {values})"
-    if not isinstance(pixel_values, Tensor):
-        got = "is None" if pixel_values is None else f"is {type(pixel_values).__name__}"
-        raise unsupported("Siglip2VisionModel", "pixel_values", got, supported)
-    has_pixels = pixel_values.is_floating_point() or pixel_values.dtype == torch.uint8
-    if pixel_values.dim() != 3 or pixel_values.shape[-1] != values or pixel_values.shape[1] < 1 or not has_pixels:
-        got = f"has shape {tuple(pixel_values.shape)} and dtype {pixel_values.dtype}"
-        raise unsupported("Siglip2VisionModel", "pixel_values", got, supported)
 
 
 def resized_positions(table: Tensor, shapes: Tensor, numbers: Tensor) -> Tensor:

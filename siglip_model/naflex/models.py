@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from siglip_kernels.errors import unsupported
 from siglip_model.classifier import SiglipForImageClassification
 from siglip_model.config import Siglip2Config, Siglip2TextConfig, Siglip2VisionConfig
 from siglip_model.encoder import HiddenStates
 from siglip_model.model import SiglipModel
-from siglip_model.naflex.embeddings import NaFlexEmbeddings, check_patches
-from siglip_model.naflex.layout import layout
+from siglip_model.naflex.capture import CapturedNaFlex, CapturedSiglip2
+from siglip_model.naflex.embeddings import NaFlexEmbeddings
+from siglip_model.naflex.layout import Layout, check_patches, layout
 from siglip_model.outputs import BaseModelOutputWithPooling, ImageClassifierOutput, Siglip2Output
 from siglip_model.pretrained import finish
 from siglip_model.text_tower import SiglipTextModel
 from siglip_model.vision_tower import SiglipVisionModel
-
-
-class _NaFlex:
-    """What the models of patches have in common."""
-
-    def capture(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Raises ValueError: CUDA graphs of images have one shape."""
-        raise unsupported(type(self).__name__, "capture", "is called", "models of images of one size, or torch.compile")
 
 
 class Siglip2TextModel(SiglipTextModel):
@@ -36,7 +27,7 @@ class Siglip2TextModel(SiglipTextModel):
     config_class = Siglip2TextConfig
 
 
-class Siglip2VisionModel(_NaFlex, SiglipVisionModel):
+class Siglip2VisionModel(SiglipVisionModel):
     """SigLIP 2's image encoder at native resolution."""
 
     config_class = Siglip2VisionConfig
@@ -55,7 +46,7 @@ class Siglip2VisionModel(_NaFlex, SiglipVisionModel):
     def encode(  # type: ignore[override]
         self,
         pixel_values: Tensor,
-        pixel_attention_mask: Tensor | None,
+        pixel_attention_mask: Tensor | Layout | None,
         spatial_shapes: Tensor | None,
         output_attentions: bool | None = None,
         output_hidden_states: HiddenStates | None = None,
@@ -68,7 +59,7 @@ class Siglip2VisionModel(_NaFlex, SiglipVisionModel):
     def _encode_patches(
         self,
         pixel_values: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Layout | None,
         shapes: Tensor | None,
         output_attentions: bool | None,
         output_hidden_states: HiddenStates | None,
@@ -77,22 +68,18 @@ class Siglip2VisionModel(_NaFlex, SiglipVisionModel):
         self._check_exporter()
         check_patches(pixel_values, self.config.num_channels * self.config.patch_size**2)
         dense = self._default(output_attentions, "attentions")
-        where = layout(self.ops, pixel_values, mask, shapes, dense=dense)
+        where = mask if isinstance(mask, Layout) else layout(self.ops, pixel_values, mask, shapes, dense=dense)
         x = self.embeddings(pixel_values, where)
         output = self._encode_tokens(x, where.mask, output_attentions, output_hidden_states)
-        hidden = output.hidden_states
-        return replace(
-            output,
-            last_hidden_state=where.restore_padding(output.last_hidden_state),  # type: ignore[arg-type]
-            hidden_states=None
-            if hidden is None
-            else tuple(x if x is None else where.restore_padding(x) for x in hidden),
-        ), where.lengths
+        output.last_hidden_state = where.restore_padding(output.last_hidden_state)  # type: ignore[arg-type]
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(x if x is None else where.restore_padding(x) for x in output.hidden_states)
+        return output, where.lengths
 
     def forward(  # type: ignore[override]
         self,
         pixel_values: Tensor,
-        pixel_attention_mask: Tensor | None = None,
+        pixel_attention_mask: Tensor | Layout | None = None,
         spatial_shapes: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: HiddenStates | None = None,
@@ -101,13 +88,14 @@ class Siglip2VisionModel(_NaFlex, SiglipVisionModel):
         """Encode images of different sizes.
 
         pixel_values: floating point or uint8 (B, P, C · p · p), patches row by row, cast to the weights' dtype.
-        pixel_attention_mask: (B, P), non-zero for the first height · width patches of each image; None if all are.
+        pixel_attention_mask: (B, P), non-zero for the first height · width patches of each image; None if all are. Or
+            a `Layout`, which `fixed_layout` made of the shapes.
         spatial_shapes: int64 (B, 2), height and width of each image in patches. On the CPU, also beside a model on a
             GPU, it is read without waiting for the GPU.
         Under eager, tokens of padding are what transformers computes; under the other backends they are zeros: triton,
         flash_attention_2 and, on a CPU, sdpa do not compute them.
-        Raises ValueError for other shapes and dtypes and, of what the host may read, for an image without patches or
-        with more than P, and for a mask that contradicts spatial_shapes.
+        Raises ValueError for other shapes and dtypes, for an image without patches or with more than P, and for a mask
+        that contradicts spatial_shapes; which values are read for it, says `layout`.
         """
         output, lengths = self._encode_patches(
             pixel_values,
@@ -120,8 +108,14 @@ class Siglip2VisionModel(_NaFlex, SiglipVisionModel):
             output.pooler_output = self.head(output.last_hidden_state, lengths)
         return finish(output, self, return_dict)
 
+    def capture(  # type: ignore[override]
+        self, batch_size: int = 1, *, max_num_patches: int | None = None, token_budget: int | None = None
+    ) -> CapturedNaFlex:
+        """Record the forward pass into a CUDA graph, to be called as the model is. See `Siglip2Model.capture`."""
+        return CapturedNaFlex(self, batch_size, max_num_patches, token_budget)
 
-class Siglip2Model(_NaFlex, SiglipModel):
+
+class Siglip2Model(SiglipModel):
     """An image tower at native resolution and a text tower that embed into one space."""
 
     config_class = Siglip2Config
@@ -132,7 +126,7 @@ class Siglip2Model(_NaFlex, SiglipModel):
     def get_image_features(  # type: ignore[override]
         self,
         pixel_values: Tensor,
-        pixel_attention_mask: Tensor | None = None,
+        pixel_attention_mask: Tensor | Layout | None = None,
         spatial_shapes: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
@@ -143,7 +137,7 @@ class Siglip2Model(_NaFlex, SiglipModel):
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
+        pixel_attention_mask: Tensor | Layout | None = None,
         spatial_shapes: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -166,8 +160,28 @@ class Siglip2Model(_NaFlex, SiglipModel):
         )
         return finish(output, self, return_dict)
 
+    def capture(  # type: ignore[override]
+        self,
+        batch_size: int = 1,
+        *,
+        text_batch_size: int | None = None,
+        max_num_patches: int | None = None,
+        token_budget: int | None = None,
+        text_length: int | None = None,
+        attention_mask: bool = False,
+    ) -> CapturedSiglip2:
+        """Record the forward pass into CUDA graphs. See `SiglipModel.capture`, whose are the other arguments.
 
-class Siglip2ForImageClassification(_NaFlex, SiglipForImageClassification):
+        A call takes up to batch_size images of up to max_num_patches patches each, by default the configuration's
+        num_patches, and costs as much as token_budget patches: by default those of a full batch. Fewer, where
+        the backend packs images on the GPU, are as many as the images of any call have together; other backends
+        compute full batches. Raises ValueError for a token_budget under these, also one that is larger than a batch.
+        """
+        sizes = (batch_size, text_batch_size, max_num_patches, token_budget, text_length, attention_mask)
+        return CapturedSiglip2(self, *sizes, compare=self.compare)
+
+
+class Siglip2ForImageClassification(SiglipForImageClassification):
     """The vision tower at native resolution with a linear classifier on the mean of each image's tokens."""
 
     config_class = Siglip2Config
@@ -176,7 +190,7 @@ class Siglip2ForImageClassification(_NaFlex, SiglipForImageClassification):
     def forward(  # type: ignore[override]
         self,
         pixel_values: Tensor,
-        pixel_attention_mask: Tensor | None = None,
+        pixel_attention_mask: Tensor | Layout | None = None,
         spatial_shapes: Tensor | None = None,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
@@ -185,5 +199,12 @@ class Siglip2ForImageClassification(_NaFlex, SiglipForImageClassification):
     ) -> ImageClassifierOutput | tuple:
         """Classify images. The first three: see Siglip2VisionModel; the others: see SiglipForImageClassification."""
         images = (pixel_values, pixel_attention_mask, spatial_shapes)
-        output = self._classify(images, pixel_attention_mask, labels, output_attentions, output_hidden_states)
+        mask = pixel_attention_mask.valid() if isinstance(pixel_attention_mask, Layout) else pixel_attention_mask
+        output = self._classify(images, mask, labels, output_attentions, output_hidden_states)
         return finish(output, self, return_dict)
+
+    def capture(  # type: ignore[override]
+        self, batch_size: int = 1, *, max_num_patches: int | None = None, token_budget: int | None = None
+    ) -> CapturedNaFlex:
+        """Record the forward pass into a CUDA graph, to be called as the model is. See `Siglip2Model.capture`."""
+        return CapturedNaFlex(self, batch_size, max_num_patches, token_budget)

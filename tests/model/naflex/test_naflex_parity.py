@@ -11,6 +11,7 @@ from naflex import MIXED, VISION, images, peer_config, peer_model, project_model
 from oracle import leaves, randomised, same_weights, worst_difference
 
 import siglip_model
+from siglip_model.naflex import layout as naflex_layout
 from siglip_model.naflex.embeddings import resized_positions
 
 TOLERANCE = 1e-5
@@ -307,6 +308,36 @@ def test_refused(case: str, backend: str) -> None:
     changed, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         model(**{**images(((4, 4), (2, 3)), 16), **changed})
+
+
+VALUES_REFUSED = ("no patches", "negative", "too many", "other mask", "no mask", "hole")
+
+
+@pytest.mark.parametrize("case", VALUES_REFUSED)
+def test_refused_where_the_host_reads_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an assertion, which a GPU checks on its own: beside tensors on a GPU, compiled, and exported."""
+    monkeypatch.setattr("siglip_model.naflex.layout.can_read_values", lambda tensor: False)
+    model = siglip_model.Siglip2VisionModel(siglip_model.Siglip2VisionConfig(**VISION))
+    with pytest.raises(RuntimeError, match="spatial_shapes and pixel_attention_mask contradict each other"):
+        model(**{**images(((4, 4), (2, 3)), 16), **REFUSED[case][0]})
+
+
+def test_a_mask_on_another_device_than_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = images(((4, 4), (2, 3)), 16)
+    mask, shapes = inputs["pixel_attention_mask"], inputs["spatial_shapes"]
+    checked_on: list[torch.device] = []
+    monkeypatch.setattr(naflex_layout, "_check_on_device", lambda *arguments: checked_on.append(arguments[-1]))
+    for device in ("meta", "cpu"):  # meta for a GPU, which checks its mask on its own
+        assert naflex_layout.check_values(mask.to(device), shapes, 16, mask.device, read=True) == [16, 6]
+    assert checked_on == [torch.device("meta")]
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")  # type: ignore[assignment]
+
+    shapes = shapes.as_subclass(OnGpu)
+    assert naflex_layout.check_values(mask, shapes, 16, shapes.device, read=True) == [16, 6]
+    with pytest.raises(ValueError, match="pixel_attention_mask does not mark .* image 1"):
+        naflex_layout.check_values(torch.ones_like(mask), shapes, 16, shapes.device, read=True)
 
 
 def test_refused_configurations() -> None:
