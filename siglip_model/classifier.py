@@ -22,6 +22,7 @@ class SiglipForImageClassification(PreTrainedModel):
     """The vision tower with a linear classifier on the mean of its tokens; the pooling head is not used."""
 
     config_class = SiglipConfig
+    base_model_prefix = "siglip"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     new_parameters = ("classifier.",)

@@ -24,6 +24,7 @@ class SiglipModel(UsesBackend, PreTrainedModel):
     """An image tower and a text tower that embed into one space."""
 
     config_class = SiglipConfig
+    base_model_prefix = "siglip"
     text_class: ClassVar[type[SiglipTextModel]] = SiglipTextModel
     vision_class: ClassVar[type[SiglipVisionModel]] = SiglipVisionModel
     output_class: ClassVar[type[SiglipOutput]] = SiglipOutput

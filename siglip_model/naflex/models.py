@@ -119,6 +119,7 @@ class Siglip2Model(SiglipModel):
     """An image tower at native resolution and a text tower that embed into one space."""
 
     config_class = Siglip2Config
+    base_model_prefix = "siglip2"
     text_class = Siglip2TextModel
     vision_class = Siglip2VisionModel
     output_class = Siglip2Output
@@ -185,6 +186,7 @@ class Siglip2ForImageClassification(SiglipForImageClassification):
     """The vision tower at native resolution with a linear classifier on the mean of each image's tokens."""
 
     config_class = Siglip2Config
+    base_model_prefix = "siglip2"
     vision_class = Siglip2VisionModel
 
     def forward(  # type: ignore[override]

@@ -43,6 +43,7 @@ def build(name: str, library: Any = siglip_model) -> Any:
 def test_answers_are_those_of_transformers(name: str) -> None:
     ours, theirs = build(name), build(name, transformers)
     for attribute in (
+        "base_model_prefix",
         "main_input_name",
         "input_modalities",
         "supports_gradient_checkpointing",
