@@ -29,7 +29,12 @@ TITLES = {
     "patch": "Patch embedding",
 }
 # The README shows these groups (suite, direction, beginning of the shape's name), each in its largest size.
-MAIN = (("model", "fwd", "base-224"), ("train", "fwd+bwd", ""), ("loss", "fwd+bwd", ""))
+MAIN = (
+    ("model", "fwd", "base-224"),
+    ("model", "fwd", "base-naflex"),
+    ("train", "fwd+bwd", ""),
+    ("loss", "fwd+bwd", ""),
+)
 MAIN_PLOTS = ("loss-memory-by-pairs", "speed-up-by-batch-size", "attention-tflops-by-shape")  # the first that exists
 # Rows within this ratio count as equally fast where the noise was not measured.
 LEAST_NOISE = 1.01
