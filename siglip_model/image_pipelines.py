@@ -37,6 +37,7 @@ class ImagePipeline:
     device: device to move the model to; None leaves it on its device. batch_size, num_workers, timeout: defaults of
     each call. max_pixels: as for `ZeroShotImageClassificationPipeline`.
     token_budget: at native resolution, patches per forward pass: it takes as many images as fit, instead of batch_size.
+    Raises ValueError for both.
     """
 
     task: ClassVar[str]
@@ -59,11 +60,12 @@ class ImagePipeline:
         self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
         self.encode_images = CapturesRepeats(self.model, self.method)
         self.image_processor = image_processor
-        self.batch_size = count("batch_size", 1 if batch_size is None else batch_size, at_least=1)
+        self.token_budget = TokenBudget(image_processor, token_budget) if token_budget is not None else None
+        self.batch_size = 1
+        self.batch_size = self._size_of_batches(batch_size)
         self.num_workers = count("num_workers", num_workers or 0, at_least=0)
         self.timeout = timeout
         self.max_pixels = PixelBudget(max_pixels).max_pixels
-        self.token_budget = TokenBudget(image_processor, token_budget) if token_budget is not None else None
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +115,16 @@ class ImagePipeline:
         joined = model_inputs.join(images, keep_padding=self.keep_padding)
         return model_inputs.to_model(joined, self.device, self.dtype)
 
+    def _size_of_batches(self, asked: int | None) -> int:
+        if asked is None:
+            return self.batch_size
+        if self.token_budget is not None:
+            raise ValueError(
+                f"{self.task}: batch_size={asked!r} and token_budget={self.token_budget.tokens} both say how many "
+                "images a batch has; give one of them"
+            )
+        return count("batch_size", asked, at_least=1)
+
     def not_finite(self, image: Any) -> str:
         """The error for an image whose results are not finite."""
         return f"{describe_source(image)}: {self.results_are} not finite in {self.dtype}"
@@ -133,7 +145,7 @@ class ImagePipeline:
         is None for one that is not finite.
         """
         source = only_source(self.task, sources)
-        size = self.batch_size if batch_size is None else count("batch_size", batch_size, at_least=1)
+        size = self._size_of_batches(batch_size)
         workers = self.num_workers if num_workers is None else count("num_workers", num_workers, at_least=0)
         wait = self.timeout if timeout is None else timeout
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 import transformers
 from oracle import randomised
+from rerun_recorder import RerunRecorder
 from tiny_checkpoint import WORDS, random_image
 from typer.testing import CliRunner
 
 import siglip_model
 from siglip_model import pipeline
+from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.cli.main import app
 from siglip_model.embed import embed_images, load_embeddings
 from siglip_model.images.batches import Batch, read_batches
@@ -158,6 +160,23 @@ def test_a_processor_of_another_kind_is_refused(checkpoint: Path) -> None:
         pipeline(model=checkpoint, tokenizer=tokenizer, image_processor=siglip_model.SiglipImageProcessor())
     with pytest.raises(ValueError, match="patch_size is 16; supported: the model's, 8"):
         pipeline(model=checkpoint, tokenizer=tokenizer, image_processor=siglip_model.Siglip2ImageProcessor())
+
+
+def test_batches_have_one_measure(checkpoint: Path, pictures: list[str]) -> None:
+    with pytest.raises(ValueError, match="batch_size=4 and token_budget=48 both say .*; give one of them"):
+        pipeline(model=checkpoint, device="cpu", batch_size=4, token_budget=48)
+    budget = pipeline(model=checkpoint, device="cpu", token_budget=48)
+    with pytest.raises(ValueError, match="batch_size=2 and token_budget=48 both say"):
+        budget(pictures, candidate_labels=LABELS, batch_size=2)
+
+
+def test_graphs_of_similar_batches_are_replayed(checkpoint: Path, pictures: list[str]) -> None:
+    recorder = RerunRecorder()
+    classify = pipeline(model=checkpoint, device="cpu")
+    expected = classify([pictures[4]] * 6 + pictures, candidate_labels=LABELS)
+    classify.encode_images = CapturesRepeats(classify.model, recorder=lambda device: recorder)
+    assert classify([pictures[4]] * 6 + pictures, candidate_labels=LABELS) == expected
+    assert recorder.recorded >= 1 and recorder.replays >= 3
 
 
 @pytest.mark.parametrize("workers", [0, 3])
