@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -49,7 +50,8 @@ def resized_positions(table: Tensor, shapes: Tensor, numbers: Tensor) -> Tensor:
     dtype = torch.promote_types(table.dtype, torch.float32)
     rows = _weights(numbers // width, height, side, dtype)  # [..., G]
     columns = _weights(numbers % width, width, side, dtype)
-    with torch.autocast(table.device.type, enabled=False):
+    kind = table.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
         resized = (rows[..., :, None] * columns[..., None, :]).flatten(-2) @ table.to(dtype)
     return resized.to(table.dtype)
 

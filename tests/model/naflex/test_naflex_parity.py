@@ -340,6 +340,14 @@ def test_a_mask_on_another_device_than_the_shapes(monkeypatch: pytest.MonkeyPatc
         naflex_layout.check_values(torch.ones_like(mask), shapes, 16, shapes.device, read=True)
 
 
+def test_on_the_meta_device() -> None:
+    model = project_model(peer_model(num_hidden_layers=1), "sdpa").vision_model.to("meta")
+    inputs = images()
+    pixels = inputs["pixel_values"].to("meta")
+    for each in (inputs, {name: tensor.to("meta") for name, tensor in inputs.items()}):
+        assert model(**{**each, "pixel_values": pixels}).pooler_output.shape == (len(MIXED), VISION["hidden_size"])
+
+
 def test_refused_configurations() -> None:
     with pytest.raises(ValueError, match="num_patches is 15; supported: squares"):
         siglip_model.Siglip2VisionConfig(num_patches=15)
