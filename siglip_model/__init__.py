@@ -21,7 +21,11 @@ if TYPE_CHECKING:
         SiglipVisionConfig,
     )
     from siglip_model.images.auto import AutoImageProcessor
-    from siglip_model.images.naflex import Siglip2ImageProcessor, Siglip2ImageProcessorPil
+    from siglip_model.images.naflex import (
+        Siglip2ImageProcessor,
+        Siglip2ImageProcessorFast,
+        Siglip2ImageProcessorPil,
+    )
     from siglip_model.images.pillow import SiglipImageProcessorPil
     from siglip_model.images.tensor import SiglipImageProcessor, SiglipImageProcessorFast
     from siglip_model.model import SiglipModel
@@ -52,6 +56,7 @@ __all__ = [
     "Siglip2Config",
     "Siglip2ForImageClassification",
     "Siglip2ImageProcessor",
+    "Siglip2ImageProcessorFast",
     "Siglip2ImageProcessorPil",
     "Siglip2Model",
     "Siglip2Processor",
@@ -90,6 +95,7 @@ _LAZY = {
     "Siglip2Config": "config",
     "Siglip2ForImageClassification": "naflex.models",
     "Siglip2ImageProcessor": "images.naflex",
+    "Siglip2ImageProcessorFast": "images.naflex",
     "Siglip2ImageProcessorPil": "images.naflex",
     "Siglip2Model": "naflex.models",
     "Siglip2Processor": "processor",

@@ -116,6 +116,9 @@ class Siglip2ImageProcessor(_NaFlex, SiglipImageProcessor):
     fixed = SiglipImageProcessor
 
 
+Siglip2ImageProcessorFast = Siglip2ImageProcessor  # its name in transformers 4
+
+
 class Siglip2ImageProcessorPil(_NaFlex, SiglipImageProcessorPil):
     """`Siglip2ImageProcessor` with Pillow and numpy: bit for bit transformers' Siglip2ImageProcessorPil."""
 

@@ -169,7 +169,7 @@ def test_image_processor_files(name: str, tmp_path: Path) -> None:
     settings = {"image_processor_type": name, "max_num_patches": 64, "resample": 2, "do_convert_rgb": None}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     loaded = siglip_model.AutoImageProcessor.from_pretrained(tmp_path)
-    assert type(loaded) is Siglip2ImageProcessor and loaded.max_num_patches == 64
+    assert type(loaded) is getattr(siglip_model, name) is Siglip2ImageProcessor and loaded.max_num_patches == 64
     assert type(siglip_model.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")) is Siglip2ImageProcessorPil
     assert siglip_model.AutoImageProcessor.from_pretrained(tmp_path, max_num_patches=9).max_num_patches == 9
     loaded.save_pretrained(tmp_path / "saved")
