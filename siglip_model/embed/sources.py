@@ -6,7 +6,6 @@ as FILE.parquet#ROW, and a text by itself. Memory is bounded by the largest imag
 
 from __future__ import annotations
 
-import codecs
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -14,19 +13,12 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
 from siglip_model.images.files import DOWNLOAD_BYTES, IMAGE_SUFFIXES, EncodedImage, ImageList, is_url, list_images
+from siglip_model.text.encodings import encoding_of
 
 TAR, PARQUET = ".tar", ".parquet"
 TEXT_CHARACTERS = 2**16  # of one text, of which the model reads its first 64 tokens
 ROWS_AT_ONCE = 64  # of a parquet file
 _BLOCK = tarfile.BLOCKSIZE
-# UTF-32's mark in little-endian order begins with UTF-16's
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 
 
 @dataclass(frozen=True)
@@ -106,8 +98,7 @@ def _lines(file: TextIO, name: str) -> Iterator[Source]:
 
 def _encoding_of(path: str) -> str:
     with open(path, "rb") as file:
-        beginning = file.read(4)
-    return next((name for mark, name in _BYTE_ORDER_MARKS if beginning.startswith(mark)), "utf-8")
+        return encoding_of(file.read(4))
 
 
 def _members(path: str) -> Iterator[Source]:

@@ -85,7 +85,7 @@ class _Pairs(Dataset[tuple[Prepared, list[Skipped]]]):
             except Exception as error:  # decoders raise many types
                 skipped.append(Skipped(path, str(error).removeprefix(f"{path}: ")))
             index = chance.randrange(len(self.samples))
-        raise ValueError(f"data: {MOST_TRIES} images in a row are broken; the last: {skipped[-1]}")
+        raise ValueError(f"data: {MOST_TRIES} images in a row are broken; the last: {': '.join(skipped[-1])}")
 
 
 def _collate(found: Sequence[tuple[Prepared, list[Skipped]]]) -> Batch:

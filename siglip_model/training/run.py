@@ -112,7 +112,9 @@ def _source(settings: RunSettings, model: SiglipModel, processor: SiglipProcesso
         return shard_batches(shards, preparation, shuffle_buffer=settings.shuffle_buffer, **shared)
     samples, skipped = read_captions(settings.data)
     if len(samples) < settings.batch_size:
-        raise refusal("batch_size", settings.batch_size, f"at most the {len(samples)} captioned images of the data")
+        left_out = f"; {len(skipped)} are left out, the first: {': '.join(skipped[0])}" if skipped else ""
+        supported = f"at most the {len(samples)} captioned images of the data{left_out}"
+        raise refusal("batch_size", settings.batch_size, supported)
     return folder_batches(samples, preparation, left_out=skipped if processes.rank == 0 else (), **shared)
 
 

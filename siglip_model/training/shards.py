@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from siglip_model.images.files import IMAGE_SUFFIXES, decode_image
 from siglip_model.training.batch import Batch, BatchSource
-from siglip_model.training.captions import CAPTION_COLUMNS, clean_captions
+from siglip_model.training.captions import CAPTION_COLUMNS, clean_captions, decode, first_of
 from siglip_model.training.loader import load_batches
 from siglip_model.training.preparation import Preparation, Prepared, collate
 from siglip_model.training.skipped import Skipped
@@ -61,11 +61,11 @@ def sample_name(sample: dict[str, Any]) -> str:
 
 def sample_captions(sample: dict[str, Any]) -> list[str]:
     """The captions in its txt, one per line, or else in its json. Raises ValueError if there are none."""
-    captions = clean_captions(sample.get("txt", b"").decode("utf-8", errors="replace").splitlines())
+    captions = clean_captions(decode(sample.get("txt", b"")).splitlines())
     if not captions and "json" in sample:
         content = json.loads(sample["json"])
         if isinstance(content, dict):
-            captions = clean_captions(next((content[name] for name in CAPTION_COLUMNS if content.get(name)), []))
+            captions = clean_captions(first_of(CAPTION_COLUMNS, content))
     if not captions:
         raise ValueError("has no caption")
     return captions

@@ -56,10 +56,9 @@ def captioned_samples(data: str, processes: Processes) -> Iterator[Pair | Skippe
 
 
 def is_captioned(folder: str) -> bool:
-    """Whether a folder holds a captions file, or a name.txt beside its first image. Raises NotADirectoryError."""
+    """Whether a folder holds a captions file, or a name.txt beside an image. Raises NotADirectoryError."""
     tables = captions_files(Path(folder))
-    first = next(iter(list_images([folder])), None)
-    return bool(tables) or (first is not None and Path(first).with_suffix(".txt").is_file())
+    return bool(tables) or any(Path(image).with_suffix(".txt").is_file() for image in list_images([folder]))
 
 
 def _of_folder(folder: str, processes: Processes) -> Iterator[Pair | Skipped]:

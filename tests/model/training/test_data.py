@@ -58,9 +58,46 @@ def test_rows_of_an_image_are_joined_and_those_without_caption_are_named(kind, t
         (str(tmp_path / "a.png"), ("a cat", "two cats")),
         (str(tmp_path / "b.png"), ("a dog",)),
     ]
-    reasons = ["has no caption", *(["is no row with image or file_name"] * 2 if kind == "jsonl" else [])]
-    assert [one.reason for one in skipped] == reasons
+    reasons = ["has no caption", *(["cannot be read", "is no row with image or file_name"] if kind == "jsonl" else [])]
+    assert [one.reason.partition(" (")[0] for one in skipped] == reasons
     assert skipped[0].name == f"{tmp_path / f'captions.{kind}'}, row 4"
+
+
+def read_with(folder, name, content):
+    (folder / name).write_bytes(content)
+    samples, skipped = read_captions(folder)
+    return [(Path(image).name, captions) for image, captions in samples], [
+        (one.name[-5:], one.reason) for one in skipped
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_names_the_encoding_and_bytes_of_another_are_left_out(encoding, tmp_path):
+    table = 'image, caption\r\na.png, "a café, red"\r\n'.encode(encoding)
+    found = [("a.png", ("a café, red",))]
+    assert read_with(tmp_path, "captions.csv", table) == (found, [])
+    if encoding == "utf-8":
+        left_out = [("row 2", "has a caption that is not valid UTF-8")]
+        assert read_with(tmp_path, "captions.csv", table + b"b.png,caf\xe9\r\n") == (found, left_out)
+    (tmp_path / "captions.csv").unlink()
+    random_image(0).save(tmp_path / "a.png")
+    assert read_with(tmp_path, "a.txt", "a café, red\r\n".encode(encoding)) == (found, [])
+
+
+def test_rows_that_cannot_be_read_are_named(tmp_path):
+    rows = [{"image": 5, "text": "a"}, {"image": {"path": "a.png"}, "text": "a"}, {"image": "a.png", "text": 5}]
+    content = "\n".join(["[" * 10**5, *map(json.dumps, rows), '{"image": "b.png", "text": ["a dog", null]}'])
+    found, left_out = read_with(tmp_path, "captions.jsonl", content.encode())
+    assert found == [("b.png", ("a dog",))]
+    assert left_out[0][1].startswith("cannot be read (maximum recursion depth")
+    assert [reason for _, reason in left_out[1:]] == ["is no row with image or file_name"] * 2 + ["has no caption"]
+    (tmp_path / "captions.jsonl").unlink()
+    found, left_out = read_with(tmp_path, "captions.csv", b'image,caption\na.png,a cat, red\nb.png,a dog\nc.png,"a\n')
+    assert found == [("b.png", ("a dog",))]
+    assert left_out == [
+        ("row 1", "has more cells than the header; a caption that holds commas must be quoted"),
+        ("row 3", "cannot be read (unexpected end of data)"),
+    ]
 
 
 def test_texts_beside_images(tmp_path):
