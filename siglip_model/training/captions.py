@@ -92,7 +92,10 @@ def decode(content: bytes) -> str:
 def captions_files(folder: Path) -> list[Path]:
     """The files captions.* of the folder that are supported. Raises NotADirectoryError."""
     if not folder.is_dir():
-        raise NotADirectoryError(f"data (--data) is {str(folder)!r}, which is no folder; supported: a folder or *.tar")
+        raise NotADirectoryError(
+            f"data (--data) is {str(folder)!r}, which is no folder; supported: a folder, or "
+            "shards such as 'a/{000..099}.tar'"
+        )
     return [path for suffix in _READERS if (path := folder / f"captions{suffix}").is_file()]
 
 

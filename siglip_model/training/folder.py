@@ -62,14 +62,17 @@ def _numbers(first: int, batch_size: int, rank: int, world: int) -> Iterator[ran
         first += 1
 
 
-class _Pairs(Dataset[tuple[Prepared, list[Skipped]]]):
-    """Number -> the pair, and the samples that were broken: another one, drawn at random, takes their place."""
+class _Pairs(Dataset[Any]):
+    """Number -> the pair, and the samples that were broken: another one, drawn at random, takes their place.
+
+    Or the error that ends the run, if too many are.
+    """
 
     def __init__(self, samples: Sequence[Captioned], preparation: Preparation, seed: int) -> None:
         self.samples, self.preparation, self.seed = samples, preparation, seed
         self.epoch, self.order = -1, torch.empty(0)
 
-    def __getitem__(self, number: int) -> tuple[Prepared, list[Skipped]]:
+    def __getitem__(self, number: int) -> tuple[Prepared, list[Skipped]] | ValueError:
         epoch, place = divmod(number, len(self.samples))
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
@@ -85,8 +88,11 @@ class _Pairs(Dataset[tuple[Prepared, list[Skipped]]]):
             except Exception as error:  # decoders raise many types
                 skipped.append(Skipped(path, str(error).removeprefix(f"{path}: ")))
             index = chance.randrange(len(self.samples))
-        raise ValueError(f"data: {MOST_TRIES} images in a row are broken; the last: {': '.join(skipped[-1])}")
+        return ValueError(f"data: {MOST_TRIES} images in a row are broken; the last: {': '.join(skipped[-1])}")
 
 
-def _collate(found: Sequence[tuple[Prepared, list[Skipped]]]) -> Batch:
+def _collate(found: Sequence[Any]) -> Batch | ValueError:
+    errors = [one for one in found if isinstance(one, ValueError)]
+    if errors:
+        return errors[0]
     return collate([pair for pair, _ in found], [one for _, skipped in found for one in skipped])

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import tarfile
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -44,15 +45,66 @@ def find_shards(data: str) -> list[str]:
 
 
 def read_shard(shard: str, broken: Callable[[Skipped], None]) -> Iterator[dict[str, Any]]:
-    """The samples of one shard, as webdataset reads them. Where it cannot be read on, `broken` is told and it ends."""
+    """The samples of one shard, grouped as webdataset does. What of it cannot be read is told to `broken`."""
+    _webdataset()
+    from webdataset.tariterators import group_by_keys
 
-    def handler(error: Exception) -> bool:
+    def note(error: Exception) -> bool:
         reason = next((text for text in map(str, error.args) if text), type(error).__name__)
-        broken(Skipped(shard, f"cannot be read to its end ({' '.join(reason.split())})"))
-        return False
+        broken(Skipped(shard, f"cannot be read in full ({' '.join(reason.split())})"))
+        return True
+
+    def members() -> Iterator[dict[str, Any]]:
+        try:
+            yield from _members(shard)
+        except Exception as error:  # of tarfile, gzip, a command ...
+            note(error)
 
     # Shard by shard: a sample that one shard cuts off must not be joined with the next shard's first.
-    yield from _webdataset().tarfile_to_samples(handler=handler)(iter([{"url": shard}]))
+    yield from group_by_keys(members(), handler=note)
+
+
+class _Member(tarfile.TarInfo):
+    """Raises ReadError for a header that is cut off, damaged or missing, which tarfile takes for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+def _members(shard: str) -> Iterator[dict[str, Any]]:
+    """The files of a shard, as `group_by_keys` takes them. Raises what prevents reading it to its end."""
+    from webdataset.gopen import gopen
+
+    stream = gopen(shard)
+    # A command's own `read` fails as soon as the command has, before all that it wrote is read.
+    content = getattr(stream, "stream", stream)
+    try:
+        with tarfile.open(fileobj=content, mode="r|*", tarinfo=_Member) as archive:
+            for member in archive:
+                if member.isreg() and (file := archive.extractfile(member)) is not None:
+                    yield {"fname": member.name, "data": file.read(), "__url__": shard}
+                archive.members.clear()  # type: ignore[attr-defined]  # the list would grow with the shard
+    except Exception:
+        _end(stream)  # which says why, if a command has failed
+        raise
+    _end(stream)
+
+
+def _end(stream: Any) -> None:
+    """Closes the stream; that of a command after the command has ended by itself. Raises OSError if it failed."""
+    if not hasattr(stream, "proc"):
+        stream.close()
+        return
+    while stream.stream.read(2**20):
+        pass
+    if code := stream.proc.wait():
+        raise OSError(f"its command ended with exit code {code}")
 
 
 def sample_name(sample: dict[str, Any]) -> str:
@@ -97,18 +149,30 @@ def shard_batches(
     from its start, and decodes from there on. With another number of readers the shards are shuffled again, with a
     warning.
     """
-    readers = world * max(1, num_workers)
+    workers = max(1, num_workers)
+    readers = [world, workers]  # by rank and in each: with equal products their numbers would mean others
 
     def batches(first: int, position: Any) -> Generator[Batch, None, None]:
-        salt, places = "", [[0, 0] for _ in range(max(1, num_workers))]
+        salt, places = "", [[0, 0] for _ in range(workers)]
         if position is not None and position["readers"] == readers:
             salt, places = position["salt"], [list(place) for place in position["places"]]
         elif position is not None:
             salt = f" from {first}"
-            before = position["readers"]
-            warnings.warn(f"data: {before} readers before, {readers} now: the shards are shuffled again", stacklevel=2)
+            before, now = (f"{ranks} x {each}" for ranks, each in (position["readers"], readers))
+            warnings.warn(
+                f"data: {before} readers (processes x workers) before, {now} now: the shards are shuffled again",
+                stacklevel=2,
+            )
         reader = _Reader(
-            shards, preparation, batch_size // world, shuffle_buffer, f"{seed}{salt}", rank, readers, first, places
+            shards,
+            preparation,
+            batch_size // world,
+            shuffle_buffer,
+            f"{seed}{salt}",
+            rank,
+            world * workers,
+            first,
+            places,
         )
         found = load_batches(reader, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
         for batch in found:
@@ -121,9 +185,10 @@ def shard_batches(
 
 
 @dataclass
-class _Reader(IterableDataset[Batch]):
-    """One worker's batches. places: epoch and samples taken of each of the rank's readers, where they start.
+class _Reader(IterableDataset[Any]):
+    """One worker's batches, or the error that ends it.
 
+    places: epoch and samples taken of each of the rank's readers, where they start.
     DataLoader takes batches from its workers by turns: batch n of the run is always that of reader n mod workers.
     """
 
@@ -137,7 +202,7 @@ class _Reader(IterableDataset[Batch]):
     first: int
     places: list[list[int]]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | ValueError]:
         worker = get_worker_info()
         slot = (self.first + (worker.id if worker else 0)) % len(self.places)
         epoch, taken = self.places[slot]
@@ -162,7 +227,10 @@ class _Reader(IterableDataset[Batch]):
                     pairs, skipped = [], []
             if before == 0 and good == 0:
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
-                raise ValueError(f"data: a reader of {len(self.shards)} shards finds no usable sample ({reasons})")
+                yield ValueError(
+                    f"data: one of the {self.readers} readers (processes times --num-workers) of {len(self.shards)} "
+                    f"shards finds no usable sample ({reasons or 'there are fewer samples than readers'})"
+                )
             epoch, taken = epoch + 1, 0
 
     def _shuffled(self, epoch: int, number: int, broken: Callable[[Skipped], None]) -> Iterator[dict[str, Any]]:

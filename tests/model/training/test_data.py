@@ -1,5 +1,6 @@
 """Captions, and batches of folders and shards: order, shares of ranks, resumption, and broken samples."""
 
+import gzip
 import json
 import multiprocessing
 from itertools import islice
@@ -15,7 +16,7 @@ from siglip_model.training.captions import read_captions
 from siglip_model.training.folder import folder_batches
 from siglip_model.training.loop import train
 from siglip_model.training.settings import TrainingConfig
-from siglip_model.training.shards import find_shards, is_shards, sample_captions, shard_batches
+from siglip_model.training.shards import find_shards, is_shards, read_shard, sample_captions, shard_batches
 
 TABLE = [("a.png", "a cat"), ("b.png", "a dog"), ("a.png", "two cats"), ("c.png", " ")]
 
@@ -245,12 +246,15 @@ def test_a_resumed_reader_goes_on_where_it_was(shards, checkpoint, workers):
 def test_another_number_of_readers_shuffles_again_and_says_so(shards, checkpoint):
     shared = dict(preparation=prepared_by(checkpoint), batch_size=4, shuffle_buffer=4)
     position = taken(shard_batches(shards, **shared), 1)[0].position
-    with pytest.warns(UserWarning, match="1 readers before, 2 now: the shards are shuffled again"):
+    with pytest.warns(UserWarning, match=r"1 x 1 readers .* before, 2 x 1 now: the shards are shuffled again"):
         halved = shard_batches(shards, world=2, **shared)
         batch = taken(halved, 1, first=1, position=position)[0]
     after = taken(halved, 1, first=2, position=batch.position)[0]  # keeps the order that it then has
     with pytest.warns(UserWarning):
         assert_same(taken(halved, 2, first=1, position=position)[1], after)
+    with pytest.warns(UserWarning, match=r"2 x 1 readers .* before, 1 x 2 now"):  # as many, but others
+        batches = taken(shard_batches(shards, num_workers=2, **shared), 3, first=2, position=after.position)
+    assert sorted(names(batches)) == [f"{number:03}" for number in range(12)]
 
 
 def test_broken_samples_of_shards_are_left_out_and_named(tmp_path, checkpoint):
@@ -271,9 +275,40 @@ def test_broken_samples_of_shards_are_left_out_and_named(tmp_path, checkpoint):
     assert "runcated" in reasons.pop("whole.tar:001")
     assert reasons.pop("whole.tar:002") == "has no caption"
     assert reasons.pop("whole.tar:003") == "has no image"
-    assert reasons.pop("cut.tar").startswith("cannot be read to its end (")
-    assert reasons.pop("empty.tar").startswith("cannot be read to its end (")
+    assert reasons.pop("cut.tar").startswith("cannot be read in full (")
+    assert reasons.pop("empty.tar").startswith("cannot be read in full (")
     assert set(reasons) <= {"cut.tar:006", "cut.tar:007"}  # what the cut left of a sample
+
+
+@pytest.mark.parametrize("damage", ["in a header", "between members", "a header", "in compressed data"])
+def test_a_damaged_shard_is_named_and_read_up_to_there(damage, tmp_path):
+    """tarfile itself takes such headers for the end of the archive."""
+    pytest.importorskip("webdataset")
+    files = {f"{number}.txt": b"a cat" for number in range(4)}
+    content = save_shard(tmp_path / "a.tar", files).read_bytes()
+    content = {
+        "in a header": content[: 4 * 512 + 100],
+        "between members": content[: 4 * 512],
+        "a header": content[: 4 * 512] + b"x" * 512 + content[5 * 512 :],
+        "in compressed data": gzip.compress(content)[:-60],
+    }[damage]
+    (tmp_path / "a.tar").write_bytes(content)
+    broken: list = []
+    samples = list(read_shard(str(tmp_path / "a.tar"), broken.append))
+    assert [sample["__key__"] for sample in samples][:2] == ["0", "1"][: 0 if "compressed" in damage else 2]
+    assert {name for name, _ in broken} == {str(tmp_path / "a.tar")}
+    assert all(reason.startswith("cannot be read in full (") for _, reason in broken)
+
+
+def test_a_command_that_fails_is_named_after_all_that_it_wrote_is_read(tmp_path):
+    pytest.importorskip("webdataset")
+    shard = save_shard(tmp_path / "a.tar", {f"{number}.txt": b"a cat" for number in range(4)})
+    broken: list = []
+    for command, keys in ((f"head -c 2048 {shard}; exit 3", "01"), (f"cat {shard}; exit 3", "0123"), ("exit 3", "")):
+        assert [sample["__key__"] for sample in read_shard(f"pipe:{command}", broken.append)] == [*keys]
+        assert broken.pop() == (f"pipe:{command}", "cannot be read in full (its command ended with exit code 3)")
+        assert not broken
+    assert len(list(read_shard(f"pipe:cat {shard}", broken.append))) == 4 and not broken
 
 
 def test_shards_without_a_usable_sample_end_the_run(tmp_path, checkpoint):
@@ -281,6 +316,9 @@ def test_shards_without_a_usable_sample_end_the_run(tmp_path, checkpoint):
     shard = save_shard(tmp_path / "a.tar", {"0.txt": b"a cat"})
     with pytest.raises(ValueError, match=r"finds no usable sample \(.*a.tar:0: has no image\)"):
         taken(shard_batches([str(shard)], prepared_by(checkpoint), batch_size=1, shuffle_buffer=1), 1)
+    readers = shard_batches([str(shard)], prepared_by(checkpoint), batch_size=2, shuffle_buffer=1, world=2, rank=1)
+    with pytest.raises(ValueError, match=r"one of the 2 readers .* \(there are fewer samples than readers\)"):
+        taken(readers, 1)
 
 
 def test_an_error_ends_the_workers(tmp_path, folder, checkpoint):
@@ -288,7 +326,7 @@ def test_an_error_ends_the_workers(tmp_path, folder, checkpoint):
     pytest.importorskip("webdataset")
     shard = save_shard(tmp_path / "a.tar", {"0.txt": b"a cat"})
     source = shard_batches([str(shard)], prepared_by(checkpoint), batch_size=1, shuffle_buffer=1, num_workers=1)
-    with pytest.raises(ValueError, match="finds no usable sample"):  # of a worker
+    with pytest.raises(ValueError, match=r"^data: one of the 1 readers .* finds no usable sample"):  # of a worker
         next(source(0, None))
     assert not multiprocessing.active_children()
 
