@@ -18,7 +18,7 @@ from siglip_model.processor import SiglipProcessor
 from siglip_model.training.batch import BatchSource
 from siglip_model.training.captions import read_captions
 from siglip_model.training.checkpoints import check_identity, has_checkpoints
-from siglip_model.training.evaluation.run import evaluate_on
+from siglip_model.training.evaluation.run import check_data, evaluate_on
 from siglip_model.training.evaluation.samples import plot_samples
 from siglip_model.training.folder import folder_batches
 from siglip_model.training.loop import Trained, train
@@ -45,6 +45,11 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
             raise refusal("batch_size", settings.batch_size, f"a multiple of the {processes.world} processes")
         if has_checkpoints(out) and (out / SETTINGS).exists():
             check_identity(out, read_settings(out / SETTINGS, {}).identity(), settings.identity())
+        if settings.evaluation_data is not None:
+            try:
+                check_data(settings.evaluation_data)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"evaluation_data (--evaluation-data) cannot be used: {error}") from error
         model, processor = load(settings, processes)
         source = _source(settings, model, processor, processes)
         if processes.rank == 0:

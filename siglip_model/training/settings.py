@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from siglip_model.checkpoints.atomic import atomic_write
+
 
 def _setting(
     text: str,
@@ -62,7 +64,7 @@ class TrainingConfig:
     )
     compile: bool = _setting("Compile the model with torch.compile.", False, may_change=True)
     max_bad_steps: int = _setting("Stop after this many steps in a row whose loss is not finite.", 10, least=1)
-    seed: int = _setting("Seed of all randomness.", 0, least=0)
+    seed: int = _setting("Seed of all randomness.", 0, least=0, most=2**63 - 1)
     log_every: int = _setting("Steps between lines of the log.", 20, least=1, may_change=True)
     save_every: int = _setting("Steps between checkpoints.", 200, least=1, may_change=True)
     keep_checkpoints: int = _setting("Checkpoints to keep.", 2, least=1, may_change=True)
@@ -119,33 +121,45 @@ class RunSettings(TrainingConfig):
             raise refusal("lora_rank", self.lora_rank, "0 with parallel=fsdp")
 
     def save(self, path: Path) -> None:
-        """Write the settings as TOML, which `--config` reads."""
-        lines = [f"{name} = {json.dumps(value)}\n" for name, value in vars(self).items() if value is not None]
-        path.write_text("".join(lines))
+        """Write the settings as TOML, which `--config` reads, atomically."""
+        lines = [
+            f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
+            for name, value in vars(self).items()
+            if value is not None
+        ]
+        text = "".join(lines).replace("\x7f", "\\u007f")  # the one character that TOML escapes and JSON does not
+        atomic_write(path, text.encode(errors="surrogateescape"))
 
 
 def read_settings(config: Path | None, given: Mapping[str, Any]) -> RunSettings:
     """The settings of a file, replaced by the `given` ones that are not None, and the defaults of the others.
 
-    Values may be texts. Raises ValueError that names the setting, OSError for a file that cannot be read.
+    Values may be texts. Raises ValueError that names the setting, and the file if it is from there; OSError for a file
+    that cannot be read.
     """
     known = {field.name: field for field in dataclasses.fields(RunSettings)}
-    values = {} if config is None else _read_file(config)
-    for name in values:
+    of_file = {} if config is None else _read_file(config)
+    for name in of_file:
         if name not in known:
             raise ValueError(f"{config}: unknown setting {name!r}; known: {', '.join(known)}")
-    values |= {name: value for name, value in given.items() if value is not None}
+    of_options = {name: value for name, value in given.items() if value is not None}
+    values = of_file | of_options
     for name, field in known.items():
         if field.default is dataclasses.MISSING and name not in values:
             raise ValueError(f"{_option(name)} is missing; give it as an option or in a file with --config")
-    return RunSettings(**values)
+    try:
+        return RunSettings(**values)
+    except RefusedSetting as error:
+        if error.setting in of_file and error.setting not in of_options:
+            raise ValueError(f"{config}: {error}") from error
+        raise
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     if path.suffix == ".toml":
         try:
-            return tomllib.loads(path.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            return tomllib.loads(_text(path))
+        except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path}: {error}") from error
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"--config is {str(path)!r}; supported: files named *.toml, *.yaml or *.yml")
@@ -154,17 +168,33 @@ def _read_file(path: Path) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise RuntimeError("--config: reading YAML needs pip install pyyaml") from error
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = _text(path)
+        values, tree = yaml.safe_load(text), yaml.compose(text)
+    except yaml.YAMLError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds a {type(values).__name__}; supported: settings, each as name: value")
+    names = [name.value for name, _ in tree.value]
+    if len(set(names)) < len(names):  # YAML would take the last
+        raise ValueError(f"{path}: {max(names, key=names.count)!r} is given more than once")
     return values
 
 
-def refusal(name: str, value: Any, supported: str) -> ValueError:
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as file names that are not UTF-8
+
+
+class RefusedSetting(ValueError):
+    """A value that is not supported. setting: its name."""
+
+    def __init__(self, setting: str, message: str) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+def refusal(name: str, value: Any, supported: str) -> RefusedSetting:
     """The error of a setting, under its name and its option's."""
-    return ValueError(f"{_option(name)} is {value!r}; supported: {supported}")
+    return RefusedSetting(name, f"{_option(name)} is {value!r}; supported: {supported}")
 
 
 def _option(name: str) -> str:
@@ -184,7 +214,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             number = kind(value)
             if isinstance(value, str) or number == value:
                 return number
-        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) and value != "":
             return value
     except (KeyError, ValueError, OverflowError):
         pass

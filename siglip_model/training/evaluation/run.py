@@ -48,6 +48,16 @@ def evaluate_on(
     return retrieval_recall(encoder, samples, processes, on_failure)
 
 
+def check_data(data: str) -> None:
+    """Raises what `evaluate_on` would raise, before it reads images, for data of neither kind or that is not there."""
+    if is_shards(data):
+        find_shards(data)
+    elif is_captioned(data):
+        read_captions(data)
+    else:
+        find_classes(data)
+
+
 def captioned_samples(data: str, processes: Processes) -> Iterator[Pair | Skipped] | None:
     """This rank's share of shards or of a captioned folder; None for another folder."""
     if is_shards(data):

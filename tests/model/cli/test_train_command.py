@@ -100,6 +100,7 @@ def test_zero_shot_accuracy_as_a_table(siglip, images, checkpoint, tmp_path):
         (["--parallel", "fsdp"], "parallel (--parallel) is 'fsdp'; supported: ddp in a single process"),
         (["--data", "nowhere"], "data (--data) is 'nowhere', which is no folder"),
         (["--data", "a{0..3}.tar"], "no such shard: a0.tar"),
+        (["--evaluation-data", "nowhere"], "evaluation_data (--evaluation-data) cannot be used: "),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--device", "tpu"], "device (--device) is 'tpu'; supported: auto, cpu, cuda"),
     ],

@@ -20,7 +20,8 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path):
 
 
 def test_what_is_written_beside_the_run_gives_the_run_again(tmp_path):
-    settings = RunSettings(**{**NEEDED, "out": 'a "b" \\ c'}, learning_rate=3e-05, max_scale=100, flip=True)
+    out = 'a "b" \\ c \n\x7f é 😀 \udcff'  # the last: a byte of a name that is not UTF-8
+    settings = RunSettings(**{**NEEDED, "out": out}, learning_rate=3e-05, max_scale=100, flip=True)
     settings.save(tmp_path / "settings.toml")
     assert read_settings(tmp_path / "settings.toml", {}) == settings
 
@@ -43,6 +44,8 @@ def test_what_is_written_beside_the_run_gives_the_run_again(tmp_path):
         ({"evaluate_every": 5}, "evaluate_every (--evaluate-every) is 5; supported: 0 without evaluation_data"),
         ({"lora_rank": 4, "parallel": "fsdp"}, "lora_rank (--lora-rank) is 4; supported: 0 with parallel=fsdp"),
         ({"data": 3}, "data (--data) is 3; supported: a text"),
+        ({"out": ""}, "out (--out) is ''; supported: a text"),
+        ({"seed": 2**63}, "seed (--seed) is 9223372036854775808; supported: from 0 to 9.22337e+18"),
     ],
 )
 def test_what_is_wrong_is_named(given, message):
@@ -62,13 +65,21 @@ def test_what_is_missing_is_named():
         ("a.yaml", "steps: [", r"a.yaml: while parsing"),
         ("a.yaml", "steps", r"a.yaml: holds a str; supported: settings"),
         ("a.json", "{}", r"--config is '.*a.json'; supported: files named \*.toml, \*.yaml or \*.yml"),
+        ("a.yaml", "seed: 1\nflip: true\nseed: 2", r"a.yaml: 'seed' is given more than once"),
         ("a.toml", "stepz = 1", r"a.toml: unknown setting 'stepz'; known: steps, "),
+        ("a.toml", "\ufeffseed = 1.5", r"a.toml: seed \(--seed\) is 1.5; supported: a whole number"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_settings(tmp_path / name, NEEDED)
+
+
+def test_the_file_is_not_blamed_for_an_option(tmp_path):
+    (tmp_path / "a.toml").write_text("seed = 1")
+    with pytest.raises(ValueError, match=r"^seed \(--seed\) is -1"):
+        read_settings(tmp_path / "a.toml", {**NEEDED, "seed": "-1"})
 
 
 def test_a_run_is_the_same_whatever_is_logged_and_saved():
