@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -22,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from siglip_model.checkpoints.atomic import atomic_write
 from siglip_model.training.processes import Processes
 
-FACTS = "run.json"
+CHECKPOINTS, FACTS, METADATA = "checkpoints", "run.json", ".metadata"
 
 
 class TrainingState:
@@ -62,17 +65,19 @@ class Checkpoints:
         """
         found = None
         if self.processes.rank == 0:
-            for path in self.folder.glob("step-*"):
-                if not (path / ".metadata").exists():
-                    shutil.rmtree(path)
-            found = max(self.folder.glob("step-*"), default=None)
+            for path in self._incomplete():
+                shutil.rmtree(path)
+            found = max(self._complete(), default=None)
         found = self.processes.gather(found)[0]
         if found is None:
             return None
-        facts = json.loads((found / FACTS).read_text())
+        with _named(f"{found} cannot be read; remove it to resume from the one before it"):
+            facts = json.loads((found / FACTS).read_text())
+            dcp.FileSystemReader(found).read_metadata()  # where `load` would print the traceback of its failure
         check_identity(found, facts["identity"], identity)
         tensors = state.tensors()
-        dcp.load(tensors, checkpoint_id=found, **self._group(self.processes.control))
+        with _named(f"{found} cannot be read; remove it to resume from the one before it"):
+            dcp.load(tensors, checkpoint_id=found, **self._group(self.processes.control))
         state.restore(tensors)
         return facts
 
@@ -92,20 +97,45 @@ class Checkpoints:
         """Returns when the checkpoint is complete and older ones are removed. Raises what stopped its writing."""
         if self.running is None:
             return
-        self.running.result()
-        self.running = None
+        running, self.running = self.running, None
+        with _named(f"{self.folder}: the checkpoint cannot be written"):
+            running.result()
         if self.processes.rank == 0:
-            for path in sorted(self.folder.glob("step-*"))[: -self.keep]:
-                (path / ".metadata").unlink(missing_ok=True)  # first: what is removed in part is not complete
+            for path in sorted(self._complete())[: -self.keep]:
+                (path / METADATA).unlink(missing_ok=True)  # first: what is removed in part is not complete
                 shutil.rmtree(path)
+
+    def _complete(self) -> list[Path]:
+        return [path for path in self._folders() if (path / METADATA).exists()]
+
+    def _incomplete(self) -> list[Path]:
+        """What `save` and `wait` leave if they are killed; other things may lie beside it."""
+        folders = [path for path in self._folders() if not (path / METADATA).exists()]
+        return [path for path in folders if (path / FACTS).exists() or not any(path.iterdir())]
+
+    def _folders(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-" + "[0-9]" * 8) if path.is_dir()]
 
     def _group(self, group: dist.ProcessGroup | None) -> dict[str, Any]:
         return {"no_dist": True} if group is None else {"process_group": group}
 
 
+@contextmanager
+def _named(problem: str) -> Iterator[None]:
+    """Failures within the block as an OSError. torch.distributed.checkpoint's own are no Exceptions."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException) and error.failures:
+            cause = next(iter(error.failures.values()))[0]
+        reason = str(cause).partition("\n")[0]
+        raise OSError(f"{problem} ({type(cause).__name__}{': ' * bool(reason)}{reason})") from error
+
+
 def has_checkpoints(directory: Path) -> bool:
     """Whether the folder of a run holds checkpoints."""
-    return any((directory / "checkpoints").glob("step-*/.metadata"))
+    return any((directory / CHECKPOINTS).glob(f"step-*/{METADATA}"))
 
 
 def check_identity(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,10 +37,14 @@ def folder_batches(
     """The source of this rank's share, batch_size // world pairs, of each batch.
 
     A pair's number, counted from the start of training, decides everything about it: its epoch, and so the order of the
-    images, its caption and its augmentation. left_out: samples to report with the first batch.
+    images, its caption and its augmentation. A position is a digest of the samples: others than before are used with a
+    warning. left_out: samples to report with the first batch.
     """
+    digest = hashlib.sha256("\n".join(map(repr, samples)).encode()).hexdigest()
 
     def batches(first: int, position: Any) -> Generator[Batch, None, None]:
+        if position is not None and position != digest:
+            warnings.warn("data: images or captions are not those of the saved run, nor is their order", stacklevel=2)
         found = load_batches(
             _Pairs(samples, preparation, seed),
             batch_sampler=_numbers(first, batch_size, rank, world),
@@ -46,9 +52,10 @@ def folder_batches(
             num_workers=num_workers,
             pin_memory=pin_memory,
         )
-        batch = next(found)
-        yield replace(batch, skipped=(*left_out, *batch.skipped))
-        yield from found
+        before = left_out
+        for batch in found:
+            yield replace(batch, skipped=(*before, *batch.skipped), position=digest)
+            before = ()
 
     return batches
 

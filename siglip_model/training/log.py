@@ -35,8 +35,7 @@ class RunLog:
         self.skipped: set[str] = set()
         if writes:
             _forget_after(self.path, first)
-            if self.skipped_path.exists():
-                self.skipped = {entry["name"] for entry in _entries(self.skipped_path)}
+            self.skipped = {entry["name"] for entry in _forget_after(self.skipped_path, first)}
 
     def write(self, entry: dict[str, Any]) -> None:
         self._append(self.path, [entry])
@@ -45,16 +44,21 @@ class RunLog:
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, entry["step"])
 
+    def evaluation(self, step: int) -> dict[str, Any] | None:
+        """The scores after a step, if they are in the log. On rank 0."""
+        entries = (entry for entry in _entries(self.path) if entry["step"] == step)
+        return next((entry["evaluation"] for entry in entries if "evaluation" in entry), None)
+
     def draw(self) -> None:
         """Draws the curves of all lines so far."""
         if self.writes:
             plot_run(_entries(self.path), self.folder / CURVES)
 
-    def skip(self, skipped: Iterable[Skipped]) -> None:
-        """Names samples that were left out, each once."""
+    def skip(self, step: int, skipped: Iterable[Skipped]) -> None:
+        """Names samples that were left out up to a step, each once."""
         new = {one.name: one for one in skipped if one.name not in self.skipped}
         self.skipped |= new.keys()
-        self._append(self.skipped_path, [one._asdict() for one in new.values()])
+        self._append(self.skipped_path, [{"step": step, **one._asdict()} for one in new.values()])
 
     def show(self, done: int, loss: float, speed: float) -> None:
         self.progress.update(self.bar, completed=done, description=f"loss {loss:.3f}  {speed:.0f} images/s")
@@ -83,11 +87,18 @@ def _summary_writer(folder: Path, first: int) -> Any:
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    """The whole lines; a killed run may have left part of one."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """The whole lines of a file, if it exists; a killed run may have left part of one."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _forget_after(path: Path, step: int) -> None:
-    if path.exists():
-        kept = [json.dumps(entry) + "\n" for entry in _entries(path) if entry["step"] <= step]
-        atomic_write(path, "".join(kept).encode())
+def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of steps up to this, which alone stay in the file. Raises ValueError for a file of something else."""
+    if not path.exists():
+        return []
+    try:
+        kept = [entry for entry in _entries(path) if entry["step"] <= step]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not of a run ({error}); use another folder or remove it") from error
+    atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+    return kept

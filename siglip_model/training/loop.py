@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from siglip_model.model import SiglipModel
 from siglip_model.training.average import average_weights
 from siglip_model.training.batch import Batch, BatchSource, seed_of
-from siglip_model.training.checkpoints import Checkpoints, TrainingState
+from siglip_model.training.checkpoints import CHECKPOINTS, Checkpoints, TrainingState
 from siglip_model.training.flops import flops_per_pair
 from siglip_model.training.log import RunLog
 from siglip_model.training.objective import Objective, clamp_scale, freeze
@@ -73,7 +73,7 @@ def train(
     run = _Run(model, config, processes or Processes(torch.device("cpu")))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(directory / "checkpoints", run.processes, config.keep_checkpoints)
+    checkpoints = Checkpoints(directory / CHECKPOINTS, run.processes, config.keep_checkpoints)
     identity = config.identity() if identity is None else identity
     facts = checkpoints.resume(run.state, identity)
     first, position = 0, None
@@ -88,36 +88,51 @@ def train(
         RunLog(directory, config.steps, first, **shown) as log,
     ):
         meter = _Meter(run)
+
+        def evaluate_averages(step: int) -> dict[str, Any]:
+            assert evaluate is not None
+            found = evaluate(step, run.averaged_model())
+            log.write({"step": step, "evaluation": found})
+            run.training_mode()
+            log.draw()
+            meter.restart()
+            return found
+
         done = first
-        scores = None
+        scores = run.processes.gather(log.evaluation(first) if writes else None)[0]
+        if evaluate is not None and first and _due(first, config) and scores is None:  # killed before or within it
+            scores = evaluate_averages(first)
         while done < last:
             outcome = run.step(done, batches, should_stop())
             done += 1
             if outcome.stop:
                 last = done
             meter.add(outcome)
-            if done % config.log_every == 0 or done == last or outcome.bad:
+            logs = done % config.log_every == 0 or done == last or outcome.bad
+            saves = done % config.save_every == 0 or done == last
+            if logs or saves:  # what a resumed run does not read again must be named
+                log.skip(done, [one for skipped in run.processes.gather(meter.take_skipped()) for one in skipped])
+            if logs:
                 entry = meter.read(done, outcome)
-                log.skip([one for skipped in run.processes.gather(meter.take_skipped()) for one in skipped])
                 log.write({**entry, "skipped": len(log.skipped)})
                 log.show(done, outcome.loss, entry["images_per_second"])
             if run.bad_in_a_row == config.max_bad_steps:
                 checkpoints.wait()
                 raise FloatingPointError(run.complaint(done, outcome))
-            if done % config.save_every == 0 or done == last:
+            if saves:
                 places = run.processes.gather(outcome.position)
                 saved = {"identity": identity, "positions": places, "bad_steps": run.bad_steps}
                 checkpoints.save(done, run.state, saved)
-            due = config.evaluate_every > 0 and done % config.evaluate_every == 0
-            if evaluate is not None and not outcome.stop and (due or done == config.steps):
-                scores = evaluate(done, run.averaged_model())
-                log.write({"step": done, "evaluation": scores})
-                run.training_mode()
-                log.draw()
-                meter.restart()
+            if evaluate is not None and not outcome.stop and _due(done, config):
+                scores = evaluate_averages(done)
         checkpoints.wait()
         log.draw()
     return Trained(done, run.averaged_model(), scores)
+
+
+def _due(step: int, config: TrainingConfig) -> bool:
+    """Whether there is an evaluation after a step."""
+    return step == config.steps or (config.evaluate_every > 0 and step % config.evaluate_every == 0)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from siglip_model.model import SiglipModel
 from siglip_model.processor import SiglipProcessor
 from siglip_model.training.batch import BatchSource
 from siglip_model.training.captions import read_captions
-from siglip_model.training.checkpoints import check_identity, has_checkpoints
+from siglip_model.training.checkpoints import CHECKPOINTS, check_identity, has_checkpoints
 from siglip_model.training.evaluation.run import check_data, evaluate_on
 from siglip_model.training.evaluation.samples import plot_samples
 from siglip_model.training.folder import folder_batches
+from siglip_model.training.lock import locked
+from siglip_model.training.log import CURVES, LOG, SKIPPED
 from siglip_model.training.loop import Trained, train
 from siglip_model.training.lora import add_adapters, merged
 from siglip_model.training.objective import initialise_logits
@@ -40,10 +42,16 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
     met.
     """
     out = Path(settings.out)
-    with joined_processes(settings.device, settings.timeout) as processes, _termination_noted() as terminated:
+    with (
+        joined_processes(settings.device, settings.timeout) as processes,
+        _termination_noted() as terminated,
+        ExitStack() as held,
+    ):
         if settings.batch_size % processes.world:
             raise refusal("batch_size", settings.batch_size, f"a multiple of the {processes.world} processes")
-        if has_checkpoints(out) and (out / SETTINGS).exists():
+        if not (out / SETTINGS).exists():
+            _check_new(out)
+        elif has_checkpoints(out):
             check_identity(out, read_settings(out / SETTINGS, {}).identity(), settings.identity())
         if settings.evaluation_data is not None:
             try:
@@ -54,6 +62,7 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
         source = _source(settings, model, processor, processes)
         if processes.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(out))
             settings.save(out / SETTINGS)
 
         def evaluate(step: int, averaged: SiglipModel) -> dict[str, Any]:
@@ -82,11 +91,18 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
     return trained
 
 
+def _check_new(out: Path) -> None:
+    """Raises ValueError if a folder without the settings of a run holds what a run would replace."""
+    found = [name for name in (LOG, SKIPPED, CURVES, CHECKPOINTS, MODEL, PREDICTIONS) if (out / name).exists()]
+    if found:
+        raise refusal("out", str(out), f"a new folder or that of a run; this one holds {', '.join(found)}")
+
+
 def load(settings: RunSettings, processes: Processes) -> tuple[SiglipModel, SiglipProcessor]:
     """The model in fp32 and the processor of the checkpoint; with weights="random" a new model of its configuration."""
     processor = load_processor(settings.model)
+    torch.manual_seed(settings.seed)  # of new weights and adapters
     if settings.weights == "random":
-        torch.manual_seed(settings.seed)
         model = SiglipModel(AutoConfig.from_pretrained(settings.model), backend="eager").to(processes.device)
         model.set_backend(settings.backend)
     else:

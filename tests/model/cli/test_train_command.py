@@ -80,6 +80,15 @@ def test_new_weights_and_shards(siglip, settings, tmp_path):
     assert first["scale"] == pytest.approx(10, rel=0.01) and first["bias"] == pytest.approx(-10, rel=0.01)
 
 
+def test_adapters_are_those_of_the_seed(siglip, settings, tmp_path):
+    pytest.importorskip("peft")
+    for name in ("one", "two"):
+        options = ["--lora-rank", "2", "--steps", "1", "--out", tmp_path / name]
+        done = siglip("train", "--config", settings, *options)
+        assert done.exit_code == 0, done.stderr
+    assert log_of(tmp_path / "one") == log_of(tmp_path / "two")
+
+
 def test_zero_shot_accuracy_as_a_table(siglip, images, checkpoint, tmp_path):
     (tmp_path / "classes").mkdir()
     images.rename(tmp_path / "classes" / "cat")
@@ -123,6 +132,13 @@ def test_native_resolution_is_refused(siglip, settings, checkpoint, folder, tmp_
     assert "native takes images at native resolution; supported: fixed resolution" in done.stderr
 
 
+def test_a_folder_of_something_else_is_refused(siglip, settings, tmp_path):
+    (tmp_path / "model").mkdir()
+    done = siglip("train", "--config", settings, "--out", tmp_path)
+    assert done.exit_code == 2 and one_line(done.stderr)
+    assert "supported: a new folder or that of a run; this one holds model" in done.stderr
+
+
 def start(*command: object) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, *map(str, command)]
@@ -141,6 +157,9 @@ def test_sigterm_saves_and_has_an_exit_code_of_its_own(siglip, settings, tmp_pat
     more = ["--config", settings, "--out", out, "--steps", "100000", "--save-every", "100000"]
     process = start("-m", "siglip_model", "train", *more, "--num-workers", "1")
     wait_for(out / "log.jsonl", process)
+    second = siglip("train", *more)
+    assert second.exit_code == 2 and one_line(second.stderr)
+    assert f"out (--out) is {str(out)!r}, in which another run is training" in second.stderr
     os.killpg(process.pid, signal.SIGTERM)  # as batch systems do: the worker that reads data gets it too
     stdout, stderr = process.communicate()
     assert process.returncode == 75 and one_line(stderr), stderr

@@ -165,6 +165,15 @@ def test_workers_ranks_and_resumption_do_not_change_the_order(folder, checkpoint
     assert torch.equal(torch.cat([half.pixel_values for half in halves]), expected[0].pixel_values)
 
 
+def test_other_samples_than_the_saved_runs_are_said(folder, checkpoint, recwarn):
+    samples, _ = read_captions(folder)
+    position = taken(folder_batches(samples, prepared_by(checkpoint), batch_size=2), 1)[0].position
+    taken(folder_batches(samples, prepared_by(checkpoint), batch_size=2), 1, first=1, position=position)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="images or captions are not those of the saved run"):
+        taken(folder_batches(samples[1:], prepared_by(checkpoint), batch_size=2), 1, first=1, position=position)
+
+
 def test_crops_and_mirroring_change_pixels(folder, checkpoint):
     samples, _ = read_captions(folder)
     plain, crop, flip = (

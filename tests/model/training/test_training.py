@@ -1,7 +1,9 @@
 """The training loop on one process: it learns, averages, skips bad steps, and resumes exactly."""
 
+import dataclasses
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from siglip_model.training.loop import train as train_on
 from siglip_model.training.objective import Objective, clamp_scale, freeze
 from siglip_model.training.optimizer import layer_factor, learning_rate_factor, make_optimizers
 from siglip_model.training.settings import TrainingConfig
+from siglip_model.training.skipped import Skipped
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -325,6 +328,70 @@ def test_what_cannot_go_on_says_why(tmp_path):
     train(tiny_model(), TrainingConfig(steps=2, warmup_steps=0), tmp_path)
     with pytest.raises(ValueError, match=r"step-00000002 is of another run \(learning_rate was 0.001, is 0.01\)"):
         train(tiny_model(), TrainingConfig(steps=2, warmup_steps=0, learning_rate=0.01), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "reason"),
+    [
+        (".metadata", 0, "EOFError: Ran out of input"),
+        (".metadata", 99, "UnpicklingError: pickle data was truncated"),
+        ("__0_0.distcp", 99, "EOFError"),
+        ("run.json", 9, "JSONDecodeError: "),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_resumed(name, length, reason, tmp_path):
+    config = TrainingConfig(steps=2, warmup_steps=0, save_every=1)
+    weights_after = weights(train(tiny_model(), config, tmp_path).model)
+    last = tmp_path / "checkpoints" / "step-00000002"
+    (last / name).write_bytes((last / name).read_bytes()[:length])
+    with pytest.raises(OSError, match=rf"step-00000002 cannot be read; remove it to resume .* \({reason}"):
+        train(tiny_model(), config, tmp_path)
+    shutil.rmtree(last)
+    assert torch.equal(weights(train(tiny_model(), config, tmp_path).model), weights_after)
+
+
+def test_what_is_not_of_a_run_is_neither_removed_nor_replaced(tmp_path):
+    config = TrainingConfig(steps=1, warmup_steps=0)
+    for name in ("step-100/a", "step-00000009/a"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000008").mkdir()  # what a killed run leaves
+    train(tiny_model(), config, tmp_path)
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == ["step-00000001", "step-00000009", "step-100"]
+    (tmp_path / "log.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match=r"log.jsonl is not of a run \(Expecting value"):
+        train(tiny_model(), config, tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == "mine\n"
+
+
+def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path):
+    config = TrainingConfig(steps=4, warmup_steps=0, evaluate_every=2, save_every=2)
+
+    def interrupted(step, model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), config, tmp_path, evaluate=interrupted)
+    for _ in range(2):  # a complete run knows its scores
+        assert train(tiny_model(), config, tmp_path, evaluate=lambda step, _: {"top1": step}).scores == {"top1": 4}
+    assert [entry["step"] for entry in log_of(tmp_path) if "evaluation" in entry] == [2, 4]
+
+
+def test_samples_are_named_by_the_time_of_a_checkpoint_and_each_once(tmp_path):
+    def make(number, generator):
+        batch = coloured_squares(number, generator)
+        return dataclasses.replace(batch, skipped=(Skipped("always", "a"), Skipped(f"{number}", "b")))
+
+    config = TrainingConfig(steps=5, warmup_steps=0, save_every=2, log_every=5)
+    for stop_after in (3, None):  # step 3 is saved and named
+        train(tiny_model(), config, tmp_path, make=make, stop_after=stop_after)
+        shutil.rmtree(tmp_path / "checkpoints" / "step-00000003", ignore_errors=True)  # as if killed in step 3
+        with open(tmp_path / "skipped.jsonl", "a") as file:
+            file.write('{"name": "cut o')
+    lines = (tmp_path / "skipped.jsonl").read_text().splitlines()[:-1]
+    found = [(entry["step"], entry["name"]) for entry in map(json.loads, lines)]
+    assert found == [(2, "always"), (2, "0"), (2, "1"), (4, "2"), (4, "3"), (5, "4")]
+    assert log_of(tmp_path)[-1]["skipped"] == 6
 
 
 def test_a_batch_whose_texts_and_pictures_differ_in_number_is_refused():
