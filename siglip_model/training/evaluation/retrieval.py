@@ -20,7 +20,7 @@ from siglip_model.training.skipped import Skipped
 
 BLOCK = 1024  # rows and columns of similarities at a time
 RANKS = (1, 5, 10)
-SLACK = 1e-6  # scores this near are a tie, which counts as wrong
+SLACK = 1e-6  # scores this near are a tie, which counts as wrong, as NaN does
 
 
 class Pair(NamedTuple):
@@ -104,8 +104,8 @@ def ranks_of_partners(
             columns = slice(first, first + BLOCK)
             scores = block @ texts[columns].to(device).T
             scores.masked_fill_(owner[columns].to(device) == numbers[:, None], -torch.inf)
-            of_images[rows] += (scores >= best[rows, None].to(device)).sum(1).cpu()
-            of_texts[columns] += (scores >= own[columns].to(device)).sum(0).cpu()
+            of_images[rows] += (~(scores < best[rows, None].to(device))).sum(1).cpu()
+            of_texts[columns] += (~(scores < own[columns].to(device))).sum(0).cpu()
     return _summed(of_images, processes), _summed(of_texts, processes)
 
 

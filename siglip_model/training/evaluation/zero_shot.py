@@ -30,7 +30,10 @@ def find_classes(folder: str | Path) -> dict[Path, str]:
         raise ValueError(f"{folder} holds no folders; supported: one folder of images per class")
     if not (folder / NAMES).is_file():
         return {path: path.name.replace("_", " ") for path in folders}
-    names = json.loads((folder / NAMES).read_text())
+    try:
+        names = json.loads((folder / NAMES).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{folder / NAMES} is not valid JSON in UTF-8 ({error})") from error
     for path in folders:
         if not (isinstance(names, dict) and isinstance(names.get(path.name), str)):
             raise ValueError(f"{folder / NAMES} does not name {path.name!r}; supported: a name for each folder")
@@ -50,7 +53,7 @@ def zero_shot_accuracy(
     processes: Processes,
     on_failure: Callable[[Skipped], None],
 ) -> dict[str, Any]:
-    """Fractions of images whose class is the best (top1) or among the best five (top5); ties count as wrong."""
+    """Fractions of images whose class is the best (top1) or among the best five (top5); ties and NaN count as wrong."""
     embeddings = class_embeddings(encoder, list(classes.values()), templates)
     images = top1 = top5 = failed = 0
 
@@ -68,7 +71,7 @@ def zero_shot_accuracy(
         scores = vectors @ embeddings.T
         right = torch.tensor([index for _, index in found], device=scores.device)[:, None]
         others = scores.scatter(1, right, -torch.inf)
-        better = (others >= scores.gather(1, right)).sum(1)
+        better = (~(others < scores.gather(1, right))).sum(1)
         images += len(found)
         top1 += int((better < 1).sum())
         top5 += int((better < 5).sum())

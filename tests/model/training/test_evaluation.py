@@ -74,6 +74,9 @@ def test_templates_are_averaged_and_classes_may_be_named(classes, loaded):
 
     (classes / "classes.json").write_text(json.dumps({name: f"{name} 3" for name in CLASSES}))
     assert list(find_classes(classes).values()) == [f"{name} 3" for name in sorted(CLASSES)]
+    (classes / "classes.json").write_text("{")
+    with pytest.raises(ValueError, match=r"classes.json is not valid JSON in UTF-8 \(Expecting property name"):
+        find_classes(classes)
     (classes / "classes.json").write_text('{"cat": "cat"}')
     with pytest.raises(ValueError, match=r"classes.json does not name '2'; supported: a name for each folder"):
         find_classes(classes)
@@ -105,6 +108,15 @@ def test_ranks_are_those_of_the_whole_matrix(monkeypatch):
         assert torch.equal(one, expected) and expected.max() > 0
 
 
+def test_a_model_that_gives_nan_is_never_right(classes, checkpoint, tmp_path_factory):
+    model, processor = SiglipModel.from_pretrained(checkpoint), SiglipProcessor.from_pretrained(checkpoint)
+    model.vision_model.post_layernorm.weight.data.fill_(torch.nan)
+    result, _ = evaluate(classes, (model, processor))
+    assert result["images"] == 14 and result["top1"] == result["top5"] == 0
+    result, _ = evaluate(save_folder(tmp_path_factory.mktemp("captioned"), 2), (model, processor))
+    assert result["image_to_text_r1"] == result["text_to_image_r1"] == 0
+
+
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_retrieval_over_captioned_data(kind, tmp_path, loaded):
     if kind == "folder":
@@ -132,6 +144,16 @@ def test_retrieval_over_captioned_data(kind, tmp_path, loaded):
     for k in (1, 5, 10):
         assert result[f"image_to_text_r{k}"] == pytest.approx((of_images < k).float().mean().item())
         assert result[f"text_to_image_r{k}"] == pytest.approx((of_texts < k).float().mean().item())
+
+
+def test_one_image_without_caption_does_not_make_classes_of_a_captioned_folder(tmp_path, loaded):
+    for name in ("a.png", "below/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        random_image(0).save(tmp_path / name)
+    (tmp_path / "below" / "b.txt").write_text("a cat")
+    result, failures = evaluate(tmp_path, loaded)
+    assert (result["task"], result["images"], result["failed"]) == ("retrieval", 1, 1)
+    assert failures == [(str(tmp_path / "a.png"), "has no caption")]
 
 
 def test_data_of_no_kind_is_refused(tmp_path, loaded):
