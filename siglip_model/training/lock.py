@@ -24,7 +24,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     with open(folder / LOCK, "w") as file:
         try:
-            # A lock of the process, which the workers that are forked from it do not share and cannot outlive it with.
+            # Not flock, which the forked workers would hold for seconds after the run is killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
