@@ -30,6 +30,7 @@ ON_A_CPU = {
     "pool": ("attention_pool", shapes.PoolShape("base-224-b1", 1, 196, 768, 12)),
     "patch": ("patch_embed", shapes.PatchShape("base-224-b1", 1, 224, 16, 768)),
     "loss": ("sigmoid_loss", shapes.LossShape("n1024-d256", 1024, 256)),
+    "losses": ("siglip_plus_loss", shapes.LossShape("n512x2-d256", 512, 256, captions=2)),
     "model": ("vision_tower", shapes.ModelShape("base-224-b1-l1", "base-224", 1, 1)),
     "train": ("training_step", shapes.TrainShape("base-224-b2-l1", "base-224", 2, 1)),
 }

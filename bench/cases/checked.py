@@ -58,6 +58,14 @@ def _grouped_loss(pairs: int, width: int) -> tuple[Shape, ...]:
     return (shapes.LossShape(f"n{pairs}x2-d{width}-weighted", pairs, width, captions=2, weighted=True),)
 
 
+def _plus_loss(pairs: int, width: int) -> tuple[Shape, ...]:
+    return (shapes.LossShape(f"n{pairs}x2-d{width}", pairs, width, captions=2),)
+
+
+def _rectangular_loss(pairs: int, width: int) -> tuple[Shape, ...]:
+    return (shapes.LossShape(f"n{pairs}+{pairs}-d{width}", pairs, width, negatives=pairs),)
+
+
 # On a GPU: sizes of published models, then sizes that tiles do not divide.
 QUICK: dict[str, tuple[Shape, ...]] = {
     "attention": _attention((64, 729), (64, 72), heads=16) + _attention((729,), (64, 72), heads=16, peaked=10),
@@ -70,6 +78,8 @@ QUICK: dict[str, tuple[Shape, ...]] = {
     "attention_pool": _pool((3, 729, 1152, 16)),
     "patch_embed": _patch((2, 384, 14, 1152)),
     "sigmoid_loss": _loss((2048, 768), (1000, 1152)) + _grouped_loss(1000, 768),
+    "siglip_plus_loss": _plus_loss(1000, 768),
+    "matryoshka_sigmoid_loss": _loss((1000, 768)),
 }
 THOROUGH: dict[str, tuple[Shape, ...]] = {
     "attention": _attention((1, 17, 63, 65, 196, 256, 577, 1024, 1025), (64, 72, 80, 88, 128))
@@ -82,7 +92,7 @@ THOROUGH: dict[str, tuple[Shape, ...]] = {
     "layer_norm": _norm((1, 768), (46_656, 1152), (1025, 1024), (333, 72)),
     "attention_pool": _pool((1, 1, 768, 12), (5, 196, 768, 12), (2, 1025, 1024, 16)),
     "patch_embed": _patch((3, 224, 16, 768), (1, 512, 16, 768)),
-    "sigmoid_loss": _loss((1, 768), (511, 72), (4097, 768), (8192, 1152)),
+    "sigmoid_loss": _loss((1, 768), (511, 72), (4097, 768), (8192, 1152)) + _rectangular_loss(511, 768),
 }
 # More than 2^31 elements, where a 32-bit offset would turn negative.
 HUGE: dict[str, Shape] = {
@@ -101,5 +111,7 @@ TINY: dict[str, tuple[Shape, ...]] = {
     "layer_norm": _norm((33, 72)),
     "attention_pool": _pool((2, 17, 48, 2)),
     "patch_embed": _patch((2, 28, 14, 48)),
-    "sigmoid_loss": _loss((65, 72)) + _grouped_loss(40, 72),
+    "sigmoid_loss": _loss((65, 72)) + _grouped_loss(40, 72) + _rectangular_loss(40, 72),
+    "siglip_plus_loss": _plus_loss(40, 72),
+    "matryoshka_sigmoid_loss": _loss((40, 72)),
 }

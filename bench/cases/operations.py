@@ -6,6 +6,7 @@ A contender is called like the definition: by keyword, with the tensors and cons
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import siglip_kernels
-from bench.cases import shapes
+from bench.cases import losses, shapes
 from bench.cases.shapes import MODELS, Shape
 from siglip_kernels import reference
 
@@ -259,10 +260,24 @@ def _loss_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, gener
     if shape.captions:
         ids = [torch.arange(count, device=device) % shape.pairs for count in counts]
         constants.update(image_groups=ids[0], text_groups=ids[1])
+    if shape.negatives:
+        constants["offset"] = 0  # the further texts are behind those of the pairs
     if shape.weighted:
         weights = [torch.rand(count, generator=generator, device=device) for count in counts]
         constants.update(image_weight=weights[0], text_weight=weights[1], positive_weight=2.0)
     return Inputs(tensors, constants)
+
+
+def _plus_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+    """The same with groups, even where each is one pair."""
+    return _loss_inputs(dataclasses.replace(shape, captions=max(1, shape.captions)), dtype, device, generator)
+
+
+def _matryoshka_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+    """The same embeddings, and a scale and a bias for each of `shape.prefixes`."""
+    tensors = _loss_inputs(shape, dtype, device, generator).tensors
+    scales, biases = (tensors.pop(name).repeat(len(shape.prefixes)) for name in ("logit_scale", "logit_bias"))
+    return Inputs({**tensors, "logit_scales": scales, "logit_biases": biases}, {"widths": tuple(shape.prefixes)})
 
 
 def _model_inputs(shape: shapes.ModelShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
@@ -379,6 +394,14 @@ OPERATIONS = {
         Operation("attention_pool", shapes.PoolShape, _pool_inputs, _plain(reference.attention_pool), _TRAINED),
         Operation("patch_embed", shapes.PatchShape, _patch_inputs, _plain(reference.patch_embed), _TRAINED),
         Operation("sigmoid_loss", shapes.LossShape, _loss_inputs, _plain(reference.sigmoid_loss), ("fwd+bwd", "fwd")),
+        Operation("siglip_plus_loss", shapes.LossShape, _plus_inputs, _plain(losses.siglip_plus_loss), ("fwd+bwd",)),
+        Operation(
+            "matryoshka_sigmoid_loss",
+            shapes.LossShape,
+            _matryoshka_inputs,
+            _plain(losses.matryoshka_sigmoid_loss),
+            ("fwd+bwd",),
+        ),
         Operation("vision_tower", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
         Operation("naflex_tower", shapes.NaFlexShape, _naflex_inputs, _model_definition, ("fwd",)),
         Operation("siglip", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
@@ -387,7 +410,19 @@ OPERATIONS = {
 }
 
 
+def plus_loss(backend: str) -> Callable[..., Tensor]:
+    """This project's SigLIP+, by the parameters of its definition."""
+    loss = siglip_kernels.SigLIPPlusLoss(backend=backend)
+
+    def call(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, **groups: Tensor):
+        return loss(image_embeds, text_embeds, logit_scale, logit_bias, **groups)
+
+    return call
+
+
 def kernels_for(name: str) -> Callable[..., Any] | None:
     """This project's kernels for an operation; None if siglip_kernels has none."""
+    if name == "siglip_plus_loss":
+        return plus_loss("triton")
     found = getattr(siglip_kernels, name, None)
     return found if callable(found) else None  # a module of that name is no operation

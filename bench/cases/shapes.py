@@ -8,6 +8,7 @@ every output written once, no intermediates. Both are for one direction: "fwd", 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from dataclasses import dataclass
 from typing import Any, Self
@@ -316,20 +317,29 @@ class PatchShape(Shape):
 class LossShape(Shape):
     """Pairs of one image and one text or, if `captions` is not 0, images with that many texts, found by group ids.
 
-    weighted: whether images, texts and positives have weights.
+    weighted: whether images, texts and positives have weights. negatives: further texts, which belong to no image.
     """
 
     pairs: int
     width: int
     captions: int = 0
     weighted: bool = False
+    negatives: int = 0
 
     @property
     def texts(self) -> int:
-        return self.pairs * max(1, self.captions)
+        return self.pairs * max(1, self.captions) + self.negatives
+
+    @property
+    def prefixes(self) -> list[int]:
+        """The widths of a matryoshka loss: 64, 128, 256, … and the whole."""
+        return [
+            *itertools.takewhile(lambda width: width < self.width, (64 << n for n in itertools.count())),
+            self.width,
+        ]
 
     def sample(self) -> Self:
-        return dataclasses.replace(self, pairs=min(self.pairs, 2048))
+        return dataclasses.replace(self, pairs=min(self.pairs, 2048), negatives=min(self.negatives, 2048))
 
     def _forward_flops(self) -> int:
         return 2 * self.pairs * self.texts * self.width
@@ -427,7 +437,7 @@ def parse(shape_class: type[Shape], text: str) -> Shape:
         if name == "model" and value not in MODELS:
             raise ValueError(f"shape {text!r}: model is {value!r}; supported: {', '.join(MODELS)}")
         if name != "model" and values[name] < (
-            name not in ("residual", "layers", "text", "peaked", "captions", "weighted")
+            name not in ("residual", "layers", "text", "peaked", "captions", "weighted", "negatives")
         ):
             raise ValueError(f"shape {text!r}: {name} is {value}; supported: 1 and more")
     missing = [name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,10 +99,10 @@ def _usual(case: Case, device: str, quick: bool) -> bool:
 
 
 def _possible(operation: Operation) -> tuple[str, ...]:
-    """Models have gradients in training_step only; the loss may compute its gradients in the forward."""
+    """Models have gradients in training_step only; a loss may compute its gradients in the forward."""
     if operation.name in ("vision_tower", "naflex_tower", "siglip"):
         return ("fwd",)
-    return ("fwd", "fwd+bwd") if operation.name in ("sigmoid_loss", "training_step") else DIRECTIONS
+    return ("fwd", "fwd+bwd") if operation.shape_class in (LossShape, TrainShape) else DIRECTIONS
 
 
 def _attention(model: str, batch: int, text: bool = False, peaked: int = 0, quick: bool = False, cpu: str = "") -> Case:
@@ -160,10 +161,31 @@ def _patch(model: str, batch: int, quick: bool = False) -> Case:
 
 
 def _loss(
-    pairs: int, width: int, captions: int = 0, weighted: bool = False, quick: bool = False, cpu: str = ""
+    pairs: int,
+    width: int,
+    captions: int = 0,
+    weighted: bool = False,
+    negatives: int = 0,
+    operation: str = "sigmoid_loss",
+    quick: bool = False,
+    cpu: str = "",
 ) -> Case:
-    name = f"n{pairs}{f'x{captions}' if captions else ''}-d{width}{'-weighted' if weighted else ''}"
-    return Case("sigmoid_loss", LossShape(name, pairs, width, captions, weighted), quick, cpu)
+    count = f"n{pairs}{f'x{captions}' if captions else ''}{f'+{negatives}' if negatives else ''}"
+    name = f"{count}-d{width}{'-weighted' if weighted else ''}"
+    return Case(operation, LossShape(name, pairs, width, captions, weighted, negatives), quick, cpu)
+
+
+def _losses(pairs: int, width: int, captions: int, cpu: str = "") -> tuple[Case, ...]:
+    """Every kind of loss, of the same number of images and, but for the diagonal, of texts."""
+    loss = functools.partial(_loss, pairs, width, cpu=cpu)
+    return (
+        loss(),
+        loss(negatives=(captions - 1) * pairs),
+        loss(captions=captions),
+        loss(captions=captions, weighted=True, quick=not cpu),
+        loss(captions=captions, operation="siglip_plus_loss"),
+        loss(operation="matryoshka_sigmoid_loss"),
+    )
 
 
 def _model(model: str, batch: int, text: bool = False, layers: int = 0, quick: bool = False, cpu: str = "") -> Case:
@@ -212,12 +234,8 @@ SUITES = {
                 _loss(2048, 768, cpu="quick"),
                 _loss(1024, 768, cpu="quick"),
                 _loss(4096, 768, cpu="quick"),
-                _loss(2048, 768, captions=2, cpu="quick"),
-                _loss(2048, 768, captions=2, weighted=True, cpu="full"),
                 _loss(512, 768),
                 _loss(16_384, 768, cpu="full"),
-                _loss(16_384, 768, captions=4),
-                _loss(16_384, 768, captions=4, weighted=True),
                 _loss(32_768, 768),
                 _loss(16_384, 1152),
                 _loss(65_536, 1152),
@@ -225,6 +243,7 @@ SUITES = {
                 _loss(1_048_576, 768),
             ),
         ),
+        Suite("losses", (*_losses(4096, 768, captions=2, cpu="quick"), *_losses(16_384, 768, captions=4))),
         Suite(
             "model",
             (

@@ -208,8 +208,8 @@ class _Group:
         if not self.ready:
             return []
         if self.setting.device == "cpu":
-            for name, peak in peaks_in_a_process(self.setting, list(self.ready)).items():
-                self.ready[name][0].peak_mem_bytes = peak
+            for name, (row, _) in self.ready.items():
+                row.peak_mem_bytes = peak_in_a_process(self.setting, name)
         timed = {name: steps for name, (_, steps) in self.ready.items()}
         first = next(iter(timed))
         timed[first + AGAIN] = timed[first]
@@ -289,22 +289,22 @@ def _available_memory() -> int:
     return 2**40
 
 
-def peaks_in_a_process(setting: Setting, names: Sequence[str]) -> dict[str, int]:
-    """Rise of a fresh process's resident memory during one call, in bytes by contender (Linux; empty elsewhere).
+def peak_in_a_process(setting: Setting, name: str) -> int | None:
+    """Rise of a fresh process's resident memory during one call, in bytes (Linux; None elsewhere).
 
     The process's allocator returns freed memory to the system at once, so that reuse does not hide an allocation.
-    Contenders that the process did not reach, because it ended early, are absent.
+    None also if the process ended early.
     """
     if sys.platform != "linux":
-        return {}
+        return None
     task = {
         "operation": setting.operation.name,
         "shape": setting.shape.sizes(),
         "dtype": dtype_name(setting.dtype),
         "direction": setting.direction,
-        "peers": list(names),
+        "peer": name,
     }
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, "-m", "bench.measure.peak_memory", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, env=process_environment(**allocator))
-    return {name: peak for line in done.stdout.splitlines() for name, peak in json.loads(line).items()}
+    return int(done.stdout) if done.returncode == 0 else None

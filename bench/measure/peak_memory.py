@@ -1,4 +1,4 @@
-"""Prints the rise of this process's memory in a call of each contender; `bench.measure.measure` starts it."""
+"""Prints the rise of this process's memory in a call of one contender; `bench.measure.measure` starts it."""
 
 import json
 import sys
@@ -30,9 +30,7 @@ def main() -> None:
     operation = OPERATIONS[task["operation"]]
     shape = operation.shape_class(**task["shape"])
     setting = Setting(operation, shape, DTYPES[task["dtype"]], "cpu", task["direction"])
-    for name in task["peers"]:
-        print(json.dumps({name: peak(setting, name)}), flush=True)
-        free()
+    print(peak(setting, task["peer"]))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import siglip_kernels
-from bench.cases.operations import Setting
+from bench.cases.operations import Contender, Setting, plus_loss
 from bench.cases.shapes import LossShape
 from bench.peers.compiled import compiled
 from bench.peers.registry import Missing, Unsupported, peer
 from siglip_kernels import reference
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
+
+
+LOSSES = ("sigmoid_loss", "siglip_plus_loss", "matryoshka_sigmoid_loss")
 
 
 @peer("sigmoid_loss", "chunked", note="this project, in plain PyTorch")
@@ -26,9 +29,19 @@ def chunked(setting: Setting) -> Loss:
     return siglip_kernels.chunked_sigmoid_loss
 
 
-@peer("sigmoid_loss", "eager", quadratic=6, note="the definition")
-def eager(setting: Setting) -> Loss:
-    return reference.sigmoid_loss
+@peer("siglip_plus_loss", "chunked", note="this project, in plain PyTorch")
+def chunked_plus(setting: Setting) -> Loss:
+    return plus_loss("chunked")
+
+
+@peer("matryoshka_sigmoid_loss", "chunked", note="this project, in plain PyTorch")
+def chunked_matryoshka(setting: Setting) -> Loss:
+    return functools.partial(siglip_kernels.matryoshka_sigmoid_loss, loss=siglip_kernels.chunked_sigmoid_loss)
+
+
+@peer(LOSSES, "eager", quadratic=6, note="the definition")
+def eager(setting: Setting) -> Contender:
+    return setting.operation.definition(setting, setting.dtype)
 
 
 @peer("sigmoid_loss", "compile", cuda=True, quadratic=2, note="torch.compile of the definition")
@@ -41,19 +54,23 @@ def max_autotune(setting: Setting) -> Loss:
     return compiled(reference.sigmoid_loss, "max-autotune")
 
 
-def _require_pairs(setting: Setting) -> None:
-    """Raises Unsupported for groups and weights."""
+def _require_pairs(setting: Setting, negatives: bool = False) -> None:
+    """Raises Unsupported for groups and weights and, unless `negatives`, for texts of no image."""
     shape = setting.shape
     assert isinstance(shape, LossShape)
+    if setting.operation.name != "sigmoid_loss":
+        raise Unsupported(f"has no {setting.operation.name}")
     if shape.captions or shape.weighted:
         raise Unsupported("has no groups and no weights of pairs")
+    if shape.negatives and not negatives:
+        raise Unsupported("needs as many texts as images")
 
 
 def _siglip_kernel(backend: str, **arguments: int) -> Callable[[Setting], Loss]:
     """siglip-kernel takes log t. With a chunk size its bf16 path is called, as its README recommends."""
 
     def load(setting: Setting) -> Loss:
-        _require_pairs(setting)
+        _require_pairs(setting, negatives="chunk_size" in arguments)
         if arguments:
             from siglip_kernel import fused_chunked_bf16_siglip_loss
 
@@ -88,11 +105,30 @@ peer("sigmoid_loss", "siglip_kernel:chunk_size=1024", package="siglip-kernel", c
 )
 
 
+@peer("siglip_plus_loss", "siglip_kernel", package="siglip-kernel", cuda=True)
+def siglip_kernel_plus(setting: Setting) -> Loss:
+    from siglip_kernel import fused_siglip_plus_loss
+
+    def call(
+        image_embeds: Tensor,
+        text_embeds: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        image_groups: Tensor,
+        text_groups: Tensor,
+    ) -> Tensor:
+        return fused_siglip_plus_loss(
+            image_embeds, text_embeds, logit_scale.log(), logit_bias, image_groups, text_groups
+        )
+
+    return call
+
+
 def _open_clip(**arguments: int) -> Callable[[Setting], Loss]:
     """open_clip's class, loaded from its file because the package imports torchvision."""
 
     def load(setting: Setting) -> Loss:
-        _require_pairs(setting)
+        _require_pairs(setting, negatives="chunk_size" in arguments)
         found = importlib.util.find_spec("open_clip")
         if found is None or found.origin is None:
             raise Missing("pip install open-clip-torch")
@@ -104,15 +140,19 @@ def _open_clip(**arguments: int) -> Callable[[Setting], Loss]:
             loss = module.SigLipLoss(**arguments)
         except TypeError as error:
             raise Unsupported(f"this version's SigLipLoss has no {', '.join(arguments)}") from error
-        return lambda image_embeds, text_embeds, logit_scale, logit_bias: loss(
-            image_embeds, text_embeds, logit_scale, logit_bias
-        )
+
+        def call(
+            image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int = 0
+        ) -> Tensor:
+            return loss(image_embeds, text_embeds, logit_scale, logit_bias)
+
+        return call
 
     return load
 
 
-peer("sigmoid_loss", "open_clip", package="open-clip-torch", quadratic=6)(_open_clip())
-peer("sigmoid_loss", "open_clip:chunk_size=1024", package="open-clip-torch", quadratic=3)(_open_clip(chunk_size=1024))
+peer(LOSSES, "open_clip", package="open-clip-torch", quadratic=6)(_open_clip())
+peer(LOSSES, "open_clip:chunk_size=1024", package="open-clip-torch", quadratic=3)(_open_clip(chunk_size=1024))
 
 
 def softmax_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:

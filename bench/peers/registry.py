@@ -190,7 +190,7 @@ def everyone() -> dict[tuple[str, str], Peer]:
     """Every entry by operation and name, this project's kernels first."""
     for operation in (
         "attention", "linear", "pre_norm_qkv", "pre_norm_attention", "mlp", "pre_norm_mlp", "layer_norm",
-        "attention_pool", "patch_embed", "sigmoid_loss",
+        "attention_pool", "patch_embed", "sigmoid_loss", "siglip_plus_loss", "matryoshka_sigmoid_loss",
     ):  # fmt: skip
         peer(operation, "triton", package="triton", cuda=True)(_portable_kernels(operation))
     for name, family in FAMILIES.items():

@@ -22,6 +22,7 @@ TITLES = {
     "latency": "One image at a time",
     "attention": "Attention",
     "loss": "Sigmoid loss",
+    "losses": "Sigmoid losses of every kind",
     "mlp": "MLP",
     "linear": "Projections",
     "layer_norm": "LayerNorm",
@@ -232,8 +233,9 @@ def _machine(gpu: str, found: Sequence[Group], files: Sequence[Path], root: Path
 def _overview(found: Sequence[Group]) -> str:
     """One line per group: this project beside the baseline and the best peer."""
     lines = [
-        "| | shape | dtype | this project, ms | baseline, ms | speed-up | best peer, ms | % of roofline | noise |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | shape | dtype | this project, ms | baseline, ms | speed-up | best peer, ms | memory: this, baseline "
+        "| % of roofline | noise |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *map(_line, found),
     ]
     if any(row.disturbed for group in found for row in group.rows):
@@ -264,6 +266,7 @@ def _line(group: Group) -> str:
         f"`{baseline.impl}` {milliseconds(baseline.ms_median)}" if baseline else "",
         f"**{speed}**" if own in group.fastest() and speed else speed,
         f"`{best.impl}` {milliseconds(best.ms_median)}" if best else "",
+        ", ".join(filter(None, (size(one.peak_mem_bytes) for one in (own, baseline) if one))),
         share(own.roofline_share) if own else "",
         "" if group.noise is None else f"{group.noise:.2f}x",
     )

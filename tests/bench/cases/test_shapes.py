@@ -55,6 +55,16 @@ def test_the_loss_is_three_products(pairs, width, milliseconds):
     assert shape.flops("fwd+bwd") / 790e12 * 1e3 == pytest.approx(milliseconds, rel=0.03)
 
 
+def test_losses_of_every_kind():
+    several = LossShape("", 4, 768, captions=2, negatives=3)
+    assert several.texts == 11 and several.flops("fwd") == 2 * 4 * 11 * 768
+    assert several.prefixes == [64, 128, 256, 512, 768]
+    assert [LossShape("", 4, width).prefixes for width in (40, 64, 72)] == [[40], [64], [64, 72]]
+    kinds = [(case.operation, case.shape) for case in SUITES["losses"].cases if case.cpu]
+    assert len(kinds) == 6 and {shape.pairs for _, shape in kinds} == {4096}
+    assert {shape.texts for operation, shape in kinds if operation != "matryoshka_sigmoid_loss"} == {4096, 8192}
+
+
 def test_attention_of_so400m_384_at_batch_64():
     shape = AttentionShape("", 64, 729, 16, 72)
     assert shape.flops("fwd") / 1e9 == pytest.approx(157, abs=0.5)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from bench_helpers import SHAPE
 
+from bench.cases.losses import siglip_plus_loss
 from bench.cases.operations import OPERATIONS, Setting
 from bench.cases.shapes import LinearShape, LossShape, MLPShape, NormShape
 from bench.measure.accuracy import Judge
-from bench.peers import peers_of
+from bench.peers import Unsupported, peers_of
 from bench.peers.loss import softmax_loss
 from siglip_kernels import reference
 
@@ -63,6 +64,19 @@ def test_siglip_kernel(monkeypatch, name):
     assert judged("sigmoid_loss", name, LOSS, "fwd+bwd").problem == ""
 
 
+def fused_siglip_plus_loss(
+    img_features, txt_features, log_temperature, bias, img_gid=None, txt_gid=None, symmetric=True, soft_label=False,
+    chunk_size=0, num_groups=None,
+):  # fmt: skip
+    return siglip_plus_loss(img_features, txt_features, log_temperature.exp(), bias, img_gid, txt_gid)
+
+
+def test_siglip_kernel_plus(monkeypatch):
+    stand_in(monkeypatch, siglip_kernel=dict(fused_siglip_plus_loss=fused_siglip_plus_loss))
+    shape = LossShape("tiny", 12, 32, captions=3)
+    assert judged("siglip_plus_loss", "siglip_kernel", shape, "fwd+bwd", torch.float32).problem == ""
+
+
 def cal_flash_loss(q, k, labels=None, scale=None, head_dim=256):
     assert q.shape[1] % head_dim == 0
     labels = torch.arange(len(q)) if labels is None else labels
@@ -100,7 +114,7 @@ class SigLipLoss(torch.nn.Module):
 
     def forward(self, image_features, text_features, logit_scale, logit_bias, output_dict=False):
         logits = logit_scale * image_features @ text_features.T + logit_bias
-        labels = 2 * torch.eye(len(logits)) - 1
+        labels = 2 * torch.eye(*logits.shape) - 1
         return -F.logsigmoid(labels * logits).sum() / len(logits)
 """
 
@@ -112,8 +126,14 @@ def test_open_clip(monkeypatch, tmp_path, more):
     found = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr("bench.peers.loss.importlib.util.find_spec", lambda name: found)
     assert judged("sigmoid_loss", "open_clip", LOSS, "fwd+bwd", torch.float32).problem == ""
+    further = replace(LOSS, negatives=7)
+    with pytest.raises(Unsupported, match="needs as many texts as images"):
+        judged("sigmoid_loss", "open_clip", further)
+    with pytest.raises(Unsupported, match="has no matryoshka_sigmoid_loss"):
+        judged("matryoshka_sigmoid_loss", "open_clip", LOSS)
     if more:
-        assert judged("sigmoid_loss", "open_clip:chunk_size=1024", LOSS, "fwd", torch.float32).problem == ""
+        for shape in (LOSS, further):
+            assert judged("sigmoid_loss", "open_clip:chunk_size=1024", shape, "fwd", torch.float32).problem == ""
     else:
         with pytest.raises(Exception, match="has no chunk_size"):
             judged("sigmoid_loss", "open_clip:chunk_size=1024", LOSS, "fwd", torch.float32)
