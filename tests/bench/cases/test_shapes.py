@@ -60,9 +60,8 @@ def test_losses_of_every_kind():
     assert several.texts == 11 and several.flops("fwd") == 2 * 4 * 11 * 768
     assert several.prefixes == [64, 128, 256, 512, 768]
     assert [LossShape("", 4, width).prefixes for width in (40, 64, 72)] == [[40], [64], [64, 72]]
-    kinds = [(case.operation, case.shape) for case in SUITES["losses"].cases if case.cpu]
-    assert len(kinds) == 6 and {shape.pairs for _, shape in kinds} == {4096}
-    assert {shape.texts for operation, shape in kinds if operation != "matryoshka_sigmoid_loss"} == {4096, 8192}
+    kinds = [case.shape for case in SUITES["losses"].cases if case.cpu]
+    assert len(kinds) == 6 and {shape.texts for shape in kinds} == {4096}
 
 
 def test_attention_of_so400m_384_at_batch_64():
