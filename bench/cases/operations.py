@@ -258,9 +258,10 @@ def _loss_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, gener
     tensors["logit_bias"] = torch.full((), -10.0, device=device)
     constants: dict[str, Any] = {}
     if shape.captions:
-        ids = [torch.arange(count, device=device) % shape.pairs for count in counts]
-        constants.update(image_groups=ids[0], text_groups=ids[1])
-    if shape.negatives:
+        images, texts = (torch.arange(count, device=device) % shape.pairs for count in counts)
+        texts[shape.texts - shape.negatives :] = -1
+        constants.update(image_groups=images, text_groups=texts)
+    elif shape.negatives:
         constants["offset"] = 0  # the further texts are behind those of the pairs
     if shape.weighted:
         weights = [torch.rand(count, generator=generator, device=device) for count in counts]
@@ -270,14 +271,18 @@ def _loss_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, gener
 
 def _plus_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
     """The same with groups, even where each is one pair."""
+    if shape.weighted:
+        raise ValueError("siglip_plus_loss has its own weights; supported: weighted=0")
     return _loss_inputs(dataclasses.replace(shape, captions=max(1, shape.captions)), dtype, device, generator)
 
 
 def _matryoshka_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
-    """The same embeddings, and a scale and a bias for each of `shape.prefixes`."""
-    tensors = _loss_inputs(shape, dtype, device, generator).tensors
+    """The same with a scale and a bias for each of `shape.prefixes`."""
+    inputs = _loss_inputs(shape, dtype, device, generator)
+    tensors = dict(inputs.tensors)
     scales, biases = (tensors.pop(name).repeat(len(shape.prefixes)) for name in ("logit_scale", "logit_bias"))
-    return Inputs({**tensors, "logit_scales": scales, "logit_biases": biases}, {"widths": tuple(shape.prefixes)})
+    tensors.update(logit_scales=scales, logit_biases=biases)
+    return Inputs(tensors, {**inputs.constants, "widths": tuple(shape.prefixes)})
 
 
 def _model_inputs(shape: shapes.ModelShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:

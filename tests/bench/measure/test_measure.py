@@ -173,8 +173,8 @@ SMALL = {
     "attention_pool": PoolShape("tiny", 2, 5, 8, 2),
     "patch_embed": PatchShape("tiny", 2, 28, 14, 8),
     "sigmoid_loss": LossShape("tiny", 9, 8, negatives=4),
-    "siglip_plus_loss": LossShape("tiny", 9, 8, captions=2),
-    "matryoshka_sigmoid_loss": LossShape("tiny", 9, 80),
+    "siglip_plus_loss": LossShape("tiny", 9, 8, captions=2, negatives=3),
+    "matryoshka_sigmoid_loss": LossShape("tiny", 9, 80, weighted=True, negatives=3),
 }
 
 
