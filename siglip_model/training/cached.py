@@ -9,7 +9,7 @@ differentiated at once. It takes one more forward pass of the towers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ def cached_step(
     micro_batch: int,
     *,
     attention_mask: Tensor | None = None,
+    pixel_attention_mask: Tensor | None = None,
+    spatial_shapes: Tensor | None = None,
     loss: Loss | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
@@ -39,13 +41,15 @@ def cached_step(
 
     Takes the place of `model(..., return_loss=True).loss.backward()`. Returns the loss, without a graph.
 
-    input_ids (T, L), attention_mask, pixel_values (I, C, H, W): as the model takes them. micro_batch: the most images
-    or texts that a tower sees at a time. loss: a function of image_embeds (I, D), text_embeds (T, D), t and b; by
+    input_ids (T, L), attention_mask, pixel_values (I, C, H, W) and, of a model at native resolution,
+    pixel_attention_mask and spatial_shapes: as the model takes them. micro_batch: the most images or texts that a tower
+    sees at a time. loss: a function of image_embeds (I, D), text_embeds (T, D), t and b that returns a scalar; by
     default that of `return_loss`, for which I = T; with groups, functools.partial(siglip_kernels.sigmoid_loss, ...).
     scaler: scales the loss before it is differentiated.
     Dropout draws the same in both passes. Autocast applies as it does to the model. Under DDP the gradients are
     averaged over the ranks here, as its own backward pass would; call `model.module.use_global_loss()` before for the
-    loss of the global batch. Raises UnsupportedInputError for a model under FSDP and for a micro_batch below 1.
+    loss of the global batch. Raises UnsupportedInputError for a model under FSDP, for a micro_batch below 1, and for
+    inputs of one tower that differ in number.
     """
     if isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1:
         raise unsupported("cached_step", "micro_batch", f"is {micro_batch!r}", "integers from 1 on")
@@ -54,16 +58,14 @@ def cached_step(
     if not hasattr(siglip, "get_text_features") or hasattr(siglip, "unshard"):
         raise unsupported("cached_step", "model", f"is {type(model).__name__}", "a SiglipModel, alone or under DDP")
 
-    def embed_texts(ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        return unit_length(pooled(siglip.get_text_features(ids, mask, return_dict=True)))
-
-    def embed_images(pixels: Tensor) -> Tensor:
-        return unit_length(pooled(siglip.get_image_features(pixels, return_dict=True)))
-
-    ids = input_ids.split(micro_batch)
-    masks = [None] * len(ids) if attention_mask is None else attention_mask.split(micro_batch)
-    images = [_Piece(embed_images, pixels) for pixels in pixel_values.split(micro_batch)]
-    texts = [_Piece(embed_texts, *both) for both in zip(ids, masks, strict=True)]
+    images = _pieces(
+        siglip.get_image_features,
+        micro_batch,
+        pixel_values=pixel_values,
+        pixel_attention_mask=pixel_attention_mask,
+        spatial_shapes=spatial_shapes,
+    )
+    texts = _pieces(siglip.get_text_features, micro_batch, input_ids=input_ids, attention_mask=attention_mask)
     image_embeds, text_embeds = (
         torch.cat([piece.first() for piece in side]).requires_grad_() for side in (images, texts)
     )
@@ -76,7 +78,8 @@ def cached_step(
     with torch.autocast(value.device.type, enabled=False):
         (value if scaler is None else scaler.scale(value)).backward()
     for side, embeds in ((images, image_embeds), (texts, text_embeds)):
-        assert embeds.grad is not None
+        if embeds.grad is None:  # the loss does not depend on this side
+            continue
         for piece, gradient in zip(side, embeds.grad.split(micro_batch), strict=True):
             piece.again(gradient)
     if parallel is not None:
@@ -87,24 +90,38 @@ def cached_step(
 class _Piece:
     """A micro-batch: its embeddings, then the same with a graph, as if drawn from the same random numbers."""
 
-    def __init__(self, embed: Callable[..., Tensor], *inputs: Tensor | None) -> None:
-        self.embed, self.inputs = embed, inputs
+    def __init__(self, tower: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
+        self.tower, self.inputs = tower, inputs
+
+    def _embed(self) -> Tensor:
+        return unit_length(pooled(self.tower(**self.inputs, return_dict=True)))
 
     @torch.no_grad()
     def first(self) -> Tensor:
         self.cpu_state = torch.get_rng_state()
-        self.devices, self.states = get_device_states(*self.inputs)
-        return self.embed(*self.inputs)
+        self.devices, self.states = get_device_states(*self.inputs.values())
+        return self._embed()
 
     def again(self, gradient: Tensor) -> None:
         """Adds the gradients of the parameters."""
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu_state)
             set_device_states(self.devices, self.states)
-            embeds = self.embed(*self.inputs)
+            embeds = self._embed()
         if embeds.requires_grad:  # not of a frozen tower
             with torch.autocast(embeds.device.type, enabled=False):
                 embeds.backward(gradient)
+
+
+def _pieces(tower: Callable[..., Any], micro_batch: int, **inputs: Tensor | None) -> list[_Piece]:
+    """Micro-batches of a tower's inputs, the first of which counts them."""
+    given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    (first, one), *others = given.items()
+    for name, tensor in others:
+        if len(tensor) != len(one):
+            raise unsupported("cached_step", name, f"has {len(tensor)} rows beside {len(one)} of {first}", "as many")
+    pieces = zip(*(tensor.split(micro_batch) for tensor in given.values()), strict=True)
+    return [_Piece(tower, dict(zip(given, tensors, strict=True))) for tensors in pieces]
 
 
 def _average_gradients(parallel: nn.parallel.DistributedDataParallel) -> None:

@@ -64,6 +64,32 @@ def test_several_texts_per_image_and_padding() -> None:
     check_equal(cached, whole)
 
 
+def test_images_of_different_sizes() -> None:
+    torch.manual_seed(0)
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text, vision = {**tower, "vocab_size": 99}, {**tower, "patch_size": 4, "num_patches": 16}
+    config = siglip_model.Siglip2Config(text_config=text, vision_config=vision)
+    whole = siglip_model.Siglip2Model(config, backend="sdpa").double()
+    cached = copy.deepcopy(whole)
+    shapes = torch.tensor([[2, 3], [4, 4], [1, 5], [3, 3], [2, 2]])
+    inputs = {
+        "input_ids": torch.randint(0, 99, (5, 16)),
+        "pixel_values": torch.randn(5, 16, 48, dtype=torch.float64),
+        "pixel_attention_mask": (torch.arange(16) < shapes.prod(1, keepdim=True)).int(),
+        "spatial_shapes": shapes,
+    }
+    whole(**inputs, return_loss=True, return_logits=False).loss.backward()
+    cached_step(cached, **inputs, micro_batch=2)
+    check_equal(cached, whole)
+
+
+def test_a_loss_of_one_side() -> None:
+    model = fresh()
+    cached_step(model, **batch(), micro_batch=3, loss=lambda x, y, t, b: t * x.sum())
+    assert model.text_model.head.weight.grad is None
+    assert model.vision_model.post_layernorm.weight.grad.abs().sum() > 0
+
+
 def test_dropout_draws_the_same_twice() -> None:
     """One micro-batch draws as the whole batch does, where images come first as in the model."""
     whole, cached = fresh(attention_dropout=0.3).train(), fresh(attention_dropout=0.3).train()
@@ -142,6 +168,8 @@ def test_what_is_not_supported_is_named() -> None:
         cached_step(fresh(), **batch(), micro_batch=0)
     with pytest.raises(UnsupportedInputError, match="asks for the loss of 7 images and 10 texts"):
         cached_step(fresh(), **batch(10), micro_batch=2)
+    with pytest.raises(UnsupportedInputError, match="attention_mask has 6 rows beside 7 of input_ids"):
+        cached_step(fresh(), **batch(), attention_mask=torch.ones(6, 16), micro_batch=2)
     with pytest.raises(UnsupportedInputError, match="model is Linear"):
         cached_step(torch.nn.Linear(1, 1), **batch(), micro_batch=2)  # type: ignore[arg-type]
 
