@@ -59,7 +59,7 @@ class TorchEngine:
         products = self._matmul(x, y.T)
         logits = torch.addcmul(logit_bias, products, logit_scale)
         if pairs.image_groups is not None or pairs.positive_weight is not None or image_losses is not None:
-            logit_grad = _with_options(logits, pairs, totals, image_losses)
+            logit_grad = _with_options(logits, pairs, totals, gradients, image_losses)
         else:
             logit_grad = _plain(logits, pairs.diagonal, totals, gradients)
         if not gradients:
@@ -112,23 +112,27 @@ def _plain(logits: Tensor, diagonal: int, totals: Tensor, gradients: bool) -> Te
     return logit_grad
 
 
-def _with_options(logits: Tensor, pairs: Pairs, totals: Tensor, image_losses: Tensor | None) -> Tensor:
-    """G of any block, with its mask of positives and its weights in memory."""
+def _with_options(logits: Tensor, pairs: Pairs, totals: Tensor, gradients: bool, image_losses: Tensor | None) -> Tensor:
+    """G of any block, in the memory of the logits, with its signs and its weights in further memory."""
     images, texts = (torch.arange(size, device=logits.device) for size in logits.shape)
     if pairs.image_groups is not None and pairs.text_groups is not None:
         positive = pairs.image_groups[:, None] == pairs.text_groups
     else:
         positive = images[:, None] + pairs.diagonal == texts
-    wrong = torch.where(positive, -logits, logits)
-    losses, logit_grad = _softplus(wrong), wrong.sigmoid()
+    sign = torch.ones_like(logits).masked_fill_(positive, -1)
+    wrong = logits.mul_(sign)
+    losses, weight = _softplus(wrong), None
     if pairs.positive_weight is not None and pairs.negative_weight is not None and pairs.text_weight is not None:
         weight = torch.where(positive, pairs.positive_weight[:, None], pairs.negative_weight[:, None])
-        weight = weight * pairs.text_weight
-        losses, logit_grad = losses * weight, logit_grad * weight
+        losses.mul_(weight.mul_(pairs.text_weight))
     totals[0] += losses.sum()
     if image_losses is not None:
         image_losses += losses.sum(1)
-    return torch.where(positive, -logit_grad, logit_grad)
+    if not gradients:
+        return logits
+    del losses
+    logit_grad = wrong.sigmoid_().mul_(sign)
+    return logit_grad if weight is None else logit_grad.mul_(weight)
 
 
 def _softplus(logits: Tensor) -> Tensor:
