@@ -102,7 +102,8 @@ def fused_siglip_plus_loss(
     images = torch.arange(len(img_features), device=img_features.device) if img_gid is None else img_gid.long()
     texts = torch.arange(len(txt_features), device=txt_features.device) if txt_gid is None else txt_gid.long()
     check_groups("fused_siglip_plus_loss", img_features, txt_features, images, texts)
-    weight = plus_weights(matches(images, texts), matches(images, images), symmetric)
+    dtype = torch.promote_types(img_features.dtype, torch.float32)
+    weight = plus_weights(matches(images, texts), matches(images, images), symmetric, dtype)
     return _loss(img_features, chunk_size)(
         img_features,
         txt_features,

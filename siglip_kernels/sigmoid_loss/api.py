@@ -453,9 +453,11 @@ def check_embeds(operation: str, image_embeds: Tensor, text_embeds: Tensor, *, s
             raise unsupported(
                 operation, argument, f"has shape {tuple(embeds.shape)}", "at least one pair, D at least 1"
             )
-    if image_embeds.shape[1] != text_embeds.shape[1] or (same_length and image_embeds.shape[0] != text_embeds.shape[0]):
-        got = f"has shape {tuple(text_embeds.shape)} beside image_embeds' {tuple(image_embeds.shape)}"
-        raise unsupported(operation, "text_embeds", got, "equal shapes")
+    got = f"has shape {tuple(text_embeds.shape)} beside image_embeds' {tuple(image_embeds.shape)}"
+    if image_embeds.shape[1] != text_embeds.shape[1]:
+        raise unsupported(operation, "text_embeds", got, "equal widths")
+    if same_length and image_embeds.shape[0] != text_embeds.shape[0]:
+        raise unsupported(operation, "text_embeds", got, "as many texts as images; others with groups or an offset")
     check_same_device(operation, "text_embeds", text_embeds, "image_embeds", image_embeds.device)
 
 
@@ -484,6 +486,9 @@ def _validated(
     logit_bias: Tensor | float,
     options: PairOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Pairs]:
+    unknown = [name for name in options if name not in PairOptions.__annotations__]
+    if unknown:
+        raise TypeError(f"{operation}() got an unexpected keyword argument {unknown[0]!r}")
     check_embeds(operation, image_embeds, text_embeds, same_length=same_length(options))
     dtype = autocast_dtype(image_embeds)
     image_embeds, text_embeds = cast(image_embeds, dtype), cast(text_embeds, dtype)

@@ -408,7 +408,8 @@ class SigLIPPlusLoss(SigLipLoss):
         check_groups("SigLIPPlusLoss", image_features, text_features, images, texts)
         if images is None or texts is None:
             return None
-        return plus_weights(*self._members(images, texts, peers), self.symmetric)
+        dtype = torch.promote_types(image_features.dtype, torch.float32)
+        return plus_weights(*self._members(images, texts, peers), self.symmetric, dtype)
 
     def _members(self, images: Tensor, texts: Tensor, peers: Peers | None) -> tuple[Tensor, Tensor]:
         """(N,) each: how many texts and how many images are in each image's group."""

@@ -230,11 +230,13 @@ def matches(groups: Tensor, others: Tensor) -> Tensor:
     return torch.searchsorted(others, groups, right=True) - torch.searchsorted(others, groups)
 
 
-def plus_weights(texts_of_image: Tensor, images_of_image: Tensor, symmetric: bool = True) -> Tensor:
+def plus_weights(
+    texts_of_image: Tensor, images_of_image: Tensor, symmetric: bool = True, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """SigLIP+'s weights of the positives of each image: 1/k, or with `symmetric` the mean of 1/k and 1/k'.
 
     texts_of_image, images_of_image: k and k' (n,), the number of texts and of images in the image's group; a positive's
-    text is in the same group, so that k' is the number of positives of the text.
+    text is in the same group, so that k' is the number of positives of the text. dtype: of the result.
     """
-    weight = 1 / texts_of_image.clamp_min(1).float()
-    return (weight + 1 / images_of_image.clamp_min(1).float()) / 2 if symmetric else weight
+    weight = 1 / texts_of_image.clamp_min(1).to(dtype)
+    return (weight + 1 / images_of_image.clamp_min(1).to(dtype)) / 2 if symmetric else weight

@@ -1,6 +1,7 @@
 """The options of the sigmoid loss: groups, offsets, weights, reductions, any width; against the definition in fp64."""
 
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -10,10 +11,19 @@ from error_budget import check_error
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from siglip_kernels import UnsupportedInputError, chunked_sigmoid_loss, plain_sigmoid_loss, reference, sigmoid_loss
+from siglip_kernels import (
+    SigLIPPlusLoss,
+    UnsupportedInputError,
+    chunked_sigmoid_loss,
+    plain_sigmoid_loss,
+    reference,
+    sigmoid_loss,
+)
+from siglip_kernels.integrations import siglip_kernel
 from siglip_kernels.sigmoid_loss import api, torch_engine
-from siglip_kernels.sigmoid_loss.pairs import matches, plus_weights
+from siglip_kernels.sigmoid_loss.pairs import make_pairs, matches, plus_weights
 
 LOSSES = {"triton": sigmoid_loss, "chunked": chunked_sigmoid_loss}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -303,6 +313,52 @@ def test_matches_and_plus_weights():
     counts = torch.tensor([2, 0, 1]), torch.tensor([4, 1, 1])
     assert plus_weights(*counts).tolist() == [0.375, 1.0, 1.0]
     assert plus_weights(*counts, symmetric=False).tolist() == [0.5, 1.0, 1.0]
+
+
+def test_plus_in_fp64_has_weights_in_fp64():
+    x, y = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
+    groups = torch.zeros(3, dtype=torch.int64)  # nine positives, each of which weighs a third
+    expected = math.log1p(math.exp(-1)) / 3
+    losses = SigLIPPlusLoss(), functools.partial(siglip_kernel.fused_siglip_plus_loss, img_gid=groups, txt_gid=groups)
+    found = losses[0](x, y, 1.0, 1.0, image_groups=groups, text_groups=groups), losses[1](x, y, torch.zeros(()), 1.0)
+    assert [value.item() for value in found] == pytest.approx([expected] * 2, rel=1e-14)
+
+
+def test_an_unknown_option_is_named_with_the_function():
+    x = torch.ones(2, 8)
+    for function in (chunked_sigmoid_loss, plain_sigmoid_loss):
+        message = rf"^{function.__name__}\(\) got an unexpected keyword argument 'label_smoothing'"
+        with pytest.raises(TypeError, match=message):
+            function(x, x, 10.0, -10.0, label_smoothing=0.1)
+
+
+class Allocations(TorchDispatchMode):
+    """Keeps every fp32 tensor of a shape that PyTorch allocates."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape, self.kept = shape, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.shape == self.shape and result.dtype == torch.float32:
+            self.kept.append(result)
+        return result
+
+    def number(self) -> int:
+        return len({tensor.data_ptr() for tensor in self.kept})
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_block_with_options_takes_five_matrices(gradients):
+    """Products, logits, signs, losses and weights; gradients take their memory."""
+    x, y = torch.randn(64, 8), torch.randn(96, 8)
+    pairs = make_pairs("", x, y, offset=0, positive_weight=2.0)
+    engine = torch_engine.TorchEngine(x.dtype, x.device)
+    scale, totals = torch.tensor(10.0), engine.totals(x.device, pairs)
+    with Allocations((64, 96)) as allocated:
+        engine.logit_grad(x, y, scale, -scale, pairs, totals, gradients, None)
+    assert allocated.number() == 5
 
 
 _NO_POSITIVE = "reduction is 'positives', but there is no positive pair"
