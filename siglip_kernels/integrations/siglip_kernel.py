@@ -179,13 +179,16 @@ class DistributedSigLIPPlusLoss(nn.Module):
     def forward(
         self, embeddings: tuple[Tensor, Tensor], img_gid: Tensor | None = None, txt_gid: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """embeddings: images (N, D) and texts (M, D), which are normalised here. img_gid (N,), txt_gid (M,): groups.
+        """embeddings: images (N, D) and texts (M, D), normalised here. img_gid (N,), txt_gid (M,): groups, by default
+        the numbers from 0 on; of several ranks both or neither, without which image i and text i are positive.
 
         Returns {"total_loss", "logit_scale": t, "n_positives": of the global batch}.
         """
         image, text = (F.normalize(embeds, dim=-1) for embeds in embeddings)
-        if img_gid is None and txt_gid is None and self.loss.world_size == 1:
-            img_gid, txt_gid = (torch.arange(len(embeds), device=image.device) for embeds in (image, text))
+        img_gid, txt_gid = (
+            torch.arange(len(embeds), device=embeds.device) if gid is None and self.loss.world_size == 1 else gid
+            for embeds, gid in ((image, img_gid), (text, txt_gid))
+        )
         img_gid, txt_gid = (None if gid is None else gid.long() for gid in (img_gid, txt_gid))
         scale = self.logit_scale.clamp(math.log(0.01), math.log(100.0)).exp()
         loss = self.loss(image, text, scale, self.logit_bias, image_groups=img_gid, text_groups=txt_gid)
@@ -225,6 +228,12 @@ class _CountingLoss(_PlusLoss):
     """Keeps the number of positive pairs of the last call, of all ranks."""
 
     positives: Tensor
+
+    def _weight_of_positives(self, image_features, text_features, options, peers=None):
+        if options["image_groups"] is None:
+            count = len(image_features) if peers is None else sum(peers.images)
+            self.positives = torch.tensor(count, device=image_features.device)
+        return super()._weight_of_positives(image_features, text_features, options, peers)
 
     def _members(self, images, texts, peers):
         of_texts, of_images = super()._members(images, texts, peers)

@@ -122,6 +122,8 @@ def make_pairs(
     for argument, value in (("offset", offset), ("ignore", ignore)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise unsupported(operation, argument, f"is {given(value)}", "None or an integer")
+        if value is not None and not -(2**63) <= value < 2**63:
+            raise unsupported(operation, argument, f"is {value}", "integers of 64 bits")
     check_groups(operation, image_embeds, text_embeds, image_groups, text_groups)
     if image_groups is not None and offset is not None:
         raise unsupported(operation, "offset", f"is {offset} beside groups", "one of them")

@@ -93,13 +93,23 @@ def test_plus_without_groups_is_the_plain_loss_by_pairs() -> None:
     assert [name for name, _ in module.named_parameters()] == ["logit_scale"]
 
 
+def test_either_side_of_plus_may_have_groups() -> None:
+    x, y = features(4, 6)
+    texts = torch.tensor([1, 0, 1, 1, 5, 0])
+    found = siglip_kernel.SigLIPPlusLoss(temperature=0.25, bias_init=BIAS)((x, y), txt_gid=texts)
+    expected = plus_loss(x, y, list(range(4)), texts.tolist(), True, math.log(4))
+    assert found["total_loss"].item() == pytest.approx(expected, rel=1e-6) and found["n_positives"] == 5
+
+
 def _distributed(rank: int) -> dict[str, Tensor]:
     x, y = features(4, 6)
     groups = torch.tensor([0, 1, 1, 7]), torch.tensor([1, 0, 1, 1, 5, 0])
     here = dict(rank=rank, world_size=2, process_group=torch.distributed.group.WORLD)
     loss = siglip_kernel.DistributedSigLIPPlusLoss(temperature=0.25, bias_init=BIAS, **here)
     mine = [values.chunk(2)[rank] for values in (x, y, *groups)]
+    ungrouped = loss((mine[0], mine[1][:2]))["n_positives"]
     found = loss(mine[:2], *mine[2:])
+    found["ungrouped"] = ungrouped
     plain = siglip_kernel.DistributedSigLIPLoss(strategy="gather", **here)
     found["plain"] = plain(mine[0], mine[1][:2], torch.tensor(LOG_T).exp(), torch.tensor(BIAS))
     return found
@@ -110,7 +120,7 @@ def test_ranks_are_averaged_to_the_global_loss(tmp_path: Path) -> None:
     x, y = features(4, 6)
     expected = plus_loss(x, y, [0, 1, 1, 7], [1, 0, 1, 1, 5, 0], True, math.log(4))
     assert sum(each["total_loss"].item() for each in found) / 2 == pytest.approx(expected, rel=1e-6)
-    assert all(each["n_positives"] == 8 for each in found)
+    assert all(each["n_positives"] == 8 and each["ungrouped"] == 4 for each in found)
     y = y[[0, 1, 3, 4]]
     expected = sum(pair_loss(x[i], y[j], i == j) for i in range(4) for j in range(4)) / 4
     assert sum(each["plain"].item() for each in found) / 2 == pytest.approx(expected, rel=1e-6)

@@ -378,6 +378,7 @@ _GROUPS = torch.zeros(2, dtype=torch.int64)
         ({"image_groups": _GROUPS, "text_groups": _GROUPS, "offset": 0}, "offset is 0 beside groups"),
         ({"offset": 1.0}, "offset is 1.0"),
         ({"ignore": 0}, "ignore is 0 without groups"),
+        ({"ignore": 1 << 63, "image_groups": _GROUPS, "text_groups": _GROUPS}, "ignore is 9223372036854775808"),
         ({"positive_weight": -1.0}, "positive_weight is -1.0"),
         ({"negative_weight": float("inf")}, "negative_weight is inf"),
         ({"negative_weight": torch.ones(2)}, "negative_weight is Tensor"),
