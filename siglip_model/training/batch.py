@@ -36,6 +36,17 @@ class Batch:
                 "supported: (N, C, H, W) or (V, N, C, H, W)"
             )
 
+    @property
+    def images(self) -> int:
+        return self.pixel_values.shape[:-3].numel()
+
+    def inputs(self, most: int | None) -> list[dict[str, Tensor]]:
+        """The arguments of `Embedder`, in micro-batches of at most so many texts."""
+        size = len(self.input_ids) if most is None else most
+        views = self.pixel_values.ndim - 4
+        parts = zip(self.input_ids.split(size), self.pixel_values.split(size, dim=views), strict=True)
+        return [{"input_ids": ids, "pixel_values": pixels} for ids, pixels in parts]
+
     def to(self, device: torch.device) -> Batch:
         ids, pixels = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.pixel_values))
         return replace(self, input_ids=ids, pixel_values=pixels)

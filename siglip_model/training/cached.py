@@ -8,7 +8,7 @@ differentiated at once. It takes one more forward pass of the towers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,59 +58,80 @@ def cached_step(
     if not hasattr(siglip, "get_text_features") or hasattr(siglip, "unshard"):
         raise unsupported("cached_step", "model", f"is {type(model).__name__}", "a SiglipModel, alone or under DDP")
 
-    images = _pieces(
-        siglip.get_image_features,
-        micro_batch,
-        pixel_values=pixel_values,
-        pixel_attention_mask=pixel_attention_mask,
-        spatial_shapes=spatial_shapes,
-    )
-    texts = _pieces(siglip.get_text_features, micro_batch, input_ids=input_ids, attention_mask=attention_mask)
-    image_embeds, text_embeds = (
-        torch.cat([piece.first() for piece in side]).requires_grad_() for side in (images, texts)
-    )
+    def embed_texts(ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
+        return (unit_length(pooled(siglip.get_text_features(ids, mask, return_dict=True))),)
+
+    def embed_images(pixels: Tensor) -> tuple[Tensor]:
+        return (unit_length(pooled(siglip.get_image_features(pixels, return_dict=True))),)
+
     if loss is None:
-        if len(image_embeds) != len(text_embeds):
-            got = f"asks for the loss of {len(image_embeds)} images and {len(text_embeds)} texts"
+        if len(pixel_values) != len(input_ids):
+            got = f"asks for the loss of {len(pixel_values)} images and {len(input_ids)} texts"
             raise unsupported("cached_step", "loss", got, "as many images as texts, or a loss with groups")
         loss = siglip.ops.sigmoid_loss if siglip.global_loss is None else siglip.global_loss
-    value = loss(image_embeds, text_embeds, siglip.logit_scale.exp().squeeze(), siglip.logit_bias.squeeze())
-    with torch.autocast(value.device.type, enabled=False):
-        (value if scaler is None else scaler.scale(value)).backward()
-    for side, embeds in ((images, image_embeds), (texts, text_embeds)):
-        if embeds.grad is None:  # the loss does not depend on this side
-            continue
-        for piece, gradient in zip(side, embeds.grad.split(micro_batch), strict=True):
-            piece.again(gradient)
+    ids = input_ids.split(micro_batch)
+    masks = [None] * len(ids) if attention_mask is None else attention_mask.split(micro_batch)
+    images = [Piece(embed_images, pixels) for pixels in pixel_values.split(micro_batch)]
+    texts = [Piece(embed_texts, *both) for both in zip(ids, masks, strict=True)]
+
+    def whole(found: Sequence[Sequence[Tensor]]) -> Tensor:
+        image_embeds, text_embeds = (
+            torch.cat([embeds for (embeds,) in side]) for side in (found[: len(images)], found[len(images) :])
+        )
+        return loss(image_embeds, text_embeds, siglip.logit_scale.exp().squeeze(), siglip.logit_bias.squeeze())
+
+    value = cached_backward([*images, *texts], whole, scaler)
     if parallel is not None:
         _average_gradients(parallel)
+    return value
+
+
+def cached_backward(
+    pieces: Sequence[Piece],
+    loss: Callable[[Sequence[Sequence[Tensor]]], Tensor],
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """Add the gradients of a function of all pieces' results, with the graph of one piece at a time.
+
+    loss: from the results of each piece to a scalar. Returns it, without a graph.
+    """
+    value = loss([piece.first() for piece in pieces])
+    with torch.autocast(value.device.type, enabled=False):
+        (value if scaler is None else scaler.scale(value)).backward()
+    for piece in pieces:
+        piece.again()
     return value.detach()
 
 
-class _Piece:
-    """A micro-batch: its embeddings, then the same with a graph, as if drawn from the same random numbers."""
+class Piece:
+    """A function of a micro-batch that runs twice with the same random numbers, at first without a graph."""
 
-    def __init__(self, tower: Callable[..., Any], inputs: dict[str, Tensor]) -> None:
-        self.tower, self.inputs = tower, inputs
+    def __init__(self, compute: Callable[..., Sequence[Tensor]], *inputs: Any) -> None:
+        self.compute, self.inputs = compute, inputs
 
-    def _embed(self) -> Tensor:
-        return unit_length(pooled(self.tower(**self.inputs, return_dict=True)))
-
-    @torch.no_grad()
-    def first(self) -> Tensor:
+    def first(self) -> Sequence[Tensor]:
+        """The results, whose gradients `again` takes."""
         self.cpu_state = torch.get_rng_state()
-        self.devices, self.states = get_device_states(*self.inputs.values())
-        return self._embed()
+        self.devices, self.states = get_device_states(*self.inputs)
+        with torch.no_grad():
+            self.results = [result.detach().requires_grad_() for result in self.compute(*self.inputs)]
+        return self.results
 
-    def again(self, gradient: Tensor) -> None:
+    def again(self) -> None:
         """Adds the gradients of the parameters."""
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu_state)
             set_device_states(self.devices, self.states)
-            embeds = self._embed()
-        if embeds.requires_grad:  # not of a frozen tower
-            with torch.autocast(embeds.device.type, enabled=False):
-                embeds.backward(gradient)
+            results = self.compute(*self.inputs)
+        # There is no gradient of a frozen tower's results, nor of those that the loss does not use.
+        known = [
+            (result, before.grad)
+            for result, before in zip(results, self.results, strict=True)
+            if result.requires_grad and before.grad is not None
+        ]
+        if known:
+            with torch.autocast(known[0][0].device.type, enabled=False):
+                torch.autograd.backward([result for result, _ in known], [gradient for _, gradient in known])
 
 
 def _pieces(tower: Callable[..., Any], micro_batch: int, **inputs: Tensor | None) -> list[_Piece]:

@@ -31,11 +31,11 @@ CHECKPOINTS, FACTS, METADATA = "checkpoints", "run.json", ".metadata"
 class TrainingState:
     """The tensors of a run: weights, moments, averages."""
 
-    def __init__(self, objective: nn.Module, optimizers: list[Optimizer], average: AveragedModel | None) -> None:
-        self.objective, self.optimizers, self.average = objective, optimizers, average
+    def __init__(self, module: nn.Module, optimizers: list[Optimizer], average: AveragedModel | None) -> None:
+        self.module, self.optimizers, self.average = module, optimizers, average
 
     def tensors(self) -> dict[str, Any]:
-        weights, moments = get_state_dict(self.objective, self.optimizers)
+        weights, moments = get_state_dict(self.module, self.optimizers)
         state = {"weights": weights, "moments": moments}
         if self.average is not None:
             averages, _ = get_state_dict(self.average.module, [])
@@ -44,7 +44,7 @@ class TrainingState:
 
     def restore(self, state: dict[str, Any]) -> None:
         set_state_dict(
-            self.objective, self.optimizers, model_state_dict=state["weights"], optim_state_dict=state["moments"]
+            self.module, self.optimizers, model_state_dict=state["weights"], optim_state_dict=state["moments"]
         )
         if self.average is not None:
             set_state_dict(self.average.module, [], model_state_dict=state["averages"], optim_state_dict={})

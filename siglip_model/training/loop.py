@@ -23,10 +23,11 @@ from torch.optim.swa_utils import AveragedModel
 from siglip_model.model import SiglipModel
 from siglip_model.training.average import average_weights
 from siglip_model.training.batch import Batch, BatchSource, seed_of
-from siglip_model.training.checkpoints import CHECKPOINTS, Checkpoints, TrainingState
+from siglip_model.training.cached import Piece, cached_backward
+from siglip_model.training.checkpoints import Checkpoints, TrainingState
 from siglip_model.training.flops import flops_per_pair
 from siglip_model.training.log import RunLog
-from siglip_model.training.objective import Objective, clamp_scale, freeze
+from siglip_model.training.objective import Embedded, Embedder, clamp_scale, freeze, joined, mean_loss
 from siglip_model.training.optimizer import learning_rate_factor, make_optimizers, set_learning_rate
 from siglip_model.training.parallel import copy_to_ranks, make_loss, shard, whole_model, without_exchange
 from siglip_model.training.processes import Processes
@@ -84,7 +85,7 @@ def train(
     writes = run.processes.rank == 0
     shown = dict(writes=writes, show_progress=show_progress, tensorboard=config.tensorboard)
     with (
-        contextlib.closing(source(first * config.accumulate, position)) as batches,  # and with it the workers that read
+        contextlib.closing(source(first, position)) as batches,  # and with it the workers that read
         RunLog(directory, config.steps, first, **shown) as log,
     ):
         meter = _Meter(run)
@@ -156,50 +157,42 @@ class _Run:
     def __init__(self, model: SiglipModel, config: TrainingConfig, processes: Processes) -> None:
         self.config, self.processes = config, processes
         model.to(processes.device)
-        self.objective = Objective(
-            model, make_loss(config, processes), autocast=torch.bfloat16 if config.bfloat16 else None
-        )
+        self.embedder = Embedder(model, autocast=torch.bfloat16 if config.bfloat16 else None)
+        self.loss = make_loss(config, processes)
         self.training_mode()
         if config.recompute:
             model.activation_checkpointing_enable()
         self.average: AveragedModel | None = None
         if config.average_decay > 0:
-            self.average = average_weights(self.objective, config.average_decay)
+            self.average = average_weights(self.embedder, config.average_decay)
         if config.parallel == "fsdp":
-            for objective in (self.objective, *([self.average.module] if self.average else [])):
-                shard(objective, config, processes)  # type: ignore[arg-type]
+            for embedder in (self.embedder, *([self.average.module] if self.average else [])):
+                shard(embedder, config, processes)  # type: ignore[arg-type]
         self.optimizers: list[Optimizer] = make_optimizers(model, config)
-        self.state = TrainingState(self.objective, self.optimizers, self.average)
-        self.parallel = copy_to_ranks(self.objective, config, processes)
+        self.state = TrainingState(self.embedder, self.optimizers, self.average)
+        self.parallel = copy_to_ranks(self.embedder, config, processes)
         if config.compile:
-            self.objective.compile()
+            self.embedder.compile()
         self.bad_steps = self.bad_in_a_row = 0
 
     def training_mode(self) -> None:
-        self.objective.train()
-        freeze(self.objective.model, self.config.freeze)
+        self.embedder.train()
+        freeze(self.embedder.model, self.config.freeze)
 
     def averaged_model(self) -> SiglipModel:
-        return whole_model(self.objective if self.average is None else self.average.module)  # type: ignore[arg-type]
+        return whole_model(self.embedder if self.average is None else self.average.module)  # type: ignore[arg-type]
 
     def step(self, step: int, batches: Iterator[Batch], wants_to_stop: bool) -> _Outcome:
         """One update of the weights, unless the loss or the gradient of one rank is not finite."""
         config, processes = self.config, self.processes
         factor = learning_rate_factor(step, config)
         set_learning_rate(self.optimizers, factor)
-        taken, loss_sum = [], 0.0
-        for micro in range(config.accumulate):
-            number = step * config.accumulate + micro
-            batch = next(batches).to(processes.device)
-            torch.manual_seed(seed_of(config.seed, number) + processes.rank)  # of dropout
-            with without_exchange(self.parallel, last=micro == config.accumulate - 1):
-                loss = self.parallel(batch.input_ids, batch.pixel_values) / config.accumulate
-                loss.backward()
-            loss_sum += loss.item()
-            taken.append(batch)
-        norm = _value(nn.utils.clip_grad_norm_(self.objective.parameters(), config.gradient_clip))
-        fine = math.isfinite(loss_sum) and math.isfinite(norm)
-        loss_sum, fine_ranks, stopping = processes.sum(loss_sum, fine, wants_to_stop)
+        batch = next(batches).to(processes.device)
+        torch.manual_seed(seed_of(config.seed, step) + processes.rank)  # of dropout
+        loss = self.backward(batch).item()
+        norm = _value(nn.utils.clip_grad_norm_(self.embedder.parameters(), config.gradient_clip))
+        fine = math.isfinite(loss) and math.isfinite(norm)
+        loss_sum, fine_ranks, stopping = processes.sum(loss, fine, wants_to_stop)
         bad = fine_ranks < processes.world
         if bad:
             self.bad_steps += 1
@@ -208,9 +201,9 @@ class _Run:
             self.bad_in_a_row = 0
             for optimizer in self.optimizers:
                 optimizer.step()
-            clamp_scale(self.objective.model, config.max_scale)
+            clamp_scale(self.embedder.model, config.max_scale)
             if self.average is not None:
-                self.average.update_parameters(self.objective)
+                self.average.update_parameters(self.embedder)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return _Outcome(
@@ -219,11 +212,25 @@ class _Run:
             learning_rate=config.learning_rate * factor,
             bad=bad,
             stop=stopping > 0,
-            images=sum(batch.pixel_values.shape[:-3].numel() for batch in taken),
-            names=tuple(name for batch in taken for name in batch.names),
-            skipped=tuple(one for batch in taken for one in batch.skipped),
-            position=taken[-1].position,
+            images=batch.images,
+            names=batch.names,
+            skipped=batch.skipped,
+            position=batch.position,
         )
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Adds the gradients of the batch's loss, which it returns."""
+        parts = batch.inputs(self.config.micro_batch)
+        if len(parts) == 1:
+            loss = mean_loss(self.parallel(**parts[0]), self.loss)
+            loss.backward()
+            return loss.detach()
+        pieces = [Piece(self._embed, part, part is parts[-1]) for part in parts]
+        return cached_backward(pieces, lambda found: mean_loss(joined([Embedded(*one) for one in found]), self.loss))
+
+    def _embed(self, inputs: dict[str, Tensor], last: bool) -> Embedded:
+        with without_exchange(self.parallel, last):
+            return self.parallel(**inputs)
 
     def complaint(self, done: int, outcome: _Outcome) -> str:
         names = [name for names in self.processes.gather(outcome.names) for name in names]
@@ -242,7 +249,7 @@ class _Meter:
         self.restart()
         self.skipped: list[Skipped] = []
         self.peak = run.config.peak_tflops
-        self.flops = flops_per_pair(run.objective.model) if self.peak is not None else 0
+        self.flops = flops_per_pair(run.embedder.model) if self.peak is not None else 0
 
     def restart(self) -> None:
         self.images, self.started = 0, time.perf_counter()
@@ -259,7 +266,7 @@ class _Meter:
         """A line of the log. images_per_second: of all processes."""
         speed = self.images * self.run.processes.world / (time.perf_counter() - self.started)
         self.restart()
-        model = self.run.objective.model
+        model = self.run.embedder.model
         entry: dict[str, Any] = {
             "step": done,
             "loss": _finite(outcome.loss),

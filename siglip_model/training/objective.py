@@ -1,9 +1,11 @@
-"""What is trained: the model and its loss as one module, which DDP or FSDP wraps."""
+"""What is trained: a module from pairs to their embeddings, which DDP or FSDP wraps, and the loss of these."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,31 +15,46 @@ from siglip_model.model import SiglipModel
 from siglip_model.outputs import pooled, unit_length
 
 
-class Objective(nn.Module):
-    """Batch -> the sigmoid loss (Zhai et al. 2023, arXiv 2303.15343), a scalar: the mean over the views.
+class Embedded(NamedTuple):
+    """What the loss takes, in fp32: unit vectors images (V, N, D) and texts (N, D); t and b, scalars."""
 
-    autocast: the dtype of the towers' autocast, if any; embeddings and the loss stay in fp32.
-    """
+    images: Tensor
+    texts: Tensor
+    scale: Tensor
+    bias: Tensor
 
-    def __init__(
-        self, model: SiglipModel, loss: SigLipLoss | None = None, *, autocast: torch.dtype | None = None
-    ) -> None:
+
+class Embedder(nn.Module):
+    """The model as a function of pairs. autocast: the dtype of the towers' autocast, if any."""
+
+    def __init__(self, model: SiglipModel, *, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
-        self.loss = SigLipLoss() if loss is None else loss
         self.autocast = autocast
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Embedded:
         """input_ids: (N, length). pixel_values: (N, C, H, W), or (V, N, C, H, W) for V images of each text."""
         views = pixel_values if pixel_values.ndim == 5 else pixel_values[None]
         with torch.autocast(input_ids.device.type, self.autocast) if self.autocast else nullcontext():
             texts = pooled(self.model.get_text_features(input_ids))
             images = pooled(self.model.get_image_features(views.flatten(0, 1)))
         # A zero embedding, such as a new head may give, stays zero instead of ending the run with NaN.
-        texts = unit_length(texts.float(), eps=1e-12)  # [N, D]
-        images = unit_length(images.float(), eps=1e-12).unflatten(0, (len(views), -1))  # [V, N, D]
-        scale, bias = self.model.logit_scale.exp().squeeze(), self.model.logit_bias.squeeze()
-        return torch.stack([self.loss(view, texts, scale, bias) for view in images]).mean()
+        texts = unit_length(texts.float(), eps=1e-12)
+        images = unit_length(images.float(), eps=1e-12).unflatten(0, (len(views), -1))
+        # FSDP frees its copy of the parameters, of which the results must not be views.
+        return Embedded(images, texts, self.model.logit_scale.exp().squeeze(), self.model.logit_bias.squeeze().clone())
+
+
+def joined(parts: Sequence[Embedded]) -> Embedded:
+    """The embeddings of a batch from those of its micro-batches."""
+    images, texts, scales, biases = zip(*parts, strict=True)
+    return Embedded(torch.cat(images, dim=1), torch.cat(texts), scales[-1], biases[-1])
+
+
+def mean_loss(embedded: Embedded, loss: SigLipLoss) -> Tensor:
+    """The sigmoid loss (Zhai et al. 2023, arXiv 2303.15343), a scalar: the mean over the views."""
+    images, texts, scale, bias = embedded
+    return torch.stack([loss(view, texts, scale, bias) for view in images]).mean()
 
 
 def initialise_logits(model: SiglipModel) -> None:

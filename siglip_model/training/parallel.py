@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from siglip_kernels import SigLipLoss
 from siglip_model.model import SiglipModel
-from siglip_model.training.objective import Objective
+from siglip_model.training.objective import Embedder
 from siglip_model.training.processes import Processes
 from siglip_model.training.settings import TrainingConfig, refusal
 
@@ -25,7 +25,7 @@ def make_loss(config: TrainingConfig, processes: Processes) -> SigLipLoss:
     return SigLipLoss()
 
 
-def shard(objective: Objective, config: TrainingConfig, processes: Processes) -> None:
+def shard(embedder: Embedder, config: TrainingConfig, processes: Processes) -> None:
     """FSDP2, in place: one shard per layer, in bfloat16 if asked; what is left, t' and b among it, stays in fp32.
 
     Raises ValueError in a single process.
@@ -36,32 +36,31 @@ def shard(objective: Objective, config: TrainingConfig, processes: Processes) ->
     policy = MixedPrecisionPolicy()
     if config.bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for tower in (objective.model.vision_model, objective.model.text_model):
+    for tower in (embedder.model.vision_model, embedder.model.text_model):
         for layer in tower.encoder.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(objective, mesh=mesh)
+    fully_shard(embedder, mesh=mesh)
 
 
-def copy_to_ranks(objective: Objective, config: TrainingConfig, processes: Processes) -> nn.Module:
-    """The objective under DDP, or itself in a single process or if it is sharded."""
+def copy_to_ranks(embedder: Embedder, config: TrainingConfig, processes: Processes) -> nn.Module:
+    """The embedder under DDP, or itself in a single process or if it is sharded."""
     if processes.world == 1 or config.parallel == "fsdp":
-        return objective
-    on_gpu = processes.device.type == "cuda"
-    return DistributedDataParallel(objective, device_ids=[processes.device] if on_gpu else None)
+        return embedder
+    return DistributedDataParallel(embedder)
 
 
 def without_exchange(parallel: nn.Module, last: bool) -> AbstractContextManager:
-    """DDP exchanges gradients after the last of the accumulated batches alone."""
+    """DDP exchanges gradients after the last micro-batch alone; FSDP after each, so that they stay sharded."""
     if isinstance(parallel, DistributedDataParallel) and not last:
         return parallel.no_sync()
     return nullcontext()
 
 
-def whole_model(objective: Objective) -> SiglipModel:
-    """The model in eval mode: the objective's own, or on every rank a copy of a sharded one. A collective."""
-    if not isinstance(objective, FSDPModule):
-        return objective.model.eval()
-    sharded = objective.model
+def whole_model(embedder: Embedder) -> SiglipModel:
+    """The model in eval mode: the embedder's own, or on every rank a copy of a sharded one. A collective."""
+    if not isinstance(embedder, FSDPModule):
+        return embedder.model.eval()
+    sharded = embedder.model
     tensors = {name: _whole(tensor) for name, tensor in sharded.state_dict().items()}
     plain = SiglipModel(sharded.config, backend=sharded.backend)
     plain.load_state_dict(tensors)

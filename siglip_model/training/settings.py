@@ -44,7 +44,12 @@ class TrainingConfig:
     """How to train. A step is one update of the weights. Raises ValueError for values out of range."""
 
     steps: int = _setting("Optimizer steps.", least=1)
-    accumulate: int = _setting("Batches per step; each is compared within itself.", 1, least=1)
+    micro_batch: int | None = _setting(
+        "Pairs whose activations a process holds at a time; the loss stays that of the batch. none: all its pairs.",
+        None,
+        least=1,
+        may_change=True,
+    )
     learning_rate: float = _setting("Peak learning rate: linear warm-up, then a cosine to 0.", 1e-3, above=0)
     warmup_steps: int = _setting("Steps of warm-up.", 100, least=0)
     optimizer: str = _setting("adamw; or muon for the layers' matrices.", "adamw", choices=("adamw", "muon"))

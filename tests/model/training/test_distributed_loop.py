@@ -21,7 +21,7 @@ from siglip_model.training.settings import TrainingConfig
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 CONFIG = TrainingConfig(
-    steps=20, accumulate=2, warmup_steps=4, average_decay=0.9, layer_decay=0.9, max_scale=10.01, log_every=1
+    steps=20, micro_batch=2, warmup_steps=4, average_decay=0.9, layer_decay=0.9, max_scale=10.01, log_every=1
 )
 WAYS = {
     "ddp": CONFIG,
@@ -105,7 +105,7 @@ def test_two_processes_evaluate_as_one(together: tuple, evaluated: tuple) -> Non
 
 @pytest.mark.parametrize("name", WAYS)
 def test_two_processes_train_as_one(name: str, together: tuple, tmp_path: Path) -> None:
-    alone = dataclasses.replace(WAYS[name], parallel="ddp", recompute=False)
+    alone = dataclasses.replace(WAYS[name], parallel="ddp", recompute=False, micro_batch=None)
     expected = weights(train(tiny_model(), share(0, 1), alone, tmp_path).model)
     folder, by_rank = together
     tolerance = 1e-2 if alone.bfloat16 else 1e-5  # FSDP's layers hold bfloat16, where autocast rounds their products

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ import torch.nn.functional as F
 from coloured_squares import coloured_squares, log_of, tiny_model, weights
 from PIL import Image
 
+from siglip_kernels import SigLipLoss
 from siglip_model import SiglipModel
 from siglip_model.training.average import average_weights
 from siglip_model.training.batch import Batch, generated
 from siglip_model.training.loop import Trained
 from siglip_model.training.loop import train as train_on
-from siglip_model.training.objective import Objective, clamp_scale, freeze
+from siglip_model.training.objective import Embedder, clamp_scale, freeze, mean_loss
 from siglip_model.training.optimizer import layer_factor, learning_rate_factor, make_optimizers
 from siglip_model.training.settings import TrainingConfig
 from siglip_model.training.skipped import Skipped
@@ -45,7 +47,7 @@ def test_a_tiny_model_learns_to_name_colours(tmp_path):
     assert logits.argmax(1).tolist() == list(range(6))
 
 
-@pytest.mark.parametrize("more", [{"accumulate": 2}, {"optimizer": "muon", "freeze": "text"}, {"average_decay": 0.0}])
+@pytest.mark.parametrize("more", [{"micro_batch": 4}, {"optimizer": "muon", "freeze": "text"}, {"average_decay": 0.0}])
 def test_an_interrupted_run_ends_bitwise_where_an_uninterrupted_one_does(tmp_path, more):
     config = TrainingConfig(steps=9, warmup_steps=3, log_every=1, save_every=4, **more)
     whole = train(tiny_model(), config, tmp_path / "whole").model
@@ -113,6 +115,30 @@ def test_a_run_that_is_killed_resumes_from_its_last_complete_checkpoint(where, l
     assert log_of(tmp_path) == log_of(folder)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"freeze": "vision", "recompute": True, "average_decay": 0.0},
+        {"freeze": "text", "optimizer": "muon"},
+        pytest.param({"compile": True}, marks=pytest.mark.thorough),
+    ],
+)
+def test_micro_batches_train_as_the_whole_batch_does(more, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    seen, losses, ends = [], [], []
+    for micro_batch in (None, 4):
+        config = TrainingConfig(steps=5, warmup_steps=2, log_every=1, micro_batch=micro_batch, **more)
+        model = tiny_model()
+        if not config.compile:  # which would recompile for the hook
+            model.text_model.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+        ends.append(weights(train(model, config, tmp_path / str(micro_batch)).model))
+        losses.append([entry["loss"] for entry in log_of(tmp_path / str(micro_batch))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert (ends[0] - ends[1]).norm() < 1e-2 * (ends[0] - weights(tiny_model())).norm()
+    assert seen == ([] if more.get("compile") else [6] * 5 + [4, 2, 4, 2] * 5)
+
+
 def test_a_run_that_should_stop_saves_first(tmp_path):
     config = TrainingConfig(steps=6, warmup_steps=1, log_every=1)
     asked = iter([False, False, True])
@@ -159,20 +185,21 @@ def test_loss_is_the_papers_over_each_view():
             F.softplus(-logits[i, j] if i == j else logits[i, j]) for i in range(len(texts)) for j in range(len(texts))
         ]
         expected.append(sum(terms) / len(texts))
-    loss = Objective(model)(batch.input_ids, pixels)
+    loss = mean_loss(Embedder(model)(batch.input_ids, pixels), SigLipLoss())
     torch.testing.assert_close(loss.double(), sum(expected) / 2, atol=1e-5, rtol=1e-5)
 
 
 def test_one_view_needs_no_dimension_of_its_own():
-    objective, batch = Objective(tiny_model()), coloured_squares(0, torch.Generator().manual_seed(0))
-    flat, nested = (objective(batch.input_ids, pixels) for pixels in (batch.pixel_values[0], batch.pixel_values[:1]))
-    assert torch.equal(flat, nested)
+    embedder, batch = Embedder(tiny_model()), coloured_squares(0, torch.Generator().manual_seed(0))
+    flat, nested = (embedder(batch.input_ids, pixels) for pixels in (batch.pixel_values[0], batch.pixel_values[:1]))
+    assert torch.equal(flat.images, nested.images)
 
 
 def test_bfloat16_is_close_and_keeps_float32_weights(tmp_path):
     model, batch = tiny_model(), coloured_squares(0, torch.Generator().manual_seed(0))
     inputs = batch.input_ids, batch.pixel_values
-    exact, rounded = Objective(model)(*inputs), Objective(model, autocast=torch.bfloat16)(*inputs)
+    embedders = Embedder(model), Embedder(model, autocast=torch.bfloat16)
+    exact, rounded = (mean_loss(embedder(*inputs), SigLipLoss()) for embedder in embedders)
     assert rounded.dtype == torch.float32
     assert exact.item() != rounded.item()
     torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
