@@ -12,10 +12,16 @@ TARGETS = r".*encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 
 def add_adapters(model: SiglipModel, rank: int) -> None:
     """Adapters in place, scaled by 2; they, t' and b alone are trained. Raises RuntimeError without PEFT."""
-    peft = _peft()
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
+    config = _peft().LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)
+    _peft().inject_adapter_in_model(config, model)
     model.logit_scale.requires_grad_(True)
     model.logit_bias.requires_grad_(True)
+
+
+def add_same_adapters(model: SiglipModel, source: SiglipModel) -> None:
+    """Gives the model adapters where `source` has them, if it has any, with weights of their own."""
+    for config in getattr(source, "peft_config", {}).values():
+        _peft().inject_adapter_in_model(config, model)
 
 
 def merged(model: SiglipModel) -> SiglipModel:
@@ -33,7 +39,13 @@ def _peft() -> Any:
     try:
         import peft
     except ModuleNotFoundError as error:
-        if error.name != "peft":  # transformers, which PEFT imports, cannot import something
-            raise
-        raise RuntimeError("lora_rank (--lora-rank) needs pip install 'siglip-triton[lora]'") from error
+        if error.name == "peft":
+            raise RuntimeError("lora_rank (--lora-rank) needs pip install 'siglip-triton[lora]'") from error
+        raise RuntimeError(f"lora_rank (--lora-rank): PEFT cannot be imported: {_first_cause(error)}") from error
     return peft
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What transformers, which PEFT imports, could not import: it raises another error, which names a class instead."""
+    before = error.__cause__ or error.__context__
+    return error if before is None else _first_cause(before)

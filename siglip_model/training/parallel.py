@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from siglip_kernels import SigLipLoss
 from siglip_model.model import SiglipModel
+from siglip_model.training.lora import add_same_adapters
 from siglip_model.training.objective import Embedder
 from siglip_model.training.processes import Processes
 from siglip_model.training.settings import TrainingConfig, refusal
@@ -62,7 +63,8 @@ def whole_model(embedder: Embedder) -> SiglipModel:
         return embedder.model.eval()
     sharded = embedder.model
     tensors = {name: _whole(tensor) for name, tensor in sharded.state_dict().items()}
-    plain = SiglipModel(sharded.config, backend=sharded.backend)
+    plain = type(sharded)(sharded.config, backend=sharded.backend)
+    add_same_adapters(plain, sharded)
     plain.load_state_dict(tensors)
     return plain.to(sharded.device).eval()
 

@@ -89,8 +89,6 @@ class TrainingConfig:
                 raise refusal(field.name, value, field.metadata["supported"])
         if self.warmup_steps > self.steps:
             raise refusal("warmup_steps", self.warmup_steps, f"0 to steps={self.steps}")
-        if self.optimizer == "muon" and self.parallel == "fsdp":
-            raise refusal("optimizer", self.optimizer, "adamw with parallel=fsdp")
 
     def identity(self) -> dict[str, Any]:
         """The values that must be equal for a run to resume."""
@@ -122,8 +120,6 @@ class RunSettings(TrainingConfig):
         super().__post_init__()
         if self.evaluate_every and self.evaluation_data is None:
             raise refusal("evaluate_every", self.evaluate_every, "0 without evaluation_data")
-        if self.lora_rank and self.parallel == "fsdp":
-            raise refusal("lora_rank", self.lora_rank, "0 with parallel=fsdp")
 
     def save(self, path: Path) -> None:
         """Write the settings as TOML, which `--config` reads, atomically."""

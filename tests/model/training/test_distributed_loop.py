@@ -1,6 +1,7 @@
 """The trainer on two processes, under DDP and FSDP2: the losses of one process, and its weights and scores."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from siglip_model import SiglipModel, SiglipProcessor
 from siglip_model.training.batch import Batch, generated
 from siglip_model.training.evaluation.run import evaluate_on
 from siglip_model.training.loop import train
+from siglip_model.training.lora import add_adapters
 from siglip_model.training.processes import Processes, processes_of_group
 from siglip_model.training.settings import TrainingConfig
 
@@ -27,8 +29,24 @@ WAYS = {
     "ddp": CONFIG,
     "fsdp": dataclasses.replace(CONFIG, parallel="fsdp", recompute=True),
     "fsdp, bf16": dataclasses.replace(CONFIG, steps=3, warmup_steps=0, parallel="fsdp", bfloat16=True),
-    "muon": dataclasses.replace(CONFIG, steps=3, warmup_steps=0, optimizer="muon", freeze="vision"),
+    "fsdp, muon, lit": dataclasses.replace(
+        CONFIG, steps=3, warmup_steps=0, parallel="fsdp", optimizer="muon", freeze="vision"
+    ),
+    "fsdp, lora": dataclasses.replace(CONFIG, steps=3, warmup_steps=0, parallel="fsdp"),
 }
+
+
+if importlib.util.find_spec("peft") is None:
+    del WAYS["fsdp, lora"]
+
+
+def model_for(name: str, seed: int = 0) -> SiglipModel:
+    model = tiny_model(seed)
+    if "lora" in name:
+        import torchvision_operators  # noqa: F401
+
+        add_adapters(model, 4)
+    return model
 
 
 def share(rank: int, world: int) -> Any:
@@ -61,7 +79,7 @@ def one_of_two(rank: int, folder: Path, data: dict[str, Path], checkpoint: Path)
         config = dataclasses.replace(config, save_every=7)
         if name == "fsdp":  # interrupted and resumed
             train(tiny_model(), share(rank, 2), config, folder / name, processes=processes, stop_after=10)
-        model = tiny_model(seed=3 if name == "fsdp" else 0)
+        model = model_for(name, seed=3 if name == "fsdp" else 0)
         found[name] = weights(train(model, share(rank, 2), config, folder / name, processes=processes).model)
     return found
 
@@ -106,7 +124,7 @@ def test_two_processes_evaluate_as_one(together: tuple, evaluated: tuple) -> Non
 @pytest.mark.parametrize("name", WAYS)
 def test_two_processes_train_as_one(name: str, together: tuple, tmp_path: Path) -> None:
     alone = dataclasses.replace(WAYS[name], parallel="ddp", recompute=False, micro_batch=None)
-    expected = weights(train(tiny_model(), share(0, 1), alone, tmp_path).model)
+    expected = weights(train(model_for(name), share(0, 1), alone, tmp_path).model)
     folder, by_rank = together
     tolerance = 1e-2 if alone.bfloat16 else 1e-5  # FSDP's layers hold bfloat16, where autocast rounds their products
     losses, expected_losses = ([entry["loss"] for entry in log_of(path)] for path in (folder / name, tmp_path))
@@ -114,7 +132,8 @@ def test_two_processes_train_as_one(name: str, together: tuple, tmp_path: Path) 
     assert losses == pytest.approx(expected_losses, rel=tolerance)
     if alone.bfloat16:
         return
+    # AdamW magnifies rounding in gradients that are nearly 0; Muon computes in bfloat16, on shards in another order.
+    tolerance = 5e-2 if alone.optimizer == "muon" else 1e-2
     for found in by_rank:
-        # AdamW and Muon magnify rounding in gradients that are nearly 0.
-        assert (found[name] - expected).norm() < 1e-2 * (expected - weights(tiny_model())).norm()
+        assert (found[name] - expected).norm() < tolerance * (expected - weights(model_for(name))).norm()
     torch.testing.assert_close(by_rank[0][name], by_rank[1][name], rtol=0, atol=0)

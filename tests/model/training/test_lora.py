@@ -1,5 +1,7 @@
 """Adapters: what they train, and what is left when they are merged."""
 
+import builtins
+
 import pytest
 import torch
 from coloured_squares import coloured_squares, tiny_model
@@ -8,6 +10,18 @@ from siglip_model.training.batch import generated
 from siglip_model.training.loop import train
 from siglip_model.training.lora import add_adapters, merged
 from siglip_model.training.settings import TrainingConfig
+
+
+def test_what_peft_cannot_import_is_named(monkeypatch):
+    def fails(name, *_):
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'") from error
+
+    monkeypatch.setattr(builtins, "__import__", fails)
+    with pytest.raises(RuntimeError, match=r"--lora-rank\): PEFT cannot be imported: operator torchvision::nms does"):
+        add_adapters(None, 4)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
