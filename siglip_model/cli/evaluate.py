@@ -41,16 +41,20 @@ def evaluate(
     retrieval among 1, 5 and 10. Under torchrun the processes share the work.
     """
     with errors_in_one_line():
-        from siglip_model.model import SiglipModel
+        from siglip_model.auto import AutoModelForZeroShotImageClassification, AutoProcessor
+        from siglip_model.fit import check_fit
         from siglip_model.training.evaluation.run import evaluate_on
-        from siglip_model.training.preparation import load_processor
         from siglip_model.training.processes import joined_processes
 
         with joined_processes("auto" if device is None else device) as processes:
-            processor = load_processor(model)
+            processor = AutoProcessor.from_pretrained(model)
+            loaded = AutoModelForZeroShotImageClassification.from_pretrained(
+                model, backend=backend, dtype=dtype, device_map=processes.device
+            )
+            check_fit(loaded.config, processor.tokenizer, processor.image_processor, model)
             result = evaluate_on(
                 data,
-                SiglipModel.from_pretrained(model, backend=backend, dtype=dtype, device_map=processes.device),
+                loaded,
                 processor,
                 templates=template,
                 batch_size=batch_size,

@@ -17,9 +17,10 @@ class Batch:
     """N texts, and one or more images of each.
 
     input_ids: int64 (N, length). pixel_values: (V, N, C, H, W), where image [v, n] belongs to text n, or (N, C, H, W)
-    for one view. The text tower runs once for all views. names: of the samples. skipped: the samples left out since the
-    batch before. position: what the source needs, beside the next batch's number, to resume after this batch; JSON.
-    Raises ValueError for shapes that do not match.
+    for one view. The text tower runs once for all views. At native resolution pixel_values, (N, P, values) for one
+    view, pixel_attention_mask and spatial_shapes are those of `Siglip2VisionModel`. names: of the samples. skipped: the
+    samples left out since the batch before. position: what the source needs, beside the next batch's number, to resume
+    after this batch; JSON. Raises ValueError for shapes that do not match.
     """
 
     input_ids: Tensor
@@ -27,27 +28,36 @@ class Batch:
     names: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     position: Any = None
+    pixel_attention_mask: Tensor | None = None
+    spatial_shapes: Tensor | None = None
 
     def __post_init__(self) -> None:
-        views, texts = self.pixel_values.shape[:-3], self.input_ids.shape[0]
-        if len(views) not in (1, 2) or views[-1] != texts:
+        native = self.spatial_shapes is not None
+        views, texts = self.pixel_values.shape[: -2 if native else -3], self.input_ids.shape[0]
+        if len(views) not in ((1,) if native else (1, 2)) or views[-1] != texts:
+            supported = "(N, P, values)" if native else "(N, C, H, W) or (V, N, C, H, W)"
             raise ValueError(
-                f"Batch: pixel_values {tuple(self.pixel_values.shape)} for {texts} texts; "
-                "supported: (N, C, H, W) or (V, N, C, H, W)"
+                f"Batch: pixel_values {tuple(self.pixel_values.shape)} for {texts} texts; supported: {supported}"
             )
 
     @property
     def images(self) -> int:
-        return self.pixel_values.shape[:-3].numel()
+        """Views times texts."""
+        return self.pixel_values.shape[: -2 if self.spatial_shapes is not None else -3].numel()
 
     def inputs(self, most: int | None) -> list[dict[str, Tensor]]:
         """The arguments of `Embedder`, in micro-batches of at most so many texts."""
         size = len(self.input_ids) if most is None else most
-        views = self.pixel_values.ndim - 4
-        parts = zip(self.input_ids.split(size), self.pixel_values.split(size, dim=views), strict=True)
-        return [{"input_ids": ids, "pixel_values": pixels} for ids, pixels in parts]
+        views = self.pixel_values.ndim == 5
+        parts = {"input_ids": self.input_ids.split(size), "pixel_values": self.pixel_values.split(size, dim=int(views))}
+        if self.spatial_shapes is not None:
+            parts["spatial_shapes"] = self.spatial_shapes.split(size)
+        if self.pixel_attention_mask is not None:
+            parts["pixel_attention_mask"] = self.pixel_attention_mask.split(size)
+        return [dict(zip(parts, tensors, strict=True)) for tensors in zip(*parts.values(), strict=True)]
 
     def to(self, device: torch.device) -> Batch:
+        """On the device but for the mask and the shapes, which models read on the CPU without waiting for a GPU."""
         ids, pixels = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.pixel_values))
         return replace(self, input_ids=ids, pixel_values=pixels)
 

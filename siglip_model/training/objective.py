@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,12 @@ class Embedder(nn.Module):
         self.model = model
         self.autocast = autocast
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Embedded:
-        """input_ids: (N, length). pixel_values: (N, C, H, W), or (V, N, C, H, W) for V images of each text."""
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, **shapes: Any) -> Embedded:
+        """Arguments: tensors of a `Batch`. shapes: those that say, at native resolution, how large images are."""
         views = pixel_values if pixel_values.ndim == 5 else pixel_values[None]
         with torch.autocast(input_ids.device.type, self.autocast) if self.autocast else nullcontext():
             texts = pooled(self.model.get_text_features(input_ids))
-            images = pooled(self.model.get_image_features(views.flatten(0, 1)))
+            images = pooled(self.model.get_image_features(views.flatten(0, 1), **shapes))
         # A zero embedding, such as a new head may give, stays zero instead of ending the run with NaN.
         texts = unit_length(texts.float(), eps=1e-12)
         images = unit_length(images.float(), eps=1e-12).unflatten(0, (len(views), -1))

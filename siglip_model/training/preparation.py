@@ -11,26 +11,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from siglip_model.auto import AutoProcessor
-from siglip_model.processor import Siglip2Processor, SiglipProcessor
+from siglip_model.images.model_inputs import Inputs, join, prepare
+from siglip_model.processor import SiglipProcessor
 from siglip_model.training.batch import Batch
 from siglip_model.training.skipped import Skipped
 
 
-def load_processor(checkpoint: str) -> SiglipProcessor:
-    """The processor of a checkpoint. Raises ValueError for one at native resolution (NaFlex)."""
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    if isinstance(processor, Siglip2Processor):
-        raise ValueError(f"model (--model) {checkpoint} takes images at native resolution; supported: fixed resolution")
-    return processor
-
-
 class Prepared(NamedTuple):
-    """One pair. input_ids: int64 (length,). pixel_values: float32 (C, H, W)."""
+    """One pair. input_ids: int64 (length,). image: the model's arguments, a batch of one."""
 
     name: str
     input_ids: Tensor
-    pixel_values: Tensor
+    image: Inputs
 
 
 @dataclass(frozen=True)
@@ -59,8 +51,7 @@ class Preparation:
             image = image.crop((left, top, left + width, top + height))
         if self.flip and chance.random() < 0.5:
             image = ImageOps.mirror(image)
-        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
-        return Prepared(name, self.encode([caption])[0], pixels)
+        return Prepared(name, self.encode([caption])[0], prepare(self.processor.image_processor, image))
 
     def encode(self, texts: list[str]) -> Tensor:
         """Token ids, int64 (n, length), padded as the model was trained."""
@@ -82,8 +73,8 @@ def collate(pairs: Sequence[Prepared], skipped: Sequence[Skipped] = (), position
     """A batch of pairs."""
     return Batch(
         torch.stack([pair.input_ids for pair in pairs]),
-        torch.stack([pair.pixel_values for pair in pairs]),
-        tuple(pair.name for pair in pairs),
-        tuple(skipped),
-        position,
+        names=tuple(pair.name for pair in pairs),
+        skipped=tuple(skipped),
+        position=position,
+        **join([pair.image for pair in pairs]),
     )

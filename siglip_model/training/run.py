@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from siglip_model.auto import AutoConfig
+from siglip_model.auto import AutoConfig, AutoModelForZeroShotImageClassification, AutoProcessor
 from siglip_model.fit import check_fit
 from siglip_model.model import SiglipModel
 from siglip_model.processor import SiglipProcessor
@@ -26,7 +26,7 @@ from siglip_model.training.log import CURVES, LOG, SKIPPED
 from siglip_model.training.loop import Trained, train
 from siglip_model.training.lora import add_adapters, merged
 from siglip_model.training.objective import initialise_logits
-from siglip_model.training.preparation import Preparation, load_processor
+from siglip_model.training.preparation import Preparation
 from siglip_model.training.processes import Processes, joined_processes
 from siglip_model.training.settings import RunSettings, read_settings, refusal
 from siglip_model.training.shards import find_shards, is_shards, shard_batches
@@ -100,13 +100,15 @@ def _check_new(out: Path) -> None:
 
 def load(settings: RunSettings, processes: Processes) -> tuple[SiglipModel, SiglipProcessor]:
     """The model in fp32 and the processor of the checkpoint; with weights="random" a new model of its configuration."""
-    processor = load_processor(settings.model)
-    torch.manual_seed(settings.seed)  # of new weights and adapters
+    processor = AutoProcessor.from_pretrained(settings.model)
+    auto = AutoModelForZeroShotImageClassification  # a SiglipModel or a Siglip2Model
     if settings.weights == "random":
-        model = SiglipModel(AutoConfig.from_pretrained(settings.model), backend="eager").to(processes.device)
+        torch.manual_seed(settings.seed)
+        config = AutoConfig.from_pretrained(settings.model)
+        model: Any = auto.from_config(config, backend="eager", dtype=torch.float32).to(processes.device)
         model.set_backend(settings.backend)
     else:
-        model = SiglipModel.from_pretrained(
+        model = auto.from_pretrained(
             settings.model, backend=settings.backend, dtype=torch.float32, device_map=processes.device
         )
     if settings.paper_logits or settings.weights == "random":

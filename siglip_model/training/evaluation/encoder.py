@@ -11,6 +11,7 @@ from torch import Tensor
 
 from siglip_model.images.batches import Failure, read_batches
 from siglip_model.images.files import load_image
+from siglip_model.images.model_inputs import Inputs, join, prepare, to_model
 from siglip_model.model import SiglipModel
 from siglip_model.outputs import pooled, unit_length
 from siglip_model.processor import SiglipProcessor
@@ -44,8 +45,8 @@ class Encoder:
         source: the image of an item, as `load_image` takes it. Threads read ahead, a bounded number.
         """
 
-        def read(item: Item) -> Tensor:
-            return self.processor.image_processor(load_image(source(item)), return_tensors="pt")["pixel_values"][0]
+        def read(item: Item) -> Inputs:
+            return prepare(self.processor.image_processor, load_image(source(item)))
 
         workers = max(1, min(8, (os.cpu_count() or 1) // 2))
         for batch in read_batches(items, read, batch_size=self.batch_size, workers=workers):
@@ -54,5 +55,5 @@ class Encoder:
                 yield Skipped(name(batch.item), reason), torch.empty(0)
                 continue
             with torch.no_grad():
-                pixels = torch.stack(batch.values).to(self.model.device)
-                yield batch.items, unit_length(pooled(self.model.get_image_features(pixels)).float())
+                inputs: Any = to_model(join(batch.values), self.model.device, self.model.dtype)
+                yield batch.items, unit_length(pooled(self.model.get_image_features(**inputs)).float())

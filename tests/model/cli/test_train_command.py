@@ -121,7 +121,9 @@ def test_what_is_wrong_is_one_line(siglip, settings, tmp_path, arguments, messag
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_native_resolution_is_refused(siglip, settings, checkpoint, folder, tmp_path, command):
+def test_a_processor_of_another_resolution_than_the_models_is_refused(
+    siglip, settings, checkpoint, folder, tmp_path, command
+):
     native = tmp_path / "native"
     shutil.copytree(checkpoint, native)
     Siglip2ImageProcessor().save_pretrained(native)
@@ -129,7 +131,7 @@ def test_native_resolution_is_refused(siglip, settings, checkpoint, folder, tmp_
     more = ["--data", folder] if command == "evaluate" else ["--config", settings, "--out", tmp_path / "run"]
     done = siglip(command, *more, "--model", native)
     assert done.exit_code == 2 and one_line(done.stderr)
-    assert "native takes images at native resolution; supported: fixed resolution" in done.stderr
+    assert "the image processor is a Siglip2ImageProcessor; supported by the model: SiglipImageProc" in done.stderr
 
 
 def test_a_folder_of_something_else_is_refused(siglip, settings, tmp_path):
