@@ -12,7 +12,7 @@ from siglip_model.checkpoints.atomic import atomic_write
 from siglip_model.checkpoints.commit import CONFIG_NAME
 from siglip_model.checkpoints.errors import CheckpointError, naming, shortened
 from siglip_model.checkpoints.fields import Field, check_fields, shown
-from siglip_model.checkpoints.hub import HUB_ARGUMENTS, resolve_file
+from siglip_model.checkpoints.hub import HUB_ARGUMENTS, checkpoint_within, resolve_file
 
 # Bytes: bounds the time and the memory of parsing. tokenizer.json of SigLIP 2 has 34 MB.
 LARGEST_JSON, LARGEST_TOKENIZER_JSON = 4 * 2**20, 48 * 2**20
@@ -109,7 +109,8 @@ def load_config_dict(path_or_id: str | os.PathLike[str], own_type: str = "", **h
     path = json_file(path_or_id) or resolve_file(path_or_id, CONFIG_NAME, **hub)
     if path is None:
         where = os.path.join(path_or_id, hub.get("subfolder") or "")
-        raise CheckpointError(f"{where.rstrip(os.sep)} has no {CONFIG_NAME}; give the configuration as config=")
+        hint = checkpoint_within(where) or "; give the configuration as config="
+        raise CheckpointError(f"{where.rstrip(os.sep)} has no {CONFIG_NAME}{hint}")
     content = read_json_object(path)
     model_type = content.get("model_type", MODEL_TYPES[0])
     if model_type not in (*MODEL_TYPES, own_type):

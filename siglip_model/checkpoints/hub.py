@@ -117,6 +117,18 @@ def _similar_directory(name: str) -> str:
     return f"; there is a directory {os.path.join(parent, similar[0])}" if similar else ""
 
 
+def checkpoint_within(path_or_id: str | os.PathLike[str]) -> str:
+    """For an error: the checkpoint that a directory without one holds, as a run's does in model/; or nothing."""
+    directory = os.path.expanduser(path_or_id)
+    try:
+        with os.scandir(directory) as entries:
+            names = sorted(entry.name for entry in islice(entries, 1000) if entry.is_dir())
+    except OSError:  # of a Hub id
+        return ""
+    found = (path for name in names if os.path.isfile((path := os.path.join(directory, name)) + "/config.json"))
+    return next((f"; there is a checkpoint in {path}" for path in found), "")
+
+
 def _resolve_on_hub(
     repository: str,
     filename: str,

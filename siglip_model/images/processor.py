@@ -25,6 +25,7 @@ from siglip_model.checkpoints.files import (
     to_json,
     write_file,
 )
+from siglip_model.checkpoints.hub import checkpoint_within
 from siglip_model.checkpoints.upload import check_upload_arguments, save_and_upload, upload
 from siglip_model.images.inputs import LAYOUTS, flatten_images, to_levels
 from siglip_model.images.options import (
@@ -353,6 +354,7 @@ def read_settings(path_or_id: str | os.PathLike[str], hub: dict[str, Any], kinds
         if alone is None:
             raise CheckpointError(
                 f"{path_or_id} has neither {ImageProcessor.file_name} nor a {PROCESSOR_NAME} with an image processor"
+                f"{checkpoint_within(path_or_id)}"
             )
         settings = alone
     if kind_of(settings) not in ("", *kinds):

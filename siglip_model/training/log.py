@@ -28,7 +28,9 @@ class RunLog:
     ) -> None:
         self.writes, self.folder = writes, folder
         self.path, self.skipped_path = folder / LOG, folder / SKIPPED
-        self.board = _summary_writer(folder / TENSORBOARD, first) if writes and tensorboard else None
+        self.board = None
+        if writes and tensorboard:
+            self.board = summary_writer()(str(folder / TENSORBOARD), purge_step=first + 1)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self.progress = Progress(*columns, disable=not (writes and show_progress and sys.stderr.isatty()))
         self.bar = self.progress.add_task("training", total=total, completed=first)
@@ -60,8 +62,13 @@ class RunLog:
         self.skipped |= new.keys()
         self._append(self.skipped_path, [{"step": step, **one._asdict()} for one in new.values()])
 
-    def show(self, done: int, loss: float, speed: float) -> None:
-        self.progress.update(self.bar, completed=done, description=f"loss {loss:.3f}  {speed:.0f} images/s")
+    def show(self, entry: dict[str, Any]) -> None:
+        """Shows a line of the log on the terminal."""
+        loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.3f}"
+        text = f"loss {loss}  {entry['images_per_second']:.0f} images/s"
+        if "mfu" in entry:
+            text += f"  {entry['mfu']:.1%} MFU"
+        self.progress.update(self.bar, completed=entry["step"], description=text)
 
     def _append(self, path: Path, entries: list[dict[str, Any]]) -> None:
         if self.writes and entries:
@@ -78,12 +85,13 @@ class RunLog:
             self.board.close()
 
 
-def _summary_writer(folder: Path, first: int) -> Any:
+def summary_writer() -> Any:
+    """TensorBoard's class. Raises RuntimeError without it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise RuntimeError("tensorboard (--tensorboard) needs pip install 'siglip-triton[tensorboard]'") from error
-    return SummaryWriter(str(folder), purge_step=first + 1)
+    return SummaryWriter
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ def train(
             if logs:
                 entry = meter.read(done, outcome)
                 log.write({**entry, "skipped": len(log.skipped)})
-                log.show(done, outcome.loss, entry["images_per_second"])
+                log.show(entry)
             if run.bad_in_a_row == config.max_bad_steps:
                 checkpoints.wait()
                 raise FloatingPointError(run.complaint(done, outcome))

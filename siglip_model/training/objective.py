@@ -40,9 +40,9 @@ class Embedder(nn.Module):
             images = pooled(self.model.get_image_features(views.flatten(0, 1), **shapes))
         # A zero embedding, such as a new head may give, stays zero instead of ending the run with NaN.
         texts = unit_length(texts.float(), eps=1e-12)
-        images = unit_length(images.float(), eps=1e-12).unflatten(0, (len(views), -1))
-        # FSDP frees its copy of the parameters, of which the results must not be views.
-        return Embedded(images, texts, self.model.logit_scale.exp().squeeze(), self.model.logit_bias.squeeze().clone())
+        images = unit_length(images.float().unflatten(0, (len(views), -1)), eps=1e-12)
+        # No views: FSDP frees its copy of the parameters, and hooks the results.
+        return Embedded(images, texts, self.model.logit_scale.squeeze().exp(), self.model.logit_bias.squeeze().clone())
 
 
 def joined(parts: Sequence[Embedded]) -> Embedded:

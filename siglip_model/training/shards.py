@@ -26,6 +26,8 @@ from siglip_model.training.loader import load_batches
 from siglip_model.training.preparation import Preparation, Prepared, collate
 from siglip_model.training.skipped import Skipped
 
+_ADJACENT = " next to it; in a shard the files of a sample must follow one another"
+
 
 def is_shards(data: str) -> bool:
     """Whether `data` names shards instead of a folder."""
@@ -119,7 +121,7 @@ def sample_captions(sample: dict[str, Any]) -> list[str]:
         if isinstance(content, dict):
             captions = clean_captions(first_of(CAPTION_COLUMNS, content))
     if not captions:
-        raise ValueError("has no caption")
+        raise ValueError("has no caption" + ("" if {"txt", "json"} & sample.keys() else _ADJACENT))
     return captions
 
 
@@ -127,7 +129,7 @@ def sample_image(sample: dict[str, Any]) -> Any:
     """The decoded image. Raises ValueError if it is broken or there is none."""
     content = next((value for key, value in sample.items() if f".{key}" in IMAGE_SUFFIXES), None)
     if content is None:
-        raise ValueError("has no image")
+        raise ValueError(f"has no image{_ADJACENT}")
     return decode_image(content, sample_name(sample))
 
 

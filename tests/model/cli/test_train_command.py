@@ -65,6 +65,10 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(siglip, settings, fol
     scores = json.loads(found.stdout)
     assert {**scores, "task": ""} == {**log[-1]["evaluation"], "task": ""}
 
+    above = siglip("evaluate", "--data", folder, "--model", out)
+    assert above.exit_code == 2 and one_line(above.stderr)
+    assert f"{out} has neither" in above.stderr and f"; there is a checkpoint in {out / 'model'}" in above.stderr
+
     again = siglip("train", "--config", settings, "--out", out, "--learning-rate", "2e-3")
     assert again.exit_code == 2 and one_line(again.stderr)
     assert "is of another run (learning_rate was 0.001, is 0.002)" in again.stderr
@@ -118,6 +122,14 @@ def test_what_is_wrong_is_one_line(siglip, settings, tmp_path, arguments, messag
     done = siglip("train", "--config", settings, "--out", tmp_path / "run", *arguments)
     assert done.exit_code == 2 and one_line(done.stderr) and message in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_without_tensorboard_nothing_is_left(siglip, settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    done = siglip("train", "--config", settings, "--out", tmp_path / "run", "--tensorboard")
+    assert done.exit_code == 2 and one_line(done.stderr)
+    assert "tensorboard (--tensorboard) needs pip install 'siglip-triton[tensorboard]'" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -283,9 +283,11 @@ def test_broken_samples_of_shards_are_left_out_and_named(tmp_path, checkpoint):
     reasons = {name.replace(f"{tmp_path}/", ""): why for batch in batches for name, why in batch.skipped}
     assert "runcated" in reasons.pop("whole.tar:001")
     assert reasons.pop("whole.tar:002") == "has no caption"
-    assert reasons.pop("whole.tar:003") == "has no image"
-    assert reasons.pop("cut.tar").startswith("cannot be read in full (")
-    assert reasons.pop("empty.tar").startswith("cannot be read in full (")
+    assert reasons.pop("whole.tar:003").startswith(
+        "has no image next to it; in a shard the files of a sample must follow"
+    )
+    assert reasons.pop("cut.tar").startswith("cannot be read to its end (")
+    assert reasons.pop("empty.tar").startswith("cannot be read to its end (")
     assert set(reasons) <= {"cut.tar:006", "cut.tar:007"}  # what the cut left of a sample
 
 
@@ -323,7 +325,7 @@ def test_a_command_that_fails_is_named_after_all_that_it_wrote_is_read(tmp_path)
 def test_shards_without_a_usable_sample_end_the_run(tmp_path, checkpoint):
     pytest.importorskip("webdataset")
     shard = save_shard(tmp_path / "a.tar", {"0.txt": b"a cat"})
-    with pytest.raises(ValueError, match=r"finds no usable sample \(.*a.tar:0: has no image\)"):
+    with pytest.raises(ValueError, match=r"finds no usable sample \(.*a.tar:0: has no image next to it"):
         taken(shard_batches([str(shard)], prepared_by(checkpoint), batch_size=1, shuffle_buffer=1), 1)
     readers = shard_batches([str(shard)], prepared_by(checkpoint), batch_size=2, shuffle_buffer=1, world=2, rank=1)
     with pytest.raises(ValueError, match=r"one of the 2 readers .* \(there are fewer samples than readers\)"):
@@ -361,5 +363,5 @@ def test_captions_in_json():
     sample = {"__url__": "a.tar", "__key__": "0", "json": b'{"caption": ["a cat", ""]}'}
     assert sample_captions(sample) == ["a cat"]
     assert sample_captions({**sample, "txt": b"a dog\na wolf"}) == ["a dog", "a wolf"]
-    with pytest.raises(ValueError, match="has no caption"):
+    with pytest.raises(ValueError, match="has no caption$"):
         sample_captions({**sample, "json": b"[]"})

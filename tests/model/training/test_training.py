@@ -20,6 +20,7 @@ from siglip_kernels import SigLipLoss
 from siglip_model import SiglipModel
 from siglip_model.training.average import average_weights
 from siglip_model.training.batch import Batch, generated
+from siglip_model.training.log import RunLog
 from siglip_model.training.loop import Trained
 from siglip_model.training.loop import train as train_on
 from siglip_model.training.objective import Embedder, clamp_scale, freeze, mean_loss
@@ -193,6 +194,7 @@ def test_one_view_needs_no_dimension_of_its_own():
     embedder, batch = Embedder(tiny_model()), coloured_squares(0, torch.Generator().manual_seed(0))
     flat, nested = (embedder(batch.input_ids, pixels) for pixels in (batch.pixel_values[0], batch.pixel_values[:1]))
     assert torch.equal(flat.images, nested.images)
+    assert not any(result._is_view() for result in nested)  # which FSDP2 warns of
 
 
 def test_bfloat16_is_close_and_keeps_float32_weights(tmp_path):
@@ -430,5 +432,8 @@ def test_mfu_is_the_share_of_the_stated_peak(tmp_path):
     config = TrainingConfig(steps=1, warmup_steps=0, peak_tflops=1e-3, log_every=1)
     train(tiny_model(), config, tmp_path)
     (entry,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    with RunLog(tmp_path, 1, 1, writes=True, show_progress=True) as log:
+        log.show({**entry, "mfu": 0.4321, "images_per_second": 7.2})
+        assert log.progress.tasks[0].description == f"loss {entry['loss']:.3f}  7 images/s  43.2% MFU"
     multiply_adds = 2 * 32 * (4 * 48)  # four patches of 4 x 4 x 3 values; the rest is more
     assert entry["mfu"] * 1e9 / entry["images_per_second"] > 3 * multiply_adds
