@@ -4,6 +4,7 @@ Fetches and draws the emoji, trains tokenizer and model, measures on the test de
 The same command resumes an interrupted run.
 """
 
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from siglip_model import SiglipModel
 
 SIZE, PATCH, WIDTH, HEADS = 64, 16, 160, 5
+TRAINING = Path(__file__).with_name("training.toml")
 DRAWN = 80  # pixels of the drawings: more than SIZE, so that augmentation can zoom in
 
 
@@ -106,25 +108,40 @@ def _validation(emoji: Emoji, prompts: Tensor) -> Evaluate:
     return measure
 
 
+def training_config(**given: Any) -> TrainingConfig:
+    """The recipe's, with the given values that are not None instead of its own."""
+    return TrainingConfig(
+        **tomllib.loads(TRAINING.read_text()) | {name: value for name, value in given.items() if value is not None}
+    )
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Output folder: the checkpoint and, under training/, the run's state.")],
     emoji: Annotated[Path, typer.Option(help="Unpacked emoji packages; missing ones are fetched.")] = Path("emoji"),
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     names_per_batch: Annotated[int, typer.Option(help="Texts per batch.")] = 128,
     views: Annotated[int, typer.Option(help="Images per text in a batch.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation and batches.")] = 0,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initialisation and batches.")] = None,
     bfloat16: Annotated[
-        bool, typer.Option(help="Train under bfloat16 autocast; faster where the processor supports it.")
-    ] = True,
-    save_every: Annotated[int, typer.Option(help="Steps between saved states and validations.")] = 250,
+        bool | None, typer.Option(help="Train under bfloat16 autocast; faster where the processor supports it.")
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between saved states and validations.")] = None,
     stop_after: Annotated[
         int | None, typer.Option(help="Exit after this many steps; the same command resumes.")
     ] = None,
 ) -> None:
-    """Draw, train, measure, write the model card."""
+    """Draw, train, measure, write the model card. Without options training is as training.toml says."""
     from siglip_model import SiglipModel, SiglipProcessor, SiglipTokenizer
 
+    config = training_config(
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        bfloat16=bfloat16,
+        save_every=save_every,
+        evaluate_every=save_every,
+    )
     download(emoji)
     work = out / "training"
     data = load_emoji(emoji, DRAWN, work / "drawings.safetensors")
@@ -138,22 +155,14 @@ def main(
         for prompt, _ in PROMPTS
     ]
     prompts = torch.tensor(encoded)  # [prompts, names, length]
-    model = make_model(len(tokenizer), seed)
+    model = make_model(len(tokenizer), config.seed)
     parameters = model.num_parameters()
     pictures = sum(len(data.pictures[design.name]) for design in TRAINING_DESIGNS)
     print(f"{len(data.names)} names, {pictures} training images, {parameters:,} parameters")
-    config = TrainingConfig(
-        steps=steps,
-        learning_rate=learning_rate,
-        bfloat16=bfloat16,
-        seed=seed,
-        save_every=save_every,
-        evaluate_every=save_every,
-    )
     model.set_backend("eager")  # the fastest in bfloat16 on a CPU with so few tokens
-    batches = generated(EmojiBatches(data, prompts, names_per_batch, views), seed)
+    batches = generated(EmojiBatches(data, prompts, names_per_batch, views), config.seed)
     trained = train(model, batches, config, work, evaluate=_validation(data, prompts[0]), stop_after=stop_after)
-    if trained.steps < steps:
+    if trained.steps < config.steps:
         return
     model = trained.model
     model.save_pretrained(out)

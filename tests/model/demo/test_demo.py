@@ -12,7 +12,7 @@ from siglip_model import SiglipModel, SiglipProcessor, SiglipTokenizer
 from siglip_model.demo import CHECKPOINT, PICTURES, SCORE_FILE
 from siglip_model.demo.recipe import new_labels
 from siglip_model.demo.recipe.augmentation import augment
-from siglip_model.demo.recipe.build import SIZE, EmojiBatches
+from siglip_model.demo.recipe.build import SIZE, EmojiBatches, training_config
 from siglip_model.demo.recipe.bundle import NAMES
 from siglip_model.demo.recipe.emoji import (
     DESIGNS,
@@ -32,7 +32,6 @@ from siglip_model.demo.recipe.vocabulary import write_tokenizer
 from siglip_model.text.prompts import TEMPLATE
 from siglip_model.training.captions import read_captions
 from siglip_model.training.evaluation.zero_shot import find_classes
-from siglip_model.training.settings import TrainingConfig
 
 
 def write_package(folder: Path, design, icons, *, aliases=None, characters=None, hidden=()) -> None:
@@ -236,7 +235,7 @@ def test_the_shipped_card_is_what_the_recipe_writes(shipped, tmp_path):
         tmp_path,
         score,
         Emoji([], drawings, {}),
-        TrainingConfig(steps=3000, learning_rate=1.5e-3, bfloat16=True, seed=0, save_every=250),
+        training_config(),
         parameters=model.num_parameters(),
         size=SIZE,
         pieces=len(processor.tokenizer),
