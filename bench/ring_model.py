@@ -1,7 +1,7 @@
 """Calculates, without measuring, time and traffic of the distributed loss, and traffic of DDP and FSDP2.
 
     python -m bench.ring_model [--global-batch 32768] [--width 768] [--tflops 592.5] [--node-gbs 450] [--network-gbs 50]
-        [--parameters 877.96e6]
+        [--parameters 877.96e6] [--micro-batches 1]
 
 The assumptions are arguments. A GPU computes at 75 % of the 790 TFLOP/s that a large bf16 GEMM reaches on an H200 (the
 goal of the single-GPU loss, not yet measured). In a node of eight, NVLink carries 450 GB/s per GPU in each direction
@@ -16,8 +16,9 @@ hidden.
 
 DDP and FSDP2: what a GPU sends in a step of `siglip train --bfloat16`, by ring collectives, each of which sends
 (W - 1)/W of its tensor. DDP reduces fp32 gradients and gathers their means, once per step. FSDP2 gathers bf16 weights
-in forward and again in backward and reduces fp32 gradients, for each accumulated batch: as many bytes. Embeddings and
-heads, which the trainer gathers in fp32, count as layers. How much of it the towers' computation hides is not modelled.
+in forward and again in backward and reduces fp32 gradients: as many bytes. With --micro-batch it does so for each
+micro-batch, and gathers the weights once more for the forward pass without a graph. Embeddings and heads, which the
+trainer gathers in fp32, count as layers. How much of it the towers' computation hides is not modelled.
 """
 
 import argparse
@@ -101,24 +102,28 @@ def table(global_batch: int, assumed: Assumptions) -> str:
     return "\n".join(lines)
 
 
-def parallel_table(parameters: float, assumed: Assumptions) -> str:
-    """What DDP and FSDP2 send per GPU for each batch, with its time in transit, as text."""
+def parallel_table(parameters: float, micro_batches: int, assumed: Assumptions) -> str:
+    """What DDP and FSDP2 send per GPU in a step, with the times in transit, as text."""
     lines = [
-        f"{parameters / 1e6:,.0f} M parameters, one batch per step. Calculated, not measured; per GPU.",
-        "  GPUs  DDP MB  FSDP2 MB  in transit ms",
+        f"{parameters / 1e6:,.0f} M parameters, {micro_batches} micro-batches. Calculated, not measured; per GPU.",
+        "  GPUs  DDP MB  in transit ms  FSDP2 MB  in transit ms",
     ]
     for power in range(3, 13):
         gpus = 2**power
         bandwidth = assumed.node if gpus <= assumed.gpus_in_a_node else assumed.network
-        ddp, fsdp = parallel_bytes(gpus, parameters)
-        lines.append(f"{gpus:6,} {ddp / 1e6:7,.0f} {fsdp / 1e6:9,.0f} {max(ddp, fsdp) / bandwidth * 1e3:14.1f}")
+        ddp, fsdp = parallel_bytes(gpus, parameters, micro_batches)
+        lines.append(
+            f"{gpus:6,} {ddp / 1e6:7,.0f} {ddp / bandwidth * 1e3:14.1f} {fsdp / 1e6:9,.0f} "
+            f"{fsdp / bandwidth * 1e3:14.1f}"
+        )
     return "\n".join(lines)
 
 
-def parallel_bytes(gpus: int, parameters: float) -> tuple[float, float]:
-    """Bytes that a GPU sends for a batch under DDP and under FSDP2."""
+def parallel_bytes(gpus: int, parameters: float, micro_batches: int) -> tuple[float, float]:
+    """Bytes that a GPU sends in a step under DDP and under FSDP2."""
     sent = (gpus - 1) / gpus * parameters
-    return sent * (4 + 4), sent * (2 + 2 + 4)
+    gathers = 2 if micro_batches == 1 else 3
+    return sent * (4 + 4), sent * (gathers * 2 + 4) * micro_batches
 
 
 def main() -> None:
@@ -129,12 +134,13 @@ def main() -> None:
     parser.add_argument("--node-gbs", type=float, default=450.0)
     parser.add_argument("--network-gbs", type=float, default=50.0)
     parser.add_argument("--parameters", type=float, default=877.96e6, help="by default those of so400m-patch14-384")
+    parser.add_argument("--micro-batches", type=int, default=1, help="per step and process")
     arguments = parser.parse_args()
     assumed = Assumptions(
         arguments.width, arguments.tflops * 1e12, arguments.node_gbs * 1e9, arguments.network_gbs * 1e9
     )
     print("\n\n".join(table(batch, assumed) for batch in arguments.global_batch))
-    print("\n" + parallel_table(arguments.parameters, assumed))
+    print("\n" + parallel_table(arguments.parameters, arguments.micro_batches, assumed))
 
 
 if __name__ == "__main__":
