@@ -17,7 +17,10 @@ _LAYER = re.compile(r"(text_model|vision_model)\.encoder\.layers\.(\d+)\.")
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
-    """What the learning rate is multiplied by at a step, 0 for the first update: linear warm-up, then half a cosine."""
+    """What the learning rate is multiplied by at a step, 0 for the first update: linear warm-up, then half a cosine.
+
+    As SigLIP 2 was trained (Tschannen et al. 2025, arXiv 2502.14786).
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

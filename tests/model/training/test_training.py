@@ -127,7 +127,7 @@ def test_a_run_that_is_killed_resumes_from_its_last_complete_checkpoint(where, l
 )
 def test_micro_batches_train_as_the_whole_batch_does(more, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
-    seen, losses, ends = [], [], []
+    seen, losses, ends, frozen = [], [], [], more.get("freeze")
     for micro_batch in (None, 4):
         config = TrainingConfig(steps=5, warmup_steps=2, log_every=1, micro_batch=micro_batch, **more)
         model = tiny_model()
@@ -137,6 +137,9 @@ def test_micro_batches_train_as_the_whole_batch_does(more, tmp_path, monkeypatch
         losses.append([entry["loss"] for entry in log_of(tmp_path / str(micro_batch))])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert (ends[0] - ends[1]).norm() < 1e-2 * (ends[0] - weights(tiny_model())).norm()
+    if frozen:  # a tower that is not trained stays as it was
+        name = f"{frozen}_model"
+        assert torch.equal(weights(getattr(model, name)), weights(getattr(tiny_model(), name)))
     assert seen == ([] if more.get("compile") else [6] * 5 + [4, 2, 4, 2] * 5)
 
 
