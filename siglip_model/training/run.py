@@ -98,8 +98,8 @@ def load(settings: RunSettings, processes: Processes) -> tuple[SiglipModel, Sigl
     """The model in fp32 and the processor of the checkpoint; with weights="random" a new model of its configuration."""
     processor = AutoProcessor.from_pretrained(settings.model)
     auto = AutoModelForZeroShotImageClassification  # a SiglipModel or a Siglip2Model
+    torch.manual_seed(settings.seed)  # of new weights and adapters, which ranks must draw alike
     if settings.weights == "random":
-        torch.manual_seed(settings.seed)
         config = AutoConfig.from_pretrained(settings.model)
         model: Any = auto.from_config(config, backend="eager", dtype=torch.float32).to(processes.device)
         model.set_backend(settings.backend)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from captioned import save_folder
+from coloured_squares import weights
 from tiny_checkpoint import shared_tiny_checkpoint
 
 from siglip_model import SiglipModel
@@ -52,6 +53,8 @@ def test_a_run_with_adapters_leaves_a_model_without(checkpoint, tmp_path):
     pytest.importorskip("peft")
     data = save_folder(tmp_path / "data", 4)
     more = {"lora_rank": 2, "freeze": "vision", "micro_batch": 3, "average_decay": 0.0}
+    drawn, again = (weights(load(settings(checkpoint, lora_rank=2), ALONE)[0]) for _ in range(2))
+    assert torch.equal(drawn, again)
     run(settings(checkpoint, data=str(data), out=str(tmp_path / "run"), **more), show_progress=False)
     before, after = (
         SiglipModel.from_pretrained(path).state_dict() for path in (checkpoint, tmp_path / "run" / "model")
