@@ -58,21 +58,19 @@ def cached_step(
     if not hasattr(siglip, "get_text_features") or hasattr(siglip, "unshard"):
         raise unsupported("cached_step", "model", f"is {type(model).__name__}", "a SiglipModel, alone or under DDP")
 
-    def embed_texts(ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor]:
-        return (unit_length(pooled(siglip.get_text_features(ids, mask, return_dict=True))),)
-
-    def embed_images(pixels: Tensor) -> tuple[Tensor]:
-        return (unit_length(pooled(siglip.get_image_features(pixels, return_dict=True))),)
-
+    images = _pieces(
+        siglip.get_image_features,
+        micro_batch,
+        pixel_values=pixel_values,
+        pixel_attention_mask=pixel_attention_mask,
+        spatial_shapes=spatial_shapes,
+    )
+    texts = _pieces(siglip.get_text_features, micro_batch, input_ids=input_ids, attention_mask=attention_mask)
     if loss is None:
         if len(pixel_values) != len(input_ids):
             got = f"asks for the loss of {len(pixel_values)} images and {len(input_ids)} texts"
             raise unsupported("cached_step", "loss", got, "as many images as texts, or a loss with groups")
         loss = siglip.ops.sigmoid_loss if siglip.global_loss is None else siglip.global_loss
-    ids = input_ids.split(micro_batch)
-    masks = [None] * len(ids) if attention_mask is None else attention_mask.split(micro_batch)
-    images = [Piece(embed_images, pixels) for pixels in pixel_values.split(micro_batch)]
-    texts = [Piece(embed_texts, *both) for both in zip(ids, masks, strict=True)]
 
     def whole(found: Sequence[Sequence[Tensor]]) -> Tensor:
         image_embeds, text_embeds = (
@@ -134,15 +132,20 @@ class Piece:
                 torch.autograd.backward([result for result, _ in known], [gradient for _, gradient in known])
 
 
-def _pieces(tower: Callable[..., Any], micro_batch: int, **inputs: Tensor | None) -> list[_Piece]:
-    """Micro-batches of a tower's inputs, the first of which counts them."""
+def _pieces(tower: Callable[..., Any], micro_batch: int, **inputs: Tensor | None) -> list[Piece]:
+    """The embeddings of micro-batches of a tower's inputs, the first of which counts them."""
     given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
     (first, one), *others = given.items()
     for name, tensor in others:
         if len(tensor) != len(one):
             raise unsupported("cached_step", name, f"has {len(tensor)} rows beside {len(one)} of {first}", "as many")
-    pieces = zip(*(tensor.split(micro_batch) for tensor in given.values()), strict=True)
-    return [_Piece(tower, dict(zip(given, tensors, strict=True))) for tensors in pieces]
+
+    def embed(*tensors: Tensor) -> tuple[Tensor]:
+        return (unit_length(pooled(tower(**dict(zip(given, tensors, strict=True)), return_dict=True))),)
+
+    return [
+        Piece(embed, *tensors) for tensors in zip(*(each.split(micro_batch) for each in given.values()), strict=True)
+    ]
 
 
 def _average_gradients(parallel: nn.parallel.DistributedDataParallel) -> None:

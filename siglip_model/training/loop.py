@@ -24,7 +24,7 @@ from siglip_model.model import SiglipModel
 from siglip_model.training.average import average_weights
 from siglip_model.training.batch import Batch, BatchSource, seed_of
 from siglip_model.training.cached import Piece, cached_backward
-from siglip_model.training.checkpoints import Checkpoints, TrainingState
+from siglip_model.training.checkpoints import CHECKPOINTS, Checkpoints, TrainingState
 from siglip_model.training.flops import flops_per_pair
 from siglip_model.training.log import RunLog
 from siglip_model.training.objective import Embedded, Embedder, clamp_scale, freeze, joined, mean_loss

@@ -21,7 +21,8 @@ from siglip_model.training.checkpoints import CHECKPOINTS, check_identity, has_c
 from siglip_model.training.evaluation.run import check_data, evaluate_on
 from siglip_model.training.evaluation.samples import plot_samples
 from siglip_model.training.folder import folder_batches
-from siglip_model.training.log import summary_writer
+from siglip_model.training.lock import locked
+from siglip_model.training.log import CURVES, LOG, SKIPPED, summary_writer
 from siglip_model.training.loop import Trained, train
 from siglip_model.training.lora import add_adapters, merged
 from siglip_model.training.objective import initialise_logits
@@ -54,6 +55,11 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
             check_identity(out, read_settings(out / SETTINGS, {}).identity(), settings.identity())
         if settings.tensorboard:
             summary_writer()  # before anything is written
+        if settings.evaluation_data is not None:
+            try:
+                check_data(settings.evaluation_data)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"evaluation_data (--evaluation-data) cannot be used: {error}") from error
         model, processor = load(settings, processes)
         source = _source(settings, model, processor, processes)
         if processes.rank == 0:

@@ -286,8 +286,8 @@ def test_broken_samples_of_shards_are_left_out_and_named(tmp_path, checkpoint):
     assert reasons.pop("whole.tar:003").startswith(
         "has no image next to it; in a shard the files of a sample must follow"
     )
-    assert reasons.pop("cut.tar").startswith("cannot be read to its end (")
-    assert reasons.pop("empty.tar").startswith("cannot be read to its end (")
+    assert reasons.pop("cut.tar").startswith("cannot be read in full (")
+    assert reasons.pop("empty.tar").startswith("cannot be read in full (")
     assert set(reasons) <= {"cut.tar:006", "cut.tar:007"}  # what the cut left of a sample
 
 
