@@ -8,19 +8,12 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.arguments import autocast_dtype, cast, check_lengths, wants_gradients
+from siglip_kernels.attention.boundaries import check_packing
 from siglip_kernels.attention.checks import check_heads, check_scale
 from siglip_kernels.attention.dispatch import kept_shape, launch_backward, launch_forward
 from siglip_kernels.attention.variable_length import packed_attention
 from siglip_kernels.device import on_device, require_kernels
-from siglip_kernels.errors import unsupported
 from siglip_kernels.transforms import refuse_transforms, register_derivative
-
-
-def _validate(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float | None) -> None:
-    """Raises for every unsupported argument. Traceable: it reads no values."""
-    check_heads("attention", q, k, v, "(B, S, H, D)")
-    check_scale("attention", scale)
-    check_lengths("attention", lengths, "q", q)
 
 
 @torch.library.custom_op("siglip_kernels::attention", mutates_args=())
@@ -118,13 +111,12 @@ def attention(
     compute capability 8.0 or later, unless they are on the CPU and Triton was imported with TRITON_INTERPRET=1.
     """
     if cu_seqlens is not None:
-        if lengths is not None:
-            raise unsupported("attention", "lengths", "is given with cu_seqlens", "one of them")
-        return packed_attention(q, k, v, cu_seqlens, max_seqlen, scale)
-    if max_seqlen is not None:
-        raise unsupported("attention", "max_seqlen", "is given without cu_seqlens", "both, or none")
+        return packed_attention(q, k, v, lengths, cu_seqlens, max_seqlen, scale)
+    check_packing("attention", lengths, cu_seqlens, max_seqlen, "q", q)
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
-    _validate(q, k, v, lengths, scale)
+    check_heads("attention", q, k, v, "(B, S, H, D)")
+    check_scale("attention", scale)
+    check_lengths("attention", lengths, "q", q)
     refuse_transforms("attention", q=q, k=k, v=v)
     return _attention(q, k, v, lengths, scale, wants_gradients(q, k, v))[0]

@@ -4,75 +4,16 @@ The operators are `siglip_kernels::attention_variable_length` and `siglip_kernel
 their kernels are those of `siglip_kernels::attention` for sequences that are not short.
 """
 
-import os
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
-from siglip_kernels.arguments import (
-    autocast_dtype,
-    cast,
-    check_same_device,
-    check_tensor,
-    given,
-    wants_gradients,
-)
+from siglip_kernels.arguments import autocast_dtype, cast, given, wants_gradients
+from siglip_kernels.attention.boundaries import check_boundaries, check_longest, check_packing, check_values
 from siglip_kernels.attention.checks import check_heads, check_scale
 from siglip_kernels.attention.dispatch import launch_packed_backward, launch_packed_forward, packed_kept_shape
 from siglip_kernels.device import on_device, require_kernels
-from siglip_kernels.errors import MissingBackendError, unsupported
+from siglip_kernels.errors import unsupported
 from siglip_kernels.transforms import refuse_transforms, register_derivative
-
-_BOUNDARY_DTYPES = (torch.int32, torch.int64)
-
-
-def _check_boundaries(operation: str, argument: str, boundaries: Tensor, q: Tensor) -> None:
-    """int32 or int64 (N + 1,), contiguous, on q's device. Reads no values."""
-    check_tensor(operation, argument, boundaries)
-    if boundaries.dtype not in _BOUNDARY_DTYPES:
-        raise unsupported(operation, argument, f"has dtype {boundaries.dtype}", "int32, int64")
-    if boundaries.dim() != 1 or boundaries.shape[0] == 0:
-        got = f"has shape {tuple(boundaries.shape)}"
-        raise unsupported(operation, argument, got, "(N + 1,) for N sequences: where each starts, and the last ends")
-    if not boundaries.is_contiguous():
-        raise unsupported(operation, argument, f"has stride {boundaries.stride(0)}", "contiguous tensors")
-    check_same_device(operation, argument, boundaries, "q", q.device)
-
-
-def _check_longest(operation: str, argument: str, longest: int | None) -> None:
-    """None, or a number of tokens."""
-    integer = isinstance(longest, (int, torch.SymInt)) and not isinstance(longest, bool)
-    if longest is not None and not (integer and longest >= 0):
-        raise unsupported(operation, argument, f"is {given(longest)}", "integers from 0 on, or None")
-
-
-def _check_values(argument: str, boundaries: Tensor, tokens: int, longest: int | None, longest_argument: str) -> None:
-    """Boundaries that start at 0, do not decrease and do not pass the number of tokens. Reads them.
-
-    That waits for the GPU, so it is done on the CPU, and on a GPU if the environment asks for it; the kernels clamp.
-    """
-    if boundaries.is_cuda and not _asked_to_check():
-        return
-    values = boundaries.tolist()
-    supported = f"0 to the {tokens} tokens, without a decrease"
-    if values[0] != 0:
-        raise unsupported("attention", argument, f"starts with {values[0]}", supported)
-    for index, (start, end) in enumerate(pairwise(values)):
-        if end < start:
-            raise unsupported("attention", argument, f"decreases from {start} to {end} at index {index + 1}", supported)
-        if longest is not None and end - start > longest:
-            got = f"has a sequence of {end - start} tokens while {longest_argument} is {longest}"
-            raise unsupported("attention", argument, got, f"lengths up to {longest_argument}")
-    if values[-1] > tokens:
-        raise unsupported("attention", argument, f"ends with {values[-1]}", supported)
-
-
-def _asked_to_check() -> bool:
-    value = os.environ.get("SIGLIP_KERNELS_CHECK", "")
-    if value not in ("", "0", "1"):
-        raise MissingBackendError(f"SIGLIP_KERNELS_CHECK is {value!r}; supported: 1 (read and check), 0 or unset")
-    return value == "1"
 
 
 @torch.library.custom_op("siglip_kernels::attention_variable_length", mutates_args=())
@@ -90,13 +31,17 @@ def _attention(
     """out, and the log-sum-exp if the backward needs it, else an empty tensor. cu_seqlens_k: None for cu_seqlens_q."""
     require_kernels("attention", "q", q)
     if cu_seqlens_k is None:
-        _check_values("cu_seqlens", cu_seqlens_q, q.shape[0], max_seqlen_q, "max_seqlen")
+        check_values("attention", cu_seqlens_q, q.shape[0], max_seqlen_q)
     else:
-        _check_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q, "max_seqlen_q")
-        _check_values("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k, "max_seqlen_k")
-    boundaries = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        for side, tokens, boundaries, longest in (
+            ("q", q.shape[0], cu_seqlens_q, max_seqlen_q),
+            ("k", k.shape[0], cu_seqlens_k, max_seqlen_k),
+        ):
+            names = (f"cu_seqlens_{side}", f"max_seqlen_{side}")
+            check_values("flash_attn_varlen_func", boundaries, tokens, longest, *names)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     with on_device(q):
-        return launch_packed_forward(q, k, v, *boundaries, scale, keep_for_backward)
+        return launch_packed_forward(q, k, v, *packing, scale, keep_for_backward)
 
 
 @torch.library.custom_op("siglip_kernels::attention_variable_length_backward", mutates_args=())
@@ -117,9 +62,9 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; one that is not needed is an empty tensor."""
     require_kernels("attention", "q", q)
-    boundaries = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     with on_device(q):
-        return launch_packed_backward(out_grad, q, k, v, out, log_sum_exp, *boundaries, scale, needs_q, needs_k_or_v)
+        return launch_packed_backward(out_grad, q, k, v, out, log_sum_exp, *packing, scale, needs_q, needs_k_or_v)
 
 
 @_attention.register_fake
@@ -159,9 +104,15 @@ register_derivative("attention", _attention, _attention_backward, _differentiate
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    scale: float | None,
 ) -> Tensor:
-    """`siglip_kernels.attention` with cu_seqlens."""
+    """`siglip_kernels.attention` with cu_seqlens. lengths: refused."""
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     check_heads("attention", q, k, v, "(T, H, D)")
@@ -169,8 +120,7 @@ def packed_attention(
         got = f"has {k.shape[0]} tokens while q has {q.shape[0]}"
         raise unsupported("attention", "k", got, "as many as q; flash_attn_varlen_func takes lengths of the keys")
     check_scale("attention", scale)
-    _check_boundaries("attention", "cu_seqlens", cu_seqlens, q)
-    _check_longest("attention", "max_seqlen", max_seqlen)
+    check_packing("attention", lengths, cu_seqlens, max_seqlen, "q", q)
     refuse_transforms("attention", q=q, k=k, v=v)
     keep = wants_gradients(q, k, v)
     return _attention(q, k, v, cu_seqlens, None, max_seqlen, max_seqlen, scale, keep)[0]
@@ -216,7 +166,8 @@ def flash_attn_varlen_func(
         ("block_table", block_table, (None,)),
     ):
         if isinstance(value, Tensor) or value not in neutral:
-            raise unsupported(operation, name, f"is {given(value)}", f"{neutral[0]}")
+            got = value if isinstance(value, tuple) else given(value)
+            raise unsupported(operation, name, f"is {got}", f"{neutral[0]}")
     dtype = autocast_dtype(q)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     check_heads(operation, q, k, v, "(T, H, D)")
@@ -224,8 +175,8 @@ def flash_attn_varlen_func(
     longest = []
     for side, boundaries, most in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
         most = None if isinstance(most, Tensor) else most
-        _check_boundaries(operation, f"cu_seqlens_{side}", boundaries, q)
-        _check_longest(operation, f"max_seqlen_{side}", most)
+        check_boundaries(operation, f"cu_seqlens_{side}", boundaries, "q", q)
+        check_longest(operation, f"max_seqlen_{side}", most)
         longest.append(most)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         got = f"has shape {tuple(cu_seqlens_k.shape)} while cu_seqlens_q has {tuple(cu_seqlens_q.shape)}"

@@ -151,12 +151,12 @@ def test_bad_input_is_named_by_compiled_code(name):
 
 
 def test_a_gpu_s_boundaries_are_read_if_the_environment_asks(monkeypatch):
-    from siglip_kernels.attention import variable_length
+    from siglip_kernels.attention.boundaries import check_values
 
     class OnGpu:
         """What a tensor on a GPU answers, and whether it was read."""
 
-        is_cuda = True
+        is_cuda, is_meta = True, False
         read = False
 
         def tolist(self) -> list[int]:
@@ -169,19 +169,19 @@ def test_a_gpu_s_boundaries_are_read_if_the_environment_asks(monkeypatch):
         on_gpu = OnGpu()
         if read:
             with pytest.raises(UnsupportedInputError, match="cu_seqlens ends with 9"):
-                variable_length._check_values("cu_seqlens", on_gpu, 5, None, "max_seqlen")
+                check_values("attention", on_gpu, 5, None)
         else:
-            variable_length._check_values("cu_seqlens", on_gpu, 5, None, "max_seqlen")
+            check_values("attention", on_gpu, 5, None)
         assert on_gpu.read == read
     monkeypatch.setenv("SIGLIP_KERNELS_CHECK", "yes")
     with pytest.raises(MissingBackendError, match="SIGLIP_KERNELS_CHECK is 'yes'; supported: 1"):
-        variable_length._check_values("cu_seqlens", OnGpu(), 5, None, "max_seqlen")
+        check_values("attention", OnGpu(), 5, None)
 
 
 BAD_FLASH = {
     "dropout_p": ({"dropout_p": 0.1}, "dropout_p is 0.1; supported: 0.0"),
     "causal": ({"causal": True}, "causal is True; supported: False"),
-    "window_size": ({"window_size": (8, 8)}, r"window_size is tuple; supported: \(-1, -1\)"),
+    "window_size": ({"window_size": (8, 8)}, r"window_size is \(8, 8\); supported: \(-1, -1\)"),
     "softcap": ({"softcap": 30.0}, "softcap is 30.0; supported: 0.0"),
     "alibi_slopes": ({"alibi_slopes": torch.ones(2)}, "alibi_slopes is Tensor; supported: None"),
     "return_attn_probs": ({"return_attn_probs": True}, "return_attn_probs is True; supported: False"),
@@ -208,7 +208,7 @@ def test_what_flash_attn_s_function_does_not_support_is_named(change, message):
 def test_boundaries_of_keys_are_named(device):
     q, k, v = tensors(5, device, grad=False)
     right, wrong = boundaries(0, 2, 5, device=device), boundaries(0, 2, 6, device=device)
-    with pytest.raises(UnsupportedInputError, match="^attention: cu_seqlens_k ends with 6; supported: 0 to the 5"):
+    with pytest.raises(UnsupportedInputError, match="^flash_attn_varlen_func: cu_seqlens_k ends with 6"):
         flash_attn_varlen_func(q, k, v, right, wrong)
 
 
