@@ -147,15 +147,19 @@ def pre_norm_attention(
     *,
     scale: float | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """x + out_proj(attention(pre_norm_qkv(x))): the first half of an encoder layer.
 
-    x: (B, S, width); out_weight: (width, H · D); out_bias: (width,); the others as in `pre_norm_qkv` and `attention`.
+    x: (B, S, width), or (T, width) with cu_seqlens; out_weight: (width, H · D); out_bias: (width,); the others as in
+    `pre_norm_qkv` and `attention`.
     """
     q, k, v = pre_norm_qkv(
         x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads
     )
-    return linear(attention(q, k, v, scale=scale, lengths=lengths).flatten(2), out_weight, out_bias, x)
+    attended = attention(q, k, v, scale=scale, lengths=lengths, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+    return linear(attended.flatten(-2), out_weight, out_bias, x)
 
 
 def pre_norm_mlp(

@@ -37,8 +37,8 @@ class Backend:
     attention_mask: converts the caller's mask, (B, S) or (B, 1 or H, S, S), into keyword arguments of `attention`, once
         per forward.
     pre_norm_attention: `pre_norm_qkv`, `attention` and `linear` as one operation, called instead of the three where
-        nothing is between them and no sequences are packed, with the other keyword arguments of `attention`; None: it
-        has none. A backend that replaces `attention` replaces it as well, or sets it to None.
+        nothing is between them, with the keyword arguments of `attention`; None: it has none. A backend that replaces
+        `attention` replaces it as well, or sets it to None.
     returns_weights: whether output_attentions=True changes nothing in how attention is computed. Otherwise the
         reference computes it, with a warning.
     packs_on: types of devices on which `attention` takes sequences of different lengths without padding: q, k and v
@@ -239,6 +239,12 @@ def _triton_attention(
     return siglip_kernels.attention(q, k, v, scale=scale, lengths=lengths)
 
 
+def _triton_pre_norm_attention(x: Tensor, *parameters: Any, cu_seqlens: Tensor | None = None, **mask: Any) -> Tensor:
+    if cu_seqlens is None:
+        return siglip_kernels.pre_norm_attention(x, *parameters, **mask)
+    return siglip_kernels.pre_norm_attention(x[0], *parameters, cu_seqlens=cu_seqlens, **mask)[None]
+
+
 def _lacks_flash() -> str | None:
     lacks = []
     # By the distribution's name: FlashAttention-4 also installs a module flash_attn, without the functions called here.
@@ -297,7 +303,7 @@ TRITON = Backend(
     mlp=siglip_kernels.mlp,
     layer_norm=siglip_kernels.layer_norm,
     pre_norm_qkv=siglip_kernels.pre_norm_qkv,
-    pre_norm_attention=siglip_kernels.pre_norm_attention,
+    pre_norm_attention=_triton_pre_norm_attention,
     pre_norm_mlp=siglip_kernels.pre_norm_mlp,
     attention_pool=siglip_kernels.attention_pool,
     patch_embed=siglip_kernels.patch_embed,

@@ -155,7 +155,7 @@ class EncoderLayer(UsesBackend, nn.Module):
             return attention(apply_layer_norm(self.ops, norm, x), mask, return_weights, residual=x)
         q, k, v, out = attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj
         parameters = (norm.weight, norm.bias, norm.eps, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
-        fused = None if "cu_seqlens" in mask else self.ops.pre_norm_attention
+        fused = self.ops.pre_norm_attention
         if fused is None or return_weights or attention.drops_weights() or not is_fusable(out, nn.Linear):
             projected = self.ops.pre_norm_qkv(x, *parameters, attention.num_heads)
             return attention.attend(projected, mask, return_weights, residual=x)

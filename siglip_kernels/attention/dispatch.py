@@ -119,18 +119,20 @@ def launch_packed_backward(
     scale: float | None,
     needs_q: bool,
     needs_k_or_v: bool,
+    packed_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`launch_backward` of packed sequences."""
+    """`launch_backward` of packed sequences. packed_grad: (T, 3, H, D)."""
     from siglip_kernels.attention.backward import attention_backward
 
     _require_kept(log_sum_exp, packed_kept_shape(q, True))
     sequences = _sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     batch_out_grad, batch_q, batch_k, batch_v = (unit_stride(tensor)[None] for tensor in (out_grad, q, k, v))
     kept = (out[None], log_sum_exp[None], None, _scale(scale, q), needs_q, needs_k_or_v)
-    gradients = attention_backward(batch_out_grad, batch_q, batch_k, batch_v, *kept, sequences=sequences)
-    needed = ((q, needs_q), (k, needs_k_or_v), (k, needs_k_or_v))
+    packed_grad = None if packed_grad is None else packed_grad[None]
+    gradients = attention_backward(batch_out_grad, batch_q, batch_k, batch_v, *kept, packed_grad, sequences)
+    needs = (needs_q, needs_k_or_v, needs_k_or_v)
     q_grad, k_grad, v_grad = (
-        gradient.view(like.shape if need else 0) for gradient, (like, need) in zip(gradients, needed, strict=True)
+        gradient[0] if need else gradient for gradient, need in zip(gradients, needs, strict=True)
     )
     return q_grad, k_grad, v_grad
 

@@ -9,9 +9,10 @@ result, O = P V, and dO = G W_o,
     db_v = Σ_keys dV = Σ_queries (Σ_keys P) dO = Σ dO = (Σ G) W_o,    because rows of P sum to one,
 
 and Σ G over rows, which is db_o, is made where the normalisation's backward reads G for the residual. A sample without
-valid keys has rows of P that are zero, so with lengths dV is summed.
+valid keys has rows of P that are zero, and so have tokens of no packed sequence: with either, dV is summed.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,8 +30,16 @@ from siglip_kernels.arguments import (
     check_projection,
     wants_gradients,
 )
+from siglip_kernels.attention.boundaries import check_packing, check_values
 from siglip_kernels.attention.checks import check_head_dim, check_scale
-from siglip_kernels.attention.dispatch import kept_shape, launch_backward, launch_forward
+from siglip_kernels.attention.dispatch import (
+    kept_shape,
+    launch_backward,
+    launch_forward,
+    launch_packed_backward,
+    launch_packed_forward,
+    packed_kept_shape,
+)
 from siglip_kernels.device import on_device, require_kernels
 from siglip_kernels.gemm import cublas
 from siglip_kernels.qkv.api import check_heads, gradients, gradients_by_projection, packed_shape, project
@@ -54,12 +63,16 @@ def _pre_norm_attention(
     num_heads: int,
     scale: float | None,
     lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The result, and with keep what the backward reads, else empty tensors: means, reciprocal deviations, packed
-    q, k and v (B, S, 3, H, D), attention's result (B, S, H, D), and its log-sum-exp, empty for short sequences.
+    q, k and v (..., 3, H, D), attention's result (..., H, D), and its log-sum-exp, empty for short sequences.
     """
     require_kernels("pre_norm_attention", "x", x)
+    if cu_seqlens is not None:
+        check_values("pre_norm_attention", cu_seqlens, x.shape[0], max_seqlen)
     from siglip_kernels.gemm.kernels import gemm
 
     rows = as_rows(x)
@@ -67,9 +80,13 @@ def _pre_norm_attention(
     with on_device(x), torch.autocast(x.device.type, enabled=False):
         packed, mean, rstd = project(rows, norm_weight, norm_bias, eps, weights, biases)
         packed = packed.view(packed_shape(x, q_weight, num_heads))
-        q, k, v = packed.unbind(2)
-        attended, log_sum_exp = launch_forward(q, k, v, lengths, scale, keep)
-        out = gemm(as_rows(attended.flatten(2)), [out_weight], [out_bias], residual=rows)[0].view(x.shape)
+        q, k, v = packed.unbind(-3)
+        if cu_seqlens is None:
+            attended, log_sum_exp = launch_forward(q, k, v, lengths, scale, keep)
+        else:
+            boundaries = (cu_seqlens, None, max_seqlen, max_seqlen)
+            attended, log_sum_exp = launch_packed_forward(q, k, v, *boundaries, scale, keep)
+        out = gemm(as_rows(attended.flatten(-2)), [out_weight], [out_bias], residual=rows)[0].view(x.shape)
     if keep:
         return out, mean, rstd, packed, attended, log_sum_exp
     mean, rstd, log_sum_exp = (x.new_empty(0, dtype=torch.float32) for _ in range(3))
@@ -79,13 +96,14 @@ def _pre_norm_attention(
 @_pre_norm_attention.register_fake
 def _(
     x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias,
-    num_heads, scale, lengths, keep,
+    num_heads, scale, lengths, cu_seqlens, max_seqlen, keep,
 ):  # fmt: skip
     out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, q_weight.dtype))
-    mean, rstd = (x.new_empty(x.shape[0] * x.shape[1] if keep else 0, dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty(math.prod(x.shape[:-1]) if keep else 0, dtype=torch.float32) for _ in range(2))
     packed = q_weight.new_empty(packed_shape(x, q_weight, num_heads))
-    q = packed[:, :, 0]
-    log_sum_exp = x.new_empty(kept_shape(q, q, keep), dtype=torch.float32)
+    q = packed.select(-3, 0)
+    kept = kept_shape(q, q, keep) if cu_seqlens is None else packed_kept_shape(q, keep)
+    log_sum_exp = x.new_empty(kept, dtype=torch.float32)
     if not keep:
         return out, mean, rstd, packed.new_empty(0), packed.new_empty(0), log_sum_exp
     return out, mean, rstd, packed, packed.new_empty(q.shape), log_sum_exp
@@ -104,6 +122,8 @@ def _pre_norm_attention_backward(
     attended: Tensor,
     log_sum_exp: Tensor,
     lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     scale: float | None,
     weights: Tensor | None,
     out_weight: Tensor | None,
@@ -120,13 +140,13 @@ def _pre_norm_attention_backward(
     rows, out_rows, dtype = as_rows(x), as_rows(out_grad), packed.dtype
     needs_normed, needs_weights, needs_biases = needs[:3], needs[3:9:2], needs[4:9:2]
     needs_q_bias, needs_k_bias, needs_v_bias = needs_biases
-    sums_v_grad = needs_v_bias and lengths is not None
+    sums_v_grad = needs_v_bias and not (lengths is None and cu_seqlens is None)
     needs_sums = needs[10] or (needs_v_bias and not sums_v_grad)
     sums_on_the_way = needs_sums and needs_normed[0]
     with on_device(x), torch.autocast(x.device.type, enabled=False):
         narrowed = out_rows.to(dtype)
         out_weight_grad = (
-            cublas.weight_gradient(narrowed, as_rows(attended.flatten(2))) if needs[9] else rows.new_empty(0)
+            cublas.weight_gradient(narrowed, as_rows(attended.flatten(-2))) if needs[9] else rows.new_empty(0)
         )
         packed_grad = _packed_gradient(
             narrowed,
@@ -134,6 +154,8 @@ def _pre_norm_attention_backward(
             attended,
             log_sum_exp,
             lengths,
+            cu_seqlens,
+            max_seqlen,
             scale,
             out_weight,
             needs_q=any(needs_normed) or needs_weights[0] or needs_q_bias,
@@ -181,6 +203,8 @@ def _packed_gradient(
     attended: Tensor,
     log_sum_exp: Tensor,
     lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     scale: float | None,
     out_weight: Tensor | None,
     needs_q: bool,
@@ -190,19 +214,22 @@ def _packed_gradient(
     packed_grad = torch.empty_like(packed)
     if out_weight is not None and (needs_q or needs_k_or_v):
         attended_grad = cublas.input_gradient(out_grad, out_weight).view(attended.shape)
-        q, k, v = packed.unbind(2)
-        launch_backward(
-            attended_grad, q, k, v, attended, log_sum_exp, lengths, scale, needs_q, needs_k_or_v, packed_grad
-        )
-    return packed_grad.flatten(3).flatten(0, 1)
+        q, k, v = packed.unbind(-3)
+        kept, needs = (q, k, v, attended, log_sum_exp), (needs_q, needs_k_or_v)
+        if cu_seqlens is None:
+            launch_backward(attended_grad, *kept, lengths, scale, *needs, packed_grad)
+        else:
+            boundaries = (cu_seqlens, None, max_seqlen, max_seqlen)
+            launch_packed_backward(attended_grad, *kept, *boundaries, scale, *needs, packed_grad)
+    return packed_grad.flatten(-2).flatten(0, -3)
 
 
 @_pre_norm_attention_backward.register_fake
 def _(
-    out_grad, x, norm_weight, norm_bias, eps, mean, rstd, packed, attended, log_sum_exp, lengths, scale, weights,
-    out_weight, needs,
+    out_grad, x, norm_weight, norm_bias, eps, mean, rstd, packed, attended, log_sum_exp, lengths, cu_seqlens,
+    max_seqlen, scale, weights, out_weight, needs,
 ):  # fmt: skip
-    width, part = x.shape[-1], packed.shape[3] * packed.shape[4]
+    width, part = x.shape[-1], packed.shape[-2] * packed.shape[-1]
     return (
         x.new_empty(x.shape if needs[0] else 0),
         norm_weight.new_empty(norm_weight.shape if needs[1] else 0),
@@ -216,22 +243,23 @@ def _(
 
 def _keep(ctx, inputs, output) -> None:
     x, norm_weight, norm_bias, ctx.eps, q_weight, _, k_weight, _, v_weight, _, out_weight, *_ = inputs
-    *_, ctx.scale, lengths, _ = inputs
+    *_, ctx.scale, lengths, cu_seqlens, ctx.max_seqlen, _ = inputs
     _, *kept = output
     needs = ctx.needs_input_grad
     needs_attended = any(needs[:3]) or any(needs[4:7]) or needs[8] or needs[9]  # its gradient
     weights = (q_weight, k_weight, v_weight) if any(needs[:3]) else ()
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, norm_weight, norm_bias, *kept, lengths, out_weight if needs_attended else None, *weights)
+    read_out_weight = out_weight if needs_attended else None
+    ctx.save_for_backward(x, norm_weight, norm_bias, *kept, lengths, cu_seqlens, read_out_weight, *weights)
 
 
 def _differentiate(ctx, out_grad, *_):
     if out_grad is None:
-        return (None,) * 16
+        return (None,) * 18
     all_needs = ctx.needs_input_grad
     needs = (*all_needs[:3], *all_needs[4:12])
-    x, norm_weight, norm_bias, mean, rstd, packed, attended, log_sum_exp, lengths, out_weight, *weights = (
+    x, norm_weight, norm_bias, mean, rstd, packed, attended, log_sum_exp, lengths, cu_seqlens, out_weight, *weights = (
         ctx.saved_tensors
     )
     *normed_grads, weight_grads, bias_grads, out_weight_grad, out_bias_grad = _pre_norm_attention_backward(
@@ -246,15 +274,17 @@ def _differentiate(ctx, out_grad, *_):
         attended,
         log_sum_exp,
         lengths,
+        cu_seqlens,
+        ctx.max_seqlen,
         ctx.scale,
         torch.cat(weights) if weights else None,
         out_weight,
         needs,
     )
-    projections = gradients_by_projection(weight_grads, bias_grads, packed.shape[3] * packed.shape[4], needs[3:9])
+    projections = gradients_by_projection(weight_grads, bias_grads, packed.shape[-2] * packed.shape[-1], needs[3:9])
     normed_grads = [gradient if need else None for gradient, need in zip(normed_grads, needs[:3], strict=True)]
     out_grads = (out_weight_grad if needs[9] else None, out_bias_grad if needs[10] else None)
-    return *normed_grads, None, *projections, *out_grads, None, None, None, None
+    return *normed_grads, None, *projections, *out_grads, *(None,) * 6
 
 
 register_derivative("pre_norm_attention", _pre_norm_attention, _pre_norm_attention_backward, _differentiate, _keep)
@@ -277,6 +307,8 @@ def pre_norm_attention(
     *,
     scale: float | None = None,
     lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """x + out_proj(attention(q, k, v)), where q, k and v are `pre_norm_qkv` of x: the first half of an encoder layer.
 
@@ -284,6 +316,8 @@ def pre_norm_attention(
     (H · D,), H = num_heads; out_weight: (width, H · D); out_bias: (width,); fp32, fp16 or bf16, all of one dtype (the
     norm's may be fp32) and on one CUDA device; the biases of projections may be None. scale, lengths and head dims: as
     in `attention`. Returns (B, S, width).
+    cu_seqlens, max_seqlen: as in `attention`; x and the result are (T, width), the tokens of packed sequences. Those of
+    no sequence attend to nothing, so that their rows of the result are x + out_bias.
     Training keeps x, two numbers per row, q, k and v, and attention's result with one number per row and head for the
     backward, which normalises x again. The gradient of k_bias is zero: a constant added to a row of scores does not
     change its softmax. Under autocast the parameters of the projections are cast and x is not; the norm's are cast to
@@ -296,7 +330,7 @@ def pre_norm_attention(
     k_proj = cast_affine(k_weight, k_bias, dtype)
     v_proj = cast_affine(v_weight, v_bias, dtype)
     out_proj = cast_affine(out_weight, out_bias, dtype)
-    check_input("pre_norm_attention", "x", x, "(B, S, width)")
+    check_input("pre_norm_attention", "x", x, "(B, S, width)" if cu_seqlens is None else "(T, width)")
     check_norm("pre_norm_attention", "norm_", norm, eps, x)
     check_projection("pre_norm_attention", "q_", q_proj, (None, x.shape[-1]), x, dtype)
     columns = q_proj.weight.shape[0]
@@ -306,7 +340,10 @@ def pre_norm_attention(
     check_heads("pre_norm_attention", num_heads, columns)
     check_head_dim("pre_norm_attention", "q_weight", columns // num_heads)
     check_scale("pre_norm_attention", scale)
+    check_packing("pre_norm_attention", lengths, cu_seqlens, max_seqlen, "x", x)
     check_lengths("pre_norm_attention", lengths, "x", x)
     refuse_transforms("pre_norm_attention", x=x, norm=norm, q=q_proj, k=k_proj, v=v_proj, out=out_proj)
-    keep = wants_gradients(x, *norm, *q_proj, *k_proj, *v_proj, *out_proj)
-    return _pre_norm_attention(x, *norm, eps, *q_proj, *k_proj, *v_proj, *out_proj, num_heads, scale, lengths, keep)[0]
+    projections = (*q_proj, *k_proj, *v_proj, *out_proj)
+    keep = wants_gradients(x, *norm, *projections)
+    packing = (lengths, cu_seqlens, max_seqlen)
+    return _pre_norm_attention(x, *norm, eps, *projections, num_heads, scale, *packing, keep)[0]

@@ -134,8 +134,8 @@ def _pre_norm_qkv(
 
 
 def packed_shape(x: Tensor, weight: Tensor, num_heads: int) -> tuple[int, ...]:
-    """(B, S, 3, H, D)."""
-    return *x.shape[:2], 3, num_heads, weight.shape[0] // num_heads
+    """(B, S, 3, H, D), or of packed sequences (T, 3, H, D)."""
+    return *x.shape[:-1], 3, num_heads, weight.shape[0] // num_heads
 
 
 @_pre_norm_qkv.register_fake

@@ -85,7 +85,8 @@ def test_operators_check(operation, device):
         arguments = (x, weight, bias, 1e-6, *others, True)
     else:
         x, weight, bias, *others = p.values()
-        masked = () if operation == "pre_norm_qkv" else (0.3, torch.tensor([3, 5], dtype=torch.int32, device=device))
+        lengths = torch.tensor([3, 5], dtype=torch.int32, device=device)
+        masked = () if operation == "pre_norm_qkv" else (0.3, lengths, None, None)
         arguments = (x, weight, bias, 1e-6, *others, HEADS, *masked, True)
     torch.library.opcheck(getattr(OPERATORS, operation).default, arguments)
 
@@ -114,7 +115,7 @@ def test_backward_operators_check(device):
     weights = torch.randn(3 * WIDTH, WIDTH, device=device).half()
     for needs in ([True] * 3, [False, True, False]):
         check(OPERATORS.pre_norm_qkv_backward.default, (packed_grad, x, *norm, weights, needs, needs, needs))
-    kept = (packed_grad, torch.randn_like(packed_grad[:, :, 0]), torch.empty(0, device=device), None, None)
+    kept = (packed_grad, torch.randn_like(packed_grad[:, :, 0]), torch.empty(0, device=device), *(None,) * 4)
     for needs in ([True] * 11, [False] * 3 + [True, False] * 4):
         arguments = (out_grad, x, *norm, *kept, weights if needs[0] else None, weights[:WIDTH], needs)
         check(OPERATORS.pre_norm_attention_backward.default, arguments)
