@@ -2,9 +2,10 @@
 
     python -m bench.compiled.packed_sequences [--gpu h200] [--head-dim 72] [--lengths 4096,64x15 256x16]
 
-Columns: programs of a head, and of these without a tile; scores that the tiles hold, over the sum of the squared
-lengths, at best 1; and the same of the padded batch, where the dense kernel skips padded keys ("lengths") and where it
-does not ("dense"). A batch of short sequences has kernels of its own, which are not counted. Nothing is measured.
+Columns: the tile's queries × keys; programs of a head, and of these without a tile; scores that the tiles hold, over
+the sum of the squared lengths, at best 1; and the same of the padded batch, where the dense kernel skips padded keys
+("lengths") and where it does not ("dense"). A batch of up to 64 tokens has one tile per sequence in both. Nothing is
+measured.
 """
 
 import argparse
@@ -19,11 +20,15 @@ from siglip_kernels.attention import config
 from siglip_kernels.attention.sequences import Sequences, programs_of_head
 from siglip_kernels.device import Facts
 
-# 16 images each: SigLIP 2's default of 256 patches; mixed sizes and shapes; one page among thumbnails.
+# 16 images each: SigLIP 2's default of 256 patches; mixed sizes and shapes; one page among thumbnails. Then many tiny
+# sequences alone, and beside one that is not, whose tile they share.
 MIXES = (
     "256x16",
     "1024,784x2,576x3,400,324,256x2,196,144,100x2,64,16",
     "4096,64x15",
+    "16x256",
+    "50x64",
+    "256,16x255",
 )
 
 
@@ -31,8 +36,8 @@ def parse(text: str) -> list[int]:
     """4096,64x15: one sequence of 4,096 tokens and 15 of 64."""
     found = [re.fullmatch(r"(\d+)(?:x(\d+))?", part) for part in text.split(",")]
     lengths = [int(one[1]) for one in found if one for _ in range(int(one[2] or 1))]
-    if None in found or max(lengths) <= config.short_block(2):
-        raise ValueError(f"{text!r} is not a list such as 4096,64x15, of which one is longer than 64")
+    if None in found or max(lengths) == 0:
+        raise ValueError(f"{text!r} is not a list such as 4096,64x15, of which one is longer than 0")
     return lengths
 
 
@@ -49,40 +54,49 @@ class Count:
         """Of one head."""
         boundaries = torch.empty(len(self.lengths) + 1, device="meta")
         sequences = Sequences(boundaries, boundaries, (0, 0))
-        return programs_of_head(sum(self.lengths), self._tile(True).queries, sequences)
+        return programs_of_head(sum(self.lengths), self.tile.queries, sequences)
 
     @property
     def idle(self) -> int:
         """Programs of one head that have no tile."""
-        return self.programs - sum(_tiles(length, self._tile(True).queries) for length in self.lengths)
+        return self.programs - sum(_tiles(length, self.tile.queries) for length in self.lengths)
 
     @property
     def packed(self) -> int:
         """Scores in the tiles of packed sequences, of one head."""
-        return sum(self._scores(length, length, True) for length in self.lengths)
+        return sum(_scores(length, length, self.tile) for length in self.lengths)
 
     @property
     def padded(self) -> int:
         """Of a batch padded to the longest, whose padded keys are skipped."""
-        return sum(self._scores(max(self.lengths), length, False) for length in self.lengths)
+        return sum(_scores(max(self.lengths), length, self._padded_tile) for length in self.lengths)
 
     @property
     def dense(self) -> int:
         """Of a batch padded to the longest."""
-        return len(self.lengths) * self._scores(max(self.lengths), max(self.lengths), False)
+        return len(self.lengths) * _scores(max(self.lengths), max(self.lengths), self._padded_tile)
 
     @property
     def squares(self) -> int:
         """The scores that are needed."""
         return sum(length**2 for length in self.lengths)
 
-    def _tile(self, packed: bool) -> config.Tile:
-        longest = max(self.lengths)
-        return config.tile("forward", self.facts, 2, self.head_dim, longest, longest, packed)
+    @property
+    def tile(self) -> config.Tile:
+        longest = config.length_class(max(self.lengths))
+        return config.tile("forward", self.facts, 2, self.head_dim, longest, longest, packed=True)
 
-    def _scores(self, queries: int, keys: int, packed: bool) -> int:
-        tile = self._tile(packed)
-        return _tiles(queries, tile.queries) * tile.queries * _tiles(keys, tile.keys) * tile.keys
+    @property
+    def _padded_tile(self) -> config.Tile:
+        longest = max(self.lengths)
+        if longest <= config.short_block(2):  # the kernels of short.py
+            return self.tile
+        return config.tile("forward", self.facts, 2, self.head_dim, longest, longest)
+
+
+def _scores(queries: int, keys: int, tile: config.Tile) -> int:
+    """Those that the tiles of one sequence hold."""
+    return _tiles(queries, tile.queries) * tile.queries * _tiles(keys, tile.keys) * tile.keys
 
 
 def _tiles(tokens: int, block: int) -> int:
@@ -99,13 +113,15 @@ def main() -> int:
         mixes = {text: parse(text) for text in arguments.lengths}
     except ValueError as error:
         parser.error(f"--lengths: {error}")
-    print("| GPU | lengths | tokens | programs | idle | squared lengths | packed | lengths | dense |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
+    print("| GPU | lengths | tokens | tile | programs | idle | squared lengths | packed | lengths | dense |")
+    print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for gpu in arguments.gpu:
         for text, lengths in mixes.items():
             one = Count(lengths, GPUS[gpu], arguments.head_dim)
             shares = " | ".join(f"{scores / one.squares:.2f}" for scores in (one.packed, one.padded, one.dense))
-            print(f"| {gpu} | {text} | {sum(lengths)} | {one.programs} | {one.idle} | {one.squares} | {shares} |")
+            tile = f"{one.tile.queries} × {one.tile.keys}"
+            counts = f"{sum(lengths)} | {tile} | {one.programs} | {one.idle} | {one.squares}"
+            print(f"| {gpu} | {text} | {counts} | {shares} |")
     return 0
 
 

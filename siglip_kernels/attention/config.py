@@ -41,8 +41,8 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
 
 def length_class(tokens: int) -> int:
-    """Lengths that share a tuned entry: up to 16, 64, 128, 256, 512, 1024, or longer."""
-    return next((limit for limit in (16, 64, 128, 256, 512, 1024) if tokens <= limit), 2048)
+    """Lengths that share a tuned entry: up to 16, 32, 64, 128, 256, 512, 1024, or longer."""
+    return next((limit for limit in (16, 32, 64, 128, 256, 512, 1024) if tokens <= limit), 2048)
 
 
 @functools.cache
@@ -60,6 +60,8 @@ def tile(
     packed: of packed sequences, of which these are the longest.
     """
     columns = sum(split_head_dim(head_dim))
+    if packed and _holds_whole_sequences(kernel, element_bytes, columns, max(query_tokens, key_tokens)):
+        return _whole_sequence(kernel, facts, element_bytes, columns, max(query_tokens, key_tokens))
     shape_class = (kernel, element_bytes, columns, length_class(query_tokens), length_class(key_tokens))
     measured = TUNED.get(facts.name, {}).get(shape_class)
     return Tile(*measured) if measured else _heuristic(kernel, facts, element_bytes, columns, packed)
@@ -103,9 +105,32 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int, pack
     return Tile(32 if unit == "mma" else 64, 64, 4 if narrow else 8, 2)
 
 
-def delta_tile(facts: Facts, element_bytes: int, head_dim: int) -> Tile:
-    """The tile of the kernel that makes delta exact; in half precision 64 rows, as newer matrix instructions need."""
+def _holds_whole_sequences(kernel: str, element_bytes: int, columns: int, longest: int) -> bool:
+    """Whether a tile should hold a whole packed sequence. With 64 + 32 columns the backward's would spill."""
+    return longest <= short_block(element_bytes) and (longest <= 16 or kernel == "forward" or columns != 96)
+
+
+def _whole_sequence(kernel: str, facts: Facts, element_bytes: int, columns: int, longest: int) -> Tile:
+    """The tile of packed sequences that are short: the smallest that holds each, since a wider one is mostly empty."""
+    block = max(16, 1 << (longest - 1).bit_length())
+    # With mma, 64 queries spill where a program keeps the gradients of 64 keys.
+    queries = min(block, 32) if kernel == "backward_keys" and facts.matrix_unit == "mma" else block
+    # Delta's of 16 rows accumulates no gradients, and with two warps spills on consumer Blackwell.
+    small = kernel == "delta" and block == 16 and element_bytes == 2
+    backward = kernel != "forward" and not small
+    return Tile(queries, block, _short_warps(backward, facts, element_bytes, columns, block), 1)
+
+
+def delta_tile(
+    facts: Facts, element_bytes: int, head_dim: int, query_tokens: int, key_tokens: int, packed: bool
+) -> Tile:
+    """The tile of the kernel that makes delta exact; in half precision 64 rows, as newer matrix instructions need.
+
+    The other arguments: as in `tile`.
+    """
     columns = sum(split_head_dim(head_dim))
+    if packed and _holds_whole_sequences("delta", element_bytes, columns, max(query_tokens, key_tokens)):
+        return _whole_sequence("delta", facts, element_bytes, columns, max(query_tokens, key_tokens))
     if element_bytes == 4 or facts.interpreted:
         return _heuristic("backward_queries", facts, element_bytes, columns)
     if facts.matrix_unit == "mma":
@@ -185,14 +210,18 @@ def short(
 
     As many programs as are resident at once; each loops over many sequences.
     """
-    columns = sum(split_head_dim(head_dim))
-    most_for_4_warps = 80 if facts.matrix_unit == "wgmma" else 64  # more spills in the backward, and with tcgen05
-    wide = columns > most_for_4_warps and (kernel == "short_backward" or facts.matrix_unit == "tcgen05")
-    share = short_block(element_bytes) // block  # fewer rows: fewer warps and more programs
+    share = short_block(element_bytes) // block  # fewer rows: more programs
     room = kernel == "short_forward" or (facts.matrix_unit != "mma" and share == 1)  # to prefetch the next sequence
     stages = 2 if element_bytes == 2 and room else 1
-    warps = max(1, (8 if wide else 4) // share)
+    warps = _short_warps(kernel == "short_backward", facts, element_bytes, sum(split_head_dim(head_dim)), block)
     return min(sequences, 4 * share * facts.multiprocessors), warps, stages
+
+
+def _short_warps(backward: bool, facts: Facts, element_bytes: int, columns: int, block: int) -> int:
+    """Warps for a tile of `block` rows of a short sequence."""
+    most_for_4_warps = 80 if facts.matrix_unit == "wgmma" else 64  # more spills in the backward, and with tcgen05
+    wide = columns > most_for_4_warps and (backward or facts.matrix_unit == "tcgen05")
+    return max(1, (8 if wide else 4) * block // short_block(element_bytes))
 
 
 def grid(programs: int) -> int:

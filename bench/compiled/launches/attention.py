@@ -31,10 +31,13 @@ def launches() -> Iterator[Launch]:
     for tokens, head_dim in ((32, 64), (32, 72), (32, 128), (16, 72)):
         yield from _training(tokens, head_dim, torch.bfloat16)
     for head_dim in (64, 72, 80, 96, 128):
-        yield from _training_packed(head_dim, torch.bfloat16)
-        yield from _training_packed(head_dim, torch.float32)
-    yield from _training_packed(88, torch.float16)
-    yield from _training_packed(72, torch.float32, allow_tf32=True)
+        for longest in (16, 32, 64, 1024):
+            yield from _training_packed(longest, head_dim, torch.bfloat16)
+        for longest in (16, 1024):
+            yield from _training_packed(longest, head_dim, torch.float32)
+    yield from _training_packed(1024, 88, torch.float16)
+    for longest in (16, 1024):
+        yield from _training_packed(longest, 72, torch.float32, allow_tf32=True)
     for tokens in (729, 16):
         for head_dim in (64, 72, 96, 128):
             yield from _training(tokens, head_dim, torch.float32)
@@ -93,18 +96,20 @@ def _training(
     yield Launch(f"{name} backward", with_tf32(allow_tf32, _backward(tokens, head_dim, dtype, padded)))
 
 
-def _training_packed(head_dim: int, dtype: torch.dtype, allow_tf32: bool = False) -> Iterator[Launch]:
-    """Packed sequences, the longest of 1,024 tokens."""
-    name = f"{precision_name(dtype, allow_tf32)} S=1024 D={head_dim} packed"
+def _training_packed(longest: int, head_dim: int, dtype: torch.dtype, allow_tf32: bool = False) -> Iterator[Launch]:
+    """Packed sequences, the longest of so many tokens; gradients are packed in half precision."""
+    name = f"{precision_name(dtype, allow_tf32)} S={longest} D={head_dim} packed"
 
     def run(backward: bool) -> None:
         from siglip_kernels.attention.dispatch import launch_packed_backward, launch_packed_forward
 
         q, k, v = torch.empty(16384, 3, 16, head_dim, device="meta", dtype=dtype).unbind(1)
-        boundaries = (torch.empty(65, device="meta", dtype=torch.int32), None, 1024, 1024)
+        boundaries = (torch.empty(65, device="meta", dtype=torch.int32), None, longest, longest)
         if backward:
             out, statistics = torch.empty(q.shape, device="meta", dtype=dtype), torch.empty(16, 16384, device="meta")
-            launch_packed_backward(out, q, k, v, out, statistics, *boundaries, None, True, True)
+            packed_grad = torch.empty(16384, 3, 16, head_dim, device="meta", dtype=dtype) if q.itemsize == 2 else None
+            kept = (q, k, v, out, statistics)
+            launch_packed_backward(out, *kept, *boundaries, None, True, True, packed_grad)
         else:
             launch_packed_forward(q, k, v, *boundaries, None, True)
 

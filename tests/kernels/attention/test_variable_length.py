@@ -14,6 +14,7 @@ from torch import Tensor
 
 from siglip_kernels import attention, reference
 from siglip_kernels.attention import flash_attn_varlen_func
+from siglip_kernels.attention.dispatch import launch_packed_backward, launch_packed_forward
 from siglip_kernels.attention.sequences import Sequences, programs_of_head, tile_of_program
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -88,6 +89,29 @@ def test_any_lengths_and_head_dim(lengths, head_dim, dtype, device):
 def test_lengths_from_one_to_4096(device):
     lengths = [1, 0, 4096, 17, 1025, 0, 256]
     check_budget(random_inputs(sum(lengths), 1, 72, torch.bfloat16, device), lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("longest", [16, 33])
+def test_short_sequences_have_tiles_of_their_size(longest, dtype, device):
+    lengths = [longest, 1, 0, 7, longest - 1]
+    inputs = random_inputs(sum(lengths) + 2, 2, 72, dtype, device)
+    inputs[1][3] *= 20  # rows that need an exact delta
+    check_budget(inputs, lengths, max_seqlen=longest)
+
+
+def test_a_longest_that_is_too_small_costs_time_only(device):
+    """The host does not read boundaries on a GPU, so that nothing else may depend on it."""
+    inputs = random_inputs(61, 2, 24, torch.float16, device)
+    inputs[1][3] *= 20
+    *tensors, out_grad = inputs
+    cu_seqlens = boundaries([40, 21], device)
+    packing = (cu_seqlens, None, 16, 16)
+    out, log_sum_exp = launch_packed_forward(*tensors, *packing, None, True)
+    gradients = launch_packed_backward(out_grad, *tensors, out, log_sum_exp, *packing, None, True, True)
+    expected = run(attention, inputs, torch.float16, cu_seqlens=cu_seqlens)
+    for found, one in zip((out, *gradients), expected, strict=True):
+        torch.testing.assert_close(found, one, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
