@@ -26,10 +26,13 @@ class Planted(NamedTuple):
 
 
 ATTENTION = "kernels/attention/test_attention.py"
+PACKED = "kernels/attention/test_variable_length.py"
+PACKED_REGISTRATION = "kernels/attention/test_variable_length_registration.py"
 LINEAR, MLP = "kernels/linear/test_linear.py", "kernels/mlp/test_mlp.py"
 SMALL_BATCHES = "kernels/linear/test_linear_small_batches.py"
 LAYER_NORM = "kernels/layer_norm/test_layer_norm.py"
 PRE_NORM_ATTENTION = "kernels/pre_norm_attention/test_pre_norm_attention.py"
+PACKED_PRE_NORM_ATTENTION = "kernels/pre_norm_attention/test_packed_pre_norm_attention.py"
 PATCH_EMBED = "kernels/patch_embed/test_patch_embed.py"
 POOL = "kernels/attention_pool/test_attention_pool.py"
 LOSS = "kernels/sigmoid_loss/test_sigmoid_loss.py"
@@ -65,6 +68,44 @@ CONSTANTS = {
     ),
     "short attention backward, keys: scale": Planted(
         "attention/short.py", "grad_main * scale, 0.0)", "grad_main * scale * 1.01, 0.0)", ATTENTION
+    ),
+    "packed sequences: number of slots": Planted(
+        "attention/sequences.py", "tokens // block + len(", "tokens // block - 1 + len(", PACKED
+    ),
+    "packed sequences: the sequence of a slot": Planted(
+        "attention/sequences.py", "+ candidate <= slot", "+ candidate < slot", PACKED
+    ),
+    "packed sequences: the second step of the search": Planted(
+        "attention/sequences.py", "first += passed", "first = passed", PACKED
+    ),
+    "packed sequences: the tile of a slot": Planted(
+        "attention/sequences.py", "tile -= start // BLOCK + sequence", "tile -= start // BLOCK", PACKED
+    ),
+    "packed sequences: the end of the keys": Planted(
+        "attention/sequences.py", "maximum(other_end - other_start, 0)", "maximum(other_end - other_start - 1, 0)",
+        PACKED,
+    ),
+    "packed sequences: negative starts": Planted(
+        "attention/sequences.py", "tl.load(starts + index), 0)", "tl.load(starts + index), -9)", PACKED
+    ),
+    "packed sequences: boundaries of keys": Planted(
+        "attention/dispatch.py", "cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k", "cu_seqlens_q", PACKED
+    ),
+    "packed sequences: the gradient of the values alone": Planted(
+        "attention/variable_length.py", "needs_q, needs_k or needs_v\n", "needs_q, needs_k\n", PACKED
+    ),
+    "packed sequences: what is kept": Planted(
+        "attention/variable_length.py", "= wants_gradients(q, k, v)", "= wants_gradients(q, k)", PACKED
+    ),
+    "packed sequences: the longest sequence": Planted(
+        "attention/boundaries.py", "end - start > longest", "end - start > longest + 1", PACKED_REGISTRATION
+    ),
+    "packed sequences: the last boundary": Planted(
+        "attention/boundaries.py", "values[-1] > tokens", "values[-1] > tokens + 1", PACKED_REGISTRATION
+    ),
+    "packed pre-norm attention: tokens of no sequence": Planted(
+        "pre_norm_attention/api.py", "not (lengths is None and cu_seqlens is None)", "lengths is not None",
+        PACKED_PRE_NORM_ATTENTION,
     ),
     "GEMM: products": Planted(
         "gemm/kernels.py", "products = tl.zeros((", "products = 0.01 + tl.zeros((", LINEAR
