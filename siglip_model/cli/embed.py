@@ -1,4 +1,4 @@
-"""`siglip embed`: images or texts into one safetensors file."""
+"""`siglip embed`: images or texts into a file of embeddings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ INPUTS_HELP = (
 
 def embed(
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="Output file: .safetensors or .parquet.", show_default=False)
+        Path, typer.Option(metavar="FILE", help="Output file: .safetensors, .npy or .parquet.", show_default=False)
     ],
     inputs: Annotated[list[str] | None, typer.Argument(metavar="IMAGE", help=INPUTS_HELP, show_default=False)] = None,
     texts: Annotated[
@@ -79,6 +80,12 @@ def embed(
     shards: Annotated[
         int | None,
         typer.Option("--shards", metavar="N", min=1, help="Write N files and a manifest, for ranks of torchrun."),
+    ] = None,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--shard-size", metavar="SIZE", help="Cut the output into numbered files above this size, such as 2GB."
+        ),
     ] = None,
     num_workers: Annotated[
         int | None,
@@ -137,6 +144,7 @@ def embed(
                 "profile": profile,
                 "overwrite": overwrite,
                 "shards": shards,
+                "shard_size": None if shard_size is None else bytes_of(shard_size),
                 "rank": rank,
                 "world_size": ranks,
                 "model_name": os.path.abspath(model) if os.path.exists(model) else model,  # from any folder
@@ -209,6 +217,18 @@ def _check_inputs(inputs: Sequence[str], texts: Sequence[str], encoding: str | N
     for file in texts:
         if file != LIST_ON_STDIN and not os.path.isfile(file):
             raise ValueError(f"--texts: no such file: {file}")
+
+
+def bytes_of(size: str) -> int:
+    """Bytes of a size such as 2GB, 500 MiB or 1000000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?", size.strip(), re.IGNORECASE)
+    number = 0
+    if found is not None:
+        power = " kmgt".index((found[2] or " ").lower())
+        number = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if number < 1:
+        raise ValueError(f"--shard-size is {size!r}; supported: a number of bytes, or of kB, MB, GB, TB, KiB ... TiB")
+    return number
 
 
 def _stdin(encoding: str | None) -> TextIO:

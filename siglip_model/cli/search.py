@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """(files, texts): words that end as embedding files do, and the others. Raises ValueError for no file."""
     from siglip_model.embed.file import SUFFIXES
+    from siglip_model.embed.shards import is_manifest
 
-    files = [word for word in words if word.endswith(SUFFIXES)]
+    files = [word for word in words if word.endswith(SUFFIXES) or is_manifest(word)]
     if not files:
         raise ValueError(
             f"no embedding file among {', '.join(map(repr, words[:3]))}; give one that ends in {' or '.join(SUFFIXES)}"

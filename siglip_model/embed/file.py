@@ -5,7 +5,7 @@ row, {"file", "stamp"}, where the stamp (size and modification time) shows wheth
 bytes: one line of JSON per image that could not be read, {"file", "error"}. The header's metadata hold the settings
 that all rows share, among them the rows' `dtype` and `width`, and whether the last run was `complete`.
 
-`EmbeddingFile` reads one and checks all of it on the way; `encode_header` is its counterpart for writing.
+`EmbeddingFile` reads one and checks all of it on the way; `write_safetensors` writes one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import mmap
 import os
 import reprlib
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 PRODUCER = "siglip embed"
-SUFFIXES = (".safetensors", ".parquet")
+SUFFIXES = (".safetensors", ".npy", ".parquet")
 TEXT_LIMIT = 2**24  # bytes of a header or of one line; more is not read
 MESSAGE_LIMIT = 5000  # characters; twice the settings of an image processor are shorter
 WIDTH_LIMIT = 2**20  # values per row, which is read as a whole
@@ -49,27 +50,31 @@ class Embeddings:
     settings: dict[str, str]
 
 
-def load_embeddings(path: str | os.PathLike[str]) -> Embeddings:
-    """Reads a file that `siglip embed` wrote and checks all of it: the header, each name, and that rows are finite.
+@dataclass(frozen=True)
+class Content:
+    """What a file is written from, row by row; each function begins again when it is called.
 
-    Raises FileNotFoundError, and EmbeddingFileError for a damaged file or any other kind of file.
+    count: of the rows. names: (name, stamp) of each row. rows: their bytes. failures: (name, error).
     """
-    with open_embedding_file(path) as file:
-        rows: dict[str, None] = {}
-        for name, _, _ in file.rows():
-            if name in rows:
-                raise file.duplicate(name)
-            rows[name] = None
-        return Embeddings(file.embeddings(), list(rows), dict(file.failures()), file.metadata)
+
+    metadata: Mapping[str, str]
+    count: int
+    names: Callable[[], Iterator[tuple[str, str]]]
+    rows: Callable[[], Iterator[bytes]]
+    failures: Callable[[], Iterator[tuple[str, str]]]
+
+    @property
+    def format(self) -> RowFormat:
+        return RowFormat(self.metadata["dtype"], int(self.metadata["width"]))
 
 
-def open_embedding_file(path: str | os.PathLike[str]) -> EmbeddingFile:
-    """The file, open for reading, in the format of its suffix. Raises ImportError for parquet without pyarrow."""
-    if os.fspath(path).endswith(".parquet"):
-        from siglip_model.embed.parquet import ParquetEmbeddingFile
+class Span(NamedTuple):
+    """Bytes of an open file, and what messages call them."""
 
-        return ParquetEmbeddingFile(path)
-    return EmbeddingFile(path)
+    file: BinaryIO
+    start: int
+    end: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -95,11 +100,25 @@ class RowFormat:
         return values.view(-1, self.width).isfinite().all(dim=-1).tolist()
 
 
-def encode_header(metadata: Mapping[str, str], rows: int, files_bytes: int, failed_bytes: int) -> bytes:
-    """All that precedes the data, from the number of rows and the lengths of the two tensors of text."""
-    text = json.dumps(_describe(metadata, rows, files_bytes, failed_bytes)).encode()
+def encode_lines(entries: Iterable[tuple[str, str]], key: str) -> Iterator[bytes]:
+    """One line of JSON per (name, value), where `key` is the value's."""
+    for name, value in entries:
+        yield json.dumps({"file": name, key: value}).encode() + b"\n"
+
+
+def write_safetensors(file: BinaryIO, content: Content) -> None:
+    """Writes the content in constant memory."""
+
+    def lines() -> tuple[Iterator[bytes], Iterator[bytes]]:
+        return encode_lines(content.names(), "stamp"), encode_lines(content.failures(), "error")
+
+    sizes = [sum(map(len, each)) for each in lines()]
+    text = json.dumps(_describe(content.metadata, content.count, *sizes)).encode()
     text += b" " * (-len(text) % 8)  # aligns the rows
-    return struct.pack("<Q", len(text)) + text
+    file.write(struct.pack("<Q", len(text)) + text)
+    file.writelines(content.rows())
+    for each in lines():
+        file.writelines(each)
 
 
 def _describe(metadata: Mapping[str, str], rows: int, files_bytes: int, failed_bytes: int) -> dict[str, Any]:
@@ -129,23 +148,25 @@ class EmbeddingFile:
         self.path = Path(path)
         if os.path.exists(self.path) and not os.path.isfile(self.path):  # opening a pipe would wait for its writer
             raise self.error("is not a regular file")
+        self._opened = ExitStack()
+        with self._opened:
+            self._file = self._open(self.path)
+            self._read_header()
+            self._opened = self._opened.pop_all()
+
+    def _open(self, path: Path) -> BinaryIO:
         try:
-            self._file = open(self.path, "rb")  # noqa: SIM115  # closed by `__exit__`
+            return self._opened.enter_context(open(path, "rb"))
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise self.error(f"cannot be read ({error.strerror or error})") from error
-        try:
-            self._read_header()
-        except BaseException:
-            self._file.close()
-            raise
+            raise EmbeddingFileError(f"{path} cannot be read ({error.strerror or error})") from error
 
     def __enter__(self) -> EmbeddingFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._opened.close()
 
     def error(self, problem: str) -> EmbeddingFileError:
         return EmbeddingFileError(f"{self.path} {shortened(problem)}")
@@ -175,14 +196,19 @@ class EmbeddingFile:
         self.format = RowFormat(self.metadata["dtype"], int(self.metadata["width"]))
         self.count = lengths[0]
         self._spans = {
-            name: tuple(8 + length + offset for offset in expected[name]["data_offsets"])
+            name: Span(self._file, 8 + length + start, 8 + length + end, f"its tensor `{name}`")
             for name in ("embeddings", "files", "failed")
+            for start, end in [expected[name]["data_offsets"]]
         }
-        end = self._spans["failed"][1]
-        if size < end:
-            raise self.error(f"is truncated: it has {size} of {end} bytes")
-        if size > end:
-            raise self.error(f"is damaged: it has {size} bytes, {size - end} more than its header says")
+        self._check_size(self.path, size, self._spans["failed"].end)
+
+    def _check_size(self, path: Path, size: int, expected: int) -> None:
+        if size < expected:
+            raise EmbeddingFileError(f"{path} is truncated: it has {size} of {expected} bytes")
+        if size > expected:
+            raise EmbeddingFileError(
+                f"{path} is damaged: it has {size} bytes, {size - expected} more than its header says"
+            )
 
     def _check_metadata(self) -> None:
         for name, value in self.metadata.items():
@@ -218,7 +244,7 @@ class EmbeddingFile:
         size, chunk = self.format.row_bytes, self.format.rows_per_chunk
         for first in range(0, self.count, chunk):
             expected = min(chunk, self.count - first) * size
-            self._file.seek(self._spans["embeddings"][0] + first * size)
+            self._file.seek(self._spans["embeddings"].start + first * size)
             content = self._file.read(expected)
             if len(content) != expected:
                 raise self.error("was truncated while it was read")
@@ -237,9 +263,10 @@ class EmbeddingFile:
         """The names of these rows, from one pass over the lines that parses no others."""
         wanted = set(rows)
         names = {}
-        self._file.seek(self._spans["files"][0])
+        file, start, end, _ = self._spans["files"]
+        file.seek(start)
         for row in range(max(wanted, default=-1) + 1):
-            line = self._file.readline(min(max(0, self._spans["files"][1] - self._file.tell()), TEXT_LIMIT))
+            line = file.readline(min(max(0, end - file.tell()), TEXT_LIMIT))
             if row in wanted:
                 names[row], _ = self._parsed("files", "stamp", row + 1, line)
         return names
@@ -249,11 +276,11 @@ class EmbeddingFile:
         return self._lines("failed", "error")
 
     def _lines(self, tensor: str, key: str) -> Iterator[tuple[str, str]]:
-        position, end = self._spans[tensor]
+        file, position, end, _ = self._spans[tensor]
         number = 0
         while position < end:
-            self._file.seek(position)  # `rows` moves it between two lines
-            line = self._file.readline(min(end - position, TEXT_LIMIT))
+            file.seek(position)  # `rows` moves it between two lines
+            line = file.readline(min(end - position, TEXT_LIMIT))
             position += len(line)
             number += 1
             yield self._parsed(tensor, key, number, line)
@@ -267,7 +294,7 @@ class EmbeddingFile:
             if os.fsdecode(os.fsencode(name)) != name or (key == "stamp" and not value.isascii()):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise self.error(f"is damaged: line {number} of its tensor `{tensor}` cannot be read") from None
+            raise self.error(f"is damaged: line {number} of {self._spans[tensor].name} cannot be read") from None
         return name, value
 
     def embeddings(self) -> torch.Tensor:
@@ -279,7 +306,7 @@ class EmbeddingFile:
             content,
             dtype=TENSOR_DTYPES[self.format.dtype],
             count=self.count * self.format.width,
-            offset=self._spans["embeddings"][0],
+            offset=self._spans["embeddings"].start,
         )
         return values.view(self.count, self.format.width)
 

@@ -1,14 +1,14 @@
 """The rows on their way into FILE: a journal that survives a kill, and the replacement of FILE by what it holds.
 
-A .safetensors file states its shapes first and cannot grow, so rows are collected in a journal beside it, `FILE.part`,
+FILE states its shapes first and cannot grow, so rows are collected in a journal beside it, `FILE.part`,
 an SQLite database. Its life has three states, and each step from one to the next is atomic:
 
 1. None: no `FILE.part`, or one without settings. FILE is the base.
 2. Started, by one transaction that writes the settings and copies all rows of FILE. From here on the journal holds
    every row of FILE and more; a run that continues it adds those that FILE has gained otherwise. Only `commit` adds
    rows for good, all others are rolled back. SQLite's lock, held until the journal is closed, keeps other runs out.
-3. Finished: FILE was replaced by a rename, from a file that is complete and on the disk. The journal is then deleted,
-   while it is still locked, so that no other run can begin to use it.
+3. Finished: FILE was replaced (see `output`) by what is complete and on the disk. The journal is then deleted, while it
+   is still locked, so that no other run can begin to use it.
 
 A journal that was started with `overwrite` differs in one point: FILE is not copied, and stays as it is until the new
 rows are complete.
@@ -22,20 +22,21 @@ import sqlite3
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
-from siglip_model.checkpoints.atomic import ordinary_mode, sync_directory
 from siglip_model.embed.file import (
     PRODUCER,
     SUFFIXES,
     TEXT_LIMIT,
+    Content,
     EmbeddingFileError,
     RowFormat,
-    encode_header,
-    open_embedding_file,
+    encode_lines,
     shortened,
 )
+from siglip_model.embed.output import LACK_BFLOAT16, Output
+from siglip_model.embed.shards import Shards
 
 # Paths are bytes, because names need not be valid Unicode. The implicit rowid keeps the order of insertion.
 SCHEMA = {
@@ -44,6 +45,10 @@ SCHEMA = {
 }
 LONGEST_NAME = 255 - len(".part-journal")  # bytes of FILE's name, to which SQLite's file beside the journal adds
 FILE_NAME = f"a file name ending in {' or '.join(SUFFIXES)}"
+EMBEDDED = "FROM images WHERE embedding IS NOT NULL ORDER BY rowid"
+EMBEDDED_BETWEEN = "FROM images WHERE embedding IS NOT NULL AND rowid >= ? AND rowid < ? ORDER BY rowid"
+LAST_ROWID = 2**63 - 1
+ROWS_PER_FILE = "rows_per_file"  # among the settings of a journal: where FILE is cut
 OVERWRITES = "overwrites"  # among the settings of a journal: FILE is to be replaced, not continued
 BUSY_SECONDS = 0.2  # with less, two runs that start at once may each see the other, and both be refused
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
@@ -64,17 +69,29 @@ class EmbeddingJournal:
     out: FILE. A symbolic link is followed: its target is written, and the journal is beside the target.
     settings: everything that must agree between the rows of one file, as text, including `dtype` ("F32", ...) and
     `width`. overwrite: start without earlier rows, and replace FILE once the new ones are complete.
+    shard_size: bytes of rows above which FILE is cut into numbered files; by default as FILE was before, else never.
     The constructor and every method raise EmbeddingFileError: if earlier rows were made with other settings or are
     damaged, if FILE is another kind of file, if another process is writing it, and if the disk is full.
     """
 
-    def __init__(self, out: str | os.PathLike[str], settings: Mapping[str, str], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        settings: Mapping[str, str],
+        *,
+        overwrite: bool = False,
+        shard_size: int | None = None,
+    ) -> None:
         self.out = resolve_out(out)
-        if self.out.suffix == ".parquet" and settings["dtype"] == "BF16":
-            raise EmbeddingFileError(f"{out}: parquet has no bfloat16; supported: float32, float16, or .safetensors")
+        if self.out.suffix in LACK_BFLOAT16 and settings["dtype"] == "BF16":
+            raise EmbeddingFileError(
+                f"{out}: {self.out.suffix[1:]} has no bfloat16; supported: float32, float16, or .safetensors"
+            )
+        self._output = Output(self.out)
         self.part = self.out.with_name(self.out.name + ".part")
         self.settings = dict(settings)
         self.format = RowFormat(self.settings["dtype"], int(self.settings["width"]))
+        self._rows_per_file = None if shard_size is None else max(1, shard_size // self.format.row_bytes)
         self.up_to_date = False  # whether FILE is complete and equal to the journal
         self._database: sqlite3.Connection | None = None
         self._streams: list[sqlite3.Cursor] = []
@@ -169,19 +186,34 @@ class EmbeddingJournal:
             self._overwrites = earlier.get(OVERWRITES) == "true"
             if problem := self._other_settings(earlier):
                 raise self._unusable(problem)
+            if self._rows_per_file is None:
+                self._rows_per_file = self._stored_rows_per_file(earlier.get(ROWS_PER_FILE))
             self._check_records()
         else:
             self._state = "new"
-            self._overwrites = self._overwrite and self.out.exists()
+            self._overwrites = self._overwrite and self._output.exists()
+            if self._rows_per_file is None:
+                self._rows_per_file = self._output.rows_per_file()
+            self._output.check_names(numbered=self._rows_per_file is not None)
             for name, statement in SCHEMA.items():
                 self._execute(f"DROP TABLE IF EXISTS {name}")
                 self._execute(statement)
             for setting in {**self.settings, OVERWRITES: str(self._overwrites).lower()}.items():
                 self._execute("INSERT INTO settings VALUES (?, ?)", setting)
-        if self.out.exists() and not self._overwrites:
+        if self._rows_per_file is not None:
+            self._execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (ROWS_PER_FILE, str(self._rows_per_file)))
+        # Of a FILE that is not whole, because a run was stopped between its files, an earlier journal has all rows
+        if not self._overwrites and (self._output.is_whole() if earlier else self._output.exists()):
             self._copy_file()
         self._connection.commit()
         self._state = "started"
+
+    def _stored_rows_per_file(self, stored: str | None) -> int | None:
+        if stored is None:
+            return None
+        if not (stored.isascii() and stored.isdigit() and len(stored) < 19 and int(stored) > 0):
+            raise self._damaged(f"its setting {ROWS_PER_FILE} is {stored!r}")
+        return int(stored)
 
     def _other_settings(self, earlier: Mapping[str, str]) -> str | None:
         changed = [
@@ -206,7 +238,7 @@ class EmbeddingJournal:
         if wrong is not None:
             path, length = wrong
             raise self._damaged(f"its row of {path!r} has {length} bytes, expected {self.format.row_bytes}")
-        for lines in (self._file_lines(), self._failed_lines()):
+        for lines in (encode_lines(self._names(), "stamp"), encode_lines(self._failures(), "error")):
             for line in lines:
                 if len(line) > TEXT_LIMIT:
                     raise self._damaged(f"one of its records has {len(line):,} bytes, more than {TEXT_LIMIT:,}")
@@ -223,7 +255,7 @@ class EmbeddingJournal:
         """Adds the rows and failures of FILE, except for images that an earlier run recorded in the journal."""
         (last,) = self._execute("SELECT COALESCE(MAX(rowid), 0) FROM images").fetchone()
         try:
-            with open_embedding_file(self.out) as file:
+            with self._output.open() as file:
                 if problem := self._other_settings(file.metadata):
                     raise file.error(problem)
                 for name, stamp, row in file.rows():
@@ -242,7 +274,10 @@ class EmbeddingJournal:
                         " SET error = excluded.error WHERE images.rowid > ?",
                         (os.fsencode(name), _storable(message), last),
                     )
-                self.up_to_date = last == 0 and file.metadata["complete"] == "true"
+                is_cut_alike = self._rows_per_file == self._output.rows_per_file() or (
+                    self.out.exists() and file.count <= (self._rows_per_file or file.count)
+                )
+                self.up_to_date = last == 0 and file.metadata["complete"] == "true" and is_cut_alike
         except EmbeddingFileError as error:
             raise EmbeddingFileError(
                 f"{error}; it was not changed. Choose another --out, or --overwrite to replace it"
@@ -293,21 +328,24 @@ class EmbeddingJournal:
         if self.up_to_date:
             return True
         rows, _ = self.counts()
-        is_there = self.out.exists()
+        is_there = self._output.exists()
         if rows == 0 or (is_there and self._overwrites and not complete):
             return False
         with self._explained_errors():
-            if is_there and not self._overwrites:
+            if not self._overwrites and self._output.is_whole():
                 self._check_file(rows)
-            elif is_there and not self._overwrite:
+            elif is_there and self._overwrites and not self._overwrite:
                 self._check_overwritten(rows)
-            self._replace_file(rows, complete)
+            try:
+                self._output.replace(self._pieces(rows, complete), self._rows_per_file)
+            except ValueError as error:  # of what the format cannot hold
+                raise EmbeddingFileError(f"{self.out} was not written: {error}; the rows are in {self.part}") from error
         self.up_to_date = complete
         return True
 
     def _check_file(self, rows: int) -> None:
         try:
-            with open_embedding_file(self.out) as file:
+            with self._output.open() as file:
                 if file.count > rows:
                     raise file.error(f"has {file.count} rows, more than the {rows} of {self.part}")
         except EmbeddingFileError as error:
@@ -318,7 +356,7 @@ class EmbeddingJournal:
     def _check_overwritten(self, rows: int) -> None:
         """Raises EmbeddingFileError where a run that was not asked to overwrite would leave FILE with fewer rows."""
         try:
-            with open_embedding_file(self.out) as file:
+            with self._output.open() as file:
                 count = file.count
         except EmbeddingFileError:  # there is nothing to lose in a file that cannot be read
             return
@@ -329,56 +367,36 @@ class EmbeddingJournal:
                 f" replace it, or {self.part} to continue from it"
             )
 
-    def _replace_file(self, rows: int, complete: bool) -> None:
+    def _pieces(self, rows: int, complete: bool) -> list[Content]:
+        """The content of FILE, or of each of its numbered files; the last has the failures."""
+        starts, most = [-LAST_ROWID], rows if self._rows_per_file is None else self._rows_per_file
+        if rows > most:
+            rowids = self._stream(f"SELECT rowid {EMBEDDED}")
+            starts = [rowid for number, (rowid,) in enumerate(rowids) if number % most == 0]
         metadata = {**self.settings, "format": "pt", "producer": PRODUCER, "complete": str(complete).lower()}
-        unfinished = self.out.with_name(f".{self.out.name}.unfinished")  # one name: the lock admits one writer
-        unfinished.unlink(missing_ok=True)
-        try:
-            with open(unfinished, "xb") as file:
-                if self.out.suffix == ".parquet":
-                    self._write_parquet(file, metadata)
-                else:
-                    self._write_safetensors(file, metadata, rows)
-                file.flush()
-                os.chmod(unfinished, ordinary_mode(self.out))
-                os.fsync(file.fileno())
-            os.replace(unfinished, self.out)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        sync_directory(self.out.parent)  # before the journal is deleted
-
-    def _write_safetensors(self, file: BinaryIO, metadata: Mapping[str, str], rows: int) -> None:
-        sizes = [sum(map(len, lines)) for lines in (self._file_lines(), self._failed_lines())]
-        file.write(encode_header(metadata, rows, *sizes))
-        for (row,) in self._stream("SELECT embedding FROM images WHERE embedding IS NOT NULL ORDER BY rowid"):
-            file.write(row)
-        for lines in (self._file_lines(), self._failed_lines()):
-            file.writelines(lines)
-
-    def _write_parquet(self, file: BinaryIO, metadata: Mapping[str, str]) -> None:
-        from siglip_model.embed.parquet import write_parquet
-
-        rows = self._stream("SELECT path, stamp, embedding FROM images WHERE embedding IS NOT NULL ORDER BY rowid")
-        failures = self._stream("SELECT path, error FROM images WHERE error IS NOT NULL ORDER BY rowid")
-        try:
-            write_parquet(
-                file,
+        ends = [*starts[1:], LAST_ROWID]
+        return [
+            Content(
                 metadata,
-                ((os.fsdecode(path), stamp, row) for path, stamp, row in rows),
-                ((os.fsdecode(path), error) for path, error in failures),
+                min(most, rows - number * most),
+                partial(self._names, start, end),
+                partial(self._rows, start, end),
+                self._failures if end == LAST_ROWID else lambda: iter(()),
             )
-        except ValueError as error:
-            raise EmbeddingFileError(f"{self.out} was not written: {error}; the rows are in {self.part}") from error
+            for number, (start, end) in enumerate(zip(starts, ends, strict=True))
+        ]
 
-    def _file_lines(self) -> Iterator[bytes]:
-        query = "SELECT path, stamp FROM images WHERE embedding IS NOT NULL ORDER BY rowid"
-        for path, stamp in self._stream(query):
-            yield json.dumps({"file": os.fsdecode(path), "stamp": stamp}).encode() + b"\n"
+    def _names(self, start: int = -LAST_ROWID, end: int = LAST_ROWID) -> Iterator[tuple[str, str]]:
+        for path, stamp in self._stream(f"SELECT path, stamp {EMBEDDED_BETWEEN}", (start, end)):
+            yield os.fsdecode(path), stamp
 
-    def _failed_lines(self) -> Iterator[bytes]:
-        query = "SELECT path, error FROM images WHERE error IS NOT NULL ORDER BY rowid"
-        for path, error in self._stream(query):
-            yield json.dumps({"file": os.fsdecode(path), "error": error}).encode() + b"\n"
+    def _rows(self, start: int, end: int) -> Iterator[bytes]:
+        for (row,) in self._stream(f"SELECT embedding {EMBEDDED_BETWEEN}", (start, end)):
+            yield row
+
+    def _failures(self) -> Iterator[tuple[str, str]]:
+        for path, error in self._stream("SELECT path, error FROM images WHERE error IS NOT NULL ORDER BY rowid"):
+            yield os.fsdecode(path), error
 
     @property
     def is_open(self) -> bool:
@@ -417,9 +435,9 @@ class EmbeddingJournal:
     def _execute(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
         return self._connection.execute(statement, values)
 
-    def _stream(self, query: str) -> sqlite3.Cursor:
+    def _stream(self, query: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
         """A query whose rows are read one by one."""
-        cursor = self._execute(query)
+        cursor = self._execute(query, values)
         self._streams.append(cursor)
         return cursor
 
@@ -455,6 +473,55 @@ class EmbeddingJournal:
             f"{self.part} {shortened(problem)}; it was not changed."
             f" Choose another --out, {continued}or --overwrite to start over"
         )
+
+
+class ShardedJournal:
+    """The journals of a rank's files as one; methods as those of `EmbeddingJournal`."""
+
+    def __init__(self, shards: Shards, settings: Mapping[str, str], *, overwrite: bool = False) -> None:
+        self.settings = dict(settings)
+        self._shards = shards
+        self._journals: dict[int, EmbeddingJournal] = {}
+        try:
+            for number in shards.mine:
+                self._journals[number] = EmbeddingJournal(shards.path(number), settings, overwrite=overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def _of(self, name: str) -> EmbeddingJournal:
+        return self._journals[self._shards.number(name)]
+
+    def has(self, path: str, stamp: str) -> bool:
+        return self._of(path).has(path, stamp)
+
+    def add(self, path: str, stamp: str, *, embedding: bytes | None = None, error: str | None = None) -> None:
+        self._of(path).add(path, stamp, embedding=embedding, error=error)
+
+    def commit(self) -> None:
+        for journal in self._journals.values():
+            journal.commit()
+
+    def counts(self) -> tuple[int, int]:
+        counts = [journal.counts() for journal in self._journals.values()]
+        return sum(embedded for embedded, _ in counts), sum(failed for _, failed in counts)
+
+    def write(self, *, complete: bool) -> bool:
+        """Writes every file that has a row, and returns whether the files hold all rows."""
+        written = [journal.write(complete=complete) or journal.counts()[0] == 0 for journal in self._journals.values()]
+        return all(written)
+
+    def remove(self) -> None:
+        for journal in self._journals.values():
+            journal.remove()
+
+    @property
+    def is_open(self) -> bool:
+        return any(journal.is_open for journal in self._journals.values())
+
+    def close(self) -> None:
+        for journal in self._journals.values():
+            journal.close()
 
 
 def resolve_out(out: str | os.PathLike[str]) -> Path:

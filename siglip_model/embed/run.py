@@ -16,9 +16,9 @@ import torch
 
 from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.embed.file import SUFFIXES, TENSOR_DTYPES, EmbeddingFileError
-from siglip_model.embed.journal import EmbeddingJournal, resolve_out
+from siglip_model.embed.journal import EmbeddingJournal, ShardedJournal, resolve_out
 from siglip_model.embed.profile import Profile, ProfileReport
-from siglip_model.embed.shards import ShardedJournal, Shards, open_shards
+from siglip_model.embed.shards import Shards, open_shards
 from siglip_model.embed.sources import Source, image_sources, pyarrow_parquet, text_sources
 from siglip_model.fit import check_pixels
 from siglip_model.image_pipelines import TokenBudget
@@ -88,13 +88,14 @@ def embed_images(
     max_pixels: int | None = None,
     overwrite: bool = False,
     shards: int | None = None,
+    shard_size: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     profile: bool = False,
     model_name: str = "",
     on_image: Callable[[str, str, str], None] | None = None,
 ) -> EmbedSummary:
-    """Writes the embeddings of all images to `out`, a .safetensors or .parquet file that `load_embeddings` reads.
+    """Writes the embeddings of all images to `out`, a .safetensors, .npy or .parquet file that `load_embeddings` reads.
 
     inputs: images, folders (searched recursively), URLs, WebDataset shards (.tar) and .parquet files, or an ImageList.
     column: of parquet files, as for `sources.image_sources`. normalize: scale rows to unit length; otherwise rows are
@@ -108,7 +109,9 @@ def embed_images(
     the new rows are complete, also across interrupted runs.
     shards: write this many files instead of one (see `shards`); by default as many as the manifest of an earlier run
     says, and 64 where there is none and several ranks. rank, world_size: of this process among those that share the
-    inputs; each writes files of its own. profile: measure the stages, for which the device is waited for after each.
+    inputs; each writes files of its own. shard_size: bytes of embeddings above which `out` is cut, in order, into
+    numbered files with a manifest; not with `shards` or several ranks.
+    profile: measure the stages, for which the device is waited for after each.
     on_image(name, outcome, error): called for every image; the outcome is "embedded", "skipped" or "failed".
 
     Raises EmbeddingFileError if `out` was made with another model or other settings, is damaged or another kind of
@@ -137,7 +140,7 @@ def embed_images(
     def encode(inputs: Inputs) -> torch.Tensor:
         return pooled(encode_images(**inputs))
 
-    place = open_shards(out, shards, rank, world_size)
+    place = open_place(out, shards, shard_size, rank, world_size)
     with budget:
         return run_embedding(
             model,
@@ -152,6 +155,7 @@ def embed_images(
             sizes=sizes,
             num_workers=num_workers,
             overwrite=overwrite,
+            shard_size=shard_size,
             on_source=on_image,
             profile=profile,
         )
@@ -171,6 +175,7 @@ def embed_texts(
     num_workers: int = 2,
     overwrite: bool = False,
     shards: int | None = None,
+    shard_size: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     profile: bool = False,
@@ -202,16 +207,31 @@ def embed_texts(
         read,
         to_device,
         encode,
-        open_shards(out, shards, rank, world_size) or out,
+        open_place(out, shards, shard_size, rank, world_size) or out,
         {**settings, **common_settings(model, normalize, dtype, model_name)},
         normalize=normalize,
         dtype=dtype,
         sizes={"batch_size": batch_size},
         num_workers=num_workers,
         overwrite=overwrite,
+        shard_size=shard_size,
         on_source=on_text,
         profile=profile,
     )
+
+
+def open_place(
+    out: str | os.PathLike[str], shards: int | None, shard_size: int | None, rank: int, world_size: int
+) -> Shards | None:
+    """As `open_shards`. Raises ValueError for a `shard_size` that is no size, or that is given beside shared files."""
+    if shard_size is not None and shard_size < 1:
+        raise ValueError(f"shard_size is {shard_size}; supported: a number of bytes from 1")
+    if shard_size is not None and (shards is not None or world_size > 1):
+        raise ValueError("shard_size cuts the output of one process; give `shards` for that of several ranks")
+    place = open_shards(out, shards, rank, world_size)
+    if shard_size is not None and place is not None:
+        raise EmbeddingFileError(f"{out} has files that ranks share, which are not cut by size; choose another --out")
+    return place
 
 
 def common_settings(model: SiglipModel, normalize: bool, dtype: torch.dtype, model_name: str) -> dict[str, str]:
@@ -249,6 +269,7 @@ def run_embedding(
     sizes: Mapping[str, Any],
     num_workers: int,
     overwrite: bool,
+    shard_size: int | None,
     on_source: Callable[[str, str, str], None] | None,
     profile: bool,
 ) -> EmbedSummary:
@@ -265,7 +286,7 @@ def run_embedding(
         place, journal = str(out.out), ShardedJournal(out, settings, overwrite=overwrite)
         sources = (source for source in sources if out.owns(source.name))
     else:
-        place, journal = str(out), EmbeddingJournal(out, settings, overwrite=overwrite)
+        place, journal = str(out), EmbeddingJournal(out, settings, overwrite=overwrite, shard_size=shard_size)
     with closing(journal):
         stages = Profile(num_workers, _synchronizer(model.device) if profile else None)
         on_source = on_source or (lambda name, outcome, error: None)

@@ -11,7 +11,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from siglip_model.embed.file import EmbeddingFileError, open_embedding_file
+from siglip_model.embed.file import EmbeddingFileError
+from siglip_model.embed.output import open_embedding_file
 from siglip_model.embed.shards import shard_files
 from siglip_model.retrieval.exact import nearest
 
@@ -22,7 +23,7 @@ QUERIES_AT_ONCE = 128  # bounds the scores in memory for any number of queries
 class Collection:
     """The rows of one or several embedding files of one model; a context manager that closes them.
 
-    files: what `siglip embed` wrote; an output of several shards by the name of the output.
+    files: what `siglip embed` wrote; an output of several files by its name or its manifest's.
     Raises EmbeddingFileError for a damaged file, and for files of different models.
     """
 

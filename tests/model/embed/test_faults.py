@@ -19,15 +19,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from colour_embedder import embed_colours, save_colours
+from colour_embedder import WIDTH, embed_colours, save_colours
 
 from siglip_model.embed import EmbeddingFileError, EmbeddingInterrupted, load_embeddings
 from siglip_model.embed import file as embed_file
 from siglip_model.embed import journal as embed_journal
+from siglip_model.embed import npy as embed_npy
+from siglip_model.embed import output as embed_output
 from siglip_model.embed import run as embed_run
 
 OUT = "out.safetensors"
-SOURCES = (embed_journal.__file__, embed_file.__file__)
+SOURCES = (embed_journal.__file__, embed_file.__file__, embed_npy.__file__, embed_output.__file__)
 DISK_TYPES = (sqlite3.Connection, sqlite3.Cursor, io.IOBase)
 
 
@@ -77,26 +79,37 @@ def prepare_damaged_journal(folder):
     (folder / "out" / f"{OUT}.part").write_text("no journal" * 100)
 
 
+def prepare_cut_file_and_journal(folder):
+    embed(folder, "old", shard_size=2 * WIDTH * 4)
+    with pytest.raises(EmbeddingInterrupted):
+        embed(folder, "new", batch_size=1, on_image=interrupt)
+
+
 CASES = {
     "first run": (prepare_nothing, {}),
     "more images": (prepare_file, {}),
     "resumed": (prepare_file_and_journal, {}),
     "overwrite": (prepare_file_of_another_model, {"overwrite": True}),
     "overwrite a damaged journal": (prepare_damaged_journal, {"overwrite": True}),
+    "cut": (prepare_file, {"shard_size": 3 * WIDTH * 4}),
+    "cut again": (prepare_cut_file_and_journal, {"shard_size": 3 * WIDTH * 4}),
+    "joined": (prepare_cut_file_and_journal, {"shard_size": 2**20}),
 }
+# Formats and forms of FILE that are several files, so that a run may be stopped between them
+SEVERAL = (".npy: resumed", ".npy: overwrite", "cut", "cut again", "joined", ".npy: cut again")
 
 
 class Case:
     """The folder before the run that is disturbed, and the file that an undisturbed run makes of it."""
 
-    def __init__(self, folder, prepare, options):
-        self.folder, self.options = folder, options
+    def __init__(self, folder, prepare, options, is_several):
+        self.folder, self.options, self.is_several = folder, options, is_several
         self.out = folder / "out" / OUT
         prepare(folder)
         shutil.copytree(folder / "out", folder / "before")
         self.rows = self.rows_of_file()
         self.run()
-        self.expected = self.out.read_bytes()
+        self.expected = snapshot(self.out.parent)
 
     def run(self):
         return embed(self.folder, "new", **self.options)
@@ -110,8 +123,10 @@ class Case:
         shutil.copytree(self.folder / "before", self.folder / "out", dirs_exist_ok=True)
 
     def rows_of_file(self):
-        if not self.out.exists():
-            return {}
+        """None where a run was stopped between several files, and has left its journal."""
+        output = embed_output.Output(self.out)
+        if not output.is_whole():
+            return None if self.out.with_name(f"{self.out.name}.part").exists() else {}
         stored = load_embeddings(self.out)
         assert stored.embeddings.isfinite().all()
         return dict(zip(stored.files, stored.embeddings.tolist(), strict=True))
@@ -119,21 +134,35 @@ class Case:
     def check(self):
         """FILE is whole and has lost nothing; the same run again ends as if it had not been disturbed."""
         rows = self.rows_of_file()
-        if self.options.get("overwrite"):
-            assert rows == self.rows or self.out.read_bytes() == self.expected
+        if rows is None:
+            assert self.is_several or not self.rows
+        elif self.options.get("overwrite"):
+            assert rows == self.rows or self.is_expected(snapshot(self.out.parent))
         else:
             assert rows.items() >= self.rows.items()
         self.run()
-        assert self.out.read_bytes() == self.expected
-        assert [path.name for path in self.out.parent.iterdir()] == [OUT]
+        assert snapshot(self.out.parent) == self.expected
+
+    def is_expected(self, found):
+        return all(found.get(name) == content for name, content in self.expected.items())
 
 
-@pytest.fixture(params=[*CASES, "parquet: resumed"])
+EVERY = [*CASES, ".parquet: resumed", ".npy: resumed", ".npy: overwrite", ".npy: cut again"]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.thorough] if name in SEVERAL and name != ".npy: resumed" else [])
+        for name in EVERY
+    ]
+)
 def case(request, folder, monkeypatch):
-    if request.param.startswith("parquet: "):
+    suffix, separator, name = request.param.rpartition(": ")
+    if suffix == ".parquet":
         pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
-        monkeypatch.setattr(sys.modules[__name__], "OUT", "out.parquet")
-    return Case(folder, *CASES[request.param.removeprefix("parquet: ")])
+    if separator:
+        monkeypatch.setattr(sys.modules[__name__], "OUT", f"out{suffix}")
+    return Case(folder, *CASES[name], request.param in SEVERAL)
 
 
 def reaches_the_disk(function):
@@ -177,6 +206,7 @@ def snapshot(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("case", EVERY, indirect=True)
 def test_killed_at_any_step(case):
     """What the disk holds at a step is what a kill at this step leaves."""
     case.reset()
