@@ -89,9 +89,15 @@ def main() -> None:
         elif code != USAGE_ERROR:  # else it was reported
             terminal.say(f"error: {error.strerror}")
             code = USAGE_ERROR
-    if code == INTERRUPTED:  # without waiting for threads that still read or download
+    if code == INTERRUPTED:  # without waiting for threads and processes that still read or download
+        import multiprocessing
+
         sys.stderr.flush()
-        os._exit(INTERRUPTED)
+        processes = multiprocessing.active_children()
+        if not processes:
+            os._exit(INTERRUPTED)
+        for process in processes:  # whose locks are removed at the end of the program
+            process.kill()
     sys.exit(code)
 
 

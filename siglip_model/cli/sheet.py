@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from siglip_model.images.files import DOWNLOAD_SECONDS, UnreadableImageError, load_image
+from siglip_model.embed.sources import named_image
+from siglip_model.images.files import DOWNLOAD_SECONDS, EncodedImage, UnreadableImageError, decode_image, load_image
 from siglip_model.plot import DOTS_PER_INCH, FAINT, INK, fonts, format_score, save, shortened, thumbnail
 
 if TYPE_CHECKING:
@@ -55,7 +56,11 @@ def draw_sheet(results: Sequence[Found], path: str | os.PathLike[str]) -> int:
 def _draw_hit(axes: Axes, hit: Hit) -> None:
     picture: Any
     try:
-        picture = thumbnail(load_image(hit.name, DOWNLOAD_SECONDS))
+        source = named_image(hit.name)
+        if isinstance(source, EncodedImage):
+            picture = thumbnail(decode_image(source.content, source.name))
+        else:
+            picture = thumbnail(load_image(source, DOWNLOAD_SECONDS))
     except UnreadableImageError as error:
         axes.text(0.5, 0.5, _wrapped(str(error)), ha="center", va="center", color=FAINT, fontsize=6)
     else:

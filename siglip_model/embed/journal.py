@@ -49,6 +49,7 @@ EMBEDDED = "FROM images WHERE embedding IS NOT NULL ORDER BY rowid"
 EMBEDDED_BETWEEN = "FROM images WHERE embedding IS NOT NULL AND rowid >= ? AND rowid < ? ORDER BY rowid"
 LAST_ROWID = 2**63 - 1
 ROWS_PER_FILE = "rows_per_file"  # among the settings of a journal: where FILE is cut
+BEFORE = {"decode": "full", "resized_on": "cpu"}  # settings of files that were made before there was a choice
 OVERWRITES = "overwrites"  # among the settings of a journal: FILE is to be replaced, not continued
 BUSY_SECONDS = 0.2  # with less, two runs that start at once may each see the other, and both be refused
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
@@ -217,9 +218,9 @@ class EmbeddingJournal:
 
     def _other_settings(self, earlier: Mapping[str, str]) -> str | None:
         changed = [
-            _change(name, earlier.get(name), value)
+            _change(name, earlier.get(name, BEFORE.get(name)), value)
             for name, value in self.settings.items()
-            if earlier.get(name) != value and not name.endswith("_name")
+            if earlier.get(name, BEFORE.get(name)) != value and not name.endswith("_name")
         ]
         return f"was made with other settings ({'; '.join(changed)})" if changed else None
 

@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from siglip_model.embed.workers import Workers
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -25,8 +28,9 @@ BOUND_BY = {
 class ProfileReport:
     """Seconds of the loop per stage, and of all together.
 
-    decode: the time that the loop waited for the threads that read and decode ahead of it. busy: the share of these
-    threads' time in which they did so. rest: of the loop, such as the report of progress.
+    decode: the time that the loop waited for the workers that read and decode ahead of it. decode_in: what these are,
+    see `workers.DECODE`. busy: the share of threads' time in which they did so; None for processes. trial: what one of
+    both has found. rest: of the loop, such as the report of progress.
     """
 
     list: float
@@ -36,22 +40,29 @@ class ProfileReport:
     write: float
     rest: float
     total: float
+    decode_in: str
     workers: int
-    busy: float
+    busy: float | None
+    trial: str
 
     @property
     def bound_by(self) -> str:
         """The stage that takes most of the loop's time, in words."""
         stage = max(BOUND_BY, key=lambda name: getattr(self, name))
-        threads = f", by {self.workers} threads that are busy {self.busy:.0%} of the time" if stage == "decode" else ""
-        return BOUND_BY[stage] + threads
+        if stage != "decode":
+            return BOUND_BY[stage]
+        kind = self.decode_in if self.decode_in != "auto" else "threads or processes"
+        busy = "" if self.busy is None else f" that are busy {self.busy:.0%} of the time"
+        return f"{BOUND_BY[stage]}, by {self.workers} {kind}{busy}" + (
+            f" (a trial: {self.trial})" if self.trial else ""
+        )
 
 
 class Profile:
     """Measures the stages of one run. synchronize: waits for the device, so that its work counts where it was launched,
     which costs the overlap of the device with the host. Without it nothing is measured."""
 
-    def __init__(self, workers: int, synchronize: Callable[[], None] | None) -> None:
+    def __init__(self, workers: Workers, synchronize: Callable[[], None] | None) -> None:
         self._workers = workers
         self._synchronize = synchronize
         self._seconds = dict.fromkeys(("list", "batch", "copy", "compute", "write"), 0.0)
@@ -93,5 +104,14 @@ class Profile:
         measured = dict(self._seconds)
         measured["decode"] = measured.pop("batch") - measured["list"]  # inputs are listed as batches are asked for
         rest = total - sum(measured.values())
-        busy = self._reading / (total * max(1, self._workers))
-        return ProfileReport(**measured, rest=rest, total=total, workers=self._workers, busy=busy)
+        workers = self._workers
+        busy = self._reading / (total * max(1, workers.count)) if workers.decode == "threads" else None
+        return ProfileReport(
+            **measured,
+            rest=rest,
+            total=total,
+            decode_in=workers.decode,
+            workers=workers.count,
+            busy=busy,
+            trial=workers.trial,
+        )

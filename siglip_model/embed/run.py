@@ -6,27 +6,32 @@ import hashlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
 from siglip_model.automatic_capture import CapturesRepeats
+from siglip_model.embed.device import Transfers, prepare_on
 from siglip_model.embed.file import SUFFIXES, TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal, ShardedJournal, resolve_out
 from siglip_model.embed.profile import Profile, ProfileReport
+from siglip_model.embed.reading import ImageReader, content_of, shortest_side
 from siglip_model.embed.shards import Shards, open_shards
 from siglip_model.embed.sources import Source, image_sources, pyarrow_parquet, text_sources
-from siglip_model.fit import check_pixels
+from siglip_model.embed.workers import DECODE, Workers
 from siglip_model.image_pipelines import TokenBudget
 from siglip_model.images import model_inputs
 from siglip_model.images.batches import Batch, Failure, read_batches
-from siglip_model.images.files import DOWNLOAD_SECONDS, describe_failure, open_image
+from siglip_model.images.files import describe_failure
 from siglip_model.images.limits import PixelBudget
 from siglip_model.images.model_inputs import Inputs
+from siglip_model.images.tensor import SiglipImageProcessor
 from siglip_model.outputs import pooled, unit_length
 from siglip_model.text.padding import as_trained
 
@@ -85,6 +90,9 @@ def embed_images(
     batch_size: int = 16,
     token_budget: int | None = None,
     num_workers: int = 2,
+    decode: str = "threads",
+    fast_decode: bool = False,
+    resize_on_device: bool = False,
     max_pixels: int | None = None,
     overwrite: bool = False,
     shards: int | None = None,
@@ -101,8 +109,15 @@ def embed_images(
     column: of parquet files, as for `sources.image_sources`. normalize: scale rows to unit length; otherwise rows are
     the pooled output. dtype: storage dtype, float32, float16 or bfloat16. token_budget: at native resolution, patches
     per forward pass: it takes as many images as fit, instead of batch_size. num_workers: threads
-    that open images ahead of the model. max_pixels: limit on the pixels of an image, and on those that all threads
-    decode at one time (default: `images.limits.MAX_PIXELS`).
+    that open images ahead of the model.
+    decode: "threads", "processes" (started anew, so a script calls this under `if __name__ == "__main__":`), or "auto":
+    threads, until a run that lasts half a minute has timed both. fast_decode: decode large JPEG files at a fraction of
+    their size, not shorter than the model's, which moves pixels (by 19 levels of 255 in photographs, and more at steep
+    edges, were seen). resize_on_device: copy images as they are, in uint8, and resize and normalise them on the model's
+    device (a SiglipImageProcessor; on CUDA it rounds levels once, on the CPU twice). Both belong to the settings that
+    rows share.
+    max_pixels: limit on the pixels of an image, and on those that all threads or processes decode at one time (default:
+    `images.limits.MAX_PIXELS`).
     Images that `out`, or the journal of an interrupted run, already holds are skipped unless their file has changed;
     failed images are retried. An image that was embedded before and fails now keeps its row.
     overwrite: replace the output instead of resuming. An earlier journal is deleted at once; the old file stays until
@@ -124,18 +139,30 @@ def embed_images(
     sizes: dict[str, Any] = {"batch_size": batch_size}
     if token_budget is not None:
         sizes = TokenBudget(image_processor, token_budget).sizes()
+    if decode not in DECODE:
+        raise ValueError(f"embed_images: decode is {decode!r}; supported: {', '.join(DECODE)}")
+    at_least = shortest_side(image_processor, "fast_decode") if fast_decode else None
+    if resize_on_device:
+        shortest_side(image_processor, "resize_on_device")
+        if not isinstance(image_processor, SiglipImageProcessor):
+            raise ValueError(f"resize_on_device needs a SiglipImageProcessor, not a {type(image_processor).__name__}")
+        sizes["ahead"] = batch_size  # whole images wait, which are larger than those for the model
     budget = PixelBudget(max_pixels)
     encode_images = CapturesRepeats(model)
-    settings = {"content": "images", "image_processor": settings_of(image_processor)}
-
-    def read(source: Source) -> Inputs:
-        with open_image(content_of(source), DOWNLOAD_SECONDS, budget) as image:
-            prepared = model_inputs.prepare(image_processor, image)
-        check_pixels(model.config, image_processor, prepared["pixel_values"])
-        return prepared
+    settings = {
+        "content": "images",
+        "image_processor": settings_of(image_processor),
+        "decode": "fast" if fast_decode else "full",
+        "resized_on": model.device.type if resize_on_device else "cpu",
+    }
+    transfers = Transfers(model.device)
 
     def to_device(images: list[Inputs]) -> Inputs:
-        return model_inputs.to_model(model_inputs.join(images), model.device, model.dtype)
+        if resize_on_device:
+            return prepare_on(transfers, image_processor, images, model.dtype)
+        inputs = model_inputs.join(images)
+        (pixels,) = transfers.put([inputs["pixel_values"]])
+        return model_inputs.to_model({**inputs, "pixel_values": pixels}, model.device, model.dtype)
 
     def encode(inputs: Inputs) -> torch.Tensor:
         return pooled(encode_images(**inputs))
@@ -145,7 +172,7 @@ def embed_images(
         return run_embedding(
             model,
             image_sources(inputs, column, place.owns if place else None),
-            read,
+            ImageReader(image_processor, model.config, budget, resize_on_device, at_least),
             to_device,
             encode,
             place or out,
@@ -154,6 +181,8 @@ def embed_images(
             dtype=dtype,
             sizes=sizes,
             num_workers=num_workers,
+            decode=decode,
+            transfers=transfers,
             overwrite=overwrite,
             shard_size=shard_size,
             on_source=on_image,
@@ -213,6 +242,8 @@ def embed_texts(
         dtype=dtype,
         sizes={"batch_size": batch_size},
         num_workers=num_workers,
+        decode="threads",
+        transfers=Transfers(model.device),
         overwrite=overwrite,
         shard_size=shard_size,
         on_source=on_text,
@@ -249,12 +280,6 @@ def common_settings(model: SiglipModel, normalize: bool, dtype: torch.dtype, mod
     }
 
 
-def content_of(source: Source) -> Any:
-    if isinstance(source.content, Exception):
-        raise source.content
-    return source.content
-
-
 def run_embedding(
     model: SiglipModel,
     sources: Iterable[Source],
@@ -268,6 +293,8 @@ def run_embedding(
     dtype: torch.dtype,
     sizes: Mapping[str, Any],
     num_workers: int,
+    decode: str,
+    transfers: Transfers,
     overwrite: bool,
     shard_size: int | None,
     on_source: Callable[[str, str, str], None] | None,
@@ -275,7 +302,8 @@ def run_embedding(
 ) -> EmbedSummary:
     """Embeds what the sources hold and `out` does not.
 
-    read: a source, in threads. to_device: what was read of several, as the inputs of `encode`, which makes rows.
+    read: a source, in `num_workers` threads or processes, as `decode` says. to_device: what was read of several, as the
+    inputs of `encode`, which makes rows. transfers: of the model's device, for the rows' way back.
     sizes: of the batches, arguments of `read_batches`.
     """
     if sizes["batch_size"] < 1:
@@ -288,11 +316,13 @@ def run_embedding(
     else:
         place, journal = str(out), EmbeddingJournal(out, settings, overwrite=overwrite, shard_size=shard_size)
     with closing(journal):
-        stages = Profile(num_workers, _synchronizer(model.device) if profile else None)
+        workers = Workers(decode, num_workers)
+        stages = Profile(workers, _synchronizer(model.device) if profile else None)
         on_source = on_source or (lambda name, outcome, error: None)
-        run = _Run(journal, place, to_device, encode, normalize, dtype, on_source, stages)
+        run = _Run(journal, place, to_device, encode, transfers, normalize, dtype, on_source, stages)
         try:
-            run.over(sources, read, sizes, num_workers)
+            with workers:
+                run.over(sources, read, sizes, workers)
             return run.finish(complete=True)
         except KeyboardInterrupt:
             raise EmbeddingInterrupted(run.finish(complete=False)) from None
@@ -314,6 +344,7 @@ class _Run:
         out: str,
         to_device: Callable[[list[Any]], Any],
         encode: Callable[[Any], torch.Tensor],
+        transfers: Transfers,
         normalize: bool,
         dtype: torch.dtype,
         on_source: Callable[[str, str, str], None],
@@ -323,6 +354,7 @@ class _Run:
         self.out = out
         self.to_device = to_device
         self.encode = encode
+        self.transfers = transfers
         self.profile = profile
         self.normalize = normalize
         self.dtype = dtype
@@ -331,19 +363,21 @@ class _Run:
         self.embedded = self.failed = self.skipped = self.rows = 0
         self.written = False
         self.started = self.committed = time.monotonic()
+        self.on_device: deque[tuple[Batch[Source, Any], Callable[[], torch.Tensor]]] = deque()
         self.in_flight: set[str] = set()  # read but not yet in the journal, so that a repeated source is skipped
 
     def over(
-        self, sources: Iterable[Source], read: Callable[[Source], Any], sizes: Mapping[str, Any], workers: int
+        self, sources: Iterable[Source], read: Callable[[Source], Any], sizes: Mapping[str, Any], workers: Workers
     ) -> None:
         """sizes: of the batches, arguments of `read_batches`."""
-        read = self.profile.in_threads(read)
-        batches = read_batches(self._todo(sources), read, workers=workers, **sizes)
+        pool = partial(workers.pool, self.profile.in_threads(read), read)
+        batches = read_batches(self._todo(sources), read, workers=workers.count, pool=pool, **sizes)
         with closing(batches):
             while True:
                 with self.profile.stage("batch"):
                     batch = next(batches, None)
                 if batch is None:
+                    self._settle(0)
                     return
                 if isinstance(batch, Failure):
                     self._note(batch.item, error=describe_failure(batch.item.name, batch.error))
@@ -373,13 +407,21 @@ class _Run:
             rows = self.encode(inputs).float()
             if self.normalize:
                 rows = unit_length(rows)
-            rows = rows.to(self.dtype).cpu().contiguous()
+            self.on_device.append((batch, self.transfers.fetch(rows.to(self.dtype).contiguous())))
+        self._settle(self.transfers.batches_behind)
+
+    def _settle(self, behind: int) -> None:
+        """Records the rows of all batches but the last `behind`, which the device may still compute."""
+        while len(self.on_device) > behind:
+            batch, fetched = self.on_device.popleft()
+            with self.profile.stage("compute"):
+                rows = fetched()
             finite = rows.isfinite().all(dim=-1).tolist()
-        for source, row, is_finite in zip(batch.items, rows, finite, strict=True):
-            if is_finite:
-                self._note(source, embedding=row.view(torch.uint8).numpy().tobytes())
-            else:
-                self._note(source, error=f"{source.name}: its embedding is not finite in {self.computed_in}")
+            for source, row, is_finite in zip(batch.items, rows, finite, strict=True):
+                if is_finite:
+                    self._note(source, embedding=row.view(torch.uint8).numpy().tobytes())
+                else:
+                    self._note(source, error=f"{source.name}: its embedding is not finite in {self.computed_in}")
         if time.monotonic() - self.committed > COMMIT_SECONDS:
             with self.profile.stage("write"):
                 self.journal.commit()

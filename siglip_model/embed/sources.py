@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
-from siglip_model.images.files import DOWNLOAD_BYTES, IMAGE_SUFFIXES, EncodedImage, ImageList, is_url, list_images
+from siglip_model.images.files import (
+    DOWNLOAD_BYTES,
+    IMAGE_SUFFIXES,
+    EncodedImage,
+    ImageList,
+    UnreadableImageError,
+    is_url,
+    list_images,
+)
 from siglip_model.text.encodings import encoding_of
 
 TAR, PARQUET = ".tar", ".parquet"
@@ -171,6 +179,50 @@ def _rows(path: str, column: str | None, kinds: tuple[str, ...]) -> Iterator[Sou
                     yield Source(image, stamp_of(image), image)
 
 
+def named_image(name: str) -> str | EncodedImage:
+    """What `image_sources` named so: a path or URL, or the image within a shard or a .parquet file.
+
+    Raises UnreadableImageError where the file or the image within it is missing.
+    """
+    path, separator, within = name.partition(f"{TAR}#")
+    in_tar = bool(separator)
+    if not in_tar:
+        path, separator, within = name.rpartition(f"{PARQUET}#")
+    if is_url(name) or not separator or os.path.lexists(name):
+        return name
+    try:
+        return EncodedImage(name, (_from_shard if in_tar else _from_table)(path + separator[:-1], within))
+    except (OSError, tarfile.TarError, ValueError, LookupError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UnreadableImageError(f"{name}: {reason}") from error
+
+
+def _from_shard(path: str, within: str) -> bytes:
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as shard:
+        while (member := shard.next()) is not None:
+            shard.members.clear()  # type: ignore[attr-defined]  # the list would grow with the shard
+            if member.name == within and member.isfile():
+                file.seek(member.offset_data)
+                return file.read(member.size)
+    raise ValueError("the shard has no such member now")
+
+
+def _from_table(path: str, within: str) -> bytes:
+    row = int(within)
+    with pyarrow_parquet().ParquetFile(path) as file:
+        column, _ = _column(path, file.schema_arrow, None, ("images",))
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if row < count:
+                (value,) = file.read_row_group(group, columns=[column]).column(0).slice(row, 1).to_pylist()
+                content = value["bytes"] if isinstance(value, dict) else value
+                if content is None:
+                    raise ValueError("the row holds no image now")
+                return bytes(content)
+            row -= count
+    raise ValueError("the file has no such row now")
+
+
 def _column(path: str, schema: Any, column: str | None, kinds: tuple[str, ...]) -> tuple[str, str]:
     """The name and the kind of the column to read."""
     suitable = {field.name: kind for field in schema if (kind := _kind(field.type, kinds)) is not None}
@@ -188,7 +240,7 @@ def _kind(kind: Any, kinds: tuple[str, ...]) -> str | None:
     import pyarrow.types as types
 
     if types.is_string(kind) or types.is_large_string(kind):
-        return "texts" if "texts" in kinds else "paths"
+        return next((strings for strings in ("texts", "paths") if strings in kinds), None)
     encoded = types.is_binary(kind) or types.is_large_binary(kind)
     hugging_face = types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
     return "images" if "images" in kinds and (encoded or hugging_face) else None

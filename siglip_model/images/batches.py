@@ -6,10 +6,15 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
+Given = TypeVar("Given", contravariant=True)
+Attempt = tuple[Value | None, Exception | None]
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,15 @@ class Batch(Generic[Item, Value]):
 
     items: list[Item]
     values: list[Value]
+
+
+class Pool(Protocol[Given, Value]):
+    """What reads items, several at a time."""
+
+    def submit(self, item: Given) -> Future[Attempt[Value]]: ...
+
+    def close(self) -> None:
+        """Ends it without waiting; what has not begun is not read."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +50,20 @@ def read_batches(
     workers: int,
     cost: Callable[[Value], int] | None = None,
     ahead: int | None = None,
+    pool: Callable[[int], Pool[Item, Value]] | None = None,
 ) -> Generator[Batch[Item, Value] | Failure[Item], None, None]:
     """Reads each item and yields the values in batches of `batch_size`; only the last batch may be smaller.
 
     cost: of a value. Consecutive values are then a batch as long as they cost at most `batch_size` together; one value
     may cost more. ahead: about how many values are read ahead, by default twice `batch_size`.
+    pool: makes what reads, of the number of items in flight, instead of `workers` threads.
     An item for which `read` raises an Exception is left out of its batch and yielded as a Failure at once. Memory
     holds a bounded number of values, independent of the number of items. Close the generator to stop its threads early.
     """
     batch: Batch[Item, Value] = Batch([], [])
     spent = 0
     window = (2 * batch_size if ahead is None else ahead) + workers
-    results = read_ahead(items, read, workers=workers, window=window)
+    results = read_ahead(items, read, workers=workers, window=window, pool=pool)
     try:
         for item, value, error in results:
             if error is not None:
@@ -70,38 +86,61 @@ def read_batches(
 
 
 def read_ahead(
-    items: Iterable[Item], function: Callable[[Item], Value], *, workers: int, window: int
+    items: Iterable[Item],
+    function: Callable[[Item], Value],
+    *,
+    workers: int,
+    window: int,
+    pool: Callable[[int], Pool[Item, Value]] | None = None,
 ) -> Generator[tuple[Item, Value | None, Exception | None], None, None]:
     """Yields `(item, function(item), None)` for each item in order, or `(item, None, error)` where it raised.
 
     With `workers` threads, up to `window` items are in flight while the caller is busy; with 0 threads each item is
-    computed when it is requested. Items are drawn in the caller's thread.
+    computed when it is requested. Items are drawn in the caller's thread. pool: as for `read_batches`.
     """
     if workers == 0:
         for item in items:
-            yield _attempt(item, function)
+            yield item, *_attempt(item, function)
         return
-    from concurrent.futures import Future, ThreadPoolExecutor
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="read_ahead")
-    pending: deque[Future[tuple[Item, Value | None, Exception | None]]] = deque()
+    readers = Threads(function, workers) if pool is None else pool(window)
+    pending: deque[tuple[Item, Future[Attempt[Value]]]] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(_attempt, item, function))
+            pending.append((item, readers.submit(item)))
             if len(pending) > window:
-                yield pending.popleft().result()
+                item, future = pending.popleft()
+                yield item, *future.result()
         while pending:
-            yield pending.popleft().result()
+            item, future = pending.popleft()
+            yield item, *future.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        readers.close()
 
 
-def _attempt(item: Item, function: Callable[[Item], Value]) -> tuple[Item, Value | None, Exception | None]:
+class Threads(Generic[Item, Value]):
+    """`count` threads that apply a function to items. prepare: called in each of them first."""
+
+    def __init__(
+        self, function: Callable[[Item], Value], count: int, prepare: Callable[[], object] | None = None
+    ) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._function = function
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="read_ahead", initializer=prepare)
+
+    def submit(self, item: Item) -> Future[Attempt[Value]]:
+        return self._pool.submit(_attempt, item, self._function)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _attempt(item: Item, function: Callable[[Item], Value]) -> Attempt[Value]:
     try:
-        return item, function(item), None
+        return function(item), None
     except Exception as error:
         _clear_locals(error)
-        return item, None, error
+        return None, error
 
 
 def _clear_locals(error: BaseException) -> None:

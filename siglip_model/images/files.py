@@ -86,14 +86,19 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 
 @contextmanager
 def open_image(
-    image: str | os.PathLike[str] | Image.Image | EncodedImage, timeout: float | None, budget: PixelBudget
+    image: str | os.PathLike[str] | Image.Image | EncodedImage,
+    timeout: float | None,
+    budget: PixelBudget,
+    at_least: int | None = None,
 ) -> Iterator[Image.Image]:
     """`load_image` for one of several threads: within the block, the image's pixels take up room in the budget.
 
+    at_least: a side in pixels. A JPEG file is then decoded at 1/2, 1/4 or 1/8 of its size if neither side becomes
+    shorter (libjpeg's scaling, which changes pixels).
     Afterwards the image is closed, unless it is the one given, so that its memory is free when its room is.
     """
     with ExitStack() as held:
-        loaded = _load(image, timeout, budget, held)
+        loaded = _load(image, timeout, budget, held, at_least)
         if loaded is not image:
             held.callback(loaded.close)
         yield loaded
@@ -104,6 +109,7 @@ def _load(
     timeout: float | None,
     budget: PixelBudget,
     held: ExitStack,
+    at_least: int | None = None,
 ) -> Image.Image:
     """The image; its room in the budget is held until the stack is closed."""
     from PIL import Image
@@ -118,7 +124,7 @@ def _load(
         )
     try:
         if isinstance(source, (str, EncodedImage)):
-            return _decode(source, timeout, budget, held)
+            return _decode(source, timeout, budget, held, at_least)
         held.enter_context(budget.reserve(source.width * source.height))
         return _upright_rgb(source)
     # Decoders raise many types: OSError, SyntaxError, struct.error, MemoryError ...
@@ -126,7 +132,13 @@ def _load(
         raise UnreadableImageError(f"{describe_source(source)}: {_reason(source, error)}") from error
 
 
-def _decode(source: str | EncodedImage, timeout: float | None, budget: PixelBudget, held: ExitStack) -> Image.Image:
+def _decode(
+    source: str | EncodedImage,
+    timeout: float | None,
+    budget: PixelBudget,
+    held: ExitStack,
+    at_least: int | None,
+) -> Image.Image:
     from PIL import Image
 
     with _open_source(source, timeout) as file:
@@ -143,6 +155,8 @@ def _decode(source: str | EncodedImage, timeout: float | None, budget: PixelBudg
                     raise ValueError(refusal)
                 if not unknown_size:
                     held.enter_context(budget.reserve(pixels))
+                if at_least is not None:
+                    opened.draft(None, (at_least, at_least))  # type: ignore[arg-type]  # keeps the mode
                 return _upright_rgb(opened, own=True)
         except Image.DecompressionBombError as error:  # raised before the image's size can be asked
             count = re.search(r"\d+", str(error))

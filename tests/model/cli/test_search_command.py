@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -45,6 +46,23 @@ def test_table_json_and_sheet(siglip, images, photos, tmp_path):
     with Image.open(sheet) as opened:
         pixels = np.asarray(opened.convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # the images
+
+
+def test_the_sheet_draws_images_within_shards_and_tables(siglip, images, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    from pyarrow import parquet
+
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        shard.add(images / "0.png", "0.png")
+    table = pyarrow.table({"image": [(images / f"{number}.png").read_bytes() for number in (1, 2)]})
+    parquet.write_table(table, tmp_path / "b.parquet")
+    out, sheet = tmp_path / "photos.npy", tmp_path / "sheet.png"
+    assert siglip("embed", tmp_path / "a.tar", tmp_path / "b.parquet", "--out", out).exit_code == 0
+    for path in images.iterdir():
+        path.unlink()
+    assert siglip("search", out, "2 cats", "--plot", sheet, "--device", "cpu").exit_code == 0
+    with Image.open(sheet) as opened:
+        assert len(np.unique(np.asarray(opened.convert("RGB")).reshape(-1, 3), axis=0)) > 1000  # the images
 
 
 def test_an_image_that_is_gone_leaves_a_box(siglip, images, photos, tmp_path):

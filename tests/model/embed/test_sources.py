@@ -17,8 +17,8 @@ from tiny_checkpoint import random_image
 
 from siglip_model import AutoTokenizer
 from siglip_model.embed import EmbeddingFileError, embed_images, embed_texts, load_embeddings
-from siglip_model.embed.sources import image_sources, text_sources
-from siglip_model.images.files import EncodedImage
+from siglip_model.embed.sources import image_sources, named_image, text_sources
+from siglip_model.images.files import EncodedImage, UnreadableImageError
 
 
 @pytest.fixture(scope="module")
@@ -296,3 +296,30 @@ def test_memory_does_not_grow_with_the_shards(tmp_path, suffix):
         assert rows == 1000 * shards
         peaks.append(kibibytes)
     assert peaks[1] - peaks[0] < 16 * 1024  # KiB; what 14,000 images or their names would take is more
+
+
+def test_images_are_found_again_by_the_names_of_their_rows(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    from pyarrow import parquet
+
+    contents = [f"image {number}".encode() for number in range(5)]
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for number, content in enumerate(contents):
+            member = tarfile.TarInfo(f"b#{number}.png")
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    table = pyarrow.table({"image": [{"bytes": content, "path": None} for content in contents], "text": ["x"] * 5})
+    parquet.write_table(table, tmp_path / "c.parquet", row_group_size=2)
+    sources = [*image_sources([tmp_path / "a.tar"]), *image_sources([tmp_path / "c.parquet"], "image")]
+    assert len(sources) == 10
+    for source in sources:
+        assert named_image(source.name) == source.content
+    for name in ("x.png", "https://a/b.tar#c.png"):
+        assert named_image(name) == name
+    literal = tmp_path / "c.parquet#1"
+    literal.write_bytes(b"a file of this name")
+    assert named_image(str(literal)) == str(literal)
+    for name, problem in (("a.tar#z.png", "no such member now"), ("c.parquet#5", "no such row now"),
+                          ("d.tar#z.png", "No such file"), ("c.parquet#x", "invalid literal")):  # fmt: skip
+        with pytest.raises(UnreadableImageError, match=f"{name}: .*{problem}"):
+            named_image(str(tmp_path / name))

@@ -102,7 +102,7 @@ def test_sizes_that_the_header_does_not_tell_count_as_well(tmp_path):
         with pytest.raises(UnreadableImageError, match="pixels exceed the limit of 20,000"):
             load_image(tmp_path / name, max_pixels=20_000)
     with PixelBudget(10**5) as budget, open_image(str(tmp_path / "x.ico"), None, budget) as icon_image:
-        assert icon_image.size == (300, 300) and budget._free == 0
+        assert icon_image.size == (300, 300) and budget._room.value == 0
 
 
 @pytest.mark.filterwarnings("ignore:images of mode")
@@ -159,8 +159,8 @@ def test_pil_images_are_not_refused_and_nothing_is_copied_in_vain():
     assert load_image(image, max_pixels=10) is image
     with PixelBudget(10) as budget:
         with open_image(image, None, budget) as opened:
-            assert opened is image and budget._free == 0
-        assert image.getpixel((0, 0)) == (0, 0, 0) and budget._free == 10  # it was not closed
+            assert opened is image and budget._room.value == 0
+        assert image.getpixel((0, 0)) == (0, 0, 0) and budget._room.value == 10  # it was not closed
         with open_image(image.convert("L"), None, budget) as opened:
             assert opened.mode == "RGB"
         with pytest.raises(ValueError):
@@ -198,7 +198,7 @@ def test_pixels_in_flight_stay_below_the_limit_over_all_workers(workers, max_pix
     read_numbers = [item for outcome in outcomes if isinstance(outcome, Batch) for item in outcome.items]
     assert read_numbers == [number for number in range(40) if number % 5]
     assert sum(isinstance(outcome, Failure) for outcome in outcomes) == 8
-    assert most <= max_pixels and budget._free == max_pixels
+    assert most <= max_pixels and budget._room.value == max_pixels
     if workers == 8:
         assert most > 100 or max_pixels < 200
 
