@@ -36,16 +36,13 @@ class Processes:
     """Reads in `count` processes, each with one thread of PyTorch, which end with this one."""
 
     def __init__(self, read: ImageReader, count: int) -> None:
-        self._started = False
         shared = read.for_processes(CONTEXT)
         self._pool = ProcessPoolExecutor(count, CONTEXT, initializer=_begin, initargs=(shared,))
 
     def submit(self, item: Source) -> Future[Attempt[Any]]:
-        if self._started or not hasattr(signal, "pthread_sigmask"):
+        if os.name == "nt":
             return self._pool.submit(_read, item)
-        self._started = True
-        # The first call starts all processes, which inherit the mask: Ctrl-C, which reaches the whole group, ends the
-        # run in order
+        # The pool may start a process, which inherits the mask: Ctrl-C reaches the whole group, and the parent ends it
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return self._pool.submit(_read, item)
