@@ -284,6 +284,12 @@ class EmbeddingJournal:
                 f"{error}; it was not changed. Choose another --out, or --overwrite to replace it"
             ) from error
 
+    def refusal(self, name: str) -> str | None:
+        """Why the format of FILE cannot hold a row of this name; None if it can."""
+        if self.out.suffix != ".parquet" or all(not "\ud800" <= letter <= "\udfff" for letter in name):
+            return None
+        return "its name is not valid Unicode, which parquet requires; rename it, or write .safetensors or .npy"
+
     def has(self, path: str, stamp: str) -> bool:
         """Whether the image is embedded and its file unchanged."""
         query = "SELECT 1 FROM images WHERE path = ? AND stamp = ? AND embedding IS NOT NULL AND error IS NULL"
@@ -492,6 +498,9 @@ class ShardedJournal:
 
     def _of(self, name: str) -> EmbeddingJournal:
         return self._journals[self._shards.number(name)]
+
+    def refusal(self, name: str) -> str | None:
+        return self._of(name).refusal(name)
 
     def has(self, path: str, stamp: str) -> bool:
         return self._of(path).has(path, stamp)

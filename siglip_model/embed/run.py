@@ -391,6 +391,9 @@ class _Run:
                 source = next(remaining, None)
                 if source is None:
                     return
+                if (problem := self.journal.refusal(source.name)) is not None:
+                    name = source.name.encode("utf-8", "backslashreplace").decode()
+                    source = Source(name, "", ValueError(problem))
                 finished = source.name in self.in_flight or self.journal.has(source.name, source.stamp)
             if finished:
                 self.skipped += 1

@@ -261,6 +261,9 @@ def _download(url: str, timeout: float | None) -> BytesIO:
                 raise ValueError(f"is larger than {DOWNLOAD_BYTES >> 20} MiB, the limit of a download")
             if ends is not None and time.monotonic() > ends:
                 raise TimeoutError(f"the download was not complete after {timeout:g} s")
+        expected = response.headers.get("Content-Length", "")
+        if expected.isdigit() and content.tell() < int(expected):  # some decoders would not notice
+            raise ValueError(f"the download ended after {content.tell():,} of {int(expected):,} bytes")
     content.seek(0)
     return content
 

@@ -71,7 +71,13 @@ def test_what_parquet_cannot_hold_is_named(folder, tmp_path):
     out = tmp_path / "out.parquet"
     with pytest.raises(EmbeddingFileError, match="parquet has no bfloat16"):
         embed_colours([folder], out, dtype=torch.bfloat16)
-    name = os.fsdecode(b"/\xff.png")
+    name = os.fsdecode(os.fsencode(folder) + b"/\xff.png")
+    Image.new("RGB", (1, 1)).save(name)
+    assert embed_colours([folder], out).rows == 8, "the run goes on"
+    assert (
+        "not valid Unicode, which parquet requires; rename it" in load_embeddings(out).failed[f"{folder}/\\udcff.png"]
+    )
+    out.unlink()
     with pytest.raises(EmbeddingFileError, match="is not valid Unicode, which parquet requires"):
         write_rows(out, torch.ones(1, 4), names=[name])
     assert not out.exists()
