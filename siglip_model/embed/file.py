@@ -146,8 +146,6 @@ class EmbeddingFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if os.path.exists(self.path) and not os.path.isfile(self.path):  # opening a pipe would wait for its writer
-            raise self.error("is not a regular file")
         self._opened = ExitStack()
         with self._opened:
             self._file = self._open(self.path)
@@ -155,6 +153,8 @@ class EmbeddingFile:
             self._opened = self._opened.pop_all()
 
     def _open(self, path: Path) -> BinaryIO:
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
+            raise EmbeddingFileError(f"{path} is not a regular file")
         try:
             return self._opened.enter_context(open(path, "rb"))
         except FileNotFoundError:

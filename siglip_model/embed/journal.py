@@ -195,7 +195,7 @@ class EmbeddingJournal:
             self._overwrites = self._overwrite and self._output.exists()
             if self._rows_per_file is None:
                 self._rows_per_file = self._output.rows_per_file()
-            self._output.check_names(numbered=self._rows_per_file is not None)
+            self._output.check_names(self._rows_per_file is not None, self._overwrite)
             for name, statement in SCHEMA.items():
                 self._execute(f"DROP TABLE IF EXISTS {name}")
                 self._execute(statement)

@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from siglip_model.embed.file import PRODUCER, TEXT_LIMIT, Content, EmbeddingFile, RowFormat, Span, encode_lines
+from siglip_model.embed.file import (
+    PRODUCER,
+    TEXT_LIMIT,
+    Content,
+    EmbeddingFile,
+    EmbeddingFileError,
+    RowFormat,
+    Span,
+    encode_lines,
+    shortened,
+)
 
 DTYPES = {"F32": "<f4", "F16": "<f2"}
 
@@ -60,6 +70,10 @@ def _header(rows_format: RowFormat, rows: int) -> bytes:
 class NpyEmbeddingFile(EmbeddingFile):
     """A .npy file of embeddings with the files beside it, and the methods of an EmbeddingFile."""
 
+    def error(self, problem: str) -> EmbeddingFileError:
+        beside = " and ".join(path(self.path).name for path in (run_path, names_path))
+        return EmbeddingFileError(f"{self.path}, with {beside} beside it, {shortened(problem)}")
+
     def _read_header(self) -> None:
         run, names = (self._beside(path(self.path)) for path in (run_path, names_path))
         try:
@@ -71,19 +85,19 @@ class NpyEmbeddingFile(EmbeddingFile):
             if not all(type(number) is int and number >= 0 for number in (rows, names_bytes, failed_bytes)):
                 raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise self.error(f"was not written by `siglip embed`, or {run.name} is damaged") from None
+            raise self.error(f"was not written by `siglip embed`, or {run_path(self.path).name} is damaged") from None
         self._check_metadata()
         if self.metadata["dtype"] not in DTYPES:
             raise self._damaged_header("dtype", self.metadata["dtype"])
         self.format, self.count = RowFormat(self.metadata["dtype"], int(self.metadata["width"])), rows
         header = _header(self.format, rows)
         if self._file.read(len(header)) != header:
-            raise self.error(f"is not the array of {rows} rows that {run.name} describes")
+            raise self.error(f"is damaged: its header is not that of {rows} rows of {self.format.width} values")
         starts = {"embeddings": len(header), "files": 0, "failed": run.tell()}
         sizes = {"embeddings": rows * self.format.row_bytes, "files": names_bytes, "failed": failed_bytes}
         self._spans = {}
         for (name, start), file in zip(starts.items(), (self._file, names, run), strict=True):
-            self._spans[name] = Span(file, start, start + sizes[name], file.name)
+            self._spans[name] = Span(file, start, start + sizes[name], os.path.basename(file.name))
             self._check_size(Path(file.name), os.fstat(file.fileno()).st_size, start + sizes[name])
 
     def _beside(self, path: Path) -> BinaryIO:
@@ -91,5 +105,5 @@ class NpyEmbeddingFile(EmbeddingFile):
             return self._open(path)
         except FileNotFoundError:
             raise self.error(
-                f"is incomplete: {path} is missing; if a run was stopped while it wrote the file, run it again"
+                f"is incomplete: {path.name} is missing; if a run was stopped while it wrote the file, run it again"
             ) from None

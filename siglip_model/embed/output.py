@@ -140,14 +140,14 @@ class Output:
         """Of numbered files; None for a single one."""
         return None if self.out.exists() or not self._manifest.exists() else Manifest.read(self.out).rows
 
-    def check_names(self, numbered: bool) -> None:
+    def check_names(self, numbered: bool, overwrite: bool) -> None:
         """Raises EmbeddingFileError for a name that would become too long, and for files of others in the way."""
         path = Manifest(self.out, 1).path(0) if numbered else self.out
         longest = max(len(os.fsencode(_unfinished(file).name)) for file in files_of(path))
         if longest > 255:
             most = len(os.fsencode(self.out.name)) - (longest - 255)
             raise EmbeddingFileError(f"the name of {self.out} is too long; supported here: at most {most} bytes")
-        strangers = [] if self.out.exists() else [path for path in files_of(self.out)[1:] if path.exists()]
+        strangers = [] if self.out.exists() or overwrite else [path for path in files_of(self.out)[1:] if path.exists()]
         if numbered and not self._manifest.exists():
             name = re.compile(rf"{re.escape(self.out.stem)}-\d{{5}}-of-\d{{5}}{re.escape(self.out.suffix)}")
             strangers += [path for path in self.out.parent.iterdir() if name.fullmatch(path.name)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from checkpoint_targets import WIDTH, build_siglip
-from mutations import safetensors_file, sqlite_file
+from mutations import json_lines, raw, safetensors_file, sqlite_file
 from target import Result, Target, run_command
 
 from siglip_model import SiglipModel
@@ -18,6 +18,7 @@ from siglip_model.images.tensor import SiglipImageProcessor
 IMAGES = sorted(str(path) for path in PICTURES.glob("*.png"))
 FINISHED, ADDED = IMAGES[:4], IMAGES[3:]  # ADDED is embedded after the damage; its first row is there already
 OUT, PART = "out.safetensors", "out.safetensors.part"
+NPY_FILES = {"out.npy": raw, "out.names.jsonl": json_lines, "out.run.jsonl": json_lines}
 WITHIN_HEADER = ("offsets", "dtype", "shape", "name", "length", "padding", "more")  # damages that leave the rows alone
 
 
@@ -26,6 +27,20 @@ def build_output(folder: Path) -> None:
     folder.mkdir()
     build_siglip(folder / "checkpoint")
     embed(folder, [*FINISHED, "/nonexistent/picture.png"])
+
+
+def build_npy_output(folder: Path) -> None:
+    """As `build_output`, in the three files of numpy's format."""
+    folder.mkdir()
+    build_siglip(folder / "checkpoint")
+    (folder / "out.npy").touch()  # tells `out_of`
+    embed(folder, [*FINISHED, "/nonexistent/picture.png"], overwrite=True)
+
+
+def out_of(folder: Path) -> Path:
+    """The output, whichever of its files the damage has left."""
+    is_npy = any(os.path.lexists(folder / name) for name in NPY_FILES)
+    return folder / ("out.npy" if is_npy else OUT)
 
 
 def build_journal(folder: Path) -> None:
@@ -58,12 +73,12 @@ def embed(folder: Path, images: list[str], **options: Any) -> None:
     model = SiglipModel.from_pretrained(folder / "checkpoint")
     processor = SiglipImageProcessor.from_pretrained(folder / "checkpoint")
     options = {"num_workers": 0, "model_name": "tiny", **options}
-    embed_images(model, processor, images, folder / OUT, **options)
+    embed_images(model, processor, images, out_of(folder), **options)
 
 
 def _rows(folder: Path, least: int) -> Result:
     """The content of the file. least: the rows that it has to have."""
-    stored = load_embeddings(folder / OUT)
+    stored = load_embeddings(out_of(folder))
     return {
         "least": least,
         "shape": list(stored.embeddings.shape),
@@ -74,7 +89,7 @@ def _rows(folder: Path, least: int) -> Result:
 
 def _least(folder: Path) -> int:
     """The rows that a file has to have after a run over ADDED: finished ones stay, if there is a file."""
-    return len({*ADDED, *(FINISHED if (folder / OUT).exists() else [])})
+    return len({*ADDED, *(FINISHED if out_of(folder).exists() else [])})
 
 
 def use_load(folder: Path) -> Result:
@@ -89,14 +104,15 @@ def use_embed_images(folder: Path) -> Result:
 
 def use_embed_command(folder: Path) -> Result:
     least = _least(folder)
-    words = ["--model", str(folder / "checkpoint"), "--device", "cpu", "--json", "--out", str(folder / OUT)]
+    words = ["--model", str(folder / "checkpoint"), "--device", "cpu", "--json", "--out", str(out_of(folder))]
     run_command(["embed", *ADDED, *words])
     return _rows(folder, least)
 
 
 def use_overwrite(folder: Path) -> Result:
     """Starts again, whatever the files hold; only what is no regular file may be refused."""
-    regular = all(path.is_file() or not os.path.lexists(path) for path in (folder / OUT, folder / PART))
+    files = [folder / name for name in (OUT, PART, *NPY_FILES)]
+    regular = all(path.is_file() or not os.path.lexists(path) for path in files)
     try:
         embed(folder, ADDED, overwrite=True)
     except EmbeddingFileError as error:
@@ -140,6 +156,14 @@ OUTPUT = Target(
     "output",
     build_output,
     {OUT: safetensors_file},
+    {"load_embeddings": use_load, **EMBED_WAYS},
+    EMBED_ERRORS,
+    rows_problem,
+)
+NPY_OUTPUT = Target(
+    "npy output",
+    build_npy_output,
+    NPY_FILES,
     {"load_embeddings": use_load, **EMBED_WAYS},
     EMBED_ERRORS,
     rows_problem,

@@ -91,6 +91,16 @@ def json_file(rng: random.Random, path: Path) -> str:
     return done
 
 
+def json_lines(rng: random.Random, path: Path) -> str:
+    """As `json_file`, of one line; the first in every second case."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    number = rng.choice([0, rng.randrange(len(lines))])
+    document, done = json_document(rng, json.loads(lines[number]))
+    lines[number] = encode(document).rstrip(b"\n") + b"\n"
+    path.write_bytes(b"".join(lines))
+    return f"line {number}: {done}"
+
+
 def json_document(rng: random.Random, document: Any) -> tuple[Any, str]:
     """A copy with one or two values deleted, replaced, renamed, doubled, nudged or added."""
     root = [copy.deepcopy(document)]  # so that the document itself has a parent

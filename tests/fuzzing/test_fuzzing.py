@@ -23,12 +23,14 @@ import forked
 import torch
 from cases import Fault, Fuzzer, snapshot
 from checkpoint_targets import CLASSIFIER, GEMMA, SIGLIP
-from embedding_targets import JOURNAL, OUT, OUTPUT, OVERWRITING, use_load
+from embedding_targets import JOURNAL, NPY_OUTPUT, OUT, OUTPUT, OVERWRITING, use_load
 from image_targets import IMAGE
 
 from siglip_model.embed import EmbeddingFileError
 
-TARGETS = {target.name: target for target in (SIGLIP, GEMMA, CLASSIFIER, OUTPUT, JOURNAL, OVERWRITING, IMAGE)}
+TARGETS = {
+    target.name: target for target in (SIGLIP, GEMMA, CLASSIFIER, OUTPUT, NPY_OUTPUT, JOURNAL, OVERWRITING, IMAGE)
+}
 pytestmark = pytest.mark.filterwarnings("ignore:images of mode")  # which value range is assumed
 SEED = int(os.environ.get("TEST_SEED", "0"))
 CASE = os.environ.get("FUZZ_CASE")  # the only one to run

@@ -82,7 +82,7 @@ def test_damaged_files_are_refused_and_kept(folder, out, name):
             embed_colours([folder], out)
     else:
         for use in (load_embeddings, lambda out: embed_colours([folder], out)):
-            with pytest.raises(EmbeddingFileError, match=f"is incomplete: .*{name} is missing"):
+            with pytest.raises(EmbeddingFileError, match=f"is incomplete: {name} is missing"):
                 use(out)
     file.write_bytes(whole)
     assert load_embeddings(out).files == others
