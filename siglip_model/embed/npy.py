@@ -76,6 +76,9 @@ class NpyEmbeddingFile(EmbeddingFile):
 
     def _read_header(self) -> None:
         run, names = (self._beside(path(self.path)) for path in (run_path, names_path))
+        for file in (self._file, run):  # a run replaces them before it writes the names, which are there
+            if not os.path.samestat(os.stat(file.name), os.fstat(file.fileno())):
+                raise self.error("was replaced while it was opened; open it again")
         try:
             content = json.loads(run.readline(TEXT_LIMIT).decode())
             self.metadata: dict[str, str] = content["settings"]

@@ -29,7 +29,7 @@ DECODE = ("threads", "processes", "auto")
 TRIAL_AFTER = 30.0  # seconds: a run that has lasted so long is a long one
 TRIAL_SECONDS = 10.0  # under threads, then under processes
 CONTEXT = multiprocessing.get_context("spawn")  # neither the model's threads nor its device survive a fork
-GAIN = 1.05  # of processes, to be chosen: a smaller one is not told from noise
+GAIN = 1.1  # of processes, to be chosen: a smaller one is not told from noise
 
 
 class Processes:

@@ -11,6 +11,7 @@ from embedding_files import write_rows
 from PIL import Image
 
 from siglip_model.embed import EmbeddingFileError, load_embeddings
+from siglip_model.embed.npy import NpyEmbeddingFile
 from siglip_model.retrieval import Collection
 
 
@@ -52,6 +53,20 @@ def test_it_is_resumed_and_grows(folder, out, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"images", "out.npy", "out.names.jsonl", "out.run.jsonl"}
     with pytest.raises(EmbeddingFileError, match="normalize was true and is now false"):
         embed_colours([folder], out, normalize=False)
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(folder, out, monkeypatch):
+    embed_colours([folder], out)
+    beside = NpyEmbeddingFile._beside
+
+    def replaced(file, path):
+        if path.name == "out.names.jsonl":
+            embed_colours([folder], out, overwrite=True)
+        return beside(file, path)
+
+    monkeypatch.setattr(NpyEmbeddingFile, "_beside", replaced)
+    with pytest.raises(EmbeddingFileError, match="was replaced while it was opened; open it again"):
+        NpyEmbeddingFile(out)
 
 
 def test_names_of_any_bytes(out):
