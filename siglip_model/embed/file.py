@@ -77,6 +77,19 @@ class Span(NamedTuple):
     name: str
 
 
+def open_embedding_file(path: str | os.PathLike[str]) -> EmbeddingFile:
+    """A single file, open for reading, in the format of its suffix. Raises ImportError for parquet without pyarrow."""
+    if os.fspath(path).endswith(".parquet"):
+        from siglip_model.embed.parquet import ParquetEmbeddingFile
+
+        return ParquetEmbeddingFile(path)
+    if os.fspath(path).endswith(".npy"):
+        from siglip_model.embed.npy import NpyEmbeddingFile
+
+        return NpyEmbeddingFile(path)
+    return EmbeddingFile(path)
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """How rows are stored. dtype: a key of TENSOR_DTYPES. width: values per row."""

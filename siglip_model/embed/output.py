@@ -23,9 +23,10 @@ from siglip_model.embed.file import (
     EmbeddingFile,
     EmbeddingFileError,
     Embeddings,
+    open_embedding_file,
     write_safetensors,
 )
-from siglip_model.embed.npy import NpyEmbeddingFile, names_path, run_path, write_npy
+from siglip_model.embed.npy import names_path, run_path, write_npy
 from siglip_model.embed.shards import MOST_SHARDS, Manifest, shard_files
 
 LACK_BFLOAT16 = (".npy", ".parquet")
@@ -55,15 +56,6 @@ def open_output(path: str | os.PathLike[str]) -> EmbeddingFile | SeveralFiles:
     if not files:
         raise EmbeddingFileError(f"{path}: none of the files that its manifest names has rows yet")
     return SeveralFiles(files)
-
-
-def open_embedding_file(path: str | os.PathLike[str]) -> EmbeddingFile:
-    """A single file, open for reading, in the format of its suffix."""
-    if os.fspath(path).endswith(".parquet"):
-        from siglip_model.embed.parquet import ParquetEmbeddingFile
-
-        return ParquetEmbeddingFile(path)
-    return (NpyEmbeddingFile if os.fspath(path).endswith(".npy") else EmbeddingFile)(path)
 
 
 class SeveralFiles:
@@ -240,7 +232,8 @@ def _write(path: Path, content: Content) -> None:
         if path.suffix == ".parquet":
             from siglip_model.embed.parquet import write_parquet
 
-            write_parquet(files[0], content)
+            rows = ((*name, row) for name, row in zip(content.names(), content.rows(), strict=True))
+            write_parquet(files[0], content.metadata, rows, content.failures())
         elif path.suffix == ".npy":
             write_npy(files, content)
         else:

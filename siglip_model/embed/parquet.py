@@ -7,14 +7,14 @@ images that failed. The format has no bfloat16, and names must be valid Unicode.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from siglip_model.embed.file import PRODUCER, TENSOR_DTYPES, Content, EmbeddingFile, RowFormat
+from siglip_model.embed.file import PRODUCER, TENSOR_DTYPES, EmbeddingFile, RowFormat
 from siglip_model.embed.sources import pyarrow_parquet
 
 KEY = b"siglip"
@@ -22,13 +22,19 @@ GROUP_BYTES, GROUP_ROWS = 2**25, 2**14  # most of a row group, which is in memor
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 
 
-def write_parquet(file: BinaryIO, content: Content) -> None:
-    """Writes the content, a group of rows at a time. Raises ValueError for a name that is not valid Unicode."""
+def write_parquet(
+    file: BinaryIO,
+    metadata: Mapping[str, str],
+    rows: Iterable[tuple[str, str, bytes]],
+    failures: Iterable[tuple[str, str]],
+) -> None:
+    """Writes (path, stamp, row) in order, and (path, error) of what failed. Raises ValueError for a name that is not
+    valid Unicode."""
     parquet = pyarrow_parquet()
     import pyarrow
 
-    metadata, schema = content.metadata, _schema(content.metadata)
-    most = max(1, min(GROUP_ROWS, GROUP_BYTES // content.format.row_bytes))
+    schema, rows_format = _schema(metadata), RowFormat(metadata["dtype"], int(metadata["width"]))
+    most = max(1, min(GROUP_ROWS, GROUP_BYTES // rows_format.row_bytes))
     compression = {"id": "zstd", "path": "zstd", "stamp": "zstd", "embedding.list.element": "none"}
     with parquet.ParquetWriter(file, schema, compression=compression, use_dictionary=False) as writer:
         group: list[tuple[str, str, bytes]] = []
@@ -49,13 +55,13 @@ def write_parquet(file: BinaryIO, content: Content) -> None:
                 first += len(group)
                 group.clear()
 
-        for (path, stamp), row in zip(content.names(), content.rows(), strict=True):
-            group.append((path, stamp, row))
+        for row in rows:
+            group.append(row)
             if len(group) == most:
                 write_group()
         write_group()
-        failed = [[_text(name), error] for name, error in content.failures()]
-        writer.add_key_value_metadata({KEY: json.dumps({"settings": dict(metadata), "failed": failed})})
+        content = {"settings": dict(metadata), "failed": [[_text(name), error] for name, error in failures]}
+        writer.add_key_value_metadata({KEY: json.dumps(content)})
 
 
 def _text(name: str) -> str:

@@ -11,8 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from siglip_model.embed.file import EmbeddingFileError
-from siglip_model.embed.output import open_embedding_file
+from siglip_model.embed.file import EmbeddingFileError, open_embedding_file
 from siglip_model.embed.shards import shard_files
 from siglip_model.retrieval.exact import nearest
 
