@@ -546,6 +546,9 @@ def resolve_out(out: str | os.PathLike[str]) -> Path:
         _check_name(path)
         if path.is_symlink():
             raise EmbeddingFileError(f"{out} is a symbolic link to itself; supported: a file name")
+        formats = [name.suffix if name.suffix in LACK_BFLOAT16 else ".safetensors" for name in (Path(out), path)]
+        if formats[0] != formats[1]:
+            raise EmbeddingFileError(f"{out} is a symbolic link to {path}, whose name does not end in {formats[0]}")
     if path.is_dir():
         raise EmbeddingFileError(f"{path} is a folder; supported: {FILE_NAME}")
     if path.exists() and not path.is_file():

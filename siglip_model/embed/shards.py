@@ -130,7 +130,7 @@ def shard_files(out: str | os.PathLike[str]) -> list[Path]:
 
     Raises EmbeddingFileError for a damaged manifest, and where a file is missing from rows in order.
     """
-    path = Path(out)
+    path = Path(os.path.realpath(out) if os.path.islink(out) else out)  # other files are beside the target
     if is_manifest(path.name):
         path = path.with_suffix("")
     elif path.exists() or not Manifest.path_of(path).exists():

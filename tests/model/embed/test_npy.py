@@ -69,6 +69,20 @@ def test_a_file_that_is_replaced_while_it_is_opened(folder, out, monkeypatch):
         NpyEmbeddingFile(out)
 
 
+def test_a_link_is_followed_to_all_three_files(folder, out, tmp_path):
+    (tmp_path / "there").mkdir()
+    out.symlink_to(tmp_path / "there" / "target.npy")
+    assert embed_colours([folder], out).rows == 8 and out.is_symlink()
+    assert embed_colours([folder], out).skipped == 8 and len(load_embeddings(out).files) == 8
+    assert len(list((tmp_path / "there").iterdir())) == 3
+    embed_colours([folder], out, shard_size=3 * WIDTH * 4)
+    assert len(load_embeddings(out).files) == 8 and embed_colours([folder], out).skipped == 8
+    out.unlink()
+    out.symlink_to(tmp_path / "nothing")
+    with pytest.raises(EmbeddingFileError, match=r"is a symbolic link to .*nothing, whose name does not end in .npy"):
+        embed_colours([folder], out)
+
+
 def test_names_of_any_bytes(out):
     names = ["a\nb", "c\u2028d", os.fsdecode(b"/\xff.png"), "é" * 100]
     write_rows(out, torch.ones(4, WIDTH), names=names)
