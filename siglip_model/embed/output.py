@@ -140,6 +140,7 @@ class Output:
             most = len(os.fsencode(self.out.name)) - (longest - 255)
             raise EmbeddingFileError(f"the name of {self.out} is too long; supported here: at most {most} bytes")
         strangers = [] if self.out.exists() or overwrite else [path for path in files_of(self.out)[1:] if path.exists()]
+        strangers += [path for path in files_of(self.out)[1:] if path.exists() and not path.is_file()]
         if numbered and not self._manifest.exists():
             name = re.compile(rf"{re.escape(self.out.stem)}-\d{{5}}-of-\d{{5}}{re.escape(self.out.suffix)}")
             strangers += [path for path in self.out.parent.iterdir() if name.fullmatch(path.name)]
