@@ -46,8 +46,8 @@ SCHEMA = {
 LONGEST_NAME = 255 - len(".part-journal")  # bytes of FILE's name, to which SQLite's file beside the journal adds
 FILE_NAME = f"a file name ending in {' or '.join(SUFFIXES)}"
 EMBEDDED = "FROM images WHERE embedding IS NOT NULL ORDER BY rowid"
-EMBEDDED_BETWEEN = "FROM images WHERE embedding IS NOT NULL AND rowid >= ? AND rowid < ? ORDER BY rowid"
-LAST_ROWID = 2**63 - 1
+EMBEDDED_BETWEEN = "FROM images WHERE embedding IS NOT NULL AND rowid BETWEEN ? AND ? ORDER BY rowid"
+FIRST_ROWID, LAST_ROWID = -(2**63), 2**63 - 1
 ROWS_PER_FILE = "rows_per_file"  # among the settings of a journal: where FILE is cut
 BEFORE = {"decode": "full", "resized_on": "cpu"}  # settings of files that were made before there was a choice
 OVERWRITES = "overwrites"  # among the settings of a journal: FILE is to be replaced, not continued
@@ -376,12 +376,12 @@ class EmbeddingJournal:
 
     def _pieces(self, rows: int, complete: bool) -> list[Content]:
         """The content of FILE, or of each of its numbered files; the last has the failures."""
-        starts, most = [-LAST_ROWID], rows if self._rows_per_file is None else self._rows_per_file
+        starts, most = [FIRST_ROWID], rows if self._rows_per_file is None else self._rows_per_file
         if rows > most:
             rowids = self._stream(f"SELECT rowid {EMBEDDED}")
             starts = [rowid for number, (rowid,) in enumerate(rowids) if number % most == 0]
         metadata = {**self.settings, "format": "pt", "producer": PRODUCER, "complete": str(complete).lower()}
-        ends = [*starts[1:], LAST_ROWID]
+        ends = [*(start - 1 for start in starts[1:]), LAST_ROWID]
         return [
             Content(
                 metadata,
@@ -393,7 +393,7 @@ class EmbeddingJournal:
             for number, (start, end) in enumerate(zip(starts, ends, strict=True))
         ]
 
-    def _names(self, start: int = -LAST_ROWID, end: int = LAST_ROWID) -> Iterator[tuple[str, str]]:
+    def _names(self, start: int = FIRST_ROWID, end: int = LAST_ROWID) -> Iterator[tuple[str, str]]:
         for path, stamp in self._stream(f"SELECT path, stamp {EMBEDDED_BETWEEN}", (start, end)):
             yield os.fsdecode(path), stamp
 
