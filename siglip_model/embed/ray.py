@@ -1,0 +1,269 @@
+"""Embedding on a cluster with Ray Data: actors that embed batches, and the parquet files that `siglip search` reads.
+
+Ray reads the images, feeds the actors, replaces those that die and adds more while images wait; it repeats the batches
+of a lost actor, so that every image has one row.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from siglip_model.automatic_capture import CapturesRepeats
+from siglip_model.embed.file import PRODUCER, EmbeddingFileError
+from siglip_model.embed.parquet import NUMPY_DTYPES, write_parquet
+from siglip_model.embed.run import EmbedSummary, common_settings, settings_of
+from siglip_model.embed.sources import pyarrow_parquet
+from siglip_model.fit import check_pixels
+from siglip_model.images import model_inputs
+from siglip_model.images.batches import Failure, read_batches
+from siglip_model.images.files import IMAGE_SUFFIXES, EncodedImage, describe_failure, open_image
+from siglip_model.images.limits import PixelBudget
+from siglip_model.images.model_inputs import Inputs
+from siglip_model.outputs import pooled, unit_length
+from siglip_model.zero_shot import TASK, pipeline
+
+try:
+    import ray.data
+    from ray.data.datasource import BlockBasedFileDatasink
+except ImportError as error:
+    raise ImportError(
+        f"embedding on a cluster needs Ray Data ({error}); install it with: pip install 'siglip-triton[ray]'"
+    ) from error
+
+pyarrow_parquet()
+import pyarrow  # noqa: E402  # its absence was named
+
+ROWS_PER_FILE = 2**16
+CALLS_AT_ONCE = 2  # of an actor: one batch is decoded while the model computes another
+READERS = {"image": "read_images", "bytes": "read_binary_files"}
+
+
+class ImageEmbedder:
+    """A callable class for `Dataset.map_batches(..., batch_format="numpy")`: images in, embeddings out.
+
+    model: a Hub id, or a checkpoint folder that every node reaches. column: of the images; by default `image`
+    (read_images), `bytes` (read_binary_files), or the only one that is named by an image suffix, such as `jpg`
+    (read_webdataset). Rows are named by the column `path`, and those of shards by `SHARD.tar#MEMBER`.
+    Images are encoded files, or uint8 arrays (height, width, 3), in RGB.
+    normalize, dtype (float32 or float16, of the rows), max_pixels: as for `embed_images`. computed_in: dtype of the
+    model, by default that of the checkpoint. backend, device: as for `pipeline`. num_workers: threads that decode.
+    expected: settings of the rows that the driver found; an actor whose model differs raises EmbeddingFileError.
+
+    A call returns a table of `path`, `embedding`, a fixed-size list, and `error`; one of the last two is null. Raises
+    ValueError for a dataset without such columns.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        column: str | None = None,
+        normalize: bool = True,
+        dtype: torch.dtype = torch.float32,
+        computed_in: str = "auto",
+        backend: str = "auto",
+        device: str | None = None,
+        num_workers: int = 2,
+        max_pixels: int | None = None,
+        expected: Mapping[str, str] | None = None,
+    ) -> None:
+        classifier = pipeline(TASK, model=model, backend=backend, dtype=computed_in, device=device)
+        self._model, self._image_processor = classifier.model, classifier.image_processor
+        self.settings = {
+            "content": "images",
+            "image_processor": settings_of(self._image_processor),
+            **common_settings(self._model, normalize, dtype, str(model)),
+        }
+        if self.settings["dtype"] not in NUMPY_DTYPES:
+            raise ValueError(f"ImageEmbedder: dtype is {dtype}; parquet supports torch.float32 and torch.float16")
+        for name, value in (expected or {}).items():
+            if self.settings.get(name) != value:
+                raise EmbeddingFileError(
+                    f"{model} is another checkpoint on this node: its {name} is {self.settings.get(name)}, and on the"
+                    f" driver {value}"
+                )
+        self._column, self._normalize, self._dtype = column, normalize, dtype
+        self._num_workers, self._budget = num_workers, PixelBudget(max_pixels)
+        self._encode = CapturesRepeats(self._model)
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> pyarrow.Table:
+        names, images = self._named(batch)
+        rows, errors = dict[int, np.ndarray](), dict[int, str]()
+
+        def read(index: int) -> Inputs:
+            with open_image(_opened(names[index], images[index]), None, self._budget) as image:
+                prepared = model_inputs.prepare(self._image_processor, image)
+            check_pixels(self._model.config, self._image_processor, prepared["pixel_values"])
+            return prepared
+
+        for part in read_batches(range(len(names)), read, batch_size=len(names), workers=self._num_workers):
+            if isinstance(part, Failure):
+                errors[part.item] = describe_failure(names[part.item], part.error)
+                continue
+            for index, row in zip(part.items, self._embed(part.values), strict=True):
+                if np.isfinite(row).all():
+                    rows[index] = row
+                else:
+                    errors[index] = f"{names[index]}: its embedding is not finite in {self.settings['computed_in']}"
+        return self._table(names, rows, errors)
+
+    @torch.no_grad()
+    def _embed(self, images: list[Inputs]) -> np.ndarray:
+        inputs = model_inputs.to_model(model_inputs.join(images), self._model.device, self._model.dtype)
+        rows = pooled(self._encode(**inputs)).float()
+        return (unit_length(rows) if self._normalize else rows).to(self._dtype).cpu().numpy()
+
+    def _named(self, batch: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
+        """The names and the images of the rows."""
+        column = self._column or _image_column(list(batch))
+        if column not in batch:
+            raise ValueError(f"the dataset has no column {column!r}; its columns are {', '.join(batch)}")
+        if "path" in batch:
+            return [str(path) for path in batch["path"]], batch[column]
+        if "__url__" in batch and "__key__" in batch:
+            pairs = zip(batch["__url__"], batch["__key__"], strict=True)
+            return [f"{shard}#{key}.{column}" for shard, key in pairs], batch[column]
+        reader = READERS.get(column, "read_images")
+        raise ValueError(f"the dataset has no column 'path'; read it with ray.data.{reader}(..., include_paths=True)")
+
+    def _table(self, names: list[str], rows: dict[int, np.ndarray], errors: dict[int, str]) -> pyarrow.Table:
+        width = int(self.settings["width"])
+        values = np.zeros((len(names), width), dtype=NUMPY_DTYPES[self.settings["dtype"]])
+        for index, row in rows.items():
+            values[index] = row
+        missing = np.array([index in errors for index in range(len(names))], dtype=bool)
+        kind = pyarrow.list_(pyarrow.from_numpy_dtype(values.dtype), width)
+        embeddings = pyarrow.FixedSizeListArray.from_arrays(values.reshape(-1), type=kind, mask=pyarrow.array(missing))
+        described = pyarrow.array([errors.get(index) for index in range(len(names))], pyarrow.string())
+        columns = {"path": pyarrow.array(names, pyarrow.string()), "embedding": embeddings, "error": described}
+        return pyarrow.table(columns)
+
+
+def embed_dataset(
+    dataset: ray.data.Dataset,
+    model: str | os.PathLike[str],
+    out: str,
+    *,
+    actors: tuple[int, int] = (1, 4),
+    num_gpus: float = 0,
+    num_cpus: float = 1,
+    batch_size: int = 32,
+    rows_per_file: int = ROWS_PER_FILE,
+    **options: Any,
+) -> EmbedSummary:
+    """Embeds the images of a Ray dataset into a folder of parquet files, which `siglip search` and pandas read.
+
+    dataset: of ray.data.read_images(..., include_paths=True, mode="RGB"), read_webdataset(..., decoder=None) or
+    read_binary_files(..., include_paths=True). The last two are decoded by the actors as by `siglip embed`: with EXIF
+    orientation and limits, and broken images are named in `failed` of the files, where read_images ends the run.
+    out: a folder that does not exist or is empty, or a URI that pyarrow opens, such as s3://bucket/folder.
+    actors: the fewest and the most, between which Ray chooses by what waits. num_gpus, num_cpus: of each; without
+    a GPU it computes on the CPU with num_cpus threads. batch_size: images per forward pass. rows_per_file: at least.
+    options: of `ImageEmbedder`.
+
+    Rows are in the order in which they were finished. A file has one row per path.
+    Raises ValueError for a folder that is not empty and other arguments, and Ray's errors for what failed on a node.
+    """
+    if not 1 <= actors[0] <= actors[1]:
+        raise ValueError(f"embed_dataset: actors is {actors}; supported: (fewest, most), whole numbers from 1")
+    started = time.monotonic()
+    name = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
+    settings = ImageEmbedder(name, **{**options, "backend": "sdpa", "device": "cpu"}).settings
+    files = EmbeddingFiles(out, settings, rows_per_file)
+    dataset.map_batches(
+        ImageEmbedder,
+        fn_constructor_args=(name,),
+        fn_constructor_kwargs={**options, "expected": settings},
+        batch_size=batch_size,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(
+            min_size=actors[0],
+            max_size=actors[1],
+            max_concurrent_calls_per_actor=CALLS_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+    ).write_datasink(files)
+    return EmbedSummary(
+        out=out,
+        embedded=files.embedded,
+        failed=files.failed,
+        skipped=0,
+        rows=files.embedded,
+        width=int(settings["width"]),
+        complete=True,
+        seconds=time.monotonic() - started,
+        written=files.embedded > 0,
+    )
+
+
+class EmbeddingFiles(BlockBasedFileDatasink):
+    """Writes what an ImageEmbedder returns as parquet files of `siglip embed`. A repeated task writes its file again.
+
+    settings: the embedder's. embedded, failed: counts, once all is written.
+    """
+
+    def __init__(self, out: str, settings: Mapping[str, str], rows_per_file: int = ROWS_PER_FILE) -> None:
+        super().__init__(out, file_format="parquet", min_rows_per_file=rows_per_file)
+        self._metadata = {**settings, "format": "pt", "producer": PRODUCER, "complete": "true"}
+        self.embedded = self.failed = 0
+
+    def on_write_start(self, *arguments: Any, **options: Any) -> None:
+        from pyarrow.fs import FileSelector
+
+        if self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True)):
+            raise ValueError(f"embed_dataset: out is {self.unresolved_path}, which is not empty; choose another")
+        super().on_write_start(*arguments, **options)
+
+    def write(self, blocks: Any, context: Any) -> Any:
+        blocks = list(blocks)
+        super().write(blocks, context)
+        tables = [ray.data.block.BlockAccessor.for_block(block).to_arrow() for block in blocks]
+        failed = sum(len(table) - table["error"].null_count for table in tables if len(table))
+        return sum(map(len, tables)) - failed, failed
+
+    def on_write_complete(self, result: Any) -> None:
+        super().on_write_complete(result)
+        self.embedded = sum(embedded for embedded, _ in result.write_returns)
+        self.failed = sum(failed for _, failed in result.write_returns)
+
+    def write_block_to_file(self, block: Any, file: Any) -> None:
+        table = block.to_arrow()
+        rows, failures = list[tuple[str, str, bytes]](), list[tuple[str, str]]()
+        for batch in table.to_batches():
+            values = batch.column("embedding").values.to_numpy().reshape(len(batch), -1)
+            pairs = zip(batch.column("path").to_pylist(), batch.column("error").to_pylist(), strict=True)
+            for (path, error), row in zip(pairs, values, strict=True):
+                if error is None:
+                    rows.append((path, "", row.tobytes()))
+                else:
+                    failures.append((path, error))
+        write_parquet(file, self._metadata, rows, failures)
+
+
+def _image_column(columns: list[str]) -> str:
+    if (usual := next((name for name in READERS if name in columns), None)) is not None:
+        return usual
+    suffixed = [name for name in columns if f".{name.rpartition('.')[2]}".lower() in IMAGE_SUFFIXES]
+    if len(suffixed) != 1:
+        raise ValueError(f"the dataset has no single column of images; name one of {', '.join(columns)} as `column`")
+    return suffixed[0]
+
+
+def _opened(name: str, image: Any) -> Any:
+    """What `open_image` takes."""
+    from PIL import Image
+
+    if isinstance(image, bytes):
+        return EncodedImage(name, image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return Image.fromarray(image)
+    shape = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    raise ValueError(f'is {shape}; supported: encoded files, and uint8 (height, width, 3) as of mode="RGB"')
