@@ -82,12 +82,13 @@ def print_groups(found: Sequence[Group]) -> None:
     """Prints a table per group: the fastest first and in bold, failures with their reasons last."""
     from rich.text import Text
 
-    from bench.report.tables import title
+    from bench.report.tables import rate, rate_name, title
 
     for group in found:
         noise = "" if group.noise is None else f"; noise {group.noise:.2f}x"
         table = _table(
-            f"{title(group)}{noise}", "impl", "ms", "20 to 80 %", "TFLOP/s", "% of roofline", "memory", "error", ""
+            f"{title(group)}{noise}",
+            *("impl", "ms", "20 to 80 %", rate_name(group), "% of roofline", "memory", "error", ""),
         )
         fastest = group.fastest()
         for row in sorted(group.rows, key=lambda row: (row.status != "ok", row.ms_median or 0)):
@@ -97,7 +98,7 @@ def print_groups(found: Sequence[Group]) -> None:
                     Text(row.impl, "bold" if row in fastest else ""),
                     Text(milliseconds(row.ms_median), "bold" if row in fastest else ""),
                     f"{milliseconds(row.ms_p20)} to {milliseconds(row.ms_p80)}",
-                    "" if row.tflops is None else f"{row.tflops:.3g}",
+                    rate(row),
                     share(row.roofline_share),
                     size(row.peak_mem_bytes),
                     error,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,8 +20,12 @@ from torch import Tensor, nn
 
 import siglip_kernels
 from bench.cases import losses, shapes
-from bench.cases.shapes import MODELS, Shape
+from bench.cases.photos import photos
+from bench.cases.shapes import DEMO, MODELS, Shape
 from siglip_kernels import reference
+from siglip_model.demo import CHECKPOINT
+from siglip_model.images.files import load_image
+from siglip_model.images.tensor import SiglipImageProcessor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -294,6 +299,11 @@ def _model_inputs(shape: shapes.ModelShape, dtype: torch.dtype, device: str, gen
     return Inputs({}, constants, () if isinstance(shape, shapes.TrainShape) else ("pixel_values", "input_ids"))
 
 
+def _embed_inputs(shape: shapes.EmbedShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+    """The same files for any seed. The weights belong to the contenders."""
+    return Inputs({}, {"paths": photos(shape.images, shape.width, shape.height)}, ("paths",))
+
+
 def _naflex_inputs(shape: shapes.NaFlexShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
     """Patches padded to the model's number, as the image processor returns them."""
     vision = MODELS[shape.model].vision
@@ -308,6 +318,8 @@ def _naflex_inputs(shape: shapes.NaFlexShape, dtype: torch.dtype, device: str, g
 
 def model_config(shape: shapes.ModelShape) -> dict[str, Any]:
     """config.json of the shape's model, for transformers and for this project."""
+    if shape.model == DEMO:
+        return json.loads((CHECKPOINT / "config.json").read_text())
 
     def fields(tower: shapes.Tower) -> dict[str, int]:
         layers = shape.layers or tower.layers
@@ -326,6 +338,8 @@ def model_config(shape: shapes.ModelShape) -> dict[str, Any]:
 def _model_weights(shape: shapes.ModelShape, dtype: torch.dtype, device: str) -> Mapping[str, Tensor]:
     import siglip_model
 
+    if shape.model == DEMO:
+        return siglip_model.AutoModel.from_pretrained(CHECKPOINT, dtype=dtype, device_map=device).state_dict()
     torch.manual_seed(0)
     with torch.device(device):
         config = siglip_model.AutoConfig.for_model(**model_config(shape))
@@ -333,7 +347,7 @@ def _model_weights(shape: shapes.ModelShape, dtype: torch.dtype, device: str) ->
 
 
 def model_weights(setting: Setting) -> Mapping[str, Tensor]:
-    """Random weights by transformers' names. All contenders share the tensors."""
+    """Random weights, or the demo checkpoint's, by transformers' names. All contenders share the tensors."""
     shape = setting.shape
     assert isinstance(shape, shapes.ModelShape)
     kind = shapes.NaFlexShape if isinstance(shape, shapes.NaFlexShape) else shapes.ModelShape
@@ -374,6 +388,35 @@ def _model_definition(setting: Setting, dtype: torch.dtype) -> Contender:
     return as_contender(project_model(setting, "eager", dtype), setting)
 
 
+def model_setting(setting: Setting) -> Setting:
+    """The setting of both towers of an EmbedShape's model."""
+    shape = setting.shape
+    assert isinstance(shape, shapes.EmbedShape)
+    return replace(setting, shape=shapes.ModelShape("", shape.model, shape.batch, text=True))
+
+
+def image_processor(setting: Setting) -> SiglipImageProcessor:
+    shape = setting.shape
+    assert isinstance(shape, shapes.EmbedShape)
+    side = MODELS[shape.model].vision.image
+    return SiglipImageProcessor(size={"height": side, "width": side})
+
+
+def _embed_definition(setting: Setting, dtype: torch.dtype) -> Contender:
+    """Unit rows, one image after the other."""
+    model: Any = project_model(model_setting(setting), "eager", dtype)
+    processor = image_processor(setting)
+
+    def embed(paths: list[str]) -> Tensor:
+        rows = []
+        for path in paths:
+            pixels = processor(images=load_image(path), return_tensors="pt")["pixel_values"]
+            rows.append(model.get_image_features(pixels.to(model.device, dtype)).pooler_output)
+        return F.normalize(torch.cat(rows), dim=-1)
+
+    return Contender(embed)
+
+
 def _plain(function: Callable[..., Any]) -> Callable[[Setting, torch.dtype], Contender]:
     return lambda setting, dtype: Contender(function)
 
@@ -410,6 +453,7 @@ OPERATIONS = {
         Operation("vision_tower", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
         Operation("naflex_tower", shapes.NaFlexShape, _naflex_inputs, _model_definition, ("fwd",)),
         Operation("siglip", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
+        Operation("embed", shapes.EmbedShape, _embed_inputs, _embed_definition, ("fwd",)),
         Operation("training_step", shapes.TrainShape, _model_inputs, _model_definition, ("fwd+bwd",)),
     )
 }

@@ -46,7 +46,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Model:
-    """A published SigLIP: google/siglip-<name>, or SigLIP 2 at native resolution."""
+    """A published SigLIP: google/siglip-<name>, SigLIP 2 at native resolution, or the demo checkpoint."""
 
     name: str
     vision: Tower
@@ -70,6 +70,9 @@ MODELS = {
         ("so400m-384", "so400m-patch14-384", 1152, 4304, 27, 16, 14, 384),
     )
 }
+
+DEMO = "demo"  # this project's small checkpoint
+MODELS[DEMO] = Model(DEMO, Tower(160, 640, 4, 5, 16, 16, 64), Tower(160, 480, 2, 5, 64))
 
 
 @dataclass(frozen=True)
@@ -403,6 +406,34 @@ class NaFlexShape(ModelShape):
     def _forward_values(self) -> int:
         (tower,) = self.towers()
         return tower.parameters() + sum(height * width for height, width in self.grids()) * 3 * tower.patch**2
+
+
+@dataclass(frozen=True)
+class EmbedShape(Shape):
+    """JPEG files of `width` x `height` pixels, read by `workers` threads or processes. FLOPs are the tower's alone."""
+
+    model: str
+    images: int
+    batch: int
+    workers: int = 2
+    width: int = 768
+    height: int = 512
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.height) < 16:
+            raise ValueError(f"shape {self.name!r}: width x height is {self.width}x{self.height}; supported: from 16")
+
+    def sample(self) -> Self:
+        return dataclasses.replace(self, images=min(self.images, 2))
+
+    def _forward_flops(self) -> int:
+        return self.images * MODELS[self.model].vision.flops()
+
+    def _forward_values(self) -> int:
+        return MODELS[self.model].vision.parameters()
+
+    def _backward_values(self) -> int:
+        return 0  # there is no backward
 
 
 @dataclass(frozen=True)

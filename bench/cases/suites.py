@@ -15,6 +15,7 @@ from bench.cases.shapes import (
     DIRECTIONS,
     MODELS,
     AttentionShape,
+    EmbedShape,
     LinearShape,
     LossShape,
     MLPShape,
@@ -100,7 +101,7 @@ def _usual(case: Case, device: str, quick: bool) -> bool:
 
 def _possible(operation: Operation) -> tuple[str, ...]:
     """Models have gradients in training_step only; a loss may compute its gradients in the forward."""
-    if operation.name in ("vision_tower", "naflex_tower", "siglip"):
+    if operation.name in ("vision_tower", "naflex_tower", "siglip", "embed"):
         return ("fwd",)
     return ("fwd", "fwd+bwd") if operation.shape_class in (LossShape, TrainShape) else DIRECTIONS
 
@@ -197,6 +198,10 @@ def _model(model: str, batch: int, text: bool = False, layers: int = 0, quick: b
 def _naflex(batch: int, layers: int = 0, quick: bool = False, cpu: str = "") -> Case:
     name = f"base-naflex-b{batch}" + (f"-l{layers}" if layers else "")
     return Case("naflex_tower", NaFlexShape(name, "base-naflex", batch, layers), quick, cpu)
+
+
+def _embed(model: str, images: int, batch: int, quick: bool = False, cpu: str = "") -> Case:
+    return Case("embed", EmbedShape(f"{model}-n{images}-b{batch}", model, images, batch), quick, cpu)
 
 
 def _train(model: str, batch: int, layers: int = 0, quick: bool = False, cpu: str = "") -> Case:
@@ -298,6 +303,16 @@ SUITES = {
             ),
             hide_launches=False,
             quick_peers=("transformers:sdpa:reduce-overhead",),
+        ),
+        Suite(
+            "embed",
+            (
+                _embed("base-224", 2048, 64, quick=True),
+                _embed("so400m-384", 512, 32),
+                _embed("demo", 384, 32, cpu="quick"),
+                _embed("base-224", 32, 16, cpu="full"),
+            ),
+            hide_launches=False,
         ),
         Suite(
             "layer_norm",

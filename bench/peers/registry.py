@@ -26,7 +26,7 @@ from bench.cases.operations import Contender, Setting, kernels_for
 from bench.cases.shapes import AttentionShape
 from siglip_kernels.attention.config import short_block
 
-MODULES = ("attention", "dense", "loss", "models")
+MODULES = ("attention", "dense", "embed", "loss", "models")
 
 
 class Missing(Exception):

@@ -64,6 +64,12 @@ class Row:
         return self.impl.removesuffix(AGAIN).split(":")[0] in ("triton", "siglip_model", "chunked", "folded")
 
     @property
+    def images_per_second(self) -> float | None:
+        """Of bulk embedding, whose shape counts images."""
+        images = self.shape.get("images")
+        return 1e3 * images / self.ms_median if images and self.ms_median else None
+
+    @property
     def on_gpu(self) -> bool:
         return is_gpu(self.gpu)
 

@@ -20,6 +20,7 @@ TITLES = {
     "model": "Models, forward",
     "train": "Training step (both towers and the loss)",
     "latency": "One image at a time",
+    "embed": "Bulk embedding, from image files to rows on the disk",
     "attention": "Attention",
     "loss": "Sigmoid loss",
     "losses": "Sigmoid losses of every kind",
@@ -35,6 +36,7 @@ MAIN = (
     ("model", "fwd", "base-naflex"),
     ("train", "fwd+bwd", ""),
     ("loss", "fwd+bwd", ""),
+    ("embed", "fwd", "base-224"),
 )
 MAIN_PLOTS = ("loss-memory-by-pairs", "speed-up-by-batch-size", "attention-tflops-by-shape")  # the first that exists
 # Rows within this ratio count as equally fast where the noise was not measured.
@@ -113,6 +115,15 @@ def size(count: int | None) -> str:
     return f"{value:.3g} {unit}"
 
 
+def rate(row: Row) -> str:
+    value = row.images_per_second or row.tflops
+    return f"{value:.3g}" if value else ""
+
+
+def rate_name(group: Group) -> str:
+    return "images/s" if "images" in group.first.shape else "TFLOP/s"
+
+
 def share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
@@ -121,7 +132,7 @@ def group_table(group: Group) -> str:
     """Every contender of one group, failures with their reasons."""
     fastest, baseline = group.fastest(), group.baseline()
     lines = [
-        "| impl | ms | 20 to 80 % | speed-up | TFLOP/s | % of roofline | peak memory | error to fp64 | |",
+        f"| impl | ms | 20 to 80 % | speed-up | {rate_name(group)} | % of roofline | peak memory | error to fp64 | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(group.rows, key=lambda row: (row.status != "ok", row.ms_median or 0)):
@@ -132,7 +143,7 @@ def group_table(group: Group) -> str:
             cells[1] = f"**{milliseconds(row.ms_median)}**" if row in fastest else milliseconds(row.ms_median)
             cells[2] = f"{milliseconds(row.ms_p20)} to {milliseconds(row.ms_p80)}"
             cells[3] = "" if baseline is None else f"{_ms(baseline) / _ms(row):.2f}x"
-            cells[4], cells[5] = f"{row.tflops:.3g}" if row.tflops else "", share(row.roofline_share)
+            cells[4], cells[5] = rate(row), share(row.roofline_share)
             cells[8] = row.reason
         else:
             cells[1] = row.status
