@@ -309,8 +309,8 @@ SUITES = {
             (
                 _embed("base-224", 2048, 64, quick=True),
                 _embed("so400m-384", 512, 32),
-                _embed("demo", 384, 32, cpu="quick"),
-                _embed("base-224", 32, 16, cpu="full"),
+                _embed("demo", 256, 32, cpu="quick"),
+                _embed("base-224", 24, 8, cpu="full"),
             ),
             hide_launches=False,
         ),

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(files, texts): words that end as embedding files do, and the others. Raises ValueError for no file."""
+    """(files, texts): words that end as embedding files or folders do, and the others."""
     from siglip_model.embed.file import SUFFIXES
     from siglip_model.embed.shards import is_manifest
 
-    files = [word for word in words if word.endswith(SUFFIXES) or is_manifest(word)]
+    files = [word for word in words if word.endswith((*SUFFIXES, "/")) or is_manifest(word)]
     if not files:
         raise ValueError(
-            f"no embedding file among {', '.join(map(repr, words[:3]))}; give one that ends in {' or '.join(SUFFIXES)}"
+            f"no embedding file among {', '.join(map(repr, words[:3]))}; give one that ends in {', '.join(SUFFIXES)},"
+            " or / for the files of a folder"
         )
     return files, [word for word in words if word not in files]
 
@@ -34,7 +35,7 @@ def search(
         list[str],
         typer.Argument(
             metavar="FILE|TEXT",
-            help="Files of `siglip embed`, told by their suffix, and the texts to search for.",
+            help="Files of `siglip embed`, told by their suffix, or folders/ of them, and the texts to search for.",
             show_default=False,
         ),
     ],

@@ -128,9 +128,15 @@ def open_shards(
 def shard_files(out: str | os.PathLike[str]) -> list[Path]:
     """The files that hold the rows of `out`, an output or its manifest: those that exist of a manifest, or `out`.
 
-    Raises EmbeddingFileError for a damaged manifest, and where a file is missing from rows in order.
+    A folder stands for the embedding files in it. Raises EmbeddingFileError where there are none, for a damaged
+    manifest, and where a file is missing from rows in order.
     """
     path = Path(os.path.realpath(out) if os.path.islink(out) else out)  # other files are beside the target
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES) and file.name[0] != ".")
+        if not files:
+            raise EmbeddingFileError(f"{path} is a folder without a file that ends in {' or '.join(SUFFIXES)}")
+        return files
     if is_manifest(path.name):
         path = path.with_suffix("")
     elif path.exists() or not Manifest.path_of(path).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -18,14 +19,17 @@ from siglip_model.retrieval.exact import nearest
 
 ROWS_AT_ONCE = 2**14  # that are added to an index
 CANDIDATES = 4  # times `top`, and at least 64, that the index gives for their exact cosines
+HEADER_BYTES, VALUE_BYTES = 8, 2  # of usearch's file, which begins with the rows in float16; the graph follows
+DIGEST_BYTES = 16
 
 
 class ApproximateIndex:
     """The indices of a collection's files, memory-mapped. A missing one is built, and one of an earlier file replaced.
 
     An index is saved as FILE.SIZE-TIME.usearch, by the size and modification time of the file that it was built from.
+    It ends in a digest of its graph, which usearch follows unchecked; a damaged copy of a row only costs recall.
     Building one holds the rows of its file in memory, in float16. on_build(path): called before an index is built.
-    Raises ImportError without usearch, and EmbeddingFileError for an index that cannot be read.
+    Raises ImportError without usearch, EmbeddingFileError for a damaged index and for a row that is not finite.
     """
 
     def __init__(self, collection: Collection, on_build: Callable[[Path], None] = lambda path: None) -> None:
@@ -81,25 +85,49 @@ def index_path(file: EmbeddingFile) -> Path:
 def _build(index: Any, file: EmbeddingFile, path: Path) -> None:
     first = 0
     for block in file.embeddings().split(ROWS_AT_ONCE) if file.count else ():
+        finite = block.isfinite().all(dim=1)
+        if not finite.all():
+            raise file.error(f"is damaged: row {first + int(finite.logical_not().nonzero()[0])} is not finite")
         keys = np.arange(first, first + len(block), dtype=np.uint64)
         index.add(keys, block.float().numpy())
         first += len(block)
     with replacement(path) as temporary:
         index.save(str(temporary))
+        digest = _graph_digest(temporary, file, os.path.getsize(temporary))
+        with open(temporary, "ab") as saved:
+            saved.write(digest)
     earlier = re.compile(rf"{re.escape(file.path.name)}\.[0-9a-f]+-[0-9a-f]+\.usearch")
     for other in path.parent.iterdir():
         if earlier.fullmatch(other.name) and other != path:
             other.unlink(missing_ok=True)
 
 
+def _graph_digest(path: Path, file: EmbeddingFile, end: int) -> bytes:
+    """Of an index without its rows, up to the byte `end`."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    with open(path, "rb") as saved:
+        digest.update(saved.read(HEADER_BYTES))
+        place = saved.seek(HEADER_BYTES + file.count * file.format.width * VALUE_BYTES)
+        while piece := saved.read(min(2**20, max(0, end - place))):
+            digest.update(piece)
+            place += len(piece)
+    return digest.digest()
+
+
 def _opened(index_type: Any, file: EmbeddingFile, path: Path) -> Any:
     try:
+        end = os.path.getsize(path) - DIGEST_BYTES
+        with open(path, "rb") as saved:
+            saved.seek(max(0, end))
+            written = saved.read()
+        if written != _graph_digest(path, file, end):
+            raise ValueError("its graph is damaged")
         index = index_type.restore(path, view=True)
         if len(index) != file.count or index.ndim != file.format.width:
             raise ValueError(
                 f"{len(index)} rows of {index.ndim}, and {file.path} has {file.count} of {file.format.width}"
             )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise EmbeddingFileError(
             f"{path} is not the index of {file.path} ({error}); delete it to build it again"
         ) from error

@@ -22,7 +22,7 @@ QUERIES_AT_ONCE = 128  # bounds the scores in memory for any number of queries
 class Collection:
     """The rows of one or several embedding files of one model; a context manager that closes them.
 
-    files: what `siglip embed` wrote; an output of several files by its name or its manifest's.
+    files: what `siglip embed` wrote; an output of several files by its name or its manifest's, and folders of files.
     Raises EmbeddingFileError for a damaged file, and for files of different models.
     """
 

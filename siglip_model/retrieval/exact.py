@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+SHORTEST = 1e-12  # a row that is shorter counts as zero, as in torch.nn.functional.normalize
+
 
 def nearest(queries: Tensor, blocks: Iterable[Tensor], top: int) -> tuple[Tensor, Tensor]:
     """cosines (queries, k), best first, and their row numbers, int64 of the same shape; k is `top`, or all rows.
@@ -20,7 +22,7 @@ def nearest(queries: Tensor, blocks: Iterable[Tensor], top: int) -> tuple[Tensor
     first = 0
     for block in blocks:
         values = block.to(queries)
-        lengths = values.norm(dim=-1).clamp_min(torch.finfo(values.dtype).tiny)
+        lengths = values.norm(dim=-1).clamp_min(SHORTEST)
         cosines = queries @ values.T / lengths  # [Q, N]
         if not cosines.isfinite().all():
             row = first + int(cosines.isfinite().all(dim=0).logical_not().nonzero()[0])

@@ -1,4 +1,4 @@
-"""The index beside a file: its recall, its exact cosines, and that it is built again when the file has changed."""
+"""The index beside a file: its recall, its exact cosines, damage, and that it is built again when the file changes."""
 
 import builtins
 import os
@@ -8,8 +8,9 @@ import torch
 from embedding_files import write_rows
 
 from siglip_model.embed import EmbeddingFileError
+from siglip_model.embed.file import encode_header
 from siglip_model.retrieval import ApproximateIndex, Collection
-from siglip_model.retrieval.approximate import recall
+from siglip_model.retrieval.approximate import HEADER_BYTES, VALUE_BYTES, recall
 
 pytest.importorskip("usearch", reason="the extra `search` is not installed")
 
@@ -71,6 +72,37 @@ def test_a_damaged_index_is_named(tmp_path):
         path.write_bytes(b"junk" * 100)
         with pytest.raises(EmbeddingFileError, match=r"usearch is not the index of .*delete it to build it again"):
             ApproximateIndex(stored)
+
+
+def test_a_changed_bit_of_the_graph_is_found_and_one_of_a_row_costs_recall_at_most(tmp_path):
+    """usearch follows the graph unchecked, out of its memory."""
+    file = write_rows(tmp_path / "x.safetensors", draw(50, 8))
+    with Collection(file) as stored:
+        (path,) = ApproximateIndex(stored).paths
+        whole, graph = path.read_bytes(), HEADER_BYTES + 50 * 8 * VALUE_BYTES
+        for place in (0, graph, graph + 100, (graph + len(whole)) // 2, len(whole) - 1):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
+            with pytest.raises(EmbeddingFileError, match="its graph is damaged"):
+                ApproximateIndex(stored)
+        nan = b"\xff\x7f" * 8 * 10
+        path.write_bytes(whole[:HEADER_BYTES] + nan + whole[HEADER_BYTES + len(nan) :])
+        exact = stored.nearest(draw(3, 8, seed=2), 5)
+        assert recall(ApproximateIndex(stored).nearest(draw(3, 8, seed=2), 5), exact) > 0.3
+
+
+def test_rows_that_are_not_finite_and_files_without_rows(tmp_path):
+    rows = draw(5, 8)
+    rows[3, 1] = float("inf")
+    with (
+        Collection(write_rows(tmp_path / "x.safetensors", rows)) as stored,
+        pytest.raises(EmbeddingFileError, match="x.safetensors is damaged: row 3 is not finite"),
+    ):
+        ApproximateIndex(stored)
+    assert not list(tmp_path.glob("*.usearch"))
+    metadata = {"producer": "siglip embed", "dtype": "F32", "width": "8", "complete": "true"}
+    (tmp_path / "empty.safetensors").write_bytes(encode_header(metadata, 0, 0, 0))
+    with Collection(tmp_path / "empty.safetensors") as stored:
+        assert ApproximateIndex(stored).nearest(draw(2, 8), 5) == stored.nearest(draw(2, 8), 5) == [[], []]
 
 
 def test_without_usearch_the_extra_is_named(tmp_path, monkeypatch):

@@ -36,6 +36,14 @@ def test_equal_cosines_keep_the_order_of_the_rows():
     assert places[0].tolist() == [*range(1, 51), *range(54, 64)]
 
 
+def test_rows_of_zeros_and_rows_that_are_nearly_so_have_cosine_zero():
+    rows = draw(4, 8)
+    rows[1], rows[2] = 0, rows[2] * 1e-30
+    cosines, places = nearest(torch.nn.functional.normalize(draw(1, 8, seed=1), dim=-1), [rows], 4)
+    by_row = dict(zip(places[0].tolist(), cosines[0].tolist(), strict=True))
+    assert by_row[1] == 0 and abs(by_row[2]) < 1e-6 and max(map(abs, by_row.values())) <= 1
+
+
 def test_no_row_and_no_query():
     cosines, places = nearest(draw(3, 8), [], 5)
     assert cosines.shape == places.shape == (3, 0)
@@ -61,6 +69,17 @@ def test_a_collection_numbers_the_rows_of_its_files_through(tmp_path, monkeypatc
         assert [[row for _, row in query] for query in found] == expected.tolist()
         assert stored.names(expected.flatten().tolist()) == {row: names[row] for row in expected.flatten().tolist()}
         assert torch.equal(stored.rows([60, 3, 20]), rows[[60, 3, 20]])
+
+
+def test_a_folder_stands_for_its_embedding_files(tmp_path):
+    for name in ("b", "a", ".hidden"):
+        write_rows(tmp_path / f"{name}.safetensors", draw(3, 8))
+    (tmp_path / "notes.txt").touch()
+    with Collection(tmp_path) as stored:
+        assert [file.path.name for file in stored.files] == ["a.safetensors", "b.safetensors"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EmbeddingFileError, match="empty is a folder without a file that ends in .safetensors"):
+        Collection(tmp_path / "empty")
 
 
 def test_files_of_other_models_and_damaged_rows_are_named(tmp_path):
