@@ -157,6 +157,8 @@ class EmbeddingFile:
     Every method raises EmbeddingFileError, which names the file, at the first thing that is wrong with it.
     """
 
+    _mapped: mmap.mmap | None = None
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._opened = ExitStack()
@@ -314,14 +316,19 @@ class EmbeddingFile:
         """(n, width), memory-mapped: pages are read when they are used, and a write to the tensor stays in memory."""
         if self.count == 0:
             return torch.empty(0, self.format.width, dtype=TENSOR_DTYPES[self.format.dtype])
-        content = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         values = torch.frombuffer(
-            content,
+            self._mapped,
             dtype=TENSOR_DTYPES[self.format.dtype],
             count=self.count * self.format.width,
             offset=self._spans["embeddings"].start,
         )
         return values.view(self.count, self.format.width)
+
+    def release(self) -> None:
+        """Gives back the memory of the rows of `embeddings`. They are read again when used; writes are lost."""
+        if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def shortened(problem: str) -> str:

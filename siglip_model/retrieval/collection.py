@@ -66,9 +66,11 @@ class Collection:
 
     def blocks(self) -> Iterator[Tensor]:
         """All rows in order, (n, width) at a time."""
-        for tensor in self._tensors:
+        for file, tensor in zip(self.files, self._tensors, strict=True):
             rows = max(1, BLOCK_BYTES // (tensor.element_size() * tensor.shape[1]))
-            yield from tensor.split(rows) if len(tensor) else ()
+            for block in tensor.split(rows) if len(tensor) else ():
+                yield block
+                file.release()
 
     def rows(self, numbers: Sequence[int]) -> Tensor:
         """The rows of these numbers, float32 (n, width)."""

@@ -1,9 +1,12 @@
 """Exact search equals a comparison with every row in fp64, whatever the blocks, and keeps the order of equal rows."""
 
+import sys
+
 import pytest
 import torch
 from embedding_files import write_rows
 
+from bench.measure.timing import forget_peak, peak_resident_bytes
 from siglip_model.embed import EmbeddingFileError
 from siglip_model.retrieval import Collection, collection, nearest
 
@@ -69,6 +72,17 @@ def test_a_collection_numbers_the_rows_of_its_files_through(tmp_path, monkeypatc
         assert [[row for _, row in query] for query in found] == expected.tolist()
         assert stored.names(expected.flatten().tolist()) == {row: names[row] for row in expected.flatten().tolist()}
         assert torch.equal(stored.rows([60, 3, 20]), rows[[60, 3, 20]])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    rows = torch.ones(1, 4096).expand(2**13, -1)  # 128 MiB
+    with Collection(write_rows(tmp_path / "x.safetensors", rows)) as stored:
+        nearest(draw(1, 4096), [rows[:1024].contiguous()], 3)  # loads libraries
+        forget_peak()
+        before = peak_resident_bytes()
+        stored.nearest(draw(1, 4096), 3)
+        assert peak_resident_bytes() - before < 4 * collection.BLOCK_BYTES
 
 
 def test_a_folder_stands_for_its_embedding_files(tmp_path):
