@@ -200,8 +200,9 @@ def _naflex(batch: int, layers: int = 0, quick: bool = False, cpu: str = "") -> 
     return Case("naflex_tower", NaFlexShape(name, "base-naflex", batch, layers), quick, cpu)
 
 
-def _embed(model: str, images: int, batch: int, quick: bool = False, cpu: str = "") -> Case:
-    return Case("embed", EmbedShape(f"{model}-n{images}-b{batch}", model, images, batch), quick, cpu)
+def _embed(model: str, images: int, batch: int, workers: int, quick: bool = False, cpu: str = "") -> Case:
+    shape = EmbedShape(f"{model}-n{images}-b{batch}-w{workers}", model, images, batch, workers)
+    return Case("embed", shape, quick, cpu)
 
 
 def _train(model: str, batch: int, layers: int = 0, quick: bool = False, cpu: str = "") -> Case:
@@ -307,10 +308,10 @@ SUITES = {
         Suite(
             "embed",
             (
-                _embed("base-224", 2048, 64, quick=True),
-                _embed("so400m-384", 512, 32),
-                _embed("demo", 256, 32, cpu="quick"),
-                _embed("base-224", 24, 8, cpu="full"),
+                _embed("base-224", 512, 64, workers=8, quick=True),
+                _embed("so400m-384", 512, 32, workers=8),
+                _embed("demo", 256, 32, workers=2, cpu="quick"),
+                _embed("base-224", 24, 8, workers=2, cpu="full"),
             ),
             hide_launches=False,
         ),

@@ -1,6 +1,5 @@
 """The index beside a file: its recall, its exact cosines, damage, and that it is built again when the file changes."""
 
-import builtins
 import os
 
 import pytest
@@ -103,17 +102,3 @@ def test_rows_that_are_not_finite_and_files_without_rows(tmp_path):
     (tmp_path / "empty.safetensors").write_bytes(encode_header(metadata, 0, 0, 0))
     with Collection(tmp_path / "empty.safetensors") as stored:
         assert ApproximateIndex(stored).nearest(draw(2, 8), 5) == stored.nearest(draw(2, 8), 5) == [[], []]
-
-
-def test_without_usearch_the_extra_is_named(tmp_path, monkeypatch):
-    found = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.startswith("usearch"):
-            raise ImportError("No module named 'usearch'")
-        return found(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    file = write_rows(tmp_path / "x.safetensors", draw(5, 8))
-    with Collection(file) as stored, pytest.raises(ImportError, match=r"pip install 'siglip-triton\[search\]'"):
-        ApproximateIndex(stored)
