@@ -17,12 +17,12 @@ import torch
 from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.embed.file import PRODUCER, EmbeddingFileError
 from siglip_model.embed.parquet import NUMPY_DTYPES, write_parquet
+from siglip_model.embed.reading import ImageReader
 from siglip_model.embed.run import EmbedSummary, common_settings, settings_of
-from siglip_model.embed.sources import pyarrow_parquet
-from siglip_model.fit import check_pixels
+from siglip_model.embed.sources import Source, pyarrow_parquet
 from siglip_model.images import model_inputs
 from siglip_model.images.batches import Failure, read_batches
-from siglip_model.images.files import IMAGE_SUFFIXES, EncodedImage, describe_failure, open_image
+from siglip_model.images.files import IMAGE_SUFFIXES, EncodedImage, describe_failure
 from siglip_model.images.limits import PixelBudget
 from siglip_model.images.model_inputs import Inputs
 from siglip_model.outputs import pooled, unit_length
@@ -74,10 +74,12 @@ class ImageEmbedder:
         expected: Mapping[str, str] | None = None,
     ) -> None:
         classifier = pipeline(TASK, model=model, backend=backend, dtype=computed_in, device=device)
-        self._model, self._image_processor = classifier.model, classifier.image_processor
+        self._model = classifier.model
         self.settings = {
             "content": "images",
-            "image_processor": settings_of(self._image_processor),
+            "image_processor": settings_of(classifier.image_processor),
+            "decode": "full",
+            "resized_on": "cpu",
             **common_settings(self._model, normalize, dtype, str(model)),
         }
         if self.settings["dtype"] not in NUMPY_DTYPES:
@@ -89,7 +91,8 @@ class ImageEmbedder:
                     f" driver {value}"
                 )
         self._column, self._normalize, self._dtype = column, normalize, dtype
-        self._num_workers, self._budget = num_workers, PixelBudget(max_pixels)
+        self._num_workers = num_workers
+        self._read = ImageReader(classifier.image_processor, self._model.config, PixelBudget(max_pixels))
         self._encode = CapturesRepeats(self._model)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> pyarrow.Table:
@@ -97,10 +100,7 @@ class ImageEmbedder:
         rows, errors = dict[int, np.ndarray](), dict[int, str]()
 
         def read(index: int) -> Inputs:
-            with open_image(_opened(names[index], images[index]), None, self._budget) as image:
-                prepared = model_inputs.prepare(self._image_processor, image)
-            check_pixels(self._model.config, self._image_processor, prepared["pixel_values"])
-            return prepared
+            return self._read(Source(names[index], "", _content(names[index], images[index])))
 
         for part in read_batches(range(len(names)), read, batch_size=len(names), workers=self._num_workers):
             if isinstance(part, Failure):
@@ -257,8 +257,8 @@ def _image_column(columns: list[str]) -> str:
     return suffixed[0]
 
 
-def _opened(name: str, image: Any) -> Any:
-    """What `open_image` takes."""
+def _content(name: str, image: Any) -> Any:
+    """What `ImageReader` takes. Raises ValueError for anything but encoded files and RGB arrays."""
     from PIL import Image
 
     if isinstance(image, bytes):

@@ -31,7 +31,8 @@ USES = [
 
 @pytest.mark.parametrize(("extra", "module", "use"), USES, ids=[f"{extra}-{module}" for extra, module, _ in USES])
 def test_what_is_missing_is_named_with_its_extra(extra, module, use, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
+    for name in [module, *(name for name in sys.modules if name.startswith(f"{module}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "siglip_model.embed.ray", raising=False)
     assert extra in EXTRAS
     with pytest.raises((ImportError, RuntimeError), match=rf"pip install 'siglip-triton\[{extra}\]'"):

@@ -7,7 +7,7 @@ import torch
 from embedding_files import write_rows
 
 from siglip_model.embed import EmbeddingFileError
-from siglip_model.embed.file import encode_header
+from siglip_model.embed.file import Content, write_safetensors
 from siglip_model.retrieval import ApproximateIndex, Collection
 from siglip_model.retrieval.approximate import HEADER_BYTES, VALUE_BYTES, recall
 
@@ -99,6 +99,7 @@ def test_rows_that_are_not_finite_and_files_without_rows(tmp_path):
         ApproximateIndex(stored)
     assert not list(tmp_path.glob("*.usearch"))
     metadata = {"producer": "siglip embed", "dtype": "F32", "width": "8", "complete": "true"}
-    (tmp_path / "empty.safetensors").write_bytes(encode_header(metadata, 0, 0, 0))
+    with open(tmp_path / "empty.safetensors", "wb") as empty:
+        write_safetensors(empty, Content(metadata, 0, lambda: iter(()), lambda: iter(()), lambda: iter(())))
     with Collection(tmp_path / "empty.safetensors") as stored:
         assert ApproximateIndex(stored).nearest(draw(2, 8), 5) == stored.nearest(draw(2, 8), 5) == [[], []]
