@@ -392,7 +392,7 @@ def model_setting(setting: Setting) -> Setting:
     """The setting of both towers of an EmbedShape's model."""
     shape = setting.shape
     assert isinstance(shape, shapes.EmbedShape)
-    return replace(setting, shape=shapes.ModelShape("", shape.model, shape.batch, text=True))
+    return dataclasses.replace(setting, shape=shapes.ModelShape("", shape.model, shape.batch, text=True))
 
 
 def image_processor(setting: Setting) -> SiglipImageProcessor:

@@ -15,7 +15,7 @@ from bench.report.tables import group_table, groups
 
 def test_both_contenders_embed_the_same_files_of_the_demo_checkpoint(monkeypatch):
     pytest.importorskip("torchvision", reason="transformers' image processor needs it")
-    monkeypatch.setattr("bench.measure.measure.peaks_in_a_process", lambda setting, names: {})
+    monkeypatch.setattr("bench.measure.measure.peak_in_a_process", lambda setting, name: None)
     shape = EmbedShape("demo-n5-b2", "demo", 5, 2, workers=1, width=96, height=64)
     setting = Setting(OPERATIONS["embed"], shape, torch.float32, "cpu", "fwd")
     entries = [entry for entry in peers_of("embed").values() if not entry.cuda]
