@@ -313,7 +313,7 @@ def test_what_is_no_file_is_refused(images, out, tmp_path):
             embed_colours([images], out, overwrite=overwrite)
     out.unlink()
     out.mkdir()
-    with pytest.raises(EmbeddingFileError, match="is not a regular file"):
+    with pytest.raises(EmbeddingFileError, match="is a folder without a file that ends in"):
         load_embeddings(out)
     for overwrite in (False, True):
         with pytest.raises(EmbeddingFileError, match=r"out\.safetensors is a folder"):
