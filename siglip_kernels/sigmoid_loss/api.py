@@ -413,7 +413,7 @@ def plain_sigmoid_loss(
     if any_size or (image_embeds.shape[0] < CHUNKED_FROM and text_embeds.shape[0] < CHUNKED_FROM):
         check_reduction(operation, reduction)
         if reduction == "positives":
-            _positives(operation, image_embeds, text_embeds, pairs)
+            check_positives(operation, image_embeds, text_embeds, pairs)
         embeds = image_embeds, text_embeds
         return reference.sigmoid_loss(*embeds, logit_scale, logit_bias, reduction=reduction, **options)
     return chunked_sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, reduction=reduction, **options)
@@ -503,7 +503,7 @@ def same_length(options: PairOptions) -> bool:
     return options.get("image_groups") is None and options.get("text_groups") is None and options.get("offset") is None
 
 
-def _positives(operation: str, image_embeds: Tensor, text_embeds: Tensor, pairs: Pairs) -> Tensor | int:
+def check_positives(operation: str, image_embeds: Tensor, text_embeds: Tensor, pairs: Pairs) -> Tensor | int:
     """The number of positive pairs. Raises UnsupportedInputError if there is none."""
     if pairs.image_groups is not None and pairs.text_groups is not None:
         return count_positives(pairs.image_groups, pairs.text_groups, operation)
@@ -539,7 +539,7 @@ def _apply(
     if reduction == "none":
         return losses_op(image_embeds, text_embeds, logit_scale, logit_bias, engine, chunk_size, *options)
     images, texts = image_embeds.shape[0], text_embeds.shape[0]
-    positives = _positives(operation, image_embeds, text_embeds, pairs) if reduction == "positives" else 1
+    positives = check_positives(operation, image_embeds, text_embeds, pairs) if reduction == "positives" else 1
     counted = isinstance(positives, Tensor)
     loss, *_gradients = forward_op(
         image_embeds,

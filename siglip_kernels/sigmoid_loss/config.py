@@ -46,7 +46,7 @@ _IEEE = Tile(64, 64, 32, num_warps=8, num_stages=2)
 _INTERPRETER = Tile(64, 64, 64, num_warps=4, num_stages=1)
 
 # 5,632² bf16 values are 63 MB: a little more than the L2 of an H100, and little of its memory.
-_LARGEST_BLOCK = 5632
+LARGEST_BLOCK = 5632
 
 
 def choose(dtype: torch.dtype, width: int, gpu: Facts, precision: str) -> Config:
@@ -65,7 +65,7 @@ def choose(dtype: torch.dtype, width: int, gpu: Facts, precision: str) -> Config
     product = _measured("product", dtype, width, gpu) or product
     # Weights, and a logarithm for each pair, leave too few registers for the accumulator of 128 × 256.
     weighted = _SQUARE if logit_grad.rows * logit_grad.columns > _SQUARE.rows * _SQUARE.columns else logit_grad
-    block = _block_size(product, width, gpu.multiprocessors)
+    block = block_size(product, -(-width // product.columns), gpu.multiprocessors)
     return Config(logit_grad, weighted, product, block, gpu.has_tma, precision)
 
 
@@ -87,13 +87,12 @@ def candidates(element_bytes: int, gpu: Facts) -> list[Tile]:
     ]
 
 
-def _block_size(product: Tile, width: int, multiprocessors: int) -> int:
+def block_size(product: Tile, tiles_across: int, multiprocessors: int, largest: int = LARGEST_BLOCK) -> int:
     """The block whose products fill the last wave of programs best: 132 tiles on 132 multiprocessors, not 192."""
-    tiles_across = -(-width // product.columns)
     step = max(product.rows, 256)  # a multiple of every tile's rows and columns
 
     def utilisation(block: int) -> tuple[float, int]:
         tiles = block // product.rows * tiles_across
         return tiles / round_up(tiles, multiprocessors), block
 
-    return max(range(round_up(_LARGEST_BLOCK // 2, step), _LARGEST_BLOCK + 1, step), key=utilisation)
+    return max(range(round_up(largest // 2, step), largest + 1, step), key=utilisation)

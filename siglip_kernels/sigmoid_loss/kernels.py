@@ -24,7 +24,7 @@ FOLDED = tl.constexpr(16)  # columns of partial sums; on sm_80 fewer belong to a
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     source,  # a tensor descriptor (DESCRIPTORS), which has bounds of its own, or a pointer to the first element
     first_row,
     first_column,
@@ -133,8 +133,10 @@ def _sums(
     positive_weight_ptr,
     negative_weight_ptr,
     text_weight_ptr,
+    text_dots_ptr,  # fp32 (texts,), added to: Σ G ⊙ x yᵀ over the rows; or None
+    stored_rows,  # of G: `images`, or more
+    factor,  # of the stored G
     GRADIENTS: tl.constexpr,
-    LOGIT_GRAD_SCALE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPECIAL: tl.constexpr,  # whether there may be positives on the diagonal, or pairs past the last image or text
 ):
@@ -176,18 +178,92 @@ def _sums(
             logit_grad = tl.where(positive, -logit_grad, logit_grad)
         if positive_weight_ptr is not None:
             logit_grad *= weight
-        dot_sum = _fold(logit_grad * products)
+        dots = logit_grad * products
+        dot_sum = _fold(dots)
         logit_grad_sum = _fold(logit_grad)
+        if text_dots_ptr is not None:
+            o_texts = first_column + tl.arange(0, products.shape[1])
+            before = tl.load(text_dots_ptr + o_texts, mask=o_texts < texts, other=0.0)
+            tl.store(text_dots_ptr + o_texts, before + tl.sum(dots, 0), mask=o_texts < texts)
         if logit_grad_target is not None:
             if DESCRIPTORS:
-                stored = narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype)
+                stored = narrow(logit_grad * factor, logit_grad_target.dtype)
                 logit_grad_target.store([first_row, first_column], stored)
             else:
                 # Zeros past the last text are stored as well, because the products read whole tiles.
                 o_logit_grad = rows.to(tl.int64) * tl.multiple_of(logit_grad_stride, 16) + columns
-                stored = narrow(logit_grad * LOGIT_GRAD_SCALE, logit_grad_target.dtype.element_ty)
-                tl.store(logit_grad_target + o_logit_grad, stored, mask=rows < images)
+                stored = narrow(logit_grad * factor, logit_grad_target.dtype.element_ty)
+                tl.store(logit_grad_target + o_logit_grad, stored, mask=rows < stored_rows)
     return right_sum, softplus, dot_sum, logit_grad_sum
+
+
+@triton.jit
+def tile_sums(
+    products,  # x yᵀ of some images and texts
+    logit_grad_target,  # as `logit_grad_kernel` and `_sums`, like all that follows
+    logit_grad_stride,
+    first_row,
+    first_column,
+    scale,
+    bias,
+    images,
+    texts,
+    diagonal,
+    image_groups_ptr,
+    text_groups_ptr,
+    positive_weight_ptr,
+    negative_weight_ptr,
+    text_weight_ptr,
+    text_dots_ptr,
+    stored_rows,
+    factor,
+    GRADIENTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    ROW_SUMS: tl.constexpr,  # whether to sum over all columns, which takes more time and fewer registers
+):
+    """Sums of the loss, of G ⊙ x yᵀ and of G over columns FOLDED apart, (rows, FOLDED), or all, (rows,). Stores G."""
+    # A quarter at a time: the temporaries of a whole tile would not fit in the registers beside its accumulator.
+    PART: tl.constexpr = products.shape[1] // 4
+    parts = _quarters(products)
+    for part in tl.static_range(4):
+        column = first_column + part * PART
+        if image_groups_ptr is None:
+            has_positives = (first_row + diagonal < column + PART) & (first_row + diagonal + products.shape[0] > column)
+        else:
+            has_positives = False  # SPECIAL or not
+        at_edge = (first_row + products.shape[0] > images) | (column + PART > texts)
+        # The branch also keeps the compiler from interleaving the parts, which would spill.
+        if has_positives | at_edge:
+            right, soft, dots, grads = _sums(
+                parts[part], logit_grad_target, logit_grad_stride, first_row, column, scale, bias, images, texts,
+                diagonal, image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr,
+                text_weight_ptr, text_dots_ptr, stored_rows, factor, GRADIENTS, DESCRIPTORS, True,
+            )  # fmt: skip
+        else:
+            right, soft, dots, grads = _sums(
+                parts[part], logit_grad_target, logit_grad_stride, first_row, column, scale, bias, images, texts,
+                diagonal, image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr,
+                text_weight_ptr, text_dots_ptr, stored_rows, factor, GRADIENTS, DESCRIPTORS, False,
+            )  # fmt: skip
+        if ROW_SUMS:
+            loss_of_part = tl.sum(right * LOG_2 + _log1p_of_any(soft), 1)
+            dots_of_part, grads_of_part = tl.sum(dots, 1), tl.sum(grads, 1)
+            if part == 0:
+                loss_sum, dot_sum, logit_grad_sum = loss_of_part, dots_of_part, grads_of_part
+            else:
+                loss_sum += loss_of_part
+                dot_sum += dots_of_part
+                logit_grad_sum += grads_of_part
+        elif part == 0:
+            right_sum, softplus, dot_sum, logit_grad_sum = right, soft, dots, grads
+        else:
+            right_sum += right
+            softplus = _multiply(softplus, soft)
+            dot_sum += dots
+            logit_grad_sum += grads
+    if not ROW_SUMS:
+        loss_sum = right_sum * LOG_2 + _log1p_of_any(softplus)
+    return loss_sum, dot_sum, logit_grad_sum
 
 
 @triton.jit(do_not_specialize=["images", "texts", "diagonal", "image_losses_stride"])
@@ -225,44 +301,18 @@ def logit_grad_kernel(
 
     products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.range(0, WIDTH, BLOCK_K):
-        x = _load_tile(image_source, first_row, k, images, WIDTH, BLOCK_M, BLOCK_K, WIDTH, DESCRIPTORS)
-        y = _load_tile(text_source, first_column, k, texts, WIDTH, BLOCK_N, BLOCK_K, WIDTH, DESCRIPTORS)
+        x = load_tile(image_source, first_row, k, images, WIDTH, BLOCK_M, BLOCK_K, WIDTH, DESCRIPTORS)
+        y = load_tile(text_source, first_column, k, texts, WIDTH, BLOCK_N, BLOCK_K, WIDTH, DESCRIPTORS)
         products = dot(x, y.T, products, PRECISION)
 
     # e^x = 2^(x log₂ e): logits are computed in units of log₂ e.
     scale = tl.load(logit_scale_ptr) * LOG2_E
     bias = tl.load(logit_bias_ptr) * LOG2_E
-    # A quarter at a time: the temporaries of a whole tile would not fit in the registers beside its accumulator.
-    PART: tl.constexpr = BLOCK_N // 4
-    parts = _quarters(products)
-    for part in tl.static_range(4):
-        column = first_column + part * PART
-        if image_groups_ptr is None:
-            has_positives = (first_row + diagonal < column + PART) & (first_row + diagonal + BLOCK_M > column)
-        else:
-            has_positives = False  # SPECIAL or not
-        at_edge = (first_row + BLOCK_M > images) | (column + PART > texts)
-        # The branch also keeps the compiler from interleaving the parts, which would spill.
-        if has_positives | at_edge:
-            right, soft, dots, grads = _sums(
-                parts[part], logit_grad_target, logit_grad_stride, first_row, column, scale, bias, images, texts,
-                diagonal, image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr,
-                text_weight_ptr, GRADIENTS, LOGIT_GRAD_SCALE, DESCRIPTORS, True,
-            )  # fmt: skip
-        else:
-            right, soft, dots, grads = _sums(
-                parts[part], logit_grad_target, logit_grad_stride, first_row, column, scale, bias, images, texts,
-                diagonal, image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr,
-                text_weight_ptr, GRADIENTS, LOGIT_GRAD_SCALE, DESCRIPTORS, False,
-            )  # fmt: skip
-        if part == 0:
-            right_sum, softplus, dot_sum, logit_grad_sum = right, soft, dots, grads
-        else:
-            right_sum += right
-            softplus = _multiply(softplus, soft)
-            dot_sum += dots
-            logit_grad_sum += grads
-    loss_sum = right_sum * LOG_2 + _log1p_of_any(softplus)
+    loss_sum, dot_sum, logit_grad_sum = tile_sums(
+        products, logit_grad_target, logit_grad_stride, first_row, first_column, scale, bias, images, texts, diagonal,
+        image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr, text_weight_ptr, None, images,
+        LOGIT_GRAD_SCALE, GRADIENTS, DESCRIPTORS, False,
+    )  # fmt: skip
     if image_losses_ptr is not None:
         o_images = first_row + tl.arange(0, BLOCK_M)
         losses_ptr = image_losses_ptr + tl.program_id(1).to(tl.int64) * image_losses_stride + o_images
@@ -316,14 +366,12 @@ def product_kernel(
 
     for k in tl.range(0, depth, BLOCK_K):
         if TRANSPOSED:
-            g = _load_tile(
+            g = load_tile(
                 logit_grad_source, k, first_row, depth, logit_grad_stride, BLOCK_K, BLOCK_M, None, DESCRIPTORS
             ).T
         else:
-            g = _load_tile(
-                logit_grad_source, first_row, k, rows, logit_grad_stride, BLOCK_M, BLOCK_K, None, DESCRIPTORS
-            )
-        operand = _load_tile(operand_source, k, first_column, depth, WIDTH, BLOCK_K, BLOCK_N, WIDTH, DESCRIPTORS)
+            g = load_tile(logit_grad_source, first_row, k, rows, logit_grad_stride, BLOCK_M, BLOCK_K, None, DESCRIPTORS)
+        operand = load_tile(operand_source, k, first_column, depth, WIDTH, BLOCK_K, BLOCK_N, WIDTH, DESCRIPTORS)
         total = dot(g, operand, total, PRECISION)
 
     if logit_scale_ptr is not None:

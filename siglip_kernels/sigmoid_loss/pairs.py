@@ -84,8 +84,8 @@ class Pairs:
         """
         if self.positive_weight is None or self.negative_weight is None or self.text_weight is None:
             return self, None
-        image_unit = _unit(torch.maximum(self.positive_weight.abs(), self.negative_weight.abs()))
-        text_unit = _unit(self.text_weight)
+        image_unit = power_of_two_above(torch.maximum(self.positive_weight.abs(), self.negative_weight.abs()).max())
+        text_unit = power_of_two_above(self.text_weight.abs().max())
         if agree is not None:
             text_unit = agree(text_unit)
         pairs = replace(
@@ -97,10 +97,9 @@ class Pairs:
         return pairs, image_unit * text_unit
 
 
-def _unit(weight: Tensor) -> Tensor:
-    """The least power of two above all magnitudes: a 0-dimensional tensor."""
-    exponent = torch.frexp(weight.abs().max())[1]
-    return torch.ldexp(weight.new_ones(()), exponent)
+def power_of_two_above(values: Tensor) -> Tensor:
+    """The least power of two above each value, from 0 on; 1 for 0."""
+    return torch.ldexp(torch.ones_like(values), torch.frexp(values)[1])
 
 
 def make_pairs(

@@ -59,16 +59,22 @@ class TorchEngine:
     ) -> None:
         products = self._matmul(x, y.T)
         logits = torch.addcmul(logit_bias, products, logit_scale)
-        if pairs.image_groups is not None or pairs.positive_weight is not None or image_losses is not None:
-            logit_grad = _with_options(logits, pairs, totals, gradients, image_losses)
-        else:
-            logit_grad = _plain(logits, pairs.diagonal, totals, gradients)
+        logit_grad = self.logit_grad_of(logits, pairs, totals, gradients, image_losses)
         if not gradients:
             return
         totals[1] += torch.mul(logit_grad, products, out=products).sum()
         totals[2] += logit_grad.sum()
         if out is not None:
             out.copy_(logit_grad if self.logit_grad_scale == 1 else logit_grad.mul_(self.logit_grad_scale))
+
+    @staticmethod
+    def logit_grad_of(
+        logits: Tensor, pairs: Pairs, totals: Tensor, gradients: bool, image_losses: Tensor | None = None
+    ) -> Tensor:
+        """G of a block's logits, which may be overwritten. Adds its loss to totals[0], and as `logit_grad` says."""
+        if pairs.image_groups is not None or pairs.positive_weight is not None or image_losses is not None:
+            return _with_options(logits, pairs, totals, gradients, image_losses)
+        return _plain(logits, pairs.diagonal, totals, gradients)
 
     def product(
         self,
