@@ -2,8 +2,8 @@
 
 The ops are in api.py, `SigLipLoss` and `SigLIPPlusLoss` in module.py on top of distributed.py. pairs.py defines which
 pairs are positive and what they weigh, blocks.py is the algorithm, which an engine (engines.py) executes:
-torch_engine.py, triton_engine.py with kernels.py, or hopper_engine.py with hopper_kernels.py. matryoshka.py has
-the losses of prefixes.
+torch_engine.py, triton_engine.py with kernels.py, or hopper_engine.py with hopper_kernels.py. matryoshka
+has the losses of prefixes.
 """
 
 from siglip_kernels.sigmoid_loss.api import chunked_sigmoid_loss, plain_sigmoid_loss, sigmoid_loss

@@ -2,12 +2,18 @@
 
 from typing import Any
 
+import machines
 import pytest
+import ranks
 import torch
 from error_budget import check_error
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from siglip_kernels import (
+    MissingBackendError,
+    SigLipLoss,
     UnsupportedInputError,
     chunked_sigmoid_loss,
     matryoshka_sigmoid_loss,
@@ -15,6 +21,11 @@ from siglip_kernels import (
     reference,
     sigmoid_loss,
 )
+from siglip_kernels.sigmoid_loss import torch_engine
+from siglip_kernels.sigmoid_loss.matryoshka import api
+from siglip_kernels.sigmoid_loss.matryoshka.blocks import Segments
+from siglip_kernels.sigmoid_loss.matryoshka.config import column_tiles
+from siglip_kernels.sigmoid_loss.matryoshka.torch_engine import TorchPrefixEngine
 
 WIDTHS = (5, 8, 24)
 SCALES, BIASES = (4.0, 8.0, 10.0), (-3.0, -6.0, -8.0)
@@ -27,45 +38,265 @@ def embeddings(images: int, texts: int, device: str) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def results(loss, x: Tensor, y: Tensor, dtype: torch.dtype, **options: Any) -> list[Tensor]:
-    at_least = torch.promote_types(dtype, torch.float32)
+def results(
+    loss,
+    x: Tensor,
+    y: Tensor,
+    dtype: torch.dtype,
+    widths: tuple[int, ...] = WIDTHS,
+    upstream: tuple[float, ...] = (1.0, 0.5, 2.0),
+    **options: Any,
+) -> list[Tensor]:
+    """The losses, and the gradients of their weighted sum."""
+    at_least, count = torch.promote_types(dtype, torch.float32), len(widths)
     inputs = [v.detach().to(dtype).requires_grad_() for v in (x, y)]
-    inputs += [torch.tensor(v, dtype=at_least, device=x.device, requires_grad=True) for v in (SCALES, BIASES)]
-    losses = matryoshka_sigmoid_loss(*inputs, WIDTHS, loss=loss, **options)
-    upstream = torch.tensor([1.0, 0.5, 2.0]).to(losses)
-    return [losses.detach(), *torch.autograd.grad(losses, inputs, upstream)]
+    for values in (SCALES, BIASES):
+        inputs.append(torch.tensor(values[:count], dtype=at_least, device=x.device, requires_grad=True))
+    losses = matryoshka_sigmoid_loss(*inputs, widths, loss=loss, **options)
+    return [losses.detach(), *torch.autograd.grad(losses, inputs, torch.tensor(upstream[:count]).to(losses))]
 
 
+def sizes(x: Tensor, y: Tensor, widths: tuple[int, ...], upstream: tuple[float, ...], options: dict) -> list[float]:
+    """Of both gradients the sizes of the terms, which normalisation projects: of a cosine of 1 nothing is left."""
+    found = [0.0, 0.0]
+    for width, scale, bias, factor in zip(widths, SCALES, BIASES, upstream, strict=False):
+        norms = [v[:, :width].norm(dim=1, keepdim=True).clamp_min(1e-12) for v in (x, y)]
+        unit = [(v[:, :width] / norm).requires_grad_() for v, norm in zip((x, y), norms, strict=True)]
+        gradients = torch.autograd.grad(reference.sigmoid_loss(*unit, scale, bias, **options), unit)
+        for side in (0, 1):
+            found[side] += abs(factor) * (gradients[side] / norms[side]).norm().item()
+    return found
+
+
+def check(
+    loss,
+    x: Tensor,
+    y: Tensor,
+    dtype: torch.dtype,
+    widths: tuple[int, ...] = WIDTHS,
+    upstream: tuple[float, ...] = (1.0, 0.5, 2.0),
+    **options: Any,
+) -> None:
+    x, y = x.to(dtype), y.to(dtype)
+    exact_options = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in options.items()
+    }
+    exact = results(reference.sigmoid_loss, x, y, torch.float64, widths, upstream, **exact_options)
+    eager = results(reference.sigmoid_loss, x, y, dtype, widths, upstream, **options)
+    found = results(loss, x, y, dtype, widths, upstream, **options)
+    image, text = sizes(x.double(), y.double(), widths, upstream, exact_options)
+    names, of_terms = ("losses", "image", "text", "scales", "biases"), (0.0, image, text, 0.0, 0.0)
+    for name, value, one, true, size in zip(names, found, eager, exact, of_terms, strict=True):
+        # The normalised prefixes are rounded, and each prefix's part in H.
+        slack = 1e-6 * (float(true.norm()) + size)
+        check_error(value, one, true, name, dtype=dtype, roundings=4 if size else 2, size=size, slack=slack)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "upstream"),
+    [(torch.float32, (1.0, 1.0, 1.0)), (torch.bfloat16, (1.0, 0.5, 2.0)), (torch.float16, (1.0, 1.0, 1.0))],
+    ids=["fp32 sum", "bf16 weighted", "fp16 sum"],
+)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_within_the_error_budget(loss, dtype, device):
-    x, y = (v.to(dtype) for v in embeddings(30, 30, device))
-    exact = results(reference.sigmoid_loss, x, y, torch.float64)
-    eager = results(reference.sigmoid_loss, x, y, dtype)
-    for found, one, true in zip(results(loss, x, y, dtype), eager, exact, strict=True):
-        check_error(found, one, true, dtype=dtype, roundings=2)  # the normalised prefixes are rounded to it
+def test_within_the_error_budget(loss, dtype, upstream, device, poisoned_empty):
+    check(loss, *embeddings(30, 30, device), dtype, WIDTHS, upstream)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_spelled_out_with_groups(loss, device):
-    x, y = embeddings(20, 33, device)
-    groups = {"image_groups": torch.arange(20, device=device), "text_groups": torch.arange(33, device=device) % 20}
-    found = matryoshka_sigmoid_loss(x, y, 5.0, torch.tensor(-3.0, device=device), WIDTHS, loss=loss, **groups)
-    assert found.shape == (3,)
-    for width, value in zip(WIDTHS, found, strict=True):
-        prefixes = (v[:, :width].double() / v[:, :width].double().norm(dim=1, keepdim=True) for v in (x, y))
-        expected = reference.sigmoid_loss(*prefixes, 5.0, -3.0, **groups)
-        assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+@st.composite
+def problems(draw) -> dict[str, Any]:
+    """Sizes, widths, groups, weights and a reduction."""
+    images, texts, seed = (draw(st.integers(1, most)) for most in (70, 80, 99))
+    columns = draw(st.integers(1, 150))
+    widths = sorted(draw(st.sets(st.integers(1, columns), min_size=1, max_size=3)))
+    generator = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {"reduction": draw(st.sampled_from(["images", "pairs", "sum"]))}
+    if draw(st.booleans()):
+        for name, count in (("image_groups", images), ("text_groups", texts)):
+            options[name] = torch.randint(-1, draw(st.integers(1, 50)), (count,), generator=generator)
+        options["ignore"] = draw(st.sampled_from([None, -1, 0]))
+    else:
+        options["offset"] = draw(st.integers(-images - 2, texts + 2))
+    if draw(st.booleans()):
+        options["image_weight"] = torch.rand(images, generator=generator)
+        options["text_weight"] = 3 * torch.rand(texts, generator=generator)
+        options["positive_weight"] = draw(st.sampled_from([0.3, 5.0]))
+    # Prefixes of very different norms.
+    x, y = (torch.randn(n, columns, generator=generator) for n in (images, texts))
+    x *= torch.logspace(0, draw(st.integers(-2, 2)), columns)
+    upstream = draw(st.sampled_from([(1.0, 1.0, 1.0), (0.5, -1.0, 2.0)]))
+    return {"x": x, "y": y, "widths": tuple(widths), "upstream": upstream, "options": options}
 
 
-def test_compiled(device):
-    x, y = embeddings(9, 9, device)
+ANY = dict(deadline=None, derandomize=True, phases=[Phase.generate])  # no shrinking, which would take minutes
 
-    def total(x: Tensor, y: Tensor) -> Tensor:
-        return matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS, loss=chunked_sigmoid_loss).sum()
 
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(x, y), total(x, y))
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+@given(problem=problems())
+@settings(max_examples=2, **ANY)
+def test_any_options_are_within_the_error_budget(dtype, device, problem):
+    check_problem(sigmoid_loss, dtype, device, problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@given(problem=problems())
+@settings(max_examples=25, **ANY)
+def test_any_options_chunked(dtype, device, problem):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_engine, "_CPU_BLOCK", (48, 40))  # so that most sizes span several blocks
+        check_problem(chunked_sigmoid_loss, dtype, device, problem)
+
+
+def check_problem(loss, dtype: torch.dtype, device: str, problem: dict[str, Any]) -> None:
+    options = {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in problem["options"].items()
+    }
+    x, y = problem["x"].to(device), problem["y"].to(device)
+    check(loss, x, y, dtype, problem["widths"], problem["upstream"], **options)
+
+
+@pytest.mark.parametrize("sizes", [(260, 10), (10, 260)])
+def test_several_blocks_in_triton(sizes, device):
+    """Two blocks of images or of texts, the second of which is not full."""
+    check(sigmoid_loss, *embeddings(*sizes, device), torch.bfloat16, (8, 24), (1.0, 1.0), offset=3)
+
+
+@pytest.mark.parametrize("loss", LOSSES[:2])
+def test_runs_are_bitwise_equal(loss, device):
+    x, y = embeddings(40, 40, device)
+    first, second = (results(loss, x, y, torch.float32, upstream=(2.0, 2.0, 2.0)) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("loss", LOSSES[:2])
+def test_weights_of_the_widths_are_those_of_the_sum(loss, device):
+    x, y = embeddings(20, 20, device)
+    weighted = results(loss, x, y, torch.float32, upstream=(1.0, 1.0, 1.0), width_weights=(1.0, 0.5, 2.0))
+    afterwards = results(loss, x, y, torch.float32, upstream=(1.0, 0.5, 2.0))
+    afterwards[0] *= torch.tensor([1.0, 0.5, 2.0], device=device)
+    for found, expected in zip(weighted, afterwards, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_upstream_gradients_need_no_second_pass(device, monkeypatch):
+    x, y = (v.requires_grad_() for v in embeddings(9, 9, device))
+    losses = matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS, loss=chunked_sigmoid_loss)
+    products = []
+    monkeypatch.setattr(TorchPrefixEngine, "prefix_product", lambda *arguments: products.append(arguments))
+    losses.mean().backward(retain_graph=True)
+    assert not products
+    losses[1].backward()
+    assert len(products) == 2
+
+
+def test_gradients_of_one_side_and_of_columns_past_the_last_width(device):
+    x, y = embeddings(12, 12, device)
+    for loss in LOSSES[:2]:
+        both = results(loss, x, y, torch.float32, (5, 8), (1.0, 1.0))
+        assert not both[1][:, 8:].any() and not both[2][:, 8:].any()
+        for side in (0, 1):
+            inputs = [x.clone(), y.clone()]
+            inputs[side].requires_grad_()
+            matryoshka_sigmoid_loss(*inputs, SCALES[:2], BIASES[:2], (5, 8), loss=loss).sum().backward()
+            assert torch.allclose(inputs[side].grad, both[1 + side], rtol=1e-6, atol=1e-7)
+
+
+def test_an_embedding_of_zeros(device):
+    x, y = embeddings(8, 8, device)
+    x[2] = 0
+    y[3, :5] = 0
+    for loss in LOSSES[:2]:
+        found = results(loss, x, y, torch.float64 if loss is chunked_sigmoid_loss else torch.float32)
+        exact = results(reference.sigmoid_loss, x, y, torch.float64)
+        for value, true in zip(found, exact, strict=True):
+            assert torch.allclose(value.double(), true, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["triton", "chunked"])
+def test_opcheck_and_compiled(engine, device):
+    x, y = (v.requires_grad_() for v in embeddings(9, 9, device))
+    t, b = (torch.tensor(v, device=device, requires_grad=True) for v in (SCALES, BIASES))
+    ones, pairs = torch.ones(3, device=device), (9, 0, *(None,) * 5)
+    if engine == "chunked":  # what is checked is the registration, which engines share
+        torch.library.opcheck(api.forward_op, (x, y, t, b, [5, 8, 24], ones, engine, 0, True, True, True, *pairs))
+    loss = LOSSES[("triton", "chunked").index(engine)]
+
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        return matryoshka_sigmoid_loss(x, y, t, b, WIDTHS, loss=loss)
+
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    for weights in (1.0, torch.tensor([1.0, 2.0, 3.0], device=device))[: 1 if engine == "triton" else 2]:
+        found, expected = (
+            torch.autograd.grad((function(x, y) * weights).sum(), (x, y, t, b)) for function in (compiled, losses)
+        )
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("loss", LOSSES[:2])
+def test_autocast(loss, device):
+    x, y = (v.requires_grad_() for v in embeddings(9, 9, device))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        losses = matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS, loss=loss)
+    expected = matryoshka_sigmoid_loss(x.bfloat16(), y.bfloat16(), SCALES, BIASES, WIDTHS, loss=loss)
+    assert losses.dtype == torch.float32 and torch.equal(losses, expected)
+    losses.sum().backward()
+    assert x.grad.dtype == torch.float32 and x.grad.isfinite().all()
+
+
+def test_the_default_on_a_cpu_is_chunked(monkeypatch):
+    x, y = embeddings(9, 9, "cpu")
+    expected = matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS, loss=chunked_sigmoid_loss)
+    machines.report(monkeypatch)
+    assert torch.equal(matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS), expected)
+    with pytest.raises(MissingBackendError, match="loss=siglip_kernels.chunked_sigmoid_loss"):
+        matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS, loss=sigmoid_loss)
+
+
+def test_within_torch_func():
+    x, y = embeddings(5, 5, "cpu")
+
+    def total(x: Tensor) -> Tensor:
+        return matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS).sum()
+
+    leaf = x.clone().requires_grad_()
+    assert torch.allclose(torch.func.grad(total)(x), torch.autograd.grad(total(leaf), leaf)[0], atol=1e-6)
+
+
+def test_segments_and_tiles():
+    segments = Segments((5, 70, 134), 64)
+    assert segments.ends == (64, 192, 256)
+    assert segments.slices() == [
+        (slice(0, 5), slice(0, 5)), (slice(5, 70), slice(64, 129)), (slice(70, 134), slice(192, 256))
+    ]  # fmt: skip
+    assert column_tiles((64, 320), 128) == ((0, 1, 1), (0, 64, 192), (64, 320, 320))
+
+
+def global_results(rank: int, sizes: tuple[int, ...]) -> dict[str, list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(sum(sizes), 24, generator=generator) for _ in range(2))
+    groups = torch.arange(sum(sizes)) % 4
+    x, y, groups = (values.split(sizes)[rank].clone() for values in (x, y, groups))
+    found = {}
+    for dist_impl in ("ring", "gather"):
+        loss = SigLipLoss(rank=rank, world_size=len(sizes), dist_impl=dist_impl, backend="chunked")
+        found[dist_impl] = results(loss, x, y, torch.float32, image_groups=groups, text_groups=groups)
+    return found
+
+
+def test_global_batch_over_processes(tmp_path):
+    sizes = (4, 3)
+    found = ranks.run(global_results, 2, tmp_path, sizes)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(sum(sizes), 24, generator=generator) for _ in range(2))
+    groups = torch.arange(sum(sizes)) % 4
+    exact = results(reference.sigmoid_loss, x, y, torch.float64, image_groups=groups, text_groups=groups)
+    for dist_impl in ("ring", "gather"):
+        of_ranks = [one[dist_impl] for one in found]
+        for number in (0, 3, 4):
+            assert torch.allclose(sum(one[number] for one in of_ranks).double() / 2, exact[number], rtol=1e-5)
+        for number in (1, 2):
+            together = torch.cat([one[number] for one in of_ranks]).double() / 2
+            assert torch.allclose(together, exact[number], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +310,10 @@ def test_compiled(device):
         ({"logit_scales": (1.0, 2.0, 3.0)}, "logit_scales is tuple; supported: one number, or 2"),
         ({"logit_biases": torch.ones(3)}, r"logit_biases has shape \(3,\)"),
         ({"reduction": "none"}, "reduction is 'none'"),
+        ({"reduction": "mean"}, "reduction is 'mean'"),
+        ({"width_weights": (1.0, -1.0)}, "width_weights has -1.0"),
+        ({"width_weights": (1.0,)}, "width_weights is tuple; supported: one number, or 2"),
+        ({"chunk_size": -1}, "chunk_size is -1"),
         ({"text_embeds": torch.ones(4, 24)}, "text_embeds has shape"),
     ],
 )

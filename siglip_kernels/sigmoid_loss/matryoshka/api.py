@@ -1,0 +1,389 @@
+"""The sigmoid losses of nested embeddings, whose first columns are embeddings: operators and public function.
+
+`siglip_kernels::matryoshka_sigmoid_loss` computes the losses of all prefixes and, in the same pass, the gradients of
+their weighted sum. `siglip_kernels::matryoshka_sigmoid_loss_backward` multiplies them by the upstream gradient; where
+that is not the same for all prefixes, it computes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siglip_kernels.arguments import autocast_dtype, cast, check_same_dtype, given, wants_gradients
+from siglip_kernels.device import kernels_run_on, on_device
+from siglip_kernels.errors import unsupported
+from siglip_kernels.sigmoid_loss.api import (
+    as_scalar,
+    check_chunk_size,
+    check_embeds,
+    check_kernel_input,
+    check_positives,
+    chunked_sigmoid_loss,
+    plain_sigmoid_loss,
+    same_length,
+    sigmoid_loss,
+)
+from siglip_kernels.sigmoid_loss.engines import make_engine, saved_dtype
+from siglip_kernels.sigmoid_loss.matryoshka.blocks import losses_and_gradients
+from siglip_kernels.sigmoid_loss.matryoshka.engines import gradients_early, make_prefix_engine
+from siglip_kernels.sigmoid_loss.pairs import Pairs, check_reduction, make_pairs
+from siglip_kernels.transforms import refuse_transforms, register_derivative, under_transform
+
+Scalars = Tensor | float | Sequence[Tensor | float]
+
+
+@torch.library.custom_op("siglip_kernels::matryoshka_sigmoid_loss", mutates_args=())
+def forward_op(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scales: Tensor,
+    logit_biases: Tensor,
+    widths: list[int],
+    width_weights: Tensor,
+    engine: str,
+    chunk_size: int,
+    image_gradient: bool,
+    text_gradient: bool,
+    scalar_gradients: bool,
+    divisor: int,
+    diagonal: int,
+    image_groups: Tensor | None,
+    text_groups: Tensor | None,
+    positive_weight: Tensor | None,
+    negative_weight: Tensor | None,
+    text_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses times width_weights, and the required gradients of their sum: of the images, of the texts, and (2, K).
+
+    Those of the embeddings are empty tensors where the backward pass computes them (`gradients_early`). The last six
+    arguments make the pairs.
+    """
+    with on_device(image_embeds), torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
+        early = gradients_early(engine, image_embeds.device)
+        dtype = saved_dtype(engine, image_embeds.dtype)
+        dx = _zeros(image_embeds, widths, dtype) if early and image_gradient else None
+        dy = _zeros(text_embeds, widths, dtype) if early and text_gradient else None
+        losses, scalars = losses_and_gradients(
+            make_prefix_engine(engine, image_embeds, widths, chunk_size),
+            image_embeds,
+            text_embeds,
+            widths,
+            logit_scales,
+            logit_biases,
+            width_weights,
+            Pairs(diagonal, image_groups, text_groups, positive_weight, negative_weight, text_weight),
+            divisor,
+            dx,
+            dy,
+            scalar_gradients,
+        )
+        nothing = image_embeds.new_empty(0, dtype=dtype)
+        dx, dy = nothing if dx is None else dx, nothing.clone() if dy is None else dy
+        return losses * width_weights, dx, dy, scalars * width_weights if scalar_gradients else scalars
+
+
+def _zeros(embeds: Tensor, widths: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A gradient of the embeddings, contiguous, whose columns past the widest prefix are zeros."""
+    gradient = embeds.new_empty(embeds.shape, dtype=dtype)
+    gradient[:, widths[-1] :] = 0
+    return gradient
+
+
+@forward_op.register_fake
+def _(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scales: Tensor,
+    logit_biases: Tensor,
+    widths: list[int],
+    width_weights: Tensor,
+    engine: str,
+    chunk_size: int,
+    image_gradient: bool,
+    text_gradient: bool,
+    scalar_gradients: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    early = gradients_early(engine, image_embeds.device)
+    dtype = saved_dtype(engine, image_embeds.dtype)
+    return (
+        torch.empty_like(logit_scales),
+        image_embeds.new_empty(image_embeds.shape if early and image_gradient else (0,), dtype=dtype),
+        image_embeds.new_empty(text_embeds.shape if early and text_gradient else (0,), dtype=dtype),
+        logit_scales.new_empty((2, len(widths)) if scalar_gradients else (0,)),
+    )
+
+
+@torch.library.custom_op("siglip_kernels::matryoshka_sigmoid_loss_backward", mutates_args=())
+def backward_op(
+    upstream: Tensor,
+    image_gradient: Tensor,
+    text_gradient: Tensor,
+    scalar_gradients: Tensor,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scales: Tensor,
+    logit_biases: Tensor,
+    widths: list[int],
+    width_weights: Tensor,
+    engine: str,
+    chunk_size: int,
+    want_image: bool,
+    want_text: bool,
+    divisor: int,
+    diagonal: int,
+    image_groups: Tensor | None,
+    text_groups: Tensor | None,
+    positive_weight: Tensor | None,
+    negative_weight: Tensor | None,
+    text_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of Σ upstream · losses, in the embeddings' dtype; an empty tensor for one that is not wanted.
+
+    The saved gradients times the upstream gradient, if that is the same for all prefixes. The kernels of a pass with
+    the actual upstream gradient are launched in any case, since the host does not wait to learn its values, and return
+    at once if there is nothing to correct.
+    """
+    with on_device(image_embeds), torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
+        scaler, only_if = make_engine("chunked", image_embeds), None
+        if gradients_early(engine, image_embeds.device):
+            only_if = (upstream != upstream[0]).any().to(torch.int32)
+            scaler = make_engine(engine, image_embeds)
+        results: list[Tensor | None] = []
+        for wanted, saved, embeds in (
+            (want_image, image_gradient, image_embeds),
+            (want_text, text_gradient, text_embeds),
+        ):
+            if wanted and saved.numel():
+                result = torch.empty_like(saved, dtype=embeds.dtype)
+                results.append(scaler.scale(saved, upstream[0].contiguous(), 1.0, result))
+            else:
+                results.append(_zeros(embeds, widths, embeds.dtype) if wanted else None)
+        if want_image or want_text:
+            losses_and_gradients(
+                make_prefix_engine(engine, image_embeds, widths, chunk_size),
+                image_embeds,
+                text_embeds,
+                widths,
+                logit_scales,
+                logit_biases,
+                width_weights * upstream,
+                Pairs(diagonal, image_groups, text_groups, positive_weight, negative_weight, text_weight),
+                divisor,
+                results[0],
+                results[1],
+                False,
+                only_if,
+            )
+        dx, dy = (image_embeds.new_empty(0) if result is None else result for result in results)
+        scalars = scalar_gradients * upstream if scalar_gradients.numel() else scalar_gradients.clone()
+        return dx, dy, scalars
+
+
+@backward_op.register_fake
+def _(
+    upstream: Tensor,
+    image_gradient: Tensor,
+    text_gradient: Tensor,
+    scalar_gradients: Tensor,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scales: Tensor,
+    logit_biases: Tensor,
+    widths: list[int],
+    width_weights: Tensor,
+    engine: str,
+    chunk_size: int,
+    want_image: bool,
+    want_text: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        image_embeds.new_empty(image_embeds.shape if want_image else (0,)),
+        text_embeds.new_empty(text_embeds.shape if want_text else (0,)),
+        torch.empty_like(scalar_gradients),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    embeds_and_scalars, (ctx.widths, width_weights, ctx.engine, ctx.chunk_size) = inputs[:4], inputs[4:8]
+    ctx.divisor, ctx.diagonal, *options = inputs[11:]
+    _, *gradients = output
+    ctx.mark_non_differentiable(*gradients)
+    ctx.save_for_backward(*gradients, *embeds_and_scalars, width_weights, *options)
+    ctx.made = inputs[8:11]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, upstream, *_):
+    nothing = (None,) * 18
+    if upstream is None:
+        return nothing
+    image, text, scale, bias = ctx.needs_input_grad[:4]
+    for need, made in zip((image, text, scale or bias), ctx.made, strict=True):
+        if need and not made:
+            raise RuntimeError(
+                "siglip_kernels::matryoshka_sigmoid_loss: a gradient is required that the forward pass was told not to "
+                "compute"
+            )
+    saved, options = ctx.saved_tensors[:7], ctx.saved_tensors[8:]
+    dx, dy, scalars = backward_op(
+        upstream.contiguous(),
+        *saved,
+        ctx.widths,
+        ctx.saved_tensors[7],
+        ctx.engine,
+        ctx.chunk_size,
+        image,
+        text,
+        ctx.divisor,
+        ctx.diagonal,
+        *options,
+    )
+    gradients = dx if image else None, dy if text else None, scalars[0] if scale else None, scalars[1] if bias else None
+    return gradients + nothing[4:]
+
+
+register_derivative("matryoshka_sigmoid_loss", forward_op, backward_op, _backward, _save)
+
+
+def matryoshka_sigmoid_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scales: Scalars,
+    logit_biases: Scalars,
+    widths: Sequence[int],
+    *,
+    width_weights: Sequence[float] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """(len(widths),): the loss of the first columns of the embeddings, normalised, for each width.
+
+    Their sum is the objective of matryoshka representation learning (Kusupati et al. 2022, arXiv 2205.13147,
+    equation 1).
+
+    image_embeds: (N, D), text_embeds: (M, D), not necessarily normalised: each prefix is, in at least fp32, and rounded
+    to the embeddings' dtype. logit_scales (already exponentiated), logit_biases: one for all widths, or one for each,
+    as a tensor (len(widths),) or a sequence. widths: ascending, from 1 to D.
+    width_weights: constant factors of the losses, from 0 on; None: 1.
+    loss: None, the default, is `sigmoid_loss` on GPUs that run the kernels, and `chunked_sigmoid_loss` elsewhere, as in
+    `SigLipLoss`; within transforms of torch.func and forward-mode differentiation it is `plain_sigmoid_loss`. Any of
+    the three may be given, and any other function or module that takes the same, such as a `SigLipLoss` with ranks.
+    options: of that loss, such as groups and weights, except reduction="none".
+
+    With `sigmoid_loss` and `chunked_sigmoid_loss` one pass computes all losses and gradients (blocks.py). Its matrix
+    products are those of the widest loss, and only what follows the products is repeated for each width; in Triton the
+    columns between two widths are padded to multiples of 64 for the logits, and of 128 for the gradients. The gradients
+    are those of the sum of the losses; if the losses are weighted afterwards, so that their upstream gradients differ,
+    the backward pass computes them again, which `width_weights` avoids. (In PyTorch operations on a GPU, the backward
+    pass always computes them.) Memory is O((N + M)·D): beyond that of the loss, a normalised copy of the embeddings.
+    With any other loss each width is a call of its own: together they cost the sum of the widths, 2.25 times the widest
+    of 64, 128, 256, 512 and 768.
+
+    Raises UnsupportedInputError and MissingBackendError as the loss does.
+    """
+    operation = "matryoshka_sigmoid_loss"
+    check_embeds(operation, image_embeds, text_embeds, same_length=same_length(options))  # type: ignore[arg-type]
+    if options.get("reduction") == "none":
+        raise unsupported(operation, "reduction", "is 'none'", "a reduction to one number")
+    widths, columns = list(widths), image_embeds.shape[1]
+    ascending = all(isinstance(width, int) and not isinstance(width, bool) for width in widths)
+    if not widths or not ascending or widths != sorted(set(widths)) or not 1 <= widths[0] <= widths[-1] <= columns:
+        raise unsupported(operation, "widths", f"is {widths}", f"ascending numbers from 1 to {columns}")
+    scales = _each(operation, "logit_scales", logit_scales, len(widths))
+    biases = _each(operation, "logit_biases", logit_biases, len(widths))
+    weights = _each(
+        operation, "width_weights", [1.0] * len(widths) if width_weights is None else width_weights, len(widths)
+    )
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise unsupported(operation, "width_weights", f"has {given(weight)}", "finite numbers from 0 on")
+    if loss is None:
+        on_gpu = image_embeds.is_cuda and kernels_run_on(image_embeds.device)
+        loss = plain_sigmoid_loss if under_transform() else sigmoid_loss if on_gpu else chunked_sigmoid_loss
+    if loss is sigmoid_loss or loss is chunked_sigmoid_loss:
+        engine = "triton" if loss is sigmoid_loss else "chunked"
+        return _fused(engine, image_embeds, text_embeds, scales, biases, widths, weights, **options)
+    losses = []
+    for width, scale, bias, weight in zip(widths, scales, biases, weights, strict=True):
+        embeds = (_normalised(values[:, :width]) for values in (image_embeds, text_embeds))
+        losses.append(loss(next(embeds), next(embeds), scale, bias, **options) * weight)
+    return torch.stack(losses)
+
+
+def _fused(
+    engine: str,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    scales: Sequence[Tensor | float],
+    biases: Sequence[Tensor | float],
+    widths: list[int],
+    weights: Sequence[Tensor | float],
+    *,
+    chunk_size: int = 0,
+    reduction: str = "images",
+    **options: Any,
+) -> Tensor:
+    operation = "matryoshka_sigmoid_loss"
+    check_reduction(operation, reduction)
+    dtype = autocast_dtype(image_embeds)
+    x, y = cast(image_embeds, dtype), cast(text_embeds, dtype)
+    check_same_dtype(operation, "text_embeds", y, "image_embeds", x.dtype)
+    scale, bias, weight = (
+        torch.stack([as_scalar(operation, name, value, x) for value in values])
+        for name, values in (("logit_scales", scales), ("logit_biases", biases), ("width_weights", weights))
+    )
+    pairs = make_pairs(operation, x, y, **options)
+    if engine == "triton":
+        check_kernel_input(operation, x)
+        if chunk_size:
+            raise unsupported(operation, "chunk_size", f"is {chunk_size!r}", "loss=chunked_sigmoid_loss with it")
+    check_chunk_size(operation, chunk_size)
+    refuse_transforms(operation, image_embeds=x, text_embeds=y, logit_scales=scale, logit_biases=bias)
+    images, texts = x.shape[0], y.shape[0]
+    positives = check_positives(operation, x, y, pairs) if reduction == "positives" else 1
+    counted = isinstance(positives, Tensor)
+    losses, *_gradients = forward_op(
+        x,
+        y,
+        scale,
+        bias,
+        widths,
+        weight,
+        engine,
+        chunk_size,
+        wants_gradients(x),
+        wants_gradients(y),
+        wants_gradients(scale, bias),
+        {"images": images, "pairs": images * texts, "positives": 1 if counted else positives, "sum": 1}[reduction],
+        pairs.diagonal,
+        pairs.image_groups,
+        pairs.text_groups,
+        pairs.positive_weight,
+        pairs.negative_weight,
+        pairs.text_weight,
+    )
+    return losses / positives if counted else losses
+
+
+def _normalised(prefix: Tensor) -> Tensor:
+    exact = torch.promote_types(prefix.dtype, torch.float32)
+    return F.normalize(prefix.to(exact), dim=-1).to(prefix.dtype)
+
+
+def _each(operation: str, argument: str, values: Scalars, count: int) -> list[Tensor | float]:
+    """One value for each width."""
+    if isinstance(values, (int, float)) or (isinstance(values, Tensor) and values.numel() == 1):
+        return [values] * count
+    if isinstance(values, Tensor) and values.dim() == 1 and len(values) == count:
+        return list(values.unbind())
+    if isinstance(values, Sequence) and not isinstance(values, str) and len(values) == count:
+        return list(values)
+    got = f"has shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"is {given(values)}"
+    raise unsupported(operation, argument, got, f"one number, or {count}")
