@@ -127,7 +127,10 @@ def test_compile_takes_every_architecture_unless_some_are_named(fake_compiler):
     (every, _), (some, jobs) = calls
     assert {(task.operation, architecture(task.gpu)) for task in every} == {
         (operation, name)
-        for operation in ("attention", "attention_pool", "layer_norm", "linear", "patch_embed", "sigmoid_loss")
+        for operation in (
+            *("attention", "attention_pool", "layer_norm", "linear"),
+            *("matryoshka_sigmoid_loss", "patch_embed", "sigmoid_loss"),
+        )
         for name in ARCHITECTURES
     } | {(f"{operation}_hopper", "sm_90") for operation in ("attention", "linear", "sigmoid_loss")} | {
         (f"{operation}_blackwell", "sm_100") for operation in ("attention", "linear")
