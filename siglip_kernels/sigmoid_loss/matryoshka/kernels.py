@@ -123,6 +123,7 @@ def prefix_logit_grad_kernel(
     LOGIT_GRAD_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    ROW_SUMS: tl.constexpr,  # as `tile_sums`
 ):
     """Program (m, n) owns the pairs of images m BLOCK_M : +BLOCK_M and texts n BLOCK_N : +BLOCK_N."""
     if _skipped(only_if_ptr):
@@ -161,7 +162,7 @@ def prefix_logit_grad_kernel(
             cosines, logit_grad_target, logit_grad_stride, first_row, first_column,
             tl.load(logit_scales_ptr + prefix) * LOG2_E, tl.load(logit_biases_ptr + prefix) * LOG2_E, images, texts,
             diagonal, image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr, text_weight_ptr,
-            text_dots, logit_grad_rows, tl.load(own_shares_ptr + prefix) * LOGIT_GRAD_SCALE, GRADIENTS, False, True,
+            text_dots, logit_grad_rows, tl.load(own_shares_ptr + prefix) * LOGIT_GRAD_SCALE, GRADIENTS, False, ROW_SUMS,
         )  # fmt: skip
         # As in ../kernels.py, the order of every sum is fixed.
         tl.store(slot_ptr, tl.load(slot_ptr) + tl.sum(loss_sum).to(tl.float64))
@@ -174,7 +175,7 @@ def prefix_logit_grad_kernel(
                 offset = prefix * image_dots_prefix_stride.to(tl.int64) + tl.program_id(1) * image_dots_stride
                 dots_ptr = image_dots_ptr + offset + rows
                 before = tl.load(dots_ptr, mask=rows < images, other=0.0)
-                tl.store(dots_ptr, before + dot_sum, mask=rows < images)
+                tl.store(dots_ptr, before + (dot_sum if ROW_SUMS else tl.sum(dot_sum, 1)), mask=rows < images)
         slot_ptr += 3 * slots
 
     if logit_grad_ptr is not None and PREFIXES > 1:

@@ -28,7 +28,10 @@ class TritonPrefixEngine(TritonEngine):
         base = config_for(embeds[:, : widths[-1]])
         self.padding = padding_of(base.weighted)
         ends = Segments(tuple(widths), self.padding).ends
-        super().__init__(embeds.dtype, prefix_config(base, ends, facts(embeds.device)), chunk_size)
+        gpu = facts(embeds.device)
+        super().__init__(embeds.dtype, prefix_config(base, ends, gpu), chunk_size)
+        # Where the accumulators of products are registers of the same instructions, sums take too many of them.
+        self.row_sums = gpu.matrix_unit == "mma"
 
     def skips(self, only_if: Tensor | None) -> bool:
         return False
@@ -118,6 +121,7 @@ class TritonPrefixEngine(TritonEngine):
             LOGIT_GRAD_SCALE=self.logit_grad_scale,
             PRECISION=self.config.precision,
             DESCRIPTORS=self.config.descriptors,
+            ROW_SUMS=self.row_sums,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
