@@ -2,6 +2,9 @@
 
 Both read the same files with as many workers, threads here and processes there, prepare them with the same arithmetic,
 run the same weights in the same batches, and save unit rows. A contender returns its rows, which are judged.
+
+The process is set up as `siglip embed` sets up its own, for both; OMP_WAIT_POLICY=PASSIVE is left to whoever starts it,
+because PyTorch reads it when it is imported.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from bench.cases.operations import Contender, Setting, image_processor, model_se
 from bench.cases.shapes import EmbedShape
 from bench.peers.models import transformers_model
 from bench.peers.registry import Missing, peer, selecting
+from siglip_model.cli.process import keep_freed_memory
 from siglip_model.embed import embed_images
 from siglip_model.embed.file import open_embedding_file
 from siglip_model.embed.profile import ProfileReport
@@ -35,6 +39,7 @@ def _shape(setting: Setting) -> EmbedShape:
 
 def _project(backend: str) -> Callable[[Setting], Contender]:
     def load(setting: Setting) -> Contender:
+        keep_freed_memory()
         shape, processor = _shape(setting), image_processor(setting)
         model: Any = project_model(model_setting(setting), backend)
         folder = tempfile.TemporaryDirectory()  # deleted with the contender
@@ -104,6 +109,7 @@ def transformers_with_a_loader(setting: Setting) -> Contender:
         import torchvision  # noqa: F401
     except ImportError:
         raise Missing("pip install torchvision  # for transformers' SiglipImageProcessor") from None
+    keep_freed_memory()
     shape, on_gpu = _shape(setting), setting.device == "cuda"
     model: Any = transformers_model(model_setting(setting), "sdpa")
     processor = transformers.SiglipImageProcessor(size=image_processor(setting).size)

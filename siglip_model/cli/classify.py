@@ -31,6 +31,7 @@ from siglip_model.cli.options import (
     load_classifier,
     workers,
 )
+from siglip_model.cli.process import share_with_decoders
 from siglip_model.demo import CHECKPOINT
 from siglip_model.images.batches import Batch, Failure, read_batches
 from siglip_model.images.files import DOWNLOAD_SECONDS, describe_failure, open_image
@@ -112,6 +113,7 @@ def classify(
     as_json: JsonOption = False,
 ) -> None:
     """Score each image against the labels. Each score is an independent probability: they need not sum to 1."""
+    share_with_decoders()
     with errors_in_one_line():
         from siglip_model import plot as plotting
 

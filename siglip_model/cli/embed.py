@@ -36,6 +36,7 @@ from siglip_model.cli.options import (
     load_classifier,
     workers,
 )
+from siglip_model.cli.process import share_with_decoders
 from siglip_model.demo import CHECKPOINT
 from siglip_model.images.limits import MAX_PIXELS
 
@@ -125,6 +126,7 @@ def embed(
     The same command resumes an interrupted run: finished rows are skipped, failed and changed images are retried.
     Rows are stored as float32, or as --dtype. Read the file with siglip_model.embed.load_embeddings(FILE).
     """
+    share_with_decoders()
     with errors_in_one_line():
         import torch
 
