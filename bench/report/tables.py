@@ -238,7 +238,9 @@ def main_groups(found: Sequence[Group]) -> list[Group]:
 def _machine(gpu: str, found: Sequence[Group], files: Sequence[Path], root: Path) -> str:
     sources = [path for path in files if any(_holds(path, group.first) for group in found)]
     named = ", ".join(f"[{path.name}]({_relative(path, root)})" for path in sources)
-    return f"On {gpu}, {_environment(found[0])} Rows: {named}.\n\n{_overview(main_groups(found))}"
+    shown = main_groups(found)
+    environments = "; ".join(dict.fromkeys(_environment(group).removesuffix(".") for group in shown))
+    return f"On {gpu}, {environments}. Rows: {named}.\n\n{_overview(shown)}"
 
 
 def _overview(found: Sequence[Group]) -> str:
