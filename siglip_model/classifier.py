@@ -85,7 +85,7 @@ class SiglipForImageClassification(PreTrainedModel):
         if mask is None:
             mean = tokens.mean(dim=1)
         else:
-            mask = mask[..., None].to(tokens.device)
+            mask = mask[..., None].to(tokens.device, torch.bool)
             mean = (tokens * mask).sum(dim=1) / mask.sum(dim=1)
         logits = self.classifier(mean)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)

@@ -192,6 +192,15 @@ def test_classifier(labels: torch.Tensor, backend: str) -> None:
             assert (mine.grad - other.grad).abs().max() < TOLERANCE * max(1.0, other.grad.abs().max().item()), name
 
 
+def test_a_classifier_averages_what_its_mask_marks() -> None:
+    config = siglip_model.Siglip2Config.from_dict(peer_config(num_hidden_layers=1).to_dict())
+    model = randomised(siglip_model.Siglip2ForImageClassification(config))
+    inputs = images()
+    expected, mask = model(**inputs).logits, inputs.pop("pixel_attention_mask")
+    for other in (mask.bool(), mask * torch.arange(1, 25), mask.double()):  # any number but zero marks a patch
+        assert torch.equal(model(**inputs, pixel_attention_mask=other).logits, expected)
+
+
 def test_without_a_mask_all_patches_are_valid() -> None:
     peer = peer_model()
     inputs = images(*BATCHES["full"])
