@@ -96,8 +96,8 @@ class SiglipProcessor:
         batch = BatchFeature()
         if text is not None or for_text.get("text_target") is not None:
             for_text = {**self.text_defaults, **self.tokenizer.call_defaults, **for_text}
-            self._check_padding(for_text)
             batch.update(self.tokenizer(text, **for_text))
+            self._check_padding(for_text)
         if images is not None:
             batch.update(self.image_processor(images, **for_images))
         return batch
@@ -220,8 +220,13 @@ class Siglip2Processor(SiglipProcessor):
     text_defaults: ClassVar[Mapping[str, Any]] = {"padding": "max_length", "truncation": True, "max_length": 64}
 
     def _check_padding(self, arguments: Mapping[str, Any]) -> None:
-        padded = {name: arguments[name] for name in ("padding", "max_length")}
-        trained = {name: self.text_defaults[name] for name in padded}
+        trained = {name: self.text_defaults[name] for name in ("padding", "max_length")}
+        padded = {name: arguments[name] for name in trained}
+        trained["padding_side"] = self.tokenizer.padding_side
+        padded["padding_side"] = arguments.get("padding_side") or self.tokenizer.padding_side
+        multiple = arguments.get("pad_to_multiple_of") or 1
+        if trained["max_length"] % multiple:
+            padded["pad_to_multiple_of"] = multiple
         if padded != trained:
             warnings.warn(
                 f"Siglip2Processor: texts are padded with {padded}; SigLIP 2 was trained with {trained}, the default",

@@ -186,13 +186,19 @@ def test_image_processor_files(name: str, tmp_path: Path) -> None:
 def test_padding_otherwise_than_in_training_is_warned_of(checkpoint: Path) -> None:
     processor = siglip_model.AutoProcessor.from_pretrained(checkpoint)
     peer = transformers.AutoProcessor.from_pretrained(checkpoint)
-    for options in ({"padding": True}, {"padding": "max_length", "max_length": 32}, {"padding": False}):
+    for options in (
+        {"padding": True},
+        {"padding": "max_length", "max_length": 32},
+        {"padding": False},
+        {"padding_side": "left"},
+        {"pad_to_multiple_of": 48, "truncation": False},
+    ):
         with pytest.warns(UserWarning, match="texts are padded with .*; SigLIP 2 was trained with .*64"):
             result = processor(text=["a cat", "the dog"], **options)
         assert result["input_ids"] == peer(text=["a cat", "the dog"], **options)["input_ids"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        processor(text="a cat", padding="max_length", max_length=64)
+        processor(text="a cat", padding="max_length", max_length=64, padding_side="right", pad_to_multiple_of=32)
         processor(text="a cat")
         processor(images=random_image(0))
 
