@@ -38,6 +38,7 @@ class ImagePipeline:
     each call. max_pixels: as for `ZeroShotImageClassificationPipeline`.
     token_budget: at native resolution, patches per forward pass: it takes as many images as fit, instead of batch_size.
     Raises ValueError for both.
+    max_num_patches: at native resolution, patches per image, instead of the image processor's.
     """
 
     task: ClassVar[str]
@@ -56,9 +57,12 @@ class ImagePipeline:
         timeout: float | None = None,
         max_pixels: int | None = None,
         token_budget: int | None = None,
+        max_num_patches: int | None = None,
     ) -> None:
         self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
         self.encode_images = CapturesRepeats(self.model, self.method)
+        if max_num_patches is not None:
+            image_processor = _with_patches(image_processor, max_num_patches)
         self.image_processor = image_processor
         self.token_budget = TokenBudget(image_processor, token_budget) if token_budget is not None else None
         self.batch_size = 1
@@ -325,6 +329,16 @@ class TokenBudget:
         """Arguments of `read_batches`."""
         ahead = 2 * max(1, self.tokens // self._image_processor.max_num_patches)
         return {"batch_size": self.tokens, "cost": model_inputs.tokens, "ahead": ahead}
+
+
+def _with_patches(image_processor: Any, most: int) -> Any:
+    """The image processor with other max_num_patches. Raises ValueError for those whose images have one size."""
+    if not hasattr(image_processor, "max_num_patches"):
+        raise ValueError(
+            f"max_num_patches is given with a {type(image_processor).__name__}, whose images have one size; supported: "
+            "models at native resolution"
+        )
+    return type(image_processor).from_dict({**image_processor.to_dict(), "max_num_patches": most})
 
 
 def only_source(task: str, sources: Mapping[str, Any]) -> Any:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from siglip_model.pretrained import PreTrainedModel
 
 TASK = "zero-shot-image-classification"
-_OF_ALL = ("timeout", "max_pixels", "token_budget")
+_OF_ALL = ("timeout", "max_pixels", "token_budget", "max_num_patches")
 CALL_DEFAULTS = {
     TASK: {"candidate_labels", "hypothesis_template", "tokenizer_kwargs", "top_k", *_OF_ALL},
     ImageClassificationPipeline.task: {"function_to_apply", "top_k", *_OF_ALL},
@@ -52,7 +52,7 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
     call.
     max_pixels: limit on the pixels of a file, and on those decoded at one time by all workers of a call (default:
     `images.limits.MAX_PIXELS`). Larger files are refused, larger PIL images are processed alone.
-    token_budget: see `ImagePipeline`.
+    token_budget, max_num_patches: see `ImagePipeline`.
     """
 
     task = TASK
@@ -76,6 +76,7 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
         top_k: int | None = None,
         max_pixels: int | None = None,
         token_budget: int | None = None,
+        max_num_patches: int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -86,6 +87,7 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
             timeout=timeout,
             max_pixels=max_pixels,
             token_budget=token_budget,
+            max_num_patches=max_num_patches,
         )
         self.tokenizer = tokenizer
         self.candidate_labels = candidate_labels
@@ -217,7 +219,8 @@ def pipeline(
     framework: "pt". use_fast: of the tokenizer, without effect. trust_remote_code: ignored; code from a checkpoint is
     never run.
     batch_size, num_workers, and the arguments of the task's call, such as candidate_labels or top_k: defaults of each
-    call. max_pixels: limit on decoded pixels, see ZeroShotImageClassificationPipeline. token_budget: see ImagePipeline.
+    call. max_pixels: limit on decoded pixels, see ZeroShotImageClassificationPipeline. token_budget, max_num_patches:
+    see ImagePipeline.
     Raises ValueError for an unknown task, a missing component or contradictory arguments, TypeError for unknown ones.
     """
     task = TASK if task is None else task

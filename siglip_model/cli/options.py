@@ -156,16 +156,9 @@ def load_classifier(
         raise ValueError(f"the bundled checkpoint is missing ({CHECKPOINT}); choose one with --model")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
-    options: dict[str, Any] = {} if token_budget is None else {"token_budget": token_budget}
-    classifier = pipeline(TASK, model=model, backend=backend, dtype=dtype, device=device_named(device), **options)
-    if max_num_patches is not None:
-        processor = classifier.image_processor
-        if "max_num_patches" not in processor.valid_kwargs.__annotations__:
-            raise ValueError(f"--max-num-patches is given, and {model} has images of one size")
-        classifier.image_processor = type(processor).from_dict(
-            {**processor.to_dict(), "max_num_patches": max_num_patches}
-        )
-    return classifier
+    given = {"max_num_patches": max_num_patches, "token_budget": token_budget}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return pipeline(TASK, model=model, backend=backend, dtype=dtype, device=device_named(device), **options)
 
 
 def workers() -> int:

@@ -16,6 +16,7 @@ import siglip_model
 from siglip_model import pipeline
 from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.cli.main import app
+from siglip_model.demo import CHECKPOINT
 from siglip_model.embed import embed_images, load_embeddings
 from siglip_model.images.batches import Batch, read_batches
 
@@ -149,9 +150,22 @@ def test_commands(checkpoint: Path, pictures: list[str], tmp_path: Path) -> None
     assert embedded.exit_code == 0 and len(load_embeddings(out).files) == len(pictures)
     for option in ("--token-budget", "--max-num-patches"):
         refused = siglip("classify", *pictures, "--labels", "a", option, 9)  # the demo's images have one size
-        assert refused.exit_code == 2 and "native resolution" in refused.stderr + "native resolution" * (
-            option[2] == "m"
-        )
+        assert refused.exit_code == 2 and "native resolution" in refused.stderr
+
+
+@pytest.mark.parametrize("options", [{}, {"token_budget": 20}])
+def test_other_patches_per_image(checkpoint: Path, pictures: list[str], options: dict[str, Any]) -> None:
+    processor = siglip_model.AutoImageProcessor.from_pretrained(checkpoint, max_num_patches=9)
+    expected = pipeline(model=checkpoint, device="cpu", image_processor=processor)(pictures, candidate_labels=LABELS)
+    fewer = pipeline(model=checkpoint, device="cpu", max_num_patches=9, **options)
+    for mine, other in zip(fewer(pictures, candidate_labels=LABELS), expected, strict=True):
+        assert all(abs(a["score"] - b["score"]) < 1e-5 for a, b in zip(mine, other, strict=True))
+    features = pipeline("image-feature-extraction", checkpoint, device="cpu", max_num_patches=9, **options)
+    assert features(pictures[0], return_tensors=True).shape == (1, 9, 32)
+    with pytest.raises(ValueError, match="max_num_patches is 0; supported: a positive int"):
+        pipeline(model=checkpoint, device="cpu", max_num_patches=0)
+    with pytest.raises(ValueError, match="max_num_patches is given with a SiglipImageProcessor, whose images have one"):
+        pipeline(model=str(CHECKPOINT), device="cpu", max_num_patches=9)
 
 
 def test_a_processor_of_another_kind_is_refused(checkpoint: Path) -> None:
