@@ -25,6 +25,7 @@ import torch
 
 PRODUCER = "siglip embed"
 SUFFIXES = (".safetensors", ".npy", ".parquet")
+BEFORE = {"decode": "full", "resized_on": "cpu"}  # settings of files that were made before there was a choice
 TEXT_LIMIT = 2**24  # bytes of a header or of one line; more is not read
 MESSAGE_LIMIT = 5000  # characters; twice the settings of an image processor are shorter
 WIDTH_LIMIT = 2**20  # values per row, which is read as a whole

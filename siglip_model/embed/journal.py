@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from siglip_model.embed.file import (
+    BEFORE,
     PRODUCER,
     SUFFIXES,
     TEXT_LIMIT,
@@ -49,7 +50,6 @@ EMBEDDED = "FROM images WHERE embedding IS NOT NULL ORDER BY rowid"
 EMBEDDED_BETWEEN = "FROM images WHERE embedding IS NOT NULL AND rowid BETWEEN ? AND ? ORDER BY rowid"
 FIRST_ROWID, LAST_ROWID = -(2**63), 2**63 - 1
 ROWS_PER_FILE = "rows_per_file"  # among the settings of a journal: where FILE is cut
-BEFORE = {"decode": "full", "resized_on": "cpu"}  # settings of files that were made before there was a choice
 OVERWRITES = "overwrites"  # among the settings of a journal: FILE is to be replaced, not continued
 BUSY_SECONDS = 0.2  # with less, two runs that start at once may each see the other, and both be refused
 BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

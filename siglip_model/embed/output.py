@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,7 @@ import torch
 
 from siglip_model.checkpoints.atomic import ordinary_mode, sync_directory
 from siglip_model.embed.file import (
+    BEFORE,
     TENSOR_DTYPES,
     Content,
     EmbeddingFile,
@@ -68,7 +69,7 @@ class SeveralFiles:
             with open_embedding_file(path) as file:
                 if path == paths[0]:
                     self.format, self.metadata = file.format, dict(file.metadata)
-                if {**file.metadata, "complete": ""} != {**self.metadata, "complete": ""}:
+                if _compared(file.metadata) != _compared(self.metadata):
                     raise file.error(f"was made with other settings than {paths[0]}")
                 complete.append(file.metadata["complete"] == "true")
                 self.count += file.count
@@ -105,6 +106,12 @@ class SeveralFiles:
                 whole[first : first + file.count] = file.embeddings()
                 first += file.count
         return whole
+
+
+def _compared(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What agrees between the files of an output: a run that adds rows to some says where the model is now."""
+    named = {name: value for name, value in metadata.items() if not name.endswith("_name")}
+    return {**BEFORE, **named, "complete": ""}
 
 
 class Output:

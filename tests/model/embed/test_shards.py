@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from colour_embedder import WIDTH, ColourModel, embed_colours, save_colours
+from PIL import Image
 
 from siglip_model.embed import EmbeddingFileError, load_embeddings
 from siglip_model.embed.journal import EmbeddingJournal
@@ -129,6 +130,14 @@ def test_two_writers_of_one_file_and_other_counts_are_errors(folder, out):
     Path(f"{out}.json").write_text("{}")
     with pytest.raises(EmbeddingFileError, match="is not the manifest of an output"):
         embed_colours([folder], out)
+
+
+def test_rows_that_a_run_adds_from_another_place_of_the_model_are_read_with_the_rest(folder, out):
+    embed_colours([folder], out, shards=3, model_name="a")
+    Image.new("RGB", (1, 1)).save(folder / "new.png")
+    embed_colours([folder], out, model_name="b")
+    assert {load_embeddings(file).settings["model_name"] for file in shard_files(out)} == {"a", "b"}
+    assert len(load_embeddings(out).files) == 40
 
 
 def test_one_file_is_not_divided(folder, out):
