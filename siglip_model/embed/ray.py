@@ -238,7 +238,9 @@ class EmbeddingFiles(BlockBasedFileDatasink):
         table = block.to_arrow()
         rows, failures = list[tuple[str, str, bytes]](), list[tuple[str, str]]()
         for batch in table.to_batches():
-            values = batch.column("embedding").values.to_numpy().reshape(len(batch), -1)
+            column = batch.column("embedding")  # its `values` are also those beside a slice
+            width = column.type.list_size
+            values = column.values[column.offset * width :][: len(batch) * width].to_numpy().reshape(-1, width)
             pairs = zip(batch.column("path").to_pylist(), batch.column("error").to_pylist(), strict=True)
             for (path, error), row in zip(pairs, values, strict=True):
                 if error is None:

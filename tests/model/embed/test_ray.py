@@ -6,6 +6,7 @@ import signal
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +68,21 @@ def test_a_batch_of_files_has_the_rows_of_embed_images_and_names_what_is_broken(
         torch.testing.assert_close(torch.tensor(rows[path]["embedding"]), expected[path], atol=1e-5, rtol=0)
         assert rows[path]["error"] is None
     assert rows[paths[1]]["embedding"] is None and "not an image" in rows[paths[1]]["error"]
+
+
+def test_a_part_of_a_table_is_written_with_its_own_rows(photos, checkpoint, expected, tmp_path):
+    embedder = embed_ray.ImageEmbedder(checkpoint)
+    paths = [str(photos / f"{number:02}.png") for number in range(4)]
+    content = [b"broken", *(Path(path).read_bytes() for path in paths[1:])]
+    part = embedder({"bytes": column(content), "path": column(paths)}).slice(2, 2)
+    files = embed_ray.EmbeddingFiles(str(tmp_path), embedder.settings)
+    with open(tmp_path / "x.parquet", "wb") as file:
+        files.write_block_to_file(SimpleNamespace(to_arrow=lambda: part), file)
+    stored = load_embeddings(tmp_path / "x.parquet")
+    assert stored.files == paths[2:] and not stored.failed
+    torch.testing.assert_close(
+        stored.embeddings, torch.stack([expected[path] for path in paths[2:]]), atol=1e-5, rtol=0
+    )
 
 
 def test_arrays_of_read_images_and_members_of_read_webdataset(photos, checkpoint, expected):
