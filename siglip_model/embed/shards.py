@@ -133,6 +133,9 @@ def shard_files(out: str | os.PathLike[str]) -> list[Path]:
     """
     path = Path(os.path.realpath(out) if os.path.islink(out) else out)  # other files are beside the target
     if path.is_dir():
+        for entry in path.iterdir():
+            if is_manifest(entry.name) and entry.name[0] != ".":
+                shard_files(entry)
         files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES) and file.name[0] != ".")
         if not files:
             raise EmbeddingFileError(f"{path} is a folder without a file that ends in {' or '.join(SUFFIXES)}")

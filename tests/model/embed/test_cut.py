@@ -79,9 +79,15 @@ def test_what_is_in_the_way_or_missing_is_named(folder, tmp_path):
     stranger.unlink()
     embed_colours([folder], out, shard_size=3 * ROW)
     stranger.unlink()
-    for use in (load_embeddings, Collection, lambda out: embed_colours([folder], out)):
+    uses = [
+        (load_embeddings, out),
+        (Collection, out),
+        (Collection, tmp_path),
+        (lambda out: embed_colours([folder], out), out),
+    ]
+    for use, place in uses:
         with pytest.raises(EmbeddingFileError, match="model-00001-of-00003.safetensors is missing, which"):
-            use(out)
+            use(place)
 
 
 def test_it_is_not_shared_by_ranks(folder, tmp_path):
