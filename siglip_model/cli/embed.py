@@ -140,10 +140,16 @@ def embed(
         if decode not in DECODE:
             raise ValueError(f"--decode is {decode!r}; supported: {', '.join(DECODE)}")
         _check_inputs(inputs or [], texts or [], encoding, column)
-        if texts and (fast_decode or resize_on_device):
-            raise ValueError(
-                f"{'--fast-decode' if fast_decode else '--resize-on-device'} is for images, not for --texts"
-            )
+        of_images = {
+            "--fast-decode": fast_decode,
+            "--resize-on-device": resize_on_device,
+            "--decode": decode != "auto",
+            "--token-budget": token_budget is not None,
+            "--max-num-patches": max_num_patches is not None,
+            "--max-pixels": max_pixels != MAX_PIXELS,
+        }
+        if texts and any(of_images.values()):
+            raise ValueError(f"{next(name for name in of_images if of_images[name])} is for images, not for --texts")
         images = find_images([] if texts else inputs or [], optional=bool(texts))
         rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         if ranks > 1 and LIST_ON_STDIN in (*(inputs or []), *(texts or [])):
@@ -232,6 +238,9 @@ def embed(
         done = summary.embedded + summary.failed + summary.skipped
         # The number of rows in shards and files is known when they have been read
         whole = total if total is not None or interrupted else done
+        if ranks > 1 and summary.failed and not interrupted:
+            terminal.say(f"{summary.failed} {what} failed on rank {rank}")
+            return  # torchrun would take another code for a rank that died, and end those that still embed
         exit_with(interrupted, summary.failed, done, whole, f"; {resuming(overwrite)}", what)
 
 
@@ -267,9 +276,12 @@ def bytes_of(size: str) -> int:
 
 
 def _stdin(encoding: str | None) -> TextIO:
+    from siglip_model.text.encodings import encoding_of
+
     if sys.stdin is None:
         raise ValueError("--texts - reads texts from stdin, which is closed")
-    return io.TextIOWrapper(sys.stdin.buffer, encoding or "utf-8")
+    beginning = io.BufferedReader(sys.stdin.buffer)  # type: ignore[type-var]  # one that can be peeked into
+    return io.TextIOWrapper(beginning, encoding or encoding_of(beginning.peek(4)[:4]))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The command `siglip`: classify, embed, search, train, evaluate, export, a demo, and what this machine supports.
 
-Exit codes: 0 success, 1 some images failed (listed on stderr), 2 usage or setup error, 75 training was stopped by
-SIGTERM and saved, 130 interrupted, 141 the output was closed early, as by `siglip ... | head -1`.
+Exit codes: 0 success, 1 some images failed (listed on stderr; 0 in ranks of torchrun), 2 usage or setup error, 75
+training was stopped by SIGTERM and saved, 130 interrupted, 141 the output was closed early, as by
+`siglip ... | head -1`.
 """
 
 from __future__ import annotations

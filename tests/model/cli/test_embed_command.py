@@ -160,6 +160,28 @@ def test_texts_from_a_file_and_from_stdin(siglip, tmp_path):
     assert result.exit_code == 2 and "are texts" in result.stderr
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_texts_on_stdin_are_read_as_their_byte_order_mark_says(siglip, tmp_path, encoding):
+    out = tmp_path / "out.safetensors"
+    result = siglip("embed", "--texts", "-", "--out", out, stdin="a rocket\nKäse\n".encode(encoding))
+    assert result.exit_code == 0 and load_embeddings(out).files == ["a rocket", "Käse"], result.stderr
+
+
+def test_a_broken_image_of_one_rank_does_not_end_the_others(siglip, images, tmp_path, monkeypatch):
+    """torchrun ends all ranks when one ends with another code than 0."""
+    for path in images.iterdir():
+        path.write_text("no image")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    failed = 0
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        result = siglip("embed", images, "--out", tmp_path / "out.safetensors")
+        assert result.exit_code == 0, result.stderr
+        failed += result.stderr.count("not an image")
+        assert f"images failed on rank {rank}" in result.stderr or "not an image" not in result.stderr
+    assert failed == 5
+
+
 def test_wrong_use_of_texts_ends_with_2(siglip, images, tmp_path):
     listed = tmp_path / "x.txt"
     listed.write_text("x")
@@ -168,6 +190,8 @@ def test_wrong_use_of_texts_ends_with_2(siglip, images, tmp_path):
         ([images, "--texts", listed], "embed images and texts into different files"),
         (["--texts", tmp_path / "gone.txt"], "--texts: no such file"),
         (["--texts", listed, "--encoding", "latin-99"], "--encoding: unknown encoding: latin-99"),
+        (["--texts", listed, "--decode", "processes"], "--decode is for images, not for --texts"),
+        (["--texts", listed, "--max-pixels", "9"], "--max-pixels is for images, not for --texts"),
         ([images, "--encoding", "latin-1"], "--encoding is that of --texts"),
         ([images, "--column", "image"], "--column is that of .parquet files"),
     ):
