@@ -124,7 +124,8 @@ def train(
                 places = run.processes.gather(outcome.position)
                 saved = {"identity": identity, "positions": places, "bad_steps": run.bad_steps}
                 checkpoints.save(done, run.state, saved)
-            if evaluate is not None and not outcome.stop and _due(done, config):
+            # What a stop leaves out is made up for at resumption, and a complete run is not resumed.
+            if evaluate is not None and _due(done, config) and (done == config.steps or not outcome.stop):
                 scores = evaluate_averages(done)
         checkpoints.wait()
         log.draw()

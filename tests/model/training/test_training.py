@@ -151,6 +151,15 @@ def test_a_run_that_should_stop_saves_first(tmp_path):
     assert train(tiny_model(), config, tmp_path).steps == 6
 
 
+def test_a_run_that_should_stop_at_its_end_evaluates(tmp_path):
+    config = TrainingConfig(steps=2, warmup_steps=0, evaluate_every=1)
+    asked = iter([False, True])
+    trained = train(
+        tiny_model(), config, tmp_path, evaluate=lambda step, _: {"top1": step}, should_stop=lambda: next(asked)
+    )
+    assert (trained.steps, trained.scores) == (2, {"top1": 2})
+
+
 def test_another_seed_gives_other_batches(tmp_path):
     runs = [
         train(tiny_model(), TrainingConfig(steps=2, warmup_steps=0, seed=seed), tmp_path / str(seed)).model
