@@ -11,7 +11,6 @@ from siglip_model.cli import terminal
 from siglip_model.cli.options import (
     BackendOption,
     BatchSizeOption,
-    DeviceOption,
     DtypeOption,
     JsonOption,
     ModelOption,
@@ -30,7 +29,7 @@ def evaluate(
     model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda; auto: a GPU if there is one.")] = "auto",
     batch_size: BatchSizeOption = 64,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,7 +45,7 @@ def evaluate(
         from siglip_model.training.evaluation.run import evaluate_on
         from siglip_model.training.processes import joined_processes
 
-        with joined_processes("auto" if device is None else device) as processes:
+        with joined_processes(device) as processes:
             processor = AutoProcessor.from_pretrained(model)
             loaded = AutoModelForZeroShotImageClassification.from_pretrained(
                 model, backend=backend, dtype=dtype, device_map=processes.device
