@@ -113,7 +113,9 @@ class RunSettings(TrainingConfig):
     num_workers: int = _setting("Processes that read data, per process.", 2, least=0, may_change=True)
     backend: str = _setting("Compute backend, see `siglip info`.", "auto", may_change=True)
     device: str = _setting("cpu or cuda; auto: a GPU if there is one.", "auto", may_change=True)
-    timeout: float = _setting("Seconds after which processes give up a silent one.", 600, above=0, may_change=True)
+    timeout: float = _setting(
+        "Seconds after which processes give up a silent one.", 600, above=0, most=1e6, may_change=True
+    )
     evaluation_data: str | None = _setting("What to evaluate on, see `siglip evaluate`.", None, may_change=True)
 
     def __post_init__(self) -> None:

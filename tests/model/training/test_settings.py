@@ -41,6 +41,7 @@ def test_what_is_written_beside_the_run_gives_the_run_again(tmp_path):
         ({"bfloat16": "maybe"}, "bfloat16 (--bfloat16) is 'maybe'; supported: true or false"),
         ({"freeze": "both"}, "freeze (--freeze) is 'both'; supported: none, vision, text"),
         ({"evaluate_every": 5}, "evaluate_every (--evaluate-every) is 5; supported: 0 without evaluation_data"),
+        ({"timeout": 1e300}, "timeout (--timeout) is 1e+300; supported: above 0 to 1e+06"),
         ({"data": 3}, "data (--data) is 3; supported: a text"),
         ({"out": ""}, "out (--out) is ''; supported: a text"),
         ({"seed": 2**63}, "seed (--seed) is 9223372036854775808; supported: from 0 to 9.22337e+18"),
