@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -49,17 +50,19 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
     ):
         if settings.batch_size % processes.world:
             raise refusal("batch_size", settings.batch_size, f"a multiple of the {processes.world} processes")
-        if not (out / SETTINGS).exists():
-            _check_new(out)
-        elif has_checkpoints(out):
-            check_identity(out, read_settings(out / SETTINGS, {}).identity(), settings.identity())
+        saved = _saved_settings(out)
+        if saved is not None and has_checkpoints(out):
+            check_identity(out, saved.identity(), settings.identity())
+            if saved.evaluation_data not in (None, settings.evaluation_data) and processes.rank == 0:
+                warnings.warn(f"evaluation_data: scores so far are of {saved.evaluation_data!r}", stacklevel=2)
         if settings.tensorboard:
             summary_writer()  # before anything is written
         if settings.evaluation_data is not None:
             try:
                 check_data(settings.evaluation_data)
             except (OSError, ValueError) as error:
-                raise ValueError(f"evaluation_data (--evaluation-data) cannot be used: {error}") from error
+                reason = str(error).replace("data (--data)", "it")
+                raise ValueError(f"evaluation_data (--evaluation-data) cannot be used: {reason}") from error
         model, processor = load(settings, processes)
         source = _source(settings, model, processor, processes)
         if processes.rank == 0:
@@ -93,11 +96,17 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
     return trained
 
 
-def _check_new(out: Path) -> None:
-    """Raises ValueError if a folder without the settings of a run holds what a run would replace."""
+def _saved_settings(out: Path) -> RunSettings | None:
+    """Those of the run in the folder, if any. Raises ValueError if it holds something else that a run would replace."""
+    if (out / SETTINGS).exists():
+        try:
+            return read_settings(out / SETTINGS, {})
+        except ValueError as error:
+            raise refusal("out", str(out), f"a new folder or that of a run; {SETTINGS} is of none ({error})") from error
     found = [name for name in (LOG, SKIPPED, CURVES, CHECKPOINTS, MODEL, PREDICTIONS) if (out / name).exists()]
     if found:
         raise refusal("out", str(out), f"a new folder or that of a run; this one holds {', '.join(found)}")
+    return None
 
 
 def load(settings: RunSettings, processes: Processes) -> tuple[SiglipModel, SiglipProcessor]:

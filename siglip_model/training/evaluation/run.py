@@ -54,8 +54,8 @@ def check_data(data: str) -> None:
         find_shards(data)
     elif is_captioned(data):
         read_captions(data)
-    else:
-        find_classes(data)
+    elif next(list_images(find_classes(data)), None) is None:
+        raise ValueError(f"{data}: no folder of a class holds an image")
 
 
 def captioned_samples(data: str, processes: Processes) -> Iterator[Pair | Skipped] | None:

@@ -73,6 +73,12 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(siglip, settings, fol
     assert again.exit_code == 2 and one_line(again.stderr)
     assert "is of another run (learning_rate was 0.001, is 0.002)" in again.stderr
 
+    more = ["--learning-rate", "1e-3", "--evaluation-data", settings.parent / "captioned"]
+    assert "warning" not in siglip("train", "--config", settings, "--out", out, *more).stderr
+    other = save_folder(tmp_path / "other", 3)
+    with pytest.warns(UserWarning, match="evaluation_data: scores so far are of '.*captioned'"):
+        siglip("train", "--config", settings, "--out", out, *more[:2], "--evaluation-data", other)
+
 
 def test_new_weights_and_shards(siglip, settings, tmp_path):
     pytest.importorskip("webdataset")
@@ -113,7 +119,7 @@ def test_zero_shot_accuracy_as_a_table(siglip, images, checkpoint, tmp_path):
         (["--parallel", "fsdp"], "parallel (--parallel) is 'fsdp'; supported: ddp in a single process"),
         (["--data", "nowhere"], "data (--data) is 'nowhere', which is no folder"),
         (["--data", "a{0..3}.tar"], "no such shard: a0.tar"),
-        (["--evaluation-data", "nowhere"], "evaluation_data (--evaluation-data) cannot be used: "),
+        (["--evaluation-data", "nowhere"], "evaluation_data (--evaluation-data) cannot be used: it is 'nowhere'"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--device", "tpu"], "device (--device) is 'tpu'; supported: auto, cpu, cuda"),
     ],
@@ -151,6 +157,21 @@ def test_a_folder_of_something_else_is_refused(siglip, settings, tmp_path):
     done = siglip("train", "--config", settings, "--out", tmp_path)
     assert done.exit_code == 2 and one_line(done.stderr)
     assert "supported: a new folder or that of a run; this one holds model" in done.stderr
+
+
+def test_settings_of_something_else_are_not_replaced(siglip, settings, tmp_path):
+    theirs = tmp_path / "settings.toml"
+    theirs.write_text("theme = 'dark'")
+    done = siglip("train", "--config", settings, "--out", tmp_path)
+    assert done.exit_code == 2 and one_line(done.stderr) and theirs.read_text() == "theme = 'dark'"
+    assert "a new folder or that of a run; settings.toml is of none" in done.stderr and "'theme'" in done.stderr
+
+
+def test_classes_without_images_are_refused_before_training(siglip, settings, tmp_path):
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    done = siglip("train", "--config", settings, "--out", tmp_path / "run", "--evaluation-data", tmp_path / "classes")
+    assert done.exit_code == 2 and one_line(done.stderr) and not (tmp_path / "run").exists()
+    assert "evaluation_data (--evaluation-data) cannot be used: " in done.stderr and "holds an image" in done.stderr
 
 
 def start(*command: object) -> subprocess.Popen:
