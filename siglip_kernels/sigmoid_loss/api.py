@@ -277,17 +277,17 @@ def _save_losses(ctx, inputs, output) -> None:
 
 def _backward_losses(ctx, upstream):
     image, text, scale, bias = ctx.needs_input_grad[:4]
-    embeds_and_scalars, options = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    saved = ctx.saved_tensors  # asked for once, as activation checkpointing requires
     dx, dy, scalars = losses_backward_op(
         upstream.contiguous(),
-        *embeds_and_scalars,
+        *saved[:4],
         ctx.engine,
         ctx.chunk_size,
         image,
         text,
         scale or bias,
         ctx.diagonal,
-        *options,
+        *saved[4:],
     )
     gradients = dx if image else None, dy if text else None, scalars[0] if scale else None, scalars[1] if bias else None
     return *gradients, *(None,) * 8

@@ -231,19 +231,19 @@ def _backward(ctx, upstream, *_):
                 "siglip_kernels::matryoshka_sigmoid_loss: a gradient is required that the forward pass was told not to "
                 "compute"
             )
-    saved, options = ctx.saved_tensors[:7], ctx.saved_tensors[8:]
+    saved = ctx.saved_tensors  # asked for once, as activation checkpointing requires
     dx, dy, scalars = backward_op(
         upstream.contiguous(),
-        *saved,
+        *saved[:7],
         ctx.widths,
-        ctx.saved_tensors[7],
+        saved[7],
         ctx.engine,
         ctx.chunk_size,
         image,
         text,
         ctx.divisor,
         ctx.diagonal,
-        *options,
+        *saved[8:],
     )
     gradients = dx if image else None, dy if text else None, scalars[0] if scale else None, scalars[1] if bias else None
     return gradients + nothing[4:]

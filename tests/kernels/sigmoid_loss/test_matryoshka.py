@@ -10,6 +10,7 @@ from error_budget import check_error
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from siglip_kernels import (
     MissingBackendError,
@@ -255,6 +256,16 @@ def test_autocast(loss, device):
     assert losses.dtype == torch.float32 and torch.equal(losses, expected)
     losses.sum().backward()
     assert x.grad.dtype == torch.float32 and x.grad.isfinite().all()
+
+
+def test_within_activation_checkpointing():
+    x, y = (v.requires_grad_() for v in embeddings(9, 9, "cpu"))
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS).sum()
+
+    found = torch.autograd.grad(checkpoint(loss, x, y, use_reentrant=False), (x, y))
+    assert all(map(torch.equal, found, torch.autograd.grad(loss(x, y), (x, y))))
 
 
 def test_the_default_on_a_cpu_is_chunked(monkeypatch):

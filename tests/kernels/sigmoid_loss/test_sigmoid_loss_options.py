@@ -12,6 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from siglip_kernels import (
     SigLIPPlusLoss,
@@ -284,6 +285,18 @@ def test_second_derivatives_are_refused(loss_function, some):
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         with pytest.raises(UnsupportedInputError, match="sigmoid_loss: create_graph asks for second derivatives"):
             gradient.sum().backward()
+
+
+@pytest.mark.parametrize("reduction", ["images", "none"])
+def test_within_activation_checkpointing(some, reduction):
+    x, y, options = some
+    x = x.detach().requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return chunked_sigmoid_loss(x, y, 2.0, 0.0, reduction=reduction, **options).sum()
+
+    (found,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)
+    assert torch.equal(found, torch.autograd.grad(loss(x), x)[0])
 
 
 def test_in_fp64(some):
