@@ -255,7 +255,7 @@ def sigmoid_loss(
         signs = 2 * torch.eye(images, dtype=dtype, device=logits.device) - 1
     losses = -F.logsigmoid(signs * logits)
     if isinstance(positive_weight, Tensor) or positive_weight != 1 or negative_weight != 1:
-        losses = losses * torch.where(signs > 0, positive_weight, negative_weight)
+        losses = torch.where(signs > 0, losses * positive_weight, losses * negative_weight)
     if image_weight is not None:
         losses = losses * image_weight
     if text_weight is not None:

@@ -299,6 +299,12 @@ def test_within_activation_checkpointing(some, reduction):
     assert torch.equal(found, torch.autograd.grad(loss(x), x)[0])
 
 
+def test_the_definition_takes_weights_in_its_own_dtype():
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    found = [reference.sigmoid_loss(x, x, 1.0, 0.0, positive_weight=w, negative_weight=w).item() for w in (1.0, 0.3)]
+    assert found[1] == pytest.approx(0.3 * found[0], rel=1e-15)
+
+
 def test_in_fp64(some):
     x, y, options = some
     exact = {name: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for name, v in options.items()}
