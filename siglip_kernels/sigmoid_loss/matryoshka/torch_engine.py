@@ -53,10 +53,11 @@ class TorchPrefixEngine(TorchEngine):
     ) -> None:
         block = None if out is None else out[:, : len(image.normalised), : len(text.normalised)]
         cosines: Tensor | None = None
-        ratios = [x[:, None] * y for x, y in zip(image.ratios, text.ratios, strict=True)]
         for number, (_, columns) in enumerate(segments.slices()):
             products = self._matmul(image.normalised[:, columns], text.normalised[:, columns].T)
-            cosines = products if cosines is None else products.addcmul_(cosines, ratios[number])
+            if cosines is not None:
+                products.add_(cosines.mul_(image.ratios[number][:, None]).mul_(text.ratios[number]))
+            cosines = products
             logits = torch.addcmul(biases[number], cosines, scales[number])
             logit_grad = self.logit_grad_of(logits, pairs, totals[number], gradients)
             if not gradients:
@@ -74,7 +75,8 @@ class TorchPrefixEngine(TorchEngine):
         if block is not None:
             wider = block[-1].to(self.sum_dtype)
             for number in range(len(block) - 2, -1, -1):
-                wider = ratios[number + 1].mul_(shares.wider[number]).mul_(wider).add_(block[number])
+                of_texts = text.ratios[number + 1] * shares.wider[number]
+                wider = (wider * image.ratios[number + 1][:, None]).mul_(of_texts).add_(block[number])
                 block[number] = wider
 
     def prefix_product(
