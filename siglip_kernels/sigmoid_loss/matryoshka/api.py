@@ -7,7 +7,7 @@ that is not the same for all prefixes, it computes them again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from siglip_kernels.sigmoid_loss.api import (
 from siglip_kernels.sigmoid_loss.engines import make_engine, saved_dtype
 from siglip_kernels.sigmoid_loss.matryoshka.blocks import losses_and_gradients
 from siglip_kernels.sigmoid_loss.matryoshka.engines import gradients_early, make_prefix_engine
-from siglip_kernels.sigmoid_loss.pairs import Pairs, check_reduction, make_pairs
+from siglip_kernels.sigmoid_loss.pairs import PairOptions, Pairs, check_reduction, make_pairs
 from siglip_kernels.transforms import refuse_transforms, register_derivative, under_transform
 
 Scalars = Tensor | float | Sequence[Tensor | float]
@@ -282,7 +282,8 @@ def matryoshka_sigmoid_loss(
     columns between two widths are padded to multiples of 64 for the logits, and of 128 for the gradients. The gradients
     are those of the sum of the losses; if the losses are weighted afterwards, so that their upstream gradients differ,
     the backward pass computes them again, which `width_weights` avoids. (In PyTorch operations on a GPU, the backward
-    pass always computes them.) Memory is O((N + M)·D): beyond that of the loss, a normalised copy of the embeddings.
+    pass always computes them.) Memory is O((N + M)·D): beyond that of the loss, a normalised copy of the embeddings,
+    and a block of logit gradients for each width, whose size does not grow with N and M.
     With any other loss each width is a call of its own: together they cost the sum of the widths, 2.25 times the widest
     of 64, 128, 256, 512 and 768.
 
@@ -292,6 +293,8 @@ def matryoshka_sigmoid_loss(
     check_embeds(operation, image_embeds, text_embeds, same_length=same_length(options))  # type: ignore[arg-type]
     if options.get("reduction") == "none":
         raise unsupported(operation, "reduction", "is 'none'", "a reduction to one number")
+    if not isinstance(widths, Iterable):
+        raise unsupported(operation, "widths", f"is {given(widths)}", "a sequence of numbers")
     widths, columns = list(widths), image_embeds.shape[1]
     ascending = all(isinstance(width, int) and not isinstance(width, bool) for width in widths)
     if not widths or not ascending or widths != sorted(set(widths)) or not 1 <= widths[0] <= widths[-1] <= columns:
@@ -309,11 +312,17 @@ def matryoshka_sigmoid_loss(
         loss = plain_sigmoid_loss if under_transform() else sigmoid_loss if on_gpu else chunked_sigmoid_loss
     if loss is sigmoid_loss or loss is chunked_sigmoid_loss:
         engine = "triton" if loss is sigmoid_loss else "chunked"
+        unknown = [name for name in options if name not in (*PairOptions.__annotations__, "reduction", "chunk_size")]
+        if unknown:
+            raise TypeError(f"{operation}() got an unexpected keyword argument {unknown[0]!r}")
         return _fused(engine, image_embeds, text_embeds, scales, biases, widths, weights, **options)
     losses = []
     for width, scale, bias, weight in zip(widths, scales, biases, weights, strict=True):
         embeds = (_normalised(values[:, :width]) for values in (image_embeds, text_embeds))
-        losses.append(loss(next(embeds), next(embeds), scale, bias, **options) * weight)
+        value = loss(next(embeds), next(embeds), scale, bias, **options)
+        if value.dim():
+            raise unsupported(operation, "loss", f"returns shape {tuple(value.shape)}", "losses of one number")
+        losses.append(value * weight)
     return torch.stack(losses)
 
 

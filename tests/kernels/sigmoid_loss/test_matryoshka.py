@@ -332,6 +332,8 @@ def test_global_batch_over_processes(tmp_path):
         ({"widths": (0, 8)}, r"widths is \[0, 8\]"),
         ({"widths": ()}, r"widths is \[\]"),
         ({"widths": (4.0, 8)}, r"widths is \[4.0, 8\]"),
+        ({"widths": 8}, "widths is 8; supported: a sequence"),
+        ({"loss": SigLipLoss(reduction="none")}, r"loss returns shape \(3,\)"),
         ({"logit_scales": (1.0, 2.0, 3.0)}, "logit_scales is tuple; supported: one number, or 2"),
         ({"logit_biases": torch.ones(3)}, r"logit_biases has shape \(3,\)"),
         ({"reduction": "none"}, "reduction is 'none'"),
@@ -347,3 +349,10 @@ def test_bad_input_is_named(changed, message):
     arguments = dict(image_embeds=x, text_embeds=y, logit_scales=1.0, logit_biases=0.0, widths=(8, 24))
     with pytest.raises(UnsupportedInputError, match=f"matryoshka_sigmoid_loss: {message}"):
         matryoshka_sigmoid_loss(**{**arguments, **changed})
+
+
+@pytest.mark.parametrize("option", ["label_smoothing", "engine"])
+def test_an_unknown_option_is_named_with_the_function(option):
+    x, y = embeddings(3, 3, "cpu")
+    with pytest.raises(TypeError, match=rf"^matryoshka_sigmoid_loss\(\) got an unexpected keyword argument '{option}'"):
+        matryoshka_sigmoid_loss(x, y, 1.0, 0.0, WIDTHS, **{option: 0.1})
