@@ -128,6 +128,11 @@ def scalars() -> tuple[Tensor, Tensor]:
     return tensor(dtype=torch.float32), tensor(dtype=torch.float32)
 
 
+def matryoshka_sigmoid_loss() -> Tensor:
+    embeds, loss = (tensor(300, 64), tensor(300, 64)), siglip_kernels.sigmoid_loss
+    return siglip_kernels.matryoshka_sigmoid_loss(*embeds, *scalars(), (32, 64), loss=loss)
+
+
 def sigmoid_loss(**options: Any) -> Tensor:
     return siglip_kernels.sigmoid_loss(tensor(300, 64), tensor(300, 64), *scalars(), **options)
 
@@ -163,6 +168,7 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "pre_norm_attention of few tokens": lambda: pre_norm_attention(16),
     "attention_pool": attention_pool,
     "patch_embed": patch_embed,
+    "matryoshka_sigmoid_loss": matryoshka_sigmoid_loss,
     "sigmoid_loss": sigmoid_loss,
     "sigmoid_loss with weights": lambda: sigmoid_loss(positive_weight=2.0),
     "sigmoid_loss of each image": lambda: sigmoid_loss(reduction="none").sum(),

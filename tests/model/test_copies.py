@@ -42,7 +42,7 @@ SUMMARY = EmbedSummary("out", 3, 1, 0, 3, 8, False, 0.5)
 
 def model(**kwargs: Any) -> siglip_model.SiglipModel:
     torch.manual_seed(0)
-    return siglip_model.SiglipModel(CONFIG, **kwargs).eval()
+    return siglip_model.SiglipModel(copy.deepcopy(CONFIG), **kwargs).eval()  # a model writes its backend into its own
 
 
 def inputs() -> dict[str, Tensor]:

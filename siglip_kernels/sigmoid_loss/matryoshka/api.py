@@ -64,12 +64,13 @@ def forward_op(
     arguments make the pairs.
     """
     with on_device(image_embeds), torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
+        prefix_engine = make_prefix_engine(engine, image_embeds, widths, chunk_size)
         early = gradients_early(engine, image_embeds.device)
         dtype = saved_dtype(engine, image_embeds.dtype)
         dx = _zeros(image_embeds, widths, dtype) if early and image_gradient else None
         dy = _zeros(text_embeds, widths, dtype) if early and text_gradient else None
         losses, scalars = losses_and_gradients(
-            make_prefix_engine(engine, image_embeds, widths, chunk_size),
+            prefix_engine,
             image_embeds,
             text_embeds,
             widths,
@@ -150,6 +151,7 @@ def backward_op(
     at once if there is nothing to correct.
     """
     with on_device(image_embeds), torch.no_grad(), torch.autocast(image_embeds.device.type, enabled=False):
+        prefix_engine = make_prefix_engine(engine, image_embeds, widths, chunk_size)
         scaler, only_if = make_engine("chunked", image_embeds), None
         if gradients_early(engine, image_embeds.device):
             only_if = (upstream != upstream[0]).any().to(torch.int32)
@@ -166,7 +168,7 @@ def backward_op(
                 results.append(_zeros(embeds, widths, embeds.dtype) if wanted else None)
         if want_image or want_text:
             losses_and_gradients(
-                make_prefix_engine(engine, image_embeds, widths, chunk_size),
+                prefix_engine,
                 image_embeds,
                 text_embeds,
                 widths,

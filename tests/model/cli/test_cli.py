@@ -28,7 +28,7 @@ from siglip_model.cli import terminal
         (["classify", "IMAGE", "--labels", "a", "--dtype", "int8"], "--dtype is 'int8'; supported: auto, float32"),
         (["embed", "IMAGE", "--out", "/no/such/x.safetensors"], "--out: the folder /no/such does not exist"),
         (["embed", "IMAGE", "--out", "EMPTY"], "is a folder; supported: a file name"),
-        (["embed", "IMAGE", "--out", "x.npy"], "x.npy does not end in .safetensors"),
+        (["embed", "IMAGE", "--out", "x.bin"], "x.bin does not end in .safetensors"),
         (["embed", "EMPTY", "--out", "x.safetensors"], "no images in"),
         (["embed", "nowhere", "--out", "x.safetensors"], "no such file or folder: nowhere"),
     ],

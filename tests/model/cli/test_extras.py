@@ -24,7 +24,7 @@ USES = [
     ("train", "torchvision", call("training.preparation", "_random_resized_crop")),
     ("train", "pyarrow", lambda: next(call("training.captions", "_read_parquet", Path("x.parquet"))())),
     ("lora", "peft", call("training.lora", "_peft")),
-    ("tensorboard", "torch.utils.tensorboard", call("training.log", "_summary_writer", Path("x"), 0)),
+    ("tensorboard", "torch.utils.tensorboard", call("training.log", "summary_writer")),
     ("recipe", "resvg_py", call("demo.recipe.emoji", "draw", "<svg/>", 8)),
 ]
 

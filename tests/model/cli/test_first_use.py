@@ -21,7 +21,7 @@ from siglip_model.embed import load_embeddings
 from siglip_model.images.files import DOWNLOAD_SECONDS
 from siglip_model.images.tensor import SiglipImageProcessor
 
-COMMANDS = ("classify", "embed", "search", "train", "evaluate", "demo", "info")
+COMMANDS = ("classify", "embed", "search", "train", "evaluate", "export", "demo", "info")
 
 
 @pytest.mark.parametrize("columns", [52, 60, 100])
