@@ -47,6 +47,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     config.option.dist = "loadgroup"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let workers, which know the command line only, group tests as `pytest_cmdline_main` asked."""
+    if WORKER:
+        config.option.loadgroup = True
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -1,5 +1,7 @@
 """Tests that share a fixture of their module run on one worker, which builds it once."""
 
+import os
+
 import pytest
 
 
@@ -9,7 +11,7 @@ def shared() -> None:
 
 
 def test_tests_with_a_shared_fixture_are_a_group(shared, request):
-    if not request.config.getoption("loadgroup", False):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         pytest.skip("not on a worker of pytest-xdist")
     assert request.node.nodeid.endswith("@test_workers")
 
