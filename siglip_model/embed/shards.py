@@ -142,8 +142,10 @@ def shard_files(out: str | os.PathLike[str]) -> list[Path]:
         return files
     if is_manifest(path.name):
         path = path.with_suffix("")
-    elif path.exists() or not Manifest.path_of(path).exists():
+    elif path.exists():
         return [path]
+    elif not Manifest.path_of(path).exists():
+        return [Path(out)]  # is missing; of a link that leads nowhere the caller knows the name of the link
     manifest = Manifest.read(path)
     files = [file for file in manifest.paths() if file.exists()]
     if manifest.rows is not None and len(files) < manifest.count:
