@@ -1,5 +1,7 @@
 """The engine in Triton: launches the kernels of `kernels.py`, one block at a time, without a synchronisation."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -15,6 +17,18 @@ from siglip_kernels.sigmoid_loss.pairs import Pairs
 def config_for(embeds: Tensor) -> Config:
     """The configuration for embeddings like these on their device."""
     return choose(embeds.dtype, embeds.shape[1], facts(embeds.device), precision(embeds.dtype))
+
+
+def pair_arguments(pairs: Pairs) -> dict[str, Any]:
+    """The arguments of a kernel that say which pairs are positive and what they weigh."""
+    return {
+        "diagonal": pairs.diagonal,
+        "image_groups_ptr": pairs.image_groups,
+        "text_groups_ptr": pairs.text_groups,
+        "positive_weight_ptr": pairs.positive_weight,
+        "negative_weight_ptr": pairs.negative_weight,
+        "text_weight_ptr": pairs.text_weight,
+    }
 
 
 class TritonEngine:
@@ -82,12 +96,7 @@ class TritonEngine:
             slots=totals.shape[1],
             images=len(x),
             texts=len(y),
-            diagonal=pairs.diagonal,
-            image_groups_ptr=pairs.image_groups,
-            text_groups_ptr=pairs.text_groups,
-            positive_weight_ptr=pairs.positive_weight,
-            negative_weight_ptr=pairs.negative_weight,
-            text_weight_ptr=pairs.text_weight,
+            **pair_arguments(pairs),
             image_losses_ptr=image_losses,
             image_losses_stride=0 if image_losses is None else image_losses.stride(0),
             WIDTH=x.shape[1],

@@ -18,7 +18,7 @@ from siglip_kernels.sigmoid_loss.matryoshka.kernels import (
 )
 from siglip_kernels.sigmoid_loss.matryoshka.torch_engine import SMALLEST_NORM
 from siglip_kernels.sigmoid_loss.pairs import Pairs
-from siglip_kernels.sigmoid_loss.triton_engine import TritonEngine, config_for
+from siglip_kernels.sigmoid_loss.triton_engine import TritonEngine, config_for, pair_arguments
 
 
 class TritonPrefixEngine(TritonEngine):
@@ -100,12 +100,7 @@ class TritonPrefixEngine(TritonEngine):
             slots=totals.shape[2],
             images=len(x),
             texts=len(y),
-            diagonal=pairs.diagonal,
-            image_groups_ptr=pairs.image_groups,
-            text_groups_ptr=pairs.text_groups,
-            positive_weight_ptr=pairs.positive_weight,
-            negative_weight_ptr=pairs.negative_weight,
-            text_weight_ptr=pairs.text_weight,
+            **pair_arguments(pairs),
             image_dots_ptr=image_dots,
             image_dots_prefix_stride=0 if image_dots is None else image_dots.stride(0),
             image_dots_stride=0 if image_dots is None else image_dots.stride(1),
