@@ -6,20 +6,13 @@ import os
 import numpy as np
 import pytest
 import torch
-from colour_embedder import WIDTH, embed_colours, save_colours
+from colour_embedder import WIDTH, embed_colours
 from embedding_files import write_rows
 from PIL import Image
 
 from siglip_model.embed import EmbeddingFileError, load_embeddings
 from siglip_model.embed.npy import NpyEmbeddingFile
 from siglip_model.retrieval import Collection
-
-
-@pytest.fixture
-def folder(tmp_path):
-    save_colours(tmp_path / "images", 9)
-    (tmp_path / "images" / "3.png").write_text("no image")
-    return tmp_path / "images"
 
 
 @pytest.fixture

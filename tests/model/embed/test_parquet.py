@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from colour_embedder import WIDTH, embed_colours, save_colours
+from colour_embedder import WIDTH, embed_colours
 from embedding_files import write_rows
 from PIL import Image
 
@@ -15,13 +15,6 @@ from siglip_model.retrieval import Collection
 
 pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
 parquet = pytest.importorskip("pyarrow.parquet")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    save_colours(tmp_path / "images", 9)
-    (tmp_path / "images" / "3.png").write_text("no image")
-    return tmp_path / "images"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
