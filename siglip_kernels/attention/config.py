@@ -118,6 +118,8 @@ def _whole_sequence(kernel: str, facts: Facts, element_bytes: int, columns: int,
     # Delta's of 16 rows accumulates no gradients, and with two warps spills on consumer Blackwell.
     small = kernel == "delta" and block == 16 and element_bytes == 2
     backward = kernel != "forward" and not small
+    if backward and element_bytes == 4:  # with four warps, 64 columns spill on Blackwell
+        return Tile(queries, block, 8, 1)
     return Tile(queries, block, _short_warps(backward, facts, element_bytes, columns, block), 1)
 
 
