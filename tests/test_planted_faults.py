@@ -165,7 +165,9 @@ CONSTANTS = {
     "resize: the first pixel": Planted(
         "resize_normalize/forward.py", "(centre - support + 0.5)", "(centre - support + 1.5)", RESIZE
     ),
-    "resize: ties": Planted("resize_normalize/forward.py", "(levels + 8388608.0)", "(levels + 0.2 + 8388608.0)", RESIZE),
+    "resize: rounding": Planted(
+        "resize_normalize/forward.py", "(levels + 8388608.0)", "(levels + 0.2 + 8388608.0)", RESIZE
+    ),
     "pooling forward: normaliser": Planted(
         "attention_pool/kernels.py", "sums[chunk] * normaliser[:, None]", "sums[chunk] * normaliser[:, None] * 1.01",
         POOL,
