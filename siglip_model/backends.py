@@ -22,6 +22,7 @@ from siglip_kernels.attention_pool import folded_attention_pool
 from siglip_kernels.device import why_not, why_not_here
 from siglip_kernels.errors import unsupported
 from siglip_kernels.transforms import in_forward_mode
+from siglip_model import onednn
 
 Operation = Callable[..., Any]
 
@@ -281,6 +282,10 @@ SDPA = replace(
     EAGER,
     name="sdpa",
     attention=_sdpa_attention,
+    linear=onednn.linear,
+    mlp=onednn.mlp,
+    pre_norm_qkv=onednn.pre_norm_qkv,
+    pre_norm_mlp=onednn.pre_norm_mlp,
     attention_pool=folded_attention_pool,
     returns_weights=False,
     packs_on=("cpu",),
