@@ -65,8 +65,7 @@ class ImagePipeline:
             image_processor = _with_patches(image_processor, max_num_patches)
         self.image_processor = image_processor
         self.token_budget = TokenBudget(image_processor, token_budget) if token_budget is not None else None
-        self.batch_size = 1
-        self.batch_size = self._size_of_batches(batch_size)
+        self.batch_size = images_per_batch(self.task, batch_size, self.token_budget, default=1)
         self.num_workers = count("num_workers", num_workers or 0, at_least=0)
         self.timeout = timeout
         self.max_pixels = PixelBudget(max_pixels).max_pixels
@@ -119,16 +118,6 @@ class ImagePipeline:
         joined = model_inputs.join(images, keep_padding=self.keep_padding)
         return model_inputs.to_model(joined, self.device, self.dtype)
 
-    def _size_of_batches(self, asked: int | None) -> int:
-        if asked is None:
-            return self.batch_size
-        if self.token_budget is not None:
-            raise ValueError(
-                f"{self.task}: batch_size={asked!r} and token_budget={self.token_budget.tokens} both say how many "
-                "images a batch has; give one of them"
-            )
-        return count("batch_size", asked, at_least=1)
-
     def not_finite(self, image: Any) -> str:
         """The error for an image whose results are not finite."""
         return f"{describe_source(image)}: {self.results_are} not finite in {self.dtype}"
@@ -149,7 +138,7 @@ class ImagePipeline:
         is None for one that is not finite.
         """
         source = only_source(self.task, sources)
-        size = self._size_of_batches(batch_size)
+        size = images_per_batch(self.task, batch_size, self.token_budget, default=self.batch_size)
         workers = self.num_workers if num_workers is None else count("num_workers", num_workers, at_least=0)
         wait = self.timeout if timeout is None else timeout
 
@@ -329,6 +318,18 @@ class TokenBudget:
         """Arguments of `read_batches`."""
         ahead = 2 * max(1, self.tokens // self._image_processor.max_num_patches)
         return {"batch_size": self.tokens, "cost": model_inputs.tokens, "ahead": ahead}
+
+
+def images_per_batch(operation: str, asked: int | None, token_budget: TokenBudget | None, *, default: int) -> int:
+    """batch_size, or its default. Raises ValueError beside a budget, and unless it is a whole number from 1."""
+    if asked is None:
+        return default
+    if token_budget is not None:
+        raise ValueError(
+            f"{operation}: batch_size={asked!r} and token_budget={token_budget.tokens} both say how many "
+            "images a batch has; give one of them"
+        )
+    return count("batch_size", asked, at_least=1)
 
 
 def _with_patches(image_processor: Any, most: int) -> Any:

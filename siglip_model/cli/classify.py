@@ -15,7 +15,7 @@ from siglip_model.cli import terminal
 from siglip_model.cli.options import (
     IMAGES_HELP,
     BackendOption,
-    BatchSizeOption,
+    BatchSizeOrBudgetOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -25,6 +25,7 @@ from siglip_model.cli.options import (
     PlotOption,
     TemplateOption,
     TokenBudgetOption,
+    check_one_measure,
     errors_in_one_line,
     exit_with,
     find_images,
@@ -33,7 +34,7 @@ from siglip_model.cli.options import (
 )
 from siglip_model.cli.process import share_with_decoders
 from siglip_model.demo import CHECKPOINT
-from siglip_model.images.batches import Batch, Failure, read_batches
+from siglip_model.images.batches import BATCH_SIZE, Batch, Failure, read_batches
 from siglip_model.images.files import DOWNLOAD_SECONDS, describe_failure, open_image
 from siglip_model.images.limits import MAX_PIXELS, PixelBudget
 from siglip_model.text.prompts import TEMPLATE
@@ -106,7 +107,7 @@ def classify(
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
-    batch_size: BatchSizeOption = 16,
+    batch_size: BatchSizeOrBudgetOption = None,
     max_num_patches: MaxNumPatchesOption = None,
     token_budget: TokenBudgetOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
@@ -122,6 +123,7 @@ def classify(
             raise ValueError("--labels has no label; give one or more")
         if plot is not None and (problem := plotting.plot_problem(plot)):
             raise ValueError(f"--plot {problem}")
+        check_one_measure(batch_size, token_budget)
         paths = find_images(images)
         classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget)
         label_embeds = classifier.encode_labels(chosen, template)
@@ -131,7 +133,7 @@ def classify(
                 classifier, chosen, label_embeds, top_k, progress, plotting.ROWS_AT_MOST if plot is not None else 0
             )
             try:
-                run.over(paths, batch_size, PixelBudget(max_pixels))
+                run.over(paths, batch_size or BATCH_SIZE, PixelBudget(max_pixels))
             except KeyboardInterrupt:  # the finished results are still printed
                 interrupted = True
         results = [result for _, result in sorted(run.results.items())]

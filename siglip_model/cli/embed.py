@@ -21,7 +21,7 @@ from siglip_model.cli import terminal
 from siglip_model.cli.options import (
     LIST_ON_STDIN,
     BackendOption,
-    BatchSizeOption,
+    BatchSizeOrBudgetOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -29,6 +29,7 @@ from siglip_model.cli.options import (
     MaxPixelsOption,
     ModelOption,
     TokenBudgetOption,
+    check_one_measure,
     errors_in_one_line,
     exit_with,
     find_images,
@@ -75,7 +76,7 @@ def embed(
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
-    batch_size: BatchSizeOption = 16,
+    batch_size: BatchSizeOrBudgetOption = None,
     max_num_patches: MaxNumPatchesOption = None,
     token_budget: TokenBudgetOption = None,
     shards: Annotated[
@@ -139,6 +140,7 @@ def embed(
         what = "texts" if texts else "images"
         if decode not in DECODE:
             raise ValueError(f"--decode is {decode!r}; supported: {', '.join(DECODE)}")
+        check_one_measure(batch_size, token_budget)
         _check_inputs(inputs or [], texts or [], encoding, column)
         of_images = {
             "--fast-decode": fast_decode,
@@ -177,7 +179,6 @@ def embed(
                 "column": column,
                 "normalize": normalize,
                 "dtype": torch.float32 if dtype == "auto" else getattr(torch, dtype),
-                "batch_size": batch_size,
                 "num_workers": num_workers or workers(),
                 "profile": profile,
                 "overwrite": overwrite,
@@ -187,6 +188,8 @@ def embed(
                 "world_size": ranks,
                 "model_name": os.path.abspath(model) if os.path.exists(model) else model,  # from any folder
             }
+            if batch_size is not None:
+                options["batch_size"] = batch_size
             try:
                 if texts:
                     files = [_stdin(encoding) if file == LIST_ON_STDIN else file for file in texts]

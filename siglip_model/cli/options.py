@@ -13,6 +13,7 @@ import typer
 
 from siglip_model.cli import terminal
 from siglip_model.demo import CHECKPOINT
+from siglip_model.images.batches import BATCH_SIZE
 from siglip_model.images.files import IMAGE_SUFFIXES, ImageList, is_url
 
 if TYPE_CHECKING:
@@ -62,6 +63,16 @@ DeviceOption = Annotated[
     typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; the first GPU by default, else the CPU."),
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Images per forward pass.")]
+BatchSizeOrBudgetOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size",
+        metavar="N",
+        min=1,
+        help=f"Images per forward pass; {BATCH_SIZE} by default.",
+        show_default=False,
+    ),
+]
 MaxNumPatchesOption = Annotated[
     int | None,
     typer.Option(
@@ -140,6 +151,15 @@ def listed_on_stdin() -> Iterator[str]:
 def device_named(device: str | None) -> str | int | None:
     """The value of --device, whose ordinals are numbers."""
     return int(device) if device is not None and device.lstrip("-").isdigit() else device
+
+
+def check_one_measure(batch_size: int | None, token_budget: int | None) -> None:
+    """Raises ValueError if both are given."""
+    if batch_size is not None and token_budget is not None:
+        raise ValueError(
+            f"--batch-size {batch_size} and --token-budget {token_budget} both say how many images a batch has; give "
+            "one of them"
+        )
 
 
 def load_classifier(

@@ -25,9 +25,9 @@ from siglip_model.embed.reading import ImageReader, content_of, shortest_side
 from siglip_model.embed.shards import Shards, open_shards
 from siglip_model.embed.sources import Source, image_sources, pyarrow_parquet, text_sources
 from siglip_model.embed.workers import DECODE, Workers
-from siglip_model.image_pipelines import TokenBudget
+from siglip_model.image_pipelines import TokenBudget, images_per_batch
 from siglip_model.images import model_inputs
-from siglip_model.images.batches import Batch, Failure, read_batches
+from siglip_model.images.batches import BATCH_SIZE, Batch, Failure, read_batches
 from siglip_model.images.files import describe_failure
 from siglip_model.images.limits import PixelBudget
 from siglip_model.images.model_inputs import Inputs
@@ -87,7 +87,7 @@ def embed_images(
     column: str | None = None,
     normalize: bool = True,
     dtype: torch.dtype = torch.float32,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     token_budget: int | None = None,
     num_workers: int = 2,
     decode: str = "threads",
@@ -107,9 +107,9 @@ def embed_images(
 
     inputs: images, folders (searched recursively), URLs, WebDataset shards (.tar) and .parquet files, or an ImageList.
     column: of parquet files, as for `sources.image_sources`. normalize: scale rows to unit length; otherwise rows are
-    the pooled output. dtype: storage dtype, float32, float16 or bfloat16. token_budget: at native resolution, patches
-    per forward pass: it takes as many images as fit, instead of batch_size. num_workers: threads
-    that open images ahead of the model.
+    the pooled output. dtype: storage dtype, float32, float16 or bfloat16. batch_size: images per forward pass, by
+    default 16. token_budget: instead of it, at native resolution: patches per forward pass, which takes as many images
+    as fit. num_workers: threads that open images ahead of the model.
     decode: "threads", "processes" (started anew, so a script calls this under `if __name__ == "__main__":`), or "auto":
     threads, until a run that lasts half a minute has timed both. fast_decode: decode large JPEG files at a fraction of
     their size, not shorter than the model's, which moves pixels (by 19 levels of 255 in photographs, and more at steep
@@ -131,14 +131,14 @@ def embed_images(
 
     Raises EmbeddingFileError if `out` was made with another model or other settings, is damaged or another kind of
     file, cannot be written, or is being written by another run; ValueError for an unsupported dtype, a model without
-    a pooling head or a column that does not exist; ImportError for parquet files without pyarrow; EmbeddingInterrupted
-    on Ctrl-C, after the finished rows were saved.
+    a pooling head, batch_size beside token_budget, or a column that does not exist; ImportError for parquet files
+    without pyarrow; EmbeddingInterrupted on Ctrl-C, after the finished rows were saved.
     """
     if not model.config.vision_config.vision_use_head:  # checked before the journal is created
         raise ValueError("embed_images: the model has no pooling head (vision_use_head is false), so no embedding")
-    sizes: dict[str, Any] = {"batch_size": batch_size}
-    if token_budget is not None:
-        sizes = TokenBudget(image_processor, token_budget).sizes()
+    tokens = None if token_budget is None else TokenBudget(image_processor, token_budget)
+    images = images_per_batch("embed_images", batch_size, tokens, default=BATCH_SIZE)
+    sizes: dict[str, Any] = {"batch_size": images} if tokens is None else tokens.sizes()
     if decode not in DECODE:
         raise ValueError(f"embed_images: decode is {decode!r}; supported: {', '.join(DECODE)}")
     at_least = shortest_side(image_processor, "fast_decode") if fast_decode else None
@@ -146,7 +146,7 @@ def embed_images(
         shortest_side(image_processor, "resize_on_device")
         if not isinstance(image_processor, SiglipImageProcessor):
             raise ValueError(f"resize_on_device needs a SiglipImageProcessor, not a {type(image_processor).__name__}")
-        sizes["ahead"] = batch_size  # whole images wait, which are larger than those for the model
+        sizes["ahead"] = images  # whole images wait, which are larger than those for the model
     budget = PixelBudget(max_pixels)
     encode_images = CapturesRepeats(model)
     settings = {
@@ -201,7 +201,7 @@ def embed_texts(
     encoding: str | None = None,
     normalize: bool = True,
     dtype: torch.dtype = torch.float32,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     num_workers: int = 2,
     overwrite: bool = False,
     shards: int | None = None,

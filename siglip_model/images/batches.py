@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+BATCH_SIZE = 16  # of `embed` and `classify`, unless they are told
+
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 Given = TypeVar("Given", contravariant=True)

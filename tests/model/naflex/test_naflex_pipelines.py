@@ -128,8 +128,10 @@ def test_embed(checkpoint: Path, pictures: list[str], tmp_path: Path) -> None:
     assert images == [1] * 6 + [6] + [2, 2, 2]
     assert (rows["one"] - rows["all"]).abs().max() < 1e-5 and (rows["one"] - rows["budget"]).abs().max() < 1e-5
     with pytest.raises(ValueError, match="token_budget is given with a SiglipImageProcessor"):
-        processor = siglip_model.SiglipImageProcessor()
-        embed_images(model, processor, pictures, tmp_path / "x.safetensors", token_budget=4)
+        one_size = siglip_model.SiglipImageProcessor()
+        embed_images(model, one_size, pictures, tmp_path / "x.safetensors", token_budget=4)
+    with pytest.raises(ValueError, match="embed_images: batch_size=16 and token_budget=4 both say .*; give one"):
+        embed_images(model, processor, pictures, tmp_path / "x.safetensors", batch_size=16, token_budget=4)
 
 
 def test_commands(checkpoint: Path, pictures: list[str], tmp_path: Path) -> None:
@@ -151,6 +153,10 @@ def test_commands(checkpoint: Path, pictures: list[str], tmp_path: Path) -> None
     for option in ("--token-budget", "--max-num-patches"):
         refused = siglip("classify", *pictures, "--labels", "a", option, 9)  # the demo's images have one size
         assert refused.exit_code == 2 and "native resolution" in refused.stderr
+    for command in (("classify", *pictures, "--labels", *LABELS), ("embed", *pictures, "--out", tmp_path / "y.npy")):
+        refused = siglip(*command, *shared, "--batch-size", 16, "--token-budget", 48)  # 16 is also the default
+        assert refused.exit_code == 2
+        assert "--batch-size 16 and --token-budget 48 both say how many images a batch has" in refused.stderr
 
 
 @pytest.mark.parametrize("options", [{}, {"token_budget": 20}])
