@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from siglip_model.images.naflex import Siglip2ImageProcessor
 from siglip_model.images.processor import PROCESSOR_NAME, ImageProcessor
 from siglip_model.images.tensor import SiglipImageProcessor
 from siglip_model.text.auto import AutoTokenizer
+from siglip_model.text.padding import TRAINED_TOKENS, Lengths, as_trained, warn_unless_as_trained
 from siglip_model.text.tokenizer import Tokenizer
 from siglip_model.text.tokenizer_config import CALL_ARGUMENTS, SETTINGS
 
@@ -82,17 +82,17 @@ class SiglipProcessor:
         """
         for name, value in (("videos", videos), ("audio", audio)):
             if value is not None:
-                raise ValueError(f"SiglipProcessor: {name} is a {type(value).__name__}; supported: None")
+                raise ValueError(f"{type(self).__name__}: {name} is a {type(value).__name__}; supported: None")
         for_text = self._arguments("text_kwargs", text_kwargs, _TEXT_ARGUMENTS, common_kwargs, arguments)
         of_images = self._image_arguments()
         for_images = self._arguments("images_kwargs", images_kwargs, of_images, common_kwargs, arguments)
         if images is None and text is None and for_text.get("text_target") is None:
-            raise ValueError("SiglipProcessor: neither images nor text is given; supported: one or both")
+            raise ValueError(f"{type(self).__name__}: neither images nor text is given; supported: one or both")
         if text is not None and not _are_texts(text, bool(for_text.get("is_split_into_words"))):
-            raise ValueError(f"SiglipProcessor: text is {text!r}; supported: a string or a list of strings")
+            raise ValueError(f"{type(self).__name__}: text is {text!r}; supported: a string or a list of strings")
         unknown = set(arguments) - _TEXT_ARGUMENTS - of_images
         if unknown:
-            raise TypeError(f"SiglipProcessor: unknown argument {', '.join(sorted(unknown))}")
+            raise TypeError(f"{type(self).__name__}: unknown argument {', '.join(sorted(unknown))}")
         batch = BatchFeature()
         if text is not None or for_text.get("text_target") is not None:
             for_text = {**self.text_defaults, **self.tokenizer.call_defaults, **for_text}
@@ -107,10 +107,11 @@ class SiglipProcessor:
         return frozenset(cls.image_processor_class.valid_kwargs.__annotations__)
 
     def _check_padding(self, arguments: Mapping[str, Any]) -> None:
-        """Warns if the tokenizer's arguments pad texts otherwise than in training."""
+        """Warns if the tokenizer's arguments pad texts otherwise than in training, unless the tokenizer does."""
 
-    @staticmethod
+    @classmethod
     def _arguments(
+        cls,
         name: str,
         own: dict[str, Any] | None,
         known: frozenset[str],
@@ -122,9 +123,10 @@ class SiglipProcessor:
         flat = {key: value for key, value in arguments.items() if key in known}
         for key in own:
             if key not in known:
-                raise TypeError(f"SiglipProcessor: unknown argument {key} in {name}; known: {', '.join(sorted(known))}")
+                supported = ", ".join(sorted(known))
+                raise TypeError(f"{cls.__name__}: unknown argument {key} in {name}; known: {supported}")
             if key in flat:
-                raise ValueError(f"SiglipProcessor: {key} is given twice, as an argument and in {name}")
+                raise ValueError(f"{cls.__name__}: {key} is given twice, as an argument and in {name}")
         return {**(common or {}), **own, **flat}
 
     def decode(self, *arguments: Any, **options: Any) -> Any:
@@ -217,21 +219,20 @@ class Siglip2Processor(SiglipProcessor):
     """
 
     image_processor_class = Siglip2ImageProcessor
-    text_defaults: ClassVar[Mapping[str, Any]] = {"padding": "max_length", "truncation": True, "max_length": 64}
+    text_defaults: ClassVar[Mapping[str, Any]] = as_trained(TRAINED_TOKENS)
 
     def _check_padding(self, arguments: Mapping[str, Any]) -> None:
-        trained = {name: self.text_defaults[name] for name in ("padding", "max_length")}
-        padded = {name: arguments[name] for name in trained}
-        trained["padding_side"] = self.tokenizer.padding_side
-        padded["padding_side"] = arguments.get("padding_side") or self.tokenizer.padding_side
-        multiple = arguments.get("pad_to_multiple_of") or 1
-        if trained["max_length"] % multiple:
-            padded["pad_to_multiple_of"] = multiple
-        if padded != trained:
-            warnings.warn(
-                f"Siglip2Processor: texts are padded with {padded}; SigLIP 2 was trained with {trained}, the default",
-                stacklevel=3,
-            )
+        if self.tokenizer.warns_of_padding(arguments["padding"], arguments.get("return_tensors")):
+            return
+        lengths = Lengths.resolve(
+            arguments["padding"],
+            arguments.get("truncation"),
+            arguments["max_length"],
+            arguments.get("pad_to_multiple_of"),
+            arguments.get("padding_side") or self.tokenizer.padding_side,
+            model_max_length=self.tokenizer.model_max_length,
+        )
+        warn_unless_as_trained("Siglip2Processor", lengths, self.tokenizer.padding_side)
 
 
 def _are_texts(text: Any, words: bool) -> bool:

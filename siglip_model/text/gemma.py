@@ -350,7 +350,7 @@ class GemmaTokenizer(TokenizersTokenizer):
     lower-cases under the class Siglip2Tokenizer alone); here it is followed. If tokenizer_config.json lacks it, the
     checkpoint decides: True for SigLIP's (by model_type, or by the processor's class), False for any other, such as
     Gemma's. An argument of `from_pretrained` overrides both. A tokenizer that lower-cases is saved as Siglip2Tokenizer,
-    so that transformers gives the same ids.
+    so that transformers gives the same ids, and warns where it pads otherwise than to 64 tokens, as in training.
     """
 
     padding_side = "left"
@@ -362,6 +362,10 @@ class GemmaTokenizer(TokenizersTokenizer):
         "mask_token": "<mask>",
     }
     _lower_case = False
+
+    def warns_of_padding(self, padding: bool | str, return_tensors: str | None) -> bool:
+        """Of SigLIP 2's texts, where they are padded or become tensors; lists without padding may be for anything."""
+        return self.do_lower_case and (padding not in (False, "do_not_pad") or return_tensors is not None)
 
     @property
     def tokenizer_class(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,19 @@ class Lengths:
             if name in fields:
                 padding = [filler] * missing
                 fields[name] = fields[name] + padding if self.padding_side == "right" else padding + fields[name]
+
+
+def warn_unless_as_trained(who: str, lengths: Lengths, padding_side: str) -> None:
+    """Warns where a call pads texts otherwise than SigLIP 2 was trained, which changes every score.
+
+    who: what was called. padding_side: the tokenizer's.
+    """
+    trained: dict[str, Any] = {"padding": "max_length", "max_length": TRAINED_TOKENS, "padding_side": padding_side}
+    padded = {name: getattr(lengths, name) for name in trained}
+    if TRAINED_TOKENS % (lengths.pad_to_multiple_of or 1):
+        padded["pad_to_multiple_of"] = lengths.pad_to_multiple_of
+    if padded != trained:
+        warnings.warn(f"{who}: texts are padded with {padded}; SigLIP 2 was trained with {trained}", stacklevel=5)
 
 
 def one_of(argument: str, value: Any, allowed: tuple[str, ...], others: str = "") -> str:

@@ -15,7 +15,7 @@ import torch
 
 from siglip_model.batch import BatchFeature, check_tensor_kind, tokens_to_tensor
 from siglip_model.checkpoints.upload import check_upload_arguments, save_and_upload, upload
-from siglip_model.text.padding import SIDES, Lengths, one_of
+from siglip_model.text.padding import SIDES, Lengths, one_of, warn_unless_as_trained
 from siglip_model.text.tokenizer_config import NAMED_TOKENS, AddedToken, is_token
 
 logger = logging.getLogger(__name__)
@@ -412,6 +412,8 @@ class Tokenizer(abc.ABC):
             raise NotImplementedError(f"{type(self).__name__}: return_offsets_mapping is True; supported: False")
         kind = check_tensor_kind(return_tensors)
         lengths = self._lengths(padding, truncation, max_length, pad_to_multiple_of, padding_side)
+        if self.warns_of_padding(padding, return_tensors):
+            warn_unless_as_trained(type(self).__name__, lengths, self.padding_side)
         options = EncodeOptions(
             add_special_tokens=add_special_tokens,
             truncation=lengths.truncation,
@@ -540,6 +542,10 @@ class Tokenizer(abc.ABC):
 
     # ---- padding
 
+    def warns_of_padding(self, padding: bool | str, return_tensors: str | None) -> bool:
+        """Whether a call with these arguments warns where it pads otherwise than in training."""
+        return False
+
     def pad(
         self,
         encoded_inputs: Any,
@@ -578,6 +584,8 @@ class Tokenizer(abc.ABC):
         if not ids:
             return BatchFeature(fields, **({"attention_mask": []} if if_empty else {}))
         lengths = self._lengths(padding, None, max_length, pad_to_multiple_of, padding_side)
+        if self.warns_of_padding(padding, return_tensors):
+            warn_unless_as_trained(type(self).__name__, lengths, self.padding_side)
         if not isinstance(ids[0], list):
             lengths.pad(fields, len(ids), self.pad_token_id, with_mask)
             batch = BatchFeature(fields)

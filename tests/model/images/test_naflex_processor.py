@@ -193,14 +193,51 @@ def test_padding_otherwise_than_in_training_is_warned_of(checkpoint: Path) -> No
         {"padding_side": "left"},
         {"pad_to_multiple_of": 48, "truncation": False},
     ):
-        with pytest.warns(UserWarning, match="texts are padded with .*; SigLIP 2 was trained with .*64"):
+        message = "(Siglip2Processor|Siglip2Tokenizer): texts are padded with .*; SigLIP 2 was trained with .*64"
+        with pytest.warns(UserWarning, match=message) as caught:
             result = processor(text=["a cat", "the dog"], **options)
+        assert len(caught) == 1
         assert result["input_ids"] == peer(text=["a cat", "the dog"], **options)["input_ids"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         processor(text="a cat", padding="max_length", max_length=64, padding_side="right", pad_to_multiple_of=32)
         processor(text="a cat")
         processor(images=random_image(0))
+
+
+def test_the_tokenizer_alone_warns_of_other_padding(checkpoint: Path) -> None:
+    tokenizer = siglip_model.AutoTokenizer.from_pretrained(checkpoint)
+    texts = ["a cat", "the dog"]
+    for options in (
+        {"padding": True},
+        {"padding": "longest", "return_tensors": "pt"},
+        {"padding": "max_length", "max_length": 32, "truncation": True},
+        {"return_tensors": "np", "max_length": 4},  # no padding at all
+        {"padding": "max_length", "padding_side": "left"},
+    ):
+        with pytest.warns(UserWarning, match="^Siglip2Tokenizer: texts are padded with .* was trained with .*64"):
+            tokenizer(texts, **options)
+    with pytest.warns(UserWarning, match="^Siglip2Tokenizer: texts are padded"):
+        tokenizer.pad([tokenizer(text) for text in texts])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer(texts)  # lists, which may be counted
+        assert tokenizer(texts, padding="max_length", return_tensors="pt")["input_ids"].shape == (2, 64)
+        tokenizer.pad([tokenizer(text) for text in texts], padding="max_length")
+
+
+def test_errors_name_their_processor(checkpoint: Path) -> None:
+    processor = siglip_model.AutoProcessor.from_pretrained(checkpoint)
+    for error, message, arguments in (
+        (ValueError, "neither images nor text", {}),
+        (ValueError, "text is 3", {"text": 3}),
+        (ValueError, "videos is a list", {"videos": []}),
+        (TypeError, "unknown argument size", {"text": "a", "size": 224}),
+        (TypeError, "unknown argument size in images_kwargs", {"text": "a", "images_kwargs": {"size": 224}}),
+        (ValueError, "padding is given twice", {"text": "a", "padding": True, "text_kwargs": {"padding": True}}),
+    ):
+        with pytest.raises(error, match=f"^Siglip2Processor: {message}"):
+            processor(**arguments)
 
 
 def test_the_checkpoint_decides_the_number_of_patches(checkpoint: Path) -> None:
