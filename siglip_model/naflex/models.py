@@ -93,7 +93,8 @@ class Siglip2VisionModel(SiglipVisionModel):
         spatial_shapes: int64 (B, 2), height and width of each image in patches. On the CPU, also beside a model on a
             GPU, it is read without waiting for the GPU.
         Under eager, tokens of padding are what transformers computes; under the other backends they are zeros: triton,
-        flash_attention_2 and, on a CPU, sdpa do not compute them.
+        flash_attention_2 and, on a CPU, sdpa do not compute them, unless torch.compile or torch.export traces this
+        method. To compile packed batches under triton, compile `encoder` with dynamic=True.
         Raises ValueError for other shapes and dtypes, for an image without patches or with more than P, and for a mask
         that contradicts spatial_shapes; which values are read for it, says `layout`.
         """

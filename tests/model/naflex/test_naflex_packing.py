@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from error_budget import check_error
 from naflex import MIXED, images, peer_model, project_model, texts
 from oracle import worst_difference
@@ -183,6 +184,21 @@ def test_compiled_in_one_graph(backend: str) -> None:
     inputs = images()
     with torch.no_grad():
         assert worst_difference(compiled(**inputs), model(**inputs)) < TOLERANCE
+
+
+def test_compiled_layers_keep_batches_packed() -> None:
+    """In one graph for batches of any number of images and tokens."""
+    plain, model = tower("triton", num_hidden_layers=1), tower("triton", num_hidden_layers=1)
+    frames = torch._dynamo.testing.CompileCounter()
+    model.encoder.compile(fullgraph=True, dynamic=True, backend=frames)
+    tokens: list[int] = []
+    model.embeddings.register_forward_hook(lambda module, inputs, output: tokens.append(output.shape[1]))
+    counts = []
+    for shapes in (MIXED, ((1, 1), (5, 4))):
+        inputs = images(shapes)
+        assert worst_difference(results(model, inputs), results(plain, inputs)) < TOLERANCE
+        counts.append(frames.frame_count)
+    assert tokens == [62, 21] and counts[0] == counts[-1]
 
 
 def test_exported_with_any_number_of_images_and_patches() -> None:
