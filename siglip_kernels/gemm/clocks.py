@@ -21,6 +21,7 @@ NOT_HIDDEN = 0.1  # of what takes less time than the busiest; assumed
 # Clocks of an epilogue, counted from compiled code: per four warps, and per element of the tile by what is fused.
 EPILOGUE_START = 120
 EPILOGUES = {"": 0.028, "residual": 0.046, "forward": 0.098, "backward": 0.172}
+OF_FP8 = {"": 0.036, "residual": 0.054, "forward": 0.154}  # with scales; conversions to fp8 after GELU
 WITHOUT_TMA = 100, 0.005  # more, for addresses and masks
 
 
@@ -65,7 +66,8 @@ def epilogue(shape: Shape, tile: Tile) -> float:
     """The clocks of a multiprocessor for a tile's epilogue."""
     fused = "" if tile.splits > 1 else shape.gelu or ("residual" if shape.residual_bytes else "")
     start, per_element = (0, 0) if tile.descriptors else WITHOUT_TMA
-    return (EPILOGUE_START + start) * tile.warps / 4 + (EPILOGUES[fused] + per_element) * tile.rows * tile.columns
+    counted = OF_FP8 if shape.element_bytes == 1 and tile.splits == 1 else EPILOGUES
+    return (EPILOGUE_START + start) * tile.warps / 4 + (counted[fused] + per_element) * tile.rows * tile.columns
 
 
 def _epilogue_bytes(shape: Shape, tile: Tile) -> int:
@@ -73,14 +75,14 @@ def _epilogue_bytes(shape: Shape, tile: Tile) -> int:
     if tile.splits > 1:
         return 4
     matrices = {"": 1, "forward": 1, "backward": 3}[shape.gelu]
-    return matrices * shape.element_bytes + shape.residual_bytes
+    return matrices * shape.result_bytes + shape.residual_bytes
 
 
 def _multiply_adds(shape: Shape, facts: Facts) -> int:
     """Per clock and multiprocessor, accumulated in fp32: NVIDIA's published rates of dense products.
 
     Half precision: A100 312 TFLOP/s at 1.41 GHz, H100 989 at 1.83, B200 2,250 at 1.85; GeForce RTX 3090 71 at 1.7, 4090
-    165 at 2.52, 5090 209 at 2.41. TF32 has half of it.
+    165 at 2.52, 5090 209 at 2.41. TF32 has half of it, and fp8 the double.
     """
     if shape.element_bytes == 4 and not shape.tf32:
         return 64 if facts.capability == (8, 0) else 128

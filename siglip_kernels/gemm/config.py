@@ -74,13 +74,15 @@ def usual_tiles(shape: Shape, facts: Facts) -> list[Tile]:
         return [_unpipelined(shape, facts, 64, 64)]
     if shape.element_bytes == 4:
         return _fitted(shape, facts, [(128, 128, 32, 8, 1), (64, 64, 32, 4, 1)])
+    depth = 128 // shape.element_bytes
     if facts.matrix_unit == "mma":
+        depth //= 2
         # TMA's buffers leave no room for a second program of the largest, nor do the addresses of an fp32 residual.
         alone = facts.has_tma or shape.residual_bytes == 4
-        largest = (128, 128, 32, 8, 1) if alone else (128, 128, 32, 4, 2)
-        return _fitted(shape, facts, [largest, (64, 128, 32, 4, 2), (64, 64, 32, 4, 3)])
-    sizes = [(128, 256, 64, 8, 1), (256, 128, 64, 8, 1), (128, 128, 64, 8, 1), (64, 128, 64, 4, 2), (64, 64, 64, 4, 3)]
-    return _fitted(shape, facts, sizes)
+        largest = (128, 128, depth, 8, 1) if alone else (128, 128, depth, 4, 2)
+        return _fitted(shape, facts, [largest, (64, 128, depth, 4, 2), (64, 64, depth, 4, 3)])
+    large = [(128, 256, depth, 8, 1), (256, 128, depth, 8, 1), (128, 128, depth, 8, 1)]
+    return _fitted(shape, facts, [*large, (64, 128, depth, 4, 2), (64, 64, depth, 4, 3)])
 
 
 def small_tiles(shape: Shape, facts: Facts) -> list[Tile]:
@@ -94,7 +96,7 @@ def small_tiles(shape: Shape, facts: Facts) -> list[Tile]:
 
 def _is_pipelined(shape: Shape) -> bool:
     """Whether tensor cores compute the products, and operands reach shared memory without passing registers."""
-    return shape.aligned and (shape.element_bytes == 2 or shape.tf32)
+    return shape.aligned and (shape.element_bytes <= 2 or shape.tf32)
 
 
 def _unpipelined(shape: Shape, facts: Facts, rows: int, columns: int) -> Tile:
@@ -102,7 +104,7 @@ def _unpipelined(shape: Shape, facts: Facts, rows: int, columns: int) -> Tile:
     return Tile(
         rows,
         columns,
-        depth=32 if shape.element_bytes == 2 or shape.tf32 or shape.aligned else 16,
+        depth=32 if shape.element_bytes <= 2 or shape.tf32 or shape.aligned else 16,
         warps=min(8, rows * columns // 256),
         stages=2,
         pieces=1 if shape.aligned else 2,
@@ -135,7 +137,7 @@ def _stages(shape: Shape, facts: Facts, rows: int, columns: int, depth: int, pie
     """As many as fit beside the epilogue's tiles, which TMA loads and stores through shared memory."""
     epilogue = 0
     if facts.has_tma:
-        stored = rows * columns // pieces * max(shape.element_bytes, shape.residual_bytes)
+        stored = rows * columns // pieces * max(shape.result_bytes, shape.residual_bytes)
         loaded = stored if shape.residual_bytes or shape.gelu == "backward" else 0
         # A thread has a row of tcgen05's 128, but not of 64: all sums change threads to be cut into pieces.
         exchanged = 4 * rows * columns if facts.matrix_unit == "tcgen05" and rows < 128 and pieces > 1 else 0

@@ -3,6 +3,9 @@
     + bias    + residual    gelu(·), also storing · for the backward
     · ∘ gelu'(h), also storing gelu(h) and the column sums
 
+Of fp8 operands, a has a scale per row and w one per column of the result, by which the epilogue first multiplies; a
+result in fp8 is divided by a scale per row that is known beforehand, and saturates.
+
 A persistent kernel: each program computes tiles of the result in an order that keeps the operands of neighbours in the
 L2 (Triton's tutorial 9). Operands are loaded through tensor descriptors (TMA, sm_90 and later), elsewhere through
 pointers.
@@ -11,7 +14,7 @@ Where a small batch has too few tiles for the GPU, several programs compute a ti
 K). They write partial sums, and a second kernel adds these in their order and applies the epilogue.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -164,6 +167,9 @@ def _finish(
     out,
     out_second,
     out_third,
+    row_scales,
+    column_scales,
+    out_scales,
     column_sums,
     residual_stride,
     pre_activation_stride,
@@ -180,6 +186,10 @@ def _finish(
     """The epilogue of a block."""
     row = row_tile * ROWS
     columns = column + tl.arange(0, WIDTH)
+    o_rows = row + tl.arange(0, ROWS)
+    if row_scales is not None:
+        value *= tl.load(row_scales + o_rows, mask=o_rows < rows, other=0.0)[:, None]
+        value *= tl.load(column_scales + columns, mask=columns < COLUMNS, other=0.0)[None, :]
     if bias is not None:
         tile_bias = _choose(part, bias, bias_second, bias_third, PARTS)
         value += widen(tl.load(tile_bias + columns, mask=columns < COLUMNS, other=0.0))[None, :]
@@ -199,6 +209,8 @@ def _finish(
     if residual is not None:
         added = _load(residual, row, column, rows, residual_stride, ROWS, WIDTH, EDGE, UNIT, DESCRIPTORS)
         value += widen(added)
+    if out_scales is not None:
+        value *= (1.0 / tl.load(out_scales + o_rows, mask=o_rows < rows, other=1.0))[:, None]
     tile_out = _choose(part, out, out_second, out_third, PARTS)
     _store(tile_out, value, row, column, rows, ROWS, WIDTH, EDGE, PARTS * COLUMNS, DESCRIPTORS)
 
@@ -219,6 +231,9 @@ def gemm_kernel(
     out,  # (rows, COLUMNS), rows are PARTS * COLUMNS apart
     out_second,
     out_third,
+    row_scales,  # fp32 (rows,) pointer: of a; None unless the operands are fp8
+    column_scales,  # fp32 (COLUMNS,) pointer: of the weight, with PARTS == 1
+    out_scales,  # fp32 (rows,) pointer: what is stored is divided by them; or None
     column_sums,  # fp32 (row tiles, COLUMNS) pointer: sums of each tile's columns; or None
     partial_sums,  # fp32 (SPLITS, rows, PARTS * COLUMNS) pointer: written instead of the results; None if SPLITS == 1
     a_stride,
@@ -308,6 +323,9 @@ def gemm_kernel(
                     out,
                     out_second,
                     out_third,
+                    row_scales,
+                    column_scales,
+                    out_scales,
                     column_sums,
                     residual_stride,
                     pre_activation_stride,
@@ -338,6 +356,9 @@ def add_partial_sums_kernel(
     out,
     out_second,
     out_third,
+    row_scales,
+    column_scales,
+    out_scales,
     column_sums,
     partial_sums,
     residual_stride,
@@ -377,6 +398,9 @@ def add_partial_sums_kernel(
         out,
         out_second,
         out_third,
+        row_scales,
+        column_scales,
+        out_scales,
         column_sums,
         residual_stride,
         pre_activation_stride,
@@ -399,6 +423,14 @@ def _biases_to_read(biases: list[Tensor | None], columns: int, like: Tensor) -> 
     return [like.new_zeros(columns) if bias is None else bias.contiguous() for bias in biases]
 
 
+class Scales(NamedTuple):
+    """Of fp8 operands and results: what a stored number is multiplied by. All are fp32."""
+
+    rows: Tensor  # (M,), of a
+    columns: Tensor  # (N,), of the weight
+    out: Tensor | None = None  # (M,), of the result; None: it is not fp8
+
+
 def gemm(
     a: Tensor,
     weights: list[Tensor],
@@ -410,6 +442,8 @@ def gemm(
     pre_activation: Tensor | None = None,
     keep_activation: bool = False,
     keep_column_sums: bool = False,
+    scales: Scales | None = None,
+    out_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Launches the kernel. Returns (out, pre_activation, activation, column sums); None for what is not requested.
@@ -418,11 +452,12 @@ def gemm(
     biases: (N,) or None for each. out: (M, number of weights · N), in the dtype to which a and residual promote.
     gelu "forward": gelu(·), and with keep_pre_activation also ·. gelu "backward": · ∘ gelu'(pre_activation),
     with keep_activation also gelu(pre_activation), with keep_column_sums also the sums of out's columns, fp32 (N,).
+    scales: of fp8 a and weight, one weight; out is in out_dtype then, which scales.out makes fp8.
     tile: replaces the configuration's, to measure or test it.
     """
     rows = a.shape[0]
     columns, parts = weights[0].shape[0], len(weights)
-    dtype = a.dtype if residual is None else torch.promote_types(a.dtype, residual.dtype)
+    dtype = out_dtype or (a.dtype if residual is None else torch.promote_types(a.dtype, residual.dtype))
 
     def matrix(dtype: torch.dtype = a.dtype) -> Tensor:
         return torch.empty((rows, columns), dtype=dtype, device=a.device)
@@ -457,7 +492,7 @@ def gemm(
     ]
     biases = _biases_to_read(biases, columns, a)
     outs = [out] if parts == 1 else list(out.view(rows, parts, columns).unbind(1))
-    if hopper_kernels_enabled() or blackwell_kernels_enabled():
+    if scales is None and (hopper_kernels_enabled() or blackwell_kernels_enabled()):
         if hopper_kernels_enabled():
             from siglip_kernels.gemm.hopper import launch
         else:
@@ -485,7 +520,8 @@ def gemm(
         matrix if matrix is None or blocks is None else TensorDescriptor(matrix, *blocks)
         for matrix, blocks in zip((*inputs, activation, *outs), chosen.sources, strict=True)
     ]
-    tensors = {**dict(zip(chosen.names, (*sources, *biases), strict=True)), "column_sums": column_sums}
+    given = (*sources, *biases, *(scales or (None, None, None)))
+    tensors = {**dict(zip(chosen.names, given, strict=True)), "column_sums": column_sums}
     if chosen.addition is None:
         gemm_kernel[(chosen.programs,)](**tensors, **chosen.arguments)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from siglip_kernels.device import Facts
 from siglip_kernels.gemm import config
 from siglip_kernels.gemm.tiles import ADDITION_COLUMNS, ADDITION_ROWS, Shape, Tile
-from siglip_kernels.strides import stride_unit
+from siglip_kernels.strides import UNITS, stride_unit
 
 
 class Layout(NamedTuple):
@@ -29,7 +29,8 @@ class Layout(NamedTuple):
     @property
     def step(self) -> int:
         """From row to row. A single row may have any; one that is aligned is chosen."""
-        return self.row_stride if self.rows > 1 else -(-self.columns // 8) * 8
+        unit = max(8, 16 // self.dtype.itemsize)
+        return self.row_stride if self.rows > 1 else -(-self.columns // unit) * unit
 
     @property
     def is_aligned(self) -> bool:
@@ -82,7 +83,7 @@ class Plan:
     transposed: bool  # all weights are transposed views: the kernel reads (in, out)
     copied: tuple[bool, ...]  # a, weights, residual, pre-activation: whether the kernel reads a copy
     sources: tuple[Blocks | None, ...]  # None: the kernel reads a pointer
-    names: tuple[str, ...]  # of the kernel's parameters for the sources, then for the biases
+    names: tuple[str, ...]  # of the kernel's parameters for the sources, the biases, and the scales of fp8
     row_blocks: int  # that have column sums
     splits: int
     programs: int
@@ -124,7 +125,7 @@ def plan(
     activation = Layout(rows, columns, columns, 1, a.dtype, 0) if keep_activation else None
     matrices = [*read, activation, *[out] * parts]
     given = [matrix for matrix in matrices if matrix is not None]
-    unit = stride_unit([matrix.step for matrix in given])
+    unit = stride_unit([matrix.step for matrix in given], (16, 8, 1) if a.dtype.itemsize == 1 else UNITS)
     aligned = all(matrix.is_aligned for matrix in given)
     if tile is None:
         shape = Shape(
@@ -159,6 +160,9 @@ def plan(
         "activation",
         *_side_by_side("out")[:parts],
         *_side_by_side("bias")[:parts],
+        "row_scales",
+        "column_scales",
+        "out_scales",
     )
     unused = dict.fromkeys(name for kind in ("weight", "bias", "out") for name in _side_by_side(kind)[parts:])
     strides = {

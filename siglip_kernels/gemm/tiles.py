@@ -19,6 +19,11 @@ class Shape:
     tf32: bool  # fp32 products may use it
     aligned: bool  # all rows start at multiples of 16 bytes, as tensor descriptors require
 
+    @property
+    def result_bytes(self) -> int:
+        """Of an element of the result without a residual: fp8 gives half precision, or fp8 after GELU."""
+        return 2 if self.element_bytes == 1 and not self.gelu else self.element_bytes
+
 
 @dataclass(frozen=True)
 class Tile:

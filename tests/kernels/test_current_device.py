@@ -115,6 +115,17 @@ def pre_norm_attention(tokens: int) -> Tensor:
     return siglip_kernels.pre_norm_attention(tensor(2, tokens, 64), tensor(64), tensor(64), 1e-6, *projections, 1)
 
 
+def fp8_mlp() -> Tensor:
+    parameters = (tensor(128, 64), tensor(128), tensor(64, 128), tensor(64))
+    return siglip_kernels.fp8.mlp(tensor(3, 64), *parameters).detach().requires_grad_()
+
+
+def fp8_pre_norm_attention() -> Tensor:
+    projections = [tensor(*shape) for _ in "qkvo" for shape in ((64, 64), (64,))]
+    out = siglip_kernels.fp8.pre_norm_attention(tensor(2, 16, 64), tensor(64), tensor(64), 1e-6, *projections, 1)
+    return out.detach().requires_grad_()
+
+
 def attention_pool() -> Tensor:
     parameters = (tensor(1, 1, 64), tensor(192, 64), tensor(192), tensor(64, 64), tensor(64))
     return siglip_kernels.attention_pool(tensor(2, 300, 64), *parameters, 1)
@@ -122,12 +133,6 @@ def attention_pool() -> Tensor:
 
 def patch_embed() -> Tensor:
     return siglip_kernels.patch_embed(tensor(2, 3, 32, 32), tensor(64, 3, 16, 16), tensor(64), tensor(4, 64))
-
-
-def resize_normalize() -> Tensor:
-    image, scale = torch.zeros(3, 9, 8, dtype=torch.uint8), torch.ones(3)
-    values = siglip_kernels.resize_normalize([image], scale, scale, (4, 4), "bicubic", torch.bfloat16)
-    return values + tensor(1)  # it has no gradient itself
 
 
 def scalars() -> tuple[Tensor, Tensor]:
@@ -172,9 +177,10 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "pre_norm_qkv": pre_norm_qkv,
     "pre_norm_attention": lambda: pre_norm_attention(100),
     "pre_norm_attention of few tokens": lambda: pre_norm_attention(16),
+    "fp8.mlp": fp8_mlp,
+    "fp8.pre_norm_attention": fp8_pre_norm_attention,
     "attention_pool": attention_pool,
     "patch_embed": patch_embed,
-    "resize_normalize": resize_normalize,
     "matryoshka_sigmoid_loss": matryoshka_sigmoid_loss,
     "sigmoid_loss": sigmoid_loss,
     "sigmoid_loss with weights": lambda: sigmoid_loss(positive_weight=2.0),
