@@ -77,7 +77,7 @@ class Row:
 
     def _lacks_matrix_instructions(self) -> bool:
         """Whether a product of half precision or TF32 has none. Those of fp32 that is not TF32 never have any."""
-        reduced = {"bf16", "fp16", "tf32"} & {*self.inputs, *self.products}
+        reduced = {"bf16", "fp16", "fp8", "tf32"} & {*self.inputs, *self.products}
         if not self.products or not reduced:
             return False
         return not self.matrix or (self.products_by_vectors > 0 and "fp32" not in self.products)
@@ -251,7 +251,7 @@ def global_accesses(ptx: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-_NAMES = {"f16": "fp16", "f32": "fp32"}  # as this project calls what Triton's IR calls f16 and f32
+_NAMES = {"f8": "fp8", "f16": "fp16", "f32": "fp32"}  # as this project calls what Triton's IR calls f16 and f32
 
 
 def element_types(signature: Iterable[str]) -> list[str]:
@@ -261,7 +261,7 @@ def element_types(signature: Iterable[str]) -> list[str]:
 
 
 def products(ir: str) -> dict[str, int]:
-    """Number of products of tiles in Triton's or Gluon's IR, by their operands: bf16, fp16, tf32, fp32."""
+    """Number of products of tiles in Triton's or Gluon's IR, by their operands: bf16, fp16, fp8, tf32, fp32."""
     found: Counter[str] = Counter()
     for line in re.findall(r"(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) .*", ir):
         operand = next(iter(re.findall(r": *(?:tensor|!ttg\.memdesc)<(?:\d+x)+([a-z]+\d+)", line)), "unknown")

@@ -25,8 +25,9 @@ from bench.environment import commit, version
 
 COUNTED = tuple(gpu for gpu in GPUS if GPUS[gpu].capability in RATES)
 TUTORIAL = "triton_tutorial_attention"
-WITH_EPILOGUES = ("linear", "patch_embed", "sigmoid_loss", "matryoshka_sigmoid_loss", "siglip_kernel_loss")
-BY_ROWS = re.compile("_?layer_norm_(forward|backward)_kernel")  # kernels without products, which work row by row
+WITH_EPILOGUES = ("linear", "fp8", "patch_embed", "sigmoid_loss", "matryoshka_sigmoid_loss", "siglip_kernel_loss")
+# Kernels without products, which work row by row.
+BY_ROWS = re.compile("_?layer_norm_(forward|backward)_kernel|quantise_rows_kernel")
 SAYS = "Counted from compiled code, not measured."
 HEADER = (
     "arch",

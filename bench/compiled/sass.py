@@ -10,7 +10,8 @@ prediction.
 
 A quarter (CUDA C++ programming guide, arithmetic throughput) takes a warp's instruction of integers, comparisons or
 conversions in 2 clocks, a shuffle or memory access in 4, an exponential in 8, and one of fp32 in the clocks of
-`RATES`, which also has the multiply-adds of fp16 and bf16 per clock. Shared memory moves 128 bytes per clock for all
+`RATES`, which also has the multiply-adds of fp16 and bf16 per clock; those of TF32 count twice, those of fp8 (QGMMA,
+QMMA, UTCQMMA) half. Shared memory moves 128 bytes per clock for all
 four quarters: what loads (LDS, LDSM), stores (STS, STSM), copies from global memory (cp.async) and wgmma, which reads
 operands there, move, and what TMA writes for a loop if a warp of its own loads. One thread issues a tcgen05 for all
 warps of a program; its shape is in the instruction's descriptor, which the code loads as a constant.
@@ -53,7 +54,8 @@ PIPES = ("tensor", "shared", "mufu", "fma", "alu", "lsu", "issue")
 
 _CLOCKS = {"alu": 2, "lsu": 4, "mufu": 8}
 _FMA = ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2")
-_MATRIX = ("HGMMA", "HMMA", "UTCHMMA")
+_MATRIX = ("HGMMA", "QGMMA", "HMMA", "QMMA", "UTCHMMA", "UTCQMMA")
+_TCGEN05 = ("UTCHMMA", "UTCQMMA")
 _LSU = ("LD", "ST", "SHFL", "ATOM", "RED", "SYNCS", "UTMA")
 _CONTROL = ("BAR", "BRA", "WARPGROUP", "WARPSYNC", "NOP", "DEPBAR", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "YIELD")
 
@@ -114,28 +116,34 @@ def pipe_of(instruction: str) -> str:
 
 def multiply_adds(instruction: str, warps: int = 4) -> float:
     """Multiply-adds of one warp: of HMMA.16816, of the 16 of 64 rows that it has of HGMMA.64xNxK, or of its share of
-    UTCHMMA.MxNxK, which serves all warps of a program. TF32 twice."""
-    if shape := re.search(r"UTCHMMA\.(\d+)x(\d+)x(\d+)", instruction):
+    UTCHMMA.MxNxK, which serves all warps of a program. TF32 twice, and fp8, whose names have a Q, half."""
+    if shape := re.search(r"UTC[HQ]MMA\.(\d+)x(\d+)x(\d+)", instruction):
         count: float = int(shape[1]) * int(shape[2]) * int(shape[3]) / warps
-    elif shape := re.search(r"HGMMA\.64x(\d+)x(\d+)", instruction):
+    elif shape := re.search(r"[HQ]GMMA\.64x(\d+)x(\d+)", instruction):
         count = 16 * int(shape[1]) * int(shape[2])
     else:
-        count = 16 * 8 * int(re.search(r"HMMA\.168(\d+)", instruction)[1])  # type: ignore[index]
-    return 2 * count if "TF32" in instruction else count
+        count = 16 * 8 * int(re.search(r"[HQ]MMA\.168(\d+)", instruction)[1])  # type: ignore[index]
+    return count * _element_bytes(instruction) / 2
+
+
+def _element_bytes(instruction: str) -> int:
+    """Of the operands of a matrix instruction."""
+    if re.search(r"\bQG?MMA|UTCQMMA", instruction):
+        return 1
+    return 4 if "TF32" in instruction else 2
 
 
 def shared_clocks(line: str, warps: int = 4) -> float:
     """Clocks of shared memory for an instruction that every warp of the four quarters issues."""
     name, destination_and_sources = line.split(maxsplit=1) if " " in line else (line, "")
-    if name.startswith("UTCHMMA"):  # of all warps together: the right operand, and the left one or tensor memory
+    if name.startswith(_TCGEN05):  # of all warps together: the right operand, and the left one or tensor memory
         rows, columns, depth = (int(n) for n in re.search(r"(\d+)x(\d+)x(\d+)", name).groups())  # type: ignore[union-attr]
         left = rows if destination_and_sources.startswith("gdesc") else 0
-        return (4 if "TF32" in name else 2) * depth * (columns + left) / 128 * 4 / warps
-    if name.startswith("HGMMA"):  # of four warps together: always the right operand, often both
+        return _element_bytes(name) * depth * (columns + left) / 128 * 4 / warps
+    if name.startswith(("HGMMA", "QGMMA")):  # of four warps together: always the right operand, often both
         rows, columns, depth = (int(n) for n in re.search(r"(\d+)x(\d+)x(\d+)", name).groups())  # type: ignore[union-attr]
-        element_bytes = 4 if "TF32" in name else 2
         left_as_well = destination_and_sources.split(",")[1].strip().startswith("gdesc")
-        return element_bytes * depth * (columns + (rows if left_as_well else 0)) / 128
+        return _element_bytes(name) * depth * (columns + (rows if left_as_well else 0)) / 128
     if matrices := re.match(r"(?:LD|ST)SM\.16\.MT?88(?:\.([24]))?", name):
         return 4 * int(matrices[1] or 1)
     if name.startswith(("LDS", "STS", "LDGSTS", "ATOMS")):  # bytes per thread · 32 threads · 4 warps / 128
@@ -146,7 +154,7 @@ def shared_clocks(line: str, warps: int = 4) -> float:
 def parse(code: str) -> tuple[list[str], dict[str, int]]:
     """The instructions of nvdisasm's output, and the number of the instruction that each label precedes.
 
-    UTCHMMA gets its shape into its name, from the last constant that its descriptor's register was set to.
+    UTCHMMA and UTCQMMA get their shape into its name, from the last constant that its descriptor's register was set to.
     """
     lines: list[str] = []
     labels: dict[str, int] = {}
@@ -158,19 +166,22 @@ def parse(code: str) -> tuple[list[str], dict[str, int]]:
             found = instruction[1].strip()
             if constant := re.search(r"UMOV (UR\d+), (0x[0-9a-f]+)", found):
                 constants[constant[1]] = int(constant[2], 16)
-            if descriptor := re.search(r"UTCHMMA.*idesc\[(UR\d+)\]", found):
-                found = found.replace("UTCHMMA", f"UTCHMMA.{tcgen05_shape(constants[descriptor[1]])}", 1)
+            if descriptor := re.search(r"(UTC([HQ])MMA).*idesc\[(UR\d+)\]", found):
+                shape = tcgen05_shape(constants[descriptor[3]], is_fp8=descriptor[2] == "Q")
+                found = found.replace(descriptor[1], f"{descriptor[1]}.{shape}", 1)
             lines.append(found)
     return lines, labels
 
 
-def tcgen05_shape(descriptor: int) -> str:
-    """The shape of a tcgen05.mma of fp16, bf16 or TF32 from its instruction descriptor: "128x256x16".
+def tcgen05_shape(descriptor: int, is_fp8: bool = False) -> str:
+    """The shape of a tcgen05.mma of fp16, bf16, TF32 or fp8 from its instruction descriptor: "128x256x16".
 
     PTX ISA, tcgen05 instruction descriptor: N / 8 from bit 17 on, M / 16 from bit 24 on, and the format of the left
     operand in bits 7 to 9, of which 2 is TF32. A product is 32 bytes deep.
     """
     rows, columns = 16 * (descriptor >> 24 & 31), 8 * (descriptor >> 17 & 63)
+    if is_fp8:
+        return f"{rows}x{columns}x32"
     return f"{rows}x{columns}x8.TF32" if descriptor >> 7 & 7 == 2 else f"{rows}x{columns}x16"
 
 
@@ -191,7 +202,7 @@ def loops(lines: list[str], labels: dict[str, int]) -> list[tuple[int, int]]:
     return found
 
 
-_MATRIX_INSTRUCTION = r"\b(HG?MMA|UTCHMMA)\."
+_MATRIX_INSTRUCTION = r"\b([HQ]G?MMA|UTC[HQ]MMA)\."
 
 
 def innermost_loops(
@@ -205,7 +216,7 @@ def innermost_loops(
 def specialised_loops(code: str) -> list[list[str]]:
     """The instructions of each innermost loop that issues tcgen05 or loads from tensor memory: one per partition."""
     lines, labels = parse(code)
-    found = innermost_loops(lines, labels, r"\b(UTCHMMA|LDTM)\.")
+    found = innermost_loops(lines, labels, r"\b(UTC[HQ]MMA|LDTM)\.")
     return [[without_predicate(line) for line in lines[a : b + 1]] for a, b in found]
 
 
@@ -260,7 +271,7 @@ def measure(
         elif pipe:
             clocks[pipe] += rates.fma if pipe == "fma" else _CLOCKS[pipe]
         names[".".join(name.split(".")[: 2 if pipe == "tensor" else 1])] += 1
-        if name.startswith("HGMMA"):
+        if name.startswith(("HGMMA", "QGMMA")):
             in_flight = True
         elif name.startswith("WARPGROUP.DEPBAR"):
             waits += 1

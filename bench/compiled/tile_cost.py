@@ -67,7 +67,7 @@ class _Code:
             if not following and self.name(number).startswith("EXIT"):
                 rests = [_Path(-len(self.lines), 0, number, None)]  # only if no path leads to the end
             # The branch of the one thread that issues tcgen05 belongs to the main loop, not to an epilogue.
-            work = self.name(number).startswith(_WORK) - self.name(number).startswith("UTCHMMA")
+            work = self.name(number).startswith(_WORK) - self.name(number).startswith(("UTCHMMA", "UTCQMMA"))
             paths = [_Path(r.work + work, r.length + 1, number, r) for r in rests if r is not None]
             if paths:
                 found[number] = min(paths, key=lambda p: (-p.work if most_work else p.work, p.length))

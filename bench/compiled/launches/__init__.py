@@ -3,7 +3,8 @@
 A module has a function `launches()`, which yields `Launch(name, call)`, and PUBLISHED, a regular expression that the
 names of a few of them contain: every kernel and epilogue of a published model, once. If the operation has kernels for
 one of FAMILIES, which run with SIGLIP_KERNELS_<FAMILY>=1, `<family>_launches()` and <FAMILY>_PUBLISHED are theirs, and
-"<operation>_<family>" is the name of an operation of its own.
+"<operation>_<family>" is the name of an operation of its own. LEAST_CAPABILITY is that of the GPUs that run an
+operation, unless it runs on all.
 """
 
 import importlib
@@ -39,8 +40,10 @@ def portable(operation: str) -> str:
 
 def has_kernels_for(operation: str, gpu: str) -> bool:
     """Whether the operation has kernels for a GPU of GPUS."""
-    family = family_of(operation)
-    return not family or GPUS[gpu].capability[0] == FAMILIES[family]
+    family, capability = family_of(operation), GPUS[gpu].capability
+    if capability < getattr(_module(operation), "LEAST_CAPABILITY", capability):
+        return False
+    return not family or capability[0] == FAMILIES[family]
 
 
 def launches_of(operation: str, only: str = "") -> Iterator[Launch]:
