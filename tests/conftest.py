@@ -61,11 +61,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
-        if _shares_a_fixture(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
-def _shares_a_fixture(item: pytest.Item) -> bool:
-    """Whether a test uses a fixture of its module, such as compiled kernels, that each worker would build again."""
-    fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009  not public in pytest
-    return any(definitions[-1].scope == "module" for definitions in fixtures)
+def _group(item: pytest.Item) -> str:
+    """The tests that share a fixture of their module, such as compiled kernels, that each worker would build again; ""
+    if no other does. With parameters each value is a fixture of its own, and the groups may be on several workers.
+    """
+    fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.items()  # noqa: B009  not public in pytest
+    shared = [name for name, definitions in fixtures if definitions[-1].scope == "module"]
+    indices = item.callspec.indices if hasattr(item, "callspec") else {}
+    return "-".join([item.path.stem, *(str(indices[name]) for name in shared if name in indices)]) if shared else ""
