@@ -19,9 +19,9 @@ KERNELS = {
 }
 MATRIX_INSTRUCTION = {"a100": "mma", "rtx4090": "mma", "h200": "wgmma", "b200": "tcgen05", "rtx5090": "mma"}
 PUBLISHED = r"^bf16 S=((729|64) D=72|1024 D=72 packed) \w+$"  # long and short, without lengths, and packed sequences
-# Without twins, which `python -m bench compile` has as well: packed, head dims 80 and 88 take the tiles and registers of
-# 72 and 96, and fp32 those of the same lengths that are not packed.
-EVERY = "^(?!.* D=(80|88) packed|fp32 .* D=(64|96|128) packed).*S="
+# Without twins, which `python -m bench compile` has as well: head dims 80 and 88 take the tiles and registers of 72 and
+# 96 when packed, and long packed sequences in fp32 those of sequences that are not packed.
+EVERY = "^(?!.* D=(80|88) packed|fp32 S=1024 D=(64|96|128) packed).*S="
 # An RTX 4090 has the code of an A100, but for the tiles of these launches.
 ON_ADA = r"^bf16 S=((729|1024) D=(64|72|80) |64 D=72 \w+$)"
 
