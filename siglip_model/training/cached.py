@@ -3,7 +3,7 @@
 Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (arXiv 2101.06983): the
 gradients of a tower depend on the other samples only through the gradients of its embeddings. So the embeddings are
 computed without a graph, the loss gives their gradients, and the towers run again, one micro-batch at a time, each
-differentiated at once. It takes one more forward pass of the towers.
+differentiated at once. It takes one more forward pass of the towers, but for one whose weights are frozen.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from siglip_kernels.errors import unsupported
 from siglip_model.outputs import pooled, unit_length
+from siglip_model.training.objective import trains
 
 if TYPE_CHECKING:
     from siglip_model.model import SiglipModel
@@ -46,10 +47,10 @@ def cached_step(
     sees at a time. loss: a function of image_embeds (I, D), text_embeds (T, D), t and b that returns a scalar; by
     default that of `return_loss`, for which I = T; with groups, functools.partial(siglip_kernels.sigmoid_loss, ...).
     scaler: scales the loss before it is differentiated.
-    Dropout draws the same in both passes. Autocast applies as it does to the model. Under DDP the gradients are
-    averaged over the ranks here, as its own backward pass would; call `model.module.use_global_loss()` before for the
-    loss of the global batch. Raises UnsupportedInputError for a model under FSDP, for a micro_batch below 1, and for
-    inputs of one tower that differ in number.
+    A tower of which nothing is trained runs once. Dropout draws the same in both passes. Autocast applies as it does to
+    the model. Under DDP the gradients are averaged over the ranks here, as its own backward pass would; call
+    `model.module.use_global_loss()` before for the loss of the global batch. Raises UnsupportedInputError for a model
+    under FSDP, for a micro_batch below 1, and for inputs of one tower that differ in number.
     """
     if isinstance(micro_batch, bool) or not isinstance(micro_batch, int) or micro_batch < 1:
         raise unsupported("cached_step", "micro_batch", f"is {micro_batch!r}", "integers from 1 on")
@@ -59,13 +60,16 @@ def cached_step(
         raise unsupported("cached_step", "model", f"is {type(model).__name__}", "a SiglipModel, alone or under DDP")
 
     images = _pieces(
+        siglip.vision_model,
         siglip.get_image_features,
         micro_batch,
         pixel_values=pixel_values,
         pixel_attention_mask=pixel_attention_mask,
         spatial_shapes=spatial_shapes,
     )
-    texts = _pieces(siglip.get_text_features, micro_batch, input_ids=input_ids, attention_mask=attention_mask)
+    texts = _pieces(
+        siglip.text_model, siglip.get_text_features, micro_batch, input_ids=input_ids, attention_mask=attention_mask
+    )
     if loss is None:
         if len(pixel_values) != len(input_ids):
             got = f"asks for the loss of {len(pixel_values)} images and {len(input_ids)} texts"
@@ -102,26 +106,31 @@ def cached_backward(
 
 
 class Piece:
-    """A function of a micro-batch that runs twice with the same random numbers, at first without a graph."""
+    """A function of a micro-batch that runs twice with the same random numbers, at first without a graph.
 
-    def __init__(self, compute: Callable[..., Sequence[Tensor]], *inputs: Any) -> None:
-        self.compute, self.inputs = compute, inputs
+    trained: whether there is anything to differentiate; if not, it runs once.
+    """
+
+    def __init__(self, compute: Callable[..., Sequence[Tensor]], *inputs: Any, trained: bool = True) -> None:
+        self.compute, self.inputs, self.trained = compute, inputs, trained
 
     def first(self) -> Sequence[Tensor]:
         """The results, whose gradients `again` takes."""
         self.cpu_state = torch.get_rng_state()
         self.devices, self.states = get_device_states(*self.inputs)
         with torch.no_grad():
-            self.results = [result.detach().requires_grad_() for result in self.compute(*self.inputs)]
+            self.results = [result.detach().requires_grad_(self.trained) for result in self.compute(*self.inputs)]
         return self.results
 
     def again(self) -> None:
         """Adds the gradients of the parameters."""
+        if all(before.grad is None for before in self.results):  # nothing is trained, or the loss does not use them
+            return
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu_state)
             set_device_states(self.devices, self.states)
             results = self.compute(*self.inputs)
-        # There is no gradient of a frozen tower's results, nor of those that the loss does not use.
+        # Some of several results may be a frozen tower's, or not used by the loss.
         known = [
             (result, before.grad)
             for result, before in zip(results, self.results, strict=True)
@@ -132,7 +141,7 @@ class Piece:
                 torch.autograd.backward([result for result, _ in known], [gradient for _, gradient in known])
 
 
-def _pieces(tower: Callable[..., Any], micro_batch: int, **inputs: Tensor | None) -> list[Piece]:
+def _pieces(tower: nn.Module, features: Callable[..., Any], micro_batch: int, **inputs: Tensor | None) -> list[Piece]:
     """The embeddings of micro-batches of a tower's inputs, the first of which counts them."""
     given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
     (first, one), *others = given.items()
@@ -141,11 +150,11 @@ def _pieces(tower: Callable[..., Any], micro_batch: int, **inputs: Tensor | None
             raise unsupported("cached_step", name, f"has {len(tensor)} rows beside {len(one)} of {first}", "as many")
 
     def embed(*tensors: Tensor) -> tuple[Tensor]:
-        return (unit_length(pooled(tower(**dict(zip(given, tensors, strict=True)), return_dict=True))),)
+        return (unit_length(pooled(features(**dict(zip(given, tensors, strict=True)), return_dict=True))),)
 
-    return [
-        Piece(embed, *tensors) for tensors in zip(*(each.split(micro_batch) for each in given.values()), strict=True)
-    ]
+    trained = trains(tower) or any(tensor.requires_grad for tensor in given.values())
+    parts = zip(*(tensor.split(micro_batch) for tensor in given.values()), strict=True)
+    return [Piece(embed, *part, trained=trained) for part in parts]
 
 
 def _average_gradients(parallel: nn.parallel.DistributedDataParallel) -> None:

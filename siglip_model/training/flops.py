@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from siglip_model.model import SiglipModel
+from siglip_model.training.objective import trains
 
 
 def flops_per_pair(model: SiglipModel) -> int:
@@ -25,5 +26,5 @@ def flops_per_pair(model: SiglipModel) -> int:
     ):
         with FlopCounterMode(display=False) as counter:
             tower(**inputs)
-        total += counter.get_total_flops() * (3 if any(p.requires_grad for p in trained.parameters()) else 1)
+        total += counter.get_total_flops() * (3 if trains(trained) else 1)
     return total

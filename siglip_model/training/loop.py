@@ -231,7 +231,9 @@ class _Run:
 
     def _embed(self, inputs: dict[str, Tensor], last: bool) -> Embedded:
         with without_exchange(self.parallel, last):
-            return self.parallel(**inputs)
+            found = self.parallel(**inputs)
+        inputs |= {name: getattr(found, name) for name in self.embedder.frozen}
+        return found
 
     def complaint(self, done: int, outcome: _Outcome) -> str:
         names = [name for names in self.processes.gather(outcome.names) for name in names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -32,18 +32,44 @@ class Embedder(nn.Module):
         self.model = model
         self.autocast = autocast
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor, **shapes: Any) -> Embedded:
-        """Arguments: tensors of a `Batch`. shapes: those that say, at native resolution, how large images are."""
-        views = pixel_values if pixel_values.ndim == 5 else pixel_values[None]
-        with torch.autocast(input_ids.device.type, self.autocast) if self.autocast else nullcontext():
-            texts = pooled(self.model.get_text_features(input_ids))
-            images = pooled(self.model.get_image_features(views.flatten(0, 1), **shapes))
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        *,
+        images: Tensor | None = None,
+        texts: Tensor | None = None,
+        **shapes: Any,
+    ) -> Embedded:
+        """Arguments: tensors of a `Batch`. shapes: those that say, at native resolution, how large images are.
+
+        images, texts: embeddings that are known, as `Embedded` has them; their tower does not run.
+        """
         # A zero embedding, such as a new head may give, stays zero instead of ending the run with NaN.
-        texts = unit_length(texts.float(), eps=1e-12)
-        images = unit_length(images.float().unflatten(0, (len(views), -1)), eps=1e-12)
+        if texts is None:
+            texts = unit_length(self._run(self.model.get_text_features, input_ids), eps=1e-12)
+        if images is None:
+            views = pixel_values if pixel_values.ndim == 5 else pixel_values[None]
+            flat = self._run(self.model.get_image_features, views.flatten(0, 1), **shapes)
+            images = unit_length(flat.unflatten(0, (len(views), -1)), eps=1e-12)
         # No views: FSDP frees its copy of the parameters, and hooks the results.
         return Embedded(images, texts, self.model.logit_scale.squeeze().exp(), self.model.logit_bias.squeeze().clone())
 
+
+    def _run(self, tower: Callable[..., Any], inputs: Tensor, **shapes: Any) -> Tensor:
+        with torch.autocast(inputs.device.type, self.autocast) if self.autocast else nullcontext():
+            return pooled(tower(inputs, **shapes)).float()
+
+    @property
+    def frozen(self) -> list[str]:
+        """Which of `Embedded` come from a tower without trained weights."""
+        towers = {"images": self.model.vision_model, "texts": self.model.text_model}
+        return [name for name, tower in towers.items() if not trains(tower)]
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether any of its weights is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 def joined(parts: Sequence[Embedded]) -> Embedded:
     """The embeddings of a batch from those of its micro-batches."""

@@ -102,14 +102,27 @@ def test_dropout_draws_the_same_twice() -> None:
     check_equal(cached, whole)
 
 
-def test_adds_to_gradients_and_leaves_frozen_towers_alone() -> None:
+def test_adds_to_gradients_and_runs_frozen_towers_once() -> None:
     whole, cached = fresh(), fresh()
     for model in (whole, cached):
         model.text_model.requires_grad_(False)
+    seen: list[str] = []
+    for name in ("vision_model", "text_model"):
+        getattr(cached, name).register_forward_hook(lambda *_, name=name: seen.append(name))
     for _ in range(2):
         whole(**batch(), return_loss=True).loss.backward()
         cached_step(cached, **batch(), micro_batch=3)
     check_equal(cached, whole)
+    assert {name: seen.count(name) for name in seen} == {"vision_model": 2 * 2 * 3, "text_model": 2 * 3}
+
+
+def test_a_frozen_tower_passes_gradients_to_its_pixels() -> None:
+    model, pixels = fresh(), batch()["pixel_values"].requires_grad_()
+    model.vision_model.requires_grad_(False)
+    expected = model(batch()["input_ids"], pixels, return_loss=True).loss
+    (gradient,) = torch.autograd.grad(expected, pixels)
+    cached_step(model, batch()["input_ids"], pixels, micro_batch=3)
+    torch.testing.assert_close(pixels.grad, gradient, rtol=1e-10, atol=1e-15)
 
 
 def test_a_scaler_and_autocast() -> None:

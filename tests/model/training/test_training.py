@@ -127,12 +127,15 @@ def test_a_run_that_is_killed_resumes_from_its_last_complete_checkpoint(where, l
 )
 def test_micro_batches_train_as_the_whole_batch_does(more, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
-    seen, losses, ends, frozen = [], [], [], more.get("freeze")
+    losses, ends, frozen = [], [], more.get("freeze")
+    seen: dict[str, list[int]] = {"text": [], "vision": []}
     for micro_batch in (None, 4):
         config = TrainingConfig(steps=5, warmup_steps=2, log_every=1, micro_batch=micro_batch, **more)
         model = tiny_model()
         if not config.compile:  # which would recompile for the hook
-            model.text_model.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+            for name, found in seen.items():
+                tower = getattr(model, f"{name}_model")
+                tower.register_forward_hook(lambda _, inputs, __, found=found: found.append(len(inputs[0])))
         ends.append(weights(train(model, config, tmp_path / str(micro_batch)).model))
         losses.append([entry["loss"] for entry in log_of(tmp_path / str(micro_batch))])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -140,7 +143,10 @@ def test_micro_batches_train_as_the_whole_batch_does(more, tmp_path, monkeypatch
     if frozen:  # a tower that is not trained stays as it was
         name = f"{frozen}_model"
         assert torch.equal(weights(getattr(model, name)), weights(getattr(tiny_model(), name)))
-    assert seen == ([] if more.get("compile") else [6] * 5 + [4, 2, 4, 2] * 5)
+    if not config.compile:
+        for name, views in (("text", 1), ("vision", 2)):
+            passes = 1 if name == frozen else 2  # one that is not trained runs once
+            assert seen[name] == [views * size for size in [6] * 5 + [4, 2] * passes * 5], name
 
 
 def test_a_run_that_should_stop_saves_first(tmp_path):
