@@ -27,7 +27,7 @@ from siglip_model.training.cached import Piece, cached_backward
 from siglip_model.training.checkpoints import CHECKPOINTS, Checkpoints, TrainingState
 from siglip_model.training.flops import flops_per_pair
 from siglip_model.training.log import RunLog
-from siglip_model.training.objective import Embedded, Embedder, clamp_scale, freeze, joined, mean_loss
+from siglip_model.training.objective import Embedded, Embedder, clamp_logits, freeze, joined, mean_loss
 from siglip_model.training.optimizer import learning_rate_factor, make_optimizers, set_learning_rate
 from siglip_model.training.parallel import copy_to_ranks, make_loss, shard, whole_model, without_exchange
 from siglip_model.training.processes import Processes
@@ -202,7 +202,7 @@ class _Run:
             self.bad_in_a_row = 0
             for optimizer in self.optimizers:
                 optimizer.step()
-            clamp_scale(self.embedder.model, config.max_scale)
+            clamp_logits(self.embedder.model, config)
             if self.average is not None:
                 self.average.update_parameters(self.embedder)
         for optimizer in self.optimizers:

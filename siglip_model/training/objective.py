@@ -97,7 +97,13 @@ def freeze(model: SiglipModel, tower: str) -> None:
 
 
 @torch.no_grad()
-def clamp_scale(model: SiglipModel, most: float | None) -> None:
-    """Keeps the temperature t = exp(t') at `most`."""
-    if most is not None:
-        model.logit_scale.clamp_(max=math.log(most))
+def clamp_logits(model: SiglipModel, config: TrainingConfig) -> None:
+    """Keeps the temperature t = exp(t') and the bias b in the ranges of the configuration."""
+    low, high = (None if limit is None else math.log(limit) for limit in (config.min_scale, config.max_scale))
+    _clamp(model.logit_scale, low, high)
+    _clamp(model.logit_bias, config.min_bias, config.max_bias)
+
+
+def _clamp(parameter: Tensor, least: float | None, most: float | None) -> None:
+    if least is not None or most is not None:
+        parameter.clamp_(least, most)

@@ -59,7 +59,10 @@ class TrainingConfig:
     gradient_clip: float = _setting("Largest norm of the gradient.", 1.0, above=0)
     layer_decay: float = _setting("Factor of the learning rate per layer towards the inputs.", 1.0, above=0, most=1)
     freeze: str = _setting("A tower that is not trained; vision is LiT.", "none", choices=("none", "vision", "text"))
-    max_scale: float | None = _setting("Clamp the temperature t to this after each step.", None, above=0)
+    min_scale: float | None = _setting("Clamp the temperature t to at least this after each step.", None, above=0)
+    max_scale: float | None = _setting("Clamp it to at most this, as CLIP does to 100.", None, above=0)
+    min_bias: float | None = _setting("Clamp the bias b to at least this after each step.", None)
+    max_bias: float | None = _setting("Clamp it to at most this.", None)
     average_decay: float = _setting("Decay of the weights' moving average; 0: none.", 0.998, least=0, below=1)
     bfloat16: bool = _setting("Compute in bfloat16; weights and the loss stay in float32.", False)
     global_loss: bool = _setting("Compare images with the texts of all processes.", True)
@@ -92,6 +95,10 @@ class TrainingConfig:
 
     def identity(self) -> dict[str, Any]:
         """The values that must be equal for a run to resume."""
+        for least, most in (("min_scale", "max_scale"), ("min_bias", "max_bias")):
+            low, high = getattr(self, least), getattr(self, most)
+            if None not in (low, high) and low > high:
+                raise refusal(least, low, f"at most {most}={high:g}")
         fields = dataclasses.fields(self)
         return {field.name: getattr(self, field.name) for field in fields if not field.metadata["may_change"]}
 

@@ -23,7 +23,7 @@ from siglip_model.training.batch import Batch, generated
 from siglip_model.training.log import RunLog
 from siglip_model.training.loop import Trained
 from siglip_model.training.loop import train as train_on
-from siglip_model.training.objective import Embedder, clamp_scale, freeze, mean_loss
+from siglip_model.training.objective import Embedder, freeze, mean_loss
 from siglip_model.training.optimizer import layer_factor, learning_rate_factor, make_optimizers
 from siglip_model.training.settings import TrainingConfig
 from siglip_model.training.skipped import Skipped
@@ -282,12 +282,20 @@ def test_the_learning_rate_decays_by_layer_towards_the_inputs():
     assert groups["vision_model.encoder.layers.0.mlp.fc1.weight"][2] == 0.25
 
 
-def test_the_scale_is_clamped(tmp_path):
+@pytest.mark.parametrize(
+    ("limits", "scale", "bias"),
+    [
+        ({}, 10, -10),
+        ({"max_scale": 5, "min_bias": -8}, 5, -8),
+        ({"min_scale": 20, "max_bias": -12}, 20, -12),
+        ({"min_scale": 1, "max_scale": 1, "min_bias": 0, "max_bias": 0}, 1, 0),
+    ],
+)
+def test_temperature_and_bias_are_clamped(limits, scale, bias, tmp_path):
     model = tiny_model()
-    clamp_scale(model, None)
-    assert model.logit_scale.exp().item() == pytest.approx(10)
-    train(model, TrainingConfig(steps=1, warmup_steps=0, max_scale=5.0, average_decay=0.0), tmp_path)
-    assert model.logit_scale.exp().item() == pytest.approx(5)
+    config = TrainingConfig(steps=1, warmup_steps=0, learning_rate=1e-9, average_decay=0.0, **limits)
+    train(model, config, tmp_path)
+    assert (model.logit_scale.exp().item(), model.logit_bias.item()) == pytest.approx((scale, bias))
 
 
 def test_the_average_leaves_the_model_alone():
