@@ -30,6 +30,7 @@ from siglip_model.training.log import RunLog
 from siglip_model.training.objective import Embedded, Embedder, clamp_logits, freeze, joined, mean_loss
 from siglip_model.training.optimizer import learning_rate_factor, make_optimizers, set_learning_rate
 from siglip_model.training.parallel import copy_to_ranks, make_loss, shard, whole_model, without_exchange
+from siglip_model.training.peak import peak_tflops
 from siglip_model.training.processes import Processes
 from siglip_model.training.settings import TrainingConfig
 from siglip_model.training.skipped import Skipped
@@ -251,7 +252,7 @@ class _Meter:
         self.run = run
         self.restart()
         self.skipped: list[Skipped] = []
-        self.peak = run.config.peak_tflops
+        self.peak = run.config.peak_tflops or peak_tflops(run.processes.device)
         self.flops = flops_per_pair(run.embedder.model) if self.peak is not None else 0
 
     def restart(self) -> None:

@@ -78,7 +78,9 @@ class TrainingConfig:
     keep_checkpoints: int = _setting("Checkpoints to keep.", 2, least=1, may_change=True)
     evaluate_every: int = _setting("Steps between evaluations; 0: at the end only.", 0, least=0, may_change=True)
     tensorboard: bool = _setting("Also write TensorBoard's event files.", False, may_change=True)
-    peak_tflops: float | None = _setting("Peak TFLOP/s of one device, for MFU.", None, above=0, may_change=True)
+    peak_tflops: float | None = _setting(
+        "Peak TFLOP/s of a device, for MFU. none: of bfloat16 on usual GPUs.", None, above=0, may_change=True
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -25,6 +25,7 @@ from siglip_model.training.loop import Trained
 from siglip_model.training.loop import train as train_on
 from siglip_model.training.objective import Embedder, freeze, mean_loss
 from siglip_model.training.optimizer import layer_factor, learning_rate_factor, make_optimizers
+from siglip_model.training.peak import peak_of
 from siglip_model.training.settings import TrainingConfig
 from siglip_model.training.skipped import Skipped
 
@@ -463,3 +464,30 @@ def test_mfu_is_the_share_of_the_stated_peak(tmp_path):
         assert log.progress.tasks[0].description == f"loss {entry['loss']:.3f}  7 images/s  43.2% MFU"
     multiply_adds = 2 * 32 * (4 * 48)  # four patches of 4 x 4 x 3 values; the rest is more
     assert entry["mfu"] * 1e9 / entry["images_per_second"] > 3 * multiply_adds
+def test_peaks_are_known_by_the_name_of_a_gpu():
+    for name, peak in {
+        "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA A100 80GB PCIe": 312,
+        "NVIDIA A10": 125,
+        "NVIDIA A10G": 70,
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA H200 NVL": 835,
+        "NVIDIA GB200": 2500,
+        "NVIDIA L4": 121,
+        "NVIDIA L40S": 362,
+        "NVIDIA GeForce RTX 4090": 165,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "NVIDIA GeForce RTX 3090 Ti": None,
+        "NVIDIA H200 MIG 1g.18gb": None,
+        "NVIDIA A100-10C": None,
+        "Tesla T4": None,
+    }.items():
+        assert peak_of(name) == peak, name
+
+
+def test_mfu_is_left_out_on_a_device_of_unknown_peak(tmp_path):
+    train(tiny_model(), TrainingConfig(steps=1, warmup_steps=0), tmp_path)
+    assert "mfu" not in log_of(tmp_path)[0]
+
+
