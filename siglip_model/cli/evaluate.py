@@ -24,8 +24,13 @@ from siglip_model.text.prompts import TEMPLATE
 def evaluate(
     data: Annotated[str, typer.Option(metavar="FOLDER|SHARDS", help="What to evaluate on.", show_default=False)],
     template: Annotated[
-        list[str], typer.Option(metavar="TEXT", help="Sentence in which {} stands for the class; repeat for several.")
-    ] = [TEMPLATE],  # noqa: B006
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help=f"Sentence in which {{}} stands for the class; repeat for several. [default: {TEMPLATE}]",
+            show_default=False,
+        ),
+    ] = None,
     model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
@@ -42,10 +47,13 @@ def evaluate(
     with errors_in_one_line():
         from siglip_model.auto import AutoModelForZeroShotImageClassification, AutoProcessor
         from siglip_model.fit import check_fit
-        from siglip_model.training.evaluation.run import evaluate_on
+        from siglip_model.training.evaluation.run import check_data, evaluate_on
         from siglip_model.training.processes import joined_processes
+        from siglip_model.training.settings import naming
 
         with joined_processes(device) as processes:
+            with naming("data"):
+                check_data(data)
             processor = AutoProcessor.from_pretrained(model)
             loaded = AutoModelForZeroShotImageClassification.from_pretrained(
                 model, backend=backend, dtype=dtype, device_map=processes.device
@@ -55,7 +63,7 @@ def evaluate(
                 data,
                 loaded,
                 processor,
-                templates=template,
+                templates=template or None,
                 batch_size=batch_size,
                 processes=processes,
                 on_failure=lambda failure: terminal.say(f"failed: {failure.name}: {failure.reason}"),

@@ -93,8 +93,7 @@ def captions_files(folder: Path) -> list[Path]:
     """The files captions.* of the folder that are supported. Raises NotADirectoryError."""
     if not folder.is_dir():
         raise NotADirectoryError(
-            f"data (--data) is {str(folder)!r}, which is no folder; supported: a folder, or "
-            "shards such as 'a/{000..099}.tar'"
+            f"{str(folder)!r} is no folder; supported: a folder, or shards such as 'a/{{000..099}}.tar'"
         )
     return [path for suffix in _READERS if (path := folder / f"captions{suffix}").is_file()]
 

@@ -46,10 +46,10 @@ class RunLog:
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, entry["step"])
 
-    def evaluation(self, step: int) -> dict[str, Any] | None:
-        """The scores after a step, if they are in the log. On rank 0."""
-        entries = (entry for entry in _entries(self.path) if entry["step"] == step)
-        return next((entry["evaluation"] for entry in entries if "evaluation" in entry), None)
+    def evaluation(self, step: int, data: str | None) -> dict[str, Any] | None:
+        """The last scores after a step, if the log has them and they are on this data. On rank 0."""
+        entries = [entry for entry in _entries(self.path) if entry["step"] == step and "evaluation" in entry]
+        return entries[-1]["evaluation"] if entries and entries[-1].get("evaluation_data") == data else None
 
     def draw(self) -> None:
         """Draws the curves of all lines so far."""

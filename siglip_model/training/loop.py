@@ -60,6 +60,7 @@ def train(
     processes: Processes | None = None,
     identity: dict[str, Any] | None = None,
     evaluate: Evaluate | None = None,
+    evaluation_data: str | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     stop_after: int | None = None,
     show_progress: bool = True,
@@ -68,6 +69,8 @@ def train(
 
     directory: of the run: checkpoints/, and a log in JSON lines. The newest checkpoint of the same run is resumed.
     identity: what makes a run the same, by default the configuration.
+    evaluation_data: what `evaluate` measures on, for the log. A run that resumes after an evaluation on something else
+    evaluates at once.
     should_stop: asked after each step; if it holds on one rank, all save and return. stop_after: likewise, a step.
     A step whose loss or gradient is not finite leaves the weights as they are. Raises FloatingPointError that names the
     samples after config.max_bad_steps of them in a row, ValueError if the directory holds another run.
@@ -94,15 +97,16 @@ def train(
         def evaluate_averages(step: int) -> dict[str, Any]:
             assert evaluate is not None
             found = evaluate(step, run.averaged_model())
-            log.write({"step": step, "evaluation": found})
+            log.write({"step": step, "evaluation": found, "evaluation_data": evaluation_data})
             run.training_mode()
             log.draw()
             meter.restart()
             return found
 
         done = first
-        scores = run.processes.gather(log.evaluation(first) if writes else None)[0]
-        if evaluate is not None and first and _due(first, config) and scores is None:  # killed before or within it
+        scores = run.processes.gather(log.evaluation(first, evaluation_data) if writes else None)[0]
+        # It was killed before or within an evaluation, or has other data to evaluate on.
+        if evaluate is not None and first and _due(first, config) and scores is None:
             scores = evaluate_averages(first)
         while done < last:
             outcome = run.step(done, batches, should_stop())
@@ -231,6 +235,7 @@ class _Run:
         return cached_backward(pieces, lambda found: mean_loss(joined([Embedded(*one) for one in found]), self.loss))
 
     def _embed(self, inputs: dict[str, Tensor], last: bool) -> Embedded:
+        """The embeddings of a micro-batch, to whose inputs it adds those that need not be computed again."""
         with without_exchange(self.parallel, last):
             found = self.parallel(**inputs)
         inputs |= {name: getattr(found, name) for name in self.embedder.frozen}

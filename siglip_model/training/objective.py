@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from siglip_kernels import SigLipLoss
 from siglip_model.model import SiglipModel
 from siglip_model.outputs import pooled, unit_length
+from siglip_model.training.settings import TrainingConfig
 
 
 class Embedded(NamedTuple):
@@ -55,7 +56,6 @@ class Embedder(nn.Module):
         # No views: FSDP frees its copy of the parameters, and hooks the results.
         return Embedded(images, texts, self.model.logit_scale.squeeze().exp(), self.model.logit_bias.squeeze().clone())
 
-
     def _run(self, tower: Callable[..., Any], inputs: Tensor, **shapes: Any) -> Tensor:
         with torch.autocast(inputs.device.type, self.autocast) if self.autocast else nullcontext():
             return pooled(tower(inputs, **shapes)).float()
@@ -70,6 +70,7 @@ class Embedder(nn.Module):
 def trains(module: nn.Module) -> bool:
     """Whether any of its weights is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
+
 
 def joined(parts: Sequence[Embedded]) -> Embedded:
     """The embeddings of a batch from those of its micro-batches."""

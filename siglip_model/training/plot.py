@@ -20,9 +20,10 @@ def plot_run(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     rate = loss.twinx()
     rate.plot([entry["step"] for entry in steps], [entry["learning_rate"] for entry in steps], "--", color="#8a94a3")
     rate.set_ylabel("learning rate (dashed)")
-    names = list(scores[0][1]) if scores else []
+    names = list(dict.fromkeys(name for _, found in scores for name in found))  # other data may have another task
     for name in names:
-        score.plot([step for step, _ in scores], [found[name] for _, found in scores], ".-", label=name)
+        having = [(step, found[name]) for step, found in scores if name in found]
+        score.plot(*zip(*having, strict=True), ".-", label=name)
     score.set(xlabel="step", ylim=(0, 1.03), title="" if names else "no evaluation")
     if names:
         score.legend(fontsize=8)

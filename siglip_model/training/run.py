@@ -29,7 +29,7 @@ from siglip_model.training.lora import add_adapters, merged
 from siglip_model.training.objective import initialise_logits
 from siglip_model.training.preparation import Preparation
 from siglip_model.training.processes import Processes, joined_processes
-from siglip_model.training.settings import RunSettings, read_settings, refusal
+from siglip_model.training.settings import RunSettings, naming, read_settings, refusal
 from siglip_model.training.shards import find_shards, is_shards, shard_batches
 
 SETTINGS, MODEL, PREDICTIONS = "settings.toml", "model", "predictions"
@@ -58,11 +58,8 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
         if settings.tensorboard:
             summary_writer()  # before anything is written
         if settings.evaluation_data is not None:
-            try:
+            with naming("evaluation_data"):
                 check_data(settings.evaluation_data)
-            except (OSError, ValueError) as error:
-                reason = str(error).replace("data (--data)", "it")
-                raise ValueError(f"evaluation_data (--evaluation-data) cannot be used: {reason}") from error
         model, processor = load(settings, processes)
         source = _source(settings, model, processor, processes)
         if processes.rank == 0:
@@ -72,7 +69,8 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
 
         def evaluate(step: int, averaged: SiglipModel) -> dict[str, Any]:
             assert settings.evaluation_data is not None
-            scores = evaluate_on(settings.evaluation_data, averaged, processor, processes=processes)
+            with naming("evaluation_data"):
+                scores = evaluate_on(settings.evaluation_data, averaged, processor, processes=processes)
             if processes.rank == 0:
                 (out / PREDICTIONS).mkdir(exist_ok=True)
                 picture = out / PREDICTIONS / f"step-{step:08}.png"
@@ -86,6 +84,7 @@ def run(settings: RunSettings, *, show_progress: bool = True) -> Trained:
             out,
             processes=processes,
             evaluate=None if settings.evaluation_data is None else evaluate,
+            evaluation_data=settings.evaluation_data,
             should_stop=terminated,
             show_progress=show_progress,
         )
@@ -142,9 +141,11 @@ def _source(settings: RunSettings, model: SiglipModel, processor: SiglipProcesso
         "seed": settings.seed,
     }
     if is_shards(settings.data):
-        shards = find_shards(settings.data)
+        with naming("data"):
+            shards = find_shards(settings.data)
         return shard_batches(shards, preparation, shuffle_buffer=settings.shuffle_buffer, **shared)
-    samples, skipped = read_captions(settings.data)
+    with naming("data"):
+        samples, skipped = read_captions(settings.data)
     if len(samples) < settings.batch_size:
         left_out = f"; {len(skipped)} are left out, the first: {': '.join(skipped[0])}" if skipped else ""
         supported = f"at most the {len(samples)} captioned images of the data{left_out}"

@@ -7,7 +7,8 @@ import json
 import math
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -94,13 +95,13 @@ class TrainingConfig:
                 raise refusal(field.name, value, field.metadata["supported"])
         if self.warmup_steps > self.steps:
             raise refusal("warmup_steps", self.warmup_steps, f"0 to steps={self.steps}")
-
-    def identity(self) -> dict[str, Any]:
-        """The values that must be equal for a run to resume."""
         for least, most in (("min_scale", "max_scale"), ("min_bias", "max_bias")):
             low, high = getattr(self, least), getattr(self, most)
             if None not in (low, high) and low > high:
                 raise refusal(least, low, f"at most {most}={high:g}")
+
+    def identity(self) -> dict[str, Any]:
+        """The values that must be equal for a run to resume."""
         fields = dataclasses.fields(self)
         return {field.name: getattr(self, field.name) for field in fields if not field.metadata["may_change"]}
 
@@ -207,6 +208,15 @@ class RefusedSetting(ValueError):
 def refusal(name: str, value: Any, supported: str) -> RefusedSetting:
     """The error of a setting, under its name and its option's."""
     return RefusedSetting(name, f"{_option(name)} is {value!r}; supported: {supported}")
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Says which setting it is whose data, within the block, are not there or of no use. Raises ValueError."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise ValueError(f"{_option(name)} cannot be used: {error}") from error
 
 
 def _option(name: str) -> str:

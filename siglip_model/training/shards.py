@@ -42,7 +42,7 @@ def find_shards(data: str) -> list[str]:
     shards = _webdataset().shardlists.expand_urls(data)
     for shard in shards:
         if ":" not in shard and not os.path.isfile(shard):
-            raise FileNotFoundError(f"data: no such shard: {shard}")
+            raise FileNotFoundError(f"no such shard: {shard}")
     return shards
 
 

@@ -74,7 +74,7 @@ def retrieval_recall(
                 texts.add(captions)
         total_failed = int(processes.sum(failed)[0])
         if images.count == 0:
-            raise ValueError("data: no captioned image could be read")
+            raise ValueError("no captioned image could be read")
         owner = torch.from_numpy(np.concatenate(owners))
         of_images, of_texts = ranks_of_partners(images.tensor(), texts.tensor(), owner, encoder.model.device, processes)
     recall = {f"image_to_text_r{k}": float((of_images < k).float().mean()) for k in RANKS}

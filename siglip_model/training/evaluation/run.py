@@ -31,20 +31,26 @@ def evaluate_on(
     model: SiglipModel,
     processor: SiglipProcessor,
     *,
-    templates: Sequence[str] = (TEMPLATE,),
+    templates: Sequence[str] | None = None,
     batch_size: int = 64,
     processes: Processes,
     on_failure: Callable[[Skipped], None] = lambda failure: None,
 ) -> dict[str, Any]:
     """Retrieval over shards or a captioned folder, zero-shot accuracy over a folder with a folder per class.
 
-    templates: of zero-shot prompts. Each rank evaluates a share; the result is that of all. on_failure: called with the
-    samples of this rank that cannot be read. Raises ValueError for data of neither kind.
+    templates: of zero-shot prompts, by default TEMPLATE. Each rank evaluates a share; the result is that of all.
+    on_failure: called with the samples of this rank that cannot be read. Raises ValueError for data of neither kind and
+    for templates beside captions.
     """
     encoder = Encoder(model, processor, batch_size)
     samples = captioned_samples(data, processes)
     if samples is None:
-        return zero_shot_accuracy(encoder, find_classes(data), templates, processes, on_failure)
+        return zero_shot_accuracy(encoder, find_classes(data), templates or (TEMPLATE,), processes, on_failure)
+    if templates is not None:
+        raise ValueError(
+            f"template (--template) is {templates[0]!r}, but {data} has captions, which are used as they are; "
+            "supported: templates for a folder of classes"
+        )
     return retrieval_recall(encoder, samples, processes, on_failure)
 
 

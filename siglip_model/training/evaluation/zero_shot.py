@@ -77,6 +77,6 @@ def zero_shot_accuracy(
         top5 += int((better < 5).sum())
     images, top1, top5, failed = map(int, processes.sum(images, top1, top5, failed))
     if images == 0:
-        raise ValueError(f"data: no image of {len(classes)} classes could be read")
+        raise ValueError(f"no image of {len(classes)} classes could be read")
     scores_of = {"top1": top1 / images, "top5": top5 / images}
     return {"task": "zero-shot", "classes": len(classes), "images": images, "failed": failed, **scores_of}

@@ -77,7 +77,11 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(siglip, settings, fol
     assert "warning" not in siglip("train", "--config", settings, "--out", out, *more).stderr
     other = save_folder(tmp_path / "other", 3)
     with pytest.warns(UserWarning, match="evaluation_data: scores so far are of '.*captioned'"):
-        siglip("train", "--config", settings, "--out", out, *more[:2], "--evaluation-data", other)
+        moved = siglip("train", "--config", settings, "--out", out, *more[:2], "--evaluation-data", other)
+    assert [line.split()[-1] for line in moved.stdout.splitlines()[1:4]] == ["retrieval", "3", "6"]
+    assert log_of(out)[-1]["evaluation_data"] == str(other)
+    without = siglip("train", "--config", settings, "--out", out, *more[:2])
+    assert without.stdout.splitlines() == [f"{out / 'model'}: the model after 5 steps"]
 
 
 def test_new_weights_and_shards(siglip, settings, tmp_path):
@@ -117,9 +121,12 @@ def test_zero_shot_accuracy_as_a_table(siglip, images, checkpoint, tmp_path):
         (["--steps", "x"], "steps (--steps) is 'x'; supported: a whole number"),
         (["--batch-size", "13"], "batch_size (--batch-size) is 13; supported: at most the 12 captioned images"),
         (["--parallel", "fsdp"], "parallel (--parallel) is 'fsdp'; supported: ddp in a single process"),
-        (["--data", "nowhere"], "data (--data) is 'nowhere', which is no folder"),
-        (["--data", "a{0..3}.tar"], "no such shard: a0.tar"),
-        (["--evaluation-data", "nowhere"], "evaluation_data (--evaluation-data) cannot be used: it is 'nowhere'"),
+        (["--data", "nowhere"], "data (--data) cannot be used: 'nowhere' is no folder; supported: a folder"),
+        (["--data", "a{0..3}.tar"], "data (--data) cannot be used: no such shard: a0.tar"),
+        (
+            ["--evaluation-data", "nowhere"],
+            "evaluation_data (--evaluation-data) cannot be used: 'nowhere' is no folder",
+        ),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--device", "tpu"], "device (--device) is 'tpu'; supported: auto, cpu, cuda"),
     ],

@@ -146,6 +146,12 @@ def test_retrieval_over_captioned_data(kind, tmp_path, loaded):
         assert result[f"text_to_image_r{k}"] == pytest.approx((of_texts < k).float().mean().item())
 
 
+def test_templates_beside_captions_are_refused(tmp_path, loaded):
+    save_folder(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"template \(--template\) is 'a {}', but .* has captions"):
+        evaluate(tmp_path, loaded, templates=["a {}", "{}"])
+
+
 def test_one_image_without_caption_does_not_make_classes_of_a_captioned_folder(tmp_path, loaded):
     for name in ("a.png", "below/b.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -158,7 +164,7 @@ def test_one_image_without_caption_does_not_make_classes_of_a_captioned_folder(t
 
 def test_data_of_no_kind_is_refused(tmp_path, loaded):
     with pytest.raises(
-        NotADirectoryError, match=r"data \(--data\) is '.*none', which is no folder; supported: a folder"
+        NotADirectoryError, match=r"^'.*none' is no folder; supported: a folder, or shards such as 'a/{000..099}.tar'"
     ):
         evaluate(tmp_path / "none", loaded)
     with pytest.raises(ValueError, match="holds no folders; supported: one folder of images per class"):

@@ -360,7 +360,7 @@ def test_evaluations_are_logged_and_see_the_averages(tmp_path):
     config = TrainingConfig(steps=5, warmup_steps=0, evaluate_every=2, average_decay=0.5)
     trained = train(tiny_model(), config, tmp_path, evaluate=evaluate)
     assert [entry for entry in log_of(tmp_path) if "evaluation" in entry] == [
-        {"step": step, "evaluation": {"score": step}} for step in (2, 4, 5)
+        {"step": step, "evaluation": {"score": step}, "evaluation_data": None} for step in (2, 4, 5)
     ]
     assert torch.equal(seen[-1], weights(trained.model)) and not torch.equal(seen[0], seen[1])
 
@@ -420,6 +420,18 @@ def test_what_is_not_of_a_run_is_neither_removed_nor_replaced(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == "mine\n"
 
 
+def test_a_complete_run_is_evaluated_again_on_other_data(tmp_path):
+    config, asked = TrainingConfig(steps=2, warmup_steps=0), []
+    for data, name in (("a", "top1"), ("b", "recall"), ("b", "recall")):
+
+        def evaluate(step, model, data=data, name=name):
+            asked.append(data)
+            return {name: 0.5}
+
+        assert train(tiny_model(), config, tmp_path, evaluate=evaluate, evaluation_data=data).scores == {name: 0.5}
+    assert asked == ["a", "b"] and (tmp_path / "curves.png").exists()
+
+
 def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path):
     config = TrainingConfig(steps=4, warmup_steps=0, evaluate_every=2, save_every=2)
 
@@ -455,15 +467,6 @@ def test_a_batch_whose_texts_and_pictures_differ_in_number_is_refused():
         Batch(torch.ones(6, 4, dtype=torch.int64), torch.zeros(2, 5, 3, 8, 8))
 
 
-def test_mfu_is_the_share_of_the_stated_peak(tmp_path):
-    config = TrainingConfig(steps=1, warmup_steps=0, peak_tflops=1e-3, log_every=1)
-    train(tiny_model(), config, tmp_path)
-    (entry,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    with RunLog(tmp_path, 1, 1, writes=True, show_progress=True) as log:
-        log.show({**entry, "mfu": 0.4321, "images_per_second": 7.2})
-        assert log.progress.tasks[0].description == f"loss {entry['loss']:.3f}  7 images/s  43.2% MFU"
-    multiply_adds = 2 * 32 * (4 * 48)  # four patches of 4 x 4 x 3 values; the rest is more
-    assert entry["mfu"] * 1e9 / entry["images_per_second"] > 3 * multiply_adds
 def test_peaks_are_known_by_the_name_of_a_gpu():
     for name, peak in {
         "NVIDIA A100-SXM4-80GB": 312,
@@ -491,3 +494,12 @@ def test_mfu_is_left_out_on_a_device_of_unknown_peak(tmp_path):
     assert "mfu" not in log_of(tmp_path)[0]
 
 
+def test_mfu_is_the_share_of_the_stated_peak(tmp_path):
+    config = TrainingConfig(steps=1, warmup_steps=0, peak_tflops=1e-3, log_every=1)
+    train(tiny_model(), config, tmp_path)
+    (entry,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    with RunLog(tmp_path, 1, 1, writes=True, show_progress=True) as log:
+        log.show({**entry, "mfu": 0.4321, "images_per_second": 7.2})
+        assert log.progress.tasks[0].description == f"loss {entry['loss']:.3f}  7 images/s  43.2% MFU"
+    multiply_adds = 2 * 32 * (4 * 48)  # four patches of 4 x 4 x 3 values; the rest is more
+    assert entry["mfu"] * 1e9 / entry["images_per_second"] > 3 * multiply_adds
