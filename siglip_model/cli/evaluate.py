@@ -11,9 +11,9 @@ from siglip_model.cli import terminal
 from siglip_model.cli.options import (
     BackendOption,
     BatchSizeOption,
+    CheckpointOption,
     DtypeOption,
     JsonOption,
-    ModelOption,
     errors_in_one_line,
     exit_with,
 )
@@ -31,7 +31,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    model: ModelOption = str(CHECKPOINT),
+    model: CheckpointOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda; auto: a GPU if there is one.")] = "auto",
@@ -45,6 +45,8 @@ def evaluate(
     retrieval among 1, 5 and 10. Under torchrun the processes share the work.
     """
     with errors_in_one_line():
+        if model.endswith(".onnx"):
+            raise ValueError(f"--model is {model!r}; supported: a checkpoint, not a file of `siglip export`")
         from siglip_model.auto import AutoModelForZeroShotImageClassification, AutoProcessor
         from siglip_model.fit import check_fit
         from siglip_model.training.evaluation.run import check_data, evaluate_on

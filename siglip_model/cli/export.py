@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from siglip_model.cli.options import JsonOption, ModelOption, errors_in_one_line, load_classifier
+from siglip_model.cli.options import CheckpointOption, JsonOption, errors_in_one_line, load_classifier
 from siglip_model.demo import CHECKPOINT, PICTURES
 
 
 def export(
     out: Annotated[Path, typer.Option(metavar="FILE.onnx", help="Output file.", show_default=False)],
-    model: ModelOption = str(CHECKPOINT),
+    model: CheckpointOption = str(CHECKPOINT),
     int8: Annotated[bool, typer.Option("--int8", help="Quantise weights and activations to 8 bits.")] = False,
     text: Annotated[bool, typer.Option("--text", help="The text tower alone.")] = False,
     vision: Annotated[bool, typer.Option("--vision", help="The vision tower alone.")] = False,
@@ -32,7 +32,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a model to ONNX, for `--model FILE.onnx` of the other commands and for ONNX Runtime.
+    """Export a model to ONNX, for `--model FILE.onnx` of classify, demo, embed and search and for ONNX Runtime.
 
     Its embeddings of the demo's images and their names are compared with the model's. Needs
     pip install 'siglip-triton[onnx]'.

@@ -31,6 +31,15 @@ READ_AT_ONCE = 2**16  # bytes: longer than any path, so that the first piece sho
 TemplateOption = Annotated[
     str, typer.Option("--template", metavar="TEXT", help="Sentence in which {} stands for the label.")
 ]
+CheckpointOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="FOLDER|HUB_ID",
+        help="Checkpoint; the bundled demo checkpoint by default.",
+        show_default=False,
+    ),
+]
 ModelOption = Annotated[
     str,
     typer.Option(

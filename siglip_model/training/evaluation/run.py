@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from siglip_model.images.files import list_images
 from siglip_model.model import SiglipModel
 from siglip_model.processor import SiglipProcessor
@@ -55,10 +57,16 @@ def evaluate_on(
 
 
 def check_data(data: str) -> None:
-    """Raises what `evaluate_on` would raise, before it reads images, for data of neither kind or that is not there."""
+    """Raises what `evaluate_on` would raise for data of neither kind, that is not there, or that holds no sample."""
     if is_shards(data):
-        find_shards(data)
-    elif is_captioned(data):
+        alone, skipped = Processes(torch.device("cpu")), []
+        for sample in _of_shards(find_shards(data), alone):
+            if isinstance(sample, Pair):
+                return
+            skipped.append(sample)
+        first = f"; the first of {len(skipped)}: {': '.join(skipped[0])}" if skipped else ""
+        raise ValueError(f"{data}: no captioned image can be read{first}")
+    if is_captioned(data):
         read_captions(data)
     elif next(list_images(find_classes(data)), None) is None:
         raise ValueError(f"{data}: no folder of a class holds an image")

@@ -137,6 +137,19 @@ def test_what_is_wrong_is_one_line(siglip, settings, tmp_path, arguments, messag
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_an_exported_model_is_not_evaluated(siglip, folder):
+    done = siglip("evaluate", "--data", folder, "--model", "a.onnx")
+    assert done.exit_code == 2 and one_line(done.stderr) and "--model is 'a.onnx'; supported: a check" in done.stderr
+
+
+def test_shards_without_a_sample_are_no_evaluation_data(siglip, settings, tmp_path):
+    pytest.importorskip("webdataset")
+    (tmp_path / "empty.tar").write_bytes(b"")
+    done = siglip("train", "--config", settings, "--out", tmp_path / "run", "--evaluation-data", tmp_path / "empty.tar")
+    assert done.exit_code == 2 and one_line(done.stderr) and not (tmp_path / "run").exists()
+    assert "evaluation_data (--evaluation-data) cannot be used: " in done.stderr and "empty header" in done.stderr
+
+
 def test_without_tensorboard_nothing_is_left(siglip, settings, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     done = siglip("train", "--config", settings, "--out", tmp_path / "run", "--tensorboard")
