@@ -33,7 +33,7 @@ def _setting(
     metadata = {
         "help": text,
         "within": lambda value: least <= value <= most and above < value < below,
-        "supported": " ".join(supported),
+        "supported": " ".join(supported) or "finite numbers",
         "choices": choices,
         "may_change": may_change,
     }

@@ -44,4 +44,6 @@ def weights(model: SiglipModel) -> torch.Tensor:
 def log_of(directory: Path) -> list[dict[str, Any]]:
     """The lines of the log, without what depends on the clock."""
     entries = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key != "images_per_second"} for entry in entries]
+    return [
+        {key: value for key, value in entry.items() if key not in ("images_per_second", "mfu")} for entry in entries
+    ]

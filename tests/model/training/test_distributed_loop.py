@@ -27,10 +27,10 @@ CONFIG = TrainingConfig(
 )
 WAYS = {
     "ddp": CONFIG,
-    "fsdp": dataclasses.replace(CONFIG, parallel="fsdp", recompute=True),
+    "fsdp": dataclasses.replace(CONFIG, parallel="fsdp", recompute=True, peak_tflops=1.0),
     "fsdp, bf16": dataclasses.replace(CONFIG, steps=3, warmup_steps=0, parallel="fsdp", bfloat16=True),
     "fsdp, muon, lit": dataclasses.replace(
-        CONFIG, steps=3, warmup_steps=0, parallel="fsdp", optimizer="muon", freeze="vision"
+        CONFIG, steps=3, warmup_steps=0, parallel="fsdp", optimizer="muon", freeze="vision", max_bias=-10.001
     ),
     "fsdp, lora": dataclasses.replace(CONFIG, steps=3, warmup_steps=0, parallel="fsdp"),
 }

@@ -39,6 +39,7 @@ def test_what_is_written_beside_the_run_gives_the_run_again(tmp_path):
         ({"average_decay": 1}, "average_decay (--average-decay) is 1.0; supported: from 0 below 1"),
         ({"max_scale": "big"}, "max_scale (--max-scale) is 'big'; supported: a number or none"),
         ({"min_scale": 2, "max_scale": 1}, "min_scale (--min-scale) is 2.0; supported: at most max_scale=1"),
+        ({"min_bias": "inf"}, "min_bias (--min-bias) is inf; supported: finite numbers"),
         ({"min_bias": -9, "max_bias": -10}, "min_bias (--min-bias) is -9.0; supported: at most max_bias=-10"),
         ({"bfloat16": "maybe"}, "bfloat16 (--bfloat16) is 'maybe'; supported: true or false"),
         ({"freeze": "both"}, "freeze (--freeze) is 'both'; supported: none, vision, text"),
