@@ -10,6 +10,7 @@ from siglip_kernels.mlp import mlp, pre_norm_mlp
 from siglip_kernels.patch_embed import patch_embed
 from siglip_kernels.pre_norm_attention import pre_norm_attention
 from siglip_kernels.qkv import pre_norm_qkv
+from siglip_kernels.resize_normalize import resize_normalize
 from siglip_kernels.sigmoid_loss import (
     SigLipLoss,
     SigLIPPlusLoss,
@@ -38,5 +39,6 @@ __all__ = [
     "pre_norm_mlp",
     "pre_norm_qkv",
     "reference",
+    "resize_normalize",
     "sigmoid_loss",
 ]

@@ -4,6 +4,7 @@ Written for clarity and for correctness in any floating-point dtype (tests compa
 and probabilities are in at least fp32 whatever the inputs are.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -265,3 +266,19 @@ def sigmoid_loss(
     if reduction == "none":
         return losses.sum(0)
     return losses.sum() / {"images": images, "pairs": images * texts, "sum": 1}.get(reduction, (signs > 0).sum())
+
+
+def resize_normalize(
+    images: Sequence[Tensor], mean: Tensor, std: Tensor, size: tuple[int, int], mode: str, dtype: torch.dtype
+) -> Tensor:
+    """Images (C, H, W) of any sizes, uint8, as (B, C, *size): resized, rounded to whole levels, normalised.
+
+    mean, std: (C,), in levels. mode: "bilinear" or "bicubic", antialiased. Computes in at least the dtype of mean.
+    """
+    exact = _at_least_fp32(mean.dtype)
+    resized = [
+        F.interpolate(image[None].to(exact), size=size, mode=mode, align_corners=False, antialias=True)
+        for image in images
+    ]
+    levels = torch.cat(resized).clamp(0, 255).round()
+    return ((levels - mean[:, None, None]) / std[:, None, None]).to(dtype)

@@ -33,6 +33,7 @@ SMALL_BATCHES = "kernels/linear/test_linear_small_batches.py"
 LAYER_NORM = "kernels/layer_norm/test_layer_norm.py"
 PRE_NORM_ATTENTION = "kernels/pre_norm_attention/test_pre_norm_attention.py"
 PACKED_PRE_NORM_ATTENTION = "kernels/pre_norm_attention/test_packed_pre_norm_attention.py"
+RESIZE = "kernels/resize_normalize/test_resize_normalize.py"
 PATCH_EMBED = "kernels/patch_embed/test_patch_embed.py"
 POOL = "kernels/attention_pool/test_attention_pool.py"
 LOSS = "kernels/sigmoid_loss/test_sigmoid_loss.py"
@@ -157,6 +158,15 @@ CONSTANTS = {
     ),
     "patch embedding: products": Planted(
         "patch_embed/forward.py", "products = tl.zeros([", "products = 0.01 + tl.zeros([", PATCH_EMBED
+    ),
+    "resize: the cubic beyond one pixel": Planted(
+        "resize_normalize/forward.py", "- 4.0) * -0.5", "- 4.0) * -0.4", RESIZE
+    ),
+    "resize: the first pixel": Planted(
+        "resize_normalize/forward.py", "(centre - support + 0.5)", "(centre - support + 1.5)", RESIZE
+    ),
+    "resize: rounding": Planted(
+        "resize_normalize/forward.py", "(levels + 8388608.0)", "(levels + 0.2 + 8388608.0)", RESIZE
     ),
     "pooling forward: normaliser": Planted(
         "attention_pool/kernels.py", "sums[chunk] * normaliser[:, None]", "sums[chunk] * normaliser[:, None] * 1.01",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from siglip_kernels import resize_normalize
+from siglip_kernels.device import kernels_run_on
 from siglip_model.images.model_inputs import Inputs
+from siglip_model.images.tensor import SiglipImageProcessor
 
 
 class Transfers:
@@ -50,12 +52,24 @@ class Transfers:
         return wait
 
 
-def prepare_on(transfers: Transfers, image_processor: Any, images: Sequence[Inputs], dtype: torch.dtype) -> Inputs:
+class Preparation:
     """The model's inputs of images in uint8 (1, 3, height, width): resized and normalised on the device, in `dtype`.
 
     The arithmetic is that of the image processor on that device: levels are rounded once after resizing, where on the
-    CPU they are rounded after each of both passes.
+    CPU they are rounded after each of both passes. On a GPU that runs the kernels it is one launch per image,
+    elsewhere, and for steps that the kernel lacks, the processor's operations in PyTorch.
     """
-    levels = transfers.put([image["pixel_values"][0] for image in images])
-    options = {"device": transfers.device, "input_data_format": "channels_first", "return_tensors": "pt"}
-    return {"pixel_values": image_processor(images=levels, **options)["pixel_values"].to(dtype)}
+
+    def __init__(self, transfers: Transfers, image_processor: SiglipImageProcessor, dtype: torch.dtype) -> None:
+        self._transfers, self._image_processor, self._dtype = transfers, image_processor, dtype
+        device = transfers.device
+        fused = device.type == "cuda" and kernels_run_on(device)
+        # Made once: a copy from memory that is not pinned would wait for the model
+        self._steps = image_processor.fused_steps(device) if fused else None
+
+    def __call__(self, images: Sequence[Inputs]) -> Inputs:
+        levels = self._transfers.put([image["pixel_values"][0] for image in images])
+        if self._steps is not None:
+            return {"pixel_values": resize_normalize(levels, **self._steps, dtype=self._dtype)}
+        options = {"device": self._transfers.device, "input_data_format": "channels_first", "return_tensors": "pt"}
+        return {"pixel_values": self._image_processor(images=levels, **options)["pixel_values"].to(self._dtype)}

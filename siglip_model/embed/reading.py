@@ -17,7 +17,7 @@ from siglip_model.images.model_inputs import Inputs
 class ImageReader:
     """Calling it with a source gives the model's inputs for its image, on the CPU.
 
-    config: the model's. levels: give the image instead, uint8 (1, 3, height, width), for `prepare_on`.
+    config: the model's. levels: give the image instead, uint8 (1, 3, height, width), for `Preparation`.
     at_least: as for `open_image`.
     """
 

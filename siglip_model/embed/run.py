@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from siglip_model.automatic_capture import CapturesRepeats
-from siglip_model.embed.device import Transfers, prepare_on
+from siglip_model.embed.device import Preparation, Transfers
 from siglip_model.embed.file import SUFFIXES, TENSOR_DTYPES, EmbeddingFileError
 from siglip_model.embed.journal import EmbeddingJournal, ShardedJournal, resolve_out
 from siglip_model.embed.profile import Profile, ProfileReport
@@ -156,10 +156,11 @@ def embed_images(
         "resized_on": model.device.type if resize_on_device else "cpu",
     }
     transfers = Transfers(model.device)
+    prepare = Preparation(transfers, image_processor, model.dtype) if resize_on_device else None
 
     def to_device(images: list[Inputs]) -> Inputs:
-        if resize_on_device:
-            return prepare_on(transfers, image_processor, images, model.dtype)
+        if prepare is not None:
+            return prepare(images)
         inputs = model_inputs.join(images)
         (pixels,) = transfers.put([inputs["pixel_values"]])
         return model_inputs.to_model({**inputs, "pixel_values": pixels}, model.device, model.dtype)
@@ -224,8 +225,11 @@ def embed_texts(
     def read(source: Source) -> Any:
         return tokenizer([content_of(source)], **options)
 
+    transfers = Transfers(model.device)
+
     def to_device(tokens: list[Any]) -> dict[str, torch.Tensor]:
-        return {name: torch.cat([each[name] for each in tokens]).to(model.device) for name in tokens[0]}
+        joined = {name: torch.cat([each[name] for each in tokens]) for name in tokens[0]}
+        return dict(zip(joined, transfers.put(list(joined.values())), strict=True))
 
     def encode(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
         return pooled(model.get_text_features(**tokens))
@@ -243,7 +247,7 @@ def embed_texts(
         sizes={"batch_size": batch_size},
         num_workers=num_workers,
         decode="threads",
-        transfers=Transfers(model.device),
+        transfers=transfers,
         overwrite=overwrite,
         shard_size=shard_size,
         on_source=on_text,

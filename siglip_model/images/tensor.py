@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from siglip_kernels.resize_normalize.api import MODES
 from siglip_model.images.inputs import channels_last, check_alpha_range, to_8_bit_image
 from siglip_model.images.options import (
     BICUBIC,
@@ -51,6 +52,19 @@ class SiglipImageProcessor(ImageProcessor):
                 "filters"
             )
         return options
+
+    def fused_steps(self, device: torch.device) -> dict[str, Any] | None:
+        """The steps for an RGB image as arguments of `siglip_kernels.resize_normalize`; None if it has no such steps.
+
+        That is the case unless they are: to one size, bilinear or bicubic, then normalise.
+        """
+        options = self._resolve({})
+        mode = self._MODES.get(options.resample)
+        fits = options.do_resize and options.do_normalize and options.do_convert_rgb and "height" in options.size
+        if not fits or options.do_center_crop or options.do_pad or mode not in MODES:
+            return None
+        mean, std = _mean_and_std(options, 3, device)
+        return {"mean": mean, "std": std, "size": (options.size["height"], options.size["width"]), "mode": mode}
 
     def _process(self, images: list[Any], options: ImageOptions, device: Any) -> list[torch.Tensor]:
         tensors: list[torch.Tensor] = []
@@ -104,15 +118,20 @@ class SiglipImageProcessor(ImageProcessor):
         if options.crop_size is not None and options.do_center_crop:
             batch = _center_crop(batch, options.crop_size)
         if options.do_normalize:
-            channels = batch.shape[1]
-            mean, std = (
-                torch.tensor(per_channel(name, getattr(options, name), channels), device=batch.device)
-                for name in ("image_mean", "image_std")
-            )
-            if options.do_rescale:  # one pass over the pixels instead of two
-                mean, std = mean * (1.0 / options.rescale_factor), std * (1.0 / options.rescale_factor)
+            mean, std = _mean_and_std(options, batch.shape[1], batch.device)
             return batch.to(torch.float32).sub(mean[:, None, None]).div_(std[:, None, None])
         return batch * options.rescale_factor if options.do_rescale else batch
+
+
+def _mean_and_std(options: ImageOptions, channels: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(channels,) each, of pixels before they are rescaled: both steps are one pass."""
+    mean, std = (
+        torch.tensor(per_channel(name, getattr(options, name), channels), device=device)
+        for name in ("image_mean", "image_std")
+    )
+    if options.do_rescale:
+        mean, std = mean * (1.0 / options.rescale_factor), std * (1.0 / options.rescale_factor)
+    return mean, std
 
 
 def _pil_to_tensor(image: Image.Image, width: int, mode: str) -> torch.Tensor:

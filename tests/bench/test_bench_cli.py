@@ -129,7 +129,7 @@ def test_compile_takes_every_architecture_unless_some_are_named(fake_compiler):
         (operation, name)
         for operation in (
             *("attention", "attention_pool", "layer_norm", "linear"),
-            *("matryoshka_sigmoid_loss", "patch_embed", "sigmoid_loss"),
+            *("matryoshka_sigmoid_loss", "patch_embed", "resize_normalize", "sigmoid_loss"),
         )
         for name in ARCHITECTURES
     } | {(f"{operation}_hopper", "sm_90") for operation in ("attention", "linear", "sigmoid_loss")} | {

@@ -27,6 +27,7 @@ eager = [
     (k.pre_norm_mlp, (x, bias, bias, 1e-6, weight, bias, weight, bias)),
     (k.pre_norm_qkv, (x, bias, bias, 1e-6, weight, bias, weight, bias, weight, bias, 2)),
     (k.pre_norm_attention, (x, bias, bias, 1e-6, *(weight, bias) * 4, 1)),
+    (k.resize_normalize, ([torch.zeros(8, 4, 4, dtype=torch.uint8)], bias, bias, (2, 2), "bilinear", torch.float32)),
 ]
 calls = traced + eager
 calls += [(torch.compile(operation, backend="eager", fullgraph=True), arguments) for operation, arguments in traced]
@@ -43,6 +44,7 @@ def test_cpu_tensors_without_the_interpreter(run_python: Callable[..., Completed
     done = run_python(_CALLS, CUDA_VISIBLE_DEVICES="")
     traced = ["attention: q", "layer_norm: x", "attention_pool: x", "attention_pool: x", "patch_embed: pixel_values"]
     eager = ["linear: x", "linear: x", "mlp: x", "pre_norm_mlp: x", "pre_norm_qkv: x", "pre_norm_attention: x"]
+    eager.append("resize_normalize: images")
     lines = done.stdout.splitlines()
     assert [line.partition(" is on cpu")[0] for line in lines] == traced + eager + traced, done.stderr
     assert all("'sdpa'" in line and "'eager'" in line for line in lines)

@@ -135,6 +135,12 @@ def patch_embed() -> Tensor:
     return siglip_kernels.patch_embed(tensor(2, 3, 32, 32), tensor(64, 3, 16, 16), tensor(64), tensor(4, 64))
 
 
+def resize_normalize() -> Tensor:
+    image, scale = torch.zeros(3, 9, 8, dtype=torch.uint8), torch.ones(3)
+    values = siglip_kernels.resize_normalize([image], scale, scale, (4, 4), "bicubic", torch.bfloat16)
+    return values + tensor(1)  # it has no gradient itself
+
+
 def scalars() -> tuple[Tensor, Tensor]:
     return tensor(dtype=torch.float32), tensor(dtype=torch.float32)
 
@@ -181,6 +187,7 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "fp8.pre_norm_attention": fp8_pre_norm_attention,
     "attention_pool": attention_pool,
     "patch_embed": patch_embed,
+    "resize_normalize": resize_normalize,
     "matryoshka_sigmoid_loss": matryoshka_sigmoid_loss,
     "sigmoid_loss": sigmoid_loss,
     "sigmoid_loss with weights": lambda: sigmoid_loss(positive_weight=2.0),

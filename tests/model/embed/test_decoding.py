@@ -7,7 +7,7 @@ from image_samples import noise
 from PIL import Image
 
 from siglip_model.embed import EmbeddingFileError, device, embed_images, load_embeddings
-from siglip_model.embed.device import Transfers, prepare_on
+from siglip_model.embed.device import Preparation, Transfers
 from siglip_model.embed.reading import ImageReader
 from siglip_model.embed.sources import Source
 from siglip_model.images import model_inputs
@@ -60,7 +60,7 @@ def test_levels_on_the_cpu_give_the_bits_of_the_processor(folder, processor):
     transfers = Transfers(torch.device("cpu"))
     levels = read(folder, processor, levels=True)
     assert all(image["pixel_values"].dtype == torch.uint8 for image in levels)
-    prepared = prepare_on(transfers, processor, levels, torch.float32)
+    prepared = Preparation(transfers, processor, torch.float32)(levels)
     assert prepared.keys() == {"pixel_values"}
     assert torch.equal(prepared["pixel_values"], model_inputs.join(read(folder, processor))["pixel_values"])
 
@@ -77,9 +77,34 @@ def test_levels_that_are_rounded_once_are_within_the_processors_tolerance(folder
         return resized.clamp_(0, 255).round_().to(torch.uint8)
 
     monkeypatch.setattr(tensor, "resize", resized_once)
-    once = prepare_on(Transfers(torch.device("cpu")), processor, levels, torch.float32)["pixel_values"]
+    prepare = Preparation(Transfers(torch.device("cpu")), processor, torch.float32)
+    once = prepare(levels)["pixel_values"]
     difference = (once - expected).abs().max() * 127.5
     assert 0 < difference <= 2.01, "two levels of 255"
+
+    prepare._steps = processor.fused_steps(torch.device("cpu"))  # as on CUDA, here in Triton's interpreter
+    monkeypatch.setattr(processor, "preprocess", None)
+    fused = prepare(levels[2:3])["pixel_values"]  # of 40 x 33 pixels
+    assert fused.shape == (1, 3, SIDE, SIDE)
+    assert ((fused - once[2]).abs() > 1e-6).float().mean() < 0.01, "but for ties the same bits"
+
+
+def test_steps_that_the_kernel_lacks_are_left_to_the_processor():
+    cpu, square = torch.device("cpu"), {"height": SIDE, "width": 20}
+    steps = SiglipImageProcessor(size=square, image_mean=0.25).fused_steps(cpu)
+    assert steps is not None and (steps["size"], steps["mode"]) == ((SIDE, 20), "bicubic")
+    assert steps["mean"].tolist() == [63.75] * 3 and steps["std"].tolist() == [127.5] * 3
+    for options in (
+        {"do_normalize": False},
+        {"do_resize": False},
+        {"do_convert_rgb": False},
+        {"resample": "lanczos"},
+        {"resample": 0},
+        {"do_pad": True},
+        {"do_center_crop": True, "crop_size": 8},
+        {"size": {"shortest_edge": SIDE}},
+    ):
+        assert SiglipImageProcessor(**{"size": square, **options}).fused_steps(cpu) is None, options
 
 
 @pytest.fixture
