@@ -142,6 +142,7 @@ def embed(
             raise ValueError(f"--decode is {decode!r}; supported: {', '.join(DECODE)}")
         check_one_measure(batch_size, token_budget)
         _check_inputs(inputs or [], texts or [], encoding, column)
+        most_bytes = None if shard_size is None else bytes_of(shard_size)
         of_images = {
             "--fast-decode": fast_decode,
             "--resize-on-device": resize_on_device,
@@ -154,6 +155,8 @@ def embed(
             raise ValueError(f"{next(name for name in of_images if of_images[name])} is for images, not for --texts")
         images = find_images([] if texts else inputs or [], optional=bool(texts))
         rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if most_bytes is not None and (shards is not None or ranks > 1):
+            raise ValueError("--shard-size cuts the output of one process, in order; give --shards for that of ranks")
         if ranks > 1 and LIST_ON_STDIN in (*(inputs or []), *(texts or [])):
             raise ValueError("- reads stdin, which ranks cannot share; give files")
         if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
@@ -183,7 +186,7 @@ def embed(
                 "profile": profile,
                 "overwrite": overwrite,
                 "shards": shards,
-                "shard_size": None if shard_size is None else bytes_of(shard_size),
+                "shard_size": most_bytes,
                 "rank": rank,
                 "world_size": ranks,
                 "model_name": os.path.abspath(model) if os.path.exists(model) else model,  # from any folder
@@ -227,7 +230,7 @@ def embed(
                 report["profile"]["bound_by"] = summary.profile.bound_by
             print(json.dumps({**report, "failures": failures}, indent=2))
         elif summary.rows == 0:
-            print(f"no {what[:-1]} was embedded; {out} was not written")
+            print(f"no {what[:-1]} was embedded" + ("" if shards or ranks > 1 else f"; {out} was not written"))
         elif not summary.written:
             print(f"{out} is kept until all new rows are finished; {summary.rows} are")
         else:

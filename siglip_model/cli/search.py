@@ -50,6 +50,12 @@ def search(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the images found as a contact sheet.")
     ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            "--column", metavar="NAME", help="For --plot: the column of .parquet files that the images were read from."
+        ),
+    ] = None,
     approximate: Annotated[
         bool,
         typer.Option(
@@ -87,6 +93,8 @@ def search(
             raise ValueError("--recall compares an index with exact search; give --approximate, too")
         if plot is not None and (problem := plot_problem(plot)):
             raise ValueError(f"--plot {problem}")
+        if column is not None and plot is None:
+            raise ValueError("--column is for --plot, which is not given")
         with Searcher(files, model=model, backend=backend, device=device_named(device)) as searcher:
             if plot is not None and searcher.collection.settings["content"] != "images":
                 raise ValueError(f"--plot draws images, and the rows of {files[0]} are texts")
@@ -98,7 +106,7 @@ def search(
             for found in results:
                 terminal.print_found(found.query, found.hits)
         if plot is not None:
-            drawn = sheet.draw_sheet(results, plot)
+            drawn = sheet.draw_sheet(results, plot, column)
             total = sum(len(found.hits) for found in results)
             terminal.say(f"wrote {plot}" + (f" with the first {drawn} of {total} images" if drawn < total else ""))
 

@@ -20,9 +20,10 @@ CELL_INCHES, TITLE_INCHES = 1.9, 0.45
 IMAGES_AT_MOST = 100  # 20 rows; the renderer's limit is 65,536 pixels
 
 
-def draw_sheet(results: Sequence[Found], path: str | os.PathLike[str]) -> int:
+def draw_sheet(results: Sequence[Found], path: str | os.PathLike[str], column: str | None = None) -> int:
     """Writes the images of each query in rows under it, best first, to `path` (.png, .pdf, .svg ... by suffix).
 
+    column: of images within .parquet files; may be omitted where only one column has images.
     Returns how many were drawn: the first IMAGES_AT_MOST. An image that cannot be opened is a box with its error.
     """
     import matplotlib
@@ -48,15 +49,15 @@ def draw_sheet(results: Sequence[Found], path: str | os.PathLike[str]) -> int:
             for place in axes:
                 place.set_axis_off()
             for place, hit in zip(axes, hits, strict=False):
-                _draw_hit(place, hit)
+                _draw_hit(place, hit, column)
         save(figure, path)
     return IMAGES_AT_MOST - left
 
 
-def _draw_hit(axes: Axes, hit: Hit) -> None:
+def _draw_hit(axes: Axes, hit: Hit, column: str | None) -> None:
     picture: Any
     try:
-        source = named_image(hit.name)
+        source = named_image(hit.name, column)
         if isinstance(source, EncodedImage):
             picture = thumbnail(decode_image(source.content, source.name))
         else:

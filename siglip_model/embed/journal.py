@@ -71,6 +71,7 @@ class EmbeddingJournal:
     settings: everything that must agree between the rows of one file, as text, including `dtype` ("F32", ...) and
     `width`. overwrite: start without earlier rows, and replace FILE once the new ones are complete.
     shard_size: bytes of rows above which FILE is cut into numbered files; by default as FILE was before, else never.
+    keeps_failures: write FILE also where it has no row, for the names of those that failed.
     The constructor and every method raise EmbeddingFileError: if earlier rows were made with other settings or are
     damaged, if FILE is another kind of file, if another process is writing it, and if the disk is full.
     """
@@ -82,8 +83,10 @@ class EmbeddingJournal:
         *,
         overwrite: bool = False,
         shard_size: int | None = None,
+        keeps_failures: bool = False,
     ) -> None:
         self.out = resolve_out(out)
+        self._keeps_failures = keeps_failures
         if self.out.suffix in LACK_BFLOAT16 and settings["dtype"] == "BF16":
             raise EmbeddingFileError(
                 f"{out}: {self.out.suffix[1:]} has no bfloat16; supported: float32, float16, or .safetensors"
@@ -329,14 +332,16 @@ class EmbeddingJournal:
     def write(self, *, complete: bool) -> bool:
         """Replaces FILE by the rows so far, in constant memory, and returns whether FILE holds them.
 
-        FILE stays as it is if there is no row, and until the rows that overwrite it are complete. Otherwise it is never
-        replaced by fewer rows than it has: EmbeddingFileError is raised if it came to have more during the run.
+        FILE stays as it is if there is no row (see `keeps_failures`), and until the rows that overwrite it are
+        complete. Otherwise it is never replaced by fewer rows than it has: EmbeddingFileError is raised if it came to
+        have more during the run.
         """
         if self.up_to_date:
             return True
-        rows, _ = self.counts()
+        rows, failed = self.counts()
         is_there = self._output.exists()
-        if rows == 0 or (is_there and self._overwrites and not complete):
+        is_empty = rows == 0 and not (failed and self._keeps_failures)
+        if is_empty or (is_there and self._overwrites and not complete):
             return False
         with self._explained_errors():
             if not self._overwrites and self._output.is_whole():
@@ -491,7 +496,9 @@ class ShardedJournal:
         self._journals: dict[int, EmbeddingJournal] = {}
         try:
             for number in shards.mine:
-                self._journals[number] = EmbeddingJournal(shards.path(number), settings, overwrite=overwrite)
+                self._journals[number] = EmbeddingJournal(
+                    shards.path(number), settings, overwrite=overwrite, keeps_failures=True
+                )
         except BaseException:
             self.close()
             raise
@@ -517,7 +524,7 @@ class ShardedJournal:
         return sum(embedded for embedded, _ in counts), sum(failed for _, failed in counts)
 
     def write(self, *, complete: bool) -> bool:
-        """Writes every file that has a row, and returns whether the files hold all rows."""
+        """Writes every file that has a row or a failure, and returns whether the files hold all rows."""
         written = [journal.write(complete=complete) or journal.counts()[0] == 0 for journal in self._journals.values()]
         return all(written)
 

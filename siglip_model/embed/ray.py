@@ -6,9 +6,11 @@ of a lost actor, so that every image has one row.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 
 from siglip_model.automatic_capture import CapturesRepeats
 from siglip_model.embed.file import PRODUCER, EmbeddingFileError
-from siglip_model.embed.parquet import NUMPY_DTYPES, write_parquet
+from siglip_model.embed.parquet import KEY, NUMPY_DTYPES, write_parquet
 from siglip_model.embed.reading import ImageReader
 from siglip_model.embed.run import EmbedSummary, common_settings, settings_of
 from siglip_model.embed.sources import Source, pyarrow_parquet
@@ -38,9 +40,11 @@ except ImportError as error:
 
 pyarrow_parquet()
 import pyarrow  # noqa: E402  # its absence was named
+from pyarrow.fs import FileSelector, FileType  # noqa: E402
 
 ROWS_PER_FILE = 2**16
 CALLS_AT_ONCE = 2  # of an actor: one batch is decoded while the model computes another
+SUCCESS = "_SUCCESS"  # a file, as of Hadoop and Spark
 READERS = {"image": "read_images", "bytes": "read_binary_files"}
 
 
@@ -162,13 +166,16 @@ def embed_dataset(
     dataset: of ray.data.read_images(..., include_paths=True, mode="RGB"), read_webdataset(..., decoder=None) or
     read_binary_files(..., include_paths=True). The last two are decoded by the actors as by `siglip embed`: with EXIF
     orientation and limits, and broken images are named in `failed` of the files, where read_images ends the run.
-    out: a folder that does not exist or is empty, or a URI that pyarrow opens, such as s3://bucket/folder.
+    out: a folder that does not exist or is empty, or a URI that pyarrow opens, such as s3://bucket/folder. When the job
+    has ended, it has a file `_SUCCESS`, as of Hadoop and Spark; without it the files are those of a stopped job.
     actors: the fewest and the most, between which Ray chooses by what waits. num_gpus, num_cpus: of each; without
     a GPU it computes on the CPU with num_cpus threads. batch_size: images per forward pass. rows_per_file: at least.
     options: of `ImageEmbedder`.
 
-    Rows are in the order in which they were finished. A file has one row per path.
-    Raises ValueError for a folder that is not empty and other arguments, and Ray's errors for what failed on a node.
+    Rows are in the order in which they were finished. A path that the dataset has several times has one row, for which
+    the driver holds eight bytes per row.
+    Raises ValueError for an `out` that is a file or not empty and for other arguments, and Ray's errors for what failed
+    on a node.
     """
     if not 1 <= actors[0] <= actors[1]:
         raise ValueError(f"embed_dataset: actors is {actors}; supported: (fewest, most), whole numbers from 1")
@@ -195,7 +202,7 @@ def embed_dataset(
         out=out,
         embedded=files.embedded,
         failed=files.failed,
-        skipped=0,
+        skipped=files.skipped,
         rows=files.embedded,
         width=int(settings["width"]),
         complete=True,
@@ -207,47 +214,92 @@ def embed_dataset(
 class EmbeddingFiles(BlockBasedFileDatasink):
     """Writes what an ImageEmbedder returns as parquet files of `siglip embed`. A repeated task writes its file again.
 
-    settings: the embedder's. embedded, failed: counts, once all is written.
+    settings: the embedder's. embedded, failed, skipped: counts, once all is written; the last of repeated paths.
+    Raises ValueError for an `out` that is a file, or not empty.
     """
 
     def __init__(self, out: str, settings: Mapping[str, str], rows_per_file: int = ROWS_PER_FILE) -> None:
         super().__init__(out, file_format="parquet", min_rows_per_file=rows_per_file)
-        self._metadata = {**settings, "format": "pt", "producer": PRODUCER, "complete": "true"}
-        self.embedded = self.failed = 0
-
-    def on_write_start(self, *arguments: Any, **options: Any) -> None:
-        from pyarrow.fs import FileSelector
-
+        # A file does not know whether the others were written
+        self._metadata = {**settings, "format": "pt", "producer": PRODUCER, "complete": "false"}
+        self._written = ""  # by the task that holds this copy
+        self.embedded = self.failed = self.skipped = 0
+        if self.filesystem.get_file_info(self.path).type == FileType.File:
+            raise ValueError(f"embed_dataset: out is {out}, which is a file; supported: a folder, new or empty")
         if self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True)):
-            raise ValueError(f"embed_dataset: out is {self.unresolved_path}, which is not empty; choose another")
-        super().on_write_start(*arguments, **options)
+            raise ValueError(f"embed_dataset: out is {out}, which is not empty; choose another")
+
+    def open_output_stream(self, path: str) -> Any:
+        self._written = path
+        return super().open_output_stream(path)
 
     def write(self, blocks: Any, context: Any) -> Any:
+        """Returns the file that was written, a hash of the name of each of its rows, and how many images failed."""
         blocks = list(blocks)
         super().write(blocks, context)
-        tables = [ray.data.block.BlockAccessor.for_block(block).to_arrow() for block in blocks]
-        failed = sum(len(table) - table["error"].null_count for table in tables if len(table))
-        return sum(map(len, tables)) - failed, failed
+        names, failed = list[int](), 0
+        for block in blocks:
+            table = ray.data.block.BlockAccessor.for_block(block).to_arrow()
+            for name, error in zip(table["path"].to_pylist(), table["error"].to_pylist(), strict=True):
+                if error is None:
+                    names.append(_hash(name))
+                else:
+                    failed += 1
+        return self._written, np.array(names, dtype=np.uint64), failed
 
     def on_write_complete(self, result: Any) -> None:
         super().on_write_complete(result)
-        self.embedded = sum(embedded for embedded, _ in result.write_returns)
-        self.failed = sum(failed for _, failed in result.write_returns)
+        written = sorted((file, names, failed) for file, names, failed in result.write_returns if file)
+        self.embedded = sum(len(names) for _, names, _ in written)
+        self.failed = sum(failed for *_, failed in written)
+        self._remove_repeated({file: names for file, names, _ in written})
+        if written:
+            with self.filesystem.open_output_stream(f"{self.path}/{SUCCESS}"):
+                pass
+
+    def _remove_repeated(self, files: Mapping[str, np.ndarray]) -> None:
+        """Of several rows of one path, leaves the first, in the order of the files."""
+        hashes, counts = np.unique(np.concatenate([*files.values(), np.empty(0, np.uint64)]), return_counts=True)
+        repeated, seen = hashes[counts > 1], set[str]()
+        for file, names in files.items():
+            if not np.isin(names, repeated).any():
+                continue
+            with self.filesystem.open_input_file(file) as opened:
+                stored = pyarrow_parquet().ParquetFile(opened)
+                found = list(_rows(stored.read()))
+                failures = json.loads(stored.metadata.metadata[KEY])["failed"]
+            kept = []
+            for name, row, _ in found:
+                if name not in seen:
+                    kept.append((name, "", row))
+                if _hash(name) in repeated:
+                    seen.add(name)
+            self.embedded -= len(found) - len(kept)
+            self.skipped += len(found) - len(kept)
+            with self.filesystem.open_output_stream(file) as replaced:
+                write_parquet(replaced, self._metadata, kept, failures)
 
     def write_block_to_file(self, block: Any, file: Any) -> None:
-        table = block.to_arrow()
-        rows, failures = list[tuple[str, str, bytes]](), list[tuple[str, str]]()
-        for batch in table.to_batches():
-            column = batch.column("embedding")  # its `values` are also those beside a slice
-            width = column.type.list_size
-            values = column.values[column.offset * width :][: len(batch) * width].to_numpy().reshape(-1, width)
-            pairs = zip(batch.column("path").to_pylist(), batch.column("error").to_pylist(), strict=True)
-            for (path, error), row in zip(pairs, values, strict=True):
-                if error is None:
-                    rows.append((path, "", row.tobytes()))
-                else:
-                    failures.append((path, error))
+        found = list(_rows(block.to_arrow()))
+        rows = [(path, "", row) for path, row, error in found if error is None]
+        failures = [(path, error) for path, _, error in found if error is not None]
         write_parquet(file, self._metadata, rows, failures)
+
+
+def _rows(table: pyarrow.Table) -> Iterator[tuple[str, bytes, str | None]]:
+    """(path, row, error) of an ImageEmbedder's table, or of a file, which has no errors."""
+    for batch in table.to_batches():
+        column = batch.column("embedding")  # its `values` are also those beside a slice
+        width = column.type.list_size
+        values = column.values[column.offset * width :][: len(batch) * width].to_numpy().reshape(-1, width)
+        has_errors = "error" in batch.schema.names
+        errors = batch.column("error").to_pylist() if has_errors else [None] * len(batch)
+        for path, row, error in zip(batch.column("path").to_pylist(), values, errors, strict=True):
+            yield path, row.tobytes(), error
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def _image_column(columns: list[str]) -> str:

@@ -179,9 +179,10 @@ def _rows(path: str, column: str | None, kinds: tuple[str, ...]) -> Iterator[Sou
                     yield Source(image, stamp_of(image), image)
 
 
-def named_image(name: str) -> str | EncodedImage:
+def named_image(name: str, column: str | None = None) -> str | EncodedImage:
     """What `image_sources` named so: a path or URL, or the image within a shard or a .parquet file.
 
+    column: of a .parquet file, as it was given there.
     Raises UnreadableImageError where the file or the image within it is missing.
     """
     path, separator, within = name.partition(f"{TAR}#")
@@ -191,7 +192,8 @@ def named_image(name: str) -> str | EncodedImage:
     if is_url(name) or not separator or os.path.lexists(name):
         return name
     try:
-        return EncodedImage(name, (_from_shard if in_tar else _from_table)(path + separator[:-1], within))
+        path += separator[:-1]
+        return EncodedImage(name, _from_shard(path, within) if in_tar else _from_table(path, within, column))
     except (OSError, tarfile.TarError, ValueError, LookupError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UnreadableImageError(f"{name}: {reason}") from error
@@ -207,10 +209,10 @@ def _from_shard(path: str, within: str) -> bytes:
     raise ValueError("the shard has no such member now")
 
 
-def _from_table(path: str, within: str) -> bytes:
+def _from_table(path: str, within: str, column: str | None) -> bytes:
     row = int(within)
     with pyarrow_parquet().ParquetFile(path) as file:
-        column, _ = _column(path, file.schema_arrow, None, ("images",))
+        column, _ = _column(path, file.schema_arrow, column, ("images",))
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             if row < count:

@@ -21,13 +21,15 @@ ROWS_AT_ONCE = 2**14  # that are added to an index
 CANDIDATES = 4  # times `top`, and at least 64, that the index gives for their exact cosines
 HEADER_BYTES, VALUE_BYTES = 8, 2  # of usearch's file, which begins with the rows in float16; the graph follows
 DIGEST_BYTES = 16
+VERSION = b"siglip index 2\n\0"  # of this layout, before the digest; the first had none
 
 
 class ApproximateIndex:
     """The indices of a collection's files, memory-mapped. A missing one is built, and one of an earlier file replaced.
 
     An index is saved as FILE.SIZE-TIME.usearch, by the size and modification time of the file that it was built from.
-    It ends in a digest of its graph, which usearch follows unchecked; a damaged copy of a row only costs recall.
+    It ends in VERSION and a digest of its graph, which usearch follows unchecked; a damaged copy of a row only costs
+    recall.
     Building one holds the rows of its file in memory, in float16. on_build(path): called before an index is built.
     Raises ImportError without usearch, EmbeddingFileError for a damaged index and for a row that is not finite.
     """
@@ -95,7 +97,7 @@ def _build(index: Any, file: EmbeddingFile, path: Path) -> None:
         index.save(str(temporary))
         digest = _graph_digest(temporary, file, os.path.getsize(temporary))
         with open(temporary, "ab") as saved:
-            saved.write(digest)
+            saved.write(VERSION + digest)
     earlier = re.compile(rf"{re.escape(file.path.name)}\.[0-9a-f]+-[0-9a-f]+\.usearch")
     for other in path.parent.iterdir():
         if earlier.fullmatch(other.name) and other != path:
@@ -116,11 +118,13 @@ def _graph_digest(path: Path, file: EmbeddingFile, end: int) -> bytes:
 
 def _opened(index_type: Any, file: EmbeddingFile, path: Path) -> Any:
     try:
-        end = os.path.getsize(path) - DIGEST_BYTES
+        end = os.path.getsize(path) - len(VERSION) - DIGEST_BYTES
         with open(path, "rb") as saved:
             saved.seek(max(0, end))
-            written = saved.read()
-        if written != _graph_digest(path, file, end):
+            version, digest = saved.read(len(VERSION)), saved.read()
+        if version != VERSION:
+            raise ValueError("it was built by an older version, or its end is damaged")
+        if digest != _graph_digest(path, file, end):
             raise ValueError("its graph is damaged")
         index = index_type.restore(path, view=True)
         if len(index) != file.count or index.ndim != file.format.width:
@@ -129,6 +133,6 @@ def _opened(index_type: Any, file: EmbeddingFile, path: Path) -> Any:
             )
     except (RuntimeError, ValueError, OSError) as error:
         raise EmbeddingFileError(
-            f"{path} is not the index of {file.path} ({error}); delete it to build it again"
+            f"{path} is not a usable index of {file.path}: {error}; delete it to build it again"
         ) from error
     return index

@@ -182,6 +182,16 @@ def test_a_broken_image_of_one_rank_does_not_end_the_others(siglip, images, tmp_
     assert failed == 5
 
 
+def test_wrong_sizes_are_found_before_the_model_is_loaded(siglip, images, tmp_path):
+    for words, message in (
+        (["--shard-size", "2XB"], "--shard-size is '2XB'; supported: a number of bytes"),
+        (["--shard-size", "0"], "--shard-size is '0'"),
+        (["--shard-size", "2GB", "--shards", "2"], "--shard-size cuts the output of one process"),
+    ):
+        result = siglip("embed", images, "--out", tmp_path / "out.npy", "--model", tmp_path / "none", *words)
+        assert result.exit_code == 2 and one_line(result.stderr) and message in result.stderr, result.stderr
+
+
 def test_wrong_use_of_texts_ends_with_2(siglip, images, tmp_path):
     listed = tmp_path / "x.txt"
     listed.write_text("x")

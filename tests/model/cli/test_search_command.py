@@ -54,13 +54,15 @@ def test_the_sheet_draws_images_within_shards_and_tables(siglip, images, tmp_pat
 
     with tarfile.open(tmp_path / "a.tar", "w") as shard:
         shard.add(images / "0.png", "0.png")
-    table = pyarrow.table({"image": [(images / f"{number}.png").read_bytes() for number in (1, 2)]})
+    pictures = [(images / f"{number}.png").read_bytes() for number in (1, 2)]
+    table = pyarrow.table({"image": pictures, "thumbnail": [b"x", b"y"]})
     parquet.write_table(table, tmp_path / "b.parquet")
     out, sheet = tmp_path / "photos.npy", tmp_path / "sheet.png"
-    assert siglip("embed", tmp_path / "a.tar", tmp_path / "b.parquet", "--out", out).exit_code == 0
+    options = ["--column", "image"]
+    assert siglip("embed", tmp_path / "a.tar", tmp_path / "b.parquet", "--out", out, *options).exit_code == 0
     for path in images.iterdir():
         path.unlink()
-    assert siglip("search", out, "2 cats", "--plot", sheet, "--device", "cpu").exit_code == 0
+    assert siglip("search", out, "2 cats", "--plot", sheet, "--device", "cpu", *options).exit_code == 0
     with Image.open(sheet) as opened:
         assert len(np.unique(np.asarray(opened.convert("RGB")).reshape(-1, 3), axis=0)) > 1000  # the images
 
@@ -91,6 +93,7 @@ def test_wrong_use_ends_with_2(siglip, images, photos, tmp_path):
         (["search", "2 cats"], "no embedding file"),
         (["search", tmp_path / "gone.safetensors", "2 cats"], "gone.safetensors: No such file or directory\n"),
         (["search", photos, "2 cats", "--recall"], "--approximate"),
+        (["search", photos, "2 cats", "--column", "image"], "--column is for --plot"),
         (["search", photos, "2 cats", "--plot", "x.abc"], "--plot"),
         (["search", photos, "--image", "gone.png"], "gone.png: no such file"),
     ):

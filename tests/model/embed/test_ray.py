@@ -85,6 +85,37 @@ def test_a_part_of_a_table_is_written_with_its_own_rows(photos, checkpoint, expe
     )
 
 
+def test_a_job_leaves_one_row_per_path_and_says_that_it_has_ended(photos, checkpoint, expected, tmp_path):
+    """What Ray calls: a write in each task, then `on_write_complete` on the driver."""
+    embedder, out = embed_ray.ImageEmbedder(checkpoint), tmp_path / "out"
+    paths = [str(photos / f"{number:02}.png") for number in range(4)]
+    tasks = [[paths[0], paths[1], paths[0], "broken"], [paths[2]], [paths[1], paths[3], paths[3]], ["worse"]]
+    files = embed_ray.EmbeddingFiles(str(out), embedder.settings)
+    files.on_write_start()
+    returned = []
+    for number, names in enumerate(tasks):
+        content = [Path(name).read_bytes() if name in paths else b"x" for name in names]
+        task = SimpleNamespace(kwargs={embed_ray.ray.data._internal.planner.plan_write_op.WRITE_UUID_KWARG_NAME: "u"})
+        task.task_idx = number
+        returned.append(files.write([embedder({"bytes": column(content), "path": column(names)})], task))
+    unfinished = load_embeddings(out / sorted(path.name for path in out.iterdir())[1])
+    assert unfinished.settings["complete"] == "false" and not (out / "_SUCCESS").exists()
+    files.on_write_complete(SimpleNamespace(num_rows=9, write_returns=returned[::-1]))
+    assert (files.embedded, files.skipped, files.failed) == (4, 3, 2) and (out / "_SUCCESS").exists()
+    stored = load_embeddings(out)
+    assert stored.files == [paths[0], paths[1], paths[2], paths[3]] and set(stored.failed) == {"broken", "worse"}
+    wanted = torch.stack([expected[path] for path in stored.files])
+    torch.testing.assert_close(stored.embeddings, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_place_that_cannot_be_used_is_named(checkpoint, tmp_path):
+    settings = embed_ray.ImageEmbedder(checkpoint).settings
+    (tmp_path / "file").write_text("x")
+    for place, message in (("file", "which is a file; supported: a folder"), ("", "which is not empty")):
+        with pytest.raises(ValueError, match=f"^embed_dataset: out is .*, {message}"):
+            embed_ray.EmbeddingFiles(str(tmp_path / place), settings)
+
+
 def test_arrays_of_read_images_and_members_of_read_webdataset(photos, checkpoint, expected):
     embedder = embed_ray.ImageEmbedder(checkpoint, dtype=torch.float16)
     path = str(photos / "04.png")
@@ -155,7 +186,8 @@ def test_every_image_has_one_row_when_one_of_two_actors_is_killed(
     )
     assert killed.exists() and len({path.name.partition("-")[0] for path in calls.iterdir()}) >= 2
     assert (summary.embedded, summary.failed, summary.rows) == (16, 0, 16)
-    files = sorted(out.iterdir())
+    assert (out / "_SUCCESS").exists()
+    files = sorted(out.glob("*.parquet"))
     names = [name for file in files for name in load_embeddings(file).files]
     assert sorted(names) == sorted(expected)
     with Collection(files) as collection:
@@ -173,7 +205,7 @@ def test_shards_of_webdataset_become_files_that_search_reads(local_ray, photos, 
             archive.add(photos / f"{number:02}.png", f"{number:02}.png")
     dataset = local_ray.data.read_webdataset(str(shard), decoder=None)
     summary = embed_ray.embed_dataset(dataset, checkpoint, str(tmp_path / "out"), actors=(1, 2), batch_size=4)
-    (file,) = (tmp_path / "out").iterdir()
+    (file,) = (tmp_path / "out").glob("*.parquet")
     stored = load_embeddings(file)
     assert summary.rows == 6 and stored.files == [f"{shard}#{number:02}.png" for number in range(6)]
     wanted = torch.stack([expected[str(photos / f"{number:02}.png")] for number in range(6)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -48,6 +49,20 @@ def one_file(folder):
     embed_colours([folder], out)
     stored = load_embeddings(out)
     return dict(zip(stored.files, stored.embeddings.tolist(), strict=True))
+
+
+def test_failures_are_kept_in_files_without_a_row(folder, out):
+    broken = [path for path in folder.iterdir() if path.name != "8.png"]
+    for path in broken:
+        path.write_text("no image")
+    assert embed_colours([folder], out, shards=8).rows == 1
+    stored = load_embeddings(out)
+    assert len(stored.files) == 1 and stored.failed.keys() == {str(path) for path in broken}
+    with Collection(out) as collection:
+        assert len(collection) == 1
+    shutil.rmtree(folder)
+    save_colours(folder, 40)
+    assert embed_colours([folder], out).rows == 40 and not load_embeddings(out).failed
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

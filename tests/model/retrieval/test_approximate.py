@@ -9,7 +9,7 @@ from embedding_files import write_rows
 from siglip_model.embed import EmbeddingFileError
 from siglip_model.embed.file import Content, write_safetensors
 from siglip_model.retrieval import ApproximateIndex, Collection
-from siglip_model.retrieval.approximate import HEADER_BYTES, VALUE_BYTES, recall
+from siglip_model.retrieval.approximate import DIGEST_BYTES, HEADER_BYTES, VALUE_BYTES, VERSION, recall
 
 pytest.importorskip("usearch", reason="the extra `search` is not installed")
 
@@ -69,8 +69,20 @@ def test_a_damaged_index_is_named(tmp_path):
     with Collection(file) as stored:
         (path,) = ApproximateIndex(stored).paths
         path.write_bytes(b"junk" * 100)
-        with pytest.raises(EmbeddingFileError, match=r"usearch is not the index of .*delete it to build it again"):
+        with pytest.raises(EmbeddingFileError, match=r"usearch is not a usable index of .*delete it to build it again"):
             ApproximateIndex(stored)
+
+
+def test_an_index_of_an_older_version_is_named_so(tmp_path):
+    file = write_rows(tmp_path / "x.safetensors", draw(50, 8))
+    with Collection(file) as stored:
+        (path,) = ApproximateIndex(stored).paths
+        content = path.read_bytes()
+        end = len(content) - len(VERSION) - DIGEST_BYTES
+        for older in (content[:end], content[:end] + content[-DIGEST_BYTES:]):
+            path.write_bytes(older)
+            with pytest.raises(EmbeddingFileError, match=r"built by an older version.*; delete it to build it again"):
+                ApproximateIndex(stored)
 
 
 def test_a_changed_bit_of_the_graph_is_found_and_one_of_a_row_costs_recall_at_most(tmp_path):
@@ -79,7 +91,8 @@ def test_a_changed_bit_of_the_graph_is_found_and_one_of_a_row_costs_recall_at_mo
     with Collection(file) as stored:
         (path,) = ApproximateIndex(stored).paths
         whole, graph = path.read_bytes(), HEADER_BYTES + 50 * 8 * VALUE_BYTES
-        for place in (0, graph, graph + 100, (graph + len(whole)) // 2, len(whole) - 1):
+        places = (0, graph, graph + 100, (graph + len(whole)) // 2, len(whole) - len(VERSION) - DIGEST_BYTES - 1)
+        for place in (*places, len(whole) - 1):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
             with pytest.raises(EmbeddingFileError, match="its graph is damaged"):
                 ApproximateIndex(stored)
