@@ -125,8 +125,11 @@ def _members(path: str) -> Iterator[Source]:
                 name, missing = f"{path}#{member.name}", member.offset_data + member.size - size
                 if missing > 0:
                     yield _failed(name, f"is truncated: of {member.size:,} bytes {missing:,} are missing")
-                elif member.isfile() and os.path.splitext(member.name)[1].lower() in IMAGE_SUFFIXES:
-                    yield _member(file, name, stamp, member)
+                elif os.path.splitext(member.name)[1].lower() in IMAGE_SUFFIXES:
+                    if member.isfile():
+                        yield _member(file, name, stamp, member)
+                    elif member.islnk() or member.issym():
+                        yield _failed(name, f"is a link to {member.linkname}, without content of its own")
         except (tarfile.TarError, OSError) as error:
             yield _failed(path, f"is not a tar file, or cannot be read ({error})")
             return
@@ -156,27 +159,38 @@ def _is_padding(file: BinaryIO, start: int, end: int) -> bool:
 
 def _rows(path: str, column: str | None, kinds: tuple[str, ...]) -> Iterator[Source]:
     parquet = pyarrow_parquet()
+    import pyarrow
+
     stamp = stamp_of(path)
-    with parquet.ParquetFile(path) as file:
-        name, kind = _column(path, file.schema_arrow, column, kinds)
-        number = 0
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[name]):
-            for value in batch.column(0).to_pylist():
-                row = f"{path}#{number}"
-                number += 1
-                if isinstance(value, dict):
-                    value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-                if value is None:
-                    yield _failed(row, f"its column {name} is null")
-                elif isinstance(value, bytes):
-                    yield Source(row, stamp, EncodedImage(row, value))
-                elif kind == "texts" and len(value) > TEXT_CHARACTERS:
-                    yield _failed(row, f"has more than {TEXT_CHARACTERS:,} characters")
-                elif kind == "texts":
-                    yield Source(value, "", value)
-                else:
-                    image = value if is_url(value) else os.path.abspath(value)
-                    yield Source(image, stamp_of(image), image)
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            name, kind = _column(path, file.schema_arrow, column, kinds)
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[name]):
+                for value in batch.column(0).to_pylist():
+                    yield _row(path, number, stamp, name, kind, value)
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        problem = " ".join(str(error).split())
+        yield _failed(
+            f"{path}#{number}" if number else path, f"is not a whole parquet file, or cannot be read ({problem})"
+        )
+
+
+def _row(path: str, number: int, stamp: str, column: str, kind: str, value: Any) -> Source:
+    row = f"{path}#{number}"
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        return _failed(row, f"its column {column} is null")
+    if isinstance(value, bytes):
+        return Source(row, stamp, EncodedImage(row, value))
+    if kind == "texts":
+        if len(value) > TEXT_CHARACTERS:
+            return _failed(row, f"has more than {TEXT_CHARACTERS:,} characters")
+        return Source(value, "", value)
+    image = value if is_url(value) else os.path.abspath(value)
+    return Source(image, stamp_of(image), image)
 
 
 def named_image(name: str, column: str | None = None) -> str | EncodedImage:
@@ -241,9 +255,11 @@ def _column(path: str, schema: Any, column: str | None, kinds: tuple[str, ...]) 
 def _kind(kind: Any, kinds: tuple[str, ...]) -> str | None:
     import pyarrow.types as types
 
-    if types.is_string(kind) or types.is_large_string(kind):
+    if types.is_dictionary(kind):  # of repeated values, each stored once
+        kind = kind.value_type
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return next((strings for strings in ("texts", "paths") if strings in kinds), None)
-    encoded = types.is_binary(kind) or types.is_large_binary(kind)
+    encoded = types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
     hugging_face = types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
     return "images" if "images" in kinds and (encoded or hugging_face) else None
 

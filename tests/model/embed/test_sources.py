@@ -10,6 +10,7 @@ import tarfile
 import threading
 
 import colour_embedder
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -161,6 +162,47 @@ def test_nulls_and_broken_rows_of_a_column_are_named(embed, tmp_path):
     assert [name.partition("#")[2] for name in stored.files] == ["0", "3"]
     assert stored.failed[f"{tmp_path}/x.parquet#1"].endswith("its column image is null")
     assert "x.parquet#2: not an image" in stored.failed[f"{tmp_path}/x.parquet#2"] and summary.failed == 2
+
+
+def test_columns_of_dictionaries_and_views(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    images, texts = [b"one", b"two", b"one"], ["eins", "zwei", "eins"]
+    for kind in ("binary", "large_binary", "binary_view", "dictionary"):
+        column = pyarrow.array(images) if kind == "dictionary" else pyarrow.array(images, getattr(pyarrow, kind)())
+        write_parquet(tmp_path / "x.parquet", x=column.dictionary_encode() if kind == "dictionary" else column)
+        assert [source.content.content for source in image_sources([tmp_path / "x.parquet"])] == images
+    for kind in ("string", "large_string", "string_view", "dictionary"):
+        column = pyarrow.array(texts) if kind == "dictionary" else pyarrow.array(texts, getattr(pyarrow, kind)())
+        write_parquet(tmp_path / "x.parquet", x=column.dictionary_encode() if kind == "dictionary" else column)
+        assert [source.content for source in text_sources([tmp_path / "x.parquet"])] == texts
+
+
+def test_a_parquet_file_that_is_not_whole_is_named_and_the_rest_read(tmp_path):
+    contents = [np.random.default_rng(number).bytes(3000) for number in range(200)]
+    write_parquet(tmp_path / "cut.parquet", image=contents)
+    content = bytearray((tmp_path / "cut.parquet").read_bytes())
+    (tmp_path / "junk.parquet").write_bytes(b"junk")
+    content[400_000:440_000] = b"\xff" * 40_000
+    (tmp_path / "damaged.parquet").write_bytes(content)
+    (tmp_path / "cut.parquet").write_bytes(content[:300_000])
+    write_parquet(tmp_path / "next.parquet", image=[encoded(0)])
+    found = list(image_sources([tmp_path / f"{name}.parquet" for name in ("junk", "cut", "damaged", "next")]))
+    failed = {
+        os.path.basename(source.name): str(source.content) for source in found if isinstance(source.content, Exception)
+    }
+    assert list(failed)[:2] == ["junk.parquet", "cut.parquet"] and list(failed)[2].startswith("damaged.parquet#")
+    assert all("is not a whole parquet file" in problem for problem in failed.values()) and len(failed) == 3
+    assert found[-1].name == f"{tmp_path}/next.parquet#0" and found[-1].content.content == encoded(0)
+
+
+def test_links_within_a_shard_are_named(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as shard:
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            link = tarfile.TarInfo(f"{kind.decode()}.png")
+            link.type, link.linkname = kind, "a.png"
+            shard.addfile(link)
+    found = list(image_sources([tmp_path / "s.tar"]))
+    assert len(found) == 2 and all("is a link to a.png" in str(source.content) for source in found)
 
 
 def test_columns_that_cannot_be_meant_are_errors(tmp_path):
