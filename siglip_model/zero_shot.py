@@ -162,8 +162,10 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
     @torch.no_grad()
     def score(self, inputs: Inputs, label_embeds: torch.Tensor) -> torch.Tensor:
         """σ(t·⟨image, label⟩ + b) for what `join` returned: float32 (images, labels)."""
-        image_embeds = unit_length(pooled(self.encode_images(**inputs)))
-        return torch.sigmoid(self.model.logits_per_text(label_embeds, image_embeds).t().float())
+        image_embeds = pooled(self.encode_images(**inputs))
+        dtype = torch.promote_types(image_embeds.dtype, torch.float32)  # in half precision, close scores would be equal
+        logits = self.model.logits_per_text(label_embeds.to(dtype), unit_length(image_embeds.to(dtype)))
+        return torch.sigmoid(logits.t().float())
 
 
 def are_finite(scores: torch.Tensor) -> list[bool]:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -125,7 +126,7 @@ def classify(
             raise ValueError(f"--plot {problem}")
         check_one_measure(batch_size, token_budget)
         paths = find_images(images)
-        classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget)
+        classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget, len(paths))
         label_embeds = classifier.encode_labels(chosen, template)
         interrupted = False
         with closing(paths), terminal.progress(len(paths), "classify", hidden=as_json) as progress:
@@ -173,6 +174,7 @@ class _ClassifyRun:
         self.thumbnails: dict[int, Any] = {}
 
     def over(self, paths: Iterable[str], batch_size: int, budget: PixelBudget) -> None:
+        from siglip_model.embed.workers import Workers
         from siglip_model.plot import thumbnail
 
         def read(item: tuple[int, str]) -> Any:
@@ -184,13 +186,14 @@ class _ClassifyRun:
 
         tokens = self.classifier.token_budget
         sizes = {"batch_size": batch_size} if tokens is None else tokens.sizes()
-        batches = read_batches(enumerate(paths), read, workers=workers(), **sizes)
-        with closing(batches), budget:
-            for batch in batches:
-                if isinstance(batch, Failure):
-                    self._fail(*batch.item, describe_failure(batch.item[1], batch.error))
-                else:
-                    self._score(batch)
+        with Workers("threads", workers()) as readers, budget:
+            pool = partial(readers.pool, read, read)
+            with closing(read_batches(enumerate(paths), read, workers=readers.count, pool=pool, **sizes)) as batches:
+                for batch in batches:
+                    if isinstance(batch, Failure):
+                        self._fail(*batch.item, describe_failure(batch.item[1], batch.error))
+                    else:
+                        self._score(batch)
 
     def _score(self, batch: Batch[tuple[int, str], Any]) -> None:
         from siglip_model.zero_shot import rank

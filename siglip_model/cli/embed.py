@@ -19,6 +19,7 @@ import typer
 
 from siglip_model.cli import terminal
 from siglip_model.cli.options import (
+    DTYPES,
     LIST_ON_STDIN,
     BackendOption,
     BatchSizeOrBudgetOption,
@@ -131,7 +132,7 @@ def embed(
     with errors_in_one_line():
         import torch
 
-        from siglip_model.embed.journal import resuming
+        from siglip_model.embed.journal import computed_in, resuming
         from siglip_model.embed.run import EmbeddingInterrupted, embed_images, embed_texts, out_problem
         from siglip_model.embed.workers import DECODE
 
@@ -162,7 +163,12 @@ def embed(
         if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         total = None if ranks > 1 or texts or any(map(holds_several, inputs or [])) else len(images)
-        classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget)
+        earlier = computed_in(out) if dtype == "auto" and not overwrite else None
+        chosen = earlier if earlier in DTYPES else dtype
+        counted = 0 if ranks > 1 else total  # ranks may be on unlike machines, and their rows share files
+        classifier = load_classifier(model, backend, chosen, device, max_num_patches, token_budget, counted)
+        if chosen == "bfloat16" != dtype and classifier.device.type == "cpu" and rank == 0:
+            terminal.say(f"computing in bfloat16, as were the rows of {out}")
         failures: list[dict[str, str]] = []
         interrupted = False
         with (

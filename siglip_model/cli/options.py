@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +64,8 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         metavar="NAME",
-        help="Compute dtype: float32, float16, bfloat16, or auto (as stored in the checkpoint's configuration).",
+        help="Compute dtype: float32, float16, bfloat16, or auto: as stored in the checkpoint's configuration, but"
+        " bfloat16 for many images on a CPU that has it.",
         autocompletion=lambda: list(DTYPES),
     ),
 ]
@@ -178,7 +180,9 @@ def load_classifier(
     device: str | None,
     max_num_patches: int | None = None,
     token_budget: int | None = None,
+    images: int | None = 0,
 ) -> ZeroShotImageClassificationPipeline:
+    """images: of the run, or None for an unknown number. Where there are many, `auto` may choose bfloat16 on a CPU."""
     from siglip_model.zero_shot import TASK, pipeline
 
     if model == str(CHECKPOINT) and not (CHECKPOINT / "config.json").exists():
@@ -187,7 +191,23 @@ def load_classifier(
         raise ValueError(f"--dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
     given = {"max_num_patches": max_num_patches, "token_budget": token_budget}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return pipeline(TASK, model=model, backend=backend, dtype=dtype, device=device_named(device), **options)
+    load = partial(pipeline, TASK, model=model, backend=backend, dtype=dtype, device=device_named(device), **options)
+    classifier: ZeroShotImageClassificationPipeline = load()
+    if not dtype == backend == "auto":
+        return classifier
+
+    from siglip_model.cli.precision import LEAST_COSINE, LONG_RUN, use_bfloat16
+
+    cosine = use_bfloat16(classifier) if images is None or images >= LONG_RUN else None
+    if cosine is None:
+        return classifier
+    if cosine >= LEAST_COSINE:
+        terminal.say(
+            f"computing in bfloat16 (cosine to float32 at least {cosine:.5f}); --dtype float32 for more digits"
+        )
+        return classifier
+    terminal.say(f"computing in float32, because bfloat16 changes embeddings (cosine {cosine:.5f})")
+    return load()  # what was converted has lost its digits
 
 
 def workers() -> int:

@@ -21,7 +21,7 @@ import os
 import sqlite3
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -34,10 +34,11 @@ from siglip_model.embed.file import (
     EmbeddingFileError,
     RowFormat,
     encode_lines,
+    open_embedding_file,
     shortened,
 )
 from siglip_model.embed.output import LACK_BFLOAT16, Output
-from siglip_model.embed.shards import Shards
+from siglip_model.embed.shards import Manifest, Shards
 
 # Paths are bytes, because names need not be valid Unicode. The implicit rowid keeps the order of insertion.
 SCHEMA = {
@@ -569,6 +570,31 @@ def resolve_out(out: str | os.PathLike[str]) -> Path:
     if path.exists() and not os.access(path, os.W_OK):
         raise EmbeddingFileError(f"{path} is read-only; make it writable, or choose another --out")
     return path
+
+
+def computed_in(out: str | os.PathLike[str]) -> str | None:
+    """The dtype of the model that made the rows of `out`, finished or in a journal.
+
+    None where there are none, and where they cannot be read, which the run will say.
+    """
+    with suppress(EmbeddingFileError, OSError, sqlite3.Error):
+        path = resolve_out(out)
+        numbered = Manifest.read(path).paths() if Manifest.path_of(path).exists() else []
+        for file in (path, *numbered):
+            part = file.with_name(file.name + ".part")
+            if part.is_file() and (found := _stored_dtype(part)) is not None:
+                return found
+            if file.exists():
+                with open_embedding_file(file) as opened:
+                    return opened.metadata.get("computed_in")
+    return None
+
+
+def _stored_dtype(part: Path) -> str | None:
+    """Opened for writing, so that SQLite can roll back what a killed run has left."""
+    with closing(sqlite3.connect(f"{part.absolute().as_uri()}?mode=rw", timeout=BUSY_SECONDS, uri=True)) as database:
+        row = database.execute("SELECT value FROM settings WHERE name = 'computed_in'").fetchone()
+    return None if row is None else row[0]
 
 
 def _check_name(path: Path) -> None:

@@ -114,7 +114,7 @@ class Workers:
         if isinstance(error, BrokenProcessPool):
             raise _broken(error) from error
 
-    def pool(self, timed: Callable[[Source], Any], read: Any, window: int) -> Pool[Source, Any]:
+    def pool(self, timed: Callable[[Any], Any], read: Any, window: int) -> Pool[Any, Any]:
         """timed: `read`, for threads. read: an ImageReader, unless it is for threads alone."""
         if self.decode == "processes":
             return Processes(read, self.count)

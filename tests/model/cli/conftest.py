@@ -4,12 +4,18 @@ import pytest
 from tiny_checkpoint import random_image, shared_tiny_checkpoint
 from typer.testing import CliRunner
 
-from siglip_model.cli import main
+from siglip_model.cli import main, precision
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return shared_tiny_checkpoint(tmp_path_factory)
+
+
+@pytest.fixture(autouse=True)
+def no_bfloat16(monkeypatch):
+    """Whatever the CPU has: `test_precision.py` gives it back."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: False)
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ import os
 import signal
 
 import pytest
+import torch
 import transformers
 from command_line import LABELS, one_line
 
 from siglip_model.cli import classify
 from siglip_model.plot import format_score
+from siglip_model.zero_shot import ZeroShotImageClassificationPipeline
 
 
 def test_classify_in_json_equals_transformers(siglip, images, checkpoint):
@@ -114,3 +116,25 @@ def test_ctrl_c_while_classifying_prints_the_finished_results(siglip, many, monk
     assert result.exit_code == 130 and "interrupted after 4 of 40 images" in result.stderr
     names = [os.path.basename(entry["image"]) for entry in json.loads(result.stdout)]
     assert names == ["00.png", "01.png", "02.png", "03.png"]
+
+
+def test_threads_that_decode_leave_the_cores_to_the_model(siglip, images, monkeypatch):
+    before, found = torch.get_num_threads(), {}
+
+    def noting(name):
+        method = getattr(ZeroShotImageClassificationPipeline, name)
+
+        def noted(self, *arguments, **options):
+            found.setdefault(name, set()).add(torch.get_num_threads())
+            return method(self, *arguments, **options)
+
+        monkeypatch.setattr(ZeroShotImageClassificationPipeline, name, noted)
+
+    noting("prepare")
+    noting("score")
+    try:
+        torch.set_num_threads(3)
+        assert siglip("classify", images, "--labels", *LABELS).exit_code == 0
+        assert found == {"prepare": {1}, "score": {3}} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
