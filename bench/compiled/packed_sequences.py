@@ -4,8 +4,8 @@
 
 Columns: the tile's queries × keys; programs of a head, and of these without a tile; scores that the tiles hold, over
 the sum of the squared lengths, at best 1; and the same of the padded batch, where the dense kernel skips padded keys
-("lengths") and where it does not ("dense"). A batch of up to 64 tokens has one tile per sequence in both. Nothing is
-measured.
+("lengths") and where it does not ("dense"). A padded batch of up to 64 tokens has one tile per sequence in both.
+Nothing is measured.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from siglip_kernels.attention.sequences import Sequences, programs_of_head
 from siglip_kernels.device import Facts
 
 # 16 images each: SigLIP 2's default of 256 patches; mixed sizes and shapes; one page among thumbnails. Then many tiny
-# sequences alone, and beside one that is not, whose tile they share.
+# sequences alone, and beside one that is not, which has their tiles.
 MIXES = (
     "256x16",
     "1024,784x2,576x3,400,324,256x2,196,144,100x2,64,16",
@@ -83,15 +83,14 @@ class Count:
 
     @property
     def tile(self) -> config.Tile:
-        longest = config.length_class(max(self.lengths))
-        return config.tile("forward", self.facts, 2, self.head_dim, longest, longest, packed=True)
+        typical = config.typical_length(sum(self.lengths), len(self.lengths), max(self.lengths))
+        return config.tile("forward", self.facts, 2, self.head_dim, typical, typical, packed=True)
 
     @property
     def _padded_tile(self) -> config.Tile:
         longest = max(self.lengths)
-        if longest <= config.short_block(2):  # the kernels of short.py
-            return self.tile
-        return config.tile("forward", self.facts, 2, self.head_dim, longest, longest)
+        short = longest <= config.short_block(2)  # the kernels of short.py have the same tiles
+        return config.tile("forward", self.facts, 2, self.head_dim, longest, longest, packed=short)
 
 
 def _scores(queries: int, keys: int, tile: config.Tile) -> int:

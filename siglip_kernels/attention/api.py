@@ -101,7 +101,8 @@ def attention(
     0, does not decrease and ends with at most T; equal neighbours are an empty sequence, and tokens from its end on
     belong to none and give zeros. The host does not read it on a GPU: values that break these rules give wrong results
     but no access outside the tensors. SIGLIP_KERNELS_CHECK=1 reads and checks them at every call, as on a CPU.
-    max_seqlen: at least the length of the longest sequence. It chooses tiles; on a GPU a wrong one costs time only.
+    max_seqlen: at least the length of the longest sequence. With the numbers of tokens and sequences it chooses tiles;
+    on a GPU a wrong one costs time only.
 
     Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
     Gradients are deterministic.

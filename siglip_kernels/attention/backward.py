@@ -419,8 +419,8 @@ def attention_backward(
     delta = torch.empty((batch, heads, 2 if exact else 1, query_tokens), dtype=torch.float32, device=q.device)
     main, tail = config.split_head_dim(head_dim)
     strides = strides_of(q, k, v, out_grad)
-    longest = (query_tokens, key_tokens) if sequences is None else sequences.longest
-    sizes = (q.element_size(), head_dim, *longest, sequences is not None)
+    size = (query_tokens, key_tokens) if sequences is None else sequences.typical
+    sizes = (q.element_size(), head_dim, *size, sequences is not None)
     same_in_both: dict[str, Any] = dict(
         q=q,
         k=k,

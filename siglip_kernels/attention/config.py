@@ -5,6 +5,7 @@ No call tunes: `python -m bench tune attention` measures `candidates` on the cur
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,21 @@ def length_class(tokens: int) -> int:
     return next((limit for limit in (16, 32, 64, 128, 256, 512, 1024) if tokens <= limit), 2048)
 
 
+def typical_length(tokens: int, sequences: int, longest: int | None) -> int:
+    """The class of the length whose tiles suit packed sequences: the least that their root mean square may be.
+
+    Tiles wider than most sequences are mostly empty, while a long sequence may have many narrow ones. The host knows
+    the numbers of tokens and sequences, and the longest unless it is None; the others may all be equally long.
+    """
+    sequences = max(1, sequences)
+    mean = tokens / sequences
+    if longest is None or longest <= mean:
+        return length_class(math.ceil(mean if longest is None else longest))
+    longest = min(longest, tokens)
+    squares = longest**2 + (tokens - longest) ** 2 / max(1, sequences - 1)
+    return length_class(math.ceil(math.sqrt(squares / sequences)))
+
+
 @functools.cache
 def tile(
     kernel: str,
@@ -57,7 +73,7 @@ def tile(
 ) -> Tile:
     """The tile of `kernel` ("forward", "backward_queries" or "backward_keys") for lengths that are not both short.
 
-    packed: of packed sequences, of which these are the longest.
+    packed: of packed sequences, for which these are typical.
     """
     columns = sum(split_head_dim(head_dim))
     if packed and _holds_whole_sequences(kernel, element_bytes, columns, max(query_tokens, key_tokens)):
@@ -105,14 +121,16 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int, pack
     return Tile(32 if unit == "mma" else 64, 64, 4 if narrow else 8, 2)
 
 
-def _holds_whole_sequences(kernel: str, element_bytes: int, columns: int, longest: int) -> bool:
-    """Whether a tile should hold a whole packed sequence. With 64 + 32 columns the backward's would spill."""
-    return longest <= short_block(element_bytes) and (longest <= 16 or kernel == "forward" or columns != 96)
+def _holds_whole_sequences(kernel: str, element_bytes: int, columns: int, length: int) -> bool:
+    """Whether a tile should hold a whole packed sequence of this length. With 64 + 32 columns the backward's would
+    spill.
+    """
+    return length <= short_block(element_bytes) and (length <= 16 or kernel == "forward" or columns != 96)
 
 
-def _whole_sequence(kernel: str, facts: Facts, element_bytes: int, columns: int, longest: int) -> Tile:
-    """The tile of packed sequences that are short: the smallest that holds each, since a wider one is mostly empty."""
-    block = max(16, 1 << (longest - 1).bit_length())
+def _whole_sequence(kernel: str, facts: Facts, element_bytes: int, columns: int, length: int) -> Tile:
+    """The tile of packed sequences that are short: the smallest that holds one, since a wider one is mostly empty."""
+    block = max(16, 1 << (length - 1).bit_length())
     # With mma, 64 queries spill where a program keeps the gradients of 64 keys.
     queries = min(block, 32) if kernel == "backward_keys" and facts.matrix_unit == "mma" else block
     # Delta's of 16 rows accumulates no gradients, and with two warps spills on consumer Blackwell.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from siglip_kernels.arguments import unit_stride
-from siglip_kernels.attention.config import is_short, length_class
+from siglip_kernels.attention.config import is_short, typical_length
 from siglip_kernels.device import blackwell_kernels_enabled, hopper_kernels_enabled
 from siglip_kernels.errors import unsupported
 
@@ -145,12 +145,12 @@ def _sequences(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
 ) -> Any:
-    """The launchers' `Sequences`. Where the longest is not known, all tokens may be of one."""
+    """The launchers' `Sequences`."""
     from siglip_kernels.attention.sequences import Sequences
 
-    longest_query = length_class(q.shape[0] if max_seqlen_q is None else max_seqlen_q)
-    longest_key = length_class(k.shape[0] if max_seqlen_k is None else max_seqlen_k)
-    return Sequences(cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, (longest_query, longest_key))
+    sequences = len(cu_seqlens_q) - 1
+    queries, keys = typical_length(len(q), sequences, max_seqlen_q), typical_length(len(k), sequences, max_seqlen_k)
+    return Sequences(cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, (queries, keys))
 
 
 def _require_kept(log_sum_exp: Tensor, shape: Any) -> None:

@@ -225,9 +225,9 @@ def exact_delta(
     """
     batch, query_tokens, heads, head_dim = q.shape
     exact = q.dtype.itemsize == 4
-    longest = (query_tokens, k.shape[1]) if sequences is None else sequences.longest
-    tile = config.delta_tile(facts(q.device), q.element_size(), head_dim, *longest, sequences is not None)
-    fits = sequences is not None and max(longest) <= tile.queries  # a whole sequence
+    size = (query_tokens, k.shape[1]) if sequences is None else sequences.typical
+    tile = config.delta_tile(facts(q.device), q.element_size(), head_dim, *size, sequences is not None)
+    fits = sequences is not None and max(size) <= tile.queries  # a whole sequence, mostly
     span = tile.queries if exact or fits else _SPAN
     spans = programs_of_head(query_tokens, span, sequences)
     main, tail = config.split_head_dim(head_dim)

@@ -243,8 +243,8 @@ def attention_forward(
     if out.numel() == 0:
         return out, log_sum_exp
     gpu = facts(q.device)
-    longest = (query_tokens, key_tokens) if sequences is None else sequences.longest
-    tile = config.tile("forward", gpu, q.element_size(), head_dim, *longest, sequences is not None)
+    size = (query_tokens, key_tokens) if sequences is None else sequences.typical
+    tile = config.tile("forward", gpu, q.element_size(), head_dim, *size, sequences is not None)
     main, tail = config.split_head_dim(head_dim)
     strides = strides_of(q, k, v)
     query_tiles = programs_of_head(query_tokens, tile.queries, sequences)

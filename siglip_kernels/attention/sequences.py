@@ -25,12 +25,12 @@ _WAYS = tl.constexpr(1024)  # starts that one step of the search compares
 class Sequences(NamedTuple):
     """starts_of_queries, starts_of_keys: int32 or int64 (N + 1,), contiguous: N starts, and the end of the last.
 
-    longest: the most queries and the most keys of a sequence, as far as known; they only choose the tiles.
+    typical: numbers of queries and of keys of a sequence, see `config.typical_length`; they only choose the tiles.
     """
 
     starts_of_queries: Tensor
     starts_of_keys: Tensor
-    longest: tuple[int, int]
+    typical: tuple[int, int]
 
 
 def kernel_arguments(sequences: Sequences | None) -> dict[str, Any]:

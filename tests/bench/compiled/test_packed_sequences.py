@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bench.compiled import packed_sequences
 from bench.compiled.launch import GPUS
@@ -26,7 +28,23 @@ def test_the_cost_follows_the_squared_lengths(mix, gpu):
         assert one.dense > 3 * one.packed
 
 
-@pytest.mark.parametrize(("lengths", "longest", "block"), [([150, 0, 7, 129, 1], None, 128), ([16, 0, 7, 1], 16, 16)])
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(
+    # Few long ones among many short ones, and anything else; from half of the smallest tile on.
+    groups=st.lists(st.tuples(st.sampled_from([8, 16, 40, 64, 65, 128, 300, 1024, 4096]), st.integers(1, 300))),
+    others=st.lists(st.integers(8, 4096), min_size=1, max_size=20),
+    gpu=st.sampled_from(list(GPUS)),
+)
+def test_no_mix_costs_more_than_ten_times_its_squared_lengths(groups, others, gpu):
+    """A tile is shorter than twice the root mean square of the lengths."""
+    one = Count([*others, *(length for length, count in groups for _ in range(count))], GPUS[gpu], 72)
+    assert one.packed <= 10 * one.squares
+
+
+@pytest.mark.parametrize(
+    ("lengths", "longest", "block"),
+    [([150, 0, 7, 129, 1], 150, 128), ([16, 0, 7, 1], 16, 16), ([90, *[7] * 20], 90, 32)],
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the products of Triton's interpreter")
 def test_the_kernel_computes_what_is_counted(lengths, longest, block, monkeypatch):
     from triton.runtime.interpreter import InterpreterBuilder

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from siglip_kernels import attention, reference
-from siglip_kernels.attention import flash_attn_varlen_func
+from siglip_kernels.attention import config, flash_attn_varlen_func
 from siglip_kernels.attention.dispatch import launch_packed_backward, launch_packed_forward
 from siglip_kernels.attention.sequences import Sequences, programs_of_head, tile_of_program
 
@@ -98,6 +98,26 @@ def test_short_sequences_have_tiles_of_their_size(longest, dtype, device):
     inputs = random_inputs(sum(lengths) + 2, 2, 72, dtype, device)
     inputs[1][3] *= 20  # rows that need an exact delta
     check_budget(inputs, lengths, max_seqlen=longest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_long_sequence_among_short_ones_has_many_of_their_tiles(dtype, device):
+    lengths = [5] * 12 + [90] + [0, 16] + [9] * 12
+    assert config.typical_length(sum(lengths), len(lengths), 90) == 32
+    inputs = random_inputs(sum(lengths), 1, 72, dtype, device)
+    inputs[1][70] *= 20  # rows that need an exact delta
+    check_budget(inputs, lengths, max_seqlen=90)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "longest", "expected"),
+    [
+        ([256] * 16, 256, 256), ([256] * 16, None, 256), ([50] * 64, 50, 64), ([256] + [16] * 255, 256, 32),
+        ([4096] + [64] * 15, 4096, 2048), ([1], 1, 16), ([], None, 16), ([0, 0], 7, 16), ([300], 16, 16),
+    ],
+)  # fmt: skip
+def test_typical_lengths(lengths, longest, expected):
+    assert config.typical_length(sum(lengths), len(lengths), longest) == expected
 
 
 def test_a_longest_that_is_too_small_costs_time_only(device):
