@@ -1,6 +1,6 @@
 """A backend is a set of operations. The model calls them and never asks which backend it has.
 
-A further backend (fp8, a vendor's library) is one more `Backend` in BACKENDS; no module of the model changes.
+A further backend (a vendor's library) is one more `Backend` in BACKENDS; no module of the model changes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import siglip_kernels
-from siglip_kernels import MissingBackendError, reference
+from siglip_kernels import MissingBackendError, fp8, reference
 from siglip_kernels.attention_pool import folded_attention_pool
 from siglip_kernels.device import why_not, why_not_here
 from siglip_kernels.errors import unsupported
@@ -27,8 +27,8 @@ from siglip_model import onednn
 Operation = Callable[..., Any]
 
 
-def _nothing(*_: torch.device) -> None:
-    """What a backend lacks that runs on every machine and device."""
+def _nothing(*_: Any) -> None:
+    """What a backend lacks that runs on every machine and device, and what it does to a model that it leaves alone."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Backend:
     lacks: what this machine lacks to run the backend, or None.
     why_not: why the backend cannot run on a device of this machine, or None.
     exports_to_onnx: whether ONNX can express its operations.
+    trains: whether its operations have derivatives; a model in training mode refuses one without.
+    prepare: what is done to a model that selects the backend.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Backend:
     why_not: Callable[[torch.device], str | None] = _nothing
     packs_on: tuple[str, ...] = ()
     exports_to_onnx: bool = True
+    trains: bool = True
+    prepare: Callable[[nn.Module], None] = _nothing
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
         return self
@@ -240,10 +244,15 @@ def _triton_attention(
     return siglip_kernels.attention(q, k, v, scale=scale, lengths=lengths)
 
 
-def _triton_pre_norm_attention(x: Tensor, *parameters: Any, cu_seqlens: Tensor | None = None, **mask: Any) -> Tensor:
-    if cu_seqlens is None:
-        return siglip_kernels.pre_norm_attention(x, *parameters, **mask)
-    return siglip_kernels.pre_norm_attention(x[0], *parameters, cu_seqlens=cu_seqlens, **mask)[None]
+def _of_packed_batches(operation: Operation) -> Operation:
+    """The operation on tokens (T, width) as one on (1, T, width)."""
+
+    def pre_norm_attention(x: Tensor, *parameters: Any, cu_seqlens: Tensor | None = None, **mask: Any) -> Tensor:
+        if cu_seqlens is None:
+            return operation(x, *parameters, **mask)
+        return operation(x[0], *parameters, cu_seqlens=cu_seqlens, **mask)[None]
+
+    return pre_norm_attention
 
 
 def _lacks_flash() -> str | None:
@@ -256,9 +265,15 @@ def _lacks_flash() -> str | None:
     return " and ".join(lacks) or None
 
 
-def _triton_refuses(device: torch.device) -> str | None:
+def _triton_refuses(device: torch.device, why_not: Callable[[torch.device], str | None] = why_not) -> str | None:
     """A model on the CPU may be moved to a GPU later, one on the meta device is loaded elsewhere."""
     return None if device.type in ("cpu", "meta") else why_not(device)
+
+
+def _report_what_is_quantised(model: nn.Module) -> None:
+    from siglip_model.fp8 import announce
+
+    announce(model)
 
 
 EAGER = Backend(
@@ -308,7 +323,7 @@ TRITON = Backend(
     mlp=siglip_kernels.mlp,
     layer_norm=siglip_kernels.layer_norm,
     pre_norm_qkv=siglip_kernels.pre_norm_qkv,
-    pre_norm_attention=_triton_pre_norm_attention,
+    pre_norm_attention=_of_packed_batches(siglip_kernels.pre_norm_attention),
     pre_norm_mlp=siglip_kernels.pre_norm_mlp,
     attention_pool=siglip_kernels.attention_pool,
     patch_embed=siglip_kernels.patch_embed,
@@ -320,7 +335,20 @@ TRITON = Backend(
     packs_on=("cuda", "cpu"),
     exports_to_onnx=False,
 )
-BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON)}
+TRITON_FP8 = replace(
+    TRITON,
+    name="triton_fp8",
+    attention_mask=functools.partial(_lengths, name="triton_fp8"),
+    mlp=fp8.mlp,
+    pre_norm_qkv=fp8.pre_norm_qkv,
+    pre_norm_attention=_of_packed_batches(fp8.pre_norm_attention),
+    pre_norm_mlp=fp8.pre_norm_mlp,
+    lacks=fp8.why_not_here,
+    why_not=functools.partial(_triton_refuses, why_not=fp8.why_not),
+    trains=False,
+    prepare=_report_what_is_quantised,
+)
+BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, FLASH, TRITON, TRITON_FP8)}
 
 
 def _registered(name: str) -> Backend:

@@ -35,7 +35,7 @@ MOST_NEW_VALUES = 2**26  # that a checkpoint's own config.json may add to its we
 class PreTrainedModel(nn.Module):
     """Base class of the models.
 
-    backend (alias attn_implementation): eager, sdpa, flash_attention_2, triton, or auto.
+    backend (alias attn_implementation): eager, sdpa, flash_attention_2, triton, triton_fp8, or auto.
     """
 
     config_class: ClassVar[type[PretrainedConfig]]
@@ -120,6 +120,8 @@ class PreTrainedModel(nn.Module):
             else:
                 getattr(self.config, part)._attn_implementation = backend.name
         self._apply_backend()
+        for backend in dict.fromkeys(chosen.values()):
+            backend.prepare(self)
 
     def set_attn_implementation(self, attn_implementation: str | Mapping[str, str]) -> None:
         """transformers' name for `set_backend`."""
@@ -157,8 +159,12 @@ class PreTrainedModel(nn.Module):
         super().__setstate__(state)
         self._follow_weights()  # a pickle may be loaded on another device
 
-    def _check_exporter(self) -> None:
-        """Raises where the backend's operations cannot be exported. Each tower's forward calls it."""
+    def _check_backend(self) -> None:
+        """Raises where the backend's operations cannot be exported or trained. Each tower's forward calls it."""
+        if self.training and not self._backend.trains:
+            training = (name for name, backend in backends.BACKENDS.items() if backend.trains)
+            got = f"is {self.backend!r}, which is for inference, and the model is in training mode"
+            raise unsupported(type(self).__name__, "backend", got, f"model.eval(), or {', '.join(training)} to train")
         if torch.onnx.is_in_onnx_export() and not self._backend.exports_to_onnx:
             exportable = (name for name, backend in backends.BACKENDS.items() if backend.exports_to_onnx)
             got = f"is {self.backend!r}, whose operations ONNX does not have"
@@ -352,6 +358,7 @@ class PreTrainedModel(nn.Module):
         variant: str | None = None,
         backend: str | Mapping[str, str] | None = None,
         attn_implementation: str | Mapping[str, str] | None = None,
+        check: bool = False,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device_map: torch.device | str | int | dict[str, Any] | None = None,
@@ -366,8 +373,9 @@ class PreTrainedModel(nn.Module):
         config: replaces the checkpoint's config.json: a configuration, or the directory, file or id to load one from.
         state_dict: replaces the checkpoint's tensors, which are then not read.
         variant: of the weights' file names, such as "fp16" for model.fp16.safetensors.
-        backend (alias attn_implementation): eager, sdpa, flash_attention_2, triton or auto; or one per part, see
-            `set_backend`.
+        backend (alias attn_implementation): eager, sdpa, flash_attention_2, triton, triton_fp8 or auto; or one per
+            part, see `set_backend`.
+        check: compare the image embeddings of triton_fp8 with those of sdpa, see `siglip_model.fp8.check`.
         dtype (alias torch_dtype): of the weights; None and "auto" keep the checkpoint's dtype.
         device_map: one device; "auto" is CUDA where available.
         max_memory: bytes, or a string such as "10GB", by ordinal of a GPU or "cpu"; the model's device must be among
@@ -429,7 +437,12 @@ class PreTrainedModel(nn.Module):
         for part in (model, *model._towers()):
             part._follow_weights()
         model.name_or_path = str(pretrained_model_name_or_path or "")
-        return (model.eval(), loading_info) if output_loading_info else model.eval()
+        model.eval()
+        if check:
+            from siglip_model import fp8
+
+            fp8.check(model)
+        return (model, loading_info) if output_loading_info else model
 
     @classmethod
     def _loaded_config(

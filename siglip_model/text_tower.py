@@ -123,7 +123,7 @@ class SiglipTextModel(UsesBackend, PreTrainedModel):
         Raises ValueError for ids that are missing, too long, not integers or (on the CPU) out of range, and for masks
         and positions of other shapes.
         """
-        self._check_exporter()
+        self._check_backend()
         _check_ids("input_ids", input_ids)
         input_ids = input_ids.reshape(-1, input_ids.shape[-1])  # type: ignore[union-attr]
         batch, tokens = input_ids.shape

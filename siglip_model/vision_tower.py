@@ -152,7 +152,7 @@ class SiglipVisionModel(UsesBackend, PreTrainedModel):
         output_hidden_states: HiddenStates | None = None,
     ) -> BaseModelOutputWithPooling:
         """The part of `forward` before the pooling head."""
-        self._check_exporter()
+        self._check_backend()
         if not isinstance(pixel_values, Tensor):
             got = "is None" if pixel_values is None else f"is {type(pixel_values).__name__}"
             raise unsupported("SiglipVisionModel", "pixel_values", got, "a tensor (batch, channels, height, width)")

@@ -8,16 +8,17 @@ from siglip_kernels.errors import MissingBackendError
 
 _LEAST_CAPABILITY = (8, 9)
 
+_accepted: set[torch.device] = set()  # GPUs that `why_not` accepted once
+
 
 def why_not(where: torch.device) -> str | None:
     """Why fp8 does not run on tensors of this device, or None."""
     reason = device.why_not(where)
     if reason is not None or where.type != "cuda":
         return reason
-    capability = device.facts(where).capability
-    if capability >= _LEAST_CAPABILITY:
+    major, minor = torch.cuda.get_device_capability(where)
+    if (major, minor) >= _LEAST_CAPABILITY:
         return None
-    major, minor = capability
     return f"{gpu_name(where)} has compute capability {major}.{minor}; products of fp8 need 8.9 or later (Ada, Hopper)"
 
 
@@ -32,7 +33,11 @@ def why_not_here() -> str | None:
 
 def require_fp8(operation: str, argument: str, tensor: torch.Tensor) -> None:
     """Raises MissingBackendError unless fp8 runs on the tensor's device."""
+    if tensor.device in _accepted:
+        return
     reason = why_not(tensor.device)
+    if reason is None and tensor.is_cuda:
+        _accepted.add(tensor.device)
     if reason is not None:
         where = f"{argument} is on {tensor.device}"
         raise MissingBackendError(f"{operation}: {where}, and {reason}; use the backend 'triton', 'sdpa' or 'eager'")

@@ -17,6 +17,7 @@ from siglip_model.cli.options import (
     IMAGES_HELP,
     BackendOption,
     BatchSizeOrBudgetOption,
+    CheckOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -106,6 +107,7 @@ def classify(
     top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Show the k best labels per image.")] = None,
     model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
+    check: CheckOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     batch_size: BatchSizeOrBudgetOption = None,
@@ -126,7 +128,7 @@ def classify(
             raise ValueError(f"--plot {problem}")
         check_one_measure(batch_size, token_budget)
         paths = find_images(images)
-        classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget, len(paths))
+        classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget, len(paths), check)
         label_embeds = classifier.encode_labels(chosen, template)
         interrupted = False
         with closing(paths), terminal.progress(len(paths), "classify", hidden=as_json) as progress:

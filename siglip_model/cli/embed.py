@@ -23,6 +23,7 @@ from siglip_model.cli.options import (
     LIST_ON_STDIN,
     BackendOption,
     BatchSizeOrBudgetOption,
+    CheckOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -75,6 +76,7 @@ def embed(
     ] = False,
     model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
+    check: CheckOption = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     batch_size: BatchSizeOrBudgetOption = None,
@@ -166,7 +168,7 @@ def embed(
         earlier = computed_in(out) if dtype == "auto" and not overwrite else None
         chosen = earlier if earlier in DTYPES else dtype
         counted = 0 if ranks > 1 else total  # ranks may be on unlike machines, and their rows share files
-        classifier = load_classifier(model, backend, chosen, device, max_num_patches, token_budget, counted)
+        classifier = load_classifier(model, backend, chosen, device, max_num_patches, token_budget, counted, check)
         if chosen == "bfloat16" != dtype and classifier.device.type == "cpu" and rank == 0:
             terminal.say(f"computing in bfloat16, as were the rows of {out}")
         failures: list[dict[str, str]] = []

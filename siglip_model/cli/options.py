@@ -25,7 +25,7 @@ IMAGES_HELP = "Files, folders (searched recursively) or URLs; - reads a list of 
 GOOGLE_EXAMPLE = 'siglip classify IMAGE --model google/siglip-so400m-patch14-384 --labels "2 cats" "a plane"'
 SOME_FAILED, USAGE_ERROR, STOPPED, INTERRUPTED, OUTPUT_CLOSED = 1, 2, 75, 130, 141
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-BACKEND_NAMES = ("auto", "eager", "sdpa", "flash_attention_2", "triton")  # `backends` imports PyTorch
+BACKEND_NAMES = ("auto", "eager", "sdpa", "flash_attention_2", "triton", "triton_fp8")  # `backends` imports PyTorch
 LIST_ON_STDIN = "-"
 READ_AT_ONCE = 2**16  # bytes: longer than any path, so that the first piece shows the separator
 
@@ -58,6 +58,10 @@ BackendOption = Annotated[
         help="Compute backend; `siglip info` lists those available.",
         autocompletion=lambda: list(BACKEND_NAMES),
     ),
+]
+CheckOption = Annotated[
+    bool,
+    typer.Option("--check", help="Compare triton_fp8's embeddings of the bundled pictures with sdpa's first."),
 ]
 DtypeOption = Annotated[
     str,
@@ -181,6 +185,7 @@ def load_classifier(
     max_num_patches: int | None = None,
     token_budget: int | None = None,
     images: int | None = 0,
+    check: bool = False,
 ) -> ZeroShotImageClassificationPipeline:
     """images: of the run, or None for an unknown number. Where there are many, `auto` may choose bfloat16 on a CPU."""
     from siglip_model.zero_shot import TASK, pipeline
@@ -191,6 +196,8 @@ def load_classifier(
         raise ValueError(f"--dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
     given = {"max_num_patches": max_num_patches, "token_budget": token_budget}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if check:
+        options["model_kwargs"] = {"check": True}
     load = partial(pipeline, TASK, model=model, backend=backend, dtype=dtype, device=device_named(device), **options)
     classifier: ZeroShotImageClassificationPipeline = load()
     if not dtype == backend == "auto":

@@ -65,7 +65,7 @@ class Siglip2VisionModel(SiglipVisionModel):
         output_hidden_states: HiddenStates | None,
     ) -> tuple[BaseModelOutputWithPooling, Tensor | None]:
         """The output without pooling, and the number of patches of each image (None without padding)."""
-        self._check_exporter()
+        self._check_backend()
         check_patches(pixel_values, self.config.num_channels * self.config.patch_size**2)
         dense = self._default(output_attentions, "attentions")
         where = mask if isinstance(mask, Layout) else layout(self.ops, pixel_values, mask, shapes, dense=dense)

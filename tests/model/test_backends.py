@@ -57,7 +57,7 @@ def test_alias() -> None:
 def test_unknown_backend_lists_the_known(name: Any, tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path)
-    known = re.escape(f"backend is {name!r}; supported: eager, sdpa, flash_attention_2, triton, auto")
+    known = re.escape(f"backend is {name!r}; supported: eager, sdpa, flash_attention_2, triton, triton_fp8, auto")
     for ask in (model.set_backend, lambda name: tiny(backend=name), lambda name: load(tmp_path, backend=name)):
         with pytest.raises(ValueError, match=known):
             ask(name)
@@ -204,7 +204,9 @@ def test_availability_names_every_backend() -> None:
     assert found["eager"] is None and found["sdpa"] is None
 
 
-@pytest.mark.parametrize("backend", [backends.FLASH, backends.TRITON], ids=lambda backend: backend.name)
+@pytest.mark.parametrize(
+    "backend", [backends.FLASH, backends.TRITON, backends.TRITON_FP8], ids=lambda backend: backend.name
+)
 def test_masks_that_are_not_padding_are_refused(backend: backends.Backend) -> None:
     lengths = backend.attention_mask(torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]]))["lengths"]
     assert lengths.tolist() == [2, 0, 3] and lengths.dtype == torch.int32

@@ -14,6 +14,7 @@ class Gpu(NamedTuple):
 
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0))
+A100 = Gpu("NVIDIA A100-SXM4-80GB", (8, 0))
 RTX_2080 = Gpu("NVIDIA GeForce RTX 2080 Ti", (7, 5))
 MI300X = Gpu("AMD Instinct MI300X", (9, 4), "gfx942:sramecc+:xnack-")  # as ROCm answers
 

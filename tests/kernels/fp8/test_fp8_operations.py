@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import machines
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.compiled.ahead_of_time import GPUS
 from siglip_kernels import MissingBackendError, UnsupportedInputError, fp8, reference
-from siglip_kernels.device import pretend
 from siglip_kernels.fp8 import reference as fp8_reference
 from siglip_kernels.fp8.quantise import quantise_rows
 from siglip_kernels.gemm.kernels import Scales, gemm
@@ -188,7 +187,8 @@ def test_packed_sequences_and_lengths(device):
     padded = fp8.pre_norm_attention(x, lengths=lengths, **p)
     starts = torch.tensor([0, 19, 26], dtype=torch.int32, device=device)
     packed = fp8.pre_norm_attention(torch.cat([x[0], x[1, :7]]), cu_seqlens=starts, max_seqlen=19, **p)
-    torch.testing.assert_close(packed, torch.cat([padded[0], padded[1, :7]]), rtol=0.02, atol=0.02)
+    # Attention rounds differently, by tiles of another size, and then a number may round to another one of fp8.
+    assert decibels(packed, torch.cat([padded[0], padded[1, :7]]).double()) > 40
 
 
 def test_an_outlier_channel(device):
@@ -275,16 +275,19 @@ def test_unsupported_dtypes_and_widths_raise(device):
         fp8.pre_norm_mlp(torch.randn(1, 8200).to(device, torch.bfloat16), eps=1e-6, **wide)
 
 
-def test_older_gpus_are_refused(monkeypatch):
-    cuda = torch.device("cuda", 0)
-    monkeypatch.setattr("siglip_kernels.fp8.devices.gpu_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    with pretend(GPUS["a100"]):
-        assert fp8.why_not(cuda) == (
-            "NVIDIA A100-SXM4-80GB has compute capability 8.0; products of fp8 need 8.9 or later (Ada, Hopper)"
-        )
-    for gpu in ("rtx4090", "h200", "b200", "rtx5090"):
-        with pretend(GPUS[gpu]):
-            assert fp8.why_not(cuda) is None
+@pytest.mark.parametrize(
+    ("gpu", "reason"),
+    [
+        (machines.A100, "has compute capability 8.0; products of fp8 need 8.9 or later"),
+        (machines.RTX_2080, "has compute capability 7.5; the kernels need 8.0 or later"),
+    ],
+)
+def test_older_gpus_are_refused(gpu, reason, monkeypatch):
+    machines.report(monkeypatch, gpu, machines.H100)
+    assert reason in str(fp8.why_not(torch.device("cuda", 0)))
+    assert fp8.why_not(torch.device("cuda", 1)) is None and fp8.why_not_here() is None
+    machines.report(monkeypatch, gpu)
+    assert reason in str(fp8.why_not_here())
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
