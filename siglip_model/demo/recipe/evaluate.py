@@ -75,20 +75,27 @@ def score_logits(logits: Tensor, right: Tensor, seed: int = 0) -> Score:
 
 
 @torch.inference_mode()
-def all_logits(model: Any, processor: Any, images: Sequence[Image.Image], names: Sequence[str]) -> Tensor:
-    """The model's logits (images, names), computed through the processor as a user would."""
+def embeddings(
+    model: Any, processor: Any, images: Sequence[Image.Image], names: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Of unit length, (names, width) and (images, width), computed through the processor as a user would."""
     texts, pictures = [], []
     prompts = [TEMPLATE.format(name) for name in names]
     for start in range(0, len(prompts), 256):
         batch = processor(
             text=prompts[start : start + 256], padding="max_length", max_length=64, truncation=True, return_tensors="pt"
         )
-        texts.append(pooled(model.get_text_features(batch["input_ids"])))
+        texts.append(pooled(model.get_text_features(batch["input_ids"].to(model.device))))
     for start in range(0, len(images), 256):
         batch = processor(images=list(images[start : start + 256]), return_tensors="pt")
-        pictures.append(pooled(model.get_image_features(batch["pixel_values"])))
-    text, picture = unit_length(torch.cat(texts)), unit_length(torch.cat(pictures))
-    return model.logits_per_text(text, picture).T
+        pictures.append(pooled(model.get_image_features(batch["pixel_values"].to(model.device))))
+    return unit_length(torch.cat(texts)), unit_length(torch.cat(pictures))
+
+
+def all_logits(model: Any, processor: Any, images: Sequence[Image.Image], names: Sequence[str]) -> Tensor:
+    """The model's logits (images, names)."""
+    with torch.inference_mode():
+        return model.logits_per_text(*embeddings(model, processor, images, names)).T
 
 
 def evaluate(model: Any, processor: Any, emoji: Path, design: str = TEST_DESIGN.name, seed: int = 0) -> Score:
