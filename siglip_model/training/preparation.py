@@ -65,7 +65,9 @@ def _random_resized_crop() -> Any:
     try:
         from torchvision.transforms import RandomResizedCrop
     except ModuleNotFoundError as error:
-        raise RuntimeError("crop_scale below 1 needs pip install 'siglip-triton[train]'") from error
+        raise RuntimeError("crop_scale (--crop-scale) below 1 needs pip install 'siglip-triton[train]'") from error
+    except RuntimeError as error:  # a build of torchvision for another one of torch
+        raise RuntimeError(f"crop_scale (--crop-scale): torchvision cannot be imported: {error}") from error
     return RandomResizedCrop
 
 
