@@ -14,7 +14,9 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,21 @@ FEWEST_ROWS = 4  # of a product; with fewer, a call costs more than it saves
 CHECKED_ROWS, CHECKED_WIDTH = 256, 768
 GAIN = 1.1  # over PyTorch, from which oneDNN is used; a smaller one is not told from noise
 TOLERANCE = 5e-5  # of results around 1: ten times what another order of the sums changes
+
+_left_out = ContextVar("left_out", default=False)
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """Within the block PyTorch computes every product, so that it gives the same numbers in all processes.
+
+    For training: which of the two is faster is measured in each process, and their sums round differently.
+    """
+    before = _left_out.set(True)
+    try:
+        yield
+    finally:
+        _left_out.reset(before)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -103,6 +120,7 @@ def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         all(type(each) in (Tensor, Parameter) and each.is_cpu and each.dtype == torch.float32 for each in given)
         and _fit(x, weight, bias)
         and not (torch.is_grad_enabled() and any(each.requires_grad for each in given))
+        and not _left_out.get()
         and not _in_custom_forward()
         and not torch.is_autocast_enabled("cpu")
         and not is_in_torch_dispatch_mode()  # such as one that counts FLOPs, which does not know the operator

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from siglip_kernels.errors import unsupported
+from siglip_model import onednn
 from siglip_model.outputs import pooled, unit_length
 from siglip_model.training.objective import trains
 
@@ -82,7 +83,8 @@ def cached_step(
         )
         return loss(image_embeds, text_embeds, siglip.logit_scale.exp().squeeze(), siglip.logit_bias.squeeze())
 
-    value = cached_backward([*images, *texts], whole, scaler)
+    with onednn.left_out():  # the second pass, with a graph, has to find the numbers of the first
+        value = cached_backward([*images, *texts], whole, scaler)
     if parallel is not None:
         _average_gradients(parallel)
     return value

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from siglip_model import onednn
 from siglip_model.model import SiglipModel
 from siglip_model.training.average import average_weights
 from siglip_model.training.batch import Batch, BatchSource, seed_of
@@ -226,7 +227,10 @@ class _Run:
 
     def backward(self, batch: Batch) -> Tensor:
         """Adds the gradients of the batch's loss, which it returns."""
-        parts = batch.inputs(self.config.micro_batch)
+        with onednn.left_out():  # of a frozen tower and of embeddings without a graph
+            return self._backward(batch.inputs(self.config.micro_batch))
+
+    def _backward(self, parts: list[dict[str, Tensor]]) -> Tensor:
         if len(parts) == 1:
             loss = mean_loss(self.parallel(**parts[0]), self.loss)
             loss.backward()

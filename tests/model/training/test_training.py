@@ -17,7 +17,7 @@ from coloured_squares import coloured_squares, log_of, tiny_model, weights
 from PIL import Image
 
 from siglip_kernels import SigLipLoss
-from siglip_model import SiglipModel
+from siglip_model import SiglipModel, onednn
 from siglip_model.training.average import average_weights
 from siglip_model.training.batch import Batch, generated
 from siglip_model.training.log import RunLog
@@ -148,6 +148,20 @@ def test_micro_batches_train_as_the_whole_batch_does(more, tmp_path, monkeypatch
         for name, views in (("text", 1), ("vision", 2)):
             passes = 1 if name == frozen else 2  # one that is not trained runs once
             assert seen[name] == [views * size for size in [6] * 5 + [4, 2] * passes * 5], name
+
+
+@pytest.mark.parametrize("more", [{"freeze": "vision"}, {"micro_batch": 4}])
+def test_training_does_not_depend_on_which_library_is_faster(more, tmp_path, monkeypatch):
+    losses = []
+    for faster in (False, True):  # as measured in each process
+        monkeypatch.setattr(onednn, "is_faster", lambda faster=faster: faster)
+        monkeypatch.setattr(onednn, "_product", lambda *_: pytest.fail("oneDNN is used"))
+        config = TrainingConfig(steps=2, warmup_steps=0, log_every=1, **more)
+        train(tiny_model(), config, tmp_path / str(faster))
+        losses.append(log_of(tmp_path / str(faster)))
+    assert losses[0] == losses[1]
+    with torch.no_grad(), pytest.raises(pytest.fail.Exception, match="oneDNN is used"):
+        tiny_model().get_text_features(torch.ones(6, 4, dtype=torch.int64))
 
 
 def test_a_run_that_should_stop_saves_first(tmp_path):
