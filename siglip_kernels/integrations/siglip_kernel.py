@@ -244,9 +244,8 @@ class _CountingLoss(_PlusLoss):
 
 
 def _loss(img_features: Tensor, chunk_size: int):
-    if img_features.is_cuda and kernels_run_on(img_features.device):
-        return sigmoid_loss
-    return functools.partial(chunked_sigmoid_loss, chunk_size=chunk_size)
+    on_gpu = img_features.is_cuda and kernels_run_on(img_features.device)
+    return functools.partial(sigmoid_loss if on_gpu else chunked_sigmoid_loss, chunk_size=chunk_size)
 
 
 def _refuse(operation: str, **switches: bool) -> None:

@@ -326,6 +326,7 @@ def sigmoid_loss(
     text_weight: Tensor | None = None,
     ignore: int | None = None,
     reduction: str = "images",
+    chunk_size: int = 0,
 ) -> Tensor:
     """The pairwise sigmoid loss in Triton (Zhai et al. 2023, arXiv 2303.15343, equation 1), and those derived from it.
 
@@ -343,6 +344,7 @@ def sigmoid_loss(
     ignore: images and texts of this group are left out: their pairs weigh 0.
     reduction: what the sum over the pairs is divided by: the number of "images" N, of "pairs" N·M, of "positives"
     (reading it waits for the GPU; with weights also the number); "sum": nothing. "none": (N,), each image's sum.
+    chunk_size: the most images per block of logits, rounded up to a multiple of 256; 0 chooses automatically.
 
     Returns an fp32 scalar, or (N,). Logits and all sums are in at least fp32; fp32 products are IEEE unless
     torch.backends.cuda.matmul allows TF32. Deterministic. Memory is O((N + M)·D) including the gradients, which are
@@ -368,7 +370,8 @@ def sigmoid_loss(
     )
     x, y, scale, bias, pairs = _validated("sigmoid_loss", image_embeds, text_embeds, logit_scale, logit_bias, options)
     check_kernel_input("sigmoid_loss", x)
-    return _apply("sigmoid_loss", padded(x), padded(y), scale, bias, pairs, "triton", 0, reduction)
+    check_chunk_size("sigmoid_loss", chunk_size)
+    return _apply("sigmoid_loss", padded(x), padded(y), scale, bias, pairs, "triton", chunk_size, reduction)
 
 
 def chunked_sigmoid_loss(
@@ -507,8 +510,12 @@ def check_positives(operation: str, image_embeds: Tensor, text_embeds: Tensor, p
     """The number of positive pairs. Raises UnsupportedInputError if there is none."""
     if pairs.image_groups is not None and pairs.text_groups is not None:
         return count_positives(pairs.image_groups, pairs.text_groups, operation)
-    images, texts = image_embeds.shape[0], text_embeds.shape[0]
-    count = min(images, texts - pairs.diagonal) - max(0, -pairs.diagonal)
+    return positives_on_diagonal(operation, image_embeds.shape[0], text_embeds.shape[0], pairs.diagonal)
+
+
+def positives_on_diagonal(operation: str, images: int, texts: int, diagonal: int) -> int:
+    """The number of positive pairs without groups. Raises UnsupportedInputError if there is none."""
+    count = min(images, texts - diagonal) - max(0, -diagonal)
     if count < 1:
         raise unsupported(operation, "reduction", "is 'positives', but there is no positive pair", "one or more")
     return count

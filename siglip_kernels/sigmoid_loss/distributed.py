@@ -52,6 +52,11 @@ class Peers:
     def mean_images(self) -> float:
         return sum(self.images) / self.world
 
+    def diagonal(self, source: int, offset: int) -> int:
+        """`Pairs.diagonal` of this rank's images and the texts of rank `source`, where those of all are `offset`."""
+        diagonal = sum(self.images[: self.rank]) + offset - sum(self.texts[:source])
+        return diagonal if -self.images[self.rank] < diagonal < self.texts[source] else NO_POSITIVES
+
     def exchange(self, send: Sequence[Tensor], receive: Sequence[Tensor], tag: int = 0) -> list[dist.Work]:
         """Starts sending to the right neighbour and receiving from the left one. Tags count up from `tag`."""
         right = dist.get_global_rank(self.group, (self.rank + 1) % self.world)
@@ -130,7 +135,7 @@ class Pass:
     def add(self, source: int, texts: Texts, out: Tensor | None) -> None:
         """Adds the texts of rank `source`. out: (their number, D), written with Gᵀ x; None: skipped."""
         engine = self.engine
-        diagonal = self.pairs.diagonal if source == self.peers.rank else NO_POSITIVES
+        diagonal = self.peers.diagonal(source, self.pairs.diagonal)
         pairs = replace(self.pairs, diagonal=diagonal, text_groups=texts.groups, text_weight=texts.weight)
         text = None if out is None else GradientSum(out)
         for start in range(0, len(self.x), engine.rows):

@@ -4,6 +4,7 @@ from __future__ import annotations  # torch may be built without torch.distribut
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -22,6 +23,7 @@ from siglip_kernels.sigmoid_loss.api import (
     chunked_sigmoid_loss,
     padded,
     plain_sigmoid_loss,
+    positives_on_diagonal,
     same_length,
     sigmoid_loss,
 )
@@ -145,6 +147,8 @@ class SigLipLoss(nn.Module):
         *,
         image_groups: Tensor | None = None,
         text_groups: Tensor | None = None,
+        offset: int | None = None,
+        positive_weight: float | Tensor | None = None,
         image_weight: Tensor | None = None,
         text_weight: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
@@ -154,11 +158,14 @@ class SigLipLoss(nn.Module):
         by "chunked" only. logit_scale: exponentiated. It and logit_bias are numbers or tensors () or (1,); logit_bias
         None is 0. image_groups, text_groups, image_weight, text_weight: as in `sigmoid_loss`, (local N,) and (local M,)
         in the global batch; pairs of different ranks may also be in one group.
+        offset: as in `sigmoid_loss`, for images and texts that are counted over all ranks; the same on every rank.
+        positive_weight: instead of the module's: a number, or (local N,), one for each image.
         """
         options: PairOptions = dict(
             image_groups=image_groups,
             text_groups=text_groups,
-            positive_weight=self.positive_weight,
+            offset=offset,
+            positive_weight=self.positive_weight if positive_weight is None else positive_weight,
             negative_weight=self.negative_weight,
             image_weight=image_weight,
             text_weight=text_weight,
@@ -215,9 +222,11 @@ class SigLipLoss(nn.Module):
 
     def _refuse_options(self, options: PairOptions) -> None:
         ordinary = {"positive_weight": 1.0, "negative_weight": 1.0}
-        given = {**options, "reduction": None if self.reduction == "images" else self.reduction}
-        for name, value in given.items():
-            if value is not None and not (name in ordinary and value == ordinary[name]):
+        chosen = {**options, "reduction": None if self.reduction == "images" else self.reduction}
+        for name, value in chosen.items():
+            if value is not None and not (
+                name in ordinary and not isinstance(value, Tensor) and value == ordinary[name]
+            ):
                 got = f"is given, but {' and '.join(self._overridden())} is overridden and computes the loss"
                 raise unsupported("SigLipLoss", name, got, "none")
 
@@ -259,13 +268,14 @@ class SigLipLoss(nn.Module):
         check_embeds("SigLipLoss", image_features, text_features, same_length=same_length(options))
         weight = self._weight_of_positives(image_features, text_features, options)
         if weight is not None:
-            options = {**options, "positive_weight": weight * self.positive_weight}
+            make_pairs("SigLIPPlusLoss", image_features, text_features, **options)  # checks what is multiplied next
+            options = {**options, "positive_weight": weight * options["positive_weight"]}
         embeds, reduction = (image_features, text_features), self.reduction
         if self.backend == "auto" and under_transform():
             return plain_sigmoid_loss(*embeds, logit_scale, logit_bias, reduction=reduction, **options)
-        if self._engine(image_features) == "triton":
-            return sigmoid_loss(*embeds, logit_scale, logit_bias, reduction=reduction, **options)
-        return chunked_sigmoid_loss(*embeds, logit_scale, logit_bias, self.chunk_size, reduction=reduction, **options)
+        loss = sigmoid_loss if self._engine(image_features) == "triton" else chunked_sigmoid_loss
+        chosen: dict[str, Any] = dict(chunk_size=self.chunk_size, reduction=reduction, **options)
+        return loss(*embeds, logit_scale, logit_bias, **chosen)
 
     def _weight_of_positives(
         self, image_features: Tensor, text_features: Tensor, options: PairOptions, peers: Peers | None = None
@@ -303,6 +313,8 @@ class SigLipLoss(nn.Module):
         divisor = peers.mean_images
         if self.reduction == "pairs":
             divisor *= sum(texts)
+        elif self.reduction == "positives" and positives is None:
+            divisor = positives_on_diagonal("SigLipLoss", sum(images), sum(texts), pairs.diagonal) / peers.world
         elif self.reduction == "sum" or positives is not None:
             divisor = 1 / peers.world
         loss: Tensor = GlobalLoss.apply(
@@ -340,7 +352,8 @@ class SigLipLoss(nn.Module):
             scale = as_scalar("SigLipLoss", "logit_scale", logit_scale, x)
             bias = as_scalar("SigLipLoss", "logit_bias", logit_bias, x)
             refuse_transforms("SigLipLoss", image_features=x, text_features=y, logit_scale=scale, logit_bias=bias)
-            arguments = x, y, scale, bias, make_pairs("SigLipLoss", x, y, **options)
+            pairs = make_pairs("SigLipLoss", x, y, **options)
+            arguments = x, y, scale, bias, replace(pairs, diagonal=options.get("offset") or 0)
         except Exception as error:  # raised after the other ranks know of it, which would wait for this one
             problem = error
         sizes = _agree(group, self.rank, image_features, arguments, problem)
@@ -447,12 +460,12 @@ def _agree(
 
     Raises on every rank if one refused its input or if their inputs disagree.
     """
-    facts = [0] * 8
+    facts = [0] * 9
     if arguments is not None:
         (x, y), pairs, wanted = arguments[:2], arguments[4], _wanted(arguments[:4])
         gradients = wanted.image or wanted.text or wanted.scalars
         flags = (wanted.text, gradients, pairs.image_groups is not None, pairs.text_weight is not None)
-        facts = [len(x), len(y), x.shape[1], _DTYPES.index(x.dtype), *map(int, flags)]
+        facts = [len(x), len(y), x.shape[1], _DTYPES.index(x.dtype), *map(int, flags), pairs.diagonal]
     mine = torch.tensor(facts, dtype=torch.int64, device=_exchange_device(group, image_features))
     gathered = mine.new_empty((dist.get_world_size(group), len(facts)))
     all_gather(gathered, mine, group)
@@ -470,6 +483,7 @@ def _agree(
         "whether anything needs gradients",
         "whether there are groups",
         "whether there are weights",
+        "offset",
     )
     for column, name in enumerate(names, start=2):
         values = [row[column] for row in table]

@@ -353,8 +353,6 @@ def _fused(
     pairs = make_pairs(operation, x, y, **options)
     if engine == "triton":
         check_kernel_input(operation, x)
-        if chunk_size:
-            raise unsupported(operation, "chunk_size", f"is {chunk_size!r}", "loss=chunked_sigmoid_loss with it")
     check_chunk_size(operation, chunk_size)
     refuse_transforms(operation, image_embeds=x, text_embeds=y, logit_scales=scale, logit_biases=bias)
     images, texts = x.shape[0], y.shape[0]

@@ -1,5 +1,7 @@
 """Groups, weights, SigLIP+ and reductions of the global batch over processes (gloo), against one process in fp64."""
 
+import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import pytest
@@ -8,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels import SigLipLoss, SigLIPPlusLoss, UnsupportedInputError, reference
+from siglip_kernels import SigLipLoss, SigLIPPlusLoss, UnsupportedInputError, reference, sigmoid_loss
+from siglip_kernels.sigmoid_loss import triton_engine
 from siglip_kernels.sigmoid_loss.distributed import Pass, Peers, Wanted, ring
 from siglip_kernels.sigmoid_loss.engines import make_engine
 from siglip_kernels.sigmoid_loss.pairs import Pairs, matches, plus_weights
 
 WIDTH = 12
 Sizes = tuple[tuple[int, ...], tuple[int, ...]]  # images and texts of each rank
+OFFSETS = (0, 4, -7)  # also of images and texts on different ranks
 REDUCTIONS = ("images", "pairs", "positives", "sum")
 
 
@@ -30,6 +34,10 @@ def batch(sizes: Sizes) -> dict[str, Tensor]:
         "image_weight": torch.rand(images, generator=generator),
         "text_weight": 10 ** (4 * torch.rand(texts, generator=generator)),
     }
+
+
+def positive_weights(sizes: Sizes) -> Tensor:
+    return torch.linspace(0.5, 3.0, sum(sizes[0]))
 
 
 def own(values: Tensor, name: str, rank: int, sizes: Sizes) -> Tensor:
@@ -57,6 +65,12 @@ def work(rank: int, sizes: Sizes, backend: str) -> dict:
         for symmetric in (True, False):
             loss = SigLIPPlusLoss(**here, symmetric=symmetric)
             found["plus", dist_impl, symmetric] = results(loss, rank, sizes, 1.0)
+        groups = ("image_groups", "text_groups")
+        for offset in OFFSETS:
+            loss = functools.partial(SigLipLoss(**here, reduction="positives"), offset=offset)
+            found["offset", dist_impl, offset] = results(loss, rank, sizes, 1.0, (*groups, "text_weight"))
+        loss = functools.partial(SigLipLoss(**here), positive_weight=own(positive_weights(sizes), "image", rank, sizes))
+        found["positive_weight", dist_impl] = results(loss, rank, sizes, 1.0)
         no_weights = ("image_weight", "text_weight")
         for reduction in REDUCTIONS:
             loss = SigLipLoss(**here, reduction=reduction)
@@ -72,6 +86,11 @@ def work(rank: int, sizes: Sizes, backend: str) -> dict:
                 loss(**case, logit_scale=1.0, logit_bias=0.0)
             except UnsupportedInputError as error:
                 found["errors"].append(str(error))
+    inputs = {key: own(values, key, rank, sizes) for key, values in batch(sizes).items() if "features" in key}
+    for options in ({"offset": rank}, {"offset": 0, "positive_weight": "heavy" if rank == 1 else 1.0}):
+        with pytest.raises(UnsupportedInputError) as refused:
+            loss(**inputs, **options, logit_scale=1.0, logit_bias=0.0)
+        found["errors"].append(str(refused.value))
     return found
 
 
@@ -112,6 +131,27 @@ def test_groups_and_weights_equal_one_process(outcome, dist_impl, weights):
         check(results["groups", dist_impl, weights], true[rank])
 
 
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("dist_impl", ["ring", "gather"])
+def test_an_offset_counts_the_images_and_texts_of_all_ranks(outcome, dist_impl, offset):
+    sizes, found = outcome
+    images, texts = map(sum, sizes)
+    positives = sum(0 <= image + offset < texts for image in range(images))
+    options = dict(offset=offset, image_groups=None, text_groups=None, text_weight=None)
+    true = truth(sizes, [1.0] * len(found), positives / len(found), **options)
+    for rank, results in enumerate(found):
+        check(results["offset", dist_impl, offset], true[rank])
+
+
+@pytest.mark.parametrize("dist_impl", ["ring", "gather"])
+def test_a_weight_of_the_positives_of_each_image(outcome, dist_impl):
+    sizes, found = outcome
+    divisor = sum(sizes[0]) / len(found)
+    true = truth(sizes, [1.0] * len(found), divisor, positive_weight=positive_weights(sizes).double())
+    for rank, results in enumerate(found):
+        check(results["positive_weight", dist_impl], true[rank])
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dist_impl", ["ring", "gather"])
 def test_plus_counts_the_groups_of_all_ranks(outcome, dist_impl, symmetric):
@@ -145,10 +185,12 @@ def test_reductions_are_those_of_the_global_batch(outcome, dist_impl, reduction)
 def test_bad_options_of_one_rank_end_all_of_them(outcome):
     _, found = outcome
     for rank, results in enumerate(found):
-        groups, _, weights, kinds = results["errors"]
+        groups, _, weights, kinds, offsets, positive = results["errors"]
         assert ("image_groups has shape" if rank == 1 else "refused by rank 1") in groups
         assert ("text_weight has shape" if rank == 1 else "refused by rank 1") in weights
         assert "differ between ranks in whether there are weights: [1, 0" in kinds
+        assert "differ between ranks in offset: [0, 1" in offsets
+        assert ("positive_weight is 'heavy'" if rank == 1 else "refused by rank 1") in positive
 
 
 def test_what_the_modules_refuse():
@@ -166,6 +208,27 @@ def test_what_the_modules_refuse():
         Own()(x, x, 1.0, 0.0, image_groups=groups, text_groups=groups)
     with pytest.raises(UnsupportedInputError, match="negative_weight is given, but get_ground_truth is overridden"):
         Own(negative_weight=0.5)(x, x, 1.0, 0.0)
+
+
+def test_chunks_in_triton(device):
+    """chunk_size selects the images of a block, rounded up to whole tiles."""
+    x, y = (F.normalize(torch.randn(300, 16, device=device), dim=-1) for _ in range(2))
+    shapes, config = [], dataclasses.replace(triton_engine.config_for(x), block=512)
+
+    def logit_grad(self, x, y, **arguments):
+        shapes.append((len(x), len(y)))
+        launch(self, x=x, y=y, **arguments)
+
+    launch = triton_engine.TritonEngine.logit_grad
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_engine, "config_for", lambda embeds: config)
+        patch.setattr(triton_engine.TritonEngine, "logit_grad", logit_grad)
+        for chunk_size in (0, 100):
+            loss = SigLipLoss(backend="triton", chunk_size=chunk_size)(x, y, 5.0, -3.0)
+            assert torch.allclose(loss, reference.sigmoid_loss(x, y, 5.0, -3.0))
+    assert shapes == [(300, 300), (256, 300), (44, 300)]
+    with pytest.raises(UnsupportedInputError, match="sigmoid_loss: chunk_size is -1"):
+        sigmoid_loss(x, y, 5.0, -3.0, chunk_size=-1)
 
 
 @pytest.mark.parametrize("loss", [SigLipLoss(), SigLIPPlusLoss()], ids=["SigLipLoss", "SigLIPPlusLoss"])
