@@ -20,7 +20,7 @@ from siglip_kernels.interpreter import dot, narrow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
-FOLDED = tl.constexpr(16)  # columns of partial sums; on sm_80 fewer belong to another warp
+FOLDED = tl.constexpr(16)  # columns of partial sums; on sm_80 to sm_89 fewer belong to another warp
 
 
 @triton.jit
@@ -87,12 +87,12 @@ def _quarters(x):
 
 
 @triton.jit
-def _fold(x):
-    """Sums of columns FOLDED apart: (rows, FOLDED), without an exchange between threads."""
-    if x.shape[1] > 2 * FOLDED:
+def _fold(x, COLUMNS: tl.constexpr):
+    """Sums of columns that many apart: (rows, COLUMNS), without an exchange between threads."""
+    if x.shape[1] > 2 * COLUMNS:
         left, right = _halves(x)
         x = left + right
-    if x.shape[1] > FOLDED:
+    if x.shape[1] > COLUMNS:
         left, right = _halves(x)
         x = left + right
     return x
@@ -105,15 +105,44 @@ def _multiply(a, b):
 
 
 @triton.jit
-def _fold_softplus(x):
-    """Π (1 + x) - 1 over columns FOLDED apart: (rows, FOLDED)."""
-    if x.shape[1] > 2 * FOLDED:
+def _fold_softplus(x, COLUMNS: tl.constexpr):
+    """Π (1 + x) - 1 over columns that many apart: (rows, COLUMNS)."""
+    if x.shape[1] > 2 * COLUMNS:
         left, right = _halves(x)
         x = _multiply(left, right)
-    if x.shape[1] > FOLDED:
+    if x.shape[1] > COLUMNS:
         left, right = _halves(x)
         x = _multiply(left, right)
     return x
+
+
+@triton.jit
+def _row_halves(x):
+    """The rows of x whose numbers have the fourth bit, and the others."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1])), (0, 2, 3, 1)))
+
+
+@triton.jit
+def _beside(left, right):
+    """The inverse of `_halves`."""
+    both = tl.permute(tl.join(left, right), (0, 2, 1))
+    return tl.reshape(both, (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def _add_column_sums(target_ptr, values, factor, PRECISION: tl.constexpr):
+    """Adds factor · Σ values over the rows to memory, to which no other program of the launch adds.
+
+    In half precision by a product with ones: threads that exchange an accumulator's values take three times as long.
+    """
+    if values.dtype == tl.float32:
+        sums = tl.sum(values, 0)
+    else:
+        # 16 rows are the fewest that tl.dot takes; all are alike.
+        ones = tl.full((16, values.shape[0]), 1.0, tl.float32).to(values.dtype)
+        sums = tl.sum(dot(ones, values, tl.zeros((16, values.shape[1]), tl.float32), PRECISION), 0) / 16
+    # Unlike a load, an atomic does not make every thread of a row add for itself.
+    tl.atomic_add(target_ptr + tl.arange(0, values.shape[1]), sums * factor, sem="relaxed")
 
 
 @triton.jit
@@ -133,14 +162,14 @@ def _sums(
     positive_weight_ptr,
     negative_weight_ptr,
     text_weight_ptr,
-    text_dots_ptr,  # fp32 (texts,), added to: Σ G ⊙ x yᵀ over the rows; or None
-    stored_rows,  # of G: `images`, or more
-    factor,  # of the stored G
+    divisor,  # of G
     GRADIENTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
+    SUMS: tl.constexpr,
     SPECIAL: tl.constexpr,  # whether there may be positives on the diagonal, or pairs past the last image or text
 ):
-    """Σ max(-z s, 0) / log 2, Π (1 + e^-|s|) - 1, Σ G ⊙ x yᵀ and Σ G over columns FOLDED apart. Stores G.
+    """Σ max(-z s, 0) / log 2, Π (1 + e^-|s|) - 1, Σ G ⊙ x yᵀ and Σ G over columns SUMS apart, and G ⊙ x yᵀ. Stores G.
 
     With weights the first is the sum of whole losses, and the product is 1 - 1.
     """
@@ -164,37 +193,34 @@ def _sums(
         if MAY_BE_POSITIVE:
             weight = tl.where(positive, tl.load(positive_weight_ptr + rows, mask=rows < images, other=0.0), weight)
         weight = weight * tl.load(text_weight_ptr + columns, mask=columns < texts, other=0.0)
-        right_sum = _fold(weight * (tl.maximum(wrong, 0.0) + log1p(e) * LOG2_E))
+        right_sum = _fold(weight * (tl.maximum(wrong, 0.0) + log1p(e) * LOG2_E), SUMS)
         softplus = tl.zeros_like(right_sum)
     else:
         # Σ log(1 + e) = log Π (1 + e): one logarithm for many pairs. Π - 1 is kept, because Π would lose a small e.
-        softplus = _fold_softplus(e)
-        right_sum = _fold(tl.maximum(wrong, 0.0))
+        softplus = _fold_softplus(e, SUMS)
+        right_sum = _fold(tl.maximum(wrong, 0.0), SUMS)
     dot_sum = tl.zeros_like(right_sum)
     logit_grad_sum = tl.zeros_like(right_sum)
+    dots = products
     if GRADIENTS:
-        logit_grad = tl.where(wrong >= 0.0, 1.0, e) * reciprocal(1.0 + e)  # σ(-z s)
+        logit_grad = tl.where(wrong >= 0.0, 1.0, e) * reciprocal(divisor + e * divisor)  # σ(-z s) / divisor
         if MAY_BE_POSITIVE:
             logit_grad = tl.where(positive, -logit_grad, logit_grad)
         if positive_weight_ptr is not None:
             logit_grad *= weight
         dots = logit_grad * products
-        dot_sum = _fold(dots)
-        logit_grad_sum = _fold(logit_grad)
-        if text_dots_ptr is not None:
-            o_texts = first_column + tl.arange(0, products.shape[1])
-            before = tl.load(text_dots_ptr + o_texts, mask=o_texts < texts, other=0.0)
-            tl.store(text_dots_ptr + o_texts, before + tl.sum(dots, 0), mask=o_texts < texts)
+        dot_sum = _fold(dots, SUMS)
+        logit_grad_sum = _fold(logit_grad, SUMS)
         if logit_grad_target is not None:
             if DESCRIPTORS:
-                stored = narrow(logit_grad * factor, logit_grad_target.dtype)
+                stored = narrow(logit_grad, logit_grad_target.dtype)
                 logit_grad_target.store([first_row, first_column], stored)
             else:
                 # Zeros past the last text are stored as well, because the products read whole tiles.
                 o_logit_grad = rows.to(tl.int64) * tl.multiple_of(logit_grad_stride, 16) + columns
-                stored = narrow(logit_grad * factor, logit_grad_target.dtype.element_ty)
-                tl.store(logit_grad_target + o_logit_grad, stored, mask=rows < stored_rows)
-    return right_sum, softplus, dot_sum, logit_grad_sum
+                stored = narrow(logit_grad, logit_grad_target.dtype.element_ty)
+                tl.store(logit_grad_target + o_logit_grad, stored, mask=None if WHOLE_TILES else rows < images)
+    return right_sum, softplus, dot_sum, logit_grad_sum, dots
 
 
 @triton.jit
@@ -214,14 +240,15 @@ def tile_sums(
     positive_weight_ptr,
     negative_weight_ptr,
     text_weight_ptr,
-    text_dots_ptr,
-    stored_rows,
-    factor,
+    text_dots_ptr,  # fp32 (texts,), whole tiles, added to: Σ G ⊙ x yᵀ over the rows; or None
+    divisor,  # of G, in all that is computed of it
     GRADIENTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    ROW_SUMS: tl.constexpr,  # whether to sum over all columns, which takes more time and fewer registers
+    WHOLE_TILES: tl.constexpr,  # whether G has rows past the last image
+    PRECISION: tl.constexpr,
+    SUMS: tl.constexpr,  # FOLDED, or half of it where no other warp has columns of the same rows
 ):
-    """Sums of the loss, of G ⊙ x yᵀ and of G over columns FOLDED apart, (rows, FOLDED), or all, (rows,). Stores G."""
+    """Sums of the loss, of G ⊙ x yᵀ and of G over columns SUMS apart, (rows, SUMS). Stores G."""
     # A quarter at a time: the temporaries of a whole tile would not fit in the registers beside its accumulator.
     PART: tl.constexpr = products.shape[1] // 4
     parts = _quarters(products)
@@ -234,36 +261,48 @@ def tile_sums(
         at_edge = (first_row + products.shape[0] > images) | (column + PART > texts)
         # The branch also keeps the compiler from interleaving the parts, which would spill.
         if has_positives | at_edge:
-            right, soft, dots, grads = _sums(
+            right, soft, dots, grads, all_dots = _sums(
                 parts[part], logit_grad_target, logit_grad_stride, first_row, column, scale, bias, images, texts,
                 diagonal, image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr,
-                text_weight_ptr, text_dots_ptr, stored_rows, factor, GRADIENTS, DESCRIPTORS, True,
+                text_weight_ptr, divisor, GRADIENTS, DESCRIPTORS, WHOLE_TILES, SUMS, True,
             )  # fmt: skip
         else:
-            right, soft, dots, grads = _sums(
+            right, soft, dots, grads, all_dots = _sums(
                 parts[part], logit_grad_target, logit_grad_stride, first_row, column, scale, bias, images, texts,
                 diagonal, image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr,
-                text_weight_ptr, text_dots_ptr, stored_rows, factor, GRADIENTS, DESCRIPTORS, False,
+                text_weight_ptr, divisor, GRADIENTS, DESCRIPTORS, WHOLE_TILES, SUMS, False,
             )  # fmt: skip
-        if ROW_SUMS:
-            loss_of_part = tl.sum(right * LOG_2 + _log1p_of_any(soft), 1)
-            dots_of_part, grads_of_part = tl.sum(dots, 1), tl.sum(grads, 1)
-            if part == 0:
-                loss_sum, dot_sum, logit_grad_sum = loss_of_part, dots_of_part, grads_of_part
+        if text_dots_ptr is not None:
+            narrowed = narrow(all_dots, logit_grad_target.dtype.element_ty)
+            # At once for the whole tile, unless that takes too many registers.
+            if SUMS == FOLDED or narrowed.dtype == tl.float32:
+                _add_column_sums(text_dots_ptr + column, narrowed, divisor, PRECISION)
+            elif part == 0:
+                first = narrowed
+            elif part == 1:
+                left = _beside(first, narrowed)
+            elif part == 2:
+                third = narrowed
             else:
-                loss_sum += loss_of_part
-                dot_sum += dots_of_part
-                logit_grad_sum += grads_of_part
-        elif part == 0:
-            right_sum, softplus, dot_sum, logit_grad_sum = right, soft, dots, grads
+                whole = _beside(left, _beside(third, narrowed))
+                _add_column_sums(text_dots_ptr + first_column, whole, divisor, PRECISION)
+        if SUMS == FOLDED and WHOLE_TILES:  # registers again: nothing but G ⊙ x yᵀ is summed for each image
+            rights, other_rights = _row_halves(right)
+            rights += other_rights
+            grad_sums, other_grad_sums = _row_halves(grads)
+            grad_sums += other_grad_sums
+            softs, other_softs = _row_halves(soft)
+            softs = _multiply(softs, other_softs)
         else:
-            right_sum += right
-            softplus = _multiply(softplus, soft)
+            rights, softs, grad_sums = right, soft, grads
+        if part == 0:
+            right_sum, softplus, dot_sum, logit_grad_sum = rights, softs, dots, grad_sums
+        else:
+            right_sum += rights
+            softplus = _multiply(softplus, softs)
             dot_sum += dots
-            logit_grad_sum += grads
-    if not ROW_SUMS:
-        loss_sum = right_sum * LOG_2 + _log1p_of_any(softplus)
-    return loss_sum, dot_sum, logit_grad_sum
+            logit_grad_sum += grad_sums
+    return right_sum * LOG_2 + _log1p_of_any(softplus), dot_sum, logit_grad_sum
 
 
 @triton.jit(do_not_specialize=["images", "texts", "diagonal", "image_losses_stride"])
@@ -310,8 +349,8 @@ def logit_grad_kernel(
     bias = tl.load(logit_bias_ptr) * LOG2_E
     loss_sum, dot_sum, logit_grad_sum = tile_sums(
         products, logit_grad_target, logit_grad_stride, first_row, first_column, scale, bias, images, texts, diagonal,
-        image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr, text_weight_ptr, None, images,
-        LOGIT_GRAD_SCALE, GRADIENTS, DESCRIPTORS, False,
+        image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr, text_weight_ptr, None,
+        1.0 / LOGIT_GRAD_SCALE, GRADIENTS, DESCRIPTORS, False, PRECISION, FOLDED,
     )  # fmt: skip
     if image_losses_ptr is not None:
         o_images = first_row + tl.arange(0, BLOCK_M)
@@ -325,9 +364,9 @@ def logit_grad_kernel(
     tl.store(slot_ptr, tl.load(slot_ptr) + tl.sum(loss_sum).to(tl.float64))
     if GRADIENTS:
         dot_ptr = slot_ptr + slots
-        tl.store(dot_ptr, tl.load(dot_ptr) + tl.sum(dot_sum).to(tl.float64))
+        tl.store(dot_ptr, tl.load(dot_ptr) + (tl.sum(dot_sum) / LOGIT_GRAD_SCALE).to(tl.float64))
         sum_ptr = dot_ptr + slots
-        tl.store(sum_ptr, tl.load(sum_ptr) + tl.sum(logit_grad_sum).to(tl.float64))
+        tl.store(sum_ptr, tl.load(sum_ptr) + (tl.sum(logit_grad_sum) / LOGIT_GRAD_SCALE).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["rows", "depth"])

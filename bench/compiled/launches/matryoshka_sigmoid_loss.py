@@ -17,6 +17,7 @@ def launches() -> Iterator[Launch]:
     for options in ("groups", "weights", "groups, weights"):
         yield Launch(f"bf16 D=768 {options}", _losses(torch.bfloat16, options))
     yield Launch("fp16 widths 24, 100, 1100", _losses(torch.float16, widths=(24, 100, 1100)))
+    yield Launch("bf16 widths 1, 130, 1024, 4096", _losses(torch.bfloat16, widths=(1, 130, 1024, 4096)))
     for allow_tf32, name in ((False, "fp32"), (True, "tf32")):
         yield Launch(f"{name} D=768 train", with_tf32(allow_tf32, _losses(torch.float32)))
 

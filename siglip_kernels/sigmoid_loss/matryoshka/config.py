@@ -20,7 +20,7 @@ def prefix_config(base: Config, ends: tuple[int, ...], gpu: Facts) -> Config:
     product = min((product, narrow), key=lambda tile: tiles_across(ends, tile) * (tile.columns + _TILE_OVERHEAD))
     # The accumulator, which outlives an epilogue, leaves too few registers for that of a wider tile.
     logit_grad = base.weighted
-    if base.precision == "tf32":
+    if base.precision == "tf32" or (gpu.matrix_unit == "mma" and gpu.has_tma and logit_grad.columns > 64):
         logit_grad = dataclasses.replace(logit_grad, columns=logit_grad.columns // 2)
     block = base.block
     if not gpu.interpreted:

@@ -12,6 +12,9 @@ import triton.language as tl
 from siglip_kernels.interpreter import dot, narrow
 from siglip_kernels.sigmoid_loss.kernels import LOG2_E, load_tile, tile_sums
 
+# So that none is divided by zero; what is left of such a share rounds to zero.
+SMALLEST_SHARE = tl.constexpr(2.0**-64)
+
 
 @triton.jit
 def _skipped(only_if_ptr):
@@ -44,12 +47,14 @@ def _source_columns(columns, WIDTHS: tl.constexpr, ENDS: tl.constexpr):
     return sources, exists
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "inverse_norms_stride"])
 def normalise_kernel(
     source_ptr,  # (rows, at least WIDTHS[-1]), rows `stride` apart
     stride,
     normalised_ptr,  # (rows, ENDS[-1]), written: each segment divided by the norm of the prefix that it ends
-    inverse_norms_ptr,  # fp32 (prefixes, rows), written
+    inverse_norms_ptr,  # fp32 (prefixes, inverse_norms_stride), written: a, and below aₖ/aₖ₋₁
+    ratios_ptr,
+    inverse_norms_stride,
     rows,
     WIDTHS: tl.constexpr,
     ENDS: tl.constexpr,
@@ -66,14 +71,19 @@ def normalise_kernel(
     values = tl.load(source_ptr + o_rows[:, None] * stride + sources, mask=valid & exists, other=0.0).to(tl.float32)
     squares = values * values
     scale = tl.zeros_like(values)
+    previous = tl.zeros((ROWS,), tl.float32)
     for number in tl.static_range(len(WIDTHS)):
         norms = tl.sqrt_rn(tl.sum(tl.where(columns < ENDS[number], squares, 0.0), 1))
         inverse = 1.0 / tl.maximum(norms, SMALLEST_NORM)
-        tl.store(inverse_norms_ptr + number * rows.to(tl.int64) + o_rows, inverse, mask=o_rows < rows)
+        o_norms = number * inverse_norms_stride.to(tl.int64) + o_rows
+        tl.store(inverse_norms_ptr + o_norms, inverse, mask=o_rows < rows)
         if number == 0:
             scale += inverse[:, None]
+            previous = inverse
         else:
             scale = tl.where(columns >= ENDS[number - 1], inverse[:, None], scale)
+        tl.store(ratios_ptr + o_norms, inverse / previous, mask=o_rows < rows)
+        previous = inverse
     narrowed = narrow(values * scale, normalised_ptr.dtype.element_ty)
     tl.store(normalised_ptr + o_rows[:, None] * WIDTH + columns, narrowed, mask=valid)
 
@@ -123,7 +133,7 @@ def prefix_logit_grad_kernel(
     LOGIT_GRAD_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    ROW_SUMS: tl.constexpr,  # as `tile_sums`
+    SUMS: tl.constexpr,  # as `tile_sums`
 ):
     """Program (m, n) owns the pairs of images m BLOCK_M : +BLOCK_M and texts n BLOCK_N : +BLOCK_N."""
     if _skipped(only_if_ptr):
@@ -141,8 +151,8 @@ def prefix_logit_grad_kernel(
     first_block = 0
     # Offsets computed before the loop would take registers all along, and spill.
     for prefix in tl.range(0, PREFIXES, disable_licm=True):
-        image_ratios = tl.load(image_ratios_ptr + prefix * image_ratio_stride + rows, mask=rows < images, other=0.0)
-        text_ratios = tl.load(text_ratios_ptr + prefix * text_ratio_stride + columns, mask=columns < texts, other=0.0)
+        image_ratios = tl.load(image_ratios_ptr + tl.multiple_of(prefix * image_ratio_stride, 16) + rows)
+        text_ratios = tl.load(text_ratios_ptr + tl.multiple_of(prefix * text_ratio_stride, 16) + columns)
         cosines *= image_ratios[:, None] * text_ratios[None, :]
         last_block = _entry(ENDS, prefix)
         for block in tl.range(first_block, last_block):
@@ -158,24 +168,26 @@ def prefix_logit_grad_kernel(
             logit_grad_target += prefix * logit_grad_rows.to(tl.int64) * logit_grad_stride
         if text_dots_ptr is not None:
             text_dots += prefix * text_dots_prefix_stride.to(tl.int64) + tl.program_id(0) * text_dots_stride
+        share = tl.load(own_shares_ptr + prefix)
+        divisor = 1.0 / (tl.where(tl.abs(share) < SMALLEST_SHARE, SMALLEST_SHARE, share) * LOGIT_GRAD_SCALE)
         loss_sum, dot_sum, logit_grad_sum = tile_sums(
             cosines, logit_grad_target, logit_grad_stride, first_row, first_column,
             tl.load(logit_scales_ptr + prefix) * LOG2_E, tl.load(logit_biases_ptr + prefix) * LOG2_E, images, texts,
             diagonal, image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr, text_weight_ptr,
-            text_dots, logit_grad_rows, tl.load(own_shares_ptr + prefix) * LOGIT_GRAD_SCALE, GRADIENTS, False, ROW_SUMS,
+            text_dots, divisor, GRADIENTS, False, True, PRECISION, SUMS,
         )  # fmt: skip
         # As in ../kernels.py, the order of every sum is fixed.
         tl.store(slot_ptr, tl.load(slot_ptr) + tl.sum(loss_sum).to(tl.float64))
         if GRADIENTS:
             dot_ptr = slot_ptr + slots
-            tl.store(dot_ptr, tl.load(dot_ptr) + tl.sum(dot_sum).to(tl.float64))
+            tl.store(dot_ptr, tl.load(dot_ptr) + (tl.sum(dot_sum) * divisor).to(tl.float64))
             sum_ptr = dot_ptr + slots
-            tl.store(sum_ptr, tl.load(sum_ptr) + tl.sum(logit_grad_sum).to(tl.float64))
+            tl.store(sum_ptr, tl.load(sum_ptr) + (tl.sum(logit_grad_sum) * divisor).to(tl.float64))
             if image_dots_ptr is not None:
                 offset = prefix * image_dots_prefix_stride.to(tl.int64) + tl.program_id(1) * image_dots_stride
                 dots_ptr = image_dots_ptr + offset + rows
                 before = tl.load(dots_ptr, mask=rows < images, other=0.0)
-                tl.store(dots_ptr, before + (dot_sum if ROW_SUMS else tl.sum(dot_sum, 1)), mask=rows < images)
+                tl.store(dots_ptr, before + tl.sum(dot_sum, 1) * divisor, mask=rows < images)
         slot_ptr += 3 * slots
 
     if logit_grad_ptr is not None and PREFIXES > 1:
@@ -190,12 +202,8 @@ def prefix_logit_grad_kernel(
             total = tl.load(tile_ptr).to(tl.float32)
             for step in tl.range(1, PREFIXES, num_stages=1):
                 wider = PREFIXES - step  # the index of the prefix that `total` belongs to
-                image_ratios = tl.load(
-                    image_ratios_ptr + wider * image_ratio_stride + rows, mask=rows < images, other=0.0
-                )
-                text_ratios = tl.load(
-                    text_ratios_ptr + wider * text_ratio_stride + o_columns, mask=o_columns < texts, other=0.0
-                )
+                image_ratios = tl.load(image_ratios_ptr + tl.multiple_of(wider * image_ratio_stride, 16) + rows)
+                text_ratios = tl.load(text_ratios_ptr + tl.multiple_of(wider * text_ratio_stride, 16) + o_columns)
                 tile_ptr -= prefix_stride
                 text_ratios *= tl.load(wider_shares_ptr + wider - 1)
                 total = total * (image_ratios[:, None] * text_ratios[None, :]) + tl.load(tile_ptr).to(tl.float32)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from siglip_kernels.arguments import unit_stride
 from siglip_kernels.device import facts
+from siglip_kernels.sigmoid_loss.blocks import round_up
 from siglip_kernels.sigmoid_loss.matryoshka.blocks import Segments, Shares, Side
 from siglip_kernels.sigmoid_loss.matryoshka.config import column_tiles, padding_of, prefix_config
 from siglip_kernels.sigmoid_loss.matryoshka.kernels import (
@@ -30,8 +31,7 @@ class TritonPrefixEngine(TritonEngine):
         ends = Segments(tuple(widths), self.padding).ends
         gpu = facts(embeds.device)
         super().__init__(embeds.dtype, prefix_config(base, ends, gpu), chunk_size)
-        # Where the accumulators of products are registers of the same instructions, sums take too many of them.
-        self.row_sums = gpu.matrix_unit == "mma"
+        self.sums = 16 if gpu.matrix_unit == "mma" else 8  # fewer columns may belong to another warp
 
     def skips(self, only_if: Tensor | None) -> bool:
         return False
@@ -39,13 +39,17 @@ class TritonPrefixEngine(TritonEngine):
     def normalise(self, embeds: Tensor, segments: Segments) -> Side:
         embeds, ends = unit_stride(embeds), segments.ends
         normalised = embeds.new_empty((len(embeds), ends[-1]))
-        inverse_norms = embeds.new_empty((len(ends), len(embeds)), dtype=torch.float32)
+        # Zeros up to whole tiles, whose ratios the logits' kernel reads.
+        shape = (2, len(ends), round_up(len(embeds)))
+        inverse_norms, ratios = embeds.new_zeros(shape, dtype=torch.float32)[:, :, : len(embeds)]
         block, rows = _row_tile(ends)
         normalise_kernel[(triton.cdiv(len(embeds), rows),)](
             source_ptr=embeds,
             stride=embeds.stride(0),
             normalised_ptr=normalised,
             inverse_norms_ptr=inverse_norms,
+            ratios_ptr=ratios,
+            inverse_norms_stride=ratios.stride(0),
             rows=len(embeds),
             WIDTHS=segments.widths,
             ENDS=ends,
@@ -53,7 +57,7 @@ class TritonPrefixEngine(TritonEngine):
             BLOCK=block,
             SMALLEST_NORM=SMALLEST_NORM,
         )
-        return Side.of(normalised, inverse_norms)
+        return Side(normalised, inverse_norms, ratios)
 
     def totals(self, count: int, device: torch.device, pairs: Pairs) -> Tensor:  # type: ignore[override]
         return torch.zeros(
@@ -63,7 +67,7 @@ class TritonPrefixEngine(TritonEngine):
     def dots(self, count: int, size: int, of_images: bool, device: torch.device, pairs: Pairs) -> Tensor:
         tile = self._tile(pairs)
         tiles = triton.cdiv(self.columns, tile.columns) if of_images else triton.cdiv(self.rows, tile.rows)
-        return torch.zeros((count, tiles, size), dtype=torch.float32, device=device)
+        return torch.zeros((count, tiles, round_up(size)), dtype=torch.float32, device=device)
 
     def prefix_logit_grad(
         self,
@@ -116,7 +120,7 @@ class TritonPrefixEngine(TritonEngine):
             LOGIT_GRAD_SCALE=self.logit_grad_scale,
             PRECISION=self.config.precision,
             DESCRIPTORS=self.config.descriptors,
-            ROW_SUMS=self.row_sums,
+            SUMS=self.sums,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
