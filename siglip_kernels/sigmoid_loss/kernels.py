@@ -275,7 +275,7 @@ def tile_sums(
         if text_dots_ptr is not None:
             narrowed = narrow(all_dots, logit_grad_target.dtype.element_ty)
             # At once for the whole tile, unless that takes too many registers.
-            if SUMS == FOLDED or narrowed.dtype == tl.float32:
+            if SUMS == FOLDED or positive_weight_ptr is not None or narrowed.dtype == tl.float32:
                 _add_column_sums(text_dots_ptr + column, narrowed, divisor, PRECISION)
             elif part == 0:
                 first = narrowed
