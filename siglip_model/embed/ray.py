@@ -240,6 +240,8 @@ class EmbeddingFiles(BlockBasedFileDatasink):
         names, failed = list[int](), 0
         for block in blocks:
             table = ray.data.block.BlockAccessor.for_block(block).to_arrow()
+            if not len(table):  # it has no columns
+                continue
             for name, error in zip(table["path"].to_pylist(), table["error"].to_pylist(), strict=True):
                 if error is None:
                     names.append(_hash(name))

@@ -92,10 +92,10 @@ def test_a_job_leaves_one_row_per_path_and_says_that_it_has_ended(photos, checkp
     tasks = [[paths[0], paths[1], paths[0], "broken"], [paths[2]], [paths[1], paths[3], paths[3]], ["worse"]]
     files = embed_ray.EmbeddingFiles(str(out), embedder.settings)
     files.on_write_start()
-    returned = []
+    task = SimpleNamespace(kwargs={embed_ray.ray.data._internal.planner.plan_write_op.WRITE_UUID_KWARG_NAME: "u"})
+    returned = [files.write([embed_ray.pyarrow.table({})], task)]
     for number, names in enumerate(tasks):
         content = [Path(name).read_bytes() if name in paths else b"x" for name in names]
-        task = SimpleNamespace(kwargs={embed_ray.ray.data._internal.planner.plan_write_op.WRITE_UUID_KWARG_NAME: "u"})
         task.task_idx = number
         returned.append(files.write([embedder({"bytes": column(content), "path": column(names)})], task))
     unfinished = load_embeddings(out / sorted(path.name for path in out.iterdir())[1])
