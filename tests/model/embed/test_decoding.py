@@ -107,6 +107,27 @@ def test_steps_that_the_kernel_lacks_are_left_to_the_processor():
         assert SiglipImageProcessor(**{"size": square, **options}).fused_steps(cpu) is None, options
 
 
+@pytest.mark.parametrize(
+    ("kind", "runs", "fused"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_the_kernel_is_used_on_a_gpu_that_runs_it(kind, runs, fused, processor, monkeypatch):
+    """On the CPU the processor rounds twice, and so does a run with `resize_on_device` there."""
+    steps, transfers = processor.fused_steps(torch.device("cpu")), Transfers(torch.device("cpu"))
+    transfers.device = torch.device(kind)
+    monkeypatch.setattr(processor, "fused_steps", lambda where: steps if where.type == kind else None)
+    monkeypatch.setattr(device, "kernels_run_on", lambda where: runs)
+    called = []
+    monkeypatch.setattr(device, "resize_normalize", lambda levels, **options: called.append((levels, options)))
+    monkeypatch.setattr(processor, "preprocess", lambda images, **options: {"pixel_values": torch.zeros(1)})
+    level = torch.zeros(1, 3, 4, 5, dtype=torch.uint8)
+    monkeypatch.setattr(transfers, "put", lambda tensors: tensors)
+    Preparation(transfers, processor, torch.bfloat16)([{"pixel_values": level}])
+    assert bool(called) == fused
+    if fused:
+        ((levels, options),) = called
+        assert torch.equal(levels[0], level[0]) and options == {**steps, "dtype": torch.bfloat16}
+
+
 @pytest.fixture
 def embed(model, folder, tmp_path):
     def run(processor, name="out.safetensors", **options):
