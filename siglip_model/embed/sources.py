@@ -24,6 +24,7 @@ from siglip_model.images.files import (
 from siglip_model.text.encodings import encoding_of
 
 TAR, PARQUET = ".tar", ".parquet"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TEXT_CHARACTERS = 2**16  # of one text, of which the model reads its first 64 tokens
 ROWS_AT_ONCE = 64  # of a parquet file
 _BLOCK = tarfile.BLOCKSIZE
@@ -59,6 +60,8 @@ def image_sources(
                 yield from _members(path)
         elif path.endswith(PARQUET) and os.path.isfile(path):
             yield from _rows(path, column, ("images", "paths"))
+        elif path.endswith(COMPRESSED) and os.path.isfile(path):
+            yield _failed(path, "is compressed; supported: .tar, whose members are read where they are")
         else:
             yield Source(path, stamp_of(path), path)
 

@@ -195,6 +195,12 @@ def test_a_parquet_file_that_is_not_whole_is_named_and_the_rest_read(tmp_path):
     assert found[-1].name == f"{tmp_path}/next.parquet#0" and found[-1].content.content == encoded(0)
 
 
+def test_a_compressed_shard_is_named(tmp_path):
+    (tmp_path / "s.tar.gz").write_bytes(b"x")
+    (source,) = image_sources([tmp_path / "s.tar.gz"])
+    assert "is compressed; supported: .tar" in str(source.content)
+
+
 def test_links_within_a_shard_are_named(tmp_path):
     with tarfile.open(tmp_path / "s.tar", "w") as shard:
         for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
