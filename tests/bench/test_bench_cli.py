@@ -134,7 +134,7 @@ def test_compile_takes_every_architecture_unless_some_are_named(fake_compiler):
         for name in ARCHITECTURES
     } | {(f"{operation}_hopper", "sm_90") for operation in ("attention", "linear", "sigmoid_loss")} | {
         (f"{operation}_blackwell", "sm_100") for operation in ("attention", "linear")
-    }
+    } | {("fp8", name) for name in ("sm_89", "sm_90", "sm_100", "sm_120")}  # which multiply fp8
     assert list(dict.fromkeys(task.gpu for task in some)) == ["rtx5090", "h200"] and jobs == 3
 
 
