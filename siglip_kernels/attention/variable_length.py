@@ -165,7 +165,8 @@ def flash_attn_varlen_func(
         ("return_attn_probs", return_attn_probs, (False,)),
         ("block_table", block_table, (None,)),
     ):
-        if isinstance(value, Tensor) or value not in neutral:
+        is_array = isinstance(value, Tensor) or getattr(value, "ndim", None)  # of which no comparison is one truth
+        if is_array or value not in neutral:
             got = value if isinstance(value, tuple) else given(value)
             raise unsupported(operation, name, f"is {got}", f"{neutral[0]}")
     dtype = autocast_dtype(q)

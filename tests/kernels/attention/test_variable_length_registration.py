@@ -1,5 +1,6 @@
 """Attention over packed sequences as an operator of PyTorch: registration, compilation, flash-attn's names, errors."""
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -184,6 +185,7 @@ BAD_FLASH = {
     "window_size": ({"window_size": (8, 8)}, r"window_size is \(8, 8\); supported: \(-1, -1\)"),
     "softcap": ({"softcap": 30.0}, "softcap is 30.0; supported: 0.0"),
     "alibi_slopes": ({"alibi_slopes": torch.ones(2)}, "alibi_slopes is Tensor; supported: None"),
+    "an array": ({"alibi_slopes": np.ones(2)}, "alibi_slopes is ndarray; supported: None"),
     "return_attn_probs": ({"return_attn_probs": True}, "return_attn_probs is True; supported: False"),
     "block_table": ({"block_table": boundaries(0)}, "block_table is Tensor; supported: None"),
     "heads": ({"k": torch.zeros(5, 1, 24, dtype=HALF)}, "k has number of heads 1 while q has 2"),
