@@ -1,8 +1,8 @@
 """Functions by the single instructions that Triton does not choose by itself.
 
-`reciprocal` and `log2` use the special-function unit, to a relative 2⁻²² within the stated range; tl.log2 and a
-division handle the whole range of their operands, denormal numbers included, and take ten instructions more. The others
-are exact. Triton's interpreter has no inline assembly; there plain operations stand in.
+`reciprocal` and `log2` use the special-function unit, to a relative 2⁻²² within the stated range, and `tanh` to 2⁻¹¹;
+tl.log2 and a division handle the whole range of their operands, denormal numbers included, and take ten instructions
+more. The others are exact. Triton's interpreter has no inline assembly; there plain operations stand in.
 """
 
 import triton
@@ -20,6 +20,16 @@ def reciprocal(x):
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent in fp32, to a relative 2⁻¹¹: in the interpreter it is rounded to as many bits."""
+    if INTERPRETED:
+        bits = (1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))).to(tl.uint32, bitcast=True)
+        return ((bits + 0x800) & 0xFFFFF000).to(tl.float32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

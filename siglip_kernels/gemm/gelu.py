@@ -9,7 +9,7 @@ reciprocal. Far from zero gelu is 0 or x and its derivative 0 or 1; there x³ mu
 import triton
 import triton.language as tl
 
-from siglip_kernels.approximate import reciprocal, saturated_fma
+from siglip_kernels.approximate import reciprocal, saturated_fma, tanh
 
 # e^(-2u) = 2^(x (_LINEAR + _CUBIC x²)), and 2 du/dx = _SLOPE + _SLOPE_SQUARE x²
 _LINEAR = tl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654)
@@ -17,6 +17,9 @@ _CUBIC = tl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654 * 0.044715)
 _SLOPE = tl.constexpr(2 * 0.7978845608028654)
 _SLOPE_SQUARE = tl.constexpr(2 * 0.7978845608028654 * 3 * 0.044715)
 
+
+_ROOT = tl.constexpr(0.7978845608028654)  # u = x (_ROOT + _ROOT_CUBIC x²)
+_ROOT_CUBIC = tl.constexpr(0.7978845608028654 * 0.044715)
 
 # Of σ(2u) for the pairs of `gelu`: below _LEAST it is less than _NOTHING, here 2⁻⁶⁰, which they take for 0.
 _LEAST = tl.constexpr(-7.5)
@@ -43,6 +46,17 @@ def gelu(x):
     left *= saturated_fma(r, b, -_NOTHING)
     right *= saturated_fma(r, a, -_NOTHING)
     return tl.reshape(tl.join(left, right), x.shape)
+
+
+@triton.jit
+def scaled_gelu(x, half):
+    """gelu(x) · 2 half, for a result in fp8: by one tanh of eleven bits, in two thirds of the instructions.
+
+    x: fp32 [ROWS, COLUMNS]; half: fp32 [ROWS, 1].
+    """
+    u = (x * x * _ROOT_CUBIC + _ROOT) * x
+    scaled = x * half
+    return scaled * tanh(u) + scaled
 
 
 @triton.jit

@@ -4,7 +4,7 @@
     · ∘ gelu'(h), also storing gelu(h) and the column sums
 
 Of fp8 operands, a has a scale per row and w one per column of the result, by which the epilogue first multiplies; a
-result in fp8 is divided by a scale per row that is known beforehand, and saturates.
+result of GELU in fp8 is divided by a scale per row that is known beforehand, and saturates.
 
 A persistent kernel: each program computes tiles of the result in an order that keeps the operands of neighbours in the
 L2 (Triton's tutorial 9). Operands are loaded through tensor descriptors (TMA, sm_90 and later), elsewhere through
@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from siglip_kernels.approximate import widen
 from siglip_kernels.device import blackwell_kernels_enabled, facts, hopper_kernels_enabled, precision
 from siglip_kernels.errors import unsupported
-from siglip_kernels.gemm.gelu import gelu, gelu_and_derivative
+from siglip_kernels.gemm.gelu import gelu, gelu_and_derivative, scaled_gelu
 from siglip_kernels.gemm.plan import layout, plan
 from siglip_kernels.gemm.tiles import Tile
 from siglip_kernels.interpreter import dot, narrow
@@ -196,7 +196,11 @@ def _finish(
     if GELU == "forward":
         if pre_activation is not None:
             _store(pre_activation, value, row, column, rows, ROWS, WIDTH, EDGE, COLUMNS, DESCRIPTORS)
-        value = gelu(value)
+        if out_scales is not None:
+            half = 0.5 / tl.load(out_scales + o_rows, mask=o_rows < rows, other=1.0)
+            value = scaled_gelu(value, half[:, None])
+        else:
+            value = gelu(value)
     if GELU == "backward":
         kept = _load(pre_activation, row, column, rows, pre_activation_stride, ROWS, WIDTH, EDGE, UNIT, DESCRIPTORS)
         again, derivative = gelu_and_derivative(_where_it_is_needed(widen(kept), value))
@@ -209,8 +213,6 @@ def _finish(
     if residual is not None:
         added = _load(residual, row, column, rows, residual_stride, ROWS, WIDTH, EDGE, UNIT, DESCRIPTORS)
         value += widen(added)
-    if out_scales is not None:
-        value *= (1.0 / tl.load(out_scales + o_rows, mask=o_rows < rows, other=1.0))[:, None]
     tile_out = _choose(part, out, out_second, out_third, PARTS)
     _store(tile_out, value, row, column, rows, ROWS, WIDTH, EDGE, PARTS * COLUMNS, DESCRIPTORS)
 
@@ -233,7 +235,7 @@ def gemm_kernel(
     out_third,
     row_scales,  # fp32 (rows,) pointer: of a; None unless the operands are fp8
     column_scales,  # fp32 (COLUMNS,) pointer: of the weight, with PARTS == 1
-    out_scales,  # fp32 (rows,) pointer: what is stored is divided by them; or None
+    out_scales,  # fp32 (rows,) pointer: by which gelu(·) is divided, GELU "forward"; or None
     column_sums,  # fp32 (row tiles, COLUMNS) pointer: sums of each tile's columns; or None
     partial_sums,  # fp32 (SPLITS, rows, PARTS * COLUMNS) pointer: written instead of the results; None if SPLITS == 1
     a_stride,
@@ -428,7 +430,7 @@ class Scales(NamedTuple):
 
     rows: Tensor  # (M,), of a
     columns: Tensor  # (N,), of the weight
-    out: Tensor | None = None  # (M,), of the result; None: it is not fp8
+    out: Tensor | None = None  # (M,), of the result of GELU; None: it is not fp8
 
 
 def gemm(

@@ -127,6 +127,28 @@ def test_products_are_as_defined(rows, depth, columns, with_bias, device):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def _summed_with(bits: int, a: Tensor, weight: Tensor) -> Tensor:
+    """a weightᵀ as Hopper adds it: 32 products and the sum so far, cut to so many bits below the largest of them."""
+    total = torch.zeros(len(a), len(weight), dtype=torch.float64)
+    for k in range(0, a.shape[1], 32):
+        products = a[:, None, k : k + 32].double() * weight[None, :, k : k + 32].double()
+        terms = torch.cat([products, total[..., None]], -1)
+        unit = torch.exp2(torch.floor(torch.log2(terms.abs().amax(-1, keepdim=True).clamp(min=1e-30))) - bits)
+        total = (torch.trunc(terms / unit) * unit).sum(-1)
+    return total
+
+
+@pytest.mark.parametrize("depth", [1152, 4304])
+def test_sums_of_fourteen_bits_lose_nothing(depth):
+    x, weight = torch.randn(8, depth).abs(), torch.randn(16, depth)
+    (a, a_scales), (w, w_scales) = fp8_reference.quantise(x), fp8_reference.quantise(weight)
+    wanted, scales = x.double() @ weight.double().T, a_scales[:, None] * w_scales
+    whole = a.double() @ w.double().T
+    found = _summed_with(13, a.float(), w.float())
+    assert not torch.equal(found, whole)
+    assert decibels(found * scales, wanted) > decibels(whole * scales, wanted) - 0.02
+
+
 # Operations -----------------------------------------------------------------------------------------------------------
 
 
