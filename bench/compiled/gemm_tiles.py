@@ -13,7 +13,7 @@ from bench.compiled.sass import RATES, Loop, measure
 from bench.compiled.tile_cost import epilogues, main_loops
 from siglip_kernels.gemm.tiles import Shape, Tile
 
-_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+_DTYPES = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}
 
 
 def counted(gpu: str, shape: Shape, tile: Tile) -> tuple[Loop, Loop]:
@@ -37,7 +37,7 @@ def counted(gpu: str, shape: Shape, tile: Tile) -> tuple[Loop, Loop]:
 
 
 def _launch(shape: Shape, tile: Tile) -> None:
-    from siglip_kernels.gemm.kernels import gemm
+    from siglip_kernels.gemm.kernels import Scales, gemm
 
     def empty(*size: int, element_bytes: int = shape.element_bytes) -> torch.Tensor:
         return torch.empty(size, dtype=_DTYPES[element_bytes], device="meta")
@@ -57,5 +57,18 @@ def _launch(shape: Shape, tile: Tile) -> None:
             tile=tile,
         )
         return
-    biases: list[torch.Tensor | None] = [empty(shape.columns)] * shape.parts
-    gemm(a, [weight] * shape.parts, biases, residual=residual, gelu=shape.gelu, tile=tile)
+    biases: list[torch.Tensor | None] = [empty(shape.columns, element_bytes=max(2, shape.element_bytes))] * shape.parts
+    scales = None
+    if shape.element_bytes == 1:
+        row_scales = empty(shape.rows, element_bytes=4)
+        scales = Scales(row_scales, empty(shape.columns, element_bytes=4), row_scales if shape.gelu else None)
+    gemm(
+        a,
+        [weight] * shape.parts,
+        biases,
+        residual=residual,
+        gelu=shape.gelu,
+        scales=scales,
+        out_dtype=None if scales is None else _DTYPES[shape.result_bytes],
+        tile=tile,
+    )

@@ -20,19 +20,20 @@ WIDTHS = {"base": (768, 3072), "so400m": (1152, 4304)}  # of a token, and hidden
 BATCHES = (("base", 1), ("base", 64), ("base", 196), ("so400m", 256), ("so400m", 729))  # rows: pooled, a text, an image
 
 
-def gemms(rows: int, width: int, hidden: int) -> dict[str, Shape]:
-    """The GEMMs of an encoder layer with a fused epilogue, in half precision."""
+def gemms(rows: int, width: int, hidden: int, element_bytes: int = 2) -> dict[str, Shape]:
+    """The GEMMs of an encoder layer with a fused epilogue, in half precision; or those of its inference in fp8."""
 
     def shape(columns: int, depth: int, parts: int = 1, residual_bytes: int = 0, gelu: str = "") -> Shape:
-        return Shape(rows, columns, depth, parts, 2, residual_bytes, gelu, tf32=False, aligned=True)
+        return Shape(rows, columns, depth, parts, element_bytes, residual_bytes, gelu, tf32=False, aligned=True)
 
-    return {
-        "qkv": shape(width, width, parts=3),
+    in_fp8 = element_bytes == 1
+    found = {
+        "qkv": shape(3 * width, width) if in_fp8 else shape(width, width, parts=3),
         "out_proj": shape(width, width, residual_bytes=2),
         "fc1": shape(hidden, width, gelu="forward"),
         "fc2": shape(width, hidden, residual_bytes=2),
-        "gelu backward": shape(hidden, width, gelu="backward"),
     }
+    return found if in_fp8 else found | {"gelu backward": shape(hidden, width, gelu="backward")}
 
 
 @dataclass(frozen=True)
