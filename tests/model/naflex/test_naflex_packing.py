@@ -12,7 +12,6 @@ from error_budget import check_error
 from naflex import MIXED, images, peer_model, project_model, texts
 from oracle import worst_difference
 
-import siglip_kernels
 import siglip_model
 from siglip_model import backends
 from siglip_model.naflex.layout import Packed, Padded, layout
@@ -60,15 +59,18 @@ def test_layers_see_no_padding(backend: str) -> None:
         assert tokens == [expected] * 2
 
 
-def test_half_a_packed_layer_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    operation, seen = siglip_kernels.pre_norm_attention, []
+def test_half_a_packed_layer_is_one_operation() -> None:
+    ops, seen = backends.BACKENDS["triton"], []
+    assert ops.pre_norm_attention is not None
 
     def pre_norm_attention(x: torch.Tensor, *parameters: Any, **packing: Any) -> torch.Tensor:
-        seen.append((len(x), packing["max_seqlen"]))
-        return operation(x, *parameters, **packing)
+        seen.append((x.shape[1], packing["max_seqlen"]))
+        return ops.pre_norm_attention(x, *parameters, **packing)
 
-    monkeypatch.setattr(siglip_kernels, "pre_norm_attention", pre_norm_attention)
-    tower("triton", num_hidden_layers=2)(**images())
+    model = tower("triton", num_hidden_layers=2)
+    for layer in model.encoder.layers:
+        layer.ops = layer.self_attn.ops = replace(ops, pre_norm_attention=pre_norm_attention)
+    model(**images())
     assert seen == [(62, 21)] * 2
 
 
