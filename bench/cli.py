@@ -454,14 +454,18 @@ def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[tup
 
 def _run(request: Request, where: Path | None, failed: dict[tuple[str, str], str], until: float | None) -> None:
     from bench import terminal
+    from bench.cases.suites import SUITES
     from bench.environment import device
     from bench.measure.isolated import run_isolated
     from bench.measure.run import open_results, plan_for, run
     from bench.report.tables import groups
 
     for suite in request.without_settings():
+        only = SUITES[suite].device
         terminal.say(
-            f"{suite}: nothing requested is measured on this machine by default; name its --shapes to measure them"
+            f"{suite}: is measured without a GPU; CUDA_VISIBLE_DEVICES= hides those of this machine"
+            if only and only != device()
+            else f"{suite}: nothing requested is measured on this machine by default; name its --shapes to measure them"
         )
     plan = plan_for(request.quick, failed)
     with terminal.progress_bar() as progress:

@@ -82,13 +82,13 @@ def print_groups(found: Sequence[Group]) -> None:
     """Prints a table per group: the fastest first and in bold, failures with their reasons last."""
     from rich.text import Text
 
-    from bench.report.tables import rate, rate_name, title
+    from bench.report.tables import cosine, rate, rate_name, title
 
     for group in found:
         noise = "" if group.noise is None else f"; noise {group.noise:.2f}x"
         table = _table(
             f"{title(group)}{noise}",
-            *("impl", "ms", "20 to 80 %", rate_name(group), "% of roofline", "memory", "error", ""),
+            *("impl", "ms", "20 to 80 %", rate_name(group), "% of roofline", "memory", "error", "cosine", ""),
         )
         fastest = group.fastest()
         for row in sorted(group.rows, key=lambda row: (row.status != "ok", row.ms_median or 0)):
@@ -102,11 +102,14 @@ def print_groups(found: Sequence[Group]) -> None:
                     share(row.roofline_share),
                     size(row.peak_mem_bytes),
                     error,
+                    cosine(row),
                     Text(row.reason, "dim"),
                 )
             else:
                 style = "red" if row.status == "error" else "yellow"
-                table.add_row(Text(row.impl, "dim"), Text(row.status, style), "", "", "", "", error, Text(row.reason))
+                table.add_row(
+                    Text(row.impl, "dim"), Text(row.status, style), "", "", "", "", error, "", Text(row.reason)
+                )
         _print(table)
 
 

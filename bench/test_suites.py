@@ -50,7 +50,7 @@ CASES = [
     pytest.param(suite, setting, entry, id=f"{label(suite, setting)} {entry.name}".replace(" ", "-"))
     for suite, setting in _settings()
     for entry in peers_of(setting.operation.name).values()
-    if not entry.slow and (setting.device == "cuda" or not entry.cuda)
+    if not entry.slow and entry.runs_on(setting.device)
 ]
 
 

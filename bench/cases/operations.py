@@ -118,6 +118,7 @@ class Operation:
 
     definition: makes the definition in plain PyTorch from a Setting and the dtype to compute in.
     directions: those that are measured by default.
+    embeds: whether its output is embeddings, whose least cosine to those of fp64 is recorded.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Operation:
     inputs: Callable[[Any, torch.dtype, str, torch.Generator], Inputs]
     definition: Callable[[Setting, torch.dtype], Contender]
     directions: tuple[str, ...] = ("fwd", "bwd")
+    embeds: bool = False
 
 
 def _normal(generator: torch.Generator, dtype: torch.dtype, device: str, *sizes: int, scale: float = 1.0) -> Tensor:
@@ -299,6 +301,11 @@ def _model_inputs(shape: shapes.ModelShape, dtype: torch.dtype, device: str, gen
     return Inputs({}, constants, () if isinstance(shape, shapes.TrainShape) else ("pixel_values", "input_ids"))
 
 
+def _text_inputs(shape: shapes.TextShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+    ids = torch.randint(0, 32000, (shape.batch, 64), generator=generator, device=device)
+    return Inputs({}, {"input_ids": ids}, ("input_ids",))
+
+
 def _embed_inputs(shape: shapes.EmbedShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
     """The same files for any seed. The weights belong to the contenders."""
     return Inputs({}, {"paths": photos(shape.images, shape.width, shape.height)}, ("paths",))
@@ -389,23 +396,38 @@ def _model_definition(setting: Setting, dtype: torch.dtype) -> Contender:
 
 
 def model_setting(setting: Setting) -> Setting:
-    """The setting of both towers of an EmbedShape's model."""
+    """The setting of both towers of the model of which an EmbedShape or a shape of one tower runs a part."""
     shape = setting.shape
-    assert isinstance(shape, shapes.EmbedShape)
-    return dataclasses.replace(setting, shape=shapes.ModelShape("", shape.model, shape.batch, text=True))
+    assert isinstance(shape, (shapes.EmbedShape, shapes.ModelShape))
+    layers = shape.layers if isinstance(shape, shapes.ModelShape) else 0
+    return dataclasses.replace(setting, shape=shapes.ModelShape("", shape.model, shape.batch, layers, text=True))
 
 
-def image_processor(setting: Setting) -> SiglipImageProcessor:
-    shape = setting.shape
-    assert isinstance(shape, shapes.EmbedShape)
-    side = MODELS[shape.model].vision.image
+TOWERS = {"image_features": "vision", "text_features": "text"}
+"""Operation -> the tower that it runs."""
+
+
+def tower_of(model: nn.Module, setting: Setting) -> nn.Module:
+    """The tower of a whole model, this project's or transformers', that an operation of TOWERS runs."""
+    tower: nn.Module = getattr(model, f"{TOWERS[setting.operation.name]}_model")
+    return tower
+
+
+def _tower_definition(setting: Setting, dtype: torch.dtype) -> Contender:
+    tower = tower_of(project_model(model_setting(setting), "eager", dtype), setting)
+    return Contender(lambda **inputs: tower(**inputs).pooler_output)
+
+
+def image_processor(model: str) -> SiglipImageProcessor:
+    """The image processor of a model of MODELS."""
+    side = MODELS[model].vision.image
     return SiglipImageProcessor(size={"height": side, "width": side})
 
 
 def _embed_definition(setting: Setting, dtype: torch.dtype) -> Contender:
     """Unit rows, one image after the other."""
     model: Any = project_model(model_setting(setting), "eager", dtype)
-    processor = image_processor(setting)
+    processor = image_processor(setting.shape.model)  # type: ignore[attr-defined]
 
     def embed(paths: list[str]) -> Tensor:
         rows = []
@@ -453,7 +475,9 @@ OPERATIONS = {
         Operation("vision_tower", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
         Operation("naflex_tower", shapes.NaFlexShape, _naflex_inputs, _model_definition, ("fwd",)),
         Operation("siglip", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
-        Operation("embed", shapes.EmbedShape, _embed_inputs, _embed_definition, ("fwd",)),
+        Operation("image_features", shapes.ModelShape, _model_inputs, _tower_definition, ("fwd",), embeds=True),
+        Operation("text_features", shapes.TextShape, _text_inputs, _tower_definition, ("fwd",), embeds=True),
+        Operation("embed", shapes.EmbedShape, _embed_inputs, _embed_definition, ("fwd",), embeds=True),
         Operation("training_step", shapes.TrainShape, _model_inputs, _model_definition, ("fwd+bwd",)),
     )
 }

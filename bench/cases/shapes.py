@@ -385,6 +385,15 @@ class ModelShape(Shape):
 
 
 @dataclass(frozen=True)
+class TextShape(ModelShape):
+    """The text tower alone, for `batch` texts."""
+
+    def towers(self) -> list[Tower]:
+        tower = MODELS[self.model].text
+        return [dataclasses.replace(tower, layers=self.layers or tower.layers)]
+
+
+@dataclass(frozen=True)
 class NaFlexShape(ModelShape):
     """The vision tower of SigLIP 2 at native resolution, for images of different sizes.
 

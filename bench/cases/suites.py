@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.cases.operations import DTYPES, OPERATIONS, Operation, Setting
+from bench.cases.operations import DTYPES, OPERATIONS, TOWERS, Operation, Setting
 from bench.cases.shapes import (
     DIRECTIONS,
     MODELS,
@@ -27,6 +27,7 @@ from bench.cases.shapes import (
     PreNormAttentionShape,
     QKVShape,
     Shape,
+    TextShape,
     TrainShape,
     parse,
 )
@@ -51,12 +52,14 @@ class Suite:
 
     hide_launches: whether kernels are timed back to back; otherwise a call is timed as its user waits for it.
     quick_peers: the slow peers that a quick run prepares after all other measurements.
+    device: the only device where it is measured, "cpu"; "" for any.
     """
 
     name: str
     cases: tuple[Case, ...]
     hide_launches: bool = True
     quick_peers: tuple[str, ...] = ()
+    device: str = ""
 
     def settings(
         self,
@@ -66,7 +69,9 @@ class Suite:
         patterns: Sequence[str] = (),
         directions: Sequence[str] = (),
     ) -> list[Setting]:
-        """The settings, most important first. Named shapes are measured on any machine."""
+        """The settings, most important first. Named shapes are measured on any machine with the suite's device."""
+        if self.device not in ("", device):
+            return []
         chosen = self._named(patterns) if patterns else [case for case in self.cases if _usual(case, device, quick)]
         return [
             Setting(operation, case.shape, DTYPES[dtype], device, direction)
@@ -101,7 +106,7 @@ def _usual(case: Case, device: str, quick: bool) -> bool:
 
 def _possible(operation: Operation) -> tuple[str, ...]:
     """Models have gradients in training_step only; a loss may compute its gradients in the forward."""
-    if operation.name in ("vision_tower", "naflex_tower", "siglip", "embed"):
+    if operation.name in ("vision_tower", "naflex_tower", "siglip", "embed", *TOWERS):
         return ("fwd",)
     return ("fwd", "fwd+bwd") if operation.shape_class in (LossShape, TrainShape) else DIRECTIONS
 
@@ -193,6 +198,15 @@ def _losses(pairs: int, width: int, captions: int, cpu: str = "") -> tuple[Case,
 def _model(model: str, batch: int, text: bool = False, layers: int = 0, quick: bool = False, cpu: str = "") -> Case:
     name = f"{model}-b{batch}" + (f"-l{layers}" if layers else "")
     return Case("siglip" if text else "vision_tower", ModelShape(name, model, batch, layers, text), quick, cpu)
+
+
+def _towers(model: str, batch: int, layers: int = 0, cpu: str = "") -> tuple[Case, Case]:
+    """Each tower by itself."""
+    end = f"b{batch}" + (f"-l{layers}" if layers else "")
+    return (
+        Case("image_features", ModelShape(f"{model}-{end}", model, batch, layers), cpu=cpu),
+        Case("text_features", TextShape(f"{model}-text-{end}", model, batch, layers), cpu=cpu),
+    )
 
 
 def _naflex(batch: int, layers: int = 0, quick: bool = False, cpu: str = "") -> Case:
@@ -304,6 +318,21 @@ SUITES = {
             ),
             hide_launches=False,
             quick_peers=("transformers:sdpa:reduce-overhead",),
+        ),
+        Suite(
+            "cpu",
+            (
+                *_towers("base-224", 1, layers=2, cpu="quick"),
+                *_towers("so400m-224", 1, layers=1, cpu="full"),
+                *_towers("base-224", 16, layers=2, cpu="full"),
+                *_towers("so400m-224", 16, layers=1, cpu="full"),
+                *_towers("base-224", 4, layers=2, cpu="full"),
+                *_towers("so400m-224", 4, layers=1, cpu="full"),
+                *(case for batch in (1, 4, 16) for case in _towers("base-224", batch)),
+                *(case for batch in (1, 4, 16) for case in _towers("so400m-224", batch)),
+            ),
+            hide_launches=False,
+            device="cpu",
         ),
         Suite(
             "embed",

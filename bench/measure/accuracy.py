@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases.operations import Contender, Inputs, Setting
@@ -76,6 +77,12 @@ def distance(found: list[Tensor], true: list[Tensor]) -> float:
     return (difference / size) ** 0.5 if size else difference**0.5
 
 
+def least_cosine(found: list[Tensor], true: list[Tensor]) -> float:
+    """The least cosine of a row of `found` to its row of `true`; NaN if any value is NaN."""
+    pairs = zip(found, true, strict=True)
+    return min(F.cosine_similarity(a.double(), b.double(), dim=-1).min().item() for a, b in pairs)
+
+
 def allowed_distance(eager: list[Tensor], true: list[Tensor], dtype: torch.dtype, factor: float) -> float:
     """`factor` times the error of the same formula in the same dtype, plus one rounding.
 
@@ -93,10 +100,11 @@ class NoTruth(Exception):
 
 @dataclass
 class Verdict:
-    """The worst relative error, and the problem if it is too large, else ""."""
+    """The worst relative error, and the problem if it is too large, else ""; of embeddings also the least cosine."""
 
     error: float
     problem: str = ""
+    cosine: float | None = None
 
 
 class Judge:
@@ -122,6 +130,8 @@ class Judge:
             if not error <= allowed:
                 return Verdict(error, f"wrong: {name} is off by {error:.1e}, {allowed:.1e} is allowed")
             worst.error = max(worst.error, error)
+        if self.setting.operation.embeds:
+            worst.cosine = least_cosine(found["results"], true["results"])
         return worst
 
     def _how(self, entry: Peer) -> str:

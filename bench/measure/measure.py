@@ -64,6 +64,7 @@ def blank_row(suite: str, setting: Setting, entry: Peer, **values: Any) -> Row:
         dtype=dtype_name(setting.dtype),
         impl=entry.name,
         comparable=entry.comparable,
+        precision=entry.precision,
         peer_version=entry.version(),
         **values,
     )
@@ -175,6 +176,7 @@ class _Group:
             try:
                 verdict = self.judge.judge(entry, contender)
                 row.error_vs_fp64 = verdict.error if math.isfinite(verdict.error) else None
+                row.least_cosine = verdict.cosine
                 if verdict.problem:
                     return replace(row, status="error", reason=verdict.problem)
             except NoTruth as error:
@@ -208,8 +210,8 @@ class _Group:
         if not self.ready:
             return []
         if self.setting.device == "cpu":
-            for name, (row, _) in self.ready.items():
-                row.peak_mem_bytes = peak_in_a_process(self.setting, name)
+            for name, peak in peaks_in_a_process(self.setting, list(self.ready)).items():
+                self.ready[name][0].peak_mem_bytes = peak
         timed = {name: steps for name, (_, steps) in self.ready.items()}
         first = next(iter(timed))
         timed[first + AGAIN] = timed[first]
@@ -289,22 +291,26 @@ def _available_memory() -> int:
     return 2**40
 
 
-def peak_in_a_process(setting: Setting, name: str) -> int | None:
-    """Rise of a fresh process's resident memory during one call, in bytes (Linux; None elsewhere).
+def peaks_in_a_process(setting: Setting, names: Sequence[str]) -> dict[str, int | None]:
+    """Rise of another process's resident memory during one call of each contender, in bytes (Linux; None elsewhere).
 
     The process's allocator returns freed memory to the system at once, so that reuse does not hide an allocation.
-    None also if the process ended early.
+    None also for a contender with which the process ended; the next are measured in another one.
     """
     if sys.platform != "linux":
-        return None
+        return dict.fromkeys(names)
     task = {
         "operation": setting.operation.name,
         "shape": setting.shape.sizes(),
         "dtype": dtype_name(setting.dtype),
         "direction": setting.direction,
-        "peer": name,
     }
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, "-m", "bench.measure.peak_memory", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, env=process_environment(**allocator))
-    return int(done.stdout) if done.returncode == 0 else None
+    allocator = process_environment(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0")
+    found: dict[str, int | None] = {}
+    while left := [name for name in names if name not in found]:
+        command = [sys.executable, "-m", "bench.measure.peak_memory", json.dumps({**task, "peers": left})]
+        done = subprocess.run(command, capture_output=True, text=True, env=allocator)
+        found |= dict(json.loads(line) for line in done.stdout.splitlines())
+        if done.returncode != 0:
+            found |= {next(name for name in left if name not in found): None}
+    return found

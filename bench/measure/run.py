@@ -74,7 +74,7 @@ class Request:
         entries = peers_of(setting.operation.name).values()
         if self.peers:
             return [entry for entry in entries if entry.name in self.peers]
-        possible = [entry for entry in entries if setting.device == "cuda" or not entry.cuda]
+        possible = [entry for entry in entries if entry.runs_on(setting.device)]
         waited_for = SUITES[suite].quick_peers if waiting else ()
         return [entry for entry in possible if not (self.quick and entry.slow) or entry.name in waited_for]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch._dynamo.config
 import torch._functorch.config
+import torch._inductor.config
 
 # Name in the registry: mode of torch.compile.
 MODES = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
@@ -31,3 +32,12 @@ def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
         return call(*arguments, **keywords)
 
     return step
+
+
+def frozen(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
+    """`function` compiled for inference at the sizes of `arguments`, with its weights as constants that are packed
+    and folded once ("freezing")."""
+    call = compiled(function, "compile")
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        call(**arguments)
+    return call

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench.cases.operations import Contender, Setting, image_processor, model_setting, project_model
 from bench.cases.shapes import EmbedShape
+from bench.peers.cpu import BF16
 from bench.peers.models import transformers_model
 from bench.peers.registry import Missing, peer, selecting
 from siglip_model.cli.process import keep_freed_memory
@@ -37,11 +38,12 @@ def _shape(setting: Setting) -> EmbedShape:
     return setting.shape
 
 
-def _project(backend: str) -> Callable[[Setting], Contender]:
+def _project(backend: str, dtype: torch.dtype | None = None) -> Callable[[Setting], Contender]:
     def load(setting: Setting) -> Contender:
         keep_freed_memory()
-        shape, processor = _shape(setting), image_processor(setting)
-        model: Any = project_model(model_setting(setting), backend)
+        shape = _shape(setting)
+        processor = image_processor(shape.model)
+        model: Any = project_model(model_setting(setting), backend, dtype)
         folder = tempfile.TemporaryDirectory()  # deleted with the contender
 
         def embed(paths: list[str], profile: bool = False) -> Any:
@@ -78,6 +80,7 @@ def describe(report: ProfileReport) -> str:
 
 peer("embed", "triton", package="triton", cuda=True)(_project("triton"))
 peer("embed", "siglip_model:sdpa")(_project("sdpa"))
+peer("embed", "siglip_model:sdpa:bf16", cpu=True, dtypes=("fp32",), **BF16)(_project("sdpa", torch.bfloat16))
 
 
 class Photos(torch.utils.data.Dataset):
@@ -112,7 +115,7 @@ def transformers_with_a_loader(setting: Setting) -> Contender:
     keep_freed_memory()
     shape, on_gpu = _shape(setting), setting.device == "cuda"
     model: Any = transformers_model(model_setting(setting), "sdpa")
-    processor = transformers.SiglipImageProcessor(size=image_processor(setting).size)
+    processor = transformers.SiglipImageProcessor(size=image_processor(shape.model).size)
     folder = tempfile.TemporaryDirectory()
 
     def rows(paths: list[str]) -> Tensor:

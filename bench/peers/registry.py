@@ -26,7 +26,7 @@ from bench.cases.operations import Contender, Setting, kernels_for
 from bench.cases.shapes import AttentionShape
 from siglip_kernels.attention.config import short_block
 
-MODULES = ("attention", "dense", "embed", "loss", "models")
+MODULES = ("attention", "cpu", "dense", "embed", "loss", "models")
 
 
 class Missing(Exception):
@@ -43,9 +43,12 @@ class Peer:
 
     operation: what it computes. name: what `--peers` takes and `impl` in the results.
     package: the distribution that it comes from, "" for PyTorch alone. install: the command that installs it.
-    directions, dtypes: what it supports; None for all. cuda: it needs a CUDA device.
+    directions, dtypes: what it supports; None for all.
+    cuda: it needs a CUDA device. cpu: it is measured without one.
+    precision: what it computes in where that is not the setting's dtype, which its inputs and outputs have.
     slow: it takes minutes to prepare; `--quick` leaves it out unless it is named.
     one_size: it is compiled for one size, too slowly to check its gradients on a smaller sample.
+    keeps_memory: its runtime keeps the memory of a call for the next one, so that the first call tells what it needs.
     quadratic: it holds this many fp32 values per pair of an image and a text.
     tolerance: the relative error allowed for reduced precision such as fp8; None for the default.
     note: what distinguishes it, for the tables.
@@ -60,8 +63,11 @@ class Peer:
     directions: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] | None = None
     cuda: bool = False
+    cpu: bool = False
+    precision: str = ""
     slow: bool = False
     one_size: bool = False
+    keeps_memory: bool = False
     quadratic: int = 0
     tolerance: float | None = None
     note: str = ""
@@ -71,6 +77,10 @@ class Peer:
     def comparable(self) -> bool:
         """Whether it computes the operation rather than a neighbouring function."""
         return self.truth is None
+
+    def runs_on(self, device: str) -> bool:
+        """Whether it is measured on "cuda" or on "cpu"."""
+        return not (self.cuda if device == "cpu" else self.cpu)
 
     @property
     def uses_kernels(self) -> bool:
@@ -98,6 +108,8 @@ class Peer:
         short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype, dtype)
         if self.cuda and setting.device != "cuda":
             raise Unsupported("needs a CUDA device")
+        if self.cpu and setting.device != "cpu":
+            raise Unsupported("is measured without a CUDA device")
         if self.dtypes is not None and short not in self.dtypes:
             raise Unsupported(f"has no {short}; supported: {', '.join(self.dtypes)}")
         if self.directions is not None and setting.direction not in self.directions:

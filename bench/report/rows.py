@@ -44,6 +44,8 @@ class Row:
     roofline_share: float | None = None
     peak_mem_bytes: int | None = None  # the most that a call holds beyond inputs and weights
     error_vs_fp64: float | None = None  # relative; the worst of outputs or gradients
+    precision: str = ""  # what it computes in, where that is not dtype, the inputs'
+    least_cosine: float | None = None  # of an embedding to that of fp64
     gpu: str = ""
     driver: str | None = None
     cuda: str | None = None
@@ -86,6 +88,7 @@ class Row:
 
 
 FIELDS = tuple(item.name for item in dataclasses.fields(Row))
+LATER = {"precision", "least_cosine"}  # files from before these fields lack them
 
 
 def new_row(**values: Any) -> Row:
@@ -122,7 +125,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
                 continue
             try:
                 values = json.loads(line)
-                unknown, lacking = set(values) - set(FIELDS), set(FIELDS) - set(values)
+                unknown, lacking = set(values) - set(FIELDS), set(FIELDS) - LATER - set(values)
                 if unknown or lacking:
                     raise ValueError(f"fields unknown {sorted(unknown)}, lacking {sorted(lacking)}")
                 rows.append(Row(**values))

@@ -20,6 +20,7 @@ TITLES = {
     "model": "Models, forward",
     "train": "Training step (both towers and the loss)",
     "latency": "One image at a time",
+    "cpu": "One tower on a CPU, by precision and runtime",
     "embed": "Bulk embedding, from image files to rows on the disk",
     "attention": "Attention",
     "loss": "Sigmoid loss",
@@ -36,6 +37,11 @@ MAIN = (
     ("model", "fwd", "base-naflex"),
     ("train", "fwd+bwd", ""),
     ("loss", "fwd+bwd", ""),
+    ("cpu", "fwd", "base-224-b"),
+    ("cpu", "fwd", "base-224-text"),
+    ("cpu", "fwd", "so400m-224-b"),
+    ("cpu", "fwd", "so400m-224-text"),
+    ("embed", "fwd", "demo"),
     ("embed", "fwd", "base-224"),
 )
 MAIN_PLOTS = ("loss-memory-by-pairs", "speed-up-by-batch-size", "attention-tflops-by-shape")  # the first that exists
@@ -57,6 +63,14 @@ class Group:
     @property
     def timed(self) -> list[Row]:
         return [row for row in self.rows if row.status == "ok" and row.ms_median]
+
+    @property
+    def precisions(self) -> list[str]:
+        """What its contenders compute in; the dtype of their inputs first."""
+        return list(dict.fromkeys([self.first.dtype, *(row.precision or row.dtype for row in self.rows)]))
+
+    def of_precision(self, precision: str) -> list[Row]:
+        return [row for row in self.timed if (row.precision or row.dtype) == precision]
 
     def fastest(self) -> list[Row]:
         """The rows whose times are within the noise of the least."""
@@ -115,6 +129,11 @@ def size(count: int | None) -> str:
     return f"{value:.3g} {unit}"
 
 
+def cosine(row: Row) -> str:
+    """The least cosine of an embedding; blank for operations without."""
+    return "" if row.least_cosine is None else f"{row.least_cosine:.6f}"
+
+
 def rate(row: Row) -> str:
     value = row.images_per_second or row.tflops
     return f"{value:.3g}" if value else ""
@@ -131,9 +150,11 @@ def share(value: float | None) -> str:
 def group_table(group: Group) -> str:
     """Every contender of one group, failures with their reasons."""
     fastest, baseline = group.fastest(), group.baseline()
+    with_cosines = any(row.least_cosine is not None for row in group.rows)
     lines = [
-        f"| impl | ms | 20 to 80 % | speed-up | {rate_name(group)} | % of roofline | peak memory | error to fp64 | |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| impl | ms | 20 to 80 % | speed-up | {rate_name(group)} | % of roofline | peak memory | error to fp64 "
+        f"|{' cosine |' * with_cosines} |",
+        "|---|---|---|---|---|---|---|---|---|" + "---|" * with_cosines,
     ]
     for row in sorted(group.rows, key=lambda row: (row.status != "ok", row.ms_median or 0)):
         cells = ["" for _ in range(9)]
@@ -148,6 +169,8 @@ def group_table(group: Group) -> str:
         else:
             cells[1] = row.status
             cells[8] = row.reason
+        if with_cosines:
+            cells.insert(8, cosine(row))
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -244,13 +267,24 @@ def _machine(gpu: str, found: Sequence[Group], files: Sequence[Path], root: Path
 
 
 def _overview(found: Sequence[Group]) -> str:
-    """One line per group: this project beside the baseline and the best peer."""
-    lines = [
-        "| | shape | dtype | this project, ms | baseline, ms | speed-up | best peer, ms | memory: this, baseline "
-        "| % of roofline | noise |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *map(_line, found),
-    ]
+    """One line per group: this project beside the baseline and the best peer; per precision where it has several."""
+    one = [group for group in found if len(group.precisions) == 1]
+    several = [group for group in found if len(group.precisions) > 1]
+    lines = []
+    if one or not several:
+        lines += [
+            "| | shape | dtype | this project, ms | baseline, ms | speed-up | best peer, ms | memory: this, baseline "
+            "| % of roofline | noise |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *map(_line, one),
+        ]
+    if several:
+        lines += [""] * bool(lines) + [
+            "| | shape | precision | this project, ms | cosine | baseline in fp32, ms | speed-up | best peer, ms "
+            "| cosine | memory: this, best peer | noise |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+            *(_line_of_precision(group, precision) for group in several for precision in group.precisions),
+        ]
     if any(row.disturbed for group in found for row in group.rows):
         lines += [
             "",
@@ -284,6 +318,26 @@ def _line(group: Group) -> str:
         "" if group.noise is None else f"{group.noise:.2f}x",
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _line_of_precision(group: Group, precision: str) -> str:
+    row, baseline, rows = group.first, group.baseline(), group.of_precision(precision)
+    own = min((one for one in rows if one.of_this_project), key=_ms, default=None)
+    best = min((one for one in rows if not one.of_this_project), key=_ms, default=None)
+    cells = (
+        f"{row.op} {row.direction}",
+        str(row.shape.get("name", "")),
+        precision,
+        f"`{own.impl}` {milliseconds(own.ms_median)}" if own else "",
+        cosine(own) if own else "",
+        f"`{baseline.impl}` {milliseconds(baseline.ms_median)}" if baseline else "",
+        f"{_ms(baseline) / _ms(own):.2f}x" if own and baseline else "",
+        f"`{best.impl}` {milliseconds(best.ms_median)}" if best else "",
+        cosine(best) if best else "",
+        ", ".join(filter(None, (size(one.peak_mem_bytes) for one in (own, best) if one))),
+        "" if group.noise is None else f"{group.noise:.2f}x",
+    )
+    return "| " + " | ".join(cells) + " |"
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -1,5 +1,8 @@
 """One group: correct contenders are timed, wrong ones are reported as wrong, and failures stay separate."""
 
+import json
+import types
+
 import pytest
 import torch
 from bench_helpers import PROBE, ROOFLINE, SHAPE, contender, setting
@@ -15,18 +18,20 @@ from bench.cases.shapes import (
     PreNormAttentionShape,
     QKVShape,
 )
+from bench.measure import measure as measurement
 from bench.measure.measure import Plan, measure
 from bench.measure.roofline import RooflineProbe
 from bench.measure.timing import Timing
 from bench.peers import Missing, Unsupported, peers_of
 from siglip_kernels import reference
 
+PEAKS = measurement.peaks_in_a_process
 PLAN = Plan(seconds=0.0, least_rounds=2)
 
 
 @pytest.fixture(autouse=True)
 def no_process_for_memory(monkeypatch):
-    monkeypatch.setattr("bench.measure.measure.peak_in_a_process", lambda setting, name: 1000)
+    monkeypatch.setattr("bench.measure.measure.peaks_in_a_process", lambda setting, names: dict.fromkeys(names, 1000))
 
 
 def rows_of(entries, plan=PLAN, **values):
@@ -212,3 +217,20 @@ def test_memory_that_a_cpu_lacks_is_not_allocated():
     vast = setting("sigmoid_loss", LossShape("vast", 2**21, 8))
     measure("loss", vast, entries, PROBE, PLAN, rows.append)
     assert [row.status for row in rows] == ["oom"] and rows[0].reason.startswith("not tried")
+
+
+def test_memory_of_the_contenders_after_one_that_ends_the_process(monkeypatch):
+    monkeypatch.setattr(measurement.sys, "platform", "linux")
+    asked = []
+
+    def run(command, **options):
+        left = json.loads(command[-1])["peers"]
+        asked.append(left)
+        whole = left[: left.index("greedy")] if "greedy" in left else left
+        lines = "".join(json.dumps([name, len(name)]) + "\n" for name in whole)
+        return types.SimpleNamespace(stdout=lines, returncode=int(whole != left))
+
+    monkeypatch.setattr(measurement.subprocess, "run", run)
+    peaks = PEAKS(setting(), ["eager", "greedy", "sdpa"])
+    assert peaks == {"eager": 5, "greedy": None, "sdpa": 4}
+    assert asked == [["eager", "greedy", "sdpa"], ["sdpa"]]

@@ -144,7 +144,7 @@ def test_a_quick_run_on_a_gpu_has_every_suite_and_slow_peers_at_its_end(monkeypa
     monkeypatch.setattr("bench.measure.run.device", lambda: "cuda")
     request = Request(list(SUITES), quick=True)
     settings = request.settings()
-    assert {suite for suite, _ in settings} == set(SUITES)
+    assert {suite for suite, _ in settings} == {name for name, suite in SUITES.items() if suite.device != "cpu"}
     first = list(dict.fromkeys(settings))
     assert settings[: len(first)] == first  # each once before any is repeated
     for suite, setting in first:
@@ -181,6 +181,11 @@ def test_on_a_cpu_only_what_runs_there(monkeypatch):
     monkeypatch.setattr("bench.measure.run.device", lambda: "cpu")
     assert request.without_settings() == ["mlp"]
     assert Request(["model"], directions=["bwd"]).without_settings() == ["model"]
+    image = SUITES["cpu"].settings("cpu", ["fp32"], quick=True)[0]
+    assert not SUITES["cpu"].settings("cuda", ["fp32"], quick=False, patterns=["base*"])
+    assert "siglip_model:sdpa:bf16" in {entry.name for entry in request.entries("cpu", image)}
+    embed = SUITES["embed"].settings("cuda", ["fp32"], quick=True)[0]
+    assert "siglip_model:sdpa:bf16" not in {entry.name for entry in request.entries("embed", embed)}
     for name, setting in settings:
         entries = request.entries(name, setting)
         assert not any(entry.cuda for entry in entries) and len(entries) > 1

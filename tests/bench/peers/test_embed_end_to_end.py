@@ -15,16 +15,18 @@ from bench.report.tables import group_table, groups
 
 def test_both_contenders_embed_the_same_files_of_the_demo_checkpoint(monkeypatch):
     pytest.importorskip("torchvision", reason="transformers' image processor needs it")
-    monkeypatch.setattr("bench.measure.measure.peak_in_a_process", lambda setting, name: None)
+    monkeypatch.setattr("bench.measure.measure.peaks_in_a_process", lambda setting, names: dict.fromkeys(names))
     shape = EmbedShape("demo-n5-b2", "demo", 5, 2, workers=1, width=96, height=64)
     setting = Setting(OPERATIONS["embed"], shape, torch.float32, "cpu", "fwd")
     entries = [entry for entry in peers_of("embed").values() if not entry.cuda]
     rows = []
     measure("embed", setting, entries, PROBE, Plan(0.0, 1), rows.append)
     named = {row.impl: row for row in rows}
-    assert set(named) == {"siglip_model:sdpa", "siglip_model:sdpa#2", "transformers:sdpa"}
+    assert set(named) == {"siglip_model:sdpa", "siglip_model:sdpa#2", "siglip_model:sdpa:bf16", "transformers:sdpa"}
     assert {row.status for row in rows} == {"ok"}, [row.reason for row in rows]
-    assert all(row.error_vs_fp64 < 1e-5 for row in rows)
+    half = named.pop("siglip_model:sdpa:bf16")
+    assert half.precision == "bf16" and 0.9995 < half.least_cosine < 1 - 1e-6
+    assert all(row.error_vs_fp64 < 1e-5 and row.least_cosine > 1 - 1e-6 for row in named.values())
     assert "decode" in named["siglip_model:sdpa"].reason and "bound by" in named["siglip_model:sdpa"].reason
     ours = named["siglip_model:sdpa"]
     assert ours.images_per_second == 5e3 / ours.ms_median

@@ -8,13 +8,13 @@ from bench_helpers import row
 
 from bench import environment as environment_module
 from bench.environment import commit, environment
-from bench.report.rows import FIELDS, Results, Row, new_row, read, slug
+from bench.report.rows import FIELDS, LATER, Results, Row, new_row, read, slug
 
 SCHEMA = [
     "suite", "op", "direction", "shape", "dtype", "impl", "status", "reason", "crashed", "disturbed",
     "comparable", "ms_median", "ms_p20", "ms_p80",
-    "tflops", "gbps", "roofline_ms", "roofline_share", "peak_mem_bytes", "error_vs_fp64", "gpu", "driver", "cuda",
-    "torch", "triton", "peer_version", "commit", "dirty", "date",
+    "tflops", "gbps", "roofline_ms", "roofline_share", "peak_mem_bytes", "error_vs_fp64", "precision", "least_cosine",
+    "gpu", "driver", "cuda", "torch", "triton", "peer_version", "commit", "dirty", "date",
 ]  # fmt: skip
 
 
@@ -83,6 +83,13 @@ def test_a_bad_line_is_named(tmp_path):
     path.write_text("not json\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1"):
         read([path])
+
+
+def test_files_from_before_precisions_were_recorded(tmp_path):
+    path = tmp_path / "a.jsonl"
+    values = vars(row("triton", 1.0))
+    path.write_text(json.dumps({name: values[name] for name in values if name not in LATER}) + "\n")
+    assert {"precision", "least_cosine"} == LATER and read([path]) == [row("triton", 1.0)]
 
 
 def test_settled(tmp_path):

@@ -116,6 +116,34 @@ def test_the_summary_has_three_groups_and_one_plot(tmp_path):
     assert full_report(rows, [path]).count("| `triton` 1.00 |") == len(groups(rows))
 
 
+def test_precisions_are_compared_one_by_one(tmp_path):
+    facts = dict(suite="cpu", op="image_features", shape=dict(name="base-224-b16-l2", batch=16), **ON_CPU)
+    rows = [
+        row("siglip_model:sdpa", 80.0, least_cosine=1.0, **facts),
+        row("siglip_model:sdpa:bf16", 45.0, precision="bf16", least_cosine=0.99997, **facts),
+        row("siglip_model:onnxruntime:int8", 25.0, precision="int8", least_cosine=0.9993, **facts),
+        row("transformers:sdpa", 100.0, least_cosine=1.0, **facts),
+        row("transformers:sdpa:int8", 40.0, precision="int8", least_cosine=0.9994, **facts),
+        row("openvino:bf16", status="missing", reason="pip install openvino", precision="bf16", **facts),
+    ]
+    path = tmp_path / "cpu-2026-12-01.jsonl"
+    text = summary(rows, [path], [], tmp_path)
+    start = "| image_features fwd | base-224-b16-l2 | "
+    lines = [line.removeprefix(start).split(" | ") for line in text.splitlines() if line.startswith(start)]
+    base = "`transformers:sdpa` 100"
+    assert [line[:8] for line in lines] == [
+        ["fp32", "`siglip_model:sdpa` 80.0", "1.000000", base, "1.25x", base, "1.000000", "1 MB, 1 MB"],
+        ["bf16", "`siglip_model:sdpa:bf16` 45.0", "0.999970", base, "2.22x", "", "", "1 MB"],
+        [
+            "int8", "`siglip_model:onnxruntime:int8` 25.0", "0.999300", base, "4.00x", "`transformers:sdpa:int8` 40.0",
+            "0.999400", "1 MB, 1 MB",
+        ],
+    ]  # fmt: skip
+    cells = table_rows(full_report(rows, [path]).split("### ")[1])
+    assert cells["siglip_model:sdpa:bf16"][8] == "0.999970" and cells["openvino:bf16"][-1] == "pip install openvino"
+    assert len({len(each) for each in cells.values()}) == 1
+
+
 def test_the_readme_is_written_between_its_markers(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
