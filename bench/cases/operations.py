@@ -302,7 +302,9 @@ def _model_inputs(shape: shapes.ModelShape, dtype: torch.dtype, device: str, gen
 
 
 def _text_inputs(shape: shapes.TextShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
-    ids = torch.randint(0, 32000, (shape.batch, 64), generator=generator, device=device)
+    fields = model_config(shape)["text_config"]
+    length, vocabulary = fields.get("max_position_embeddings", 64), fields.get("vocab_size", 32000)
+    ids = torch.randint(0, vocabulary, (shape.batch, length), generator=generator, device=device)
     return Inputs({}, {"input_ids": ids}, ("input_ids",))
 
 
