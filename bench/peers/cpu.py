@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from bench.cases.shapes import ModelShape
 from bench.peers.compiled import frozen
 from bench.peers.models import transformers_model
 from bench.peers.registry import peer
+from siglip_model import onednn
 from siglip_model.demo import CHECKPOINT, PICTURES
 
 # Relative errors that leave cosines of about 0.9995 and 0.995.
@@ -75,7 +77,12 @@ def _compiled(dtype: torch.dtype) -> Callable[[Setting], Contender]:
     return lambda setting: _contender(frozen(_project(setting, dtype), setting.inputs().arguments()))
 
 
-_peer("siglip_model:sdpa", note="this project")(_torch(_project))
+@_peer("siglip_model:sdpa", note="this project")
+def project(setting: Setting) -> Contender:
+    by = "oneDNN" if onednn.is_faster() else "PyTorch's product"
+    return replace(_contender(_project(setting)), note=f"linear layers by {by}")
+
+
 _peer("siglip_model:sdpa:bf16", **BF16)(_torch(_project, torch.bfloat16))
 _peer("siglip_model:sdpa:compile", note="with freezing", one_size=True)(_compiled(torch.float32))
 _peer("siglip_model:sdpa:compile:bf16", note="with freezing", one_size=True, **BF16)(_compiled(torch.bfloat16))
