@@ -12,7 +12,7 @@ import triton.language as tl
 from siglip_kernels.interpreter import dot, narrow
 from siglip_kernels.sigmoid_loss.kernels import LOG2_E, load_tile, tile_sums
 
-# So that none is divided by zero; what is left of such a share rounds to zero.
+# So that none is divided by zero. A share is at most 1: what this adds to a gradient is below its rounding.
 SMALLEST_SHARE = tl.constexpr(2.0**-64)
 
 

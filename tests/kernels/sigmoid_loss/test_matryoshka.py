@@ -204,6 +204,24 @@ def test_equal_upstream_gradients_need_no_second_pass(device, monkeypatch):
     assert len(products) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("upstream", [(0.0, 1.0), (1.0, 0.0)])
+def test_a_width_without_weight_in_triton(dtype, upstream, device):
+    """Its share of the stored gradients is zero, by which nothing may be divided."""
+    x, y = embeddings(8, 8, device)
+    check(sigmoid_loss, x, y, dtype, (8, 24), upstream)
+
+
+def test_a_temperature_of_zero_in_triton(device):
+    x, y = (v.requires_grad_() for v in embeddings(8, 8, device))
+    scales, exact = torch.zeros(2, device=device, requires_grad=True), torch.zeros(2).double().requires_grad_()
+    matryoshka_sigmoid_loss(x, y, scales, BIASES[:2], (8, 24), loss=sigmoid_loss).sum().backward()
+    embeds = (v.detach().cpu().double() for v in (x, y))
+    matryoshka_sigmoid_loss(*embeds, exact, BIASES[:2], (8, 24), loss=reference.sigmoid_loss).sum().backward()
+    assert torch.allclose(scales.grad.cpu().double(), exact.grad, rtol=1e-5)
+    assert x.grad.abs().max() < 1e-15 and y.grad.abs().max() < 1e-15
+
+
 def test_gradients_of_one_side_and_of_columns_past_the_last_width(device):
     x, y = embeddings(12, 12, device)
     for loss in LOSSES[:2]:
