@@ -20,9 +20,7 @@ import torch
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 BURST_MILLISECONDS, LONGEST_BURST = 0.5, 64
 MOST_COPIES = 256
-REST_SECONDS = (
-    0.02  # before a call on a CPU: threads of the last contender's runtime spin for a while before they sleep
-)
+REST_SECONDS = 0.02  # before a call on a CPU, in which the spinning threads of the last contender fall asleep
 
 
 @dataclasses.dataclass(frozen=True)
