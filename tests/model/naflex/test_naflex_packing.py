@@ -60,16 +60,15 @@ def test_layers_see_no_padding(backend: str) -> None:
 
 
 def test_half_a_packed_layer_is_one_operation() -> None:
-    ops, seen = backends.BACKENDS["triton"], []
-    assert ops.pre_norm_attention is not None
+    model, seen = tower("triton", num_hidden_layers=2), []
 
     def pre_norm_attention(x: torch.Tensor, *parameters: Any, **packing: Any) -> torch.Tensor:
         seen.append((x.shape[1], packing["max_seqlen"]))
-        return ops.pre_norm_attention(x, *parameters, **packing)
+        return backends.TRITON.pre_norm_attention(x, *parameters, **packing)
 
-    model = tower("triton", num_hidden_layers=2)
+    ops = replace(backends.TRITON, pre_norm_attention=pre_norm_attention)
     for layer in model.encoder.layers:
-        layer.ops = layer.self_attn.ops = replace(ops, pre_norm_attention=pre_norm_attention)
+        layer.ops = layer.mlp.ops = layer.self_attn.ops = ops
     model(**images())
     assert seen == [(62, 21)] * 2
 
