@@ -137,8 +137,11 @@ def _add_column_sums(target_ptr, values, factor, PRECISION: tl.constexpr):
     """
     if values.dtype == tl.float32:
         sums = tl.sum(values, 0)
-    else:
-        # 16 columns are the fewest that tl.dot takes; all are alike.
+    elif values.shape[1] < values.shape[0]:
+        # 16 rows are the fewest that tl.dot takes; all are alike.
+        ones = tl.full((16, values.shape[0]), 1.0, tl.float32).to(values.dtype)
+        sums = tl.sum(dot(ones, values, tl.zeros((16, values.shape[1]), tl.float32), PRECISION), 0) / 16
+    else:  # likewise, with values that Blackwell stores in whole words
         ones = tl.full((values.shape[0], 16), 1.0, tl.float32).to(values.dtype)
         sums = tl.sum(dot(values.T, ones, tl.zeros((values.shape[1], 16), tl.float32), PRECISION), 1) / 16
     # Unlike a load, an atomic does not make every thread of a row add for itself.
