@@ -30,6 +30,7 @@ PACKED = "kernels/attention/test_variable_length.py"
 PACKED_REGISTRATION = "kernels/attention/test_variable_length_registration.py"
 LINEAR, MLP = "kernels/linear/test_linear.py", "kernels/mlp/test_mlp.py"
 SMALL_BATCHES = "kernels/linear/test_linear_small_batches.py"
+FP8, FP8_WEIGHTS = "kernels/fp8/test_fp8_operations.py", "kernels/fp8/test_fp8_weights.py"
 LAYER_NORM = "kernels/layer_norm/test_layer_norm.py"
 PRE_NORM_ATTENTION = "kernels/pre_norm_attention/test_pre_norm_attention.py"
 PACKED_PRE_NORM_ATTENTION = "kernels/pre_norm_attention/test_packed_pre_norm_attention.py"
@@ -119,6 +120,11 @@ CONSTANTS = {
     ),
     "GEMM: GELU": Planted("gemm/gelu.py", "0.7978845608028654 * 0.044715)\n_SLOPE", "0.79 * 0.044715)\n_SLOPE", MLP),
     "GEMM: GELU's derivative": Planted("gemm/gelu.py", "* 3 * 0.044715", "* 2 * 0.044715", MLP),
+    "fp8: scale of a row": Planted("fp8/quantise.py", "largest / _LARGEST, mask", "largest / 440, mask", FP8),
+    "fp8: bound of the next row": Planted("fp8/quantise.py", "norm * tl.load(gains) +", "0.02 * norm +", FP8),
+    "fp8: GELU": Planted("gemm/gelu.py", "_ROOT_CUBIC = tl.constexpr(0.797", "_ROOT_CUBIC = tl.constexpr(0.597", FP8),
+    "fp8: scale of the result": Planted("gemm/kernels.py", "half = 0.5 /", "half = 0.51 /", FP8),
+    "fp8: weights that changed": Planted("fp8/weights.py", "kept.state == state", "kept.state", FP8_WEIGHTS),
     "GEMM: column sums": Planted("gemm/kernels.py", "tl.sum(value, 0), mask", "tl.sum(value, 0) * 1.01, mask", MLP),
     "GEMM, split depth: where a range starts": Planted(
         "gemm/kernels.py", "first_k = split * SPLIT_DEPTH", "first_k = 0 * split", SMALL_BATCHES

@@ -1,5 +1,6 @@
 """The operations in fp8: against their definition, against fp64 beside torchao's formula, outliers, and refusals."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.compiled.launch import GPUS
 from siglip_kernels import MissingBackendError, UnsupportedInputError, fp8, reference
+from siglip_kernels.device import pretend
 from siglip_kernels.fp8 import reference as fp8_reference
 from siglip_kernels.fp8.quantise import quantise_rows
+from siglip_kernels.gemm import config
 from siglip_kernels.gemm.kernels import Scales, gemm
+from siglip_kernels.gemm.tiles import Shape
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty", "seed"),
@@ -125,6 +130,42 @@ def test_products_are_as_defined(rows, depth, columns, with_bias, device):
     )[0]
     wanted = fp8_reference.product(values, scales, projection) + residual
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gpu", ["rtx4090", "h200", "b200", "rtx5090"])
+def test_products_with_tiles_of_gpus(gpu, device):
+    """All epilogues, with tiles at every edge, and a depth that several programs share."""
+    x, weight = torch.randn(70, 160, device=device), torch.randn(176, 160, device=device) / math.sqrt(160)
+    projection, (values, scales) = fp8_reference.quantise_projection(weight, weight[:, 0]), fp8_reference.quantise(x)
+    hidden = F.gelu(fp8_reference.product(values, scales, projection), approximate="tanh")
+    out_scales = hidden.abs().amax(-1) * 30 / 448
+    residual = torch.randn(70, 176, device=device)
+    for splits in (1, 2):
+        with pretend(GPUS[gpu]):
+            shape = Shape(70, 176, 160, 1, 1, 0, "forward", tf32=False, aligned=True)
+            tile = dataclasses.replace(config.usual_tiles(shape, GPUS[gpu])[-1], depth=32, splits=splits)
+            to_fp8 = gemm(
+                values,
+                [projection.values],
+                [projection.bias],
+                gelu="forward",
+                scales=Scales(scales, projection.scales, out_scales),
+                out_dtype=torch.float8_e4m3fn,
+                tile=tile,
+            )[0]
+            added = gemm(
+                values,
+                [projection.values],
+                [projection.bias],
+                residual=residual,
+                scales=Scales(scales, projection.scales),
+                out_dtype=torch.float32,
+                tile=tile,
+            )[0]
+        error = (fp8_reference.dequantise(to_fp8, out_scales) - hidden).abs()
+        assert (error <= hidden.abs() / 16 + 0.001).all()  # also where GELU is nearly 0
+        wanted = fp8_reference.product(values, scales, projection) + residual
+        torch.testing.assert_close(added, wanted, rtol=1e-5, atol=1e-4)
 
 
 def _summed_with(bits: int, a: Tensor, weight: Tensor) -> Tensor:

@@ -30,6 +30,19 @@ def test_classify_in_json_equals_transformers(siglip, images, checkpoint):
         assert [one["score"] for one in entry["predictions"]] == pytest.approx(scores, abs=1e-5)
 
 
+def test_classify_in_fp8(siglip, images, caplog):
+    """The check refuses this checkpoint: its large random weights are far from those of a trained model."""
+    words = ("classify", images / "0.png", "--labels", *LABELS, "--json")
+    in_fp8 = ("--backend", "triton_fp8", "--dtype", "bfloat16")
+    with caplog.at_level("INFO"):
+        found = siglip(*words, *in_fp8)
+    assert found.exit_code == 0, found.stderr
+    assert "26 projections in fp8" in caplog.text and found.stdout != siglip(*words).stdout
+    for backend, reason in ((in_fp8, "a cosine of 0.9"), ((), "model has an image tower with the backend 'sdpa'")):
+        refused = siglip(*words, *backend, "--check")
+        assert refused.exit_code == 2 and one_line(refused.stderr) and reason in refused.stderr
+
+
 def test_classify_prints_every_image_with_its_labels_best_first(siglip, images):
     as_json = json.loads(siglip("classify", images, "--labels", *LABELS, "--json").stdout)
     shown = siglip("classify", images, "--labels", *LABELS, "--top-k", 2).stdout
