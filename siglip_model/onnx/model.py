@@ -15,7 +15,8 @@ from torch import Tensor
 from siglip_kernels.errors import unsupported
 from siglip_model.auto import AutoConfig
 from siglip_model.checkpoints.errors import CheckpointError
-from siglip_model.onnx.file import INPUTS, METADATA, OUTPUTS, imported
+from siglip_model.onnx import signed
+from siglip_model.onnx.file import INPUTS, INT8, METADATA, OUTPUTS, imported
 from siglip_model.outputs import BaseModelOutputWithPooling
 
 
@@ -113,15 +114,16 @@ class OnnxModel:
 
     @functools.cached_property
     def _sessions(self) -> Sessions:
-        return Sessions(self._graphs, self.path.parent, self.num_threads)
+        give_sign = self.precision == INT8 and signed.faster()
+        return Sessions(self._graphs, self.path.parent, self.num_threads, give_sign)
 
 
 class Sessions(dict[str, Any]):
     """Tower -> its InferenceSession, created when it is first used."""
 
-    def __init__(self, graphs: Any, folder: Path, num_threads: int | None) -> None:
+    def __init__(self, graphs: Any, folder: Path, num_threads: int | None, give_sign: bool) -> None:
         super().__init__()
-        self._graphs, self._folder, self._num_threads = graphs, folder, num_threads
+        self._graphs, self._folder, self._num_threads, self._give_sign = graphs, folder, num_threads, give_sign
 
     def __missing__(self, tower: str) -> Any:
         onnxruntime = imported("onnxruntime")
@@ -131,6 +133,8 @@ class Sessions(dict[str, Any]):
         options.log_severity_level = 3  # errors
         one = imported("onnx.utils").Extractor(self._graphs).extract_model([INPUTS[tower]], [OUTPUTS[tower]])
         try:
+            if self._give_sign:
+                signed.give_sign(one, self._folder)
             session = onnxruntime.InferenceSession(one.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # pybind11's, one class per status
             raise CheckpointError(f"{self._folder}: the {tower} tower cannot be loaded ({error})") from error

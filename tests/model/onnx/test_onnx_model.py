@@ -14,7 +14,7 @@ from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.cli import main
 from siglip_model.demo import CHECKPOINT, PICTURES
 from siglip_model.embed import load_embeddings
-from siglip_model.onnx import exporting
+from siglip_model.onnx import exporting, signed
 from siglip_model.outputs import pooled
 from siglip_model.zero_shot import pipeline
 
@@ -110,6 +110,25 @@ def test_int8_keeps_the_embeddings_within_its_bound(export_copies, exported, che
     embeds, right = (pooled(model.get_image_features(pixels)) for model in (found, checkpoint.model))
     cosines = torch.nn.functional.cosine_similarity(embeds, right.detach())
     assert cosines.min().item() == pytest.approx(written.cosines["vision"], abs=1e-6) and 0.999 <= cosines.min() < 1
+
+
+def test_weights_with_a_sign_change_no_bit(export_copies, checkpoint, tmp_path, monkeypatch):
+    write(checkpoint, tmp_path / "int8.onnx", int8=True)
+    pixels = torch.cat([checkpoint.prepare(image)["pixel_values"] for image in IMAGES])
+    given = []
+    give_sign = signed.give_sign
+    monkeypatch.setattr(signed, "give_sign", lambda graphs, folder: (given.append(graphs), give_sign(graphs, folder)))
+    monkeypatch.setattr(signed, "faster", lambda: False)
+    right = pooled(onnx.load(tmp_path / "int8.onnx").get_image_features(pixels))
+    assert not given
+    monkeypatch.setattr(signed, "faster", lambda: True)
+    found = pooled(onnx.load(tmp_path / "int8.onnx").get_image_features(pixels))
+    (graphs,) = given
+    types = {tensor.name: tensor.data_type for tensor in graphs.graph.initializer}
+    products = [node.input for node in graphs.graph.node if node.op_type == "MatMulInteger"]
+    assert products and all(types[each[k]] == onnx_package.TensorProto.INT8 for each in products for k in (1, 3))
+    if torch.cpu._is_vnni_supported():  # without, such products saturate
+        assert torch.equal(found, right)
 
 
 def test_an_export_that_differs_from_the_model_is_not_written(export_copies, checkpoint, tmp_path):
