@@ -231,6 +231,13 @@ def test_the_check_accepts_the_demo_checkpoint() -> None:
     assert found.backend == found.vision_model.backend == "triton_fp8"
 
 
+def test_the_check_takes_images_at_native_resolution() -> None:
+    torch.manual_seed(0)
+    found = naflex.project_model(naflex.peer_model(), "sdpa").to(DEVICE, torch.bfloat16).eval()
+    found.set_backend("triton_fp8")
+    assert 0.98 < fp8.check(found, least_cosine=0.98) < 1
+
+
 def test_the_check_refuses_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = with_fp8()
     with pytest.raises(
