@@ -112,6 +112,18 @@ def _encoding_of(path: str) -> str:
         return encoding_of(file.read(4))
 
 
+class _Member(tarfile.TarInfo):
+    """A member that begins with the headers before it, also where these are those of all members, as git writes them.
+
+    tarfile leaves such a header out, which would look like bytes that are no member.
+    """
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # which tarfile calls for each header
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        member.offset = min(member.offset, self.offset)
+        return member
+
+
 def _members(path: str) -> Iterator[Source]:
     """The images of a shard. After bytes that are no member it continues with the next that is one."""
     stamp = stamp_of(path)
@@ -119,7 +131,7 @@ def _members(path: str) -> Iterator[Source]:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            shard = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True)  # noqa: SIM115  # nothing to close
+            shard = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, tarinfo=_Member)  # noqa: SIM115  # nothing to close
             while end < size and (member := shard.next()) is not None:
                 if not _is_padding(file, end, member.offset):
                     yield _failed(f"{path}#{end}", f"bytes {end:,} to {member.offset:,} are not a member")

@@ -71,6 +71,17 @@ def test_members_of_a_shard_are_rows_as_files_are(embed, tmp_path, format):
     torch.testing.assert_close(stored.embeddings, files.embeddings, atol=1e-6, rtol=0)
 
 
+def test_headers_of_all_members_are_no_damage(tmp_path):
+    for number in range(2):  # of which one shard is made, so that such a header is also between members
+        with tarfile.open(tmp_path / "one.tar", "w", pax_headers={"comment": "a commit"}) as shard:
+            info = tarfile.TarInfo(f"{number}.png")
+            info.size = 600
+            shard.addfile(info, io.BytesIO(bytes(600)))
+        with open(tmp_path / "s.tar", "ab") as shards:
+            shards.write((tmp_path / "one.tar").read_bytes())
+    assert outcomes(image_sources([tmp_path / "s.tar"])) == {"s.tar#0.png": True, "s.tar#1.png": True}
+
+
 def test_a_shard_of_webdataset(embed, tmp_path):
     webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
     with webdataset.TarWriter(str(tmp_path / "s.tar")) as shard:
