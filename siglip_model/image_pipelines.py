@@ -62,7 +62,7 @@ class ImagePipeline:
         self.model = model.eval() if device is None else model.eval().to(resolve_device(device))
         self.encode_images = CapturesRepeats(self.model, self.method)
         if max_num_patches is not None:
-            image_processor = _with_patches(image_processor, max_num_patches)
+            image_processor = with_patches(image_processor, max_num_patches)
         self.image_processor = image_processor
         self.token_budget = TokenBudget(image_processor, token_budget) if token_budget is not None else None
         self.batch_size = images_per_batch(self.task, batch_size, self.token_budget, default=1)
@@ -332,7 +332,7 @@ def images_per_batch(operation: str, asked: int | None, token_budget: TokenBudge
     return count("batch_size", asked, at_least=1)
 
 
-def _with_patches(image_processor: Any, most: int) -> Any:
+def with_patches(image_processor: Any, most: int) -> Any:
     """The image processor with other max_num_patches. Raises ValueError for those whose images have one size."""
     if not hasattr(image_processor, "max_num_patches"):
         raise ValueError(

@@ -6,6 +6,7 @@ images, or of two texts, is no input of that sigmoid, so these have cosines alon
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from siglip_model.embed.file import EmbeddingFileError
 from siglip_model.embed.run import model_digest, settings_of
+from siglip_model.image_pipelines import count, with_patches
 from siglip_model.outputs import pooled, unit_length
 from siglip_model.retrieval.collection import Collection, describe_model
 from siglip_model.zero_shot import TASK, ZeroShotImageClassificationPipeline, pipeline
@@ -48,7 +50,8 @@ class Searcher:
     """Embedding files with the model that made them, to be searched repeatedly; a context manager that closes them.
 
     files: one or several files that `siglip embed` wrote. model: a checkpoint folder, a Hub id or a zero-shot
-    `pipeline`; by default the one that the files name. It is loaded in the dtype of the files' model.
+    `pipeline`; by default the one that the files name. It is loaded in the dtype of the files' model, and at native
+    resolution with their patches per image.
     backend, device: as for `pipeline`.
     Raises EmbeddingFileError for a damaged file and where the files were made with another model.
     """
@@ -97,6 +100,8 @@ class Searcher:
                 f"{path} was made with {describe_model(settings)}, but {name} is another model (weights {digest},"
                 f" {dtype}); give the checkpoint that made it as `model`"
             )
+        if classifier is not model and (most := _max_num_patches(settings)) is not None:
+            classifier.image_processor = with_patches(classifier.image_processor, most)
         return classifier
 
     def encode_texts(self, texts: Sequence[str], template: str = WHOLE_TEXT) -> Tensor:
@@ -124,8 +129,7 @@ class Searcher:
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not texts and not images:
             raise ValueError("search: there is no query; give a text or an image")
-        if top < 1:
-            raise ValueError(f"search: top is {top}; supported: a whole number from 1")
+        count("search: top", top, at_least=1)
         encoded = [self.encode_texts(texts, template)] if texts else []
         encoded += [self.encode_images(images)] if images else []
         embeds = torch.cat(encoded)
@@ -146,6 +150,15 @@ class Searcher:
         model = self._classifier.model
         scale, bias = model.logit_scale.double().exp(), model.logit_bias.double()
         return torch.sigmoid(scale * cosine + bias).item()
+
+
+def _max_num_patches(settings: dict[str, str]) -> int | None:
+    """Patches per image of the files' rows, which `embed` may have been told; None where images have one size."""
+    try:
+        most = json.loads(settings.get("image_processor", "{}")).get("max_num_patches")
+    except (ValueError, AttributeError):  # `encode_images` shows what the files say
+        return None
+    return most if isinstance(most, int) else None
 
 
 def search(

@@ -150,6 +150,9 @@ def test_commands(checkpoint: Path, pictures: list[str], tmp_path: Path) -> None
     out = tmp_path / "x.safetensors"
     embedded = siglip("embed", *pictures, "--out", out, *shared, "--token-budget", 48, "--max-num-patches", 9)
     assert embedded.exit_code == 0 and len(load_embeddings(out).files) == len(pictures)
+    like = json.loads(siglip("search", out, "--image", pictures[2], "--device", "cpu", "--json").stdout)
+    best = like[0]["results"][0]
+    assert best["name"] == pictures[2] and abs(best["cosine"] - 1) < 1e-5  # prepared as the rows of the file were
     for option in ("--token-budget", "--max-num-patches"):
         refused = siglip("classify", *pictures, "--labels", "a", option, 9)  # the demo's images have one size
         assert refused.exit_code == 2 and "native resolution" in refused.stderr

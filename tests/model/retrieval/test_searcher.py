@@ -101,7 +101,8 @@ def test_bad_queries(photos, classifier):
     with Searcher(photos, model=classifier) as searcher:
         with pytest.raises(ValueError, match="there is no query"):
             searcher.find()
-        with pytest.raises(ValueError, match="top is 0"):
-            searcher.find("x", top=0)
+        for top in (0, 2.5):
+            with pytest.raises(ValueError, match=f"top is {top}; supported: a whole number from 1"):
+                searcher.find("x", top=top)
         with pytest.raises(ValueError, match="no such file"):
             searcher.find(image="gone.png")
