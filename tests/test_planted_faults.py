@@ -186,7 +186,7 @@ CONSTANTS = {
     ),
     "loss: logarithm": Planted("sigmoid_loss/kernels.py", "p * e + 0.9999999403953552", "p * e + 0.9999", LOSS),
     "loss: logit gradient": Planted(
-        "sigmoid_loss/kernels.py", "e) * reciprocal(1.0 + e)", "e) * reciprocal(1.01 + e)", LOSS
+        "sigmoid_loss/kernels.py", "reciprocal(divisor + e * divisor)", "reciprocal(divisor + 1.01 * e * divisor)", LOSS
     ),
     "loss: weight": Planted(
         "sigmoid_loss/kernels.py", "logit_grad *= weight", "logit_grad *= 1.01 * weight", LOSS_OPTIONS
