@@ -25,7 +25,7 @@ from siglip_model.embed.reading import ImageReader, content_of, shortest_side
 from siglip_model.embed.shards import Shards, open_shards
 from siglip_model.embed.sources import Source, image_sources, pyarrow_parquet, text_sources
 from siglip_model.embed.workers import DECODE, Workers
-from siglip_model.image_pipelines import TokenBudget, images_per_batch
+from siglip_model.image_pipelines import TokenBudget, count, images_per_batch
 from siglip_model.images import model_inputs
 from siglip_model.images.batches import BATCH_SIZE, Batch, Failure, read_batches
 from siglip_model.images.files import describe_failure
@@ -81,7 +81,7 @@ class EmbeddingInterrupted(KeyboardInterrupt):
 def embed_images(
     model: SiglipModel,
     image_processor: Any,
-    inputs: Iterable[str | os.PathLike[str]],
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     column: str | None = None,
@@ -105,7 +105,8 @@ def embed_images(
 ) -> EmbedSummary:
     """Writes the embeddings of all images to `out`, a .safetensors, .npy or .parquet file that `load_embeddings` reads.
 
-    inputs: images, folders (searched recursively), URLs, WebDataset shards (.tar) and .parquet files, or an ImageList.
+    inputs: images, folders (searched recursively), URLs, WebDataset shards (.tar) and .parquet files, one or several;
+    or an ImageList.
     column: of parquet files, as for `sources.image_sources`. normalize: scale rows to unit length; otherwise rows are
     the pooled output. dtype: storage dtype, float32, float16 or bfloat16. batch_size: images per forward pass, by
     default 16. token_budget: instead of it, at native resolution: patches per forward pass, which takes as many images
@@ -194,7 +195,7 @@ def embed_images(
 def embed_texts(
     model: SiglipModel,
     tokenizer: Any,
-    inputs: Iterable[str | os.PathLike[str] | TextIO],
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str] | TextIO],
     out: str | os.PathLike[str],
     *,
     column: str | None = None,
@@ -214,9 +215,9 @@ def embed_texts(
 ) -> EmbedSummary:
     """As `embed_images`, for texts: a row is named by its text, so that equal texts have one row.
 
-    inputs: text files, one text per line, .parquet files, and open text files. column, encoding: as for
-    `sources.text_sources`. tokenizer: the model's. Texts are cut and padded to the length of the model's training.
-    Raises also ValueError for a file of another encoding.
+    inputs: text files, one text per line, and .parquet files, one or several; or open text files in a list. column,
+    encoding: as for `sources.text_sources`. tokenizer: the model's. Texts are cut and padded to the length of the
+    model's training. Raises also ValueError for a file of another encoding.
     """
     options = {**as_trained(model.config.text_config.max_position_embeddings), "return_tensors": "pt"}
     sample = tokenizer([SAMPLE_TEXT], **options)["input_ids"].tolist()
@@ -258,7 +259,11 @@ def embed_texts(
 def open_place(
     out: str | os.PathLike[str], shards: int | None, shard_size: int | None, rank: int, world_size: int
 ) -> Shards | None:
-    """As `open_shards`. Raises ValueError for a `shard_size` that is no size, or that is given beside shared files."""
+    """As `open_shards`. Raises ValueError for a `shard_size` that is no size, or that is given beside shared files, and
+    for a rank that is none of `world_size`.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank} and world_size {world_size}; supported: ranks from 0 to world_size - 1")
     if shard_size is not None and shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}; supported: a number of bytes from 1")
     if shard_size is not None and (shards is not None or world_size > 1):
@@ -310,8 +315,8 @@ def run_embedding(
     inputs of `encode`, which makes rows. transfers: of the model's device, for the rows' way back.
     sizes: of the batches, arguments of `read_batches`.
     """
-    if sizes["batch_size"] < 1:
-        raise ValueError(f"embed: batch_size is {sizes['batch_size']}; supported: a whole number from 1")
+    count("embed: batch_size", sizes["batch_size"], at_least=1)
+    count("embed: num_workers", num_workers, at_least=0)
     model.eval()
     journal: EmbeddingJournal | ShardedJournal
     if isinstance(out, Shards):

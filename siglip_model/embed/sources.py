@@ -43,7 +43,7 @@ class Source:
 
 
 def image_sources(
-    inputs: Iterable[str | os.PathLike[str]],
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     column: str | None = None,
     owns: Callable[[str], bool] | None = None,
 ) -> Iterator[Source]:
@@ -67,14 +67,16 @@ def image_sources(
 
 
 def text_sources(
-    inputs: Iterable[str | os.PathLike[str] | TextIO], column: str | None = None, encoding: str | None = None
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str] | TextIO],
+    column: str | None = None,
+    encoding: str | None = None,
 ) -> Iterator[Source]:
     """The texts of the inputs, in order: the lines of text files that are not empty, and columns of .parquet files.
 
     encoding: of text files; by default the one that a byte order mark names, else UTF-8. Raises ValueError for a file
     of another encoding, and for columns as `image_sources`.
     """
-    for entry in inputs:
+    for entry in [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs:
         if not isinstance(entry, (str, os.PathLike)):
             yield from _lines(entry, "the list of texts")
             continue
@@ -99,6 +101,8 @@ def _lines(file: TextIO, name: str) -> Iterator[Source]:
         if not line:
             return
         number += 1
+        if number == 1:
+            line = line.removeprefix("\ufeff")  # a byte order mark, which is left where the encoding was named
         if len(line) > TEXT_CHARACTERS:
             while line and not line.endswith("\n"):
                 line = file.readline(TEXT_CHARACTERS)

@@ -315,14 +315,15 @@ def _problem_of(path: str) -> OSError | None:
     return None
 
 
-def list_images(inputs: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
-    """Yields the images that the inputs stand for: absolute paths, and URLs unchanged. Memory stays constant.
+def list_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+    """Yields the images that the inputs, one or several, stand for: absolute paths, and URLs unchanged. Memory stays
+    constant.
 
     A folder stands for the images anywhere below it, chosen by suffix, without hidden names, following links (each
     linked folder once), sorted by name so that two runs agree. Entries below it that cannot be listed, such as links
     that lead nowhere, stand for themselves, as does any other input, which is repeated if it was given twice.
     """
-    for entry in inputs:
+    for entry in [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs:
         source = os.fspath(entry)
         if is_url(source):
             yield source
@@ -339,7 +340,7 @@ class ImageList:
     pass at a time.
     """
 
-    def __init__(self, inputs: Iterable[str | os.PathLike[str]]) -> None:
+    def __init__(self, inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> None:
         self._lines = tempfile.SpooledTemporaryFile(LISTED_IN_MEMORY)  # noqa: SIM115  # closed by `close`
         self._count = 0
         for path in list_images(inputs):

@@ -322,6 +322,10 @@ def test_invalid_arguments(embed, model, image_processor, folder):
         embed(dtype=torch.int8)
     with pytest.raises(ValueError, match="batch_size is 0"):
         embed(batch_size=0)
+    with pytest.raises(ValueError, match="num_workers is -1; supported: a whole number from 0"):
+        embed(num_workers=-1)
+    with pytest.raises(ValueError, match="rank is 2 and world_size 2; supported: ranks from 0"):
+        embed(rank=2, world_size=2)
     config = type(model.config).from_dict(model.config.to_dict())
     config.vision_config.vision_use_head = False
     with pytest.raises(ValueError, match="no pooling head"):

@@ -257,7 +257,14 @@ TEXTS = ["a photo of 2 cats", "zwölf Käse", "一只猫"]
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize(
     ("written", "named"),
-    [("utf-8", None), ("utf-8-sig", None), ("utf-16", None), ("utf-32", None), ("gb18030", "gb18030")],
+    [
+        ("utf-8", None),
+        ("utf-8-sig", None),
+        ("utf-8-sig", "utf-8"),  # which leaves the byte order mark
+        ("utf-16", None),
+        ("utf-32", None),
+        ("gb18030", "gb18030"),
+    ],
 )
 def test_texts_in_several_encodings(tmp_path, written, named, ending):
     path = tmp_path / "x.txt"
@@ -265,6 +272,14 @@ def test_texts_in_several_encodings(tmp_path, written, named, ending):
     assert [(source.name, source.content) for source in text_sources([path], None, named)] == [
         (text, text) for text in TEXTS
     ]
+
+
+def test_one_input_is_no_list_of_letters(tmp_path):
+    (tmp_path / "x.txt").write_text("a cat\n")
+    (tmp_path / "x.png").write_bytes(encoded(0))
+    for name in (str, type(tmp_path)):
+        assert outcomes(text_sources(name(tmp_path / "x.txt"))) == {"a cat": True}
+        assert outcomes(image_sources(name(tmp_path))) == outcomes(image_sources(name(tmp_path / "x.png")))
 
 
 def test_another_encoding_and_a_text_without_end(tmp_path):
