@@ -6,10 +6,10 @@ interrupted run left, and is removed.
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, processes: Processes, keep: int) -> None:
         self.folder, self.processes, self.keep = folder, processes, keep
-        self.running: Future[Any] | None = None
+        self.running: concurrent.futures.Future[Any] | None = None
 
     def resume(self, state: TrainingState, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Restores the newest complete checkpoint and returns its facts; None if there is none.
@@ -104,6 +104,13 @@ class Checkpoints:
             for path in sorted(self._complete())[: -self.keep]:
                 (path / METADATA).unlink(missing_ok=True)  # first: what is removed in part is not complete
                 shutil.rmtree(path)
+
+    def close(self) -> None:
+        """Returns when nothing is being written, also where training ended by an exception: another run in this process
+        would find a checkpoint in the making. Several processes do not wait, of which one may be dead.
+        """
+        if self.running is not None and self.processes.world == 1:
+            concurrent.futures.wait([self.running])
 
     def _complete(self) -> list[Path]:
         return [path for path in self._folders() if (path / METADATA).exists()]

@@ -90,6 +90,7 @@ def train(
     writes = run.processes.rank == 0
     shown = dict(writes=writes, show_progress=show_progress, tensorboard=config.tensorboard)
     with (
+        contextlib.closing(checkpoints),
         contextlib.closing(source(first, position)) as batches,  # and with it the workers that read
         RunLog(directory, config.steps, first, **shown) as log,
     ):

@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from coloured_squares import coloured_squares, log_of, tiny_model, weights
 from PIL import Image
@@ -457,6 +459,22 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path):
     for _ in range(2):  # a complete run knows its scores
         assert train(tiny_model(), config, tmp_path, evaluate=lambda step, _: {"top1": step}).scores == {"top1": 4}
     assert [entry["step"] for entry in log_of(tmp_path) if "evaluation" in entry] == [2, 4]
+
+
+def test_an_interrupted_run_ends_when_its_checkpoint_is_whole(tmp_path, monkeypatch):
+    class SlowWriter(dcp.FileSystemWriter):
+        def write_data(self, *arguments):
+            time.sleep(0.3)
+            return super().write_data(*arguments)
+
+    def interrupted(step, model):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dcp, "FileSystemWriter", SlowWriter)
+    config = TrainingConfig(steps=4, warmup_steps=0, evaluate_every=2, save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), config, tmp_path, evaluate=interrupted)
+    assert (tmp_path / "checkpoints" / "step-00000002" / ".metadata").exists()
 
 
 def test_samples_are_named_by_the_time_of_a_checkpoint_and_each_once(tmp_path):
