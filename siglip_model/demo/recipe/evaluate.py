@@ -108,21 +108,25 @@ def evaluate(model: Any, processor: Any, emoji: Path, design: str = TEST_DESIGN.
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint's folder.")] = CHECKPOINT,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="The checkpoint's folder, or an exported .onnx file.")
+    ] = CHECKPOINT,
     emoji: Annotated[Path, typer.Option(help="Unpacked emoji packages; missing ones are fetched.")] = Path("emoji"),
     design: Annotated[str, typer.Option(help="Design to measure on.")] = TEST_DESIGN.name,
     seed: Annotated[int, typer.Option(help="Seed of the random names.")] = 0,
 ) -> None:
     """Print how often the checkpoint ranks the right name first."""
-    from siglip_model import SiglipModel, SiglipProcessor
+    from siglip_model import SiglipModel, SiglipProcessor, onnx
 
     if design not in {each.name for each in DESIGNS}:
         raise typer.BadParameter(
             f"{design}; supported: {', '.join(each.name for each in DESIGNS)}", param_hint="--design"
         )
     download(emoji)
-    model = SiglipModel.from_pretrained(checkpoint)
-    print(f"{design}: {evaluate(model, SiglipProcessor.from_pretrained(checkpoint), emoji, design, seed)}")
+    exported = checkpoint.suffix == ".onnx"
+    model = onnx.load(checkpoint) if exported else SiglipModel.from_pretrained(checkpoint)
+    processor = SiglipProcessor.from_pretrained(checkpoint.parent if exported else checkpoint)
+    print(f"{design}: {evaluate(model, processor, emoji, design, seed)}")
 
 
 if __name__ == "__main__":

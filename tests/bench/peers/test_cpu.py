@@ -10,13 +10,16 @@ from bench.measure.measure import Plan, measure
 from bench.peers import peers_of
 from bench.peers.cpu import EXPORTS
 
-SHAPES = {"image_features": ModelShape("tiny-b3", "tiny", 3), "text_features": TextShape("tiny-text-b3", "tiny", 3)}
+SHAPES = {
+    "image_features": ModelShape("tiny-b3", "tiny-towers", 3),
+    "text_features": TextShape("tiny-text-b3", "tiny-towers", 3),
+}
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, tmp_path):
-    model = Model("tiny", Tower(64, 96, 1, 2, 4, 16, 32), Tower(64, 96, 1, 2, 64))
-    monkeypatch.setitem(MODELS, "tiny", model)
+    model = Model("tiny-towers", Tower(64, 96, 1, 2, 4, 16, 32), Tower(64, 96, 1, 2, 64))
+    monkeypatch.setitem(MODELS, "tiny-towers", model)
     monkeypatch.setenv(EXPORTS, str(tmp_path))
     monkeypatch.setattr("bench.measure.measure.peaks_in_a_process", lambda setting, names: dict.fromkeys(names))
 
