@@ -142,7 +142,7 @@ def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.is_contiguous()
         and x.dim() > 0
         and x.shape[-1] == weight.shape[1]
-        and (bias is None or bias.shape == weight.shape[:1])
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))  # its strides are not read
         and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
     )
 

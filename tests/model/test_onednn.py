@@ -67,6 +67,17 @@ def test_linear_as_pytorch(x: Tensor, with_bias: bool, products: list[str]) -> N
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bias", [drawn(96)[::2], drawn(1).expand(48)], ids=["strided", "expanded"])
+def test_biases_that_are_not_contiguous(bias: Tensor, products: list[str]) -> None:
+    """oneDNN reads what lies behind their first value."""
+    weight, _ = weights()
+    assert torch.equal(
+        onednn.linear(INPUTS["three dimensions"], weight, bias), F.linear(INPUTS["three dimensions"], weight, bias)
+    )
+    assert not products
+
+
+@torch.no_grad()
 def test_operations_as_the_reference(products: list[str]) -> None:
     x, square, fc1, fc2 = drawn(2, 7, 32), drawn(32, 32) * 32**-0.5, weights(), (drawn(32, 48) * 48**-0.5, drawn(32))
     norm, projections = (drawn(32), drawn(32), 1e-6), (square, drawn(32)) * 3
