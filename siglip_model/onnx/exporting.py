@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from siglip_kernels.errors import unsupported
+from siglip_model.checkpoints.atomic import ordinary_mode
 from siglip_model.config import Siglip2VisionConfig
 from siglip_model.images import model_inputs
 from siglip_model.images.files import load_image
@@ -90,6 +91,8 @@ def export(
             if tower in towers:
                 part.save_pretrained(beside)
         _move_beside(beside, out.parent)
+        for name in names:
+            os.chmod(Path(folder, name), ordinary_mode(out.parent / name))  # onnx creates weights as private
         out.unlink(missing_ok=True)  # first, so that it is never beside the weights of another
         for name in reversed(names):
             os.replace(Path(folder, name), out.parent / name)

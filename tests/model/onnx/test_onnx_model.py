@@ -142,6 +142,7 @@ def test_files_that_are_there_are_kept(export_copies, exported, checkpoint, tmp_
     write(checkpoint, out)
     written = {path.name for path in tmp_path.iterdir()}
     assert {"model.onnx", "model.onnx.data", "config.json", "spiece.model", "preprocessor_config.json"} <= written
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # whoever can read one file can read all
     with pytest.raises(FileExistsError, match=r"model\.onnx exists"):
         write(checkpoint, out)
     write(checkpoint, out, overwrite=True)
