@@ -170,6 +170,7 @@ class _Run:
         self.training_mode()
         if config.recompute:
             model.activation_checkpointing_enable()
+        clamp_logits(model, config)  # before the first step, too: the average begins with these values
         self.average: AveragedModel | None = None
         if config.average_decay > 0:
             self.average = average_weights(self.embedder, config.average_decay)

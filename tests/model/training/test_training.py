@@ -308,11 +308,14 @@ def test_the_learning_rate_decays_by_layer_towards_the_inputs():
         ({"min_scale": 1, "max_scale": 1, "min_bias": 0, "max_bias": 0}, 1, 0),
     ],
 )
-def test_temperature_and_bias_are_clamped(limits, scale, bias, tmp_path):
+@pytest.mark.parametrize("average_decay", [0.0, 0.998])
+def test_temperature_and_bias_are_clamped(limits, scale, bias, average_decay, tmp_path):
+    """Those of the average, too, which begins with the model's."""
     model = tiny_model()
-    config = TrainingConfig(steps=1, warmup_steps=0, learning_rate=1e-9, average_decay=0.0, **limits)
-    train(model, config, tmp_path)
-    assert (model.logit_scale.exp().item(), model.logit_bias.item()) == pytest.approx((scale, bias))
+    config = TrainingConfig(steps=1, warmup_steps=0, learning_rate=1e-9, average_decay=average_decay, **limits)
+    result = train(model, config, tmp_path).model
+    for found in (model, result):
+        assert (found.logit_scale.exp().item(), found.logit_bias.item()) == pytest.approx((scale, bias))
 
 
 def test_the_average_leaves_the_model_alone():
