@@ -42,7 +42,11 @@ def _serve() -> None:
     for name in SLOW:
         __import__(name)
     import pytest
+    from hypothesis import Phase, settings
 
+    # A failure is enough: to look for a simpler one takes minutes.
+    settings.register_profile("without shrinking", phases=(Phase.explicit, Phase.generate))
+    settings.load_profile("without shrinking")
     for line in sys.stdin:
         arguments, end = json.JSONDecoder().raw_decode(line)
         child = os.fork()
