@@ -242,10 +242,10 @@ def embed(
         elif not summary.written:
             print(f"{out} is kept until all new rows are finished; {summary.rows} are")
         else:
+            rate = f" ({summary.images_per_second:.1f} {what}/s)" if summary.embedded else ""
             print(
                 f"{out}: {summary.rows} row{'s' * (summary.rows != 1)} of {summary.width};"
-                f" {summary.embedded} embedded now ({summary.images_per_second:.1f} {what}/s),"
-                f" {summary.skipped} already present, {summary.failed} failed"
+                f" {summary.embedded} embedded now{rate}, {summary.skipped} already present, {summary.failed} failed"
             )
         if summary.profile is not None and not as_json:
             terminal.print_profile(summary.profile)

@@ -48,8 +48,9 @@ def _devices() -> dict[str, str | None]:
     from siglip_kernels.device import why_not
 
     processor = platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
     devices: dict[str, str | None] = {
-        "cpu": f"{processor}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+        "cpu": f"{processor}, {os.cpu_count()} cores, torch uses {threads} thread{'s' * (threads != 1)}"
     }
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)

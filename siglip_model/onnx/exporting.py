@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import filecmp
 import json
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,8 +172,7 @@ def _write_float32(model: SiglipModel, path: Path, towers: Sequence[str]) -> Non
     given, shapes = zip(*(examples[tower]() for tower in towers), strict=True)
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's, of its own code
+        with torch.no_grad(), _without_advice():
             torch.onnx.export(
                 _Towers(model, towers),
                 given,
@@ -189,9 +190,23 @@ def _write_float32(model: SiglipModel, path: Path, towers: Sequence[str]) -> Non
 
 def _quantise(path: Path, out: Path) -> None:
     quantization = imported("onnxruntime.quantization")
-    quantization.quantize_dynamic(
-        path, out, weight_type=quantization.QuantType.QUInt8, per_channel=True, use_external_data_format=True
-    )
+    with _without_advice():
+        quantization.quantize_dynamic(
+            path, out, weight_type=quantization.QuantType.QUInt8, per_channel=True, use_external_data_format=True
+        )
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silences what the exporter and the quantiser log and warn of: their own steps."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _describe(model: SiglipModel, path: Path, precision: str) -> None:

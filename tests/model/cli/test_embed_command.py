@@ -26,6 +26,7 @@ def test_embed_and_resume(siglip, images, tmp_path):
     report = json.loads(result.stdout)
     assert (report["embedded"], report["skipped"], report["rows"], report["failures"]) == (1, 4, 5, [])
     assert load_embeddings(out).embeddings.norm(dim=-1).sub(1).abs().max() < 1e-5
+    assert "5 rows of 32; 0 embedded now, 5 already present" in siglip("embed", images, "--out", out).stdout
     result = siglip("embed", images, "--out", out, "--no-normalize")
     assert result.exit_code == 2 and one_line(result.stderr) and "normalize was true and is now false" in result.stderr
     result = siglip("embed", images, "--out", out, "--no-normalize", "--overwrite", "--dtype", "bfloat16")

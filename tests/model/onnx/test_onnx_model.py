@@ -41,6 +41,7 @@ def exported(tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "model.onnx"
     result = siglip("export", "--out", path, "--json")
     assert result.exit_code == 0, result.stderr
+    assert not result.stderr  # of the exporter's advice
     report = json.loads(result.stdout)
     assert report["least_cosine"].keys() == {"vision", "text"} and min(report["least_cosine"].values()) > 0.999999
     assert report["bytes"] == path.stat().st_size + Path(f"{path}.data").stat().st_size
