@@ -6,8 +6,9 @@ import re
 
 import torch
 
-# TFLOP/s of dense bfloat16 products with sums in fp32, from the makers' data sheets and white papers, some of which
-# state the double, of sparse ones. By a part of the name that PyTorch reports; the first that is in it counts.
+# TFLOP/s of dense bfloat16 products with sums in fp32, as public training code has them. They were not checked against
+# the makers' data sheets, some of which state the double, of sparse ones. By a part of the name that PyTorch reports:
+# the first that is in it counts.
 _PEAKS = {
     "GB200": 2500,
     "B200": 2250,
