@@ -18,6 +18,11 @@ def _attention(
     )
 
 
+def _sequences(*sizes: tuple[int, int, int, int]) -> tuple[Shape, ...]:
+    """Sequences, the longest, heads and head dim."""
+    return tuple(shapes.SequencesShape(f"b{b}-s{s}-h{heads}-d{d}", b, s, heads, d) for b, s, heads, d in sizes)
+
+
 def _linear(*sizes: tuple[int, int, int]) -> tuple[Shape, ...]:
     return tuple(
         shapes.LinearShape(f"m{m}-k{k}-n{n}{'-residual' * residual}", m, k, n, residual)
@@ -50,6 +55,10 @@ def _patch(*sizes: tuple[int, int, int, int]) -> tuple[Shape, ...]:
     return tuple(shapes.PatchShape(f"b{b}-i{i}-p{p}-w{width}", b, i, p, width) for b, i, p, width in sizes)
 
 
+def _resize(*sizes: tuple[int, int, int, int]) -> tuple[Shape, ...]:
+    return tuple(shapes.ResizeShape(f"b{b}-{h}x{w}-to-{side}", b, h, w, side) for b, h, w, side in sizes)
+
+
 def _loss(*sizes: tuple[int, int]) -> tuple[Shape, ...]:
     return tuple(shapes.LossShape(f"n{n}-d{width}", n, width) for n, width in sizes)
 
@@ -69,6 +78,8 @@ def _rectangular_loss(pairs: int, width: int) -> tuple[Shape, ...]:
 # On a GPU: sizes of published models, then sizes that tiles do not divide.
 QUICK: dict[str, tuple[Shape, ...]] = {
     "attention": _attention((64, 729), (64, 72), heads=16) + _attention((729,), (64, 72), heads=16, peaked=10),
+    "packed_attention": _sequences((4, 729, 16, 72), (4, 256, 12, 64)),
+    "padded_attention": _sequences((4, 729, 16, 72), (4, 64, 12, 64)),
     "linear": _linear((729, 1152, 4304)),
     "pre_norm_qkv": _qkv((729, 1152, 16)),
     "pre_norm_attention": _pre_norm_attention((2, 729, 16, 72)),
@@ -79,11 +90,19 @@ QUICK: dict[str, tuple[Shape, ...]] = {
     "patch_embed": _patch((2, 384, 14, 1152)),
     "sigmoid_loss": _loss((2048, 768), (1000, 1152)) + _grouped_loss(1000, 768),
     "siglip_plus_loss": _plus_loss(1000, 768),
+    "image_losses": _plus_loss(1000, 768),
     "matryoshka_sigmoid_loss": _loss((1000, 768)),
+    "fp8_mlp": _mlp((729, 1152, 4304)),
+    "fp8_pre_norm_mlp": _mlp((729, 1152, 4304)),
+    "fp8_pre_norm_qkv": _qkv((729, 1152, 16)),
+    "fp8_pre_norm_attention": _pre_norm_attention((2, 729, 16, 72)),
+    "resize_normalize": _resize((2, 512, 768, 384), (1, 100, 150, 224)),
 }
 THOROUGH: dict[str, tuple[Shape, ...]] = {
     "attention": _attention((1, 17, 63, 65, 196, 256, 577, 1024, 1025), (64, 72, 80, 88, 128))
     + _attention((65, 577, 1025), (64, 72, 128), peaked=25),
+    "packed_attention": _sequences((9, 1025, 12, 64), (40, 17, 4, 128), (5, 196, 16, 88)),
+    "padded_attention": _sequences((9, 1025, 12, 64), (40, 17, 4, 128), (5, 196, 16, 88)),
     "linear": _linear((1, 1152, 1152), (46_656, 1152, 1152), (257, 4304, 1152), (65, 768, 3072), (127, 72, 24)),
     "pre_norm_qkv": _qkv((1, 1152, 16), (513, 768, 12), (46_656, 1152, 16)),
     "pre_norm_attention": _pre_norm_attention((3, 64, 16, 72), (2, 196, 12, 64), (1, 1025, 16, 64)),
@@ -93,6 +112,13 @@ THOROUGH: dict[str, tuple[Shape, ...]] = {
     "attention_pool": _pool((1, 1, 768, 12), (5, 196, 768, 12), (2, 1025, 1024, 16)),
     "patch_embed": _patch((3, 224, 16, 768), (1, 512, 16, 768)),
     "sigmoid_loss": _loss((1, 768), (511, 72), (4097, 768), (8192, 1152)) + _rectangular_loss(511, 768),
+    "image_losses": _grouped_loss(511, 72),
+    "matryoshka_sigmoid_loss": _loss((511, 72), (4097, 1152)),
+    "fp8_mlp": _mlp((1, 1152, 4304), (513, 768, 3072), (46_656, 1152, 4304)),
+    "fp8_pre_norm_mlp": _mlp((1, 1152, 4304), (513, 768, 3072), (46_656, 1152, 4304)),
+    "fp8_pre_norm_qkv": _qkv((1, 1152, 16), (513, 768, 12)),
+    "fp8_pre_norm_attention": _pre_norm_attention((3, 64, 16, 72), (2, 196, 12, 64)),
+    "resize_normalize": _resize((1, 3000, 4000, 224), (3, 17, 500, 64)),
 }
 # More than 2^31 elements, where a 32-bit offset would turn negative.
 HUGE: dict[str, Shape] = {
@@ -103,6 +129,8 @@ HUGE: dict[str, Shape] = {
 # The interpreter's time grows with the number of tiles: one or two tiles of each kernel.
 TINY: dict[str, tuple[Shape, ...]] = {
     "attention": _attention((65, 17), (72,), heads=2) + _attention((65,), (72,), heads=2, peaked=25),
+    "packed_attention": _sequences((3, 33, 2, 72)),
+    "padded_attention": _sequences((3, 33, 2, 72)),
     "linear": _linear((33, 72, 40)),
     "pre_norm_qkv": _qkv((33, 48, 2)),
     "pre_norm_attention": _pre_norm_attention((2, 17, 2, 24)),
@@ -113,5 +141,11 @@ TINY: dict[str, tuple[Shape, ...]] = {
     "patch_embed": _patch((2, 28, 14, 48)),
     "sigmoid_loss": _loss((65, 72)) + _grouped_loss(40, 72) + _rectangular_loss(40, 72),
     "siglip_plus_loss": _plus_loss(40, 72),
+    "image_losses": _plus_loss(40, 72) + _grouped_loss(40, 72),
     "matryoshka_sigmoid_loss": _loss((40, 72)),
+    "fp8_mlp": _mlp((33, 48, 72)),
+    "fp8_pre_norm_mlp": _mlp((33, 48, 72)),
+    "fp8_pre_norm_qkv": _qkv((33, 48, 2)),
+    "fp8_pre_norm_attention": _pre_norm_attention((2, 17, 2, 24)),
+    "resize_normalize": _resize((2, 40, 56, 24), (1, 12, 9, 24)),
 }

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import siglip_kernels
-from bench.cases import losses, shapes
+from bench.cases import fp8, losses, shapes
 from bench.cases.photos import photos
 from bench.cases.shapes import DEMO, MODELS, Shape
 from siglip_kernels import reference
@@ -66,7 +66,8 @@ class Inputs:
         return Inputs(cut(self.tensors), cut(self.constants), self.samples)
 
     def bytes(self) -> int:
-        tensors = [value for value in self.arguments().values() if isinstance(value, Tensor)]
+        lists = (value if isinstance(value, list) else [value] for value in self.arguments().values())
+        tensors = [value for values in lists for value in values if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -119,6 +120,8 @@ class Operation:
     definition: makes the definition in plain PyTorch from a Setting and the dtype to compute in.
     directions: those that are measured by default.
     embeds: whether its output is embeddings, whose least cosine to those of fp64 is recorded.
+    trains: whether it has gradients.
+    dtypes: those of its inputs.
     """
 
     name: str
@@ -127,6 +130,8 @@ class Operation:
     definition: Callable[[Setting, torch.dtype], Contender]
     directions: tuple[str, ...] = ("fwd", "bwd")
     embeds: bool = False
+    trains: bool = True
+    dtypes: tuple[str, ...] = tuple(reversed(DTYPES))
 
 
 def _normal(generator: torch.Generator, dtype: torch.dtype, device: str, *sizes: int, scale: float = 1.0) -> Tensor:
@@ -165,6 +170,25 @@ def _attention_inputs(shape: shapes.AttentionShape, draw: Draw) -> Inputs:
     keys = k[:, (peaked + shape.tokens // 2) % shape.tokens].float()
     q[:, peaked] = (1.4 * shape.head_dim**0.5 * F.normalize(keys, dim=-1)).to(q.dtype)
     return Inputs({"q": q, "k": k, "v": v}, samples=("q", "k", "v"))
+
+
+def _sequences(shape: shapes.SequencesShape, device: torch.device) -> Tensor:
+    return torch.tensor(shape.lengths(), dtype=torch.int32, device=device)
+
+
+@_drawing
+def _packed_inputs(shape: shapes.SequencesShape, draw: Draw) -> Inputs:
+    """Sequences one after the other."""
+    q, k, v = draw(sum(shape.lengths()), 3, shape.heads, shape.head_dim).unbind(1)
+    boundaries = F.pad(_sequences(shape, q.device).cumsum(0, dtype=torch.int32), (1, 0))
+    return Inputs({"q": q, "k": k, "v": v}, {"cu_seqlens": boundaries, "max_seqlen": shape.tokens})
+
+
+@_drawing
+def _padded_inputs(shape: shapes.SequencesShape, draw: Draw) -> Inputs:
+    q, k, v = draw(shape.batch, shape.tokens, 3, shape.heads, shape.head_dim).unbind(2)
+    lengths = _sequences(shape, q.device)
+    return Inputs({"q": q, "k": k, "v": v}, {"lengths": lengths}, samples=("q", "k", "v", "lengths"))
 
 
 @_drawing
@@ -276,11 +300,23 @@ def _loss_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, gener
     return Inputs(tensors, constants)
 
 
+def _grouped(shape: shapes.LossShape) -> shapes.LossShape:
+    return dataclasses.replace(shape, captions=max(1, shape.captions))
+
+
+def _image_losses_inputs(
+    shape: shapes.LossShape, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> Inputs:
+    """The same for the loss of each image, with groups, even where each is one pair, of which the first is ignored."""
+    inputs = _loss_inputs(_grouped(shape), dtype, device, generator)
+    return dataclasses.replace(inputs, constants={**inputs.constants, "ignore": 0, "reduction": "none"})
+
+
 def _plus_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
     """The same with groups, even where each is one pair."""
     if shape.weighted:
         raise ValueError("siglip_plus_loss has its own weights; supported: weighted=0")
-    return _loss_inputs(dataclasses.replace(shape, captions=max(1, shape.captions)), dtype, device, generator)
+    return _loss_inputs(_grouped(shape), dtype, device, generator)
 
 
 def _matryoshka_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
@@ -290,6 +326,16 @@ def _matryoshka_inputs(shape: shapes.LossShape, dtype: torch.dtype, device: str,
     scales, biases = (tensors.pop(name).repeat(len(shape.prefixes)) for name in ("logit_scale", "logit_bias"))
     tensors.update(logit_scales=scales, logit_biases=biases)
     return Inputs(tensors, {**inputs.constants, "widths": tuple(shape.prefixes)})
+
+
+def _resize_inputs(shape: shapes.ResizeShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
+    """Random levels, and SigLIP's mean and standard deviation. The images lie on the device already."""
+    sizes = (3, shape.height, shape.width)
+    levels = (torch.randint(0, 256, sizes, generator=generator, device=device) for _ in range(shape.batch))
+    half = torch.full((3,), 127.5, device=device)
+    constants = {"images": [image.to(torch.uint8) for image in levels], "mean": half, "std": half.clone()}
+    more = {"size": (shape.side, shape.side), "mode": "bicubic", "dtype": dtype}
+    return Inputs({}, {**constants, **more}, ("images",))
 
 
 def _model_inputs(shape: shapes.ModelShape, dtype: torch.dtype, device: str, generator: torch.Generator) -> Inputs:
@@ -441,6 +487,16 @@ def _embed_definition(setting: Setting, dtype: torch.dtype) -> Contender:
     return Contender(embed)
 
 
+def _resize_definition(setting: Setting, dtype: torch.dtype) -> Contender:
+    """In fp64 its result is not rounded to the dtype of the call."""
+    return Contender(lambda **inputs: reference.resize_normalize(**{**inputs, "dtype": dtype}))
+
+
+def _fp8_definition(setting: Setting, dtype: torch.dtype) -> Contender:
+    name = setting.operation.name
+    return Contender(getattr(reference, name.removeprefix("fp8_")) if dtype == torch.float64 else fp8.DEFINITIONS[name])
+
+
 def _plain(function: Callable[..., Any]) -> Callable[[Setting, torch.dtype], Contender]:
     return lambda setting, dtype: Contender(function)
 
@@ -451,6 +507,8 @@ OPERATIONS = {
     operation.name: operation
     for operation in (
         Operation("attention", shapes.AttentionShape, _attention_inputs, _plain(reference.attention)),
+        Operation("packed_attention", shapes.SequencesShape, _packed_inputs, _plain(reference.attention)),
+        Operation("padded_attention", shapes.SequencesShape, _padded_inputs, _plain(reference.attention)),
         Operation("linear", shapes.LinearShape, _linear_inputs, _plain(reference.linear)),
         Operation("pre_norm_qkv", shapes.QKVShape, _qkv_inputs, _plain(reference.pre_norm_qkv), _TRAINED),
         Operation(
@@ -466,6 +524,14 @@ OPERATIONS = {
         Operation("attention_pool", shapes.PoolShape, _pool_inputs, _plain(reference.attention_pool), _TRAINED),
         Operation("patch_embed", shapes.PatchShape, _patch_inputs, _plain(reference.patch_embed), _TRAINED),
         Operation("sigmoid_loss", shapes.LossShape, _loss_inputs, _plain(reference.sigmoid_loss), ("fwd+bwd", "fwd")),
+        Operation(
+            "image_losses",
+            shapes.LossShape,
+            _image_losses_inputs,
+            _plain(reference.sigmoid_loss),
+            ("fwd+bwd",),
+            dtypes=("fp16", "bf16"),  # in fp32 the scalars' gradients, sums of both signs, are too close to exact
+        ),
         Operation("siglip_plus_loss", shapes.LossShape, _plus_inputs, _plain(losses.siglip_plus_loss), ("fwd+bwd",)),
         Operation(
             "matryoshka_sigmoid_loss",
@@ -474,12 +540,28 @@ OPERATIONS = {
             _plain(losses.matryoshka_sigmoid_loss),
             ("fwd+bwd",),
         ),
-        Operation("vision_tower", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
-        Operation("naflex_tower", shapes.NaFlexShape, _naflex_inputs, _model_definition, ("fwd",)),
-        Operation("siglip", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",)),
-        Operation("image_features", shapes.ModelShape, _model_inputs, _tower_definition, ("fwd",), embeds=True),
-        Operation("text_features", shapes.TextShape, _text_inputs, _tower_definition, ("fwd",), embeds=True),
-        Operation("embed", shapes.EmbedShape, _embed_inputs, _embed_definition, ("fwd",), embeds=True),
+        *(
+            Operation(
+                f"fp8_{name}", shape_class, inputs, _fp8_definition, ("fwd",), trains=False, dtypes=("fp16", "bf16")
+            )
+            for name, shape_class, inputs in (
+                ("mlp", shapes.MLPShape, _mlp_inputs),
+                ("pre_norm_mlp", shapes.MLPShape, _pre_norm_mlp_inputs),
+                ("pre_norm_qkv", shapes.QKVShape, _qkv_inputs),
+                ("pre_norm_attention", shapes.PreNormAttentionShape, _pre_norm_attention_inputs),
+            )
+        ),
+        Operation("resize_normalize", shapes.ResizeShape, _resize_inputs, _resize_definition, ("fwd",), trains=False),
+        Operation("vision_tower", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",), trains=False),
+        Operation("naflex_tower", shapes.NaFlexShape, _naflex_inputs, _model_definition, ("fwd",), trains=False),
+        Operation("siglip", shapes.ModelShape, _model_inputs, _model_definition, ("fwd",), trains=False),
+        Operation(
+            "image_features", shapes.ModelShape, _model_inputs, _tower_definition, ("fwd",), embeds=True, trains=False
+        ),
+        Operation(
+            "text_features", shapes.TextShape, _text_inputs, _tower_definition, ("fwd",), embeds=True, trains=False
+        ),
+        Operation("embed", shapes.EmbedShape, _embed_inputs, _embed_definition, ("fwd",), embeds=True, trains=False),
         Operation("training_step", shapes.TrainShape, _model_inputs, _model_definition, ("fwd+bwd",)),
     )
 }
@@ -495,9 +577,16 @@ def plus_loss(backend: str) -> Callable[..., Tensor]:
     return call
 
 
+# Operations that are another one of siglip_kernels with some of its arguments.
+_OF_ANOTHER = {"packed_attention": "attention", "padded_attention": "attention", "image_losses": "sigmoid_loss"}
+
+
 def kernels_for(name: str) -> Callable[..., Any] | None:
     """This project's kernels for an operation; None if siglip_kernels has none."""
     if name == "siglip_plus_loss":
         return plus_loss("triton")
+    if name in fp8.DEFINITIONS:
+        return getattr(siglip_kernels.fp8, name.removeprefix("fp8_"))  # type: ignore[no-any-return]
+    name = _OF_ANOTHER.get(name, name)
     found = getattr(siglip_kernels, name, None)
     return found if callable(found) else None  # a module of that name is no operation

@@ -146,6 +146,42 @@ class AttentionShape(Shape):
 
 
 @dataclass(frozen=True)
+class SequencesShape(Shape):
+    """Attention of sequences of different lengths: each a quarter of `tokens`, the longest, to all of it.
+
+    They are packed one after the other, or padded to the longest. Padding does not count.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+
+    def lengths(self) -> list[int]:
+        draw = random.Random(0)
+        others = (draw.randint(max(1, self.tokens // 4), self.tokens) for _ in range(self.batch - 1))
+        return [self.tokens, *others]
+
+    def sample(self) -> Self:
+        return dataclasses.replace(self, batch=min(self.batch, 3))
+
+    def _each(self) -> list[AttentionShape]:
+        return [AttentionShape("", 1, length, self.heads, self.head_dim) for length in self.lengths()]
+
+    def _forward_flops(self) -> int:
+        return sum(one.flops("fwd") for one in self._each())
+
+    def _backward_flops(self) -> int:
+        return sum(one.flops("bwd") for one in self._each())
+
+    def _forward_values(self) -> int:
+        return sum(one.bytes("fwd", 1) for one in self._each())
+
+    def _backward_values(self) -> int:
+        return sum(one.bytes("bwd", 1) for one in self._each())
+
+
+@dataclass(frozen=True)
 class PreNormAttentionShape(Shape):
     """LayerNorm, the projections of q, k and v, attention, the output projection and the residual."""
 
@@ -314,6 +350,25 @@ class PatchShape(Shape):
 
     def _backward_values(self) -> int:
         return self._forward_values()
+
+
+@dataclass(frozen=True)
+class ResizeShape(Shape):
+    """Images of `height` x `width` to `side` x `side`, bicubic."""
+
+    batch: int
+    height: int
+    width: int
+    side: int
+
+    def sample(self) -> Self:
+        return dataclasses.replace(self, batch=min(self.batch, 2))
+
+    def _forward_flops(self) -> int:
+        return 2 * 3 * self.batch * 4 * (self.height * self.side + self.side**2)  # irrelevant: it is bound by memory
+
+    def bytes(self, direction: str, element: int) -> int:
+        return 3 * self.batch * (self.height * self.width + element * self.side**2)  # levels are bytes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.cases.operations import DTYPES, OPERATIONS, TOWERS, Operation, Setting
+from bench.cases.operations import DTYPES, OPERATIONS, Operation, Setting
 from bench.cases.shapes import (
     DIRECTIONS,
     MODELS,
@@ -26,6 +26,8 @@ from bench.cases.shapes import (
     PoolShape,
     PreNormAttentionShape,
     QKVShape,
+    ResizeShape,
+    SequencesShape,
     Shape,
     TextShape,
     TrainShape,
@@ -105,8 +107,8 @@ def _usual(case: Case, device: str, quick: bool) -> bool:
 
 
 def _possible(operation: Operation) -> tuple[str, ...]:
-    """Models have gradients in training_step only; a loss may compute its gradients in the forward."""
-    if operation.name in ("vision_tower", "naflex_tower", "siglip", "embed", *TOWERS):
+    """A loss may compute its gradients in the forward."""
+    if not operation.trains:
         return ("fwd",)
     return ("fwd", "fwd+bwd") if operation.shape_class in (LossShape, TrainShape) else DIRECTIONS
 
@@ -115,6 +117,12 @@ def _attention(model: str, batch: int, text: bool = False, peaked: int = 0, quic
     tower = MODELS[model].text if text else MODELS[model].vision
     name = f"{model}{'-text' if text else ''}{'-peaked' if peaked else ''}-b{batch}"
     return Case("attention", AttentionShape(name, batch, tower.tokens, tower.heads, tower.head_dim, peaked), quick, cpu)
+
+
+def _sequences(operation: str, model: str, batch: int, quick: bool = False) -> Case:
+    tower = MODELS[model].vision
+    name = f"{model}-{operation.partition('_')[0]}-b{batch}"
+    return Case(operation, SequencesShape(name, batch, tower.tokens, tower.heads, tower.head_dim), quick)
 
 
 def _rows(model: str, batch: int) -> int:
@@ -133,16 +141,16 @@ def _linear(model: str, batch: int, part: str, quick: bool = False) -> Case:
     return Case("linear", shape, quick)
 
 
-def _qkv(model: str, batch: int, quick: bool = False) -> Case:
+def _qkv(model: str, batch: int, quick: bool = False, operation: str = "pre_norm_qkv") -> Case:
     tower = MODELS[model].vision
     shape = QKVShape(f"{model}-b{batch}", _rows(model, batch), tower.width, tower.heads)
-    return Case("pre_norm_qkv", shape, quick)
+    return Case(operation, shape, quick)
 
 
-def _pre_norm_attention(model: str, batch: int, quick: bool = False) -> Case:
+def _pre_norm_attention(model: str, batch: int, quick: bool = False, operation: str = "pre_norm_attention") -> Case:
     tower = MODELS[model].vision
     shape = PreNormAttentionShape(f"{model}-b{batch}", batch, tower.tokens, tower.heads, tower.head_dim)
-    return Case("pre_norm_attention", shape, quick)
+    return Case(operation, shape, quick)
 
 
 def _mlp(operation: str, model: str, batch: int, quick: bool = False) -> Case:
@@ -164,6 +172,11 @@ def _pool(model: str, batch: int, quick: bool = False, cpu: str = "") -> Case:
 def _patch(model: str, batch: int, quick: bool = False) -> Case:
     tower = MODELS[model].vision
     return Case("patch_embed", PatchShape(f"{model}-b{batch}", batch, tower.image, tower.patch, tower.width), quick)
+
+
+def _resize(batch: int, height: int, width: int, side: int, quick: bool = False) -> Case:
+    shape = ResizeShape(f"{height}x{width}-to-{side}-b{batch}", batch, height, width, side)
+    return Case("resize_normalize", shape, quick)
 
 
 def _loss(
@@ -191,6 +204,7 @@ def _losses(pairs: int, width: int, captions: int, cpu: str = "") -> tuple[Case,
         loss(pairs, captions=captions),
         loss(pairs, captions=captions, weighted=True, quick=not cpu),
         loss(pairs, captions=captions, operation="siglip_plus_loss"),
+        loss(pairs, captions=captions, operation="image_losses"),
         loss(texts, operation="matryoshka_sigmoid_loss"),
     )
 
@@ -234,6 +248,9 @@ SUITES = {
                 _attention("base-512", 64, quick=True),
                 _attention("so400m-384", 1024, text=True, quick=True),
                 _attention("so400m-384", 64, peaked=10, quick=True),
+                _sequences("packed_attention", "so400m-384", 64, quick=True),
+                _sequences("packed_attention", "base-512", 64),
+                _sequences("padded_attention", "so400m-384", 64),
                 _attention("base-512", 64, peaked=10),
                 _attention("so400m-384", 2, cpu="quick"),
                 _attention("base-224", 8, cpu="full"),
@@ -363,6 +380,22 @@ SUITES = {
                 _linear("so400m-384", 64, "qkv"),
                 _linear("base-224", 256, "out"),
                 _qkv("base-224", 256),
+            ),
+        ),
+        Suite(
+            "fp8",
+            (
+                _mlp("fp8_mlp", "so400m-384", 64, quick=True),
+                _pre_norm_attention("so400m-384", 64, quick=True, operation="fp8_pre_norm_attention"),
+                _mlp("fp8_pre_norm_mlp", "so400m-384", 64, quick=True),
+                _qkv("so400m-384", 64, operation="fp8_pre_norm_qkv"),
+            ),
+        ),
+        Suite(
+            "resize",
+            (
+                _resize(64, 512, 768, 384, quick=True),
+                _resize(8, 3000, 4000, 224),
             ),
         ),
         Suite(

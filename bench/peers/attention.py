@@ -1,8 +1,12 @@
-"""Peers of attention. Inputs and outputs are (B, S, H, D); inputs are strided views of one packed projection."""
+"""Peers of attention, also over packed and padded sequences. Inputs and outputs are (B, S, H, D), of packed sequences
+(T, H, D); inputs are strided views of one packed projection.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +21,7 @@ from siglip_kernels import reference
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@peer("attention", "eager", note="the definition")
+@peer(("attention", "packed_attention", "padded_attention"), "eager", note="the definition")
 def eager(setting: Setting) -> Attention:
     return reference.attention
 
@@ -124,3 +128,55 @@ def flash_attention_4(setting: Setting) -> Attention:
     from flash_attn.cute import flash_attn_func
 
     return lambda q, k, v: flash_attn_func(q, k, v)[0]
+
+
+Packed = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def _packed(function: Callable[..., Any]) -> Packed:
+    """Adapts a function with boundaries and longest sequences of queries and of keys."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        out: Tensor = function(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return out
+
+    return call
+
+
+@peer("packed_attention", "varlen_attn", cuda=True, dtypes=("fp16", "bf16"), note="PyTorch's, of FlashAttention")
+def varlen_attention(setting: Setting) -> Packed:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        raise Unsupported(f"PyTorch {torch.__version__} has no varlen_attn") from error
+    return _packed(varlen_attn)
+
+
+@peer(
+    "packed_attention",
+    "flash_attn_2",
+    package="flash-attn",
+    install="FLASH_ATTN_CUDA_ARCHS=90 MAX_JOBS=16 pip install flash-attn --no-build-isolation",
+    cuda=True,
+    dtypes=("fp16", "bf16"),
+)
+def packed_flash_attention_2(setting: Setting) -> Packed:
+    from flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+    return _packed(flash_attn_varlen_func)
+
+
+@peer("packed_attention", "flash_attn_3", package="fa3-fwd", cuda=True, dtypes=("bf16",), directions=("fwd",))
+def packed_flash_attention_3(setting: Setting) -> Packed:
+    from fa3_fwd_interface import flash_attn_varlen_func
+
+    return _packed(flash_attn_varlen_func)
+
+
+@peer("padded_attention", "sdpa", note="with a mask, as a padded batch in transformers")
+def masked_sdpa(setting: Setting) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        valid = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
+        return heads_first(functools.partial(F.scaled_dot_product_attention, attn_mask=valid[:, None, None]))(q, k, v)
+
+    return call

@@ -1,4 +1,5 @@
-"""Peers of GEMMs and normalisation: linear, MLP, their pre-norm forms, LayerNorm, pooling head, patch embedding."""
+"""Peers of GEMMs, normalisation and resizing: linear, MLP, their pre-norm forms, LayerNorm, pooling head, patch
+embedding, and the resize of images."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ _OPERATIONS = (
 )  # fmt: skip
 
 
-@peer(_OPERATIONS, "eager", note="the definition")
+@peer((*_OPERATIONS, "resize_normalize"), "eager", note="the definition")
 def eager(setting: Setting) -> Callable[..., Any]:
     return getattr(reference, setting.operation.name)
 
@@ -67,3 +68,16 @@ def liger(setting: Setting) -> Callable[..., Tensor]:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     return lambda x, weight, bias, eps: LigerLayerNormFunction.apply(x, weight, bias, eps)
+
+
+@peer("resize_normalize", "torchvision", package="torchvision", note="one image after the other, as transformers does")
+def torchvision_resize(setting: Setting) -> Callable[..., Tensor]:
+    from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+    def call(
+        images: list[Tensor], mean: Tensor, std: Tensor, size: tuple[int, int], mode: str, dtype: torch.dtype
+    ) -> Tensor:
+        levels = torch.stack([resize(image, list(size), InterpolationMode(mode), antialias=True) for image in images])
+        return ((levels - mean[:, None, None]) / std[:, None, None]).to(dtype)
+
+    return call

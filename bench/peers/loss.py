@@ -21,10 +21,10 @@ from siglip_kernels import reference
 Loss = Callable[..., Tensor]
 
 
-LOSSES = ("sigmoid_loss", "siglip_plus_loss", "matryoshka_sigmoid_loss")
+LOSSES = ("sigmoid_loss", "siglip_plus_loss", "image_losses", "matryoshka_sigmoid_loss")
 
 
-@peer("sigmoid_loss", "chunked", note="this project, in plain PyTorch")
+@peer(("sigmoid_loss", "image_losses"), "chunked", note="this project, in plain PyTorch")
 def chunked(setting: Setting) -> Loss:
     return siglip_kernels.chunked_sigmoid_loss
 

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from bench.cases import fp8
 from bench.cases.operations import Contender, Setting, kernels_for
-from bench.cases.shapes import AttentionShape
+from bench.cases.shapes import AttentionShape, SequencesShape
 from siglip_kernels.attention.config import short_block
 
 MODULES = ("attention", "cpu", "dense", "embed", "loss", "models")
@@ -169,7 +170,7 @@ class Family:
 
 _LAYERS = ("attention", "linear", "pre_norm_qkv", "pre_norm_attention", "mlp", "pre_norm_mlp")
 FAMILIES = {
-    "triton:hopper": Family("Hopper", 9, "SIGLIP_KERNELS_HOPPER", (*_LAYERS, "sigmoid_loss")),
+    "triton:hopper": Family("Hopper", 9, "SIGLIP_KERNELS_HOPPER", (*_LAYERS, "padded_attention", "sigmoid_loss")),
     "triton:blackwell": Family("Blackwell", 10, "SIGLIP_KERNELS_BLACKWELL", _LAYERS),
 }
 
@@ -183,7 +184,7 @@ def _kernels_of_family(operation: str, name: str) -> Callable[[Setting], Any]:
     def load(setting: Setting) -> Contender:
         FAMILIES[name].require()
         shape = setting.shape
-        if isinstance(shape, AttentionShape):
+        if isinstance(shape, (AttentionShape, SequencesShape)):
             if shape.tokens <= short_block(setting.dtype.itemsize):
                 raise Unsupported("sequences this short use the same kernel on every GPU: see the row of triton")
             if name == "triton:blackwell" and setting.direction == "bwd":
@@ -201,8 +202,9 @@ def _portable_kernels(operation: str) -> Callable[[Setting], Contender]:
 def everyone() -> dict[tuple[str, str], Peer]:
     """Every entry by operation and name, this project's kernels first."""
     for operation in (
-        "attention", "linear", "pre_norm_qkv", "pre_norm_attention", "mlp", "pre_norm_mlp", "layer_norm",
-        "attention_pool", "patch_embed", "sigmoid_loss", "siglip_plus_loss", "matryoshka_sigmoid_loss",
+        "attention", "packed_attention", "padded_attention", "linear", "pre_norm_qkv", "pre_norm_attention", "mlp",
+        "pre_norm_mlp", "layer_norm", "attention_pool", "patch_embed", "sigmoid_loss", "siglip_plus_loss",
+        "image_losses", "matryoshka_sigmoid_loss", "resize_normalize", *fp8.DEFINITIONS,
     ):  # fmt: skip
         peer(operation, "triton", package="triton", cuda=True)(_portable_kernels(operation))
     for name, family in FAMILIES.items():

@@ -30,6 +30,8 @@ TITLES = {
     "layer_norm": "LayerNorm",
     "pool": "Pooling head",
     "patch": "Patch embedding",
+    "fp8": "Encoder layers in fp8",
+    "resize": "Resizing and normalising images",
 }
 # The README shows these groups (suite, direction, beginning of the shape's name), each in its largest size.
 MAIN = (

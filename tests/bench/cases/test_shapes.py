@@ -19,6 +19,8 @@ from bench.cases.shapes import (
     PoolShape,
     PreNormAttentionShape,
     QKVShape,
+    ResizeShape,
+    SequencesShape,
     TrainShape,
     parse,
 )
@@ -61,7 +63,7 @@ def test_losses_of_every_kind():
     assert several.prefixes == [64, 128, 256, 512, 768]
     assert [LossShape("", 4, width).prefixes for width in (40, 64, 72)] == [[40], [64], [64, 72]]
     kinds = [case.shape for case in SUITES["losses"].cases if case.cpu]
-    assert len(kinds) == 6 and {shape.texts for shape in kinds} == {4096}
+    assert len(kinds) == 7 and {shape.texts for shape in kinds} == {4096}
 
 
 def test_attention_of_so400m_384_at_batch_64():
@@ -70,6 +72,27 @@ def test_attention_of_so400m_384_at_batch_64():
     assert shape.flops("fwd") / 790e12 * 1e6 == pytest.approx(198, abs=1)
     assert shape.bytes("fwd", 2) / 4.3e12 * 1e6 == pytest.approx(100, abs=1)
     assert shape.flops("bwd") == 2.5 * shape.flops("fwd")
+
+
+def test_sequences_count_without_their_padding():
+    shape = SequencesShape("", 3, 40, 2, 8)
+    lengths = shape.lengths()
+    assert len(lengths) == 3 and lengths[0] == 40 and all(10 <= length <= 40 for length in lengths)
+    assert shape.flops("fwd") == sum(4 * 2 * 8 * length**2 for length in lengths)
+    assert shape.bytes("fwd+bwd", 2) == 2 * 12 * 2 * 8 * sum(lengths)
+    packed, padded = (
+        OPERATIONS[f"{name}_attention"].inputs(shape, torch.float32, "cpu", torch.Generator())
+        for name in ("packed", "padded")
+    )
+    assert packed.constants["cu_seqlens"].diff().tolist() == lengths == padded.constants["lengths"].tolist()
+    assert packed.tensors["q"].shape == (sum(lengths), 2, 8) and padded.last(1).tensors["q"].shape == (1, 40, 2, 8)
+
+
+def test_levels_to_resize_are_bytes():
+    shape = ResizeShape("", 2, 5, 7, 3)
+    assert shape.bytes("fwd", 4) == 2 * 3 * (5 * 7 + 4 * 3 * 3)
+    inputs = OPERATIONS["resize_normalize"].inputs(shape, torch.bfloat16, "cpu", torch.Generator())
+    assert inputs.bytes() == 2 * 3 * 5 * 7 + 2 * 3 * 4
 
 
 def test_small_shapes_by_hand():

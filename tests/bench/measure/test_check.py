@@ -1,17 +1,20 @@
 """The check itself: it passes correct kernels, in the interpreter, and fails each kind of error."""
 
 from dataclasses import replace
+from types import FunctionType
 
 import pytest
 import torch
 from bench_helpers import SHAPE, setting
 
+import siglip_kernels
+from bench.cases import fp8
 from bench.cases.checked import TINY
-from bench.cases.operations import OPERATIONS, kernels_for
+from bench.cases.operations import DTYPES, OPERATIONS, kernels_for
 from bench.cases.suites import SUITES
 from bench.measure.check import Checked, check, check_all, failures, kernel_operations, kernels_can_run, settings
 from bench.measure.measure import DeadDevice
-from siglip_kernels import reference
+from siglip_kernels import MissingBackendError, reference
 
 
 def test_kernels_run_in_the_interpreter():
@@ -26,7 +29,37 @@ def test_kernels_run_in_the_interpreter():
 def test_every_kernel_is_checked():
     for name in OPERATIONS:
         if kernels_for(name) is not None:
-            assert settings(name, quick=True) and len(settings(name, quick=False)) >= 3 and name in TINY
+            assert settings(name, quick=True) and name in TINY
+            assert {one.dtype for one in settings(name, quick=False)} == {
+                DTYPES[dtype] for dtype in OPERATIONS[name].dtypes
+            }
+
+
+def test_every_public_operation_has_a_check():
+    checked = {kernels_for(name) for name in kernel_operations(SUITES)}
+    public = [getattr(siglip_kernels, name) for name in siglip_kernels.__all__]
+    public += [getattr(siglip_kernels.fp8, name) for name in siglip_kernels.fp8.__all__]
+    without_kernels = ("plain_sigmoid_loss", "chunked_sigmoid_loss", "forget", "why_not", "why_not_here")
+    functions = [one for one in public if isinstance(one, FunctionType) and one.__name__ not in without_kernels]
+    assert len(functions) == 16 and set(functions) <= checked
+
+
+def test_packed_sequences_resizing_and_fp8_are_checked():
+    for name in ("packed_attention", "resize_normalize", "fp8_mlp"):
+        for checked in check_all([name], quick=True):
+            assert checked.ok, checked.problem
+
+
+def test_fp8_that_loses_more_than_fp8_fails(monkeypatch):
+    (wanted,) = settings("fp8_mlp", quick=True)
+    wrong = lambda **inputs: fp8.DEFINITIONS["fp8_mlp"](**inputs) * 1.1  # noqa: E731
+    assert "results is off by" in check(wanted, wrong).problem
+
+    def without_fp8(**inputs):
+        raise MissingBackendError("fp8.mlp needs compute capability 8.9")
+
+    checked = check(wanted, without_fp8)
+    assert checked.ok and checked.problem.startswith("not checked: fp8.mlp needs")
 
 
 def test_the_definition_passes_and_sdpa_stands_beside_it():
