@@ -116,7 +116,8 @@ def _heuristic(kernel: str, facts: Facts, element_bytes: int, columns: int, pack
     if narrow and unit != "tcgen05":
         wider = columns <= 64  # with more columns, twice the queries spill
         if unit == "wgmma":
-            return Tile(128 if wider and not packed else 64, 128, 8, 2)  # packed, it spills as well
+            wider = wider and not packed and _triton_version() >= (3, 7)  # else it spills as well
+            return Tile(128 if wider else 64, 128, 8, 2)
         return Tile(32 if wider and large else 16, 128, 4, 2)
     return Tile(32 if unit == "mma" else 64, 64, 4 if narrow else 8, 2)
 

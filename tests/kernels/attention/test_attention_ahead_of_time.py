@@ -51,6 +51,13 @@ def test_every_configuration_compiles_without_a_spill(rows, gpus):
     assert not [str(row) for row in rows if row.problems()]
 
 
+@pytest.mark.parametrize(("version", "queries"), [((3, 6), 64), ((3, 7), 128)])
+def test_gradients_of_keys_of_64_columns_do_not_spill_with_triton_3_6(monkeypatch, version, queries):
+    """Which spilled 296 bytes per thread on Hopper: `.ci/versions torch-2.11` compiles it."""
+    monkeypatch.setattr(config, "_triton_version", lambda: version)
+    assert config._heuristic("backward_keys", GPUS["h200"], 2, 64).queries == queries
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("gpu", ["h200", "rtx5090"])
 def test_what_tuning_may_choose_does_not_spill(gpu):
