@@ -21,7 +21,7 @@ from torch import Tensor
 from siglip_kernels.device import facts
 from siglip_kernels.fp8.reference import FLOOR, LARGEST
 from siglip_kernels.layer_norm.config import forward_tile
-from siglip_kernels.layer_norm.kernels import centre, load_rows, normalised, row_sums, store_rows
+from siglip_kernels.layer_norm.kernels import load_rows, normalised, row_sums, statistics, store_rows
 from siglip_kernels.strides import strides_of
 
 _FLOOR = tl.constexpr(FLOOR)
@@ -76,17 +76,11 @@ def quantise_rows_kernel(
         tail_columns = MAIN + tl.arange(0, TAIL)
         tail = load_rows(x, row * x_stride * UNIT, valid, tail_columns, WIDTH, TAIL_FULL)
     if NORMALISE:
-        average = row_sums(main, tail, TAIL) / WIDTH
-        main = centre(main, average, columns, WIDTH, FULL)
+        main, tail, _, rstd = statistics(main, tail, columns, tail_columns, eps, WIDTH, TAIL, FULL, TAIL_FULL)
+        # Columns beyond WIDTH, where γ and β read as zeros, become zeros.
+        main = normalised(main, rstd, weight, bias, columns, WIDTH, FULL)
         if TAIL > 0:
-            tail = centre(tail, average, tail_columns, WIDTH, TAIL_FULL)
-        rest = row_sums(main, tail, TAIL) / WIDTH  # the average's rounding error
-        variance = tl.maximum(row_sums(main * main, tail * tail, TAIL) / WIDTH - rest * rest, 0.0)
-        rstd = 1.0 / tl.sqrt_rn(variance + eps)
-        # Columns beyond WIDTH, where γ and β read as zeros, stay zeros.
-        main = normalised(main - rest[:, None], rstd, weight, bias, columns, WIDTH, FULL)
-        if TAIL > 0:
-            tail = normalised(tail - rest[:, None], rstd, weight, bias, tail_columns, WIDTH, TAIL_FULL)
+            tail = normalised(tail, rstd, weight, bias, tail_columns, WIDTH, TAIL_FULL)
     largest = tl.maximum(_row_maxima(main, tail, TAIL), _FLOOR)
     tl.store(scales + row, largest / _LARGEST, mask=valid)
     inverse = (1.0 / largest * _LARGEST)[:, None]

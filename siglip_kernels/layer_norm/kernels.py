@@ -74,6 +74,25 @@ def row_sums(main, tail, TAIL: tl.constexpr):
 
 
 @triton.jit
+def statistics(
+    main, tail, columns, tail_columns, eps,
+    WIDTH: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr, TAIL_FULL: tl.constexpr
+):  # fmt: skip
+    """x - μ of whole rows, as main and tail, then μ and rstd. Columns beyond WIDTH are not zeros."""
+    average = row_sums(main, tail, TAIL) / WIDTH
+    main = centre(main, average, columns, WIDTH, FULL)
+    if TAIL > 0:
+        tail = centre(tail, average, tail_columns, WIDTH, TAIL_FULL)
+    rest = row_sums(main, tail, TAIL) / WIDTH  # the average's rounding error
+    variance = tl.maximum(row_sums(main * main, tail * tail, TAIL) / WIDTH - rest * rest, 0.0)
+    rstd = 1.0 / tl.sqrt_rn(variance + eps)
+    main -= rest[:, None]
+    if TAIL > 0:
+        tail -= rest[:, None]
+    return main, tail, average + rest, rstd
+
+
+@triton.jit
 def normalised(centred, scale, weight, bias, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
     """centred · scale · γ + β; weight and bias may be None."""
     y = centred * scale[:, None]
@@ -120,17 +139,8 @@ def layer_norm_forward_kernel(
         scale = tl.load(rstd + row, mask=valid, other=0.0)
         main -= tl.load(mean + row, mask=valid, other=0.0)[:, None]
     else:
-        average = row_sums(main, tail, TAIL) / WIDTH
-        main = centre(main, average, columns, WIDTH, FULL)
-        if TAIL > 0:
-            tail = centre(tail, average, tail_columns, WIDTH, TAIL_FULL)
-        rest = row_sums(main, tail, TAIL) / WIDTH  # the average's rounding error
-        variance = tl.maximum(row_sums(main * main, tail * tail, TAIL) / WIDTH - rest * rest, 0.0)
-        scale = 1.0 / tl.sqrt_rn(variance + eps)
-        main -= rest[:, None]
-        if TAIL > 0:
-            tail -= rest[:, None]
-        tl.store(mean + row, average + rest, mask=valid)
+        main, tail, average, scale = statistics(main, tail, columns, tail_columns, eps, WIDTH, TAIL, FULL, TAIL_FULL)
+        tl.store(mean + row, average, mask=valid)
         tl.store(rstd + row, scale, mask=valid)
     main = normalised(main, scale, weight, bias, columns, WIDTH, FULL)
     store_rows(y, y_offsets, valid, columns, main, WIDTH, FULL)
