@@ -4,7 +4,7 @@ Written for clarity and for correctness in any floating-point dtype (tests compa
 and probabilities are in at least fp32 whatever the inputs are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -118,11 +118,13 @@ def pre_norm_qkv(
     v_weight: Tensor,
     v_bias: Tensor | None,
     num_heads: int,
+    *,
+    linear: Callable[..., Tensor] = linear,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Layer normalisation, then the projections to queries, keys and values, split into heads.
 
     x: (B, S, width); norm_weight, norm_bias: (width,); weights of the projections: (H · D, width), biases: (H · D,).
-    Returns q, k and v, each (B, S, H, D), H = num_heads.
+    linear: what computes the projections. Returns q, k and v, each (B, S, H, D), H = num_heads.
     """
     normed = layer_norm(x, norm_weight, norm_bias, eps)
     q = linear(normed, q_weight, q_bias).unflatten(-1, (num_heads, -1))
@@ -172,8 +174,13 @@ def pre_norm_mlp(
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
+    *,
+    mlp: Callable[..., Tensor] = mlp,
 ) -> Tensor:
-    """x + mlp(layer_norm(x)): the second half of an encoder layer. x: (..., width); weights as in `mlp`."""
+    """x + mlp(layer_norm(x)): the second half of an encoder layer. x: (..., width); weights as in `mlp`.
+
+    mlp: what computes it.
+    """
     normed = layer_norm(x, norm_weight, norm_bias, eps)
     return mlp(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, x)
 

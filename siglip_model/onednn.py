@@ -70,40 +70,8 @@ def mlp(
     return linear(_product(x, fc1_weight, fc1_bias, "gelu", "tanh"), fc2_weight, fc2_bias, residual)
 
 
-def pre_norm_qkv(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    q_weight: Tensor,
-    q_bias: Tensor | None,
-    k_weight: Tensor,
-    k_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    num_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.pre_norm_qkv`."""
-    normed = reference.layer_norm(x, norm_weight, norm_bias, eps)
-    q = linear(normed, q_weight, q_bias).unflatten(-1, (num_heads, -1))
-    k = linear(normed, k_weight, k_bias).unflatten(-1, (num_heads, -1))
-    v = linear(normed, v_weight, v_bias).unflatten(-1, (num_heads, -1))
-    return q, k, v
-
-
-def pre_norm_mlp(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-) -> Tensor:
-    """See `reference.pre_norm_mlp`."""
-    normed = reference.layer_norm(x, norm_weight, norm_bias, eps)
-    return mlp(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, x)
+pre_norm_qkv = functools.partial(reference.pre_norm_qkv, linear=linear)
+pre_norm_mlp = functools.partial(reference.pre_norm_mlp, mlp=mlp)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", form: str = "") -> Tensor:
