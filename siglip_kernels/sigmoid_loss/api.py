@@ -89,20 +89,27 @@ def _(
     image_gradient: bool,
     text_gradient: bool,
     scalar_gradients: bool,
-    divisor: int,
-    diagonal: int,
-    image_groups: Tensor | None,
-    text_groups: Tensor | None,
-    positive_weight: Tensor | None,
-    negative_weight: Tensor | None,
-    text_weight: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    required = image_gradient, text_gradient, scalar_gradients
     dtype = saved_dtype(engine, image_embeds.dtype)
+    loss = image_embeds.new_empty((), dtype=logit_scale.dtype)
+    return loss, *_empty_gradients(image_embeds, text_embeds, logit_scale, required, dtype)
+
+
+def _empty_gradients(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    required: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the images and of the texts in this dtype, and of both scalars; without elements if it is not required."""
+    images, texts, scalars = required
     return (
-        image_embeds.new_empty((), dtype=logit_scale.dtype),
-        image_embeds.new_empty(image_embeds.shape if image_gradient else (0,), dtype=dtype),
-        image_embeds.new_empty(text_embeds.shape if text_gradient else (0,), dtype=dtype),
-        image_embeds.new_empty((2,) if scalar_gradients else (0,), dtype=logit_scale.dtype),
+        image_embeds.new_empty(image_embeds.shape if images else (0,), dtype=dtype),
+        image_embeds.new_empty(text_embeds.shape if texts else (0,), dtype=dtype),
+        image_embeds.new_empty((2,) if scalars else (0,), dtype=logit_scale.dtype),
     )
 
 
@@ -263,11 +270,8 @@ def _(
     scalar_gradients: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        image_embeds.new_empty(image_embeds.shape if image_gradient else (0,)),
-        image_embeds.new_empty(text_embeds.shape if text_gradient else (0,)),
-        logit_scale.new_empty((2,) if scalar_gradients else (0,)),
-    )
+    required = image_gradient, text_gradient, scalar_gradients
+    return _empty_gradients(image_embeds, text_embeds, logit_scale, required, image_embeds.dtype)
 
 
 def _save_losses(ctx, inputs, output) -> None:
