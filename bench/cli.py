@@ -87,7 +87,7 @@ def run(
     until = _deadline(minutes)
     with _errors_in_one_line():
         request = _request(suites, shapes, peers, dtype, direction, quick, again)
-        failed = _check_before_timing(request.suites, until)
+        failed = _check_before_timing(request, results, until)
         _run(request, results, failed, until)
 
 
@@ -96,24 +96,30 @@ def check(
     suites: SuitesArgument = None,
     dtype: DtypeOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes, bf16.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="The interpreter's shapes, in this process: for compute-sanitizer.")
+    ] = False,
+    results: ResultsOption = None,
 ) -> None:
     """Compare every kernel with fp64, on this GPU or in Triton's interpreter."""
     with _errors_in_one_line():
         from bench import terminal
         from bench.environment import device
         from bench.measure.check import check_all, kernel_operations, kernels_can_run
-        from bench.measure.isolated import check_isolated
+        from bench.measure.isolated import check_isolated, record_checks
 
         reason = kernels_can_run()
         if reason is not None:
             raise RuntimeError(reason)
         operations, dtypes = kernel_operations(_suites(suites)), _dtypes(dtype)
         with terminal.progress_bar() as progress:
-            if device() == "cuda":
+            if device() == "cuda" and not tiny:
                 checked = check_isolated(operations, quick, dtypes, progress=progress)
             else:
-                checked = list(check_all(operations, quick, dtypes, progress))
+                checked = list(check_all(operations, quick, dtypes, progress, tiny))
         terminal.print_checks(checked)
+        if device() == "cuda" or results is not None:
+            terminal.say(record_checks(checked, results))
         wrong = sum(not one.ok for one in checked)
         print(f"{len(checked) - wrong} of {len(checked)} correct, on {_place()}.")
         if wrong:
@@ -320,7 +326,7 @@ def gpu(
         if device() != "cuda":
             raise RuntimeError("this machine has no CUDA device; `python -m bench run` measures on a CPU")
         request = _request(None, None, None, None, None, quick, False)
-        failed = _check_before_timing(request.suites, until)
+        failed = _check_before_timing(request, results, until)
         _run(request, results, failed, until)
         _report(None, results, None, plots=True)
         if failed:
@@ -426,13 +432,15 @@ def _check_shape(pattern: str, names: Sequence[str], classes: Sequence[type]) ->
         raise ValueError(f"--shapes: {pattern}; supported: {', '.join(names)}, patterns such as so400m*, or sizes")
 
 
-def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[tuple[str, str], str]:
+CHECK_SHARE = 0.4  # of the time limit, for checking and compiling; what it does not reach is judged when it is timed
+
+
+def _check_before_timing(request: Request, where: Path | None, until: float | None) -> dict[tuple[str, str], str]:
     """The kernels that failed the check and are not timed; none on a CPU, where no kernel is timed."""
     from bench import terminal
     from bench.environment import device
     from bench.measure.check import failures, kernel_operations
-    from bench.measure.isolated import check_isolated
-    from bench.measure.run import OutOfTime
+    from bench.measure.isolated import check_isolated, record_checks
 
     if device() != "cuda":
         terminal.say(
@@ -440,12 +448,15 @@ def _check_before_timing(suites: Sequence[str], until: float | None) -> dict[tup
             "by `TRITON_INTERPRET=1 python -m bench check` and `python -m bench compile`"
         )
         return {}
-    try:
-        with terminal.progress_bar() as progress:
-            checked = check_isolated(kernel_operations(suites), quick=True, until=until, progress=progress)
-    except OutOfTime:
-        raise RuntimeError("the time limit was reached during the check; nothing was timed") from None
+    began = time.monotonic()
+    limit = None if until is None else began + CHECK_SHARE * (until - began)
+    with terminal.progress_bar() as progress:
+        checked = check_isolated(
+            kernel_operations(request.suites), quick=True, until=limit, progress=progress, request=request
+        )
     terminal.print_checks(checked)
+    seconds = time.monotonic() - began
+    terminal.say(f"checked and compiled in {seconds:.0f} s; {record_checks(checked, where)}")
     found = failures(checked)
     for (operation, kernels), reason in found.items():
         terminal.say(f"{operation} {kernels} is not timed: {reason}")
@@ -488,11 +499,11 @@ def _run(request: Request, where: Path | None, failed: dict[tuple[str, str], str
 def _report(files: Sequence[Path] | None, where: Path | None, readme: Path | None, plots: bool) -> None:
     from bench.environment import ROOT, in_repository
     from bench.report.plots import draw_all
-    from bench.report.rows import read, results_directory
+    from bench.report.rows import is_of_rows, read, results_directory
     from bench.report.tables import full_report, insert, summary
 
     directory = (where.parent if where is not None and where.suffix == ".jsonl" else where) or results_directory()
-    chosen = list(files or sorted(path for path in directory.glob("*.jsonl") if not path.name.startswith("compile-")))
+    chosen = list(files or sorted(filter(is_of_rows, directory.glob("*.jsonl"))))
     absent = [path for path in chosen if not path.exists()]
     if absent:
         raise ValueError(f"no such file: {', '.join(map(str, absent))}")

@@ -181,12 +181,12 @@ def _packed_inputs(shape: shapes.SequencesShape, draw: Draw) -> Inputs:
     """Sequences one after the other."""
     q, k, v = draw(sum(shape.lengths()), 3, shape.heads, shape.head_dim).unbind(1)
     boundaries = F.pad(_sequences(shape, q.device).cumsum(0, dtype=torch.int32), (1, 0))
-    return Inputs({"q": q, "k": k, "v": v}, {"cu_seqlens": boundaries, "max_seqlen": shape.tokens})
+    return Inputs({"q": q, "k": k, "v": v}, {"cu_seqlens": boundaries, "max_seqlen": shape.longest})
 
 
 @_drawing
 def _padded_inputs(shape: shapes.SequencesShape, draw: Draw) -> Inputs:
-    q, k, v = draw(shape.batch, shape.tokens, 3, shape.heads, shape.head_dim).unbind(2)
+    q, k, v = draw(shape.sequences, shape.longest, 3, shape.heads, shape.head_dim).unbind(2)
     lengths = _sequences(shape, q.device)
     return Inputs({"q": q, "k": k, "v": v}, {"lengths": lengths}, samples=("q", "k", "v", "lengths"))
 

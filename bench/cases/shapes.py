@@ -147,23 +147,23 @@ class AttentionShape(Shape):
 
 @dataclass(frozen=True)
 class SequencesShape(Shape):
-    """Attention of sequences of different lengths: each a quarter of `tokens`, the longest, to all of it.
+    """Attention of sequences of different lengths: each of a quarter of `longest` tokens to all of them.
 
     They are packed one after the other, or padded to the longest. Padding does not count.
     """
 
-    batch: int
-    tokens: int
+    sequences: int
+    longest: int
     heads: int
     head_dim: int
 
     def lengths(self) -> list[int]:
         draw = random.Random(0)
-        others = (draw.randint(max(1, self.tokens // 4), self.tokens) for _ in range(self.batch - 1))
-        return [self.tokens, *others]
+        others = (draw.randint(max(1, self.longest // 4), self.longest) for _ in range(self.sequences - 1))
+        return [self.longest, *others]
 
     def sample(self) -> Self:
-        return dataclasses.replace(self, batch=min(self.batch, 3))
+        return dataclasses.replace(self, sequences=min(self.sequences, 3))
 
     def _each(self) -> list[AttentionShape]:
         return [AttentionShape("", 1, length, self.heads, self.head_dim) for length in self.lengths()]

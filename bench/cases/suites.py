@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -302,7 +303,7 @@ SUITES = {
                 *(_model("base-224", batch, text=True) for batch in (1, 2, 4, 8, 16, 32, 64)),
             ),
             hide_launches=False,
-            quick_peers=("transformers:sdpa:compile",),
+            quick_peers=("transformers:sdpa:compile", "transformers:sdpa:cudnn:compile"),
         ),
         Suite(
             "mlp",
@@ -417,10 +418,33 @@ SUITES = {
 }
 
 
+# What decides whether the kernels are worth having: (suite, operation, direction, shape).
+DECISIVE = (
+    ("model", "vision_tower", "fwd", "so400m-384-b64"),
+    ("attention", "attention", "fwd", "so400m-384-b64"),
+    ("loss", "sigmoid_loss", "fwd+bwd", "n65536-d768"),
+    ("mlp", "mlp", "fwd", "so400m-384-b64"),
+    ("latency", "vision_tower", "fwd", "so400m-384-b1"),
+    ("attention", "attention", "bwd", "so400m-384-b64"),
+    ("attention", "attention", "fwd", "base-512-b64"),
+    ("attention", "attention", "bwd", "base-512-b64"),
+)
+
+
+def _key(suite: str, setting: Setting) -> tuple[str, str, str, str]:
+    return suite, setting.operation.name, setting.direction, setting.shape.name
+
+
+def is_decisive(suite: str, setting: Setting) -> bool:
+    return _key(suite, setting) in DECISIVE
+
+
 def by_importance(settings: dict[str, list[Setting]]) -> list[tuple[str, Setting]]:
-    """The first of every suite, then the second, and so on, so that a deadline drops the least important."""
-    longest = max((len(found) for found in settings.values()), default=0)
-    return [(name, found[place]) for place in range(longest) for name, found in settings.items() if place < len(found)]
+    """DECISIVE, then the first other of every suite, the second, and so on: a deadline drops the least important."""
+    decisive = [(suite, one) for suite, found in settings.items() for one in found if is_decisive(suite, one)]
+    others = ([(suite, one) for one in found if not is_decisive(suite, one)] for suite, found in settings.items())
+    rounds = [one for each in itertools.zip_longest(*others) for one in each if one is not None]
+    return sorted(decisive, key=lambda one: DECISIVE.index(_key(*one))) + rounds
 
 
 def dtypes_of(device: str) -> list[str]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +21,12 @@ import torch
 from bench.cases.checked import HUGE, QUICK, THOROUGH, TINY
 from bench.cases.operations import DTYPES, OPERATIONS, Contender, Inputs, Setting, kernels_for
 from bench.cases.suites import SUITES, dtype_name
-from bench.environment import device
+from bench.environment import device, environment
 from bench.measure.accuracy import PROJECT_FACTOR, Found, Judge, allowed_distance, distance, forward, gradients
 from bench.measure.measure import DeadDevice, device_is_dead, free
 from bench.measure.progress import Event, Progress, silent
 from bench.peers import peers_of
+from bench.report.rows import checks_file
 from siglip_kernels import MissingBackendError, UnsupportedInputError
 from siglip_kernels.device import why_not
 
@@ -61,10 +64,13 @@ def kernel_operations(suites: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for name in named if kernels_for(name) is not None))
 
 
-def settings(operation: str, quick: bool, dtypes: Sequence[str] = ()) -> list[Setting]:
-    """The settings on which an operation is checked: model sizes and awkward ones on a GPU, tiny ones elsewhere."""
+def settings(operation: str, quick: bool, dtypes: Sequence[str] = (), tiny: bool = False) -> list[Setting]:
+    """The settings on which an operation is checked: model sizes and awkward ones on a GPU, tiny ones elsewhere.
+
+    tiny: on a GPU as well, for tools that make kernels a hundred times slower.
+    """
     place = device()
-    if place == "cuda":
+    if place == "cuda" and not tiny:
         chosen = QUICK[operation] if quick else QUICK[operation] + THOROUGH.get(operation, ())
     else:
         chosen = TINY[operation][: 1 if quick else None]
@@ -167,11 +173,15 @@ def _check_huge(setting: Setting, result: Checked) -> Checked:
 
 
 def check_all(
-    operations: Sequence[str], quick: bool, dtypes: Sequence[str] = (), progress: Progress = silent
+    operations: Sequence[str],
+    quick: bool,
+    dtypes: Sequence[str] = (),
+    progress: Progress = silent,
+    tiny: bool = False,
 ) -> Iterator[Checked]:
     """Checks every setting of the operations. Raises DeadDevice after the result that broke the CUDA context."""
-    wanted = [setting for name in operations for setting in settings(name, quick, dtypes)]
-    if not quick:
+    wanted = [setting for name in operations for setting in settings(name, quick, dtypes, tiny)]
+    if not quick and not tiny:
         wanted += [setting for name in operations for setting in beyond_31_bits(name)]
     for done, setting in enumerate(wanted):
         label = f"{setting.operation.name} {setting.shape.name} {dtype_name(setting.dtype)}"
@@ -182,6 +192,15 @@ def check_all(
             raise DeadDevice(f"{label} broke the CUDA context: {checked.problem}")
         yield checked
     progress(Event(len(wanted), len(wanted)))
+
+
+def write_checks(checked: Iterable[Checked], where: Path | None) -> Path:
+    """Appends a line of JSON for each, with the environment. where: as of `bench.report.rows.results_file`."""
+    path = checks_file(where)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps({**asdict(one), **environment()}) + "\n" for one in checked)
+    return path
 
 
 # Operations that run all the others.

@@ -1,7 +1,7 @@
 """Checks and measures on a GPU in separate processes, so that a kernel which breaks the CUDA context, hangs or crashes
 loses its own rows only. The process that starts them does not touch the GPU.
 
-    python -m bench.measure.isolated '{"task": "check" or "run", …}'
+    python -m bench.measure.isolated '{"task": "check", "prepare", "record" or "run", …}'
 
 is such a process. It reports its progress and results as lines of JSON on standard output.
 """
@@ -25,10 +25,10 @@ from typing import Any
 
 from bench.cases.suites import dtype_name
 from bench.environment import process_environment
-from bench.measure.check import Checked, check_all, with_models
-from bench.measure.measure import DeadDevice, Plan, blank_row, device_is_dead
+from bench.measure.check import Checked, check_all, with_models, write_checks
+from bench.measure.measure import DeadDevice, Plan, blank_row, device_is_dead, free, step_of
 from bench.measure.progress import Event, Progress, silent
-from bench.measure.run import Outcome, OutOfTime, Request, open_results, run
+from bench.measure.run import Outcome, Request, open_results, run
 from bench.peers import Unsupported, peers_of
 from bench.peers.registry import FAMILIES, selecting
 from bench.report.rows import Results, Row
@@ -77,7 +77,8 @@ class _Process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=GRACE)
         self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may take long to stop a kernel that hangs
+            self.process.wait(timeout=GRACE)
 
 
 def check_isolated(
@@ -86,28 +87,42 @@ def check_isolated(
     dtypes: Sequence[str] = (),
     until: float | None = None,
     progress: Progress = silent,
+    request: Request | None = None,
 ) -> list[Checked]:
     """`check_all` in a process per operation, several at a time; kernels for one architecture have their own.
 
-    Raises OutOfTime if `time.monotonic()` reaches `until` first.
+    request: what is measured next. Each of its contenders that compiles is called once, so that the run, which has one
+    process, finds the code on the disk: kernels after their check, others and models in further processes.
+
+    What is not done when `time.monotonic()` reaches `until` is returned as not checked.
     """
-    jobs = [(name, kernels) for name in operations for kernels in ("triton", *FAMILIES)]
-    jobs = [(name, kernels) for name, kernels in jobs if kernels in peers_of(name)]
+    # The portable kernels first, then those for one architecture, whose failure leaves the others.
+    jobs = [(name, kernels) for kernels in ("triton", *FAMILIES) for name in operations if kernels in peers_of(name)]
+    more = [] if request is None else _compiling(request, jobs)
+    asked = None if request is None else dataclasses.asdict(request)
     at_once = max(1, (os.cpu_count() or 1) - 1) if quick else 2  # thorough ones fill the memory
     running: list[_Process] = []
 
-    def one(name: str, kernels: str) -> list[Checked]:
-        task = {"task": "check", "operation": name, "kernels": kernels, "quick": quick, "dtypes": list(dtypes)}
-        with _Process(task, **selecting(kernels)) as process:
+    def work(task: dict[str, Any], **variables: str) -> list[Checked]:
+        if until is not None and time.monotonic() >= until:
+            return _late(task)
+        with _Process({**task, "request": asked}, **variables) as process:
             running.append(process)
-            return _checked(process, name, kernels, until)
+            return _prepared(process, until) if task["task"] == "prepare" else _checked(process, task, until)
+
+    def check(name: str, kernels: str) -> list[Checked]:
+        task = {"task": "check", "operation": name, "kernels": kernels, "quick": quick, "dtypes": list(dtypes)}
+        return work(task, **selecting(kernels))
 
     with ThreadPoolExecutor(at_once) as pool:
-        futures = {pool.submit(one, *job): job for job in jobs}
+        futures = {pool.submit(check, *job): f"check {' '.join(job)}" for job in jobs}
+        for name, peer in more:
+            task = {"task": "prepare", "operation": name, "peer": peer}
+            futures[pool.submit(work, task, TORCHINDUCTOR_COMPILE_THREADS="2")] = f"compile {name} {peer}"
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
-                progress(Event(done - 1, len(jobs), "check " + " ".join(futures[future])))
+                progress(Event(done - 1, len(futures), futures[future]))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
@@ -116,28 +131,70 @@ def check_isolated(
     return [checked for future in futures for checked in future.result()]
 
 
-def _checked(process: _Process, name: str, kernels: str, until: float | None) -> list[Checked]:
+def _compiling(request: Request, checked: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(operation, peer) of what compiles and is not checked, most important first."""
+    found = [
+        (setting.operation.name, entry.name)
+        for suite, setting in request.settings()
+        for entry in request.entries(suite, setting, waiting=True)
+        if entry.compiles and not entry.quadratic  # whose memory others need meanwhile
+    ]
+    return [one for one in dict.fromkeys(found) if one not in checked]
+
+
+def _late(task: dict[str, Any], **values: Any) -> list[Checked]:
+    if task["task"] == "prepare":
+        return []
+    problem = "not checked: the time limit was reached"
+    return [Checked(task["operation"], {"name": "", **values}, "", True, task["kernels"], problem=problem)]
+
+
+def _prepared(process: _Process, until: float | None) -> list[Checked]:
+    """Waits for the end, however it comes: what went wrong will be seen when it is measured."""
+    with contextlib.suppress(TimeoutError):
+        while (message := process.next(_patience(KERNELS_QUICK, until))) is not None and "ended" not in message:
+            pass
+    return []
+
+
+def _patience(seconds: float, until: float | None) -> float:
+    return seconds if until is None else min(seconds, until - time.monotonic())
+
+
+def _checked(process: _Process, task: dict[str, Any], until: float | None) -> list[Checked]:
+    name, kernels = task["operation"], task["kernels"]
     checked: list[Checked] = []
     shape, dtype, seconds = "", "", START
     while True:
         try:
-            message = process.next(seconds if until is None else min(seconds, until - time.monotonic()))
+            message = process.next(_patience(seconds, until))
             if message is None:
                 problem = process.ending()
                 break
         except TimeoutError as error:
             if until is not None and time.monotonic() >= until:
-                raise OutOfTime from None
+                return [*checked, *_late(task, name=shape)]
             problem = str(error)
             break
         if "checked" in message:
             checked.append(Checked(**message["checked"]))
         elif "begun" in message:
-            (shape, dtype), seconds = message["begun"], CHECK
+            (shape, dtype), seconds = message["begun"], message.get("seconds", CHECK)
         else:
             return checked  # all of them, or up to one that broke the CUDA context
     crash = Checked(name, {"name": shape}, dtype, False, kernels, problem=f"crashed: {problem}", crashed=True)
     return [*checked, crash]
+
+
+def record_checks(checked: Sequence[Checked], where: Path | None) -> str:
+    """`write_checks` in a process, which may ask the GPU for its name. Returns where they are, or the problem."""
+    task = {"task": "record", "checked": list(map(dataclasses.asdict, checked)), "where": where and str(where)}
+    with _Process(task) as process:
+        try:
+            message = process.next(START)
+        except TimeoutError as error:
+            return f"not written: the process {error}"
+        return f"not written: the process {process.ending()}" if message is None else f"written to {message['path']}"
 
 
 def run_isolated(
@@ -224,7 +281,34 @@ def _check(task: dict[str, Any], tell: Callable[..., None]) -> None:
             if kernels in FAMILIES and one.unsupported:
                 one = dataclasses.replace(one, ok=True, problem=f"not checked: {one.problem}")
             tell(checked=dataclasses.asdict(dataclasses.replace(one, kernels=kernels)))
+        if task["request"] is not None:
+            _call(Request(**task["request"]), name, kernels, tell)
     tell(ended=True)
+
+
+def _prepare(task: dict[str, Any], tell: Callable[..., None]) -> None:
+    _call(Request(**task["request"]), task["operation"], task["peer"], tell)
+    tell(ended=True)
+
+
+def _record(task: dict[str, Any], tell: Callable[..., None]) -> None:
+    where = None if task["where"] is None else Path(task["where"])
+    tell(path=str(write_checks([Checked(**one) for one in task["checked"]], where)))
+
+
+def _call(request: Request, operation: str, peer: str, tell: Callable[..., None]) -> None:
+    """Calls a contender once for every setting of the operation. Its errors are left to the measurement."""
+    for suite, setting in dict.fromkeys(request.settings()):
+        entry = peers_of(operation).get(peer)
+        if setting.operation.name != operation or entry not in request.entries(suite, setting, waiting=True):
+            continue
+        tell(begun=[setting.shape.name, dtype_name(setting.dtype)], seconds=KERNELS_QUICK)
+        try:
+            step_of(entry.prepare(setting), setting.inputs(), setting)()
+        except Exception:
+            if device_is_dead():
+                sys.exit(1)
+        free()
 
 
 def _run(task: dict[str, Any], tell: Callable[..., None]) -> None:
@@ -273,7 +357,7 @@ def main() -> None:
 
     task = json.loads(sys.argv[1])
     try:
-        {"check": _check, "run": _run}[task["task"]](task, tell)
+        {"check": _check, "prepare": _prepare, "record": _record, "run": _run}[task["task"]](task, tell)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.cases.operations import Setting
-from bench.cases.suites import SUITES, by_importance, dtype_name, dtypes_of
+from bench.cases.suites import SUITES, by_importance, dtype_name, dtypes_of, is_decisive
 from bench.environment import device
 from bench.measure.measure import TIMING, Plan, blank_row, free, measure
 from bench.measure.progress import Event, Progress, silent
@@ -38,7 +38,8 @@ class Request:
     def settings(self) -> list[tuple[str, Setting]]:
         """(suite, setting), most important first.
 
-        A quick run on a GPU ends with the settings that have slow peers to wait for, listed a second time.
+        In a quick run on a GPU, settings that have slow peers to wait for are listed a second time: after those that
+        decide most, and at the end.
         """
         place = device()
         dtypes = list(self.dtypes) or dtypes_of(place)
@@ -50,7 +51,8 @@ class Request:
         )
         if place != "cuda" or not self.quick or self.peers:
             return found
-        return found + [(suite, setting) for suite, setting in found if SUITES[suite].quick_peers]
+        decisive = [one for one in found if is_decisive(*one)]
+        return [one for part in (decisive, found[len(decisive) :]) for one in (*part, *_waiting(part))]
 
     def labels(self) -> list[str]:
         """Readable names of the settings, in the same order."""
@@ -77,6 +79,10 @@ class Request:
         possible = [entry for entry in entries if entry.runs_on(setting.device)]
         waited_for = SUITES[suite].quick_peers if waiting else ()
         return [entry for entry in possible if not (self.quick and entry.slow) or entry.name in waited_for]
+
+
+def _waiting(settings: Sequence[tuple[str, Setting]]) -> list[tuple[str, Setting]]:
+    return [(suite, setting) for suite, setting in settings if SUITES[suite].quick_peers]
 
 
 @dataclass

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,24 +55,35 @@ def sdpa(setting: Setting) -> Contender:
     return Contender(heads_first(F.scaled_dot_product_attention), note=f"SDPA ran {ran}")
 
 
+def pinned(call: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """`call` with one backend of SDPA. To compile it, compile the result: caches of compiled code know no settings."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    chosen = getattr(SDPBackend, backend)
+
+    def with_the_backend(**arguments: Any) -> Any:
+        with sdpa_kernel(chosen):
+            return call(**arguments)
+
+    return with_the_backend
+
+
+def has_kernel(call: Callable[..., Any], backend: str, inputs: Mapping[str, Any]) -> Contender:
+    """`call`, which is pinned to the backend. Raises Unsupported if PyTorch has no kernel of it for these inputs."""
+    try:
+        with torch.no_grad():
+            call(**inputs)
+    except RuntimeError as error:
+        if "No available kernel" in str(error) or "No viable backend" in str(error):
+            raise Unsupported(f"PyTorch has no {backend.lower()} kernel for this call") from error
+        raise
+    return Contender(call, note=f"SDPA ran {backend.lower()}")
+
+
 def _pinned(backend: str) -> Callable[[Setting], Contender]:
     def load(setting: Setting) -> Contender:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        pinned = getattr(SDPBackend, backend)
-
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(pinned):
-                return heads_first(F.scaled_dot_product_attention)(q, k, v)
-
-        try:
-            with torch.no_grad():
-                call(**setting.inputs().tensors)
-        except RuntimeError as error:
-            if "No available kernel" in str(error) or "No viable backend" in str(error):
-                raise Unsupported(f"PyTorch has no {backend.lower()} kernel for this call") from error
-            raise
-        return Contender(call, note=f"SDPA ran {backend.lower()}")
+        call = pinned(heads_first(F.scaled_dot_product_attention), backend)
+        return has_kernel(call, backend, setting.inputs().tensors)
 
     return load
 

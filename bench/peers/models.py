@@ -11,7 +11,7 @@ from torch import nn
 
 from bench.cases.operations import Contender, Setting, as_contender, model_config, model_weights, project_model
 from bench.cases.shapes import AttentionShape, ModelShape, NaFlexShape
-from bench.peers.attention import chosen_backend
+from bench.peers.attention import chosen_backend, has_kernel, pinned
 from bench.peers.compiled import MODES, compiled
 from bench.peers.registry import FAMILIES, Unsupported, peer, selecting
 from siglip_kernels import MissingBackendError
@@ -146,6 +146,32 @@ for _attention in _ATTENTION:
             dtypes=_HALF if _flash else None,
             slow=bool(_mode),
         )(_transformers(_attention, _mode))
+
+
+def _transformers_pinned(backend: str, mode: str) -> Callable[[Setting], Contender]:
+    def load(setting: Setting) -> Contender:
+        model = transformers_model(setting, "sdpa")
+        call = pinned(model, backend)
+        contender = as_contender(model, setting, compiled(call, mode) if mode else call)
+        ran = has_kernel(contender.call, backend, setting.inputs().arguments())
+        return replace(contender, note=ran.note)
+
+    return load
+
+
+# Which of them SDPA prefers depends on PyTorch's version.
+for _pin, _backend in (("flash", "FLASH_ATTENTION"), ("cudnn", "CUDNN_ATTENTION")):
+    for _mode in ("", "compile"):
+        peer(
+            _MODELS,
+            f"transformers:sdpa:{_pin}" + (f":{_mode}" if _mode else ""),
+            package="transformers",
+            install="pip install 'transformers>=5.17'",
+            cuda=True,
+            dtypes=_HALF,
+            one_size=bool(_mode),
+            slow=bool(_mode),
+        )(_transformers_pinned(_backend, _mode))
 
 
 def _quantized(setting: Setting) -> nn.Module:

@@ -25,6 +25,7 @@ import torch
 from bench.cases import fp8
 from bench.cases.operations import Contender, Setting, kernels_for
 from bench.cases.shapes import AttentionShape, SequencesShape
+from bench.peers.compiled import MODES
 from siglip_kernels.attention.config import short_block
 
 MODULES = ("attention", "cpu", "dense", "embed", "loss", "models")
@@ -92,6 +93,11 @@ class Peer:
     def kernels(self) -> str:
         """Which kernels an entry that `uses_kernels` runs: a name of FAMILIES or, under any other name, "triton"."""
         return self.name if self.name in FAMILIES else "triton"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether its first call compiles code, which other processes find on the disk afterwards."""
+        return self.uses_kernels or self.name == "flex" or self.name.rpartition(":")[2] in MODES
 
     def version(self) -> str | None:
         """The version of its package; None if that is not installed."""
@@ -185,7 +191,9 @@ def _kernels_of_family(operation: str, name: str) -> Callable[[Setting], Any]:
         FAMILIES[name].require()
         shape = setting.shape
         if isinstance(shape, (AttentionShape, SequencesShape)):
-            if shape.tokens <= short_block(setting.dtype.itemsize):
+            if (shape.tokens if isinstance(shape, AttentionShape) else shape.longest) <= short_block(
+                setting.dtype.itemsize
+            ):
                 raise Unsupported("sequences this short use the same kernel on every GPU: see the row of triton")
             if name == "triton:blackwell" and setting.direction == "bwd":
                 raise Unsupported("has no backward of its own: see the row of triton")

@@ -142,7 +142,7 @@ def _speed_up(found: Sequence[Group], gpu: str, path: Path) -> bool:
 
 def _throughput(found: Sequence[Group], gpu: str, path: Path) -> bool:
     """Attention forward: a bar per contender, fastest first, and the roofline as a line across each shape's bars."""
-    chosen = [g for g in found if g.first.suite == "attention" and g.first.direction == "fwd" and g.timed]
+    chosen = [g for g in found if g.first.op == "attention" and g.first.direction == "fwd" and g.timed]
     chosen = chosen[:MOST_SHAPES]
     if not chosen:
         return False

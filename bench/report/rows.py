@@ -109,6 +109,17 @@ def results_file(where: Path | None = None) -> Path:
     return (where or results_directory()) / f"{slug(facts['gpu'])}-{facts['date']}.jsonl"
 
 
+def checks_file(where: Path | None = None) -> Path:
+    """The file of what `check` found on this machine today, beside that of the rows."""
+    rows = results_file(where)
+    return rows.with_name(f"check-{rows.name}")
+
+
+def is_of_rows(path: Path) -> bool:
+    """Whether a .jsonl file of a directory of results holds rows."""
+    return not path.name.startswith(("check-", "compile-", "counted-"))
+
+
 def slug(gpu: str) -> str:
     """A GPU's name in a file name: "NVIDIA H100 80GB HBM3" -> "h100-80gb-hbm3"; "cpu (…)" -> "cpu"."""
     if not is_gpu(gpu):

@@ -207,7 +207,7 @@ def test_gpu_checks_runs_and_reports_within_nine_minutes(monkeypatch):
     monkeypatch.setattr("bench.cli._deadline", lambda minutes: minutes)
     monkeypatch.setattr(
         "bench.cli._check_before_timing",
-        lambda suites, until: done.append(("check", until)) or {("mlp", "triton"): "wrong"},
+        lambda request, where, until: done.append(("check", until)) or {("mlp", "triton"): "wrong"},
     )
     monkeypatch.setattr(
         "bench.cli._run", lambda request, where, failed, until: done.append(("run", request.quick, failed))

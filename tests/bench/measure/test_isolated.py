@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 
 import pytest
+import torch
 from bench_helpers import row
 
 from bench.measure import isolated
@@ -14,8 +15,9 @@ from bench.measure.check import failures
 from bench.measure.isolated import check_isolated, run_isolated
 from bench.measure.measure import Plan
 from bench.measure.progress import Event
-from bench.measure.run import OutOfTime, Request
-from bench.report.rows import read
+from bench.measure.run import Request
+from bench.peers import peers_of
+from bench.report.rows import is_of_rows, read
 
 REQUEST = Request(["loss"], ["pairs=8,width=8"], ["eager", "chunked"])
 
@@ -150,20 +152,72 @@ def test_a_check_that_hangs_or_crashes_fails(scripted, monkeypatch, fate, proble
     checked = check_isolated(["attention", "layer_norm"], quick=True)
     assert [(one.op, one.kernels, one.ok) for one in checked] == [
         ("attention", "triton", True),
+        ("layer_norm", "triton", True),
         ("attention", "triton:hopper", True),
         ("attention", "triton:hopper", False),
         ("attention", "triton:blackwell", True),
-        ("layer_norm", "triton", True),
     ]
     assert failures(checked)["attention", "triton:hopper"].endswith(f"(s65 bf16): crashed: {problem}")
 
 
-def test_a_check_beyond_the_deadline(scripted):
-    scripted('tell(begun=["s64", "bf16"]); time.sleep(60)')
+def test_what_the_deadline_leaves_is_not_checked_and_still_timed(scripted):
+    scripted(
+        """
+        tell(begun=["s64", "bf16"])
+        if task["operation"] == "attention":
+            time.sleep(60)
+        tell(checked=dict(op="layer_norm", shape={"name": "s64"}, dtype="bf16", ok=True))
+        tell(ended=True)
+        """
+    )
     start = time.monotonic()
-    with pytest.raises(OutOfTime):
-        check_isolated(["attention"], quick=True, until=start + 1)
-    assert time.monotonic() - start < 20
+    checked = check_isolated(["layer_norm", "attention"], quick=True, until=start + 5)
+    assert time.monotonic() - start < 30
+    assert [one.op for one in checked] == ["layer_norm", *["attention"] * 3] and failures(checked) == {}
+    assert not checked[0].problem and all("not checked: the time limit" in one.problem for one in checked[1:])
+
+
+def test_what_will_be_measured_is_compiled_with_the_check(scripted, monkeypatch):
+    """In the process of its check, or one of its own; problems of the latter are left to the measurement."""
+    monkeypatch.setattr("bench.measure.run.device", lambda: "cuda")
+    path = scripted(
+        """
+        with open(path + task["task"], "a") as file:
+            print(task["operation"], task.get("kernels") or task["peer"], file=file)
+        assert task["request"]["suites"] == ["latency", "pool"]
+        if task["task"] == "prepare":
+            assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "2"
+            sys.exit(1)
+        tell(ended=True)
+        """
+    )
+    steps = []
+    request = Request(["latency", "pool"], quick=True)
+    assert check_isolated(["attention_pool"], quick=True, request=request, progress=steps.append) == []
+    checked, prepared = (path.with_name(path.name + task).read_text().splitlines() for task in ("check", "prepare"))
+    assert checked == ["attention_pool triton"] and len(steps) == 1 + len(prepared)
+    models = {"triton", "triton:hopper", "triton:blackwell", "transformers:sdpa:reduce-overhead"}
+    assert set(prepared) == {"attention_pool compile", *(f"vision_tower {name}" for name in models)}
+
+
+def test_checks_are_recorded_with_their_environment(tmp_path):
+    (checked,) = check_isolated(["layer_norm"], quick=True)
+    said = isolated.record_checks([checked, checked], tmp_path / "h200.jsonl")
+    path = tmp_path / "check-h200.jsonl"
+    assert said == f"written to {path}" and not is_of_rows(path)
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert first == second and first["op"] == "layer_norm" and first["ok"] and first["torch"] == torch.__version__
+
+
+def test_contenders_are_called_once_per_setting(monkeypatch):
+    """What it calls is compiled by the process; here PyTorch's own, whose errors are ignored."""
+    asked, told = [], []
+    entry = peers_of("attention_pool")["folded"]
+    monkeypatch.setattr(isolated, "step_of", lambda contender, inputs, setting: lambda: asked.append(setting) or 1 / 0)
+    request = Request(["pool"], ["batch=2,tokens=5,width=8,heads=2"], [entry.name])
+    isolated._call(request, "attention_pool", entry.name, lambda **message: told.append(message))
+    assert [setting.direction for setting in asked] == ["fwd", "fwd+bwd"]
+    assert [message["seconds"] for message in told] == [isolated.KERNELS_QUICK] * 2
 
 
 def test_real_processes(tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from bench_helpers import PROBE
 
-from bench.cases.suites import SUITES, by_importance
+from bench.cases.suites import DECISIVE, SUITES, _key, by_importance, is_decisive
 from bench.measure import run as runs
 from bench.measure.measure import DeadDevice, Plan, blank_row
 from bench.measure.run import Request, deadline, run
@@ -140,21 +140,26 @@ def test_the_first_of_every_suite_comes_first():
     assert len(ordered) == sum(map(len, settings.values()))
 
 
-def test_a_quick_run_on_a_gpu_has_every_suite_and_slow_peers_at_its_end(monkeypatch):
+def test_a_quick_run_on_a_gpu_has_every_suite_and_slow_peers_last(monkeypatch):
     monkeypatch.setattr("bench.measure.run.device", lambda: "cuda")
     request = Request(list(SUITES), quick=True)
     settings = request.settings()
     assert {suite for suite, _ in settings} == {name for name, suite in SUITES.items() if suite.device != "cpu"}
+    assert [_key(*one) for one in settings[: len(DECISIVE)]] == list(DECISIVE)
     first = list(dict.fromkeys(settings))
-    assert settings[: len(first)] == first  # each once before any is repeated
     for suite, setting in first:
         assert not any(entry.slow for entry in request.entries(suite, setting))
-    again = settings[len(first) :]
+    places = [place for place, one in enumerate(settings) if one in settings[:place]]
+    again = [settings[place] for place in places]
     assert {suite for suite, _ in again} == {"model", "train", "latency"}
     for suite, setting in again:
         slow = {entry.name for entry in request.entries(suite, setting, waiting=True) if entry.slow}
         assert slow == set(SUITES[suite].quick_peers)
-    assert request.labels()[len(first)].endswith(" with transformers:sdpa:compile")
+    # Those of the decisive settings come right behind them, the others at the end.
+    decisive = [place for place, one in zip(places, again, strict=True) if is_decisive(*one)]
+    assert decisive == list(range(len(DECISIVE), len(DECISIVE) + len(decisive))) and len(decisive) == 2
+    assert places[len(decisive) :] == list(range(len(settings) - len(again) + len(decisive), len(settings)))
+    assert request.labels()[places[-1]].endswith(" with transformers:sdpa:reduce-overhead")
     named = Request(["model"], peers=["triton"], quick=True)  # no other peer is waited for then
     assert len(named.settings()) == len(set(named.settings()))
 
@@ -165,11 +170,11 @@ def test_a_slow_peer_is_measured_with_its_whole_group(tmp_path, monkeypatch):
     measurement, path = Measurement(), tmp_path / "h200.jsonl"
     request = Request(["latency"], quick=True)
     outcome = run(request, Results.open(path), Plan(), measure_group=measurement)
-    groups = len(request.settings()) // 2
-    assert measurement.groups == 2 * measurement.groups[:groups]
+    decisive, other = (measurement.groups[place] for place in (0, -1))
+    assert measurement.groups == [decisive, decisive, other, other]
     slow = [number for number, one in enumerate(outcome.rows) if one.impl == "transformers:sdpa:reduce-overhead"]
-    assert len(slow) == groups and min(slow) > len(outcome.rows) // 2 - groups
-    assert run(request, Results.open(path), Plan(), measure_group=measurement).settled == 2 * groups
+    assert len(slow) == 2 and min(slow) > len(outcome.rows) // 4 - 1  # not in the first group of each two
+    assert run(request, Results.open(path), Plan(), measure_group=measurement).settled == 4
 
 
 def test_on_a_cpu_only_what_runs_there(monkeypatch):
