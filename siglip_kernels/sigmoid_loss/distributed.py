@@ -22,7 +22,7 @@ from __future__ import annotations  # torch may be built without torch.distribut
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,7 @@ class Peers:
         for number, (sent, received) in enumerate(zip(send, receive, strict=True), start=tag):
             operations.append(dist.P2POp(dist.isend, sent, right, self.group, number))
             operations.append(dist.P2POp(dist.irecv, received, left, self.group, number))
-        return dist.batch_isend_irecv(operations)
+        return dist.batch_isend_irecv(operations) if operations else []
 
     def largest(self, value: Tensor) -> Tensor:
         """The largest value among the ranks."""
@@ -75,19 +75,19 @@ class Peers:
 
 
 class Texts(NamedTuple):
-    """Texts and what the pairs know of each of them: `Pairs.text_groups` and `Pairs.text_weight`."""
+    """Texts, (m, any), and what is known of each of them, (m,) or (m, any)."""
 
     embeds: Tensor
-    groups: Tensor | None
-    weight: Tensor | None
+    groups: Tensor | None  # `Pairs.text_groups`
+    weight: Tensor | None  # `Pairs.text_weight`
+    ratios: Tensor | None = None  # of norms, where embeddings are nested: `matryoshka.blocks.Side.ratios`
 
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in self if tensor is not None]
 
     def like(self, make: Callable[[Tensor], Tensor]) -> Texts:
         """The same with every tensor replaced."""
-        groups, weight = (None if tensor is None else make(tensor) for tensor in self[1:])
-        return Texts(make(self.embeds), groups, weight)
+        return Texts(make(self.embeds), *(None if tensor is None else make(tensor) for tensor in self[1:]))
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,33 @@ class Wanted:
     scalars: bool
 
 
+class Work(Protocol):
+    """A pass over all pairs of this rank's images with all ranks' texts, which a `Route` brings to it."""
+
+    peers: Peers
+    texts: Texts  # this rank's
+
+    def sums(self, rows: int) -> list[Tensor]:
+        """Memory for partial sums of the gradients of this many texts, (rows, any) each; none if not required."""
+
+    def add(self, source: int, texts: Texts, out: Sequence[Tensor]) -> None:
+        """Adds the texts of rank `source`. out: `sums` of their number, which are overwritten."""
+
+
+# Returns the sums of this rank's texts over all ranks. The tensors weigh a rank's contribution to each of its `sums`,
+# and broadcast to them.
+Route = Callable[[Work, Sequence[Tensor]], list[Tensor]]
+
+
 class Pass:
-    """One pass over all pairs of this rank's images with all ranks' texts."""
+    """The work of one loss."""
 
     def __init__(
         self,
         engine: Engine,
         peers: Peers,
         x: Tensor,
+        y: Tensor,
         logit_scale: Tensor,
         logit_bias: Tensor,
         pairs: Pairs,
@@ -116,28 +135,27 @@ class Pass:
         self.engine, self.peers, self.wanted = engine, peers, wanted
         self.x, self.logit_scale, self.logit_bias = x, logit_scale, logit_bias
         self.pairs, self.unit = pairs.in_units(peers.largest)
+        self.texts = Texts(y, self.pairs.text_groups, self.pairs.text_weight)
         self.gradient_scale = logit_scale if self.unit is None else logit_scale * self.unit
         self.totals = engine.totals(x.device, pairs)
         self.factor = 1 / (divisor * engine.logit_grad_scale)
         largest = max(peers.texts)
         self.logit_grad = workspace(engine, len(x), largest, x.device) if wanted.image or wanted.text else None
-        self.image = self.sums(len(x)) if wanted.image else None
+        self.image = self._sum(len(x)) if wanted.image else None
         self.image_started = False
 
-    def texts(self, y: Tensor) -> Texts:
-        """This rank's texts."""
-        return Texts(y, self.pairs.text_groups, self.pairs.text_weight)
+    def sums(self, rows: int) -> list[Tensor]:
+        return [self._sum(rows)] if self.wanted.text else []
 
-    def sums(self, rows: int) -> Tensor:
-        """Memory for partial sums of the gradients of this many images or texts."""
+    def _sum(self, rows: int) -> Tensor:
         return self.x.new_empty((rows, self.x.shape[1]), dtype=self.engine.sum_dtype)
 
-    def add(self, source: int, texts: Texts, out: Tensor | None) -> None:
-        """Adds the texts of rank `source`. out: (their number, D), written with Gᵀ x; None: skipped."""
+    def add(self, source: int, texts: Texts, out: Sequence[Tensor]) -> None:
+        """See `Work.add`. The sums are Gᵀ x."""
         engine = self.engine
         diagonal = self.peers.diagonal(source, self.pairs.diagonal)
         pairs = replace(self.pairs, diagonal=diagonal, text_groups=texts.groups, text_weight=texts.weight)
-        text = None if out is None else GradientSum(out)
+        text = GradientSum(out[0]) if out else None
         for start in range(0, len(self.x), engine.rows):
             rows = slice(start, min(start + engine.rows, len(self.x)))
             accumulate(
@@ -158,22 +176,19 @@ class Pass:
         self.image_started = True
 
 
-def ring(work: Pass, y: Tensor, weight: Tensor) -> Tensor | None:
-    """Passes texts around the ranks, and where texts require gradients, their partial sums one step behind.
+def ring(work: Work, weights: Sequence[Tensor]) -> list[Tensor]:
+    """A `Route`: passes texts around the ranks, and where texts require gradients, their partial sums one step behind.
 
     While a block is computed, the next block of texts and the previous block's sums are being transferred. Memory: two
-    blocks of texts and three of sums, independent of the number of ranks. weight: 0-dimensional, a factor of this
-    rank's contribution to the texts' gradients. Returns dL/dy of this rank's texts, complete, or None.
+    blocks of texts and three of sums, independent of the number of ranks.
     """
-    peers, wanted = work.peers, work.wanted
+    peers, texts = work.peers, work.texts
     largest = max(peers.texts)
-    texts = work.texts(y)
     blocks = [
         texts.like(lambda tensor: tensor.new_empty((largest, *tensor.shape[1:])))
         for _ in range(min(2, peers.world - 1))
     ]
-    shares = [work.sums(largest) for _ in range(2)] if wanted.text else []
-    incoming = work.sums(largest) if wanted.text else None
+    both, incoming = [work.sums(largest) for _ in range(2)], work.sums(largest)
 
     text_requests: list[dist.Work] = []
     sum_requests: list[dist.Work] = []
@@ -184,23 +199,25 @@ def ring(work: Pass, y: Tensor, weight: Tensor) -> Tensor | None:
             size = peers.texts[following]
             next_texts = blocks[step % 2].like(itemgetter(slice(size)))
             text_requests = peers.exchange(texts.tensors(), next_texts.tensors())
-        share = shares[step % 2][: len(texts.embeds)] if wanted.text else None
-        work.add(source, texts, share)
-        if share is not None and incoming is not None:
+        size = len(texts.embeds)
+        shares = [share[:size] for share in both[step % 2]]
+        work.add(source, texts, shares)
+        _wait(sum_requests)
+        for share, arrived, weight in zip(shares, incoming, weights, strict=True):
             if step == 0:
                 share.mul_(weight)
             else:
-                _wait(sum_requests)
-                torch.addcmul(incoming[: len(share)], share, weight, out=share)
-            sum_requests = peers.exchange([share], [incoming[: peers.texts[following]]], tag=len(Texts._fields))
+                torch.addcmul(arrived[:size], share, weight, out=share)
+        arriving = [arrived[: peers.texts[following]] for arrived in incoming]
+        sum_requests = peers.exchange(shares, arriving, tag=len(Texts._fields))
         if next_texts is not None:
             _wait(text_requests)
             texts = next_texts
     _wait(sum_requests)
-    return None if incoming is None else incoming[: len(y)]
+    return [arrived[: len(work.texts.embeds)] for arrived in incoming]
 
 
-def gather(work: Pass, y: Tensor, weight: Tensor) -> Tensor | None:
+def gather(work: Work, weights: Sequence[Tensor]) -> list[Tensor]:
     """`ring` with one all-gather before and one reduce-scatter after: O(global N·D) memory, fewer messages."""
     peers, largest = work.peers, max(work.peers.texts)
 
@@ -213,20 +230,16 @@ def gather(work: Pass, y: Tensor, weight: Tensor) -> Tensor | None:
         all_gather(everyone, padded, peers.group)
         return everyone
 
-    everyone = work.texts(y).like(gathered)
-    shares = None
-    if work.wanted.text:
-        shares = torch.zeros(everyone.embeds.shape, dtype=work.engine.sum_dtype, device=y.device)
+    everyone, totals = work.texts.like(gathered), work.sums(largest)
+    shares = [total.new_zeros((peers.world, *total.shape)) for total in totals]
     for step in range(peers.world):
         source = (peers.rank - step) % peers.world
         size = peers.texts[source]
         texts = everyone.like(itemgetter((source, slice(size))))
-        work.add(source, texts, None if shares is None else shares[source, :size])
-    if shares is None:
-        return None
-    own = work.sums(largest)
-    _reduce_scatter(own, shares.mul_(weight), peers.group)
-    return own[: len(y)]
+        work.add(source, texts, [share[source, :size] for share in shares])
+    for total, share, weight in zip(totals, shares, weights, strict=True):
+        _reduce_scatter(total, share.mul_(weight), peers.group)
+    return [total[: len(work.texts.embeds)] for total in totals]
 
 
 def matches_of_all(groups: Tensor, others: Tensor, sizes: Sequence[int], peers: Peers) -> Tensor:
@@ -276,57 +289,66 @@ class GatherTexts(torch.autograd.Function):
         return own, None
 
 
+@dataclass(frozen=True)
+class GlobalBatch:
+    """All that the loss of a global batch takes beside what may require gradients."""
+
+    engine: str
+    chunk_size: int
+    peers: Peers
+    route: Route
+    pairs: Pairs
+    divisor: float
+    wanted: Wanted
+    average: bool  # whether a loss is the mean over the ranks
+
+    def averaged(self, loss: Tensor) -> Tensor:
+        """This rank's loss, in its memory, or the mean of all ranks'."""
+        if self.average:
+            dist.all_reduce(loss, group=self.peers.group)
+            loss /= self.peers.world
+        return loss
+
+    def of_all_ranks(self, upstream: Tensor) -> Tensor:
+        """(world, any): the gradients with respect to all ranks' losses."""
+        everyone = upstream.new_empty((self.peers.world, upstream.numel()))
+        all_gather(everyone, upstream, self.peers.group)
+        return everyone
+
+
 class GlobalLoss(torch.autograd.Function):
     """This rank's loss. Required gradients are computed in the forward pass, as by the single-process operator."""
 
     @staticmethod
-    def forward(
-        ctx,
-        image_embeds,
-        text_embeds,
-        logit_scale,
-        logit_bias,
-        engine_name,
-        chunk_size,
-        peers,
-        route,
-        pairs,
-        divisor,
-        wanted,
-        average,
-    ):
+    def forward(ctx, image_embeds, text_embeds, logit_scale, logit_bias, batch):
         with on_device(image_embeds), torch.autocast(image_embeds.device.type, enabled=False):
             x, y = aligned(image_embeds), aligned(text_embeds)
-            engine = make_engine(engine_name, x, chunk_size)
-            work = Pass(engine, peers, x, logit_scale, logit_bias, pairs, divisor, wanted)
-            scale = work.gradient_scale
-            dy = route(work, y, scale * work.factor)
-            dx = x.new_empty(0)
+            engine = make_engine(batch.engine, x, batch.chunk_size)
+            work = Pass(engine, batch.peers, x, y, logit_scale, logit_bias, batch.pairs, batch.divisor, batch.wanted)
+            scale, dx, dy = work.gradient_scale, x.new_empty(0), x.new_empty(0)
+            for total in batch.route(work, [scale * work.factor] if batch.wanted.text else []):
+                dy = total.to(engine.saved_dtype, copy=True)
             if work.image is not None:
                 dx = engine.scale(work.image, scale, work.factor, torch.empty_like(x, dtype=engine.saved_dtype))
-            dy = x.new_empty(0) if dy is None else dy.to(engine.saved_dtype, copy=True)
-            loss, scalars = finish_totals(work.totals, 1 / divisor, work.unit, logit_scale.dtype, wanted.scalars)
-        if average:
-            dist.all_reduce(loss, group=peers.group)
-            loss /= peers.world
+            wants_scalars = batch.wanted.scalars
+            loss, scalars = finish_totals(work.totals, 1 / batch.divisor, work.unit, logit_scale.dtype, wants_scalars)
         ctx.save_for_backward(dx, dy, scalars, image_embeds, text_embeds, logit_scale, logit_bias)
-        ctx.engine, ctx.chunk_size, ctx.peers, ctx.route = engine_name, chunk_size, peers, route
-        ctx.pairs, ctx.divisor, ctx.wanted = pairs, divisor, wanted
-        return loss
+        ctx.batch = batch
+        return batch.averaged(loss)
 
     @staticmethod
     def backward(ctx, upstream, *_):
         dx, dy, scalars, image_embeds, text_embeds, logit_scale, logit_bias = ctx.saved_tensors
         weighted = None
-        if ctx.wanted.text:
-            everyone = upstream.new_empty(ctx.peers.world)
-            all_gather(everyone, upstream, ctx.peers.group)
+        if ctx.batch.wanted.text:
+            everyone = ctx.batch.of_all_ranks(upstream)
             if not bool((everyone == everyone[0]).all()):
                 # dy was summed with equal weights. All ranks see the same values and take the same branch.
-                weighted = _weighted_text_gradient(ctx, upstream, image_embeds, text_embeds, logit_scale, logit_bias)
+                inputs = image_embeds, text_embeds, logit_scale, logit_bias
+                weighted = _weighted_text_gradient(ctx.batch, upstream, *inputs)
                 dy = dy.new_empty(0)
         dx, dy, scalars = backward_op(
-            upstream, dx, dy, scalars, image_embeds, text_embeds, logit_scale, logit_bias, ctx.engine
+            upstream, dx, dy, scalars, image_embeds, text_embeds, logit_scale, logit_bias, ctx.batch.engine
         )
         needs = ctx.needs_input_grad
         return (
@@ -334,16 +356,24 @@ class GlobalLoss(torch.autograd.Function):
             (dy if weighted is None else weighted) if needs[1] else None,
             scalars[0] if needs[2] else None,
             scalars[1] if needs[3] else None,
-            *(None,) * 8,
+            None,
         )
 
 
 @torch.no_grad()
-def _weighted_text_gradient(ctx, upstream, image_embeds, text_embeds, logit_scale, logit_bias):
+def _weighted_text_gradient(
+    batch: GlobalBatch,
+    upstream: Tensor,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+) -> Tensor:
     """dL/dy where the ranks' upstream gradients differ: a second pass that computes nothing else."""
     x, y = aligned(image_embeds), aligned(text_embeds)
-    engine = make_engine(ctx.engine, x, ctx.chunk_size)
+    engine = make_engine(batch.engine, x, batch.chunk_size)
     with on_device(x), torch.autocast(x.device.type, enabled=False):
         wanted = Wanted(image=False, text=True, scalars=False)
-        work = Pass(engine, ctx.peers, x, logit_scale, logit_bias, ctx.pairs, ctx.divisor, wanted)
-        return ctx.route(work, y, work.gradient_scale * upstream * work.factor).to(text_embeds.dtype)
+        work = Pass(engine, batch.peers, x, y, logit_scale, logit_bias, batch.pairs, batch.divisor, wanted)
+        (total,) = batch.route(work, [work.gradient_scale * upstream * work.factor])
+        return total.to(text_embeds.dtype)

@@ -3,9 +3,10 @@
 from __future__ import annotations  # torch may be built without torch.distributed
 
 import copy
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from siglip_kernels.sigmoid_loss.api import (
 )
 from siglip_kernels.sigmoid_loss.distributed import (
     GatherTexts,
+    GlobalBatch,
     GlobalLoss,
     Peers,
     Wanted,
@@ -51,8 +53,25 @@ from siglip_kernels.transforms import refuse_transforms, under_transform
 
 _ROUTES = {"ring": ring, "bidir": ring, "shift": ring, "reduce": ring, "gather": gather}
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
-_Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Pairs]
 _METHODS = ("get_logits", "get_ground_truth", "_loss")
+
+# The options of a call of `SigLipLoss`; the others belong to the module.
+CALL_OPTIONS = ("image_groups", "text_groups", "offset", "positive_weight", "image_weight", "text_weight")
+
+
+class Arguments(NamedTuple):
+    """Checked arguments of a loss, or of the losses of prefixes, for which see `matryoshka.arguments.Prefixes`."""
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor
+    widths: tuple[int, ...] = ()
+    width_weights: Tensor | None = None
+
+
+# Checks what is particular to a loss: takes images and texts of a checked dtype, and the name of an engine.
+Check = Callable[[Tensor, Tensor, str], Arguments]
 
 
 class SigLipLoss(nn.Module):
@@ -161,15 +180,13 @@ class SigLipLoss(nn.Module):
         offset: as in `sigmoid_loss`, for images and texts that are counted over all ranks; the same on every rank.
         positive_weight: instead of the module's: a number, or (local N,), one for each image.
         """
-        options: PairOptions = dict(
+        options = self._options(
             image_groups=image_groups,
             text_groups=text_groups,
             offset=offset,
-            positive_weight=self.positive_weight if positive_weight is None else positive_weight,
-            negative_weight=self.negative_weight,
+            positive_weight=positive_weight,
             image_weight=image_weight,
             text_weight=text_weight,
-            ignore=self.ignore,
         )
         if self._overridden():
             self._refuse_options(options)
@@ -184,6 +201,16 @@ class SigLipLoss(nn.Module):
                 across = torch.compiler.disable(across)
             loss = across(image_features, text_features, logit_scale, logit_bias, options)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _options(self, positive_weight: float | Tensor | None = None, **given: Any) -> PairOptions:
+        """Those of a call, and this module's."""
+        options: PairOptions = dict(
+            positive_weight=self.positive_weight if positive_weight is None else positive_weight,
+            negative_weight=self.negative_weight,
+            ignore=self.ignore,
+        )
+        options.update(given)  # type: ignore[typeddict-item]
+        return options
 
     # What open_clip lets subclasses override. Nothing calls these unless one of them is overridden.
 
@@ -242,7 +269,8 @@ class SigLipLoss(nn.Module):
         self._refuse_choices()
         group = self._group()
         bias = 0.0 if logit_bias is None else logit_bias
-        (sizes, _), _ = self._agreed(group, image_features, text_features, logit_scale, bias, options, "chunked")
+        check = self._check(logit_scale, bias)
+        (sizes, _), _ = self._agreed(group, image_features, text_features, options, "chunked", check)
         if len(set(sizes)) > 1:
             got = f"differ between ranks in number: {list(sizes)}"
             raise unsupported("SigLipLoss", "features", got, f"the same where {self._overridden()[0]} is overridden")
@@ -265,17 +293,22 @@ class SigLipLoss(nn.Module):
     def _local(
         self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias, options: PairOptions
     ) -> Tensor:
-        check_embeds("SigLipLoss", image_features, text_features, same_length=same_length(options))
-        weight = self._weight_of_positives(image_features, text_features, options)
-        if weight is not None:
-            make_pairs("SigLIPPlusLoss", image_features, text_features, **options)  # checks what is multiplied next
-            options = {**options, "positive_weight": weight * options["positive_weight"]}
+        options = self._local_options(image_features, text_features, options)
         embeds, reduction = (image_features, text_features), self.reduction
         if self.backend == "auto" and under_transform():
             return plain_sigmoid_loss(*embeds, logit_scale, logit_bias, reduction=reduction, **options)
         loss = sigmoid_loss if self._engine(image_features) == "triton" else chunked_sigmoid_loss
         chosen: dict[str, Any] = dict(chunk_size=self.chunk_size, reduction=reduction, **options)
         return loss(*embeds, logit_scale, logit_bias, **chosen)
+
+    def _local_options(self, image_features: Tensor, text_features: Tensor, options: PairOptions) -> PairOptions:
+        """With this module's further weight of positive pairs."""
+        check_embeds("SigLipLoss", image_features, text_features, same_length=same_length(options))
+        weight = self._weight_of_positives(image_features, text_features, options)
+        if weight is None:
+            return options
+        make_pairs("SigLIPPlusLoss", image_features, text_features, **options)  # checks what is multiplied next
+        return {**options, "positive_weight": weight * options["positive_weight"]}
 
     def _weight_of_positives(
         self, image_features: Tensor, text_features: Tensor, options: PairOptions, peers: Peers | None = None
@@ -286,21 +319,49 @@ class SigLipLoss(nn.Module):
     def _global(
         self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias, options: PairOptions
     ) -> Tensor:
+        check = self._check(logit_scale, logit_bias)
+        arguments, batch, positives = self._global_batch(image_features, text_features, options, check)
+        loss: Tensor = GlobalLoss.apply(*arguments[:4], batch)
+        return loss if positives is None else loss / positives
+
+    # For `matryoshka_sigmoid_loss`, which computes the losses of several widths together.
+
+    def fuses(self) -> bool:
+        """Whether this loss is the built-in one, and not within a transform of torch.func, which calls others."""
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        own = "forward" in self.__dict__ or type(self).forward is not SigLipLoss.forward
+        return not (own or hooked or self._overridden() or under_transform())
+
+    def local_choices(self, image_features: Tensor, text_features: Tensor, **given: Any) -> tuple[str, PairOptions]:
+        """Of the local batch: the name of the engine, and the options. given: `CALL_OPTIONS`."""
+        options = self._local_options(image_features, text_features, self._options(**given))
+        return self._engine(image_features), options
+
+    def global_batch(
+        self, image_features: Tensor, text_features: Tensor, check: Check, **given: Any
+    ) -> tuple[Arguments, GlobalBatch, Tensor | None]:
+        """See `_global_batch`. given: `CALL_OPTIONS`."""
+        return self._global_batch(image_features, text_features, self._options(**given), check)
+
+    def _global_batch(
+        self, image_features: Tensor, text_features: Tensor, options: PairOptions, check: Check
+    ) -> tuple[Arguments, GlobalBatch, Tensor | None]:
+        """What all ranks have agreed on, and what a loss is divided by at last, or None.
+
+        Raises on every rank if one refuses its own.
+        """
         group = self._group()
         if self.reduction == "none":
             raise unsupported(
                 "SigLipLoss", "reduction", "is 'none' with several ranks", "images, pairs, positives, sum"
             )
         engine = self._engine(image_features) if isinstance(image_features, Tensor) else "chunked"
-        (images, texts), (x, y, scale, bias, pairs) = self._agreed(
-            group, image_features, text_features, logit_scale, logit_bias, options, engine
-        )
+        (images, texts), (arguments, pairs) = self._agreed(group, image_features, text_features, options, engine, check)
         peers = Peers(group, self.rank, images, texts)
         weight = self._weight_of_positives(image_features, text_features, options, peers)
         if weight is not None:
-            weight = weight.to(scale.dtype)
+            weight = weight.to(arguments.logit_scale.dtype)
             pairs = pairs.weighted(weight, torch.ones_like(weight), texts[self.rank])
-        wanted, route = _wanted((x, y, scale, bias)), _ROUTES[self.dist_impl]
         positives = None
         if self.reduction == "positives" and pairs.image_groups is not None and pairs.text_groups is not None:
             positives = matches_of_all(pairs.image_groups, pairs.text_groups, texts, peers).sum()
@@ -317,27 +378,45 @@ class SigLipLoss(nn.Module):
             divisor = positives_on_diagonal("SigLipLoss", sum(images), sum(texts), pairs.diagonal) / peers.world
         elif self.reduction == "sum" or positives is not None:
             divisor = 1 / peers.world
-        loss: Tensor = GlobalLoss.apply(
-            x, y, scale, bias, engine, self.chunk_size, peers, route, pairs, divisor, wanted, self.average_loss
+        batch = GlobalBatch(
+            engine=engine,
+            chunk_size=self.chunk_size,
+            peers=peers,
+            route=_ROUTES[self.dist_impl],
+            pairs=pairs,
+            divisor=divisor,
+            wanted=_wanted(arguments),
+            average=self.average_loss,
         )
-        return loss if positives is None else loss / positives
+        return arguments, batch, positives
+
+    @staticmethod
+    def _check(logit_scale: Tensor | float, logit_bias: Tensor | float) -> Check:
+        def check(x: Tensor, y: Tensor, engine: str) -> Arguments:
+            if engine == "triton":
+                check_kernel_input("SigLipLoss", x)
+                make_engine(engine, x)  # raises where the kernels cannot run
+                x, y = padded(x), padded(y)
+            scale = as_scalar("SigLipLoss", "logit_scale", logit_scale, x)
+            return Arguments(x, y, scale, as_scalar("SigLipLoss", "logit_bias", logit_bias, x))
+
+        return check
 
     def _agreed(
         self,
         group: dist.ProcessGroup,
         image_features: Tensor,
         text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float,
         options: PairOptions,
         engine: str,
-    ) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], _Arguments]:
+        check: Check,
+    ) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[Arguments, Pairs]]:
         """The numbers of images and of texts on each rank, and the checked arguments.
 
         Raises on every rank if one refuses its own.
         """
         problem: Exception | None = None
-        arguments: _Arguments | None = None
+        checked: tuple[Arguments, Pairs] | None = None
         try:
             check_embeds("SigLipLoss", image_features, text_features, same_length=same_length(options))
             autocast = autocast_dtype(image_features)
@@ -345,20 +424,16 @@ class SigLipLoss(nn.Module):
             if x.dtype != y.dtype or x.dtype not in _DTYPES:
                 got = f"has dtype {y.dtype}, image_features {x.dtype}"
                 raise unsupported("SigLipLoss", "text_features", got, "float32, float16, bfloat16 or float64 for both")
-            if engine == "triton":
-                check_kernel_input("SigLipLoss", x)
-                make_engine(engine, x)  # raises where the kernels cannot run
-                x, y = padded(x), padded(y)
-            scale = as_scalar("SigLipLoss", "logit_scale", logit_scale, x)
-            bias = as_scalar("SigLipLoss", "logit_bias", logit_bias, x)
+            arguments = check(x, y, engine)
+            x, y, scale, bias = arguments[:4]
             refuse_transforms("SigLipLoss", image_features=x, text_features=y, logit_scale=scale, logit_bias=bias)
             pairs = make_pairs("SigLipLoss", x, y, **options)
-            arguments = x, y, scale, bias, replace(pairs, diagonal=options.get("offset") or 0)
+            checked = arguments, replace(pairs, diagonal=options.get("offset") or 0)
         except Exception as error:  # raised after the other ranks know of it, which would wait for this one
             problem = error
-        sizes = _agree(group, self.rank, image_features, arguments, problem)
-        assert arguments is not None  # else _agree has raised
-        return sizes, arguments
+        sizes = _agree(group, self.rank, image_features, checked, problem)
+        assert checked is not None  # else _agree has raised
+        return sizes, checked
 
     def _group(self) -> dist.ProcessGroup:
         if not dist.is_available() or not dist.is_initialized():
@@ -431,8 +506,8 @@ class SigLIPPlusLoss(SigLipLoss):
         return matches_of_all(images, texts, peers.texts, peers), matches_of_all(images, images, peers.images, peers)
 
 
-def _wanted(arguments: Sequence[Tensor]) -> Wanted:
-    image, text, scale, bias = arguments
+def _wanted(arguments: Arguments) -> Wanted:
+    image, text, scale, bias = arguments[:4]
     return Wanted(wants_gradients(image), wants_gradients(text), wants_gradients(scale, bias))
 
 
@@ -453,19 +528,21 @@ def _agree(
     group: dist.ProcessGroup,
     rank: int,
     image_features: object,
-    arguments: _Arguments | None,
+    checked: tuple[Arguments, Pairs] | None,
     problem: Exception | None,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The numbers of images and of texts on each rank.
 
     Raises on every rank if one refused its input or if their inputs disagree.
     """
-    facts = [0] * 9
-    if arguments is not None:
-        (x, y), pairs, wanted = arguments[:2], arguments[4], _wanted(arguments[:4])
+    facts = [0] * 10
+    if checked is not None:
+        arguments, pairs = checked
+        x, y, wanted = arguments.image_embeds, arguments.text_embeds, _wanted(arguments)
         gradients = wanted.image or wanted.text or wanted.scalars
         flags = (wanted.text, gradients, pairs.image_groups is not None, pairs.text_weight is not None)
         facts = [len(x), len(y), x.shape[1], _DTYPES.index(x.dtype), *map(int, flags), pairs.diagonal]
+        facts.append(zlib.crc32(repr(arguments.widths).encode()))
     mine = torch.tensor(facts, dtype=torch.int64, device=_exchange_device(group, image_features))
     gathered = mine.new_empty((dist.get_world_size(group), len(facts)))
     all_gather(gathered, mine, group)
@@ -484,11 +561,12 @@ def _agree(
         "whether there are groups",
         "whether there are weights",
         "offset",
+        "widths of prefixes",
     )
     for column, name in enumerate(names, start=2):
         values = [row[column] for row in table]
         if len(set(values)) > 1:
             shown = [str(_DTYPES[value]) if name == "dtype" else value for value in values]
-            got = f"differ between ranks in {name}: {shown}"
+            got = f"differ between ranks in {name}" + ("" if name == names[-1] else f": {shown}")
             raise unsupported("SigLipLoss", "features", got, "the same on every rank")
     return tuple(row[0] for row in table), tuple(row[1] for row in table)

@@ -161,12 +161,16 @@ class OnlyRank(distributed.Peers):
         return []
 
 
+def only_rank(route: Callable, chunk_size: int = 0) -> distributed.GlobalBatch:
+    peers = OnlyRank(torch.distributed.group.WORLD, 0, (300,), (300,))
+    wanted = distributed.Wanted(image=True, text=True, scalars=True)
+    return distributed.GlobalBatch("triton", chunk_size, peers, route, Pairs(), 300, wanted, average=False)
+
+
 def global_loss(route: Callable, chunk_size: int = 0) -> Tensor:
     """The loss of the only rank."""
-    peers, pairs = OnlyRank(torch.distributed.group.WORLD, 0, (300,), (300,)), Pairs()
-    wanted = distributed.Wanted(image=True, text=True, scalars=True)
-    arguments = (tensor(300, 64), tensor(300, 64), *scalars(), "triton", chunk_size, peers, route)
-    return distributed.GlobalLoss.apply(*arguments, pairs, 300, wanted, False)
+    batch = only_rank(route, chunk_size)
+    return distributed.GlobalLoss.apply(tensor(300, 64), tensor(300, 64), *scalars(), batch)
 
 
 CALLS: dict[str, Callable[[], Tensor]] = {

@@ -2,17 +2,18 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import ranks
 import torch
 import torch.nn.functional as F
+from lonely_rank import Alone
 from torch import Tensor
 
 from siglip_kernels import SigLipLoss, SigLIPPlusLoss, UnsupportedInputError, reference, sigmoid_loss
 from siglip_kernels.sigmoid_loss import triton_engine
-from siglip_kernels.sigmoid_loss.distributed import Pass, Peers, Wanted, ring
+from siglip_kernels.sigmoid_loss.distributed import Pass, Wanted, ring
 from siglip_kernels.sigmoid_loss.engines import make_engine
 from siglip_kernels.sigmoid_loss.pairs import Pairs, matches, plus_weights
 
@@ -239,20 +240,6 @@ def test_without_options_modules_are_the_plain_loss(loss):
     assert torch.allclose(loss(x, y, 5.0, -3.0), reference.sigmoid_loss(x, y, 5.0, -3.0) / divisor)
 
 
-class Alone(Peers):
-    """One rank of several, to which nothing arrives; it knows the memory that it sends from and receives into."""
-
-    memory: ClassVar[dict[int, int]] = {}
-
-    def exchange(self, send, receive, tag=0):
-        for tensor in (*send, *receive):
-            self.memory[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return []
-
-    def largest(self, value):
-        return value
-
-
 def test_the_ring_takes_the_same_memory_for_any_number_of_ranks():
     """Groups and weights included; all its buffers take part in an exchange."""
     x, y = torch.ones(5, 16), torch.ones(5, 16)
@@ -260,11 +247,10 @@ def test_the_ring_takes_the_same_memory_for_any_number_of_ranks():
     pairs = pairs.weighted(torch.ones(5), torch.ones(5), 5)
 
     def memory(world: int) -> int:
-        Alone.memory.clear()
         peers = Alone(None, 0, (5,) * world, (5,) * world)
         scalars, wanted = (torch.ones(()), torch.zeros(())), Wanted(True, True, True)
-        work = Pass(make_engine("chunked", x), peers, x, *scalars, pairs, 5.0, wanted)
-        ring(work, y, torch.ones(()))
+        work = Pass(make_engine("chunked", x), peers, x, y, *scalars, pairs, 5.0, wanted)
+        ring(work, [torch.ones(())])
         return sum(peers.memory.values())
 
     # This rank's texts and two blocks of them with groups and weights, and three blocks of sums.
