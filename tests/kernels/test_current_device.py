@@ -19,6 +19,7 @@ import siglip_kernels
 from bench.compiled.launch import GPUS
 from siglip_kernels.device import pretend
 from siglip_kernels.sigmoid_loss import distributed, module
+from siglip_kernels.sigmoid_loss.matryoshka.distributed import GlobalPrefixLosses
 from siglip_kernels.sigmoid_loss.pairs import Pairs
 
 triton = pytest.importorskip("triton")
@@ -173,6 +174,11 @@ def global_loss(route: Callable, chunk_size: int = 0) -> Tensor:
     return distributed.GlobalLoss.apply(tensor(300, 64), tensor(300, 64), *scalars(), batch)
 
 
+def global_prefix_losses() -> Tensor:
+    ones, batch = torch.ones(2), only_rank(distributed.ring)
+    return GlobalPrefixLosses.apply(tensor(300, 64), tensor(300, 64), ones, ones, (32, 64), ones, batch)
+
+
 CALLS: dict[str, Callable[[], Tensor]] = {
     "attention": lambda: attention(100),
     "attention of few tokens": lambda: attention(16),
@@ -200,6 +206,8 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "sigmoid_loss in chunks": lambda: global_loss(distributed.ring, chunk_size=256),
     "sigmoid_loss whose texts are weighted": lambda: global_loss(distributed.ring) * torch.nan,  # equal to no other
     "sigmoid_loss of gathered texts": lambda: global_loss(distributed.gather),
+    "matryoshka_sigmoid_loss around a ring": global_prefix_losses,
+    "matryoshka_sigmoid_loss whose widths are weighted": lambda: global_prefix_losses() * torch.nan,
 }
 
 

@@ -7,18 +7,17 @@ that is not the same for all prefixes, it computes them again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels.arguments import autocast_dtype, cast, check_same_dtype, given, wants_gradients
+from siglip_kernels.arguments import autocast_dtype, cast, check_same_dtype, wants_gradients
 from siglip_kernels.device import kernels_run_on, on_device
 from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.api import (
-    as_scalar,
     check_chunk_size,
     check_embeds,
     check_kernel_input,
@@ -29,12 +28,13 @@ from siglip_kernels.sigmoid_loss.api import (
     sigmoid_loss,
 )
 from siglip_kernels.sigmoid_loss.engines import make_engine, saved_dtype
-from siglip_kernels.sigmoid_loss.matryoshka.blocks import losses_and_gradients
+from siglip_kernels.sigmoid_loss.matryoshka.arguments import OPERATION, Prefixes, Scalars
+from siglip_kernels.sigmoid_loss.matryoshka.blocks import empty_gradient, losses_and_gradients
+from siglip_kernels.sigmoid_loss.matryoshka.distributed import global_losses
 from siglip_kernels.sigmoid_loss.matryoshka.engines import gradients_early, make_prefix_engine
+from siglip_kernels.sigmoid_loss.module import CALL_OPTIONS, SigLipLoss
 from siglip_kernels.sigmoid_loss.pairs import PairOptions, Pairs, check_reduction, make_pairs
 from siglip_kernels.transforms import refuse_transforms, register_derivative, under_transform
-
-Scalars = Tensor | float | Sequence[Tensor | float]
 
 
 @torch.library.custom_op("siglip_kernels::matryoshka_sigmoid_loss", mutates_args=())
@@ -67,8 +67,8 @@ def forward_op(
         prefix_engine = make_prefix_engine(engine, image_embeds, widths, chunk_size)
         early = gradients_early(engine, image_embeds.device)
         dtype = saved_dtype(engine, image_embeds.dtype)
-        dx = _zeros(image_embeds, widths, dtype) if early and image_gradient else None
-        dy = _zeros(text_embeds, widths, dtype) if early and text_gradient else None
+        dx = empty_gradient(image_embeds, widths, dtype) if early and image_gradient else None
+        dy = empty_gradient(text_embeds, widths, dtype) if early and text_gradient else None
         losses, scalars = losses_and_gradients(
             prefix_engine,
             image_embeds,
@@ -86,13 +86,6 @@ def forward_op(
         nothing = image_embeds.new_empty(0, dtype=dtype)
         dx, dy = nothing if dx is None else dx, nothing.clone() if dy is None else dy
         return losses * width_weights, dx, dy, scalars * width_weights if scalar_gradients else scalars
-
-
-def _zeros(embeds: Tensor, widths: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A gradient of the embeddings, contiguous, whose columns past the widest prefix are zeros."""
-    gradient = embeds.new_empty(embeds.shape, dtype=dtype)
-    gradient[:, widths[-1] :] = 0
-    return gradient
 
 
 @forward_op.register_fake
@@ -165,7 +158,7 @@ def backward_op(
                 result = torch.empty_like(saved, dtype=embeds.dtype)
                 results.append(scaler.scale(saved, upstream[0].contiguous(), 1.0, result))
             else:
-                results.append(_zeros(embeds, widths, embeds.dtype) if wanted else None)
+                results.append(empty_gradient(embeds, widths, embeds.dtype) if wanted else None)
         if want_image or want_text:
             losses_and_gradients(
                 prefix_engine,
@@ -276,94 +269,109 @@ def matryoshka_sigmoid_loss(
     width_weights: constant factors of the losses, from 0 on; None: 1.
     loss: None, the default, is `sigmoid_loss` on GPUs that run the kernels, and `chunked_sigmoid_loss` elsewhere, as in
     `SigLipLoss`; within transforms of torch.func and forward-mode differentiation it is `plain_sigmoid_loss`. Any of
-    the three may be given, and any other function or module that takes the same, such as a `SigLipLoss` with ranks.
+    the three may be given; a `SigLipLoss` or `SigLIPPlusLoss`, whose options and process group then apply: with several
+    ranks the losses and gradients are a rank's of the global batch, as `siglip_kernels.sigmoid_loss.distributed`
+    defines them; and any other function or module that takes the same.
     options: of that loss, such as groups and weights, except reduction="none".
 
-    With `sigmoid_loss` and `chunked_sigmoid_loss` one pass computes all losses and gradients (blocks.py). Its matrix
-    products are those of the widest loss, and only what follows the products is repeated for each width; in Triton the
-    columns between two widths are padded to multiples of 64 for the logits, and of 128 for the gradients. The gradients
-    are those of the sum of the losses; if the losses are weighted afterwards, so that their upstream gradients differ,
-    the backward pass computes them again, which `width_weights` avoids. (In PyTorch operations on a GPU, the backward
-    pass always computes them.) Memory is O((N + M)·D): beyond that of the loss, a normalised copy of the embeddings,
-    and a block of logit gradients for each width, whose size does not grow with N and M.
-    With any other loss each width is a call of its own: together they cost the sum of the widths, 2.25 times the widest
-    of 64, 128, 256, 512 and 768.
+    With `sigmoid_loss`, `chunked_sigmoid_loss` and the modules one pass computes all losses and gradients (blocks.py).
+    Its matrix products are those of the widest loss, and only what follows the products is repeated for each width; in
+    Triton the columns between two widths are padded to multiples of 64 for the logits, and of 128 for the gradients.
+    Ranks exchange texts once for all widths. The gradients are those of the sum of the losses; if the losses are
+    weighted afterwards, so that their upstream gradients differ, the backward pass computes them again, which
+    `width_weights` avoids. (In PyTorch operations on a GPU, the backward pass always computes them, unless there are
+    several ranks.) Memory is O((N + M)·D): beyond that of the loss, a normalised copy of the embeddings, and a block of
+    logit gradients for each width, whose size does not grow with N and M.
+    With any other loss, and with modules that have hooks or overridden methods, each width is a call of its own:
+    together they cost the sum of the widths, 2.25 times the widest of 64, 128, 256, 512 and 768.
 
     Raises UnsupportedInputError and MissingBackendError as the loss does.
     """
-    operation = "matryoshka_sigmoid_loss"
-    check_embeds(operation, image_embeds, text_embeds, same_length=same_length(options))  # type: ignore[arg-type]
+    if isinstance(loss, SigLipLoss) and loss.fuses():
+        return _of_module(loss, image_embeds, text_embeds, logit_scales, logit_biases, widths, width_weights, options)
+    check_embeds(OPERATION, image_embeds, text_embeds, same_length=same_length(options))  # type: ignore[arg-type]
     if options.get("reduction") == "none":
-        raise unsupported(operation, "reduction", "is 'none'", "a reduction to one number")
-    if not isinstance(widths, Iterable):
-        raise unsupported(operation, "widths", f"is {given(widths)}", "a sequence of numbers")
-    widths, columns = list(widths), image_embeds.shape[1]
-    ascending = all(isinstance(width, int) and not isinstance(width, bool) for width in widths)
-    if not widths or not ascending or widths != sorted(set(widths)) or not 1 <= widths[0] <= widths[-1] <= columns:
-        raise unsupported(operation, "widths", f"is {widths}", f"ascending numbers from 1 to {columns}")
-    scales = _each(operation, "logit_scales", logit_scales, len(widths))
-    biases = _each(operation, "logit_biases", logit_biases, len(widths))
-    weights = _each(
-        operation, "width_weights", [1.0] * len(widths) if width_weights is None else width_weights, len(widths)
-    )
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise unsupported(operation, "width_weights", f"has {given(weight)}", "finite numbers from 0 on")
+        raise unsupported(OPERATION, "reduction", "is 'none'", "a reduction to one number")
+    prefixes = Prefixes.of(image_embeds.shape[1], logit_scales, logit_biases, widths, width_weights)
     if loss is None:
         on_gpu = image_embeds.is_cuda and kernels_run_on(image_embeds.device)
         loss = plain_sigmoid_loss if under_transform() else sigmoid_loss if on_gpu else chunked_sigmoid_loss
     if loss is sigmoid_loss or loss is chunked_sigmoid_loss:
         engine = "triton" if loss is sigmoid_loss else "chunked"
-        unknown = [name for name in options if name not in (*PairOptions.__annotations__, "reduction", "chunk_size")]
-        if unknown:
-            raise TypeError(f"{operation}() got an unexpected keyword argument {unknown[0]!r}")
-        return _fused(engine, image_embeds, text_embeds, scales, biases, widths, weights, **options)
+        _refuse_unknown(options, (*PairOptions.__annotations__, "reduction", "chunk_size"))
+        return _fused(engine, image_embeds, text_embeds, prefixes, **options)
     losses = []
-    for width, scale, bias, weight in zip(widths, scales, biases, weights, strict=True):
+    for width, scale, bias, weight in zip(*prefixes, strict=True):
         embeds = (_normalised(values[:, :width]) for values in (image_embeds, text_embeds))
         value = loss(next(embeds), next(embeds), scale, bias, **options)
         if value.dim():
-            raise unsupported(operation, "loss", f"returns shape {tuple(value.shape)}", "losses of one number")
+            raise unsupported(OPERATION, "loss", f"returns shape {tuple(value.shape)}", "losses of one number")
         losses.append(value * weight)
     return torch.stack(losses)
+
+
+def _of_module(
+    module: SigLipLoss,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scales: Scalars,
+    logit_biases: Scalars,
+    widths: Sequence[int],
+    width_weights: Sequence[float] | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """The losses with the module's options, of the local or of the global batch."""
+    _refuse_unknown(options, CALL_OPTIONS)
+    if module.reduction == "none":
+        raise unsupported(OPERATION, "loss", "has reduction='none'", "a reduction to one number")
+    scalars = logit_scales, logit_biases, widths, width_weights
+    if module.world_size == 1:
+        check_embeds(OPERATION, image_embeds, text_embeds, same_length=same_length(options))  # type: ignore[arg-type]
+        prefixes = Prefixes.of(image_embeds.shape[1], *scalars)
+        engine, pair_options = module.local_choices(image_embeds, text_embeds, **options)
+        chosen: dict[str, Any] = dict(chunk_size=module.chunk_size, reduction=module.reduction, **pair_options)
+        return _fused(engine, image_embeds, text_embeds, prefixes, **chosen)
+    of_all_ranks = global_losses
+    if torch.compiler.is_compiling():  # collectives cause a graph break
+        of_all_ranks = torch.compiler.disable(of_all_ranks)
+    return of_all_ranks(module, image_embeds, text_embeds, *scalars, **options)
+
+
+def _refuse_unknown(options: dict[str, Any], known: Sequence[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{OPERATION}() got an unexpected keyword argument {name!r}")
 
 
 def _fused(
     engine: str,
     image_embeds: Tensor,
     text_embeds: Tensor,
-    scales: Sequence[Tensor | float],
-    biases: Sequence[Tensor | float],
-    widths: list[int],
-    weights: Sequence[Tensor | float],
+    prefixes: Prefixes,
     *,
     chunk_size: int = 0,
     reduction: str = "images",
     **options: Any,
 ) -> Tensor:
-    operation = "matryoshka_sigmoid_loss"
-    check_reduction(operation, reduction)
+    check_reduction(OPERATION, reduction)
     dtype = autocast_dtype(image_embeds)
     x, y = cast(image_embeds, dtype), cast(text_embeds, dtype)
-    check_same_dtype(operation, "text_embeds", y, "image_embeds", x.dtype)
-    scale, bias, weight = (
-        torch.stack([as_scalar(operation, name, value, x) for value in values])
-        for name, values in (("logit_scales", scales), ("logit_biases", biases), ("width_weights", weights))
-    )
-    pairs = make_pairs(operation, x, y, **options)
+    check_same_dtype(OPERATION, "text_embeds", y, "image_embeds", x.dtype)
+    scale, bias, weight = prefixes.tensors(x)
+    pairs = make_pairs(OPERATION, x, y, **options)
     if engine == "triton":
-        check_kernel_input(operation, x)
-    check_chunk_size(operation, chunk_size)
-    refuse_transforms(operation, image_embeds=x, text_embeds=y, logit_scales=scale, logit_biases=bias)
+        check_kernel_input(OPERATION, x)
+    check_chunk_size(OPERATION, chunk_size)
+    refuse_transforms(OPERATION, image_embeds=x, text_embeds=y, logit_scales=scale, logit_biases=bias)
     images, texts = x.shape[0], y.shape[0]
-    positives = check_positives(operation, x, y, pairs) if reduction == "positives" else 1
+    positives = check_positives(OPERATION, x, y, pairs) if reduction == "positives" else 1
     counted = isinstance(positives, Tensor)
     losses, *_gradients = forward_op(
         x,
         y,
         scale,
         bias,
-        widths,
+        prefixes.widths,
         weight,
         engine,
         chunk_size,
@@ -384,15 +392,3 @@ def _fused(
 def _normalised(prefix: Tensor) -> Tensor:
     exact = torch.promote_types(prefix.dtype, torch.float32)
     return F.normalize(prefix.to(exact), dim=-1).to(prefix.dtype)
-
-
-def _each(operation: str, argument: str, values: Scalars, count: int) -> list[Tensor | float]:
-    """One value for each width."""
-    if isinstance(values, (int, float)) or (isinstance(values, Tensor) and values.numel() == 1):
-        return [values] * count
-    if isinstance(values, Tensor) and values.dim() == 1 and len(values) == count:
-        return list(values.unbind())
-    if isinstance(values, Sequence) and not isinstance(values, str) and len(values) == count:
-        return list(values)
-    got = f"has shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"is {given(values)}"
-    raise unsupported(operation, argument, got, f"one number, or {count}")

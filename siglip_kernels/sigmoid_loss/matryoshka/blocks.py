@@ -168,6 +168,98 @@ class PrefixEngine(Protocol):
         """out[s] = factor · τₛ aₛ (sums[s] / logit_grad_scale - rₛ x̂[s]). dots: (K, n), Σ G ⊙ cos. factor: ()."""
 
 
+@dataclass
+class PrefixSum:
+    """The gradient of one side while blocks are added to it. Both are of at least fp32, and not yet `finish`ed."""
+
+    total: Tensor  # (n, Segments.ends[-1])
+    dots: Tensor  # `PrefixEngine.dots`
+    started: bool = False  # whether a block has been written to `total`
+
+    @staticmethod
+    def empty(
+        engine: PrefixEngine, segments: Segments, rows: int, of_images: bool, device: torch.device, pairs: Pairs
+    ) -> PrefixSum:
+        total = torch.empty((rows, segments.ends[-1]), dtype=engine.sum_dtype, device=device)
+        return PrefixSum(total, engine.dots(len(segments.widths), rows, of_images, device, pairs))
+
+    def part(self, rows: slice) -> PrefixSum:
+        return PrefixSum(self.total[rows], self.dots[:, :, rows], self.started)
+
+    def each(self) -> Tensor:
+        """(K, n): Σ G ⊙ cos."""
+        return self.dots.sum(1)[:, : len(self.total)]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One pass over blocks of pairs."""
+
+    engine: PrefixEngine
+    segments: Segments
+    scales: Tensor
+    biases: Tensor
+    shares: Shares
+    totals: Tensor
+    gradients: bool  # whether anything beyond the losses is required
+    logit_grad: Tensor | None  # `workspace`, where embeddings require gradients
+    only_if: Tensor | None = None
+
+    @staticmethod
+    def workspace(engine: PrefixEngine, segments: Segments, images: int, texts: int, device: torch.device) -> Tensor:
+        """Memory for H of one block."""
+        shape = len(segments.widths), min(engine.rows, round_up(images)), min(engine.columns, round_up(texts))
+        return torch.empty(shape, dtype=engine.logit_grad_dtype, device=device)
+
+    def add(self, image: Side, text: Side, pairs: Pairs, images: PrefixSum | None, texts: PrefixSum | None) -> None:
+        """Adds all pairs of at most engine.rows images and any number of texts to the totals and to the sums."""
+        engine = self.engine
+        for start in range(0, len(text.normalised), engine.columns):
+            columns = slice(start, min(start + engine.columns, len(text.normalised)))
+            of_block = text.part(columns)
+            text_sum = None if texts is None else texts.part(columns)
+            engine.prefix_logit_grad(
+                image=image,
+                text=of_block,
+                segments=self.segments,
+                scales=self.scales,
+                biases=self.biases,
+                shares=self.shares,
+                pairs=pairs.part(slice(None), columns),
+                totals=self.totals,
+                gradients=self.gradients,
+                out=self.logit_grad,
+                image_dots=None if images is None else images.dots,
+                text_dots=None if text_sum is None else text_sum.dots,
+                only_if=self.only_if,
+            )
+            if self.logit_grad is not None and images is not None:
+                self._multiply(self.logit_grad, of_block, images, transposed=False)
+                images.started = True
+            if self.logit_grad is not None and text_sum is not None:
+                self._multiply(self.logit_grad, image, text_sum, transposed=True)
+        if texts is not None:
+            texts.started = True
+
+    def _multiply(self, logit_grad: Tensor, operand: Side, out: PrefixSum, *, transposed: bool) -> None:
+        self.engine.prefix_product(
+            logit_grad=logit_grad,
+            operand=operand.normalised,
+            segments=self.segments,
+            transposed=transposed,
+            add=out.started,
+            out=out.total,
+            only_if=self.only_if,
+        )
+
+
+def empty_gradient(embeds: Tensor, widths: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for a gradient of the embeddings, contiguous, whose columns past the widest prefix are zeros."""
+    gradient = embeds.new_empty(embeds.shape, dtype=dtype)
+    gradient[:, widths[-1] :] = 0
+    return gradient
+
+
 def losses_and_gradients(
     engine: PrefixEngine,
     x: Tensor,
@@ -200,55 +292,33 @@ def losses_and_gradients(
     shares = Shares.of(scales, factors)
     factor = scales.new_full((), 1 / divisor)
     factor = factor if weight_unit is None else factor * weight_unit
-    gradients = scalar_gradients or dx is not None or dy is not None
-    totals = engine.totals(count, x.device, pairs)
-    logit_grad = image_dots = text_dots = image_sum = text_sum = None
-    if dx is not None or dy is not None:
-        shape = (count, min(engine.rows, round_up(n)), min(engine.columns, round_up(m)))
-        logit_grad = x.new_empty(shape, dtype=engine.logit_grad_dtype)
-    if dx is not None:
-        image_dots = engine.dots(count, n, True, x.device, pairs)
-        image_sum = x.new_empty((min(engine.rows, n), segments.ends[-1]), dtype=engine.sum_dtype)
-    if dy is not None:
-        text_dots = engine.dots(count, m, False, x.device, pairs)
-        text_sum = y.new_empty((m, segments.ends[-1]), dtype=engine.sum_dtype)
+    embeds_require = dx is not None or dy is not None
+    walk = Walk(
+        engine=engine,
+        segments=segments,
+        scales=scales,
+        biases=biases,
+        shares=shares,
+        totals=engine.totals(count, x.device, pairs),
+        gradients=scalar_gradients or embeds_require,
+        logit_grad=Walk.workspace(engine, segments, n, m, x.device) if embeds_require else None,
+        only_if=only_if,
+    )
+    # Memory for the images of a block, which later blocks overwrite.
+    images = None if dx is None else PrefixSum.empty(engine, segments, min(engine.rows, n), True, x.device, pairs)
+    texts = None if dy is None else PrefixSum.empty(engine, segments, m, False, x.device, pairs)
 
     for first in range(0, n, engine.rows):
         rows = slice(first, min(first + engine.rows, n))
-        images = image.part(rows)
-        for start in range(0, m, engine.columns):
-            columns = slice(start, min(start + engine.columns, m))
-            texts = text.part(columns)
-            engine.prefix_logit_grad(
-                image=images,
-                text=texts,
-                segments=segments,
-                scales=scales,
-                biases=biases,
-                shares=shares,
-                pairs=pairs.part(rows, columns),
-                totals=totals,
-                gradients=gradients,
-                out=logit_grad,
-                image_dots=None if image_dots is None else image_dots[:, :, rows],
-                text_dots=None if text_dots is None else text_dots[:, :, columns],
-                only_if=only_if,
-            )
-            if logit_grad is None:
-                continue
-            if image_sum is not None:
-                out = image_sum[: len(images.normalised)]
-                engine.prefix_product(logit_grad, texts.normalised, segments, False, start > 0, out, only_if)
-            if text_sum is not None:
-                engine.prefix_product(
-                    logit_grad, images.normalised, segments, True, first > 0, text_sum[columns], only_if
-                )
-        if dx is not None and image_sum is not None and image_dots is not None:
-            dots = image_dots[:, :, rows].sum(1)
-            engine.finish(
-                image_sum[: len(images.normalised)], images, segments, dots, shares, factor, dx[rows], only_if
-            )
-    if dy is not None and text_sum is not None and text_dots is not None:
-        engine.finish(text_sum, text, segments, text_dots.sum(1), shares, factor, dy, only_if)
-    sums = (totals.sum(2) * factor).to(scales.dtype)
+        of_block = None
+        if images is not None:
+            of_block = images.part(slice(rows.stop - first))
+            of_block.dots.zero_()
+        side = image.part(rows)
+        walk.add(side, text, pairs.part(rows, slice(None)), of_block, texts)
+        if dx is not None and of_block is not None:
+            engine.finish(of_block.total, side, segments, of_block.each(), shares, factor, dx[rows], only_if)
+    if dy is not None and texts is not None:
+        engine.finish(texts.total, text, segments, texts.each(), shares, factor, dy, only_if)
+    sums = (walk.totals.sum(2) * factor).to(scales.dtype)
     return sums[:, 0].clone(), sums[:, 1:].T.contiguous() if scalar_gradients else sums.new_empty(0)

@@ -1,10 +1,10 @@
 """The loss of normalised prefixes of the embeddings, against the definition in fp64."""
 
+import functools
 from typing import Any
 
 import machines
 import pytest
-import ranks
 import torch
 from error_budget import check_error
 from hypothesis import Phase, given, settings
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from siglip_kernels import (
     MissingBackendError,
     SigLipLoss,
+    SigLIPPlusLoss,
     UnsupportedInputError,
     chunked_sigmoid_loss,
     matryoshka_sigmoid_loss,
@@ -197,7 +198,7 @@ def test_equal_upstream_gradients_need_no_second_pass(device, monkeypatch):
     x, y = (v.requires_grad_() for v in embeddings(9, 9, device))
     losses = matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS, loss=chunked_sigmoid_loss)
     products = []
-    monkeypatch.setattr(TorchPrefixEngine, "prefix_product", lambda *arguments: products.append(arguments))
+    monkeypatch.setattr(TorchPrefixEngine, "prefix_product", lambda *_, **named: products.append(named))
     losses.mean().backward(retain_graph=True)
     assert not products
     losses[1].backward()
@@ -276,6 +277,22 @@ def test_autocast(loss, device):
     assert x.grad.dtype == torch.float32 and x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", LOSSES[:2])
+def test_grad_scaler_keeps_gradients_that_underflow_in_fp16(loss, device):
+    x, y = (v.half() for v in embeddings(9, 9, device))
+    weight = torch.full((9,), 2.0**-20, device=device)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**16)
+    found, plain, exact = [], [], []
+    for dtype, scale, into in ((x.dtype, scaler.scale, found), (x.dtype, None, plain), (torch.float64, None, exact)):
+        leaves = [v.to(dtype).requires_grad_() for v in (x, y)]
+        definition = reference.sigmoid_loss if into is exact else loss
+        losses = matryoshka_sigmoid_loss(*leaves, SCALES, BIASES, WIDTHS, loss=definition, image_weight=weight)
+        into += torch.autograd.grad(losses.sum() if scale is None else scale(losses.sum()), leaves)
+    for scaled, small, true in zip(found, plain, exact, strict=True):
+        assert (scaled.double() / 2**16 - true).norm() < 1e-2 * true.norm()
+        assert (small.double() - true).norm() > 0.1 * true.norm()
+
+
 def test_within_activation_checkpointing():
     x, y = (v.requires_grad_() for v in embeddings(9, 9, "cpu"))
 
@@ -314,32 +331,28 @@ def test_segments_and_tiles():
     assert column_tiles((64, 320), 128) == ((0, 1, 1), (0, 64, 192), (64, 320, 320))
 
 
-def global_results(rank: int, sizes: tuple[int, ...]) -> dict[str, list[Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(sum(sizes), 24, generator=generator) for _ in range(2))
-    groups = torch.arange(sum(sizes)) % 4
-    x, y, groups = (values.split(sizes)[rank].clone() for values in (x, y, groups))
-    found = {}
-    for dist_impl in ("ring", "gather"):
-        loss = SigLipLoss(rank=rank, world_size=len(sizes), dist_impl=dist_impl, backend="chunked")
-        found[dist_impl] = results(loss, x, y, torch.float32, image_groups=groups, text_groups=groups)
-    return found
+def test_a_module_is_the_loss_with_its_options():
+    x, y = embeddings(9, 7, "cpu")
+    groups = dict(image_groups=torch.arange(9) % 4, text_groups=torch.arange(7) % 4)
+    module = SigLipLoss(positive_weight=2.0, negative_weight=0.5, ignore=3, reduction="pairs")
+    chosen = dict(positive_weight=2.0, negative_weight=0.5, ignore=3, reduction="pairs")
+    expected = results(chunked_sigmoid_loss, x, y, torch.float32, **groups, **chosen)
+    assert all(map(torch.equal, results(module, x, y, torch.float32, **groups), expected))
+    plus = results(SigLIPPlusLoss(), x, y, torch.float32, **groups)
+    each = results(functools.partial(SigLIPPlusLoss()), x, y, torch.float32, **groups)  # a call for each width
+    assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(plus, each, strict=True))
 
 
-def test_global_batch_over_processes(tmp_path):
-    sizes = (4, 3)
-    found = ranks.run(global_results, 2, tmp_path, sizes)
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(sum(sizes), 24, generator=generator) for _ in range(2))
-    groups = torch.arange(sum(sizes)) % 4
-    exact = results(reference.sigmoid_loss, x, y, torch.float64, image_groups=groups, text_groups=groups)
-    for dist_impl in ("ring", "gather"):
-        of_ranks = [one[dist_impl] for one in found]
-        for number in (0, 3, 4):
-            assert torch.allclose(sum(one[number] for one in of_ranks).double() / 2, exact[number], rtol=1e-5)
-        for number in (1, 2):
-            together = torch.cat([one[number] for one in of_ranks]).double() / 2
-            assert torch.allclose(together, exact[number], rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("changed", ["method", "hook"])
+def test_a_module_that_was_changed_is_called_for_each_width(changed):
+    x, y = embeddings(5, 5, "cpu")
+    module, calls = SigLipLoss(), []
+    if changed == "method":
+        module._loss = lambda *arguments: calls.append(0) or arguments[0].sum()
+    else:
+        module.register_forward_hook(lambda *_: calls.append(0))
+    matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS, loss=module)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize(
@@ -351,7 +364,8 @@ def test_global_batch_over_processes(tmp_path):
         ({"widths": ()}, r"widths is \[\]"),
         ({"widths": (4.0, 8)}, r"widths is \[4.0, 8\]"),
         ({"widths": 8}, "widths is 8; supported: a sequence"),
-        ({"loss": SigLipLoss(reduction="none")}, r"loss returns shape \(3,\)"),
+        ({"loss": SigLipLoss(reduction="none")}, "loss has reduction='none'"),
+        ({"loss": functools.partial(plain_sigmoid_loss, reduction="none")}, r"loss returns shape \(3,\)"),
         ({"logit_scales": (1.0, 2.0, 3.0)}, "logit_scales is tuple; supported: one number, or 2"),
         ({"logit_biases": torch.ones(3)}, r"logit_biases has shape \(3,\)"),
         ({"reduction": "none"}, "reduction is 'none'"),
