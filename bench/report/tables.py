@@ -184,9 +184,16 @@ def title(group: Group) -> str:
 
 
 def full_report(
-    rows: Sequence[Row], files: Sequence[Path], plots: Sequence[Path] = (), compiled: Sequence[Path] = ()
+    rows: Sequence[Row],
+    files: Sequence[Path],
+    plots: Sequence[Path] = (),
+    compiled: Sequence[Path] = (),
+    counted: str = "",
 ) -> str:
-    """The page beside the files: an overview of each machine, then every row, then the tables of compiled kernels."""
+    """The page beside the files: an overview of each machine, then every row, then the tables of compiled kernels.
+
+    counted: `bench.report.counted.comparison`.
+    """
     sources = ", ".join(f"[{path.name}]({path.name})" for path in files) or "no file yet"
     baselines = ", ".join(f"`{name}`" for name in BASELINES)
     parts = [
@@ -208,6 +215,7 @@ def full_report(
             for group in members:
                 noise = "" if group.noise is None else f" Noise {group.noise:.2f}x."
                 parts += [f"**{title(group)}.**{noise} {_environment(group)}", group_table(group)]
+    parts += filter(None, [counted])
     parts += [f"## Compiled kernels\n\n{by_operation(path)}" for path in compiled]
     return "\n\n".join(parts) + "\n"
 

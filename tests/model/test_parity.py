@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from image_samples import NEW_ENOUGH
 from oracle import (
     BASE_LIKE,
     SO400M_LIKE,
@@ -50,6 +51,7 @@ def test_every_output_field(shape: str, backend: str) -> None:
         assert worst_difference(project(**inputs, **EVERYTHING), peer(**inputs, **EVERYTHING)) < TOLERANCE
 
 
+@pytest.mark.skipif(not NEW_ENOUGH, reason="transformers 5.17 returns all hidden states")
 @pytest.mark.parametrize("asked", [[0], [-1, 1], (2, 9, -9), 1, [7]], ids=str)
 def test_chosen_hidden_states(asked: int | list[int]) -> None:
     peer = transformers_model(TINY_TEXT, TINY_VISION)
