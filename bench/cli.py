@@ -105,8 +105,9 @@ def check(
     with _errors_in_one_line():
         from bench import terminal
         from bench.environment import device
-        from bench.measure.check import check_all, kernel_operations, kernels_can_run
+        from bench.measure.check import check_all, kernel_operations, kernels_can_run, not_checked
         from bench.measure.isolated import check_isolated, record_checks
+        from bench.peers.registry import selected_family
 
         reason = kernels_can_run()
         if reason is not None:
@@ -117,6 +118,8 @@ def check(
                 checked = check_isolated(operations, quick, dtypes, progress=progress)
             else:
                 checked = list(check_all(operations, quick, dtypes, progress, tiny))
+                if selected_family():
+                    checked = list(map(not_checked, checked))
         terminal.print_checks(checked)
         if device() == "cuda" or results is not None:
             terminal.say(record_checks(checked, results))

@@ -194,6 +194,11 @@ def check_all(
     progress(Event(len(wanted), len(wanted)))
 
 
+def not_checked(one: Checked) -> Checked:
+    """What the kernels of one architecture reject, which is no failure: others compute it."""
+    return replace(one, ok=True, problem=f"not checked: {one.problem}") if one.unsupported else one
+
+
 def write_checks(checked: Iterable[Checked], where: Path | None) -> Path:
     """Appends a line of JSON for each, with the environment. where: as of `bench.report.rows.results_file`."""
     path = checks_file(where)

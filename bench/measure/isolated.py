@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.cases.suites import dtype_name
 from bench.environment import process_environment
-from bench.measure.check import Checked, check_all, with_models, write_checks
+from bench.measure.check import Checked, check_all, not_checked, with_models, write_checks
 from bench.measure.measure import DeadDevice, Plan, blank_row, device_is_dead, free, step_of
 from bench.measure.progress import Event, Progress, silent
 from bench.measure.run import Outcome, Request, open_results, run
@@ -278,8 +278,8 @@ def _check(task: dict[str, Any], tell: Callable[..., None]) -> None:
 
     with contextlib.suppress(DeadDevice):  # its result has been reported
         for one in check_all([name], task["quick"], dtypes, progress):
-            if kernels in FAMILIES and one.unsupported:
-                one = dataclasses.replace(one, ok=True, problem=f"not checked: {one.problem}")
+            if kernels in FAMILIES:
+                one = not_checked(one)
             tell(checked=dataclasses.asdict(dataclasses.replace(one, kernels=kernels)))
         if task["request"] is not None:
             _call(Request(**task["request"]), name, kernels, tell)

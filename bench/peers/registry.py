@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -184,6 +185,11 @@ FAMILIES = {
 def selecting(kernels: str) -> dict[str, str]:
     """The environment variables with which operations use the family `kernels` of FAMILIES, or with "triton" none."""
     return {family.variable: "1" if name == kernels else "0" for name, family in FAMILIES.items()}
+
+
+def selected_family() -> str:
+    """The name in FAMILIES that the environment of this process selects; "" for none."""
+    return next((name for name, family in FAMILIES.items() if os.environ.get(family.variable) == "1"), "")
 
 
 def _kernels_of_family(operation: str, name: str) -> Callable[[Setting], Any]:

@@ -71,6 +71,15 @@ def test_without_a_gpu(monkeypatch, tmp_path):
     assert len(path.read_text().splitlines()) == len(rows)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_checks_are_written_where_asked(tmp_path):
+    done = bench("check", "layer_norm", "--quick", "--tiny", "--results", str(tmp_path / "rows.jsonl"))
+    assert done.exit_code == 0 and "1 of 1 correct" in done.output, done.output
+    (line,) = (tmp_path / "check-rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["op"] == "layer_norm"
+    assert bench("report", "--results", str(tmp_path), "--no-plots").exit_code == 0  # which reads no checks
+
+
 def compiled(stack_bytes=0, **values):
     facts = dict(warps=8, registers=200, shared_bytes=1000, shared_limit=232_448, matrix={"wgmma m64n64k16": 4})
     return Compiled("bf16", "attention_forward_kernel", "h200", stack_bytes=stack_bytes, **{**facts, **values})

@@ -12,8 +12,18 @@ from bench.cases import fp8
 from bench.cases.checked import TINY
 from bench.cases.operations import DTYPES, OPERATIONS, kernels_for
 from bench.cases.suites import SUITES
-from bench.measure.check import Checked, check, check_all, failures, kernel_operations, kernels_can_run, settings
+from bench.measure.check import (
+    Checked,
+    check,
+    check_all,
+    failures,
+    kernel_operations,
+    kernels_can_run,
+    not_checked,
+    settings,
+)
 from bench.measure.measure import DeadDevice
+from bench.peers.registry import selected_family
 from siglip_kernels import MissingBackendError, reference
 
 
@@ -60,6 +70,24 @@ def test_fp8_that_loses_more_than_fp8_fails(monkeypatch):
 
     checked = check(wanted, without_fp8)
     assert checked.ok and checked.problem.startswith("not checked: fp8.mlp needs")
+
+
+def test_a_gpu_can_check_the_tiny_shapes_of_the_interpreter(monkeypatch):
+    monkeypatch.setattr("bench.measure.check.device", lambda: "cuda")
+    names = {
+        name: {one.shape.name for one in settings("attention", True, tiny=name == "tiny")} for name in ("", "tiny")
+    }
+    assert names["tiny"] == {"s65-d72"} and "s729-d72" in names[""]
+
+
+def test_what_kernels_for_one_architecture_reject_is_not_wrong(monkeypatch):
+    rejected = Checked("linear", {"name": "odd"}, "fp32", ok=False, problem="has dtype fp32", unsupported=True)
+    assert not_checked(rejected).ok and not_checked(rejected).problem == "not checked: has dtype fp32"
+    wrong = replace(rejected, unsupported=False)
+    assert not_checked(wrong) is wrong
+    assert selected_family() == ""
+    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
+    assert selected_family() == "triton:hopper"
 
 
 def test_the_definition_passes_and_sdpa_stands_beside_it():

@@ -5,7 +5,7 @@ from bench_helpers import row
 
 from bench.environment import ROOT
 from bench.report.plots import draw_all
-from bench.report.rows import Results, read, results_directory
+from bench.report.rows import Results, is_of_rows, read, results_directory
 from bench.report.tables import BEGIN, END, full_report, groups, insert, summary
 
 FAILED = [
@@ -159,7 +159,7 @@ def test_the_readme_is_written_between_its_markers(tmp_path):
 def test_the_readme_says_what_the_committed_files_say():
     """`python -m bench report` was run after the last results came in."""
     directory = results_directory()
-    files = sorted(path for path in directory.glob("*.jsonl") if not path.name.startswith("compile-"))
+    files = sorted(filter(is_of_rows, directory.glob("*.jsonl")))
     rows = read(files)
     written, page = (ROOT / "README.md").read_text(), (directory / "README.md").read_text()
     assert not [line for line in summary(rows, files, [], ROOT).splitlines() if line not in written]
