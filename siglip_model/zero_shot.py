@@ -53,12 +53,15 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
     max_pixels: limit on the pixels of a file, and on those decoded at one time by all workers of a call (default:
     `images.limits.MAX_PIXELS`). Larger files are refused, larger PIL images are processed alone.
     token_budget, max_num_patches: see `ImagePipeline`.
+
+    exact_logits: t' and b that replace the model's in scores, for a model whose own are rounded; None by default.
     """
 
     task = TASK
     method = "get_image_features"
     results_are = "its scores are"
     model: SiglipModel
+    exact_logits: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -164,8 +167,14 @@ class ZeroShotImageClassificationPipeline(ImagePipeline):
         """σ(t·⟨image, label⟩ + b) for what `join` returned: float32 (images, labels)."""
         image_embeds = pooled(self.encode_images(**inputs))
         dtype = torch.promote_types(image_embeds.dtype, torch.float32)  # in half precision, close scores would be equal
-        logits = self.model.logits_per_text(label_embeds.to(dtype), unit_length(image_embeds.to(dtype)))
+        scale, bias = self.logit_scale_and_bias
+        logits = label_embeds.to(dtype) @ unit_length(image_embeds.to(dtype)).T * scale.exp() + bias
         return torch.sigmoid(logits.t().float())
+
+    @property
+    def logit_scale_and_bias(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """t', the logarithm of t, and b, as scores have them."""
+        return self.exact_logits or (self.model.logit_scale, self.model.logit_bias)
 
 
 def are_finite(scores: torch.Tensor) -> list[bool]:

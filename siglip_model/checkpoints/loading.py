@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ def load_state_dict(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
+    names: Collection[str] | None = None,
     **hub: Any,
 ) -> dict[str, torch.Tensor]:
     """All weights of a checkpoint by their names in the file, each checked to be floating-point and finite.
@@ -38,6 +39,7 @@ def load_state_dict(
         path_or_id: a directory or a Hub id; hub: arguments of `resolve_file`, such as revision and subfolder.
         dtype: float64, float32, float16 or bfloat16, or its name; None or "auto": that of the file's first tensor.
         device: of the returned tensors.
+        names: of the tensors to read; None: all.
 
     Raises:
         CheckpointError: naming file and tensor: weights missing, damaged, integer, non-finite, or too large for dtype.
@@ -45,8 +47,12 @@ def load_state_dict(
     """
     device = _usable(device)
     weights = find_weights(path_or_id, hub)
-    names = {name: name for name in weights.tensors if not _is_position_ids(name)}
-    return read_tensors(weights, names, _resolve_dtype(dtype, None, weights), device)
+    for name in names or ():
+        if name not in weights.tensors:
+            raise CheckpointError(f"{weights.source} has no tensor {name}")
+    chosen = weights.tensors if names is None else names
+    stored_names = {name: name for name in chosen if not _is_position_ids(name)}
+    return read_tensors(weights, stored_names, _resolve_dtype(dtype, None, weights), device)
 
 
 def load_into(

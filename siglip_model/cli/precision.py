@@ -28,8 +28,8 @@ def has_bfloat16() -> bool:
 
 
 def use_bfloat16(classifier: ZeroShotImageClassificationPipeline) -> float | None:
-    """Converts the model to bfloat16. Returns the least cosine between its embeddings in both dtypes, of one to eight
-    pictures of the demo, as many as have about 512 patches, and of four texts.
+    """Converts the model to bfloat16, but t' and b of its scores. Returns the least cosine between its embeddings in
+    both dtypes, of one to eight pictures of the demo, as many as have about 512 patches, and of four texts.
 
     None: the model stays as it is, because it is not in fp32 on a CPU that has bfloat16, or gives no embeddings.
     """
@@ -47,6 +47,7 @@ def use_bfloat16(classifier: ZeroShotImageClassificationPipeline) -> float | Non
     )
     images += [classifier.prepare(path) for path in pictures[1 : CHECKED_TOKENS // patches]]
     before = _embeddings(classifier, images, names)
+    classifier.exact_logits = model.logit_scale.detach().clone(), model.logit_bias.detach().clone()
     model.to(torch.bfloat16)
     after = _embeddings(classifier, images, names)
     cosines = [F.cosine_similarity(*pair, dim=-1) for pair in zip(before, after, strict=True)]

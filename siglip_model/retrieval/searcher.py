@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from siglip_model.checkpoints.loading import load_state_dict
 from siglip_model.embed.file import EmbeddingFileError
 from siglip_model.embed.run import model_digest, settings_of
 from siglip_model.image_pipelines import count, with_patches
@@ -23,6 +24,7 @@ from siglip_model.retrieval.collection import Collection, describe_model
 from siglip_model.zero_shot import TASK, ZeroShotImageClassificationPipeline, pipeline
 
 WHOLE_TEXT = "{}"
+LOGITS = "logit_scale", "logit_bias"
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Searcher:
     """Embedding files with the model that made them, to be searched repeatedly; a context manager that closes them.
 
     files: one or several files that `siglip embed` wrote. model: a checkpoint folder, a Hub id or a zero-shot
-    `pipeline`; by default the one that the files name. It is loaded in the dtype of the files' model, and at native
-    resolution with their patches per image.
+    `pipeline`; by default the one that the files name. It is loaded in the dtype of the files' model, but t' and b of
+    its scores are not rounded, and at native resolution with their patches per image.
     backend, device: as for `pipeline`.
     Raises EmbeddingFileError for a damaged file and where the files were made with another model.
     """
@@ -102,6 +104,9 @@ class Searcher:
             )
         if classifier is not model and (most := _max_num_patches(settings)) is not None:
             classifier.image_processor = with_patches(classifier.image_processor, most)
+        if classifier is not model and classifier.dtype != torch.float32:
+            stored = load_state_dict(name, dtype=torch.float32, device=classifier.device, names=LOGITS)
+            classifier.exact_logits = stored[LOGITS[0]], stored[LOGITS[1]]
         return classifier
 
     def encode_texts(self, texts: Sequence[str], template: str = WHOLE_TEXT) -> Tensor:
@@ -147,9 +152,8 @@ class Searcher:
     def _score(self, kind: str, cosine: float) -> float | None:
         if self.collection.settings["content"] == f"{kind}s":
             return None
-        model = self._classifier.model
-        scale, bias = model.logit_scale.double().exp(), model.logit_bias.double()
-        return torch.sigmoid(scale * cosine + bias).item()
+        scale, bias = (each.double() for each in self._classifier.logit_scale_and_bias)
+        return torch.sigmoid(scale.exp() * cosine + bias).item()
 
 
 def _max_num_patches(settings: dict[str, str]) -> int | None:

@@ -7,13 +7,14 @@ import torch
 from command_line import one_line
 from tiny_checkpoint import random_image
 
-from siglip_model import zero_shot
+from siglip_model import search, zero_shot
 from siglip_model.cli import options, precision
 from siglip_model.demo import CHECKPOINT
 from siglip_model.embed import load_embeddings
 from siglip_model.embed.journal import EmbeddingJournal, computed_in
 from siglip_model.embed.run import embed_images, model_digest
 from siglip_model.embed.shards import Manifest
+from siglip_model.outputs import unit_length
 
 
 @pytest.fixture
@@ -107,6 +108,28 @@ def test_demo_pictures_keep_their_names(tmp_path, siglip):
         assert [row[0]["label"] for row in rows] == names
     scores = {entry["score"] for row in results[1] for entry in row}
     assert len(scores) > 60  # of 64
+
+
+@pytest.mark.usefixtures("has_bfloat16")
+def test_temperature_and_bias_are_not_rounded(tmp_path):
+    """In scores of `classify`, and of `search` in a file whose rows were computed in bfloat16."""
+    exact, half = loaded(images=0), loaded()
+    t, b = exact.model.logit_scale.exp().item(), exact.model.logit_bias.item()
+    assert abs(half.model.logit_bias.item() - b) > 1e-3  # as transformers has it in bfloat16
+    paths = sorted(map(str, precision.PICTURES.glob("*.png")))[:3]
+    inputs = half.join([half.prepare(path) for path in paths])
+    names = [precision.image_name(path) for path in paths]
+    text = half.encode_labels(names, "{}")
+    with torch.no_grad():
+        image = unit_length(half.model.get_image_features(**inputs).pooler_output.float())
+    expected = torch.sigmoid(t * image @ text.float().T + b)
+    assert expected.max() > 0.05
+    torch.testing.assert_close(half.score(inputs, text), expected, atol=1e-6, rtol=1e-5)
+    out = tmp_path / "half.safetensors"
+    embed_images(half.model, half.image_processor, paths, out, model_name=str(CHECKPOINT))
+    assert load_embeddings(out).settings["computed_in"] == "bfloat16"
+    for hit in (hit for found in search(out, names, device="cpu") for hit in found.hits):
+        assert hit.score == pytest.approx(torch.tensor(t * hit.cosine + b).sigmoid().item(), abs=1e-6)
 
 
 @pytest.mark.usefixtures("has_bfloat16")
