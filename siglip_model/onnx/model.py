@@ -17,6 +17,7 @@ from siglip_model.auto import AutoConfig
 from siglip_model.checkpoints.errors import CheckpointError
 from siglip_model.onnx import signed
 from siglip_model.onnx.file import INPUTS, INT8, METADATA, OUTPUTS, imported
+from siglip_model.onnx.weights import find_weights, read_tensor
 from siglip_model.outputs import BaseModelOutputWithPooling
 
 
@@ -56,6 +57,7 @@ class OnnxModel:
         self.logit_scale, self.logit_bias = (torch.tensor(settings[name]) for name in ("logit_scale", "logit_bias"))
         outputs = {each.name for each in self._graphs.graph.output}
         self.towers = tuple(tower for tower, name in OUTPUTS.items() if name in outputs)
+        self._folder = find_weights(self._graphs, self.path)
 
     def __repr__(self) -> str:
         return f"OnnxModel({str(self.path)!r}, precision={self.precision!r}, towers={self.towers})"
@@ -100,9 +102,8 @@ class OnnxModel:
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The weights of the file, for a digest of the model."""
-        to_array = imported("onnx.numpy_helper").to_array
         for weight in self._graphs.graph.initializer:
-            yield weight.name, torch.from_numpy(to_array(weight, base_dir=str(self.path.parent)).copy())
+            yield weight.name, torch.from_numpy(read_tensor(weight, self._folder))
 
     def _run(self, tower: str, given: Tensor) -> BaseModelOutputWithPooling:
         if tower not in self.towers:
@@ -115,7 +116,7 @@ class OnnxModel:
     @functools.cached_property
     def _sessions(self) -> Sessions:
         give_sign = self.precision == INT8 and signed.faster()
-        return Sessions(self._graphs, self.path.parent, self.num_threads, give_sign)
+        return Sessions(self._graphs, self._folder, self.num_threads, give_sign)
 
 
 class Sessions(dict[str, Any]):
@@ -144,8 +145,8 @@ class Sessions(dict[str, Any]):
 def load(path: str | os.PathLike[str], *, num_threads: int | None = None) -> OnnxModel:
     """A model that `export` or `siglip export` wrote, in ONNX Runtime on the CPU.
 
-    path: the file .onnx, beside which its weights, .onnx.data, lie. num_threads: of each operation; by default as many
-    as PyTorch uses. Each tower is loaded when it is first used.
+    path: the file .onnx, beside which its weights, .onnx.data, lie; both may be links. num_threads: of each operation;
+    by default as many as PyTorch uses. Each tower is loaded when it is first used.
     Raises FileNotFoundError, CheckpointError (a ValueError) for another or a damaged file, ValueError for num_threads
     below 1, and ImportError without the packages of the extra `onnx`.
     """

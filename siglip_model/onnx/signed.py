@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from siglip_model.onnx.file import imported
+from siglip_model.onnx.weights import read_tensor
 
 _WEIGHT, _ZERO_POINT = 1, 3  # of MatMulInteger's inputs
 
@@ -25,11 +26,12 @@ def faster() -> bool:
 def give_sign(graphs: Any, folder: Path) -> None:
     """Changes uint8 weights of matrix products, and their zero points, to int8, in place.
 
-    graphs: a ModelProto, whose weights may lie in files of `folder`; they are read into it.
+    graphs: a ModelProto, whose weights may lie in a file of `folder`, as `find_weights` returns it; they are read into
+    it.
     """
     helper = imported("onnx.numpy_helper")
     weights = {tensor.name: tensor for tensor in graphs.graph.initializer}
     products = [node.input for node in graphs.graph.node if node.op_type == "MatMulInteger"]
     for name in {each[place] for each in products if each[_WEIGHT] in weights for place in (_WEIGHT, _ZERO_POINT)}:
-        values = helper.to_array(weights[name], base_dir=str(folder))
+        values = read_tensor(weights[name], folder)
         weights[name].CopyFrom(helper.from_array((values ^ np.uint8(0x80)).view(np.int8), name))
