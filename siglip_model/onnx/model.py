@@ -62,6 +62,10 @@ class OnnxModel:
     def __repr__(self) -> str:
         return f"OnnxModel({str(self.path)!r}, precision={self.precision!r}, towers={self.towers})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the sessions, which a copy creates again from the file."""
+        return {name: value for name, value in vars(self).items() if name != "_sessions"}
+
     def eval(self) -> Self:
         """Nothing: the model is for inference."""
         return self

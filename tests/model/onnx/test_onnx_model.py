@@ -1,6 +1,8 @@
 """`siglip export` and what it writes: ONNX Runtime returns the checkpoint's embeddings, and commands take the file."""
 
+import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -63,6 +65,15 @@ def export_copies(exported, monkeypatch):
 def write(checkpoint, out, **options):
     parts = checkpoint.model, checkpoint.tokenizer, checkpoint.image_processor
     return onnx.export(*parts, out, images=IMAGES, texts=NAMES, **options)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_after_use(exported, again):
+    model, pixels = onnx.load(exported), torch.randn(1, 3, 64, 64)
+    right = pooled(model.get_image_features(pixels))
+    assert torch.equal(pooled(again(model).get_image_features(pixels)), right)
 
 
 @pytest.mark.parametrize("images", [1, 5])
