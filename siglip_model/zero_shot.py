@@ -325,7 +325,7 @@ def _load_onnx(task: str, path: Any, given: dict[str, Any]) -> Any:
     }
     for name, value in given.items():
         if value is not None and value not in supported.get(name, ()):
-            values = ", ".join(dict.fromkeys(map(str, supported.get(name, ("none",)))))
+            values = ", ".join(each for each in supported.get(name, ("none",)) if isinstance(each, str))
             raise ValueError(f"pipeline: {name} is {value!r} with an ONNX file; supported: {values}")
     return load(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ SOME_FAILED, USAGE_ERROR, STOPPED, INTERRUPTED, OUTPUT_CLOSED = 1, 2, 75, 130, 1
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 BACKEND_NAMES = ("auto", "eager", "sdpa", "flash_attention_2", "triton", "triton_fp8")  # `backends` imports PyTorch
 LIST_ON_STDIN = "-"
+_ARGUMENT = re.compile(r"^(?:pipeline: )?(backend|check|device|dtype|max_num_patches|token_budget)(?= is )")
 READ_AT_ONCE = 2**16  # bytes: longer than any path, so that the first piece shows the separator
 
 TemplateOption = Annotated[
@@ -235,6 +237,11 @@ def exit_with(
         raise typer.Exit(SOME_FAILED)
 
 
+def naming_options(message: str) -> str:
+    """A message of the library that begins with the name of an argument, with the name of the commands' option."""
+    return _ARGUMENT.sub(lambda found: f"--{found[1].replace('_', '-')}", message)
+
+
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Reports usage and setup errors in one line, with exit code 2. SIGLIP_TRACEBACK=1 shows the traceback."""
@@ -255,5 +262,5 @@ def errors_in_one_line() -> Iterator[None]:
             text = f"{error.filename}: {error.strerror}"
         if not text or not isinstance(error, (OSError, ValueError, TypeError, RuntimeError, ImportError)):
             text = f"{type(error).__name__}{': ' * bool(text)}{text} (SIGLIP_TRACEBACK=1 shows where)"
-        terminal.say(f"error: {text}")
+        terminal.say(f"error: {naming_options(text)}")
         raise typer.Exit(USAGE_ERROR) from None

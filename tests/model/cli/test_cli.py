@@ -23,9 +23,16 @@ from siglip_model.cli import terminal
         (["classify", "nowhere.png", "--labels", "a"], "no such file or folder: nowhere.png"),
         (["classify", "EMPTY", "--labels", "a"], "no images in"),
         (["classify", "IMAGE", "--labels", "a", "--model", "/no/such/model"], "/no/such/model"),
-        (["classify", "IMAGE", "--labels", "a", "--device", "gpu"], "device is 'gpu'; supported: 'cpu', 'cuda'"),
-        (["classify", "IMAGE", "--labels", "a", "--backend", "cuda"], "backend is 'cuda'; supported: eager, sdpa"),
+        (
+            ["classify", "IMAGE", "--labels", "a", "--device", "gpu"],
+            "error: --device is 'gpu'; supported: 'cpu', 'cuda'",
+        ),
+        (
+            ["classify", "IMAGE", "--labels", "a", "--backend", "cuda"],
+            "error: --backend is 'cuda'; supported: eager, sdpa",
+        ),
         (["classify", "IMAGE", "--labels", "a", "--dtype", "int8"], "--dtype is 'int8'; supported: auto, float32"),
+        (["embed", "IMAGE", "--out", "x.npy", "--token-budget", "4"], "--token-budget is given with a SiglipImage"),
         (["embed", "IMAGE", "--out", "/no/such/x.safetensors"], "--out: the folder /no/such does not exist"),
         (["embed", "IMAGE", "--out", "EMPTY"], "is a folder; supported: a file name"),
         (["embed", "IMAGE", "--out", "x.bin"], "x.bin does not end in .safetensors"),

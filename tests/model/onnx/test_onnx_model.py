@@ -254,6 +254,9 @@ def test_bad_input(exported, checkpoint, tmp_path, monkeypatch):
         (tmp_path / "other.onnx").write_bytes(content)
         with pytest.raises(CheckpointError, match=message):
             onnx.load(tmp_path / "other.onnx")
+    for option, value in {"--dtype": "bfloat16", "--backend": "sdpa", "--device": "cuda"}.items():
+        said = siglip("demo", "--model", exported, option, value).stderr
+        assert f"error: {option} is '{value}' with an ONNX file; supported: auto" in said and "torch." not in said
     assert "give one of them" in siglip("export", "--out", tmp_path / "a.onnx", "--text", "--both").stderr
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"pip install 'siglip-triton\[onnx\]'"):
