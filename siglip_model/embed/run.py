@@ -264,8 +264,8 @@ def open_place(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} and world_size {world_size}; supported: ranks from 0 to world_size - 1")
-    if shard_size is not None and shard_size < 1:
-        raise ValueError(f"shard_size is {shard_size}; supported: a number of bytes from 1")
+    if shard_size is not None:
+        count("shard_size", shard_size, at_least=1)
     if shard_size is not None and (shards is not None or world_size > 1):
         raise ValueError("shard_size cuts the output of one process; give `shards` for that of several ranks")
     place = open_shards(out, shards, rank, world_size)

@@ -134,6 +134,8 @@ class Searcher:
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not texts and not images:
             raise ValueError("search: there is no query; give a text or an image")
+        if any(not each.strip() for each in texts):
+            raise ValueError("search: a text is empty; supported: texts with words")
         count("search: top", top, at_least=1)
         encoded = [self.encode_texts(texts, template)] if texts else []
         encoded += [self.encode_images(images)] if images else []

@@ -33,7 +33,7 @@ def _setting(
     metadata = {
         "help": text,
         "within": lambda value: least <= value <= most and above < value < below,
-        "supported": " ".join(supported) or "finite numbers",
+        "supported": " ".join(supported),
         "choices": choices,
         "may_change": may_change,
     }
@@ -86,12 +86,15 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = _typed(field.name, getattr(self, field.name), hints[field.name])
+            given = getattr(self, field.name)
+            value = _typed(field.name, given, hints[field.name])
             object.__setattr__(self, field.name, value)
             choices = field.metadata["choices"]
             if choices and value not in choices:
                 raise refusal(field.name, value, ", ".join(choices))
-            if isinstance(value, (int, float)) and not (math.isfinite(value) and field.metadata["within"](value)):
+            if isinstance(value, float) and not math.isfinite(value):  # such as 1e400
+                raise refusal(field.name, given, f"finite numbers {field.metadata['supported']}".strip())
+            if isinstance(value, (int, float)) and not field.metadata["within"](value):
                 raise refusal(field.name, value, field.metadata["supported"])
         if self.warmup_steps > self.steps:
             raise refusal("warmup_steps", self.warmup_steps, f"0 to steps={self.steps}")

@@ -90,6 +90,7 @@ def test_the_index_prints_its_recall(siglip, photos):
 def test_wrong_use_ends_with_2(siglip, images, photos, tmp_path):
     for words, message in (
         (["search", photos], "there is no query"),
+        (["search", photos, "a cat", " "], "a text is empty; supported: texts with words"),
         (["search", "2 cats"], "no embedding file"),
         (["search", tmp_path / "gone.safetensors", "2 cats"], "gone.safetensors: No such file or directory\n"),
         (["search", photos, "2 cats", "--recall"], "--approximate"),

@@ -96,6 +96,8 @@ def test_it_is_not_shared_by_ranks(folder, tmp_path):
         embed_colours([folder], out, shard_size=ROW, shards=2)
     with pytest.raises(ValueError, match="shard_size is 0"):
         embed_colours([folder], out, shard_size=0)
+    with pytest.raises(ValueError, match=r"shard_size is 1\.5; supported: a whole number from 1"):
+        embed_colours([folder], out, shard_size=1.5)
     embed_colours([folder], out, shard_size=ROW)
     with pytest.raises(EmbeddingFileError, match="cut by size, which ranks cannot share"):
         embed_colours([folder], out, rank=0, world_size=2)
