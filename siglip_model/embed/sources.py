@@ -27,7 +27,6 @@ TAR, PARQUET = ".tar", ".parquet"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TEXT_CHARACTERS = 2**16  # of one text, of which the model reads its first 64 tokens
 ROWS_AT_ONCE = 64  # of a parquet file
-_BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True)
@@ -139,14 +138,15 @@ def _members(path: str) -> Iterator[Source]:
             while end < size and (member := shard.next()) is not None:
                 if not _is_padding(file, end, member.offset):
                     yield _failed(f"{path}#{end}", f"bytes {end:,} to {member.offset:,} are not a member")
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                end = shard.offset  # type: ignore[attr-defined]  # of the next header
                 shard.members.clear()  # type: ignore[attr-defined]  # the list would grow with the shard
-                name, missing = f"{path}#{member.name}", member.offset_data + member.size - size
+                name, stored = f"{path}#{member.name}", _stored_bytes(member)
+                missing = member.offset_data + stored - size
                 if missing > 0:
-                    yield _failed(name, f"is truncated: of {member.size:,} bytes {missing:,} are missing")
+                    yield _failed(name, f"is truncated: of {stored:,} bytes {missing:,} are missing")
                 elif os.path.splitext(member.name)[1].lower() in IMAGE_SUFFIXES:
                     if member.isfile():
-                        yield _member(file, name, stamp, member)
+                        yield _member(shard, name, stamp, member)
                     elif member.islnk() or member.issym():
                         yield _failed(name, f"is a link to {member.linkname}, without content of its own")
         except (tarfile.TarError, OSError) as error:
@@ -156,11 +156,22 @@ def _members(path: str) -> Iterator[Source]:
             yield _failed(f"{path}#{end}", f"is damaged or truncated: bytes {end:,} to {size:,} are not a member")
 
 
-def _member(file: BinaryIO, name: str, stamp: str, member: tarfile.TarInfo) -> Source:
+def _stored_bytes(member: tarfile.TarInfo) -> int:
+    """A sparse file, as `tar --sparse` writes it, is stored without its holes."""
+    pieces: list[tuple[int, int]] | None = member.sparse  # type: ignore[attr-defined,assignment]
+    return member.size if pieces is None else sum(length for _, length in pieces)
+
+
+def _member(shard: tarfile.TarFile, name: str, stamp: str, member: tarfile.TarInfo) -> Source:
     if member.size > DOWNLOAD_BYTES:
         return _failed(name, f"is larger than {DOWNLOAD_BYTES >> 20} MiB")
-    file.seek(member.offset_data)
-    return Source(name, stamp, EncodedImage(name, file.read(member.size)))
+    return Source(name, stamp, EncodedImage(name, _content(shard, member)))
+
+
+def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    content = shard.extractfile(member)
+    assert content is not None  # of a file
+    return content.read()
 
 
 def _is_padding(file: BinaryIO, start: int, end: int) -> bool:
@@ -237,8 +248,7 @@ def _from_shard(path: str, within: str) -> bytes:
         while (member := shard.next()) is not None:
             shard.members.clear()  # type: ignore[attr-defined]  # the list would grow with the shard
             if member.name == within and member.isfile():
-                file.seek(member.offset_data)
-                return file.read(member.size)
+                return _content(shard, member)
     raise ValueError("the shard has no such member now")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from tiny_checkpoint import random_image
 
 from siglip_model import AutoTokenizer
@@ -53,6 +54,34 @@ def write_shard(path, members, format=tarfile.PAX_FORMAT):
 def outcomes(sources):
     """{name: whether there is content}, with the folder cut off."""
     return {os.path.basename(source.name): not isinstance(source.content, Exception) for source in sources}
+
+
+@pytest.mark.skipif("GNU tar" not in subprocess.getoutput("tar --version"), reason="needs GNU tar")
+@pytest.mark.parametrize("format", ["gnu", "posix --sparse-version=0.0", "posix --sparse-version=0.1", "posix"])
+def test_sparse_members(tmp_path, format):
+    """`tar --sparse` leaves out holes: such a member is shorter in the shard, and not truncated but where it is."""
+    picture, content = Image.new("RGB", (300, 300)), io.BytesIO()
+    picture.paste("red", (0, 0, 300, 4))  # at the end of the file
+    picture.save(content, "BMP")
+    whole = content.getvalue()
+    for name in ("a.bmp", "b.bmp"):
+        with open(tmp_path / name, "wb") as file:
+            file.write(whole[:4096])
+            file.seek(len(whole) - 8192)
+            file.write(whole[-8192:])
+    if (tmp_path / "a.bmp").stat().st_blocks * 512 >= len(whole):
+        pytest.skip("files here have no holes")
+    command = f"tar --sparse --format={format} -cf s.tar a.bmp b.bmp"
+    subprocess.run(command.split(), cwd=tmp_path, check=True)
+    shard = tmp_path / "s.tar"
+    assert shard.stat().st_size < len(whole)
+    assert [source.content.content for source in image_sources([shard])] == [whole] * 2
+    assert named_image(f"{shard}#b.bmp").content == whole
+    with tarfile.open(shard) as opened:
+        last = opened.getmembers()[-1]
+    os.truncate(shard, last.offset_data + 600)
+    first, second = image_sources([shard])
+    assert first.content.content == whole and "is truncated: of " in str(second.content)
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
