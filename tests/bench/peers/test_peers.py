@@ -10,6 +10,7 @@ from bench_helpers import setting
 from bench.cases.operations import OPERATIONS, Setting
 from bench.cases.shapes import AttentionShape, LossShape, ModelShape
 from bench.peers import Missing, Unsupported, everyone, names, peers_of
+from bench.peers.attention import has_kernel, heads_first, pinned
 
 OPTIONAL = (
     "transformers", "flash_attn", "fa3_fwd_interface", "fa3_fwd", "siglip_kernel", "open_clip", "inf_cl", "memeff",
@@ -45,6 +46,10 @@ def test_every_peer_is_registered():
     wanted = {
         "attention": "triton eager sdpa sdpa:math sdpa:flash sdpa:cudnn sdpa:efficient flex flash_attn_2 flash_attn_3 "
         "flash_attn_4",
+        "packed_attention": "triton eager varlen_attn flash_attn_2 flash_attn_3",
+        "padded_attention": "triton triton:hopper eager sdpa",
+        "resize_normalize": "triton eager torchvision",
+        "image_losses": "triton chunked eager",
         "linear": "triton eager compile max-autotune cublaslt",
         "mlp": "triton eager compile max-autotune cublaslt",
         "layer_norm": "triton eager compile liger",
@@ -54,6 +59,7 @@ def test_every_peer_is_registered():
         "open_clip:chunk_size=1024 inf_cl memeff",
         "vision_tower": "triton triton:graph siglip_model:sdpa siglip_model:eager torchao:float8 "
         "transformers:eager transformers:sdpa transformers:flash_attention_2 "
+        "transformers:sdpa:flash transformers:sdpa:cudnn transformers:sdpa:cudnn:compile "
         "transformers:sdpa:compile transformers:sdpa:reduce-overhead transformers:sdpa:max-autotune "
         "transformers:flash_attention_2:max-autotune",
         "training_step": "triton siglip_model:sdpa transformers:sdpa transformers:sdpa:max-autotune",
@@ -149,6 +155,28 @@ def test_unsupported_settings_have_a_reason():
     backward = Setting(OPERATIONS["attention"], here.shape, torch.bfloat16, "cuda", "bwd")
     with pytest.raises(Unsupported, match="no bwd; supported: fwd"):
         peers_of("attention")["flash_attn_3"].prepare(backward)
+
+
+def test_a_pinned_backend_is_part_of_what_is_compiled():
+    """PyTorch's caches of compiled code know nothing of a setting around it, and return another backend's code."""
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    tensors = setting().inputs().tensors
+    for name in ("MATH", "FLASH_ATTENTION"):
+        call = pinned(heads_first(torch.nn.functional.scaled_dot_product_attention), name)
+        torch.compile(call, backend=backend, dynamic=False)(**tensors)
+    assert sum("sdpa_kernel" in name for name in called) == 4  # set and reset, in both
+    assert sum("scaled_dot_product_attention" in name for name in called) == 2
+
+
+def test_a_backend_without_a_kernel_is_unsupported():
+    call = pinned(heads_first(torch.nn.functional.scaled_dot_product_attention), "CUDNN_ATTENTION")
+    with pytest.raises(Unsupported, match="PyTorch has no cudnn_attention kernel for this call"):
+        has_kernel(call, "CUDNN_ATTENTION", setting().inputs().tensors)
 
 
 def test_sdpa_says_which_backend_ran():
