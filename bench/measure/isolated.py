@@ -34,8 +34,8 @@ from bench.peers.registry import FAMILIES, selecting
 from bench.report.rows import Results, Row
 
 # Seconds after which a step counts as hung: the check of one shape, whose kernels in Gluon may compile ten seconds each
-# beside others; the start of a process; the preparation of this project's kernels, in a quick and in a full run; anything
-# else, such as a peer's compilation or a million pairs.
+# beside others; the start of a process; the preparation of this project's kernels, in a quick and in a full run;
+# anything else, such as a peer's compilation or a million pairs.
 CHECK, START, KERNELS_QUICK, KERNELS, LONG = 150.0, 180.0, 150.0, 600.0, 7200.0
 COMMAND = (sys.executable, "-m", "bench.measure.isolated")
 GRACE = 10.0  # what a process may take to stop in order after the deadline
