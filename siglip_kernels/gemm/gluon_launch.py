@@ -63,6 +63,8 @@ def arguments(
     bias, bias_second, bias_third = _by_part(biases)
     out, out_second, out_third = _by_part([descriptor(out, result_block) for out in outs])
     added = pre_activation if gelu == "backward" else residual
+    if added is not None:
+        added = added.to(outs[0].dtype)  # results leave from the buffers that it is loaded into
     second_out = activation if gelu == "backward" else pre_activation
     return dict(
         a=descriptor(a, [block_rows, BLOCK_K.value]),

@@ -95,6 +95,15 @@ def test_a_residual_stream_in_fp32():
     assert (out.double() - truth).norm() <= 1e-6 * truth.norm()
 
 
+def test_a_residual_of_the_other_half_precision():
+    """The result is fp32, and leaves from the buffers that the residual is loaded into."""
+    x, w, _, _, b, _, residual = operands(70, 72, 136)
+    with on_hopper():
+        found = gemm(x, [w], [b], residual=residual.half())[0]
+        wanted = gemm(x, [w], [b], residual=residual.half().float())[0]
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("depth", [64, 200, 456])
 def test_every_interleaving_gives_the_same(depth, pin):
     """Bitwise, with fewer steps along the depth than stages, and with more."""
