@@ -188,6 +188,59 @@ def test_aggregates_and_constexpr_functions():
 
 
 @gluon.jit
+def saturating_kernel(x, out, N: gl.constexpr):
+    i = gl.arange(0, N, LAYOUT)
+    gl.store(out + i, gl.load(x + i).to(gl.float8e4nv).to(gl.float32))
+
+
+def test_rounding_to_fp8_saturates():
+    x, out = torch.tensor([448.0, 464.0, 1e9, -torch.inf, torch.nan, 17.0, 2.0**-10, 0.3]), torch.zeros(8)
+    emulate(saturating_kernel, (1,), x=x, out=out, N=8)
+    torch.testing.assert_close(out, torch.tensor([448, 448, 448, -448, torch.nan, 16, 0, 0.3125]), equal_nan=True)
+
+
+@gluon.jit
+def fp8_kernel(a, b, out, B_TRANSPOSED: gl.constexpr, DEPTH: gl.constexpr):
+    """a b of a [64, K] and b [64, K] or, if it lies transposed, [K, 64]. DEPTH: of an instruction."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, DEPTH])
+    a_shared = gl.allocate_shared_memory(a.dtype, a.block_type.shape, a.layout)
+    b_shared = gl.allocate_shared_memory(b.dtype, b.block_type.shape, b.layout)
+    landed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(landed, count=1)
+    fence_async_shared()
+    mbarrier.expect(landed, a.block_type.nbytes + b.block_type.nbytes)
+    tma.async_copy_global_to_shared(a, [0, 0], landed, a_shared)
+    tma.async_copy_global_to_shared(b, [0, 0], landed, b_shared)
+    mbarrier.wait(landed, 0)
+    if not B_TRANSPOSED:
+        b_shared = b_shared.permute((1, 0))
+    product = warpgroup_mma(a_shared, b_shared, gl.zeros((64, 64), gl.float32, layout))
+    rows = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    gl.store(out + (rows[:, None] * 64 + columns[None, :]), product)
+
+
+def test_products_of_fp8_lie_along_the_depth():
+    """As wgmma requires of both operands, in instructions of 32 bytes."""
+    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    out = torch.zeros(64, 64)
+
+    def run(transposed: bool, depth: int, width: int = 64) -> None:
+        layout = gl.NVMMASharedLayout.get_default_for([64, width], gl.float8e4nv)
+        blocks = [TensorDescriptor.from_tensor(x, [64, width], layout) for x in (a[:, :width], b[:, :width])]
+        emulate(fp8_kernel, (1,), a=blocks[0], b=blocks[1], out=out, B_TRANSPOSED=transposed, DEPTH=depth)
+
+    run(False, 32)
+    torch.testing.assert_close(out, a.float() @ b.float().T)
+    with pytest.raises(Fault, match="do not lie along the depth"):
+        run(True, 32)
+    with pytest.raises(Fault, match="in instructions of depth 16"):
+        run(False, 16)
+    with pytest.raises(Fault, match=r"a product of \[64, 16\] and \[16, 64\]"):
+        run(False, 32, 16)
+
+
+@gluon.jit
 def box_kernel(source, target, row, column, to_row, to_column, N: gl.constexpr):
     tile = gl.allocate_shared_memory(gl.float16, [N, N], source.layout)
     landed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

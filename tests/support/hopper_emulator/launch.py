@@ -19,7 +19,7 @@ Modelled
   ordered after those whatever the interleaving, and writes of the generic proxy that no fence has made visible to the
   asynchronous proxy (memory.py, block.py);
 - asynchronous warpgroup_mma, from registers or shared memory, that reads its operands at the wait that completes it,
-  and whose result cannot be used before (matrix.py);
+  and whose result cannot be used before; of fp8, that its operands lie along the depth (matrix.py);
 - tensor memory and tcgen05: products that one partition starts run late, in its order, and only a commit's arrival at
   a barrier tells that they have read their operands and written their accumulators (tensor_memory.py, tensor_core.py);
 - Triton's types: promotion, integers that wrap and truncate, bf16 and fp16 rounded to nearest even (values.py);
@@ -30,7 +30,8 @@ Modelled
 Not modelled
 - the agreement of layouts, registers, the size of shared memory: the compiler checks (bench/compiled/ahead_of_time.py);
 - threads within a partition: the compiler synchronises its warps around each mbarrier operation;
-- time, banks, caches; the order of additions within a matrix product; approximations of exp2 and the like;
+- time, banks, caches; the order of additions within a matrix product, and the 14 bits with which Hopper adds products
+  of fp8 (tests/kernels/fp8 has a model of them); approximations of exp2 and the like;
 - a generic read that a later TMA load overwrites counts as ordered by barriers alone, without a proxy fence;
 - communication between programs: they run one after another, in a random order; global memory shows a TMA store when
   its source has been read;

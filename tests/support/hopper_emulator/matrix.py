@@ -13,7 +13,8 @@ from hopper_emulator.faults import UnsupportedByEmulator as Unsupported
 from hopper_emulator.memory import View
 from hopper_emulator.values import Value, wrap
 
-_OPERANDS = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_OPERANDS = (torch.float16, torch.bfloat16, *_FP8)
 
 
 class Accumulator:
@@ -76,16 +77,27 @@ def warpgroup_mma(
         block.fault(ILLEGAL, "warpgroup_mma takes b from shared memory, and a from there or from registers")
     shape, layout = (acc._shape, acc._layout) if isinstance(acc, Accumulator) else (acc.shape, acc.layout)
     (m, k), (k_of_b, n) = a.shape, b.shape
-    if k != k_of_b or shape != [m, n] or m % 64 or n % 8 or k % 16:
+    depth = 32 if b.window.dtype in _FP8 else 16  # of an instruction: 32 bytes
+    if k != k_of_b or shape != [m, n] or m % 64 or n % 8 or k % depth:
         block.fault(ILLEGAL, f"a product of {a.shape} and {b.shape} into {shape}")
     operand_dtypes = {operand.window.dtype if isinstance(operand, View) else operand.data.dtype for operand in (a, b)}
     if len(operand_dtypes) > 1:
         block.fault(ILLEGAL, f"a product of {a.dtype} and {b.dtype}")
     if not operand_dtypes <= set(_OPERANDS):
         raise Unsupported(f"warpgroup_mma of {a.dtype}")
+    if b.window.dtype in _FP8:
+        _check_fp8(a, b, layout)
     result = Accumulator(shape, layout)
     block.partition.matrix_queue.append(_Product(a, b, acc, bool(wrap(use_acc)), result))
     return result if is_async else warpgroup_mma_wait(0, (result,))
+
+
+def _check_fp8(a: Any, b: View, layout: Any) -> None:
+    """Faults unless both operands in shared memory lie along the depth, and the accumulator is for 32 bytes of it."""
+    if b.window.stride(0) != 1 or (isinstance(a, View) and a.window.stride(1) != 1):
+        current().fault(ILLEGAL, f"a product of {a.dtype} whose operands do not lie along the depth in shared memory")
+    if layout is not None and layout.instr_shape[2] != 32:
+        current().fault(ILLEGAL, f"a product of {a.dtype} in instructions of depth {layout.instr_shape[2]}")
 
 
 def warpgroup_mma_wait(num_outstanding: Any = 0, deps: Any = None) -> Any:

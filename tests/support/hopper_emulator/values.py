@@ -1,8 +1,8 @@
 """Tensors, scalars and pointers of a kernel: torch tensors under Triton's rules for types and integers.
 
-bf16 and fp16 are torch's: rounded to nearest even, and computed in their own type as in Triton. Integers wrap at their
-width; division and remainder truncate. Layouts are carried along, and dropped where only the compiler knows them; the
-compiler checks that the layouts of operands agree.
+bf16 and fp16 are torch's: rounded to nearest even, and computed in their own type as in Triton. What is rounded to fp8
+saturates. Integers wrap at their width; division and remainder truncate. Layouts are carried along, and dropped where
+only the compiler knows them; the compiler checks that the layouts of operands agree.
 """
 
 from types import SimpleNamespace
@@ -108,6 +108,14 @@ def together(a: Any, b: Any) -> tuple[Tensor, Tensor, Any]:
     return a.data.to(dtype), b.data.to(dtype), (a if a.data.dim() >= b.data.dim() else b).layout
 
 
+def _converted(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """To fp8 it saturates, as cvt.rn.satfinite does; torch gives NaN or infinity. NaN stays NaN."""
+    if dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        largest = torch.finfo(dtype).max
+        data = data.clamp(-largest, largest)
+    return data.to(dtype)
+
+
 class Value:
     """A tensor, or a scalar, in registers."""
 
@@ -143,7 +151,7 @@ class Value:
             raise Unsupported(f"rounding {fp_downcast_rounding}")
         if bitcast:
             return Value(self.data.contiguous().view(torch_dtype(dtype)), self.layout)
-        return Value(self.data.to(torch_dtype(dtype)), self.layout)
+        return Value(_converted(self.data, torch_dtype(dtype)), self.layout)
 
     cast = to
 
@@ -318,7 +326,7 @@ class Pointer:
 
     def store(self, value: Any, mask: Any) -> None:
         places, allowed = self._places(mask, "stores to")
-        stored = wrap(value).data.to(self.storage.dtype).broadcast_to(places.shape)
+        stored = _converted(wrap(value).data, self.storage.dtype).broadcast_to(places.shape)
         writes, written = current().global_writes, places[allowed]
         latest = writes.of_written(self.storage)
         writes.check(latest[written], "stores to")
