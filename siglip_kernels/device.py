@@ -216,7 +216,7 @@ def hopper_kernels_enabled() -> bool:
 
     They have not been run on a GPU yet and are off by default: the portable kernels run everywhere. When they are
     selected, a call that they do not support raises UnsupportedInputError. What they do not cover runs as without them:
-    attention over short or packed sequences, normalisation, products of fp8, and GEMMs without a fused epilogue.
+    attention over short or packed sequences, normalisation, and GEMMs without a fused epilogue.
 
     Raises MissingBackendError for any value but 1, 0 and the empty string, and where both families are selected.
     """
@@ -226,7 +226,8 @@ def hopper_kernels_enabled() -> bool:
 def blackwell_kernels_enabled() -> bool:
     """Whether SIGLIP_KERNELS_BLACKWELL=1 selects the kernels for data-centre Blackwell (sm_100), with the same rules.
 
-    They also leave the backward of attention, attention with lengths and the loss to the portable kernels.
+    They also leave the backward of attention, attention with lengths, products of fp8 and the loss to the portable
+    kernels.
     """
     return _selected() == "SIGLIP_KERNELS_BLACKWELL"
 

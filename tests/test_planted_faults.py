@@ -42,6 +42,7 @@ LOSS_OPTIONS = "kernels/sigmoid_loss/test_sigmoid_loss_options.py"
 ATTENTION_HOPPER = "gluon/test_attention_hopper.py"
 ATTENTION_HOPPER_BACKWARD = "gluon/test_attention_hopper_backward.py"
 LINEAR_HOPPER = "gluon/test_linear_hopper.py"
+FP8_HOPPER = "gluon/test_fp8_hopper.py"
 LOSS_HOPPER = "gluon/test_sigmoid_loss_hopper.py"
 LINEAR_BLACKWELL = "gluon/test_linear_blackwell.py"
 ATTENTION_BLACKWELL = "gluon/test_attention_blackwell.py"
@@ -124,6 +125,12 @@ CONSTANTS = {
     "fp8: bound of the next row": Planted("fp8/quantise.py", "norm * tl.load(gains) +", "0.02 * norm +", FP8),
     "fp8: GELU": Planted("gemm/gelu.py", "_ROOT_CUBIC = tl.constexpr(0.797", "_ROOT_CUBIC = tl.constexpr(0.597", FP8),
     "fp8: scale of the result": Planted("gemm/kernels.py", "half = 0.5 /", "half = 0.51 /", FP8),
+    "fp8 on Hopper: scale of the result": Planted(
+        "gemm/hopper.py", "half_scales = 0.5 /", "half_scales = 0.51 /", FP8_HOPPER
+    ),
+    "fp8 on Hopper: scale of a column": Planted(
+        "gemm/hopper.py", "* of_columns[None, :]", "* of_columns[None, :] * 1.01", FP8_HOPPER
+    ),
     "fp8: weights that changed": Planted("fp8/weights.py", "kept.state == state", "kept.state", FP8_WEIGHTS),
     "GEMM: column sums": Planted("gemm/kernels.py", "tl.sum(value, 0), mask", "tl.sum(value, 0) * 1.01, mask", MLP),
     "GEMM, split depth: where a range starts": Planted(

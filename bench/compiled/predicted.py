@@ -71,7 +71,7 @@ def gemm(
         return clocks(shape, FACTS, gemm_config.tile(shape, FACTS)).total
     from siglip_kernels.gemm.hopper import tile_for
 
-    tile = tile_for(rows, columns, depth, parts, gelu, torch.bfloat16, FACTS)
+    tile = tile_for(rows, columns, depth, parts, gelu, 2, torch.bfloat16, FACTS)
     tiles = math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns) * parts
     # Per step of depth. TMA writes every row and column; an instruction reads 64 rows and all columns.
     moved = 2 * ((tile.rows + tile.columns) + (tile.rows + tile.columns * tile.rows // 64))

@@ -177,7 +177,9 @@ class Family:
 
 _LAYERS = ("attention", "linear", "pre_norm_qkv", "pre_norm_attention", "mlp", "pre_norm_mlp")
 FAMILIES = {
-    "triton:hopper": Family("Hopper", 9, "SIGLIP_KERNELS_HOPPER", (*_LAYERS, "padded_attention", "sigmoid_loss")),
+    "triton:hopper": Family(
+        "Hopper", 9, "SIGLIP_KERNELS_HOPPER", (*_LAYERS, *fp8.DEFINITIONS, "padded_attention", "sigmoid_loss")
+    ),
     "triton:blackwell": Family("Blackwell", 10, "SIGLIP_KERNELS_BLACKWELL", _LAYERS),
 }
 

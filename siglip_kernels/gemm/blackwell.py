@@ -134,7 +134,7 @@ def _finish(
                     value += gl.load(tile_bias + columns, mask=columns < COLUMNS, other=0.0).to(gl.float32)[None, :]
                 finish_piece(
                     value, piece, buffers, added, second_out, choose(part, out, out_second, out_third, PARTS),
-                    sums, first_row, column, COLUMNS, GELU,
+                    None, sums, first_row, column, COLUMNS, GELU,
                 )  # fmt: skip
         mbarrier.arrive(drained.index(which), count=1)
         if added is None and second_out is None and first_column + BLOCK_N > COLUMNS:
@@ -252,7 +252,7 @@ def launch(
     rows, depth = a.shape
     columns, parts = outs[0].shape[1], len(outs)
     kept = activation if gelu == "backward" else pre_activation
-    check_supported(a, columns, (10, 0), "data-centre Blackwell (sm_100)", "SIGLIP_KERNELS_BLACKWELL=1")
+    check_supported(a, outs[0], (10, 0), "data-centre Blackwell (sm_100)", "SIGLIP_KERNELS_BLACKWELL=1")
     gpu = facts(a.device)
     tile = tile_for(rows, columns, depth, parts, outs[0].dtype, gpu)
     buffers = buffers_of(gelu == "backward" or residual is not None, kept is not None, tile.columns // PIECE.value)

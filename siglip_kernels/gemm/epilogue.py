@@ -20,6 +20,8 @@ _LINEAR = gl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654)
 _CUBIC = gl.constexpr(-2 * 1.4426950408889634 * 0.7978845608028654 * 0.044715)
 _SLOPE = gl.constexpr(2 * 0.7978845608028654)
 _SLOPE_SQUARE = gl.constexpr(2 * 0.7978845608028654 * 3 * 0.044715)
+_ROOT = gl.constexpr(0.7978845608028654)  # u = x (_ROOT + _ROOT_CUBIC x²)
+_ROOT_CUBIC = gl.constexpr(0.7978845608028654 * 0.044715)
 
 
 @gluon.jit
@@ -27,6 +29,20 @@ def gelu(x):
     """tanh-GELU as x σ(2u), u = √(2/π) (x + 0.044715 x³). x: fp32."""
     x = gl.where(x < -100.0, -100.0, x)  # -inf would give -inf · 0
     return x * reciprocal(1.0 + gl.exp2((x * x * _CUBIC + _LINEAR) * x))
+
+
+@gluon.jit
+def tanh(x):
+    """The hyperbolic tangent, to a relative 2⁻¹¹."""
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def scaled_gelu(x, half):
+    """gelu(x) · 2 half, for a result in fp8, as gelu.py computes it. x: fp32 [rows, columns]; half: fp32 [rows, 1]."""
+    u = (x * x * _ROOT_CUBIC + _ROOT) * x
+    scaled = x * half
+    return scaled * tanh(u) + scaled
 
 
 @gluon.jit
@@ -65,6 +81,7 @@ def finish_piece(
     added,  # loaded by load_added; as in gemm_kernel
     second_out,
     target,
+    half_scales,  # fp32 [rows]: half of what gelu(·) is multiplied by for a result in fp8, or None
     column_sums,  # pointer to the sums of these rows, or None
     first_row,
     column,
@@ -87,7 +104,7 @@ def finish_piece(
         if second_out is not None:
             tma.store_wait(pendings=1)
             _send(value, second_buffer, second_out, first_row, column)
-        value = gelu(value)
+        value = gelu(value) if half_scales is None else scaled_gelu(value, half_scales[:, None])
     elif GELU == "backward":
         again, derivative = gelu_and_derivative(buffer.load(LAYOUT).to(gl.float32))
         if second_out is not None:

@@ -11,30 +11,40 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from siglip_kernels.device import facts
 from siglip_kernels.errors import unsupported
 from siglip_kernels.gemm.epilogue import PIECE
-from siglip_kernels.gemm.ring import BLOCK_K
+from siglip_kernels.gemm.ring import BLOCK_BYTES
 
 GROUP = 8  # row tiles that are computed together, so that their operands stay in the L2
+HALF = (torch.float16, torch.bfloat16)
 
 
-def check_supported(a: Tensor, columns: int, capability: tuple[int, int], gpus: str, switch: str) -> None:
-    """Raises UnsupportedInputError unless the kernel supports the product of `a` (M, K) and a weight (columns, K).
+def check_supported(
+    a: Tensor,
+    out: Tensor,
+    capability: tuple[int, int],
+    gpus: str,
+    switch: str,
+    dtypes: tuple[torch.dtype, ...] = HALF,
+) -> None:
+    """Raises UnsupportedInputError unless the kernel supports the product `out` (M, N) of `a` (M, K) and a weight.
 
-    gpus: what has the capability, as messages call it; switch: the setting that selects the kernel.
+    gpus: what has the capability, as messages call it; switch: the setting that selects the kernel; dtypes: of a.
     """
     gpu = facts(a.device)
     if gpu.capability != capability:
         raise unsupported("linear", "x", f"is on {gpu.name}", f"{gpus} with {switch}")
-    if a.dtype not in (torch.float16, torch.bfloat16):
-        raise unsupported("linear", "x", f"has dtype {a.dtype}", f"float16, bfloat16 with {switch}")
-    for name, extent in (("in_features", a.shape[1]), ("out_features", columns)):
-        if extent == 0 or extent % 8:
-            raise unsupported("linear", name, f"is {extent}", f"multiples of 8 with {switch}")
+    if a.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise unsupported("linear", "x", f"has dtype {a.dtype}", f"{names} with {switch}")
+    for name, matrix in (("in_features", a), ("out_features", out)):
+        extent, unit = matrix.shape[1], max(8, 16 // matrix.element_size())
+        if extent == 0 or extent % unit:
+            raise unsupported("linear", name, f"is {extent}", f"multiples of {unit} with {switch}")
 
 
 def stages(rows: int, columns: int, buffers: int, out_dtype: torch.dtype, shared_memory: int) -> int:
-    """As many stages of 2-byte operands of a tile as fit beside the epilogue's buffers and 1 KiB for the barriers."""
+    """As many stages of the operands of a tile as fit beside the epilogue's buffers and 1 KiB for the barriers."""
     epilogue = buffers * rows * PIECE.value * out_dtype.itemsize + 1024
-    return (shared_memory - epilogue) // ((rows + columns) * BLOCK_K.value * 2)
+    return (shared_memory - epilogue) // ((rows + columns) * BLOCK_BYTES)
 
 
 def arguments(
@@ -57,8 +67,9 @@ def arguments(
     The other arguments are those of `launch`.
     """
     rows, depth = a.shape
+    block_depth = BLOCK_BYTES // a.element_size()
     result_block = [block_rows, PIECE.value]
-    weight_block = [BLOCK_K.value, block_columns] if transposed else [block_columns, BLOCK_K.value]
+    weight_block = [block_depth, block_columns] if transposed else [block_columns, block_depth]
     weight, weight_second, weight_third = _by_part([descriptor(weight, weight_block) for weight in weights])
     bias, bias_second, bias_third = _by_part(biases)
     out, out_second, out_third = _by_part([descriptor(out, result_block) for out in outs])
@@ -67,7 +78,7 @@ def arguments(
         added = added.to(outs[0].dtype)  # results leave from the buffers that it is loaded into
     second_out = activation if gelu == "backward" else pre_activation
     return dict(
-        a=descriptor(a, [block_rows, BLOCK_K.value]),
+        a=descriptor(a, [block_rows, block_depth]),
         weight=weight,
         weight_second=weight_second,
         weight_third=weight_third,
@@ -100,13 +111,19 @@ def _by_part(values: Sequence[Any]) -> tuple[Any, Any, Any]:
     return first, second, third
 
 
-_GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+_GLUON_DTYPES = {
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
+    torch.float32: gl.float32,
+}
 
 
 def descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
     """The tensor descriptor of a matrix with rows of unit stride, or of a copy if not all rows start at multiples of 16
     bytes."""
-    stride = matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // 8) * 8
+    unit = max(8, 16 // matrix.element_size())
+    stride = matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // unit) * unit
     if matrix.data_ptr() % 16 or stride * matrix.element_size() % 16:
         matrix = matrix.clone(memory_format=torch.contiguous_format)
         stride = matrix.shape[1]

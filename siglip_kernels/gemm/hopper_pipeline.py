@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from siglip_kernels.gemm.ring import BLOCK_K, make_stages
+from siglip_kernels.gemm.ring import make_stages
 
 CONSUMERS = gl.constexpr(2)
 THREADS = gl.constexpr(128)  # of a consumer
@@ -23,9 +23,15 @@ THREAD_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one eleme
 
 
 @gluon.constexpr_function
-def accumulator_layout(columns):
-    """How wgmma distributes an accumulator of this many columns over a warpgroup."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+def accumulator_layout(columns, depth=16):
+    """How wgmma distributes an accumulator of this many columns over a warpgroup. depth: of an instruction."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, depth])
+
+
+@gluon.constexpr_function
+def _of_half(layout):
+    """The accumulator's layout for half of its columns."""
+    return accumulator_layout(layout.instr_shape[1] // 2, layout.instr_shape[2])
 
 
 @gluon.jit
@@ -79,7 +85,8 @@ def multiply_tile(
     STAGES: gl.constexpr,
 ):
     """A consumer's share of one tile: accumulator + a b, and the new step."""
-    blocks = gl.cdiv(depth, BLOCK_K)
+    BLOCK_DEPTH: gl.constexpr = a_blocks.shape[1 if A_TRANSPOSED else 2]
+    blocks = gl.cdiv(depth, BLOCK_DEPTH)
     LAG: gl.constexpr = STAGES // 2
     # With fewer blocks than stages the first consumer could be two tiles, two phases of `lead`, ahead, and a barrier
     # cannot tell a phase from the one after the next.
@@ -117,7 +124,7 @@ def pieces_of(x, COLUMNS: gl.constexpr):
     if x.shape[1] == COLUMNS:
         return (x,)
     else:
-        HALF: gl.constexpr = accumulator_layout(x.shape[1] // 2)
+        HALF: gl.constexpr = _of_half(x.type.layout)
         left, right = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
         left = gl.convert_layout(left, HALF, assert_trivial=True)
         right = gl.convert_layout(right, HALF, assert_trivial=True)

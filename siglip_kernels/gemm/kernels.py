@@ -14,6 +14,8 @@ Where a small batch has too few tiles for the GPU, several programs compute a ti
 K). They write partial sums, and a second kernel adds these in their order and applies the epilogue.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -433,6 +435,19 @@ class Scales(NamedTuple):
     out: Tensor | None = None  # (M,), of the result of GELU; None: it is not fp8
 
 
+def _launch_for_one_architecture(scales: Scales | None) -> Callable[..., Tensor | None] | None:
+    """The launcher of the kernel for Hopper or Blackwell that is selected, or None. Blackwell's has no fp8."""
+    if hopper_kernels_enabled():
+        from siglip_kernels.gemm import hopper
+
+        return functools.partial(hopper.launch, scales=scales)
+    if scales is None and blackwell_kernels_enabled():
+        from siglip_kernels.gemm import blackwell
+
+        return blackwell.launch
+    return None
+
+
 def gemm(
     a: Tensor,
     weights: list[Tensor],
@@ -494,12 +509,8 @@ def gemm(
     ]
     biases = _biases_to_read(biases, columns, a)
     outs = [out] if parts == 1 else list(out.view(rows, parts, columns).unbind(1))
-    if scales is None and (hopper_kernels_enabled() or blackwell_kernels_enabled()):
-        if hopper_kernels_enabled():
-            from siglip_kernels.gemm.hopper import launch
-        else:
-            from siglip_kernels.gemm.blackwell import launch
-
+    launch = _launch_for_one_architecture(scales)
+    if launch is not None:
         a, *weights, residual, kept = inputs
         sums = launch(
             a,

@@ -10,7 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from siglip_kernels.tma import async_load
 
-BLOCK_K = gl.constexpr(64)  # 128 bytes of fp16 or bf16: the widest row that shared memory swizzles
+BLOCK_BYTES = 128  # of depth in a block: the widest row that shared memory swizzles
+BLOCK_K = gl.constexpr(BLOCK_BYTES // 2)  # of fp16 or bf16
 
 
 @gluon.jit
@@ -36,8 +37,8 @@ def choose(part, first, second, third, PARTS: gl.constexpr):
 
 @gluon.jit
 def make_stages(
-    a,  # descriptor of a reader's blocks: [rows, BLOCK_K], or [BLOCK_K, rows] where a lies transposed
-    b,  # descriptor of blocks [BLOCK_K, columns], or [columns, BLOCK_K] where b lies transposed
+    a,  # descriptor of a reader's blocks: [rows, block depth], or [block depth, rows] where a lies transposed
+    b,  # descriptor of blocks [block depth, columns], or [columns, block depth] where b lies transposed
     STAGES: gl.constexpr,
     READERS: gl.constexpr,  # each has a block of a of its own, and all share b's
 ):
@@ -77,13 +78,14 @@ def load_tiles(
 ):
     """The producer: all blocks of all tiles of this program. A stage may hold several blocks of a, above each other."""
     BLOCKS: gl.constexpr = a_blocks.shape[0] // STAGES
+    BLOCK_DEPTH: gl.constexpr = a.block_type.shape[0 if A_TRANSPOSED else 1]
     step = 0
     for tile in range(gl.program_id(0), row_tiles * part_tiles * PARTS, gl.num_programs(0)):
         row_tile, column_tile = tile_position(tile, row_tiles, part_tiles * PARTS, GROUP)
         first_row = row_tile * BLOCKS * BLOCK_ROWS
         column = column_tile % part_tiles * BLOCK_N
         tile_b = choose(column_tile // part_tiles, b, b_second, b_third, PARTS)
-        for k in range(0, depth, BLOCK_K):
+        for k in range(0, depth, BLOCK_DEPTH):
             stage = step % STAGES
             landed = filled.index(stage)
             mbarrier.wait(emptied.index(stage), (step // STAGES & 1) ^ 1)

@@ -141,7 +141,7 @@ def test_compile_takes_every_architecture_unless_some_are_named(fake_compiler):
             *("matryoshka_sigmoid_loss", "patch_embed", "resize_normalize", "sigmoid_loss"),
         )
         for name in ARCHITECTURES
-    } | {(f"{operation}_hopper", "sm_90") for operation in ("attention", "linear", "sigmoid_loss")} | {
+    } | {(f"{operation}_hopper", "sm_90") for operation in ("attention", "fp8", "linear", "sigmoid_loss")} | {
         (f"{operation}_blackwell", "sm_100") for operation in ("attention", "linear")
     } | {("fp8", name) for name in ("sm_89", "sm_90", "sm_100", "sm_120")}  # which multiply fp8
     assert list(dict.fromkeys(task.gpu for task in some)) == ["rtx5090", "h200"] and jobs == 3
@@ -181,7 +181,7 @@ def test_every_module_of_launches_is_found():
     from bench.compiled.launches import operation_names
 
     special = {"attention_hopper", "sigmoid_loss_hopper", "linear_hopper", "linear_blackwell"}
-    special |= {"attention_blackwell"}
+    special |= {"attention_blackwell", "fp8_hopper"}
     assert {"attention", "sigmoid_loss", "linear", "layer_norm", *special} <= set(operation_names())
 
 

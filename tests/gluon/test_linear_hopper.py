@@ -204,7 +204,7 @@ def test_tiles_follow_the_shapes_of_models():
     h200 = GPUS["h200"]
 
     def tile(columns: int, depth: int, parts: int = 1, gelu: str = "", dtype=torch.bfloat16, rows: int = 64 * 729):
-        return hopper.tile_for(rows, columns, depth, parts, gelu, dtype, h200)
+        return hopper.tile_for(rows, columns, depth, parts, gelu, 2, dtype, h200)
 
     assert tile(4304, 1152, gelu="forward") == hopper.WIDE
     assert tile(1152, 4304) == tile(1152, 1152, parts=3) == hopper.TALL

@@ -5,12 +5,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.compiled.launch import Launch
+from bench.compiled.launch import Launch, with_kernels_for
 
 LEAST_CAPABILITY = (8, 9)
 PUBLISHED = "^so400m (46656 |729 fc2$)|^base 1 fc2$"  # every epilogue; split depths
 
+HOPPER_PUBLISHED = "^so400m 46656 "
+
 _WIDTHS = {"so400m": (1152, 4304), "base": (768, 3072)}
+_PRODUCTS = ("qkv", "out_proj", "gelu", "fc2")
 
 
 def launches() -> Iterator[Launch]:
@@ -26,6 +29,16 @@ def launches() -> Iterator[Launch]:
             if only is None or name in only:
                 yield Launch(f"{model} {rows} {name}", call)
     yield Launch("so400m 46656 fc2, fp32 residual", _layer(*_WIDTHS["so400m"], 46_656, torch.float32)["fc2"])
+
+
+def hopper_launches() -> Iterator[Launch]:
+    """The products: every epilogue, then an fp32 residual and one image."""
+    for model, rows in (("so400m", 46_656), ("base", 12_544), ("so400m", 729)):
+        for name, call in _layer(*_WIDTHS[model], rows).items():
+            if name in _PRODUCTS:
+                yield Launch(f"{model} {rows} {name}", with_kernels_for("hopper", call))
+    fp32_residual = _layer(*_WIDTHS["so400m"], 46_656, torch.float32)["fc2"]
+    yield Launch("so400m 46656 fc2, fp32 residual", with_kernels_for("hopper", fp32_residual))
 
 
 def _layer(
