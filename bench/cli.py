@@ -501,6 +501,7 @@ def _run(request: Request, where: Path | None, failed: dict[tuple[str, str], str
 
 def _report(files: Sequence[Path] | None, where: Path | None, readme: Path | None, plots: bool) -> None:
     from bench.environment import ROOT, in_repository
+    from bench.report.checked import checks
     from bench.report.counted import comparison, read_shares
     from bench.report.plots import draw_all
     from bench.report.rows import is_of_rows, read, results_directory
@@ -517,7 +518,8 @@ def _report(files: Sequence[Path] | None, where: Path | None, readme: Path | Non
     page = directory / "README.md"
     compiled = sorted(directory.glob("compile-*.jsonl"))
     shares = read_shares(sorted({*results_directory().glob("counted-*.jsonl"), *directory.glob("counted-*.jsonl")}))
-    page.write_text(full_report(rows, chosen, drawn, compiled, comparison(rows, shares)))
+    sections = [checks(sorted(directory.glob("check-*.jsonl"))), comparison(rows, shares)]
+    page.write_text(full_report(rows, chosen, drawn, compiled, sections))
     print(f"Written: {', '.join(str(path) for path in (page, *drawn))}.")
     usual = in_repository() and directory.resolve() == results_directory().resolve()
     target = readme or (ROOT / "README.md" if usual else None)

@@ -188,11 +188,11 @@ def full_report(
     files: Sequence[Path],
     plots: Sequence[Path] = (),
     compiled: Sequence[Path] = (),
-    counted: str = "",
+    sections: Sequence[str] = (),
 ) -> str:
     """The page beside the files: an overview of each machine, then every row, then the tables of compiled kernels.
 
-    counted: `bench.report.counted.comparison`.
+    sections: what comes between, such as `bench.report.counted.comparison`; empty ones are left out.
     """
     sources = ", ".join(f"[{path.name}]({path.name})" for path in files) or "no file yet"
     baselines = ", ".join(f"`{name}`" for name in BASELINES)
@@ -215,7 +215,7 @@ def full_report(
             for group in members:
                 noise = "" if group.noise is None else f" Noise {group.noise:.2f}x."
                 parts += [f"**{title(group)}.**{noise} {_environment(group)}", group_table(group)]
-    parts += filter(None, [counted])
+    parts += filter(None, sections)
     parts += [f"## Compiled kernels\n\n{by_operation(path)}" for path in compiled]
     return "\n\n".join(parts) + "\n"
 
