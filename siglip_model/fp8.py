@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from siglip_kernels import fp8
 from siglip_kernels.errors import unsupported
-from siglip_kernels.fusable import has_ordinary_parameters, is_unhooked
+from siglip_kernels.fp8 import LEAST_COSINE, Quantised
+from siglip_kernels.fusable import has_ordinary_parameters, has_own_forward, is_unhooked
 from siglip_model import backends
 
 if TYPE_CHECKING:
@@ -21,20 +22,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKEND = "triton_fp8"
-LEAST_COSINE = 0.995  # of `check`, between an image's embeddings with fp8 and without
 
 
 @dataclass
-class Report:
-    """What of a model is computed in fp8. bytes: of the quantised weights, which are kept beside the originals."""
+class Report(Quantised):
+    """What of a model is computed in fp8."""
 
-    projections: int = 0
-    bytes: int = 0
-    left: dict[str, str] = field(default_factory=dict)  # modules that keep their layer's half from fp8, and why
+    left: dict[str, str] = field(default_factory=dict)  # modules that keep projections from fp8, and why
 
     def __str__(self) -> str:
-        text = f"{self.projections} projections in fp8, {self.bytes / 2**20:.1f} MiB beside the original weights"
-        return "\n".join([text, *(f"not in fp8 because of {name}: it {why}" for name, why in self.left.items())])
+        because = (f"not in fp8 because of {name}: it {why}" for name, why in self.left.items())
+        return "\n".join([super().__str__(), *because])
 
 
 def report(model: nn.Module) -> Report:
@@ -42,33 +40,33 @@ def report(model: nn.Module) -> Report:
     from siglip_model.encoder import Attention, EncoderLayer
     from siglip_model.layers import MLP, TANH_GELU
 
-    found = Report()
+    found, names = Report(), {id(module): name for name, module in model.named_modules()}
+
+    def fit(kind: type, *modules: nn.Module) -> bool:
+        """Whether they are as they were made, so that the backend takes their weights. Those that are not are named."""
+        reasons = {names[id(module)]: _why_not(module, kind) for module in modules}
+        left = {name: why for name, why in reasons.items() if why is not None}
+        found.left |= left
+        return not left
+
+    projections: list[Any] = []
     for name, module in model.named_modules():
-        if isinstance(module, EncoderLayer) and module.ops.name == BACKEND:
-            attention, norm = module.self_attn, module.layer_norm1
-            projections = [getattr(attention, f"{each}_proj", None) for each in ("q", "k", "v", "out")]
-            _add(found, model, [(attention, Attention), (norm, nn.LayerNorm)], projections)
+        if isinstance(module, EncoderLayer) and module.ops.name == BACKEND and fit(Attention, module.self_attn):
+            attention = module.self_attn
+            qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+            fused = [fit(nn.LayerNorm, module.layer_norm1), fit(nn.Linear, *qkv), fit(nn.Linear, attention.out_proj)]
+            projections += qkv if all(fused[:2]) else []
+            projections += [attention.out_proj] if all(fused) else []
         if isinstance(module, MLP) and module.ops.name == BACKEND:
-            if module.activation in TANH_GELU:
-                _add(found, model, [(module, MLP)], [module.fc1, module.fc2])
-            else:
+            if type(module) is not MLP or has_own_forward(module):
+                found.left[name] = "has a forward of its own"
+            elif module.activation not in TANH_GELU:
                 found.left[name] = f"has the activation {module.activation!r}, not GELU by tanh"
+            elif fit(nn.Linear, module.fc1, module.fc2):
+                projections += [module.fc1, module.fc2]
+    for projection in projections:
+        found.add(projection.weight, projection.bias)
     return found
-
-
-def _add(
-    found: Report, model: nn.Module, others: list[tuple[nn.Module, type]], projections: list[nn.Module | None]
-) -> None:
-    """Half a layer, whose modules must all be as they were made."""
-    modules = [*others, *((projection, nn.Linear) for projection in projections)]
-    names = {id(module): name for name, module in model.named_modules()}
-    reasons = {names.get(id(module), ""): _why_not(module, kind) for module, kind in modules}
-    left = {name: why for name, why in reasons.items() if why is not None}
-    found.left |= left
-    if not left:
-        found.projections += len(projections)
-        # A byte per weight, a scale per row, and the bias.
-        found.bytes += sum(p.weight.numel() + 4 * len(p.weight) + p.bias.nbytes for p in projections)  # type: ignore
 
 
 def _why_not(module: Any, kind: type) -> str | None:

@@ -35,7 +35,7 @@ from siglip_kernels.fp8.devices import require_fp8
 from siglip_kernels.fp8.reference import Projection
 from siglip_kernels.fp8.weights import quantised
 from siglip_kernels.layer_norm.config import WIDEST_IN_REGISTERS
-from siglip_kernels.qkv.api import check_heads, packed_shape
+from siglip_kernels.qkv.api import check_heads
 from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -85,6 +85,18 @@ def _launch_qkv(rows: Tensor, norm: Norm, projection: Projection, dtype: torch.d
     return _launch_product(values, scales, projection, None, dtype)
 
 
+def _quantised_qkv(weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...]) -> Projection:
+    """Of q, k and v, or only the first, which is of all three."""
+    given = [weight for weight in weights if weight is not None]
+    return quantised(given, biases[: len(given)])
+
+
+def _qkv_shape(x: Tensor, q_weight: Tensor, k_weight: Tensor | None, num_heads: int) -> tuple[int, ...]:
+    """(B, S, 3, H, D), or of packed sequences (T, 3, H, D)."""
+    rows = q_weight.shape[0] // (3 if k_weight is None else 1)
+    return *x.shape[:-1], 3, num_heads, rows // num_heads
+
+
 def _contiguous(weight: Tensor, bias: Tensor, eps: float) -> Norm:
     return weight.contiguous(), bias.contiguous(), eps
 
@@ -126,9 +138,9 @@ def _pre_norm_qkv(
     eps: float,
     q_weight: Tensor,
     q_bias: Tensor | None,
-    k_weight: Tensor,
+    k_weight: Tensor | None,
     k_bias: Tensor | None,
-    v_weight: Tensor,
+    v_weight: Tensor | None,
     v_bias: Tensor | None,
     num_heads: int,
     dtype: torch.dtype,
@@ -137,14 +149,14 @@ def _pre_norm_qkv(
     require_fp8("fp8.pre_norm_qkv", "x", x)
     norm = _contiguous(norm_weight, norm_bias, eps)
     with on_device(x), torch.autocast(x.device.type, enabled=False):
-        projection = quantised([q_weight, k_weight, v_weight], [q_bias, k_bias, v_bias])
+        projection = _quantised_qkv((q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias))
         packed = _launch_qkv(as_rows(x), norm, projection, dtype)
-    return packed.view(packed_shape(x, q_weight, num_heads))
+    return packed.view(_qkv_shape(x, q_weight, k_weight, num_heads))
 
 
 @_pre_norm_qkv.register_fake
 def _(x, norm_weight, norm_bias, eps, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, num_heads, dtype):
-    return x.new_empty(packed_shape(x, q_weight, num_heads), dtype=dtype)
+    return x.new_empty(_qkv_shape(x, q_weight, k_weight, num_heads), dtype=dtype)
 
 
 @torch.library.custom_op("siglip_kernels::fp8_pre_norm_attention", mutates_args=())
@@ -155,9 +167,9 @@ def _pre_norm_attention(
     eps: float,
     q_weight: Tensor,
     q_bias: Tensor | None,
-    k_weight: Tensor,
+    k_weight: Tensor | None,
     k_bias: Tensor | None,
-    v_weight: Tensor,
+    v_weight: Tensor | None,
     v_bias: Tensor | None,
     out_weight: Tensor,
     out_bias: Tensor | None,
@@ -175,8 +187,8 @@ def _pre_norm_attention(
 
     rows, norm = as_rows(x), _contiguous(norm_weight, norm_bias, eps)
     with on_device(x), torch.autocast(x.device.type, enabled=False):
-        projection = quantised([q_weight, k_weight, v_weight], [q_bias, k_bias, v_bias])
-        packed = _launch_qkv(rows, norm, projection, dtype).view(packed_shape(x, q_weight, num_heads))
+        projection = _quantised_qkv((q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias))
+        packed = _launch_qkv(rows, norm, projection, dtype).view(_qkv_shape(x, q_weight, k_weight, num_heads))
         q, k, v = packed.unbind(-3)
         if cu_seqlens is None:
             attended, _ = launch_forward(q, k, v, lengths, scale, False)
@@ -294,20 +306,24 @@ def pre_norm_qkv(
     eps: float,
     q_weight: Tensor,
     q_bias: Tensor | None,
-    k_weight: Tensor,
+    k_weight: Tensor | None,
     k_bias: Tensor | None,
-    v_weight: Tensor,
+    v_weight: Tensor | None,
     v_bias: Tensor | None,
     num_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (B, S, H, D) of normalised x, as `siglip_kernels.pre_norm_qkv`, with a product of fp8. See `mlp`."""
+    """q, k and v (B, S, H, D) of normalised x, as `siglip_kernels.pre_norm_qkv`, with a product of fp8. See `mlp`.
+
+    With k_weight and v_weight None, q_weight and q_bias are those of q, k and v in this order, (3 · H · D, width):
+    slices, cut at each call, would be quantised at each call.
+    """
     norm = _norm(x, norm_weight, norm_bias)
-    q_proj, k_proj, v_proj = Affine(q_weight, q_bias), Affine(k_weight, k_bias), Affine(v_weight, v_bias)
     check_input("fp8.pre_norm_qkv", "x", x, "(B, S, width)")
-    _check_qkv("fp8.pre_norm_qkv", x, norm, eps, q_proj, k_proj, v_proj, num_heads)
+    qkv = (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
+    projections, _ = _check_qkv("fp8.pre_norm_qkv", x, norm, eps, qkv, num_heads)
     dtype = _computed_in("fp8.pre_norm_qkv", x, q_weight)
-    refuse_transforms("fp8.pre_norm_qkv", x=x, norm=norm, q=q_proj, k=k_proj, v=v_proj)
-    q, k, v = _pre_norm_qkv(x, *norm, eps, *q_proj, *k_proj, *v_proj, num_heads, dtype).unbind(2)
+    refuse_transforms("fp8.pre_norm_qkv", x=x, norm=norm, **projections)
+    q, k, v = _pre_norm_qkv(x, *norm, eps, *qkv, num_heads, dtype).unbind(2)
     return q, k, v
 
 
@@ -318,9 +334,9 @@ def pre_norm_attention(
     eps: float,
     q_weight: Tensor,
     q_bias: Tensor | None,
-    k_weight: Tensor,
+    k_weight: Tensor | None,
     k_bias: Tensor | None,
-    v_weight: Tensor,
+    v_weight: Tensor | None,
     v_bias: Tensor | None,
     out_weight: Tensor,
     out_bias: Tensor | None,
@@ -331,13 +347,13 @@ def pre_norm_attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """x + out_proj(attention(q, k, v)), as `siglip_kernels.pre_norm_attention`, with projections of fp8. See `mlp`."""
+    """x + out_proj(attention(q, k, v)), as `siglip_kernels.pre_norm_attention`, with projections of fp8. See `mlp`, and
+    `pre_norm_qkv` for the weights."""
     norm, out_proj = _norm(x, norm_weight, norm_bias), Affine(out_weight, out_bias)
-    q_proj, k_proj, v_proj = Affine(q_weight, q_bias), Affine(k_weight, k_bias), Affine(v_weight, v_bias)
     operation = "fp8.pre_norm_attention"
     check_input(operation, "x", x, "(B, S, width)" if cu_seqlens is None else "(T, width)")
-    _check_qkv(operation, x, norm, eps, q_proj, k_proj, v_proj, num_heads)
-    columns = q_weight.shape[0]
+    qkv = (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
+    projections, columns = _check_qkv(operation, x, norm, eps, qkv, num_heads)
     _check_projection(operation, "out_", out_proj, (x.shape[-1], columns), x)
     _check_width(operation, "q_weight", columns)
     check_head_dim(operation, "q_weight", columns // num_heads)
@@ -345,9 +361,9 @@ def pre_norm_attention(
     check_packing(operation, lengths, cu_seqlens, max_seqlen, "x", x)
     check_lengths(operation, lengths, "x", x)
     dtype = _computed_in(operation, x, q_weight)
-    refuse_transforms(operation, x=x, norm=norm, q=q_proj, k=k_proj, v=v_proj, out=out_proj)
-    projections = (*q_proj, *k_proj, *v_proj, *out_proj)
-    return _pre_norm_attention(x, *norm, eps, *projections, num_heads, scale, lengths, cu_seqlens, max_seqlen, dtype)
+    refuse_transforms(operation, x=x, norm=norm, out=out_proj, **projections)
+    parameters = (*qkv, *out_proj)
+    return _pre_norm_attention(x, *norm, eps, *parameters, num_heads, scale, lengths, cu_seqlens, max_seqlen, dtype)
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
@@ -356,18 +372,19 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
 
 
 def _check_qkv(
-    operation: str,
-    x: Tensor,
-    norm: Affine,
-    eps: float,
-    q_proj: Affine,
-    k_proj: Affine,
-    v_proj: Affine,
-    num_heads: int,
-) -> None:
+    operation: str, x: Tensor, norm: Affine, eps: float, qkv: tuple[Tensor | None, ...], num_heads: int
+) -> tuple[dict[str, Affine], int]:
+    """qkv: weight and bias of each of q, k and v. Returns those that are given, by name, and the rows of each."""
     check_norm(operation, "norm_", norm, eps, x)
+    q_proj, k_proj, v_proj = (Affine(*qkv[i : i + 2]) for i in (0, 2, 4))  # type: ignore[arg-type]
     _check_projection(operation, "q_", q_proj, (None, x.shape[-1]), x)
-    columns = q_proj.weight.shape[0]
-    _check_projection(operation, "k_", k_proj, (columns, x.shape[-1]), x)
-    _check_projection(operation, "v_", v_proj, (columns, x.shape[-1]), x)
-    check_heads(operation, num_heads, columns)
+    rows = q_proj.weight.shape[0]
+    if all(parameter is None for parameter in qkv[2:]):
+        if rows % 3:
+            raise unsupported(operation, "q_weight", f"has {rows} rows", "those of q, k and v, or also the others")
+        check_heads(operation, num_heads, rows // 3)
+        return {"q": q_proj}, rows // 3
+    _check_projection(operation, "k_", k_proj, (rows, x.shape[-1]), x)
+    _check_projection(operation, "v_", v_proj, (rows, x.shape[-1]), x)
+    check_heads(operation, num_heads, rows)
+    return {"q": q_proj, "k": k_proj, "v": v_proj}, rows

@@ -22,13 +22,18 @@ def why_not(where: torch.device) -> str | None:
     return f"{gpu_name(where)} has compute capability {major}.{minor}; products of fp8 need 8.9 or later (Ada, Hopper)"
 
 
-def why_not_here() -> str | None:
-    """Why fp8 runs on no device of this machine, or None. Does not import Triton."""
-    reason = device.why_not_here()
+def why_no_gpu() -> str | None:
+    """Why none of this machine's GPUs has fp8. None: one has, or PyTorch finds none."""
+    reason = device.why_no_gpu()
     if reason is not None or not torch.cuda.is_available():
         return reason
     reasons = [why_not(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
     return None if None in reasons else reasons[0]
+
+
+def why_not_here() -> str | None:
+    """Why fp8 runs on no device of this machine, or None. Does not import Triton."""
+    return device.why_not_here() or why_no_gpu()
 
 
 def require_fp8(operation: str, argument: str, tensor: torch.Tensor) -> None:

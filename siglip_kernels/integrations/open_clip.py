@@ -36,6 +36,7 @@ from siglip_kernels.integrations.blocks import (
     is_fusable_attention,
     is_fusable_norm,
     joined,
+    packed,
     takes_norm,
     why_not_head_dim,
 )
@@ -43,6 +44,7 @@ from siglip_kernels.integrations.patching import (
     Accelerated,
     accelerate_modules,
     full_name,
+    operations_of,
     original_class,
     require_version,
     restore,
@@ -53,15 +55,18 @@ from siglip_kernels.integrations.report import Report
 __all__ = ["SigLipLoss", "accelerate", "register_loss", "restore", "restore_loss"]
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, fp8: bool = False) -> Report:
     """Compute the towers of a SigLIP model instance with the kernels: the timm tower (see
     `siglip_kernels.integrations.timm`) and the blocks and LayerNorms of open_clip's text transformer.
 
     Results differ only by rounding. A causal text transformer, such as CLIP's, is not changed.
 
+    fp8: as in `siglip_kernels.integrations.transformers.accelerate`. open_clip creates models in training mode, which
+    fp8 refuses: call model.eval().
+
     Returns a report of what was replaced and what was not, and why. `restore(model)` undoes it.
     Raises MissingBackendError, and changes nothing, unless open_clip is version 3 and Triton is installed, and
-    if no GPU of this machine runs the kernels.
+    if no GPU of this machine runs the kernels, or fp8.
     """
     version = require_version("open_clip", "open_clip_torch", (3,), (4,))
     require_version("open_clip", "timm", *siglip_timm.VERSIONS)
@@ -79,7 +84,7 @@ def accelerate(model: nn.Module) -> Report:
                 return _REPLACEMENTS.get(name)
         return siglip_timm.replacement(towers, path, module)
 
-    return accelerate_modules(model, f"open_clip {version}", replacement, "no SigLIP tower is in it")
+    return accelerate_modules(model, f"open_clip {version}", replacement, "no SigLIP tower is in it", fp8)
 
 
 def _text_transformers(model: nn.Module) -> list[str]:
@@ -110,7 +115,9 @@ class ResidualAttentionBlock(Accelerated):
         elif remarks := why_not_head_dim(attention.head_dim):
             first = describe_called(norm1, *remarks)
         else:
-            first = describe_pre_norm_attention(("ln_1", norm1), [], ("attn.out_proj", attention.out_proj))
+            in_proj = [(attention.in_proj_weight, attention.in_proj_bias)]
+            out = ("attn.out_proj", attention.out_proj)
+            first = describe_pre_norm_attention(("ln_1", norm1), [], out, in_proj=in_proj)
         if type(module.ls_2) is nn.Identity and _is_known_mlp(mlp):
             fc1, fc2 = ("mlp.c_fc", mlp.c_fc), ("mlp.c_proj", mlp.c_proj)
             second = describe_pre_norm_mlp(("ln_2", norm2), fc1, mlp.gelu, fc2)
@@ -124,7 +131,7 @@ class ResidualAttentionBlock(Accelerated):
         x = self._add_attention(q_x, attn_mask)
         module = self.mlp
         if _is_known_mlp(module) and siglip_timm.drops_nothing(self.ls_2):
-            return add_pre_norm_mlp(x, self.ln_2, module.c_fc, module.gelu, module.c_proj)
+            return add_pre_norm_mlp(operations_of(self), x, self.ln_2, module.c_fc, module.gelu, module.c_proj)
         return x + self.ls_2(module(self.ln_2(x)))
 
     def _add_attention(self: Any, x: Tensor, attn_mask: Any) -> Tensor:
@@ -139,7 +146,9 @@ class ResidualAttentionBlock(Accelerated):
             return x + self.ls_1(self.attention(q_x=norm(x), attn_mask=attn_mask))
         weight, bias, heads = attention.in_proj_weight, attention.in_proj_bias, attention.num_heads
         if is_fusable_norm(norm, x):
-            return add_pre_norm_attention(x, norm, weight.chunk(3), bias.chunk(3), attention.out_proj, heads)
+            operations = operations_of(self)
+            parameters = packed(operations, weight, bias)
+            return add_pre_norm_attention(operations, x, norm, *parameters, attention.out_proj, heads)
         projected = siglip_kernels.linear(norm(x), weight, bias)
         q, k, v = projected.unflatten(-1, (3, heads, attention.head_dim)).unbind(2)
         return add_linear(x, attention.out_proj, siglip_kernels.attention(q, k, v).flatten(2))

@@ -10,33 +10,51 @@ wrapped or hooked linear layer), the library's forward does.
 
 import functools
 import importlib.metadata
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import siglip_kernels
+from siglip_kernels import device
+from siglip_kernels import fp8 as fp8_operations
 from siglip_kernels.arguments import KERNEL_DTYPES
-from siglip_kernels.device import kernels_run_on, why_no_gpu, why_not
+from siglip_kernels.device import kernels_run_on
 from siglip_kernels.errors import MissingBackendError, unsupported
 from siglip_kernels.fusable import has_own_forward, is_fusable, is_unhooked
 from siglip_kernels.integrations.report import Left, Replaced, Report
 from siglip_kernels.transforms import under_transform
 
 
+class Description(NamedTuple):
+    """What computes a module.
+
+    operations: of siglip_kernels; none if the module is unsupported. remarks: on the rest of it.
+    projections: weights and biases of the products that fp8 would compute.
+    """
+
+    operations: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+    projections: tuple[tuple[Tensor, Tensor | None], ...] = ()
+
+
 class Accelerated(nn.Module):
     """Base of the replacements, which `accelerated_class` mixes in before a library's class to override `forward`.
 
-    original: the library's class. replacement: the mixed-in class. own: the class made of both.
+    original: the library's class. replacement: the mixed-in class. fp8: whether products are computed in fp8 where it
+    has the operation. own: the class made of these.
     """
 
     original: ClassVar[Any] = None
     replacement: ClassVar[Any] = None
+    fp8: ClassVar[bool] = False
     own: ClassVar[Any] = None
 
     @staticmethod
-    def describe(module: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The operations that would compute the module, none if it is unsupported, and remarks on the rest of it."""
+    def describe(module: Any) -> Description:
+        """What would compute the module, without fp8."""
         raise NotImplementedError
 
     @staticmethod
@@ -49,25 +67,26 @@ class Accelerated(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         made = type(self)
-        return _new, (made.replacement, made.original), *super().__reduce_ex__(max(protocol, 2))[2:]  # type: ignore[misc]
+        return _new, (made.replacement, made.original, made.fp8), *super().__reduce_ex__(max(protocol, 2))[2:]  # type: ignore[misc]
 
 
-def _new(replacement: type[Accelerated], original: type[nn.Module]) -> nn.Module:
-    made = accelerated_class(replacement, original)
+def _new(replacement: type[Accelerated], original: type[nn.Module], fp8: bool = False) -> nn.Module:
+    made = accelerated_class(replacement, original, fp8)
     return made.__new__(made)
 
 
-_made: dict[tuple[Any, Any], Any] = {}
+_made: dict[tuple[Any, Any, bool], Any] = {}
 
 
-def accelerated_class(replacement: type[Accelerated], original: Any) -> Any:
+def accelerated_class(replacement: type[Accelerated], original: Any, fp8: bool) -> Any:
     """The subclass of `original` with `replacement`'s forward, under the original's name and signature."""
-    if (replacement, original) not in _made:
-        _made[replacement, original] = _make(replacement, original)
-    return _made[replacement, original]
+    key = replacement, original, fp8
+    if key not in _made:
+        _made[key] = _make(*key)
+    return _made[key]
 
 
-def _make(replacement: type[Accelerated], original: Any) -> Any:
+def _make(replacement: type[Accelerated], original: Any, fp8: bool) -> Any:
 
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
@@ -84,6 +103,7 @@ def _make(replacement: type[Accelerated], original: Any) -> Any:
             "__doc__": original.__doc__,
             "original": original,
             "replacement": replacement,
+            "fp8": fp8,
             "forward": forward,
         },
     )
@@ -176,13 +196,15 @@ def accelerate_modules(
     library: str,
     replacements: Callable[[str, nn.Module], type[Accelerated] | str | None],
     nothing_found: str,
+    fp8: bool,
 ) -> Report:
     """Replaces what can be replaced in `model`, and returns a report.
 
     replacements: from a module's path and the module, its replacement; or why it is left; or None outside SigLIP.
+    fp8: compute in fp8 what has such an operation.
     """
     _check_module("accelerate", model)
-    _require_kernels(model)
+    _require_kernels(model, fp8)
     replaced: list[Replaced] = []
     left: list[Left] = []
     for path, module in reversed(list(model.named_modules())):  # children first: parents check what they have become
@@ -197,17 +219,47 @@ def accelerate_modules(
         if has_own_forward(module):
             left.append(Left(path, name, "a forward was set on the instance, e.g. by hooks that move weights"))
             continue
-        operations, remarks = found.describe(module)
-        if not operations:
-            left.append(Left(path, name, "; ".join(remarks)))
+        described = found.describe(module)
+        if not described.operations:
+            left.append(Left(path, name, "; ".join(described.remarks)))
             continue
-        module.__class__ = accelerated_class(found, original_class(module))
-        replaced.append(Replaced(path, name, operations, remarks))
-    note = _note(model) if replaced else f"nothing was replaced: {nothing_found}" if not left else ""
-    return Report(type(model).__name__, library, tuple(reversed(replaced)), tuple(reversed(left)), note)
+        module.__class__ = accelerated_class(found, original_class(module), fp8)
+        replaced.append(entry_of(path, module))
+    note = _note(model, fp8) if replaced else f"nothing was replaced: {nothing_found}" if not left else ""
+    in_order = tuple(reversed(replaced)), tuple(reversed(left))
+    return Report(type(model).__name__, library, *in_order, note, in_fp8(model, replaced) if fp8 else None)
 
 
-def _require_kernels(model: nn.Module) -> None:
+def entry_of(path: str, module: Any) -> Replaced:
+    """A report's line on a replaced module."""
+    operations, remarks, _ = type(module).replacement.describe(module)
+    if type(module).fp8:
+        operations = tuple([f"fp8.{name}" if hasattr(fp8_operations, name) else name for name in operations])
+    return Replaced(path, original_class(module).__name__, operations, remarks)
+
+
+def in_fp8(model: nn.Module, replaced: Iterable[Replaced]) -> fp8_operations.Quantised:
+    """What the replaced modules compute in fp8. The same weights may belong to a module and to what contains it."""
+    modules: list[Any] = [model.get_submodule(entry.path) for entry in replaced]
+    described = [type(module).replacement.describe(module) for module in modules if type(module).fp8]
+    projections = {id(weight): (weight, bias) for each in described for weight, bias in each.projections}
+    found = fp8_operations.Quantised()
+    for weight, bias in projections.values():
+        found.add(weight, bias)
+    return found
+
+
+def operations_of(module: Any) -> ModuleType:
+    """What computes the products of a replaced module: siglip_kernels, or its fp8, which raises in training mode."""
+    if not type(module).fp8:
+        return siglip_kernels
+    if module.training:
+        got = "was True, which is for inference, and the model is in training mode"
+        raise unsupported("accelerate", "fp8", got, "model.eval(); to train, accelerate it without fp8")
+    return fp8_operations
+
+
+def _require_kernels(model: nn.Module, fp8: bool) -> None:
     """Raises MissingBackendError if kernels do not run on the GPU of a parameter, or on no GPU of this machine.
 
     Without any GPU a model may be accelerated: it may be moved, and until then the library computes.
@@ -216,16 +268,18 @@ def _require_kernels(model: nn.Module) -> None:
         import triton  # noqa: F401
     except ImportError as error:
         raise MissingBackendError("accelerate: the kernels need Triton, which is not installed") from error
+    where: ModuleType = fp8_operations if fp8 else device
     devices = {parameter.device for parameter in model.parameters()}
-    reasons = [why_not(device) for device in devices if device.type == "cuda"]
-    if not reasons and not any(kernels_run_on(device) for device in devices):
-        reasons = [why_no_gpu()]
+    reasons = [where.why_not(each) for each in devices if each.type == "cuda"]
+    if not reasons and not any(kernels_run_on(each) for each in devices):
+        reasons = [where.why_no_gpu()]
     for reason in reasons:
         if reason is not None:
-            raise MissingBackendError(f"accelerate: {reason}; use the model as it is, without accelerate")
+            instead = "accelerate the model without fp8, or use it as it is" if fp8 else "use the model as it is"
+            raise MissingBackendError(f"accelerate: {reason}; {instead}, without accelerate")
 
 
-def _note(model: nn.Module) -> str:
+def _note(model: nn.Module, fp8: bool) -> str:
     devices = {parameter.device for parameter in model.parameters()}
     notes = []
     if not any(kernels_run_on(device) for device in devices):
@@ -237,6 +291,8 @@ def _note(model: nn.Module) -> str:
     wide = sorted({str(parameter.dtype) for parameter in model.parameters()} - {str(dtype) for dtype in KERNEL_DTYPES})
     if wide:
         notes.append(f"the library computes parameters of {', '.join(wide)}")
+    if fp8 and any(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        notes.append("with parameters of torch.float32 fp8 needs torch.autocast")
     return "; ".join(notes)
 
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from siglip_kernels.fp8 import Quantised
+
 
 @dataclass(frozen=True)
 class Replaced:
@@ -32,7 +34,7 @@ class Left:
 class Report:
     """What was replaced and what was not; `print(report)` shows equal layers on one line.
 
-    note: on the whole model, such as that it is not on a CUDA device yet.
+    note: on the whole model, such as that it is not on a CUDA device yet. fp8: how much of it is in fp8, if asked for.
     """
 
     model: str
@@ -40,10 +42,12 @@ class Report:
     replaced: tuple[Replaced, ...]
     left: tuple[Left, ...]
     note: str = ""
+    fp8: Quantised | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.model} ({self.library}): {len(self.replaced)} modules run on siglip_kernels"]
         lines += [f"note: {self.note}"] * bool(self.note)
+        lines += [str(self.fp8)] * (self.fp8 is not None)
         rows = [(entry.path, (entry.module, ", ".join(entry.operations), entry.remarks)) for entry in self.replaced]
         for path, (module, operations, remarks) in _collapsed(rows):
             lines.append(f"  {path} ({module}): {operations}")

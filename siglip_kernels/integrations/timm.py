@@ -20,22 +20,24 @@ from siglip_kernels.integrations.blocks import (
     add_pre_norm_attention,
     add_pre_norm_mlp,
     describe_called,
+    describe_mlp,
     describe_pre_norm_attention,
     describe_pre_norm_mlp,
     fuses_mlp,
     is_fusable_norm,
     joined,
     mlp,
-    why_not_fusable,
+    packed,
     why_not_head_dim,
     why_not_patches,
-    why_not_tanh_gelu,
 )
 from siglip_kernels.integrations.patching import (
     Accelerated,
+    Description,
     accelerate_modules,
     full_name,
     is_replaced,
+    operations_of,
     original_class,
     require_version,
     restore,
@@ -46,7 +48,7 @@ from siglip_kernels.integrations.report import Report
 __all__ = ["accelerate", "restore"]
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, fp8: bool = False) -> Report:
     """Compute timm's VisionTransformers in this model instance with the kernels: attention, MLP, LayerNorm, attention
     pool and patch embedding.
 
@@ -55,9 +57,11 @@ def accelerate(model: nn.Module) -> Report:
     act_layer="gelu_tanh": PyTorch computes the exact one, the kernels compute the linear layers around it.
     torch.jit.script cannot compile replacements: restore the model first.
 
+    fp8: as there. timm creates models in training mode, which fp8 refuses: call model.eval().
+
     Returns a report of what was replaced and what was not, and why. `restore(model)` undoes it.
     Raises MissingBackendError, and changes nothing, unless timm is version 1 and Triton is installed, and
-    if no GPU of this machine runs the kernels.
+    if no GPU of this machine runs the kernels, or fp8.
     """
     version = require_version("timm", "timm", *VERSIONS)
     towers = paths_of_towers(model)
@@ -66,6 +70,7 @@ def accelerate(model: nn.Module) -> Report:
         f"timm {version}",
         lambda path, module: replacement(towers, path, module),
         "no VisionTransformer is in it",
+        fp8,
     )
 
 
@@ -114,9 +119,10 @@ class Attention(Accelerated):
     def describe(module):
         remarks = [*why_not_head_dim(module.head_dim), *_why_not_simple(module)]
         if remarks:
-            return (), tuple(remarks)
+            return Description((), tuple(remarks))
         rate = module.attn_drop.p
-        return ("attention",), ((f"attention dropout is {rate}: in training timm computes attention",) if rate else ())
+        remarks = [f"attention dropout is {rate}: in training timm computes attention"] if rate else []
+        return Description(("attention",), tuple(remarks))
 
     def attends(self: Any, x: Tensor, attn_mask: Any, is_causal: bool) -> bool:
         return runs(x) and attn_mask is None and not is_causal and drops_nothing(self.attn_drop) and _is_simple(self)
@@ -149,13 +155,12 @@ class MLP(Accelerated):
 
     @staticmethod
     def describe(module):
-        remarks = why_not_fusable("fc1", module.fc1, nn.Linear) + why_not_fusable("fc2", module.fc2, nn.Linear)
-        remarks += why_not_tanh_gelu(module.act) + ([] if type(module.norm) is nn.Identity else ["it has a norm"])
-        return ((), tuple(remarks)) if remarks else (("mlp",), ())
+        remarks = [] if type(module.norm) is nn.Identity else ["it has a norm"]
+        return describe_mlp(("fc1", module.fc1), module.act, ("fc2", module.fc2), *remarks)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if fuses_mlp(self.fc1, self.act, self.fc2, x) and _only_linears(self):
-            return mlp(x, self.fc1, self.fc2)
+            return mlp(operations_of(self), x, self.fc1, self.fc2)
         return super().forward(x)
 
 
@@ -176,7 +181,7 @@ class Block(Accelerated):
         attention, mlp, norm1, norm2 = module.attn, module.mlp, module.norm1, module.norm2
         if is_replaced(attention, Attention) and is_unhooked(attention) and type(module.ls1) is nn.Identity:
             qkv, proj = ("attn.qkv", attention.qkv), ("attn.proj", attention.proj)
-            remarks = Attention.describe(attention)[1]
+            remarks = Attention.describe(attention).remarks
             first = describe_pre_norm_attention(("norm1", norm1), [qkv], proj, *remarks)
         else:
             remark = "its attention has hooks, a LayerScale or is not replaced, and is called normally"
@@ -194,7 +199,7 @@ class Block(Accelerated):
         x = self._add_attention(x, attn_mask, is_causal)
         module = self.mlp
         if _is_known_mlp(module) and drops_nothing(self.ls2) and drops_nothing(self.drop_path2):
-            return add_pre_norm_mlp(x, self.norm2, module.fc1, module.act, module.fc2)
+            return add_pre_norm_mlp(operations_of(self), x, self.norm2, module.fc1, module.act, module.fc2)
         return x + self.drop_path2(self.ls2(module(self.norm2(x))))
 
     def _add_attention(self: Any, x: Tensor, attn_mask: Any, is_causal: bool) -> Tensor:
@@ -211,8 +216,9 @@ class Block(Accelerated):
             return x + self.drop_path1(self.ls1(attention(norm(x), **_masks(attn_mask, is_causal))))
         qkv, heads = attention.qkv, attention.num_heads
         if is_fusable_norm(norm, x) and is_fusable(qkv, nn.Linear) and runs(x, qkv.weight, qkv.bias):
-            weights, biases = qkv.weight.chunk(3), qkv.bias.chunk(3)
-            return add_pre_norm_attention(x, norm, weights, biases, attention.proj, heads, attention.scale)
+            operations, out = operations_of(self), attention.proj
+            parameters = packed(operations, qkv.weight, qkv.bias)
+            return add_pre_norm_attention(operations, x, norm, *parameters, out, heads, attention.scale)
         q, k, v = qkv(norm(x)).unflatten(-1, (3, heads, attention.head_dim)).unbind(2)
         return add_linear(x, attention.proj, siglip_kernels.attention(q, k, v, scale=attention.scale).flatten(2))
 
@@ -223,14 +229,14 @@ class AttentionPool(Accelerated):
     @staticmethod
     def describe(module):
         if not _is_poolable(module):
-            return (), ("its layers are wrapped, hooked or not of SigLIP's form",)
+            return Description((), ("its layers are wrapped, hooked or not of SigLIP's form",))
         if module.mlp is None:
-            return ("attention_pool",), ()
+            return Description(("attention_pool",))
         if not _is_known_mlp(module.mlp):
-            return ("attention_pool",), ("its MLP has hooks or dropout, and is called normally",)
+            return Description(("attention_pool",), ("its MLP has hooks or dropout, and is called normally",))
         fc1, fc2 = ("mlp.fc1", module.mlp.fc1), ("mlp.fc2", module.mlp.fc2)
         mlp = describe_pre_norm_mlp(("norm", module.norm), fc1, module.mlp.act, fc2)
-        return joined((("attention_pool",), ()), mlp)
+        return joined(Description(("attention_pool",)), mlp)
 
     def forward(self: Any, x: Tensor, attn_mask: Any = None) -> Tensor:
         if attn_mask is not None or not _is_poolable(self) or not runs(x, self.latent, self.q.weight, self.kv.weight):
@@ -248,7 +254,7 @@ class AttentionPool(Accelerated):
         if module is None:
             return x
         if _is_known_mlp(module):
-            return add_pre_norm_mlp(x, self.norm, module.fc1, module.act, module.fc2)
+            return add_pre_norm_mlp(operations_of(self), x, self.norm, module.fc1, module.act, module.fc2)
         return x + module(self.norm(x))
 
 
@@ -272,7 +278,7 @@ class PatchEmbed(Accelerated):
         remarks = why_not_patches("proj", module.proj)
         if not (module.flatten and type(module.norm) is nn.Identity and not module.dynamic_img_pad):
             remarks = [*remarks, "it has a norm, pads images or does not flatten them"]
-        return ((), tuple(remarks)) if remarks else (("patch_embed",), ())
+        return Description((), tuple(remarks)) if remarks else Description(("patch_embed",))
 
     def forward(self: Any, x: Tensor) -> Tensor:
         convolution = self.proj

@@ -54,7 +54,7 @@ PACKING_NAME = "siglip_triton_flash"  # models that pack under FlashAttention lo
 _VERSIONS = ((4, 50), (6,))
 
 
-def accelerate(model: nn.Module, verify: bool = False) -> Report:
+def accelerate(model: nn.Module, verify: bool = False, fp8: bool = False) -> Report:
     """Compute the SigLIP and SigLIP 2 towers, and others of their form, anywhere in this model with the kernels.
 
     Attention, MLP, LayerNorm, MAP head, patch embedding and the loss of SiglipModel(return_loss=True) call the kernels;
@@ -74,10 +74,15 @@ def accelerate(model: nn.Module, verify: bool = False) -> Report:
     verify: also compare each replaced module with transformers' own on random input, result and gradient, and put back
     those that differ.
 
+    fp8: compute the projections and MLPs of the layers in fp8 (e4m3), for inference, as `siglip_kernels.fp8` does; the
+    report names those that are left and counts the memory of the quantised weights. Gradients and training mode raise
+    UnsupportedInputError, and so do fp32 parameters without torch.autocast. `verify` then compares these modules by
+    the cosine of their results alone. A call without it takes fp8 out again.
+
     Returns a report of what was replaced and what was not, and why. `restore(model)` undoes it.
     Raises MissingBackendError, and changes nothing, if this version of transformers is not supported, Triton is not
-    installed, no GPU of this machine runs the kernels (AMD's and those before compute capability 8.0 do not), or
-    `verify` is asked for where they do not run.
+    installed, no GPU of this machine runs the kernels (AMD's and those before compute capability 8.0 do not, and fp8
+    needs 8.9), or `verify` is asked for where they do not run.
     """
     version = _require_version()
     towers = () if not isinstance(model, nn.Module) else tuple(_paths_of_towers(model))
@@ -103,8 +108,8 @@ def accelerate(model: nn.Module, verify: bool = False) -> Report:
     if isinstance(model, nn.Module) and any(map(has_backends, model.modules())):
         empty = "siglip_model's own models have the kernels as a backend: model.set_backend('triton')"
     if verify and isinstance(model, nn.Module):
-        require_comparable(model)
-    report = accelerate_modules(model, f"transformers {version}", replacement, empty)
+        require_comparable(model, fp8)
+    report = accelerate_modules(model, f"transformers {version}", replacement, empty, fp8)
     return compare(model, report) if verify else report
 
 

@@ -19,6 +19,7 @@ from siglip_kernels.integrations.blocks import (
     add_pre_norm_attention,
     add_pre_norm_mlp,
     describe_called,
+    describe_mlp,
     describe_pre_norm_attention,
     describe_pre_norm_mlp,
     fuses_mlp,
@@ -28,13 +29,14 @@ from siglip_kernels.integrations.blocks import (
     mlp,
     why_not_head_dim,
     why_not_patches,
-    why_not_tanh_gelu,
 )
 from siglip_kernels.integrations.key_padding import as_given, attend, is_served, read_key_padding
 from siglip_kernels.integrations.patching import (
     Accelerated,
+    Description,
     full_name,
     is_replaced,
+    operations_of,
     original_class,
     runs,
     why_not_fusable,
@@ -73,13 +75,13 @@ class Attention(Accelerated):
             implementation = module.config._attn_implementation
             refusal.append(f"its attention is {implementation!r}, which may not be softmax attention")
         if refusal:
-            return (), tuple(refusal)
+            return Description((), tuple(refusal))
         remarks = []
         if dropout := attention_dropout(module):
             remarks.append(f"attention_dropout is {dropout}, which PyTorch's attention applies in training")
         if _is_causal_without_mask(module):
             remarks.append("its is_causal is True, so transformers computes calls without a mask")
-        return ("attention",), tuple(remarks)
+        return Description(("attention",), tuple(remarks))
 
     @staticmethod
     def example(module, drawn):
@@ -157,11 +159,7 @@ class MLP(Accelerated):
 
     @staticmethod
     def describe(module):
-        remarks = why_not_fusable(*_named(module, "fc1"), nn.Linear) + why_not_fusable(
-            *_named(module, "fc2"), nn.Linear
-        )
-        remarks += why_not_tanh_gelu(part(module, "activation"))
-        return ((), tuple(remarks)) if remarks else (("mlp",), ())
+        return describe_mlp(_named(module, "fc1"), part(module, "activation"), _named(module, "fc2"))
 
     @staticmethod
     def example(module, drawn):
@@ -171,7 +169,7 @@ class MLP(Accelerated):
         (x,) = (*arguments, *named.values())  # whose name differs between classes
         fc1, fc2 = part(self, "fc1"), part(self, "fc2")
         if fuses_mlp(fc1, part(self, "activation"), fc2, x) and passes_through(self):
-            return mlp(x, fc1, fc2)
+            return mlp(operations_of(self), x, fc1, fc2)
         return super().forward(x)
 
 
@@ -198,7 +196,7 @@ class EncoderLayer(Accelerated):
         name, attention = _named(module, "attention")
         if is_replaced(attention, Attention) and is_unhooked(attention):
             projections = [_named(attention, role, f"{name}.") for role in ("q", "k", "v")]
-            remarks = Attention.describe(attention)[1]
+            remarks = Attention.describe(attention).remarks
             out = _named(attention, "out", f"{name}.")
             first = describe_pre_norm_attention(norm1, projections, out, *remarks)
         else:
@@ -224,7 +222,8 @@ class EncoderLayer(Accelerated):
         x = self._add_attention(hidden_states, attention_mask, named)
         norm, module = part(self, "norm2"), part(self, "mlp")
         if _is_known_mlp(module):
-            x = add_pre_norm_mlp(x, norm, part(module, "fc1"), part(module, "activation"), part(module, "fc2"))
+            fc1, activation, fc2 = part(module, "fc1"), part(module, "activation"), part(module, "fc2")
+            x = add_pre_norm_mlp(operations_of(self), x, norm, fc1, activation, fc2)
         else:
             x = x + module(norm(x))
         return (x,) if self.returns_tuple else x
@@ -241,8 +240,8 @@ class EncoderLayer(Accelerated):
         fusable = is_fusable(q, nn.Linear) and is_fusable(k, nn.Linear) and is_fusable(v, nn.Linear)
         if fusable and is_fusable_norm(norm, x) and runs(x, q.weight, q.bias, k.weight, k.bias, v.weight, v.bias):
             weights, biases, out = (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias), part(attention, "out")
-            heads = q.out_features // attention.head_dim
-            return add_pre_norm_attention(x, norm, weights, biases, out, heads, attention_scale(attention), padding)
+            heads, scale = q.out_features // attention.head_dim, attention_scale(attention)
+            return add_pre_norm_attention(operations_of(self), x, norm, weights, biases, out, heads, scale, padding)
         projected = attention.project(norm(x))
         return add_linear(x, part(attention, "out"), attend(projected, attention_scale(attention), padding).flatten(2))
 
@@ -270,7 +269,7 @@ class Encoder(Accelerated):
 
     @staticmethod
     def describe(module):
-        return ("attention",), ()
+        return Description(("attention",))
 
     def forward(self: Any, inputs_embeds: Tensor, attention_mask: Any = None, *arguments: Any, **named: Any):
         served = attention_mask is not None and not named.get("is_causal")
@@ -290,12 +289,12 @@ class PoolingHead(Accelerated):
     def describe(module):
         if not is_fusable_attention(module.attention):
             kind = full_name(type(module.attention))
-            return (), (f"its attention, a {kind}, is wrapped, hooked or not of SigLIP's form",)
+            return Description((), (f"its attention, a {kind}, is wrapped, hooked or not of SigLIP's form",))
         if not _is_known_mlp(module.mlp):
-            return ("attention_pool",), ("mlp has hooks or is not replaced, and is called normally",)
+            return Description(("attention_pool",), ("mlp has hooks or is not replaced, and is called normally",))
         fc1, fc2 = ("mlp.fc1", module.mlp.fc1), ("mlp.fc2", module.mlp.fc2)
         mlp = describe_pre_norm_mlp(("layernorm", module.layernorm), fc1, module.mlp.activation_fn, fc2)
-        return joined((("attention_pool",), ()), mlp)
+        return joined(Description(("attention_pool",)), mlp)
 
     @staticmethod
     def example(module, drawn):
@@ -326,7 +325,8 @@ class PoolingHead(Accelerated):
         )
         module = self.mlp
         if _is_known_mlp(module):
-            return add_pre_norm_mlp(x, self.layernorm, module.fc1, module.activation_fn, module.fc2)
+            layers = module.fc1, module.activation_fn, module.fc2
+            return add_pre_norm_mlp(operations_of(self), x, self.layernorm, *layers)
         return x + module(self.layernorm(x))
 
 
@@ -336,7 +336,7 @@ class VisionEmbeddings(Accelerated):
     @staticmethod
     def describe(module):
         remarks = why_not_patches("patch_embedding", module.patch_embedding)
-        return ((), tuple(remarks)) if remarks else (("patch_embed",), ())
+        return Description((), tuple(remarks)) if remarks else Description(("patch_embed",))
 
     @staticmethod
     def example(module, drawn):
@@ -366,7 +366,7 @@ class NaflexVisionEmbeddings(Accelerated):
     @staticmethod
     def describe(module):
         remarks = why_not_fusable("patch_embedding", module.patch_embedding, nn.Linear)
-        return ((), tuple(remarks)) if remarks else (("linear",), ())
+        return Description((), tuple(remarks)) if remarks else Description(("linear",))
 
     def forward(self: Any, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
         linear = self.patch_embedding
@@ -405,7 +405,7 @@ class MaskedTower(_TakesArguments):
 
     @staticmethod
     def describe(module):
-        return ("attention",), ()
+        return Description(("attention",))
 
     def forward(self: Any, *arguments: Any, **named: Any):
         given = self.by_name(arguments, named)
@@ -423,7 +423,7 @@ class Model(_TakesArguments):
 
     @staticmethod
     def describe(module):
-        return ("sigmoid_loss",), ()
+        return Description(("sigmoid_loss",))
 
     def forward(self: Any, *arguments: Any, **named: Any):
         given = self.by_name(arguments, named)

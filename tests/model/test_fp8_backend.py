@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import siglip_model
 from siglip_kernels import MissingBackendError, UnsupportedInputError
 from siglip_kernels.device import interpreting
+from siglip_kernels.fp8.weights import quantised_bytes
 from siglip_model import backends, fp8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,6 +203,20 @@ def test_layers_of_others_are_called_and_named(caplog: pytest.LogCaptureFixture)
     assert fp8.report(found).projections == 26 - 4 - 2
     check_near(embeddings(found), embeddings(model()))
     assert calls == [1]
+
+
+def test_what_is_beside_wrapped_and_hooked_layers_is_counted() -> None:
+    found = model()
+    layers = found.vision_model.encoder.layers
+    layers[0].self_attn.out_proj.__class__ = Adapted
+    layers[0].mlp.register_forward_hook(lambda *_: None)
+    layers[1].layer_norm2.register_forward_hook(lambda *_: None)
+    found.set_backend("triton_fp8")
+    report = fp8.report(found)
+    assert report.projections == 26 - 1 and list(report.left) == ["vision_model.encoder.layers.0.self_attn.out_proj"]
+    embeddings(found)
+    quantised = quantised_bytes(found.parameters())
+    assert quantised == report.bytes + 8 * (26 - 1 - 2 * 4)  # the bounds of each product; q, k and v are one
 
 
 def test_other_activations_are_named(caplog: pytest.LogCaptureFixture) -> None:

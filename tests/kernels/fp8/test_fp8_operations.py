@@ -238,6 +238,27 @@ def test_qkv_are_those_of_attention(device):
         assert found.shape == (2, 19, 6, 8) and decibels(found, wanted) > 27
 
 
+def test_packed_weights_of_qkv(device):
+    p = attention_parameters(48, device)
+    x = torch.randn(2, 19, 48).to(device, torch.bfloat16)
+    packed = {
+        **p,
+        **{f"{name}_{kind}": None for name in "kv" for kind in ("weight", "bias")},
+        **{f"q_{kind}": torch.cat([p[f"{name}_{kind}"] for name in "qkv"]) for kind in ("weight", "bias")},
+    }
+    assert torch.equal(fp8.pre_norm_attention(x, **packed), fp8.pre_norm_attention(x, **p))
+    for each in (p, packed):
+        del each["out_weight"], each["out_bias"]
+    for found, wanted in zip(fp8.pre_norm_qkv(x, **packed), fp8.pre_norm_qkv(x, **p), strict=True):
+        assert torch.equal(found, wanted)
+    with pytest.raises(
+        UnsupportedInputError, match="fp8.pre_norm_qkv: q_weight has 143 rows; supported: those of q"
+    ):
+        fp8.pre_norm_qkv(x, **{**packed, "q_weight": packed["q_weight"][:-1], "q_bias": None})
+    with pytest.raises(UnsupportedInputError, match="fp8.pre_norm_qkv: k_weight is NoneType; supported: a tensor"):
+        fp8.pre_norm_qkv(x, **{**p, "k_weight": None, "k_bias": None})
+
+
 def exact_qkv(x: Tensor, p: dict[str, Any]) -> tuple[Tensor, ...]:
     widened = {name: value.double() if isinstance(value, Tensor) else value for name, value in p.items()}
     return reference.pre_norm_qkv(x.double(), **widened)
