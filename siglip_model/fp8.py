@@ -72,8 +72,8 @@ def report(model: nn.Module) -> Report:
 def _why_not(module: Any, kind: type) -> str | None:
     """As `siglip_kernels.fusable.is_fusable` says it."""
     found = type(module)
-    if found is not kind:
-        return f"is of class {found.__name__}, not {kind.__name__}"
+    if found is not kind:  # by their full names: PEFT's linear layers are also called Linear
+        return f"is a {found.__module__}.{found.__qualname__}, not a {kind.__module__}.{kind.__qualname__}"
     if not is_unhooked(module):
         return "has hooks or a forward of its own"
     if not has_ordinary_parameters(module):

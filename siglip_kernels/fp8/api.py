@@ -39,7 +39,7 @@ from siglip_kernels.qkv.api import check_heads
 from siglip_kernels.transforms import refuse_transforms, register_derivative
 
 _HALF = (torch.float16, torch.bfloat16)
-_TRAINS = "inference, under torch.no_grad(); to train, use the backend 'triton'"
+_TRAINS = "inference, under torch.no_grad(); to train, use the backend 'triton', or accelerate without fp8"
 
 Norm = tuple[Tensor, Tensor, float]
 
@@ -235,8 +235,8 @@ def _computed_in(operation: str, x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of what is not fp8: autocast's, or the weights'."""
     dtype = autocast_dtype(x) or weight.dtype
     if dtype not in _HALF:
-        got = f"computes in {dtype}"
-        raise unsupported(operation, "x", got, "float16 and bfloat16: load with dtype=torch.bfloat16, or use autocast")
+        how = "load with dtype=torch.bfloat16 (siglip --dtype bfloat16), or use autocast"
+        raise unsupported(operation, "x", f"computes in {dtype}", f"float16 and bfloat16: {how}")
     _check_width(operation, "x", x.shape[-1])
     return dtype
 

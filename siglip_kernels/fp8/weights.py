@@ -4,7 +4,7 @@ The originals stay where they are: checkpoints, optimizers and other backends se
 projection takes a byte per weight beside them, and lives as long as the (first) weight that it was made of.
 
 Changes are noticed by the tensors' addresses and version counters. What is written through `weight.data` changes
-neither: call `forget` after it.
+neither, and tensors that were created in inference mode have no counter: call `forget` after such changes.
 """
 
 from collections.abc import Iterable, Sequence

@@ -251,9 +251,7 @@ def test_packed_weights_of_qkv(device):
         del each["out_weight"], each["out_bias"]
     for found, wanted in zip(fp8.pre_norm_qkv(x, **packed), fp8.pre_norm_qkv(x, **p), strict=True):
         assert torch.equal(found, wanted)
-    with pytest.raises(
-        UnsupportedInputError, match="fp8.pre_norm_qkv: q_weight has 143 rows; supported: those of q"
-    ):
+    with pytest.raises(UnsupportedInputError, match="fp8.pre_norm_qkv: q_weight has 143 rows; supported: those of q"):
         fp8.pre_norm_qkv(x, **{**packed, "q_weight": packed["q_weight"][:-1], "q_bias": None})
     with pytest.raises(UnsupportedInputError, match="fp8.pre_norm_qkv: k_weight is NoneType; supported: a tensor"):
         fp8.pre_norm_qkv(x, **{**p, "k_weight": None, "k_bias": None})

@@ -38,6 +38,8 @@ def test_classify_in_fp8(siglip, images, caplog):
         found = siglip(*words, *in_fp8)
     assert found.exit_code == 0, found.stderr
     assert "26 projections in fp8" in caplog.text and found.stdout != siglip(*words).stdout
+    in_float32 = siglip(*words, *in_fp8[:2])
+    assert in_float32.exit_code == 2 and one_line(in_float32.stderr) and "--dtype bfloat16" in in_float32.stderr
     for backend, reason in ((in_fp8, "a cosine of 0.9"), ((), "model has an image tower with the backend 'sdpa'")):
         refused = siglip(*words, *backend, "--check")
         assert refused.exit_code == 2 and one_line(refused.stderr) and reason in refused.stderr
