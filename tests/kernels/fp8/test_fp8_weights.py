@@ -67,6 +67,7 @@ def test_several_projections_of_one_input(layer):
 
 
 def test_memory_is_counted_and_freed_with_the_weights(layer):
+    gc.collect()  # models of other tests
     parameters, kept = list(layer.parameters()), len(weights._kept)
     assert weights.quantised_bytes(parameters) == 0
     quantised(layer)
