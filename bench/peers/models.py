@@ -13,7 +13,7 @@ from bench.cases.operations import Contender, Setting, as_contender, model_confi
 from bench.cases.shapes import AttentionShape, ModelShape, NaFlexShape
 from bench.peers.attention import chosen_backend, has_kernel, pinned
 from bench.peers.compiled import MODES, compiled
-from bench.peers.registry import FAMILIES, Unsupported, peer, selecting
+from bench.peers.registry import FAMILIES, Unsupported, peer, require_fp8, selecting
 from siglip_kernels import MissingBackendError
 
 _MODELS = ("vision_tower", "siglip", "training_step")
@@ -47,7 +47,7 @@ def _project(backend: str, mode: str = "") -> Callable[[Setting], Contender]:
         except MissingBackendError as error:
             raise Unsupported(str(error)) from error
         contender = as_contender(model, setting, compiled(model, mode) if mode else None, _note(setting, backend))
-        return replace(contender, environment=selecting("triton")) if backend == "triton" else contender
+        return replace(contender, environment=selecting("triton")) if backend.startswith("triton") else contender
 
     return load
 
@@ -90,6 +90,23 @@ def _captured(backend: str) -> Callable[[Setting], Contender]:
 
 
 _FORWARD = ("vision_tower", "siglip")
+
+
+@peer(
+    (*_FORWARD, "naflex_tower"),
+    "triton:fp8",
+    package="triton",
+    cuda=True,
+    dtypes=_HALF,
+    precision="fp8",
+    tolerance=0.3,
+    note="this project, backend `triton_fp8`",
+)
+def triton_fp8(setting: Setting) -> Contender:
+    require_fp8(setting)
+    return _project("triton_fp8")(setting)
+
+
 peer(_FORWARD, "triton:graph", package="triton", cuda=True, note="this project, CUDA graph of `model.capture`")(
     _captured("triton")
 )
@@ -201,10 +218,12 @@ def _float8_training(setting: Setting) -> nn.Module:
     dtypes=("bf16",),
     slow=True,
     one_size=True,
+    precision="fp8",
     tolerance=0.3,
     note="transformers sdpa, products in fp8, torch.compile",
 )
 def float8(setting: Setting) -> Contender:
+    require_fp8(setting)
     training = setting.operation.name == "training_step"
     model = _float8_training(setting) if training else _quantized(setting)
     return as_contender(model, setting, compiled(model, "compile"))

@@ -29,7 +29,7 @@ from bench.cases.shapes import AttentionShape, SequencesShape
 from bench.peers.compiled import MODES
 from siglip_kernels.attention.config import short_block
 
-MODULES = ("attention", "cpu", "dense", "embed", "loss", "models")
+MODULES = ("attention", "cpu", "dense", "embed", "fp8", "loss", "models")
 
 
 class Missing(Exception):
@@ -147,9 +147,17 @@ def peer(operations: str | Iterable[str], name: str, **entry: Any) -> Callable[[
     return register
 
 
+def require_fp8(setting: Setting) -> None:
+    """Raises Unsupported on a GPU that does not multiply fp8."""
+    if setting.device == "cuda" and (capability := torch.cuda.get_device_capability()) < (8, 9):
+        raise Unsupported(f"needs compute capability 8.9; this GPU has {capability[0]}.{capability[1]}")
+
+
 def _kernels(operation: str) -> Callable[[Setting], Any]:
     def load(setting: Setting) -> Any:
         kernels = kernels_for(operation)
+        if operation in fp8.DEFINITIONS:
+            require_fp8(setting)
         if kernels is None:
             raise Missing(f"siglip_kernels has no {operation}")
         return kernels

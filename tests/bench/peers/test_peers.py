@@ -2,13 +2,14 @@
 
 import builtins
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from bench_helpers import setting
 
 from bench.cases.operations import OPERATIONS, Setting
-from bench.cases.shapes import AttentionShape, LossShape, ModelShape
+from bench.cases.shapes import AttentionShape, LossShape, MLPShape, ModelShape
 from bench.peers import Missing, Unsupported, everyone, names, peers_of
 from bench.peers.attention import has_kernel, heads_first, pinned
 
@@ -52,12 +53,13 @@ def test_every_peer_is_registered():
         "image_losses": "triton chunked eager",
         "linear": "triton eager compile max-autotune cublaslt",
         "mlp": "triton eager compile max-autotune cublaslt",
+        "fp8_pre_norm_attention": "triton scaled_mm torchao:float8",
         "layer_norm": "triton eager compile liger",
         "attention_pool": "triton eager folded",
         "patch_embed": "triton eager",
         "sigmoid_loss": "triton chunked eager compile siglip_kernel siglip_kernel:chunk_size=1024 open_clip "
         "open_clip:chunk_size=1024 inf_cl memeff",
-        "vision_tower": "triton triton:graph siglip_model:sdpa siglip_model:eager torchao:float8 "
+        "vision_tower": "triton triton:fp8 triton:graph siglip_model:sdpa siglip_model:eager torchao:float8 "
         "transformers:eager transformers:sdpa transformers:flash_attention_2 "
         "transformers:sdpa:flash transformers:sdpa:cudnn transformers:sdpa:cudnn:compile "
         "transformers:sdpa:compile transformers:sdpa:reduce-overhead transformers:sdpa:max-autotune "
@@ -97,6 +99,28 @@ def test_without_any_optional_package(nothing_optional):
         with pytest.raises(Missing, match="pip install flash-attn"):
             peers_of("vision_tower")[name].prepare(model)
     assert callable(peers_of("sigmoid_loss")["eager"].prepare(setting("sigmoid_loss", shape)).call)
+
+
+@pytest.mark.parametrize(
+    ("operation", "shape"),
+    [("fp8_mlp", MLPShape("tiny", 4, 16, 16)), ("vision_tower", ModelShape("tiny", "base-224", 1, 1))],
+)
+def test_fp8_needs_a_gpu_that_multiplies_it(operation, shape, monkeypatch, nothing_optional):
+    wanted = Setting(OPERATIONS[operation], shape, torch.bfloat16, "cuda", "fwd")
+    of_layers = operation == "fp8_mlp"
+    entries = {name: entry for name, entry in peers_of(operation).items() if of_layers or entry.precision == "fp8"}
+    assert set(entries) == {*(("triton", "scaled_mm") if of_layers else ("triton:fp8",)), "torchao:float8"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    for entry in entries.values():
+        with pytest.raises(Unsupported, match="needs compute capability 8.9; this GPU has 8.0"):
+            entry.prepare(wanted)
+        with pytest.raises(Unsupported, match="needs a CUDA device"):
+            entry.prepare(replace(wanted, device="cpu"))
+    if of_layers:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+        with pytest.raises(Missing, match="pip install torchao"):
+            entries["torchao:float8"].prepare(wanted)
+        assert callable(entries["scaled_mm"].prepare(wanted).call)
 
 
 def test_compiled_attention_supports_a_second_backward():
