@@ -247,6 +247,23 @@ def test_the_check_accepts_the_demo_checkpoint() -> None:
     assert found.backend == found.vision_model.backend == "triton_fp8"
 
 
+def test_the_demo_checkpoint_agrees_with_fp32() -> None:
+    """As the recipe judges it on the whole of the unseen design, here on the bundled pictures of it."""
+    from PIL import Image
+
+    from siglip_model.demo import CHECKPOINT, PICTURES
+    from siglip_model.demo.recipe.fp8 import compare, embed
+
+    paths = sorted(PICTURES.glob("*.png"))
+    pictures = [Image.open(path).convert("RGB") for path in (*paths, *paths[:2])]  # ten-way needs ten
+    names = [*(path.stem.replace("-", " ") for path in paths), "fire engine", "umbrella"]
+    exact = embed(CHECKPOINT, pictures, names, "sdpa", torch.float32)
+    found = embed(CHECKPOINT, pictures, names, fp8.BACKEND, torch.bfloat16, DEVICE)
+    compared = compare(found, exact, torch.tensor([*range(8), 0, 1]))
+    assert compared.problems() == [] and compared.same_first == 1
+    assert compared.score.top1 == 1 and max(cosine.max() for cosine in compared.cosines) < 1 - 1e-6
+
+
 def test_the_check_takes_images_at_native_resolution() -> None:
     torch.manual_seed(0)
     found = naflex.project_model(naflex.peer_model(), "sdpa").to(DEVICE, torch.bfloat16).eval()

@@ -27,6 +27,7 @@ from siglip_model.demo.recipe.emoji import (
     read_design,
 )
 from siglip_model.demo.recipe.evaluate import Score, all_logits, score_logits
+from siglip_model.demo.recipe.fp8 import compare
 from siglip_model.demo.recipe.model_card import write_card
 from siglip_model.demo.recipe.vocabulary import write_tokenizer
 from siglip_model.text.prompts import TEMPLATE
@@ -255,3 +256,26 @@ def test_the_data_to_fine_tune_on_has_a_folder_per_new_word(tmp_path):
     assert sorted(find_classes(tmp_path / "test").values()) == sorted(new_labels.WORDS)
     image = Image.open(samples[0].image)
     assert image.size == (64, 64) and image.mode == "RGB"
+
+
+def test_limits_of_fp8():
+    """What is beyond one is named; a random vector of 4 % of an embedding's length is within all."""
+    torch.manual_seed(0)
+    texts, images = (torch.nn.functional.normalize(torch.randn(40, 64), dim=-1) for _ in range(2))
+    images = torch.nn.functional.normalize(images + 2 * texts, dim=-1)
+    right = torch.arange(40)
+    exact = texts, images, images @ texts.T
+
+    def turned(share: float, rows: slice) -> tuple[torch.Tensor, ...]:
+        moved = images.clone()
+        moved[rows] += share * torch.nn.functional.normalize(torch.randn_like(images[rows]), dim=-1)
+        return texts, moved, moved @ texts.T
+
+    near = compare(turned(0.04, slice(None)), exact, right)
+    assert near.problems() == [] and near.same_first > 0.9 and 0.9 < near.same_five <= 1
+    assert "cosine 1.00000 in the mean" in str(near) and "top-1 agrees with fp32 for 100.0%" in str(near)
+    (problem,) = compare(turned(0.2, slice(0, 1)), exact, right).problems()
+    assert problem.startswith("the least image cosine is 0.9") and "at least 0.995" in problem
+    assert "the mean image cosine" in compare(turned(0.06, slice(None)), exact, right).problems()[0]
+    wrong = compare((texts, images, exact[2].roll(1, 0)), exact, right)
+    assert "ten-way accuracy is" in wrong.problems()[0] and wrong.same_first < 0.1
