@@ -11,8 +11,8 @@ from bench_helpers import setting
 from bench.cases.operations import OPERATIONS, Setting
 from bench.cases.shapes import AttentionShape, LossShape, MLPShape, ModelShape
 from bench.peers import Missing, Unsupported, everyone, names, peers_of
-from bench.peers.registry import FAMILIES
 from bench.peers.attention import has_kernel, heads_first, pinned
+from bench.peers.registry import FAMILIES
 
 OPTIONAL = (
     "transformers", "flash_attn", "fa3_fwd_interface", "fa3_fwd", "siglip_kernel", "open_clip", "inf_cl", "memeff",
