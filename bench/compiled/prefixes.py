@@ -2,13 +2,16 @@
 
 Clocks of one warp on its quarter of a multiprocessor per 1,000 pairs of image and text, in training, bf16, at the
 widths of `bench.compiled.launches.matryoshka_sigmoid_loss`: the three products, by the busiest pipe of each main loop,
-with the columns that tiles pad; and the epilogues of the logits, by theirs. Not counted: the epilogues of the two
-products, which are the same; reading the embeddings; and turning a block's G into H, which moves 8 bytes of L2 per pair
-and width.
+with the columns that tiles pad; and the epilogues of the logits, by theirs. "bound" is the products of the widest and
+one epilogue of its loss for each width; a prefix does more, as it rescales its cosines and sums for each image and
+each text. Not counted: the epilogues of the two products, which are the same; reading the embeddings; and turning a
+block's G into H, which moves 8 bytes of L2 per pair and width.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -17,39 +20,70 @@ from bench.compiled.launch import GPUS, architecture
 from bench.compiled.launches.matryoshka_sigmoid_loss import WIDTHS
 from siglip_kernels.sigmoid_loss.config import choose
 from siglip_kernels.sigmoid_loss.matryoshka.blocks import Segments
-from siglip_kernels.sigmoid_loss.matryoshka.config import padding_of, prefix_config, tiles_across
+from siglip_kernels.sigmoid_loss.matryoshka.config import column_tiles, padding_of, prefix_config
 
 
-def clocks_of(gpu: str) -> tuple[float, float, float, float]:
-    """Products and epilogues of the loss of the widest prefix, and of the losses of all prefixes."""
+class Clocks(NamedTuple):
+    """Of the loss of the widest prefix, and of the losses of all prefixes."""
 
+    one_products: float
+    one_epilogue: float
+    products: float
+    epilogues: float
+
+    @property
+    def one(self) -> float:
+        return self.one_products + self.one_epilogue
+
+    @property
+    def every(self) -> float:
+        return self.products + self.epilogues
+
+    @property
+    def bound(self) -> float:
+        """The products of the widest, and an epilogue of its loss for each width."""
+        return self.one_products + len(WIDTHS) * self.one_epilogue
+
+
+def clocks_of(gpu: str) -> Clocks:
     facts, width = GPUS[gpu], WIDTHS[-1]
     base = choose(torch.bfloat16, width, facts, "ieee")
     ends = Segments(WIDTHS, padding_of(base.weighted)).ends
     config = prefix_config(base, ends, facts)
+
+    rows = list(counts(["sigmoid_loss"], [gpu], "^bf16 D=768 train"))
     columns = -(-width // base.product.columns) * base.product.columns
-    one = _clocks("sigmoid_loss", gpu, "logit_grad_kernel", "product_kernel", width, columns, base.logit_grad.depth)
-    columns = tiles_across(ends, config.product) * config.product.columns
-    kernels = "prefix_logit_grad_kernel", "prefix_product_kernel"
-    every = _clocks("matryoshka_sigmoid_loss", gpu, *kernels, ends[-1], columns, config.logit_grad.depth)
-    return one[0], one[1], every[0], every[1] * len(WIDTHS)
+    one_products = width * _loop(rows, "logit_grad_kernel") + 2 * columns * _loop(rows, "product_kernel")
+    one_epilogue = _epilogue(rows, "logit_grad_kernel", base.logit_grad.depth)
+
+    rows = list(counts(["matryoshka_sigmoid_loss"], [gpu], "^bf16 D=768 train"))
+    tiles, columns = column_tiles(ends, config.product.columns), config.product.columns
+    products = ends[-1] * _loop(rows, "prefix_logit_grad_kernel")
+    products += 2 * tiles.wide * columns * _loop(rows, "prefix_product_kernel")
+    narrow = _loop(rows, "prefix_product_kernel", half=True) if len(tiles.starts) > tiles.wide else 0
+    products += (len(tiles.starts) - tiles.wide) * columns * narrow
+    epilogues = len(WIDTHS) * _epilogue(rows, "prefix_logit_grad_kernel", config.logit_grad.depth)
+    return Clocks(one_products, one_epilogue, products, epilogues)
 
 
-def _clocks(
-    operation: str, gpu: str, logits: str, product: str, width: int, columns: int, depth: int
-) -> tuple[float, float]:
-    rows = list(counts([operation], [gpu], "^bf16 D=768 train"))
+def _worst(rows: Iterable[Count]) -> Count:
+    return max(rows, key=lambda row: row.clocks[row.bound])
 
-    def worst(kernel: str, part: str) -> Count:
-        return max(
-            (row for row in rows if row.kernel == kernel and row.part == part), key=lambda row: row.clocks[row.bound]
-        )
 
-    loop, epilogue = worst(logits, "loop 1"), worst(logits, "epilogue 1")
-    products = width * loop.per_thousand(loop.bound)
-    products += 2 * columns * worst(product, "loop 1").per_thousand(worst(product, "loop 1").bound)
-    pairs = loop.multiply_adds / depth  # of a warp, in a tile
-    return products, 1000 * epilogue.clocks[epilogue.bound] / pairs
+def _loop(rows: list[Count], kernel: str, half: bool = False) -> float:
+    """Clocks of the kernel's main loop per 1,000 multiply-adds. half: of that for tiles of half the columns."""
+    loops = [row for row in rows if row.kernel == kernel and row.part.startswith("loop")]
+    wide = max(row.multiply_adds for row in loops)
+    loop = _worst(row for row in loops if (row.multiply_adds < wide) == half)
+    return loop.per_thousand(loop.bound)
+
+
+def _epilogue(rows: list[Count], kernel: str, depth: int) -> float:
+    """Clocks of the kernel's epilogue per 1,000 pairs. depth: of a step of its main loop."""
+    of_kernel = [row for row in rows if row.kernel == kernel]
+    epilogue = _worst(row for row in of_kernel if row.part == "epilogue 1")
+    pairs = _worst(row for row in of_kernel if row.part == "loop 1").multiply_adds / depth  # of a warp, in a tile
+    return 1000 * epilogue.clocks[epilogue.bound] / pairs
 
 
 def main() -> int:
@@ -57,13 +91,21 @@ def main() -> int:
     parser.add_argument("--gpu", nargs="+", default=COUNTED, choices=COUNTED)
     separately = sum(WIDTHS) / WIDTHS[-1]
     print(f"widths {', '.join(map(str, WIDTHS))}; one call for each would be {separately:.2f} times the products")
-    print(
-        "| arch | widest: products | epilogue | all: products | epilogues | all / widest |\n|---|---|---|---|---|---|"
+    header = (
+        "arch",
+        "widest: products",
+        "epilogue",
+        "all: products",
+        "epilogues",
+        "all / widest",
+        "bound",
+        "all / bound",
     )
+    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for gpu in parser.parse_args().gpu:
-        one, one_epilogue, every, epilogues = clocks_of(gpu)
-        ratio = (every + epilogues) / (one + one_epilogue)
-        cells = *(f"{number:.0f}" for number in (one, one_epilogue, every, epilogues)), f"{ratio:.2f}"
+        clocks = clocks_of(gpu)
+        cells = [f"{number:.0f}" for number in clocks]
+        cells += [f"{clocks.every / clocks.one:.2f}", f"{clocks.bound:.0f}", f"{clocks.every / clocks.bound:.2f}"]
         print(f"| {architecture(gpu)} | {' | '.join(cells)} |", flush=True)
     return 0
 

@@ -276,12 +276,12 @@ def matryoshka_sigmoid_loss(
 
     With `sigmoid_loss`, `chunked_sigmoid_loss` and the modules one pass computes all losses and gradients (blocks.py).
     Its matrix products are those of the widest loss, and only what follows the products is repeated for each width; in
-    Triton the columns between two widths are padded to multiples of 64 for the logits, and of 128 for the gradients.
-    Ranks exchange texts once for all widths. The gradients are those of the sum of the losses; if the losses are
-    weighted afterwards, so that their upstream gradients differ, the backward pass computes them again, which
-    `width_weights` avoids. (In PyTorch operations on a GPU, the backward pass always computes them, unless there are
-    several ranks.) Memory is O((N + M)·D): beyond that of the loss, a normalised copy of the embeddings, and a block of
-    logit gradients for each width, whose size does not grow with N and M.
+    Triton the columns between two widths are padded to multiples of 64. Ranks exchange texts once for all widths. The
+    gradients are those of the sum of the losses; if the losses are weighted afterwards, so that their upstream
+    gradients differ, the backward pass computes them again, which `width_weights` avoids. (In PyTorch operations on a
+    GPU, the backward pass always computes them, unless there are several ranks.) Memory is O((N + M)·D): beyond that of
+    the loss, a normalised copy of the embeddings, and a block of logit gradients for each width, whose size does not
+    grow with N and M.
     With any other loss, and with modules that have hooks or overridden methods, each width is a call of its own:
     together they cost the sum of the widths, 2.25 times the widest of 64, 128, 256, 512 and 768.
 

@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from siglip_kernels.device import Facts
 from siglip_kernels.sigmoid_loss.blocks import round_up
 from siglip_kernels.sigmoid_loss.config import LARGEST_BLOCK, Config, Tile, block_size
-
-# What a narrower tile of columns loses in the product's main loop, as columns per tile.
-_TILE_OVERHEAD = 32
 
 
 def prefix_config(base: Config, ends: tuple[int, ...], gpu: Facts) -> Config:
@@ -16,34 +14,61 @@ def prefix_config(base: Config, ends: tuple[int, ...], gpu: Facts) -> Config:
     product = base.product
     if product.columns > product.rows:  # few segments are a multiple of 256 columns
         product = dataclasses.replace(product, rows=product.columns, columns=product.rows)
-    narrow = dataclasses.replace(product, columns=product.columns // 2)
-    product = min((product, narrow), key=lambda tile: tiles_across(ends, tile) * (tile.columns + _TILE_OVERHEAD))
     # The accumulator, which outlives an epilogue, leaves too few registers for that of a wider tile.
     logit_grad = base.weighted
     if base.precision == "tf32" or (gpu.matrix_unit == "mma" and gpu.has_tma and logit_grad.columns > 64):
         logit_grad = dataclasses.replace(logit_grad, columns=logit_grad.columns // 2)
     block = base.block
     if not gpu.interpreted:
-        # H of all prefixes takes twice the memory that G of one loss takes at most.
-        largest = math.isqrt(2 * LARGEST_BLOCK**2 // len(ends))
-        block = block_size(product, tiles_across(ends, product), gpu.multiprocessors, min(largest, LARGEST_BLOCK))
+        lower = dataclasses.replace(product, rows=product.rows // 2)
+        tiles = (product, lower) if lower.rows >= 128 else (product,)
+        _, block, product = max(
+            ((*_block_for(tile, ends, gpu.multiprocessors), tile) for tile in tiles), key=lambda found: found[0]
+        )
     return dataclasses.replace(base, logit_grad=logit_grad, weighted=logit_grad, product=product, block=block)
 
 
-def tiles_across(ends: tuple[int, ...], tile: Tile) -> int:
-    """The number of tiles of columns."""
-    return len(column_tiles(ends, tile.columns)[0])
+def _block_for(tile: Tile, ends: tuple[int, ...], multiprocessors: int) -> tuple[float, int]:
+    """How fast a block's products are with this tile, and the block.
+
+    Blocks of prefixes are small: of five that end at 768 columns, a tile of 256 × 128 leaves 41 % of an H200 idle, one
+    of 128 × 128 nothing. But it reads 4/3 of the bytes, which are taken to bound either of them. Not measured.
+    """
+    # H of all prefixes takes twice the memory that G of one loss takes at most.
+    largest = math.isqrt(2 * LARGEST_BLOCK**2 // len(ends))
+    across = -(-columns_of(ends, tile) // tile.columns)
+    block = block_size(tile, across, multiprocessors, min(largest, LARGEST_BLOCK))
+    tiles = block // tile.rows * across
+    return tiles / round_up(tiles, multiprocessors) / (1 / tile.rows + 1 / tile.columns), block
 
 
-def column_tiles(ends: tuple[int, ...], columns: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Of each tile of at most this many columns, all of one segment: its segment, first column, and segment's end."""
-    tiles = [
-        (segment, first, end)
-        for segment, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True))
-        for first in range(start, end, columns)
-    ]
-    segments, starts, stops = zip(*tiles, strict=True)
-    return segments, starts, stops
+def columns_of(ends: tuple[int, ...], tile: Tile) -> int:
+    """The columns of all tiles of a product, padded ones included."""
+    tiles = column_tiles(ends, tile.columns)
+    return (len(tiles.starts) + tiles.wide) * tile.columns // 2
+
+
+class ColumnTiles(NamedTuple):
+    """Tiles of columns, each of one segment: its segment, its first column, and its segment's end."""
+
+    segments: tuple[int, ...]
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    wide: int  # so many tiles are as wide as they may be; those that follow are half as wide
+
+
+def column_tiles(ends: tuple[int, ...], columns: int) -> ColumnTiles:
+    """The tiles of at most this many columns. A segment's remainder of up to half of them takes half a tile.
+
+    The narrow ones are last, so that they fill the multiprocessors that have finished their wide ones.
+    """
+    wide: list[tuple[int, int, int]] = []
+    narrow: list[tuple[int, int, int]] = []
+    for segment, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
+        for first in range(start, end, columns):
+            (narrow if 2 * (end - first) <= columns else wide).append((segment, first, end))
+    segments, starts, stops = zip(*wide, *narrow, strict=True)
+    return ColumnTiles(segments, starts, stops, len(wide))
 
 
 def padding_of(tile: Tile) -> int:

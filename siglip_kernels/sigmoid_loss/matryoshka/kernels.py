@@ -210,22 +210,21 @@ def prefix_logit_grad_kernel(
                 tl.store(tile_ptr, narrow(total, logit_grad_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["rows", "depth"])
-def prefix_product_kernel(
-    logit_grad_source,  # H (prefixes · logit_grad_rows, logit_grad_stride): descriptor of blocks [BLOCK_M, BLOCK_K], or
-    #                     pointer; TRANSPOSED: descriptor of blocks [BLOCK_K, BLOCK_M]
-    logit_grad_rows,
+@triton.jit
+def _product_of_tile(
+    logit_grad_source,  # as `prefix_product_kernel`, like most that follows
     logit_grad_stride,
-    operand_source,  # ŷ or x̂ (depth, WIDTH): descriptor of blocks [BLOCK_K, BLOCK_N], or pointer
-    out_ptr,  # fp32 (rows, WIDTH)
+    operand_source,
+    out_ptr,
     rows,
     depth,
-    only_if_ptr,  # int32: where it is 0 there is nothing to do; or None
+    first_row,
+    first_column,
+    end,  # of the segment
+    first_of_prefix,
+    last,  # after the last row of H
     WIDTH: tl.constexpr,
-    TILE_PREFIXES: tl.constexpr,  # for each tile of columns its prefix,
-    TILE_STARTS: tl.constexpr,  # its first column, in units of 16,
-    TILE_ENDS: tl.constexpr,  # and where its segment ends
-    ADD: tl.constexpr,  # whether the product is added to `out`
+    ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -233,23 +232,10 @@ def prefix_product_kernel(
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """out[s] = Hₛ operand[s] + out[s]. Program (m, n) owns the rows m BLOCK_M : +BLOCK_M of the n-th tile of columns.
-
-    As H has whole tiles, of which those past the last pair are zeros, its rows need no bounds.
-    """
-    if _skipped(only_if_ptr):
-        return
-    tile = tl.program_id(1)
-    first_row = tl.program_id(0) * BLOCK_M
-    first_column = _entry(TILE_STARTS, tile) * 16
-    first_of_prefix = _entry(TILE_PREFIXES, tile) * logit_grad_rows
-    last = len(TILE_PREFIXES) * logit_grad_rows
-    logit_grad_stride = tl.multiple_of(logit_grad_stride, 16)
-
     o_rows = first_row + tl.arange(0, BLOCK_M)[:, None]
     o_columns = first_column + tl.arange(0, BLOCK_N)[None, :]
     offsets = o_rows.to(tl.int64) * WIDTH + o_columns
-    mask = (o_rows < rows) & (o_columns < _entry(TILE_ENDS, tile))
+    mask = (o_rows < rows) & (o_columns < end)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if ADD:
         total = tl.load(out_ptr + offsets, mask=mask, other=0.0)
@@ -268,6 +254,71 @@ def prefix_product_kernel(
         operand = load_tile(operand_source, k, first_column, depth, WIDTH, BLOCK_K, BLOCK_N, WIDTH, DESCRIPTORS)
         total = dot(h, operand, total, PRECISION)
     tl.store(out_ptr + offsets, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "depth"])
+def prefix_product_kernel(
+    logit_grad_source,  # H (prefixes · logit_grad_rows, logit_grad_stride): descriptor of blocks [BLOCK_M, BLOCK_K], or
+    #                     pointer; TRANSPOSED: descriptor of blocks [BLOCK_K, BLOCK_M]
+    logit_grad_rows,
+    logit_grad_stride,
+    operand_source,  # ŷ or x̂ (depth, WIDTH): descriptor of blocks [BLOCK_K, BLOCK_N], or pointer
+    narrow_operand_source,  # the same with half the columns
+    out_ptr,  # fp32 (rows, WIDTH)
+    rows,
+    depth,
+    only_if_ptr,  # int32: where it is 0 there is nothing to do; or None
+    WIDTH: tl.constexpr,
+    TILE_PREFIXES: tl.constexpr,  # for each tile of columns its prefix,
+    TILE_STARTS: tl.constexpr,  # its first column, in units of 16,
+    TILE_ENDS: tl.constexpr,  # and where its segment ends
+    WIDE_TILES: tl.constexpr,  # that many have BLOCK_N columns, and those that follow half
+    ADD: tl.constexpr,  # whether the product is added to `out`
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """out[s] = Hₛ operand[s] + out[s]. Program (m, n) owns the rows m BLOCK_M : +BLOCK_M of the n-th tile of columns.
+
+    As H has whole tiles, of which those past the last pair are zeros, its rows need no bounds.
+    """
+    if _skipped(only_if_ptr):
+        return
+    tile = tl.program_id(1)
+    first_row = tl.program_id(0) * BLOCK_M
+    first_column = _entry(TILE_STARTS, tile) * 16
+    end = _entry(TILE_ENDS, tile)
+    first_of_prefix = _entry(TILE_PREFIXES, tile) * logit_grad_rows
+    last = len(TILE_PREFIXES) * logit_grad_rows
+    logit_grad_stride = tl.multiple_of(logit_grad_stride, 16)
+    # Neither branch, nor the other one's registers, where all tiles are alike.
+    if len(TILE_PREFIXES) == WIDE_TILES:
+        _product_of_tile(
+            logit_grad_source, logit_grad_stride, operand_source, out_ptr, rows, depth, first_row,
+            first_column, end, first_of_prefix, last, WIDTH, ADD, BLOCK_M, BLOCK_N, BLOCK_K, TRANSPOSED, PRECISION,
+            DESCRIPTORS,
+        )  # fmt: skip
+    elif WIDE_TILES == 0:
+        _product_of_tile(
+            logit_grad_source, logit_grad_stride, narrow_operand_source, out_ptr, rows, depth,
+            first_row, first_column, end, first_of_prefix, last, WIDTH, ADD, BLOCK_M, BLOCK_N // 2, BLOCK_K,
+            TRANSPOSED, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
+    elif tile < WIDE_TILES:
+        _product_of_tile(
+            logit_grad_source, logit_grad_stride, operand_source, out_ptr, rows, depth, first_row,
+            first_column, end, first_of_prefix, last, WIDTH, ADD, BLOCK_M, BLOCK_N, BLOCK_K, TRANSPOSED, PRECISION,
+            DESCRIPTORS,
+        )  # fmt: skip
+    else:
+        _product_of_tile(
+            logit_grad_source, logit_grad_stride, narrow_operand_source, out_ptr, rows, depth,
+            first_row, first_column, end, first_of_prefix, last, WIDTH, ADD, BLOCK_M, BLOCK_N // 2, BLOCK_K,
+            TRANSPOSED, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "dots_stride", "inverse_norms_stride"])

@@ -137,20 +137,22 @@ class TritonPrefixEngine(TritonEngine):
     ) -> None:
         tile, flat = self.config.product, logit_grad.flatten(0, 1)
         block = (tile.depth, tile.rows) if transposed else (tile.rows, tile.depth)
-        prefixes, starts, ends = column_tiles(segments.ends, tile.columns)
-        prefix_product_kernel[triton.cdiv(len(out), tile.rows), len(starts)](
+        tiles = column_tiles(segments.ends, tile.columns)
+        prefix_product_kernel[triton.cdiv(len(out), tile.rows), len(tiles.starts)](
             logit_grad_source=self._source(flat, *block),
             logit_grad_rows=logit_grad.shape[1],
             logit_grad_stride=flat.stride(0),
             operand_source=self._source(operand, tile.depth, tile.columns),
+            narrow_operand_source=self._source(operand, tile.depth, tile.columns // 2),
             out_ptr=out,
             rows=len(out),
             depth=len(operand),
             only_if_ptr=only_if,
             WIDTH=segments.ends[-1],
-            TILE_PREFIXES=prefixes,
-            TILE_STARTS=tuple(start // 16 for start in starts),
-            TILE_ENDS=ends,
+            TILE_PREFIXES=tiles.segments,
+            TILE_STARTS=tuple(start // 16 for start in tiles.starts),
+            TILE_ENDS=tiles.ends,
+            WIDE_TILES=tiles.wide,
             ADD=add,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,

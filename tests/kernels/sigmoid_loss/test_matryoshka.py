@@ -1,5 +1,6 @@
 """The loss of normalised prefixes of the embeddings, against the definition in fp64."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,9 +25,10 @@ from siglip_kernels import (
     sigmoid_loss,
 )
 from siglip_kernels.sigmoid_loss import torch_engine
+from siglip_kernels.sigmoid_loss.config import Config
 from siglip_kernels.sigmoid_loss.matryoshka import api
 from siglip_kernels.sigmoid_loss.matryoshka.blocks import Segments
-from siglip_kernels.sigmoid_loss.matryoshka.config import column_tiles
+from siglip_kernels.sigmoid_loss.matryoshka.config import column_tiles, prefix_config
 from siglip_kernels.sigmoid_loss.matryoshka.torch_engine import TorchPrefixEngine
 
 WIDTHS = (5, 8, 24)
@@ -175,6 +177,22 @@ def test_both_ways_to_sum_a_tile(device, monkeypatch):
 
     monkeypatch.setattr(TritonPrefixEngine, "__init__", other_way)
     check(sigmoid_loss, *embeddings(20, 20, device), torch.float32, (8, 24), (1.0, 1.0))
+
+
+@pytest.mark.parametrize("descriptors", [True, False], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("widths", [(8, 24), (8, 140)], ids=["half tiles", "both"])
+def test_tiles_of_half_the_columns(widths, descriptors, device, monkeypatch):
+    from siglip_kernels.sigmoid_loss.matryoshka import triton_engine
+
+    def with_wide_tiles(*arguments: Any) -> Config:
+        config = prefix_config(*arguments)
+        product = dataclasses.replace(config.product, columns=128)
+        return dataclasses.replace(config, product=product, descriptors=descriptors)
+
+    monkeypatch.setattr(triton_engine, "prefix_config", with_wide_tiles)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, widths[-1], generator=generator).to(device) for n in (70, 20))
+    check(sigmoid_loss, x, y, torch.float32, widths, (1.0, 1.0), offset=3)
 
 
 @pytest.mark.parametrize("loss", LOSSES[:2])
@@ -328,7 +346,7 @@ def test_segments_and_tiles():
     assert segments.slices() == [
         (slice(0, 5), slice(0, 5)), (slice(5, 70), slice(64, 129)), (slice(70, 134), slice(192, 256))
     ]  # fmt: skip
-    assert column_tiles((64, 320), 128) == ((0, 1, 1), (0, 64, 192), (64, 320, 320))
+    assert column_tiles((64, 320, 512), 128) == ((1, 1, 2, 0, 2), (64, 192, 320, 0, 448), (320, 320, 512, 64, 512), 3)
 
 
 def test_a_module_is_the_loss_with_its_options():

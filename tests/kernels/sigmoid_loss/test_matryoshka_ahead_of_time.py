@@ -1,8 +1,14 @@
 """The kernels of the losses of prefixes compiled without a GPU: no spills, tensor cores, the cost beside one loss."""
 
 import pytest
+import torch
 
 from bench.compiled.ahead_of_time import Row, rows_in_a_subprocess
+from bench.compiled.launch import GPUS
+from bench.compiled.launches.matryoshka_sigmoid_loss import WIDTHS
+from siglip_kernels.sigmoid_loss.config import choose
+from siglip_kernels.sigmoid_loss.matryoshka.blocks import Segments
+from siglip_kernels.sigmoid_loss.matryoshka.config import columns_of, padding_of, prefix_config
 
 
 @pytest.fixture(scope="module")
@@ -18,17 +24,27 @@ def test_nothing_spills_or_fails(rows):
     assert not [str(row) for row in rows if row.problems()]
 
 
+def test_the_products_pad_no_column():
+    """Of segments of 64 columns, which fill half of a tile."""
+    for gpu in GPUS.values():
+        base = choose(torch.bfloat16, WIDTHS[-1], gpu, "ieee")
+        ends = Segments(WIDTHS, padding_of(base.weighted)).ends
+        assert ends[-1] == columns_of(ends, prefix_config(base, ends, gpu).product) == WIDTHS[-1]
+
+
 _COST = """
 from bench.compiled.prefixes import clocks_of
-print(*clocks_of("{gpu}"))
+clocks = clocks_of("{gpu}")
+print(clocks.products / clocks.one_products, clocks.every / clocks.bound)
 """
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("gpu", ["a100", "h200"])
-def test_all_prefixes_cost_the_products_of_the_widest(run_python, gpu):
+@pytest.mark.parametrize(("gpu", "products", "all_by_bound"), [("a100", 1.05, 1.15), ("h200", 1.001, 1.23)])
+def test_all_prefixes_cost_the_products_of_the_widest_and_its_epilogues(run_python, gpu, products, all_by_bound):
+    """Separately the products would be 2.25 times those of the widest. README says why the bound is not met."""
     done = run_python(_COST.format(gpu=gpu))
     assert done.returncode == 0, done.stderr
-    one, one_epilogue, every, epilogues = map(float, done.stdout.split())
-    assert every <= 1.2 * one  # tiles of 128 columns, of which a segment of 64 fills half; separately it would be 2.25
-    assert every + epilogues <= 1.9 * (one + one_epilogue)
+    by_widest, by_bound = map(float, done.stdout.split())
+    assert by_widest <= products
+    assert by_bound <= all_by_bound
