@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines, curves, a progress bar on a terminal, and the samples that were left out."""
+"""The log of a run: JSON lines, curves, progress on stderr, and the samples that were left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ LOG, SKIPPED, CURVES, TENSORBOARD = "log.jsonl", "skipped.jsonl", "curves.png", 
 class RunLog:
     """Writes log.jsonl, skipped.jsonl and curves.png in the run's folder, on rank 0; other ranks write nothing.
 
-    Lines of steps after `first`, which a resumed run does again, are dropped. tensorboard: also write its event files.
+    Lines of steps after `first`, which a resumed run does again, are dropped. show_progress: on stderr, a bar on a
+    terminal, elsewhere a line of text per line of the log. tensorboard: also write its event files.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class RunLog:
         self.board = None
         if writes and tensorboard:
             self.board = summary_writer()(str(folder / TENSORBOARD), purge_step=first + 1)
+        self.shows, self.total = writes and show_progress, total
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        self.progress = Progress(*columns, disable=not (writes and show_progress and sys.stderr.isatty()))
+        self.progress = Progress(*columns, disable=not (self.shows and sys.stderr.isatty()))
         self.bar = self.progress.add_task("training", total=total, completed=first)
         self.skipped: set[str] = set()
         if writes:
@@ -63,12 +65,14 @@ class RunLog:
         self._append(self.skipped_path, [{"step": step, **one._asdict()} for one in new.values()])
 
     def show(self, entry: dict[str, Any]) -> None:
-        """Shows a line of the log on the terminal."""
+        """Shows a line of the log."""
         loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.3f}"
         text = f"loss {loss}  {entry['images_per_second']:.0f} images/s"
         if "mfu" in entry:
             text += f"  {entry['mfu']:.1%} MFU"
         self.progress.update(self.bar, completed=entry["step"], description=text)
+        if self.shows and self.progress.disable:
+            print(f"siglip: step {entry['step']}/{self.total}  {text}", file=sys.stderr, flush=True)
 
     def _append(self, path: Path, entries: list[dict[str, Any]]) -> None:
         if self.writes and entries:

@@ -73,6 +73,7 @@ def train(
     evaluation_data: what `evaluate` measures on, for the log. A run that resumes after an evaluation on something else
     evaluates at once.
     should_stop: asked after each step; if it holds on one rank, all save and return. stop_after: likewise, a step.
+    show_progress: as in `RunLog`.
     A step whose loss or gradient is not finite leaves the weights as they are. Raises FloatingPointError that names the
     samples after config.max_bad_steps of them in a row, ValueError if the directory holds another run.
     """

@@ -44,6 +44,9 @@ def test_a_run_writes_a_checkpoint_that_transformers_loads(siglip, settings, fol
     evaluation = ["--evaluation-data", folder, "--evaluate-every", "3"]
     done = siglip("train", "--config", settings, "--out", out, "--learning-rate", "1e-3", *evaluation)
     assert done.exit_code == 0, done.stderr
+    steps = [line for line in done.stderr.splitlines() if line.startswith("siglip: step ")]
+    assert [line.split()[2] for line in steps] == [f"{step}/5" for step in range(1, 6)]  # log_every = 1
+    assert all("  loss " in line and line.endswith(" images/s") for line in steps)
     log, (first, *scores) = log_of(out), done.stdout.splitlines()
     assert first == f"{out / 'model'}: the model after 5 steps"
     assert [line.split()[-1] for line in scores[:3]] == ["retrieval", "11", "22"]
@@ -217,7 +220,8 @@ def test_sigterm_saves_and_has_an_exit_code_of_its_own(siglip, settings, tmp_pat
     assert f"out (--out) is {str(out)!r}, in which another run is training" in second.stderr
     os.killpg(process.pid, signal.SIGTERM)  # as batch systems do: the worker that reads data gets it too
     stdout, stderr = process.communicate()
-    assert process.returncode == 75 and one_line(stderr), stderr
+    *shown, stderr = stderr.splitlines()
+    assert process.returncode == 75 and all(line.startswith("siglip: step ") for line in shown), stderr
     steps = log_of(out)[-1]["step"]
     assert f"stopped by SIGTERM after step {steps} of 100000" in stderr and stdout == ""
     assert (out / "checkpoints" / f"step-{steps:08}" / ".metadata").exists() and not (out / "model").exists()
