@@ -45,17 +45,19 @@ def draw_sheet(results: Sequence[Found], path: str | os.PathLike[str], column: s
         for (found, hits), part in zip(groups, parts, strict=True):
             title = found.query if found.kind == "text" else f"like {os.path.basename(str(found.query))}"
             part.suptitle(shortened(title, 90), color=INK, fontsize=12, fontweight="bold")
-            axes = list(part.subplots(max(1, -(-len(hits) // COLUMNS)), COLUMNS, squeeze=False).flat)
-            for place in axes:
-                place.set_axis_off()
-            for place, hit in zip(axes, hits, strict=False):
-                _draw_hit(place, hit, column)
+            columns = min(COLUMNS, len(hits))
+            grid = part.add_gridspec(max(1, -(-len(hits) // COLUMNS)), 2 * COLUMNS)
+            for number, hit in enumerate(hits):
+                row, place = divmod(number, COLUMNS)
+                left_edge = COLUMNS - columns + 2 * place  # in half columns: one row of few is centred
+                _draw_hit(part.add_subplot(grid[row, left_edge : left_edge + 2]), hit, column)
         save(figure, path)
     return IMAGES_AT_MOST - left
 
 
 def _draw_hit(axes: Axes, hit: Hit, column: str | None) -> None:
     picture: Any
+    axes.set_axis_off()
     try:
         source = named_image(hit.name, column)
         if isinstance(source, EncodedImage):

@@ -46,6 +46,8 @@ def test_table_json_and_sheet(siglip, images, photos, tmp_path):
     with Image.open(sheet) as opened:
         pixels = np.asarray(opened.convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # the images
+    drawn = np.flatnonzero((pixels != 255).any(axis=(0, 2)))  # columns of pixels
+    assert abs(drawn[0] + drawn[-1] - pixels.shape[1]) < 0.02 * pixels.shape[1]  # three images of five are centred
 
 
 def test_the_sheet_draws_images_within_shards_and_tables(siglip, images, tmp_path):
