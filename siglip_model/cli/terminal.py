@@ -97,13 +97,19 @@ def _bar(score: float, cells: int, style: str = "blue") -> Any:
 
 
 def print_found(query: str, hits: Sequence[Any]) -> None:
-    """The hits of one query, best first: rank, a bar of the score where there is one, cosine and file."""
+    """The hits of one query, best first: rank, a bar of the score where there is one, cosine and name.
+
+    Under a header on a terminal alone, so that programs read lines of hits.
+    """
     from rich.text import Text
 
     from siglip_model.plot import format_score
 
     out = console(soft_wrap=True)  # a path stays in one piece
     out.print(Text(printable(query), style="bold"))
+    if out.is_terminal and hits:
+        score = "" if hits[0].score is None else f"{'score':<18}"
+        out.print(Text(f"rank  {score}  {'cosine':>7}  name", "dim"))
     for rank, hit in enumerate(hits, start=1):
         line = Text(f"{rank:>4}  ", "dim")
         if hit.score is not None:

@@ -1,7 +1,9 @@
 """`siglip search`: results as a table, as JSON and as a contact sheet."""
 
+import io
 import json
 import os
+import sys
 import tarfile
 
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 from command_line import one_line
 from PIL import Image
 
+from siglip_model.cli import terminal
 from siglip_model.cli.search import split_words
 from siglip_model.embed import load_embeddings
+from siglip_model.retrieval import Hit
 
 
 @pytest.fixture
@@ -48,6 +52,22 @@ def test_table_json_and_sheet(siglip, images, photos, tmp_path):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # the images
     drawn = np.flatnonzero((pixels != 255).any(axis=(0, 2)))  # columns of pixels
     assert abs(drawn[0] + drawn[-1] - pixels.shape[1]) < 0.02 * pixels.shape[1]  # three images of five are centred
+
+
+@pytest.mark.parametrize("score", [0.25, None])
+def test_columns_have_names_on_a_terminal(monkeypatch, score):
+    stdout = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    for on_terminal in (False, True):
+        monkeypatch.setattr(stdout, "isatty", lambda on_terminal=on_terminal: on_terminal)
+        terminal.print_found("2 cats", [Hit("/cats.jpg", 0.125, score)])
+    query, hit, same, header, again = stdout.getvalue().splitlines()
+    assert (query, hit) == (same, again)
+    assert header.split() == ["rank", *(["score"] if score else []), "cosine", "name"]
+    assert header.index("cosine") + len("cosine") == hit.index("0.1250") + len("0.1250")
+    assert header.index("name") == hit.index("/cats.jpg")
 
 
 def test_the_sheet_draws_images_within_shards_and_tables(siglip, images, tmp_path):
