@@ -28,7 +28,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # rich's columns cut words in narrow terminals
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Benchmark SigLIP's operations and models against the strongest peers: checked first, then timed.",
     epilog="Exit codes: 0 success, 1 a kernel is wrong or has a problem, 2 usage or setup error, 130 interrupted.",
 )
@@ -71,7 +72,7 @@ ResultsOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(short_help="Time operations and models beside their peers.")
 def run(
     suites: SuitesArgument = None,
     shapes: ShapesOption = None,
@@ -91,7 +92,7 @@ def run(
         _run(request, results, failed, until)
 
 
-@app.command()
+@app.command(short_help="Compare every kernel with fp64.")
 def check(
     suites: SuitesArgument = None,
     dtype: DtypeOption = None,
@@ -129,7 +130,7 @@ def check(
             raise typer.Exit(FAILED)
 
 
-@app.command("compile")
+@app.command("compile", short_help="Compile every kernel without a GPU.")
 def compile_kernels(
     operations: OperationsArgument = None,
     gpu: Annotated[
@@ -194,7 +195,7 @@ def compile_kernels(
             raise typer.Exit(FAILED)
 
 
-@app.command()
+@app.command(short_help="Count the clocks of compiled kernels.")
 def count(
     operations: OperationsArgument = None,
     gpu: Annotated[
@@ -250,7 +251,7 @@ def _check_pattern(pattern: str) -> None:
         raise ValueError(f"--only is {pattern!r} ({error}); supported: regular expressions") from error
 
 
-@app.command()
+@app.command(short_help="Measure the kernels' configurations.")
 def tune(
     operations: OperationsArgument = None,
     dtype: DtypeOption = None,
@@ -292,7 +293,7 @@ def tune(
             print("Time limit reached; the next run resumes with the shape classes that the tables lack.")
 
 
-@app.command()
+@app.command(short_help="Write tables and plots of the results.")
 def report(
     files: Annotated[
         list[Path] | None, typer.Argument(metavar="[FILE]...", help="Result files; all by default.", show_default=False)
@@ -313,7 +314,7 @@ def report(
         _report(files, results, readme, plots)
 
 
-@app.command()
+@app.command(short_help="Check, run and report on this GPU.")
 def gpu(
     quick: QuickOption = False,
     minutes: Annotated[
@@ -336,7 +337,7 @@ def gpu(
             raise typer.Exit(FAILED)
 
 
-@app.command()
+@app.command(short_help="List the contenders and their versions.")
 def peers(
     suites: SuitesArgument = None,
 ) -> None:

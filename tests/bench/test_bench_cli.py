@@ -19,6 +19,14 @@ def bench(*arguments):
     return CliRunner().invoke(app, list(arguments))
 
 
+def test_help_is_whole_in_a_narrow_terminal():
+    commands, run = (
+        CliRunner().invoke(app, [*command, "--help"], terminal_width=60, env={"COLUMNS": "60"}).stdout
+        for command in ((), ("run",))
+    )
+    assert "..." not in commands.partition("Commands:")[2] and "(batch=8,tokens=729,…)" in run
+
+
 @pytest.mark.parametrize(
     ("arguments", "bad", "listed"),
     [
