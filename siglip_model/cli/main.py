@@ -109,5 +109,7 @@ def _run() -> str | int | None:
     except SystemExit as ending:
         if isinstance(ending.__context__, BrokenPipeError):
             raise ending.__context__ from None
-        return ending.code
+        # typer's code for a shell that it does not know is that of failed images
+        completes = sys.argv[1:2] in (["--install-completion"], ["--show-completion"])
+        return USAGE_ERROR if completes and ending.code else ending.code
     return 0

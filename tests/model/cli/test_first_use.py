@@ -73,6 +73,15 @@ def test_completion_under_python_is_of_siglip():
     assert script.rstrip().endswith("siglip") and "python" not in script
 
 
+def test_completion_in_an_unknown_shell_is_a_setup_error():
+    script = (
+        "import shellingham, sys; from siglip_model.cli import main; shellingham.detect_shell = lambda: ('tcsh', '');"
+        " sys.argv = ['siglip', '--install-completion']; main.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2 and "tcsh is not supported" in done.stdout  # 1 says that images failed
+
+
 def names_in(result):
     assert result.exit_code == 0, result.stderr
     return [os.path.basename(entry["image"]) for entry in json.loads(result.stdout)]
