@@ -91,6 +91,12 @@ def split_labels(values: Iterable[str]) -> list[str]:
     return list(labels)
 
 
+def looks_like_a_label(word: str) -> bool:
+    """Whether an image that is not there can be meant as a label, as `b` in `--labels a b cat.jpg`."""
+    a_name = not word.startswith("-") and len(word) < 100 and not {"/", os.sep, "."} & set(word)  # and not in base64
+    return a_name and not os.path.lexists(word)
+
+
 def classify(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help=IMAGES_HELP, show_default=False)],
     labels: Annotated[
@@ -128,6 +134,11 @@ def classify(
             raise ValueError(f"--plot {problem}")
         check_one_measure(batch_size, token_budget)
         paths = find_images(images)
+        if words := [word for word in images if looks_like_a_label(word)]:
+            terminal.say(
+                f"{words[0]!r} is no file; if it is a label: before the first image --labels takes one word, or several"
+                " with commas between them"
+            )
         classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget, len(paths), check)
         label_embeds = classifier.encode_labels(chosen, template)
         interrupted = False

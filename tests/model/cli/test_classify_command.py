@@ -78,6 +78,13 @@ def test_ways_to_write_labels(siglip, images, words):
     assert {one["label"] for one in entry["predictions"]} == set(LABELS)
 
 
+def test_a_label_taken_for_an_image_is_noticed(siglip, images):
+    result = siglip("classify", "--labels", "a", "b", images / "0.png", "--json")
+    assert result.exit_code == 1 and len(json.loads(result.stdout)) == 2
+    assert "'b' is no file; if it is a label: before the first image --labels takes one word" in result.stderr
+    assert "is a label" not in siglip("classify", "--labels", "a", "gone.png", images / "0.png", "--json").stderr
+
+
 def test_commas_within_labels_and_template():
     assert classify.split_labels(["red\\, round, a dog", "a cat", " ", "a dog"]) == ["red, round", "a dog", "a cat"]
 
