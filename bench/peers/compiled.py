@@ -6,9 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch._functorch.config
-import torch._inductor.config
 
 # Name in the registry: mode of torch.compile.
 MODES = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"}
@@ -19,10 +16,14 @@ def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
 
     In modes with CUDA graphs each call marks a new step, because it overwrites the previous call's outputs.
     """
+    # These import Triton, which a process that compiles kernels must not have done before it unsets TRITON_INTERPRET.
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
+
     # Timing `bwd` runs one graph's backward repeatedly, and a donated buffer can be used once only.
-    torch._functorch.config.donated_buffer = False
+    functorch.donated_buffer = False
     # Each mode of a function compiles the same code object once more; beyond the limit it would run eagerly.
-    torch._dynamo.config.recompile_limit = 64
+    dynamo.recompile_limit = 64
     call = torch.compile(function, mode=MODES[mode], dynamic=False)
     if mode == "compile":
         return call
@@ -37,7 +38,9 @@ def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
 def frozen(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any]:
     """`function` compiled for inference at the sizes of `arguments`, with its weights as constants that are packed
     and folded once ("freezing")."""
+    from torch._inductor import config as inductor
+
     call = compiled(function, "compile")
-    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+    with inductor.patch(freezing=True), torch.no_grad():
         call(**arguments)
     return call
