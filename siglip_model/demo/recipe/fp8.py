@@ -17,6 +17,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from siglip_kernels.fp8 import LEAST_COSINE
 from siglip_model.demo import CHECKPOINT
 from siglip_model.demo.recipe.emoji import (
     DESIGNS,
@@ -29,7 +30,7 @@ from siglip_model.demo.recipe.emoji import (
     spoken,
 )
 from siglip_model.demo.recipe.evaluate import CANDIDATES, PIXELS, Score, embeddings, score_logits
-from siglip_model.fp8 import BACKEND, LEAST_COSINE
+from siglip_model.fp8 import BACKEND
 
 MEAN_COSINE = 0.999
 TEN_WAY_LOSS = 0.005  # of the score
