@@ -281,11 +281,11 @@ def bytes_of(size: str) -> int:
     """Bytes of a size such as 2GB, 500 MiB or 1000000."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b)?", size.strip(), re.IGNORECASE)
     number = 0
-    if found is not None:
+    if found is not None and (found[2] or "." not in found[1]):  # no part of a byte
         power = " kmgt".index((found[2] or " ").lower())
         number = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
     if number < 1:
-        raise ValueError(f"--shard-size is {size!r}; supported: a number of bytes, or of kB, MB, GB, TB, KiB ... TiB")
+        raise ValueError(f"--shard-size is {size!r}; supported: a whole number of bytes, or a number of kB, MB, GB, TB, KiB ... TiB")
     return number
 
 

@@ -113,6 +113,6 @@ def test_it_is_not_shared_by_ranks(folder, tmp_path):
 )
 def test_sizes_in_words(size, count):
     assert bytes_of(size) == count
-    for wrong in (f"-{size}", f"{size}s", "GB", "", "0", "0.5"):
-        with pytest.raises(ValueError, match="--shard-size is .*supported: a number of bytes"):
+    for wrong in (f"-{size}", f"{size}s", "GB", "", "0", "0.5", "1.5", "1.5 B"):
+        with pytest.raises(ValueError, match="--shard-size is .*supported: a whole number of bytes"):
             bytes_of(wrong)
