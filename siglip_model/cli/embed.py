@@ -285,7 +285,9 @@ def bytes_of(size: str) -> int:
         power = " kmgt".index((found[2] or " ").lower())
         number = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
     if number < 1:
-        raise ValueError(f"--shard-size is {size!r}; supported: a whole number of bytes, or a number of kB, MB, GB, TB, KiB ... TiB")
+        raise ValueError(
+            f"--shard-size is {size!r}; supported: a whole number of bytes, or a number of kB, MB, GB, TB, KiB ... TiB"
+        )
     return number
 
 
