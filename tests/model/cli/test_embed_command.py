@@ -185,7 +185,7 @@ def test_a_broken_image_of_one_rank_does_not_end_the_others(siglip, images, tmp_
 
 def test_wrong_sizes_are_found_before_the_model_is_loaded(siglip, images, tmp_path):
     for words, message in (
-        (["--shard-size", "2XB"], "--shard-size is '2XB'; supported: a number of bytes"),
+        (["--shard-size", "2XB"], "--shard-size is '2XB'; supported: a whole number of bytes"),
         (["--shard-size", "0"], "--shard-size is '0'"),
         (["--shard-size", "2GB", "--shards", "2"], "--shard-size cuts the output of one process"),
     ):
