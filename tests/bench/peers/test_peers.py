@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._functorch.config
 from bench_helpers import setting
 
 from bench.cases.operations import OPERATIONS, Setting
