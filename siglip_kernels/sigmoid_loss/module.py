@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from siglip_kernels.arguments import KERNEL_DTYPES, autocast_dtype, cast, wants_gradients
 from siglip_kernels.device import kernels_run_on
 from siglip_kernels.errors import unsupported
+from siglip_kernels.fusable import is_unhooked
 from siglip_kernels.sigmoid_loss.api import (
     as_scalar,
     check_chunk_size,
@@ -328,9 +329,9 @@ class SigLipLoss(nn.Module):
 
     def fuses(self) -> bool:
         """Whether this loss is the built-in one, and not within a transform of torch.func, which calls others."""
-        hooked = self._forward_hooks or self._forward_pre_hooks
-        own = "forward" in self.__dict__ or type(self).forward is not SigLipLoss.forward
-        return not (own or hooked or self._overridden() or under_transform())
+        kind = type(self)
+        own = kind.forward is not SigLipLoss.forward or kind.__call__ is not nn.Module.__call__
+        return is_unhooked(self) and not (own or self._overridden() or under_transform())
 
     def local_choices(self, image_features: Tensor, text_features: Tensor, **given: Any) -> tuple[str, PairOptions]:
         """Of the local batch: the name of the engine, and the options. given: `CALL_OPTIONS`."""

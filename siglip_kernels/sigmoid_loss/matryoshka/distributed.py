@@ -161,7 +161,8 @@ class GlobalPrefixLosses(torch.autograd.Function):
                     else saved
                     for saved in (dx, dy)
                 )
-        elif batch.wanted.image or batch.wanted.text:
+        elif bool(batch.of_all_ranks(upstream.new_tensor([batch.wanted.image or batch.wanted.text])).any()):
+            # A rank that wants neither passes the other ranks' texts on.
             wanted, factors = replace(batch.wanted, scalars=False), width_weights * upstream
             _, dx, dy, _ = _pass(*inputs, ctx.widths, factors, batch, wanted, image_embeds.dtype)
         if scale or bias:

@@ -361,15 +361,24 @@ def test_a_module_is_the_loss_with_its_options():
     assert all(torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(plus, each, strict=True))
 
 
-@pytest.mark.parametrize("changed", ["method", "hook"])
+@pytest.mark.parametrize("changed", ["method", "hook", "backward hook", "call"])
 def test_a_module_that_was_changed_is_called_for_each_width(changed):
-    x, y = embeddings(5, 5, "cpu")
-    module, calls = SigLipLoss(), []
+    calls: list[int] = []
+
+    class Counting(SigLipLoss):
+        def __call__(self, *arguments, **options):
+            calls.append(0)
+            return super().__call__(*arguments, **options)
+
+    x, y = (each.requires_grad_() for each in embeddings(5, 5, "cpu"))
+    module = Counting() if changed == "call" else SigLipLoss()
     if changed == "method":
         module._loss = lambda *arguments: calls.append(0) or arguments[0].sum()
-    else:
+    elif changed == "hook":
         module.register_forward_hook(lambda *_: calls.append(0))
-    matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS, loss=module)
+    elif changed == "backward hook":
+        module.register_full_backward_hook(lambda *_: calls.append(0))
+    matryoshka_sigmoid_loss(x, y, SCALES, BIASES, WIDTHS, loss=module).sum().backward()
     assert len(calls) == 3
 
 

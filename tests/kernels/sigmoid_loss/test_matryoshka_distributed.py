@@ -83,6 +83,7 @@ def work(rank: int, sizes: Sizes, backend: str, dtype: torch.dtype) -> dict:
         loss = SigLipLoss(**here, average_loss=True)
         found["average", route] = results(loss, rank, sizes, dtype, UPSTREAMS["equal"])
         found["repeated", route] = results(loss, rank, sizes, dtype, UPSTREAMS["equal"])
+        found["images of a rank", route] = _images_of_a_rank(loss, rank, sizes, dtype)
         found["one side", route] = _one_side(loss, rank, sizes, dtype)
     if backend == "chunked":
         found["errors"] = _errors(rank, sizes)
@@ -100,6 +101,16 @@ def _one_side(loss, rank: int, sizes: Sizes, dtype: torch.dtype) -> list[Tensor]
         (1.5 * matryoshka_sigmoid_loss(**values, **scalars, loss=loss).sum()).backward()
         found.append(leaf.grad)
     return found
+
+
+def _images_of_a_rank(loss, rank: int, sizes: Sizes, dtype: torch.dtype) -> Tensor | None:
+    """Gradients of rank 0's images, where the other ranks' embeddings require none, under losses of several weights."""
+    values = {name: own(v, name, rank, sizes) for name, v in batch(sizes, dtype).items()}
+    scales = torch.tensor(SCALES, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    leaf = values["image_embeds"].requires_grad_(rank == 0)
+    losses = matryoshka_sigmoid_loss(**values, logit_scales=scales, logit_biases=BIASES, widths=WIDTHS, loss=loss)
+    losses.backward(torch.tensor(UPSTREAMS["equal"]).to(losses) * torch.tensor(WIDTH_WEIGHTS).to(losses))
+    return leaf.grad
 
 
 def _errors(rank: int, sizes: Sizes) -> list[str]:
@@ -227,6 +238,11 @@ def test_the_average_is_that_of_all_ranks_and_runs_are_bitwise_equal(outcome, ro
         check(results["average", route], [mean, *true[rank][1:]], dtype)
         assert all(map(torch.equal, results["average", route], results["repeated", route]))
         check(results["one side", route], true[rank][1:3], dtype)
+        of_images = results["images of a rank", route]
+        if rank == 0:
+            check([of_images], true[rank][1:2], dtype)
+        else:
+            assert of_images is None
 
 
 def test_one_pass_serves_all_widths_and_bad_input_of_a_rank_ends_all(outcome):
