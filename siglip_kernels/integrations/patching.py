@@ -208,6 +208,8 @@ def accelerate_modules(
     replaced: list[Replaced] = []
     left: list[Left] = []
     for path, module in reversed(list(model.named_modules())):  # children first: parents check what they have become
+        if is_replaced(module) and not fp8:  # by an earlier call, and perhaps not by this one
+            _leave_fp8(module)
         found = replacements(path, module)
         if found is None:
             continue
@@ -228,6 +230,12 @@ def accelerate_modules(
     note = _note(model, fp8) if replaced else f"nothing was replaced: {nothing_found}" if not left else ""
     in_order = tuple(reversed(replaced)), tuple(reversed(left))
     return Report(type(model).__name__, library, *in_order, note, in_fp8(model, replaced) if fp8 else None)
+
+
+def _leave_fp8(module: Any) -> None:
+    kind = type(module)
+    if kind.fp8:
+        module.__class__ = accelerated_class(kind.replacement, original_class(module), fp8=False)
 
 
 def entry_of(path: str, module: Any) -> Replaced:

@@ -123,6 +123,18 @@ def test_without_fp8_nothing_is_said_of_it_and_nothing_is_in_it():
     assert torch.equal(pooled(model), wanted)
 
 
+def test_a_layer_whose_forward_was_set_leaves_fp8_too():
+    model, other = tower(), tower()
+    siglip_transformers.accelerate(other)
+    siglip_transformers.accelerate(model, fp8=True)
+    layer = model.encoder.layers[0]
+    forward = layer.forward
+    layer.forward = lambda *arguments, **options: forward(*arguments, **options)
+    report = siglip_transformers.accelerate(model)
+    assert "encoder.layers.0" in {entry.path for entry in report.left}
+    assert torch.equal(pooled(model), pooled(other))
+
+
 def test_wrapped_and_hooked_layers_are_called_and_named():
     class Adapted(nn.Linear):
         pass
@@ -238,6 +250,10 @@ def test_weights_are_quantised_once_and_again_when_they_change(make, monkeypatch
 def test_verified_by_cosines(monkeypatch):
     report = siglip_transformers.accelerate(tower(), verify=True, fp8=True)
     assert report.left == () and "compared with the library" in report.note and report.fp8.projections == 8
+    in_float32 = tower(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        report = siglip_transformers.accelerate(in_float32, verify=True, fp8=True)
+    assert report.left == () and report.fp8.projections == 8
     model, mlp = tower(), fp8_operations.mlp
     before = pooled(model)
     monkeypatch.setattr(fp8_operations, "mlp", lambda *each: -mlp(*each))
