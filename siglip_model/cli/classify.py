@@ -136,8 +136,8 @@ def classify(
         paths = find_images(images)
         if words := [word for word in images if looks_like_a_label(word)]:
             terminal.say(
-                f"{words[0]!r} is no file; if it is a label: before the first image --labels takes one word, or several"
-                " with commas between them"
+                f"{words[0]!r} is no file; if it is a label: --labels takes several words only after the images,"
+                " or with commas between them"
             )
         classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget, len(paths), check)
         label_embeds = classifier.encode_labels(chosen, template)

@@ -198,6 +198,8 @@ def load_classifier(
         raise ValueError(f"--dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
     given = {"max_num_patches": max_num_patches, "token_budget": token_budget}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if check and backend != "triton_fp8":
+        raise ValueError(f"--check compares --backend triton_fp8 with sdpa, and --backend is {backend!r}")
     if check:
         options["model_kwargs"] = {"check": True}
     load = partial(pipeline, TASK, model=model, backend=backend, dtype=dtype, device=device_named(device), **options)
