@@ -196,7 +196,7 @@ def test_what_will_be_measured_is_compiled_with_the_check(scripted, monkeypatch)
     assert check_isolated(["attention_pool"], quick=True, request=request, progress=steps.append) == []
     checked, prepared = (path.with_name(path.name + task).read_text().splitlines() for task in ("check", "prepare"))
     assert checked == ["attention_pool triton"] and len(steps) == 1 + len(prepared)
-    kernels = {"triton", "triton:graph", "triton:hopper", "triton:blackwell"}
+    kernels = {"triton", "triton:fp8", "triton:graph", "triton:hopper", "triton:blackwell"}
     models = {*kernels, "transformers:sdpa:reduce-overhead"}
     assert set(prepared) == {"attention_pool compile", *(f"vision_tower {name}" for name in models)}
 
