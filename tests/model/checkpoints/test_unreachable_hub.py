@@ -171,19 +171,22 @@ def test_waiting_is_shown_on_a_terminal_alone(monkeypatch, tmp_path, capsys, ter
     )
 
 
-def test_within_five_seconds_in_all(tmp_path):
-    """A new process, with nothing replaced: imports and waiting together. Of three the quickest, on a busy machine."""
-    code = "from siglip_model.checkpoints.hub import resolve_file; resolve_file('owner/name', 'config.json')"
-    seconds = []
+def test_a_new_process_waits_two_and_a_half_seconds_at_most(tmp_path):
+    """With nothing replaced. Beyond its imports, whose time is the machine's; each is the quickest of three."""
+    imports = "from siglip_model.checkpoints.hub import resolve_file"
     with server(silence) as url:
-        variables = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path)}
-        while len(seconds) < 3 and min(seconds, default=5) >= 5:
+        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path)}
+
+        def seconds(code: str) -> tuple[float, str]:
             start = time.monotonic()
-            run = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
-            seconds.append(time.monotonic() - start)
-    assert min(seconds) < 5, seconds
-    assert "CheckpointError: 'owner/name' is not an existing directory" in run.stderr
-    assert "waiting for" not in run.stderr  # no terminal
+            run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+            return time.monotonic() - start, run.stderr
+
+        importing = min(seconds(imports)[0] for _ in range(3))
+        waiting, shown = min(seconds(f"{imports}; resolve_file('owner/name', 'config.json')") for _ in range(3))
+    assert waiting - importing < 2.5
+    assert "CheckpointError: 'owner/name' is not an existing directory" in shown
+    assert "waiting for" not in shown  # no terminal
 
 
 @pytest.mark.parametrize(
