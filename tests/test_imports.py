@@ -33,9 +33,12 @@ def test_nothing_heavy_and_no_device_is_touched() -> None:
 
 
 def test_import_takes_at_most_what_torch_takes_and_a_third_of_a_second() -> None:
-    """In processor time, which a busy machine does not stretch; one of three attempts."""
+    """In processor time, which a busy machine does not stretch; one of three attempts. On machines where importing
+    PyTorch takes longer than 1.5 s, at most a fifth more than that."""
     code = (
-        "import time, torch; start = time.process_time()\n"
-        "import siglip_kernels, siglip_model; print(time.process_time() - start)"
+        "import time; start = time.process_time()\n"
+        "import torch; middle = time.process_time()\n"
+        "import siglip_kernels, siglip_model; end = time.process_time()\n"
+        "print((end - middle) / max(1.5, middle - start))"
     )
-    assert any(float(run(code)) < 0.3 for _ in range(3))
+    assert any(float(run(code)) < 0.2 for _ in range(3))
