@@ -1,25 +1,20 @@
 """Attention's forward kernel for Hopper, emulated: numbers, ragged shapes, lengths, strides, dispatch."""
 
-import contextlib
-import dataclasses
 import math
 
 import pytest
 import torch
 from attention_cases import check_attention, random_inputs, scores_of
 from hopper_emulator.faults import Fault
-from hopper_emulator.launch import emulating
+from hopper_emulator.gpu import HOPPER, on_hopper
 from planting import with_fault
 
-from bench.compiled.ahead_of_time import GPUS
 from siglip_kernels import MissingBackendError, UnsupportedInputError, attention, reference
 from siglip_kernels.attention import hopper, hopper_forward
 from siglip_kernels.attention.hopper import attention_forward_hopper, forward_tile, last_keys
 from siglip_kernels.device import pretend
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the portable kernels on CPU tensors: interpreter")
-# Few multiprocessors, so that each program has several tiles.
-HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +23,6 @@ def poison():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def on_hopper(seed=0):
-    with pretend(HOPPER), emulating(seed):
-        yield
 
 
 def run(q, k, v, seed=0, scale=None, lengths=None):

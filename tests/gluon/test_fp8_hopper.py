@@ -1,6 +1,5 @@
 """The GEMM kernel for Hopper with operands of fp8, emulated: scales, epilogues, edges, interleavings, dispatch."""
 
-import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from gemm_cases import check
 from hopper_emulator.faults import Fault
-from hopper_emulator.launch import emulating
+from hopper_emulator.gpu import HOPPER, on_hopper
 from planting import with_fault_in_one_of
 from torch import Tensor
 
@@ -22,25 +21,9 @@ from siglip_kernels.fp8.reference import Projection
 from siglip_kernels.gemm import epilogue, hopper, hopper_pipeline, ring
 from siglip_kernels.gemm.kernels import Scales, gemm
 
-# Few multiprocessors, so that each program has several tiles.
-HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
+pytestmark = pytest.mark.usefixtures("hopper_selected")
 TILES = {"wide": hopper.WIDE, "tall": hopper.TALL, "small": hopper.SMALL}
 E4M3 = torch.float8_e4m3fn
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """SIGLIP_KERNELS_HOPPER is on, and torch.empty is filled with NaN."""
-    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def on_hopper(seed: int = 0):
-    with pretend(HOPPER), emulating(seed):
-        yield
 
 
 @pytest.fixture

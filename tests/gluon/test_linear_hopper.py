@@ -1,14 +1,11 @@
 """The GEMM kernel for Hopper, emulated: epilogues, tiles, ragged shapes, interleavings, dispatch."""
 
-import contextlib
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
 from gemm_cases import SHAPES, check, gelu, gelu_derivative, operands
 from hopper_emulator.faults import Fault
-from hopper_emulator.launch import emulating
+from hopper_emulator.gpu import HOPPER, on_hopper
 from planting import with_fault_in_one_of
 from torch import Tensor
 
@@ -18,24 +15,8 @@ from siglip_kernels.device import pretend
 from siglip_kernels.gemm import epilogue, hopper, hopper_pipeline, ring
 from siglip_kernels.gemm.kernels import gemm
 
-# Few multiprocessors, so that each program has several tiles.
-HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
+pytestmark = pytest.mark.usefixtures("hopper_selected")
 TILES = {"wide": hopper.WIDE, "tall": hopper.TALL, "small": hopper.SMALL}
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """SIGLIP_KERNELS_HOPPER is on, and torch.empty is filled with NaN."""
-    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def on_hopper(seed: int = 0, gpu=HOPPER):
-    with pretend(gpu), emulating(seed):
-        yield
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The loss's kernels for Hopper, emulated: sums and gradients, ragged shapes, interleavings, dispatch."""
 
-import contextlib
-import dataclasses
 import functools
 
 import pytest
@@ -9,33 +7,15 @@ import torch
 import torch.nn.functional as F
 from error_budget import check_error
 from hopper_emulator.faults import Fault
-from hopper_emulator.launch import emulating
+from hopper_emulator.gpu import on_hopper
 from planting import with_fault
 from torch import Tensor
 
-from bench.compiled.ahead_of_time import GPUS
 from siglip_kernels import UnsupportedInputError, reference, sigmoid_loss
-from siglip_kernels.device import pretend
 from siglip_kernels.sigmoid_loss import api, blocks, hopper_engine, hopper_kernels
 from siglip_kernels.sigmoid_loss.pairs import NO_POSITIVES, Pairs
 
-# Few multiprocessors, so that each program has several tiles.
-HOPPER = dataclasses.replace(GPUS["h200"], multiprocessors=2)
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """SIGLIP_KERNELS_HOPPER is on, and torch.empty is filled with NaN."""
-    monkeypatch.setenv("SIGLIP_KERNELS_HOPPER", "1")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@contextlib.contextmanager
-def on_hopper(seed: int = 0):
-    with pretend(HOPPER), emulating(seed):
-        yield
+pytestmark = pytest.mark.usefixtures("hopper_selected")
 
 
 @pytest.fixture
