@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import os
 import pickle
 import resource
@@ -77,6 +78,7 @@ def _read_all(reader: int) -> bytes | None:
 def _measured(call: Callable[[], Any]) -> Ending:
     import torch
 
+    gc.freeze()  # the parent's garbage, freed here, would make room for what the call is to be seen to take
     faulthandler.disable()
     torch.set_num_threads(1)  # a fork has none of the parent's threads
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

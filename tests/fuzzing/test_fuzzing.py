@@ -103,7 +103,7 @@ def takes_long(folder):
 
 
 def takes_memory(folder):
-    torch.zeros(2**24).add_(1)
+    torch.zeros(2**26).add_(1)
 
 
 def dies(folder):
