@@ -2,10 +2,13 @@
 
 Clocks of one warp on its quarter of a multiprocessor per 1,000 pairs of image and text, in training, bf16, at the
 widths of `bench.compiled.launches.matryoshka_sigmoid_loss`: the three products, by the busiest pipe of each main loop,
-with the columns that tiles pad; and the epilogues of the logits, by theirs. "bound" is the products of the widest and
-one epilogue of its loss for each width; a prefix does more, as it rescales its cosines and sums for each image and
-each text. Not counted: the epilogues of the two products, which are the same; reading the embeddings; and turning a
-block's G into H, which moves 8 bytes of L2 per pair and width.
+with the columns that tiles pad; and the epilogues of the logits, by theirs. The epilogue of a shorter prefix ends where
+the products of the next begin: it rescales the cosines, and starts the next loads. "alone" is a call with the widest
+alone, and "bound" that and the epilogues of the shorter ones. "loss" is `sigmoid_loss` of the widest, which takes
+normalised embeddings and leaves the gradient of the normalisation to its caller.
+
+Not counted: the epilogues of the two products, which are the same; reading the embeddings; the start of a tile; and
+turning a block's G into H, which moves 8 bytes of L2 per pair and width.
 """
 
 import argparse
@@ -17,32 +20,40 @@ import torch
 
 from bench.compiled.count import COUNTED, Count, counts
 from bench.compiled.launch import GPUS, architecture
-from bench.compiled.launches.matryoshka_sigmoid_loss import WIDTHS
+from bench.compiled.launches.matryoshka_sigmoid_loss import PUBLISHED, WIDTHS
 from siglip_kernels.sigmoid_loss.config import choose
 from siglip_kernels.sigmoid_loss.matryoshka.blocks import Segments
 from siglip_kernels.sigmoid_loss.matryoshka.config import column_tiles, padding_of, prefix_config
 
 
 class Clocks(NamedTuple):
-    """Of the loss of the widest prefix, and of the losses of all prefixes."""
+    """Products of the widest and of all prefixes; epilogues of `sigmoid_loss`, of a prefix alone, of a shorter one."""
 
     one_products: float
-    one_epilogue: float
     products: float
-    epilogues: float
+    loss_epilogue: float
+    alone_epilogue: float
+    shorter_epilogue: float
 
     @property
-    def one(self) -> float:
-        return self.one_products + self.one_epilogue
+    def loss(self) -> float:
+        return self.one_products + self.loss_epilogue
+
+    @property
+    def alone(self) -> float:
+        return self.one_products + self.alone_epilogue
 
     @property
     def every(self) -> float:
-        return self.products + self.epilogues
+        return self.products + self._epilogues
 
     @property
     def bound(self) -> float:
-        """The products of the widest, and an epilogue of its loss for each width."""
-        return self.one_products + len(WIDTHS) * self.one_epilogue
+        return self.one_products + self._epilogues
+
+    @property
+    def _epilogues(self) -> float:
+        return self.alone_epilogue + (len(WIDTHS) - 1) * self.shorter_epilogue
 
 
 def clocks_of(gpu: str) -> Clocks:
@@ -54,16 +65,18 @@ def clocks_of(gpu: str) -> Clocks:
     rows = list(counts(["sigmoid_loss"], [gpu], "^bf16 D=768 train"))
     columns = -(-width // base.product.columns) * base.product.columns
     one_products = width * _loop(rows, "logit_grad_kernel") + 2 * columns * _loop(rows, "product_kernel")
-    one_epilogue = _epilogue(rows, "logit_grad_kernel", base.logit_grad.depth)
+    loss_epilogue = _epilogue(rows, "logit_grad_kernel", base.logit_grad.depth)
+    rows = list(counts(["matryoshka_sigmoid_loss"], [gpu], "^bf16 D=768 train, one width"))
+    alone_epilogue = _epilogue(rows, "prefix_logit_grad_kernel", config.logit_grad.depth)
 
-    rows = list(counts(["matryoshka_sigmoid_loss"], [gpu], "^bf16 D=768 train"))
+    rows = list(counts(["matryoshka_sigmoid_loss"], [gpu], PUBLISHED))
     tiles, columns = column_tiles(ends, config.product.columns), config.product.columns
     products = ends[-1] * _loop(rows, "prefix_logit_grad_kernel")
     products += 2 * tiles.wide * columns * _loop(rows, "prefix_product_kernel")
     narrow = _loop(rows, "prefix_product_kernel", half=True) if len(tiles.starts) > tiles.wide else 0
     products += (len(tiles.starts) - tiles.wide) * columns * narrow
-    epilogues = len(WIDTHS) * _epilogue(rows, "prefix_logit_grad_kernel", config.logit_grad.depth)
-    return Clocks(one_products, one_epilogue, products, epilogues)
+    shorter_epilogue = _epilogue(rows, "prefix_logit_grad_kernel", config.logit_grad.depth)
+    return Clocks(one_products, products, loss_epilogue, alone_epilogue, shorter_epilogue)
 
 
 def _worst(rows: Iterable[Count]) -> Count:
@@ -91,21 +104,15 @@ def main() -> int:
     parser.add_argument("--gpu", nargs="+", default=COUNTED, choices=COUNTED)
     separately = sum(WIDTHS) / WIDTHS[-1]
     print(f"widths {', '.join(map(str, WIDTHS))}; one call for each would be {separately:.2f} times the products")
-    header = (
-        "arch",
-        "widest: products",
-        "epilogue",
-        "all: products",
-        "epilogues",
-        "all / widest",
-        "bound",
-        "all / bound",
-    )
+    products = ("products: widest", "all")
+    epilogues = ("epilogue: loss", "alone", "of a shorter prefix")
+    header = ("arch", *products, *epilogues, "loss", "alone", "all", "bound", "all / loss", "all / bound")
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for gpu in parser.parse_args().gpu:
         clocks = clocks_of(gpu)
-        cells = [f"{number:.0f}" for number in clocks]
-        cells += [f"{clocks.every / clocks.one:.2f}", f"{clocks.bound:.0f}", f"{clocks.every / clocks.bound:.2f}"]
+        sums = (*clocks, clocks.loss, clocks.alone, clocks.every, clocks.bound)
+        cells = [f"{number:.0f}" for number in sums]
+        cells += [f"{clocks.every / other:.2f}" for other in (clocks.loss, clocks.bound)]
         print(f"| {architecture(gpu)} | {' | '.join(cells)} |", flush=True)
     return 0
 

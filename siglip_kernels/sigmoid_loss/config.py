@@ -24,6 +24,19 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Folding:
+    """What a thread adds up of its own values, a quarter of a tile at a time. All else is exchanged between threads.
+
+    Threads have adjacent columns. Those of mma also have rows 8 apart, and half a tile apart, but four warps share a
+    row; those of wgmma have rows 8 apart, and columns 8 apart. Of an accumulator in tensor memory two threads have a
+    row, 16 adjacent columns each.
+    """
+
+    columns: int  # of the sums of a quarter
+    rows: int  # so many are added: 1, 2 (8 apart) or 4 (half a tile apart as well)
+
+
+@dataclass(frozen=True)
 class Config:
     """The tiles of the matrix kernels, and the block of G that they share."""
 
@@ -33,6 +46,7 @@ class Config:
     block: int  # images and texts
     descriptors: bool  # load tiles by tensor descriptors (TMA, sm_90 and later) instead of pointers
     precision: str  # tl.dot's input_precision for fp32
+    folding: Folding
 
 
 # 128 × 256 reads the fewest bytes from L2 per product; without TMA, its addresses leave too few registers for it. None
@@ -52,7 +66,7 @@ LARGEST_BLOCK = 5632
 def choose(dtype: torch.dtype, width: int, gpu: Facts, precision: str) -> Config:
     """The configuration for embeddings of this dtype and width. precision: of fp32 products, "ieee" or "tf32"."""
     if gpu.interpreted:
-        return Config(_INTERPRETER, _INTERPRETER, _INTERPRETER, 256, descriptors=True, precision=precision)
+        return Config(_INTERPRETER, _INTERPRETER, _INTERPRETER, 256, True, precision, Folding(4, 4))
     if dtype == torch.float32:
         logit_grad = product = _TF32 if precision == "tf32" else _IEEE
     elif gpu.matrix_unit == "wgmma":
@@ -66,7 +80,10 @@ def choose(dtype: torch.dtype, width: int, gpu: Facts, precision: str) -> Config
     # Weights, and a logarithm for each pair, leave too few registers for the accumulator of 128 × 256.
     weighted = _SQUARE if logit_grad.rows * logit_grad.columns > _SQUARE.rows * _SQUARE.columns else logit_grad
     block = block_size(product, -(-width // product.columns), gpu.multiprocessors)
-    return Config(logit_grad, weighted, product, block, gpu.has_tma, precision)
+    folding = {"mma": Folding(16, 4), "wgmma": Folding(16, 2), "tcgen05": Folding(8, 1)}[gpu.matrix_unit]
+    if dtype == torch.float32 and precision == "ieee":  # products without matrix instructions
+        folding = Folding(16, 1)
+    return Config(logit_grad, weighted, product, block, gpu.has_tma, precision, folding)
 
 
 def _measured(kernel: str, dtype: torch.dtype, width: int, gpu: Facts) -> Tile | None:

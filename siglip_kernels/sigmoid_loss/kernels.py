@@ -20,7 +20,6 @@ from siglip_kernels.interpreter import dot, narrow
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
-FOLDED = tl.constexpr(16)  # columns of partial sums; on sm_80 to sm_89 fewer belong to another warp
 
 
 @triton.jit
@@ -87,13 +86,27 @@ def _quarters(x):
 
 
 @triton.jit
+def _adjacent(x):
+    """The even and the odd columns of x. Every accumulator's threads have both of two."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _four_apart(x):
+    """The first and the last four of every eight columns of x: of every 16 before `_adjacent`."""
+    x = tl.permute(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 2, 4)), (0, 1, 3, 2))
+    left, right = tl.split(x)
+    return tl.reshape(left, (x.shape[0], x.shape[1] * 4)), tl.reshape(right, (x.shape[0], x.shape[1] * 4))
+
+
+@triton.jit
 def _fold(x, COLUMNS: tl.constexpr):
-    """Sums of columns that many apart: (rows, COLUMNS), without an exchange between threads."""
-    if x.shape[1] > 2 * COLUMNS:
-        left, right = _halves(x)
+    """Sums of up to four columns: (rows, COLUMNS), without an exchange between threads (`config.Folding`)."""
+    if x.shape[1] > COLUMNS:
+        left, right = _adjacent(x)
         x = left + right
     if x.shape[1] > COLUMNS:
-        left, right = _halves(x)
+        left, right = _four_apart(x)
         x = left + right
     return x
 
@@ -106,12 +119,12 @@ def _multiply(a, b):
 
 @triton.jit
 def _fold_softplus(x, COLUMNS: tl.constexpr):
-    """Π (1 + x) - 1 over columns that many apart: (rows, COLUMNS)."""
-    if x.shape[1] > 2 * COLUMNS:
-        left, right = _halves(x)
+    """Π (1 + x) - 1 over the same columns."""
+    if x.shape[1] > COLUMNS:
+        left, right = _adjacent(x)
         x = _multiply(left, right)
     if x.shape[1] > COLUMNS:
-        left, right = _halves(x)
+        left, right = _four_apart(x)
         x = _multiply(left, right)
     return x
 
@@ -120,6 +133,38 @@ def _fold_softplus(x, COLUMNS: tl.constexpr):
 def _row_halves(x):
     """The rows of x whose numbers have the fourth bit, and the others."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1])), (0, 2, 3, 1)))
+
+
+@triton.jit
+def _upper_and_lower(x):
+    """The first and the second half of the rows of x."""
+    return tl.split(tl.permute(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), (1, 2, 0)))
+
+
+@triton.jit
+def _fold_rows(x, COUNT: tl.constexpr):
+    """Sums of COUNT rows: 1, 2 or 4."""
+    if COUNT > 2:
+        upper, lower = _upper_and_lower(x)
+        x = upper + lower
+    if COUNT > 1:
+        upper, lower = _row_halves(x)
+        return upper + lower
+    else:
+        return x
+
+
+@triton.jit
+def _fold_rows_softplus(x, COUNT: tl.constexpr):
+    """Π (1 + x) - 1 over the same rows."""
+    if COUNT > 2:
+        upper, lower = _upper_and_lower(x)
+        x = _multiply(upper, lower)
+    if COUNT > 1:
+        upper, lower = _row_halves(x)
+        return _multiply(upper, lower)
+    else:
+        return x
 
 
 @triton.jit
@@ -172,7 +217,7 @@ def _sums(
     SUMS: tl.constexpr,
     SPECIAL: tl.constexpr,  # whether there may be positives on the diagonal, or pairs past the last image or text
 ):
-    """Σ max(-z s, 0) / log 2, Π (1 + e^-|s|) - 1, Σ G ⊙ x yᵀ and Σ G over columns SUMS apart, and G ⊙ x yᵀ. Stores G.
+    """Σ max(-z s, 0) / log 2, Π (1 + e^-|s|) - 1, Σ G ⊙ x yᵀ and Σ G, each `_fold`ed, and G ⊙ x yᵀ. Stores G.
 
     With weights the first is the sum of whole losses, and the product is 1 - 1.
     """
@@ -249,9 +294,12 @@ def tile_sums(
     DESCRIPTORS: tl.constexpr,
     WHOLE_TILES: tl.constexpr,  # whether G has rows past the last image
     PRECISION: tl.constexpr,
-    SUMS: tl.constexpr,  # FOLDED, or half of it where no other warp has columns of the same rows
+    SUMS: tl.constexpr,  # `config.Folding`: the columns of the sums,
+    ROWS: tl.constexpr,  # and how many rows are added up,
+    IMAGE_LOSSES: tl.constexpr,  # unless the loss of each image is asked for,
+    IMAGE_DOTS: tl.constexpr,  # or Σ G ⊙ x yᵀ of each
 ):
-    """Sums of the loss, of G ⊙ x yᵀ and of G over columns SUMS apart, (rows, SUMS). Stores G."""
+    """Sums of the loss, of G ⊙ x yᵀ and of G: (rows, or fewer by ROWS, SUMS) each. Stores G."""
     # A quarter at a time: the temporaries of a whole tile would not fit in the registers beside its accumulator.
     PART: tl.constexpr = products.shape[1] // 4
     parts = _quarters(products)
@@ -278,7 +326,7 @@ def tile_sums(
         if text_dots_ptr is not None:
             narrowed = narrow(all_dots, logit_grad_target.dtype.element_ty)
             # At once for the whole tile, unless that takes too many registers.
-            if SUMS == FOLDED or positive_weight_ptr is not None or narrowed.dtype == tl.float32:
+            if SUMS > 8 or positive_weight_ptr is not None or narrowed.dtype == tl.float32:
                 _add_column_sums(text_dots_ptr + column, narrowed, divisor, PRECISION)
             elif part == 0:
                 first = narrowed
@@ -289,21 +337,16 @@ def tile_sums(
             else:
                 whole = _beside(left, _beside(third, narrowed))
                 _add_column_sums(text_dots_ptr + first_column, whole, divisor, PRECISION)
-        if SUMS == FOLDED and WHOLE_TILES:  # registers again: nothing but G ⊙ x yᵀ is summed for each image
-            rights, other_rights = _row_halves(right)
-            rights += other_rights
-            grad_sums, other_grad_sums = _row_halves(grads)
-            grad_sums += other_grad_sums
-            softs, other_softs = _row_halves(soft)
-            softs = _multiply(softs, other_softs)
-        else:
-            rights, softs, grad_sums = right, soft, grads
+        rights = _fold_rows(right, 1 if IMAGE_LOSSES else ROWS)
+        softs = _fold_rows_softplus(soft, 1 if IMAGE_LOSSES else ROWS)
+        dot_sums = _fold_rows(dots, 1 if IMAGE_DOTS else ROWS)
+        grad_sums = _fold_rows(grads, ROWS)
         if part == 0:
-            right_sum, softplus, dot_sum, logit_grad_sum = rights, softs, dots, grad_sums
+            right_sum, softplus, dot_sum, logit_grad_sum = rights, softs, dot_sums, grad_sums
         else:
             right_sum += rights
             softplus = _multiply(softplus, softs)
-            dot_sum += dots
+            dot_sum += dot_sums
             logit_grad_sum += grad_sums
     return right_sum * LOG_2 + _log1p_of_any(softplus), dot_sum, logit_grad_sum
 
@@ -336,6 +379,8 @@ def logit_grad_kernel(
     LOGIT_GRAD_SCALE: tl.constexpr,  # a power of two
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    SUMS: tl.constexpr,  # as `tile_sums`
+    ROWS: tl.constexpr,
 ):
     """Program (m, n) owns the pairs of images m BLOCK_M : +BLOCK_M and texts n BLOCK_N : +BLOCK_N."""
     first_row = tl.program_id(0) * BLOCK_M
@@ -353,7 +398,8 @@ def logit_grad_kernel(
     loss_sum, dot_sum, logit_grad_sum = tile_sums(
         products, logit_grad_target, logit_grad_stride, first_row, first_column, scale, bias, images, texts, diagonal,
         image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr, text_weight_ptr, None,
-        1.0 / LOGIT_GRAD_SCALE, GRADIENTS, DESCRIPTORS, False, PRECISION, FOLDED,
+        1.0 / LOGIT_GRAD_SCALE, GRADIENTS, DESCRIPTORS, False, PRECISION, SUMS, ROWS, image_losses_ptr is not None,
+        False,
     )  # fmt: skip
     if image_losses_ptr is not None:
         o_images = first_row + tl.arange(0, BLOCK_M)

@@ -12,6 +12,7 @@ WIDTHS = (64, 128, 256, 512, 768)
 
 def launches() -> Iterator[Launch]:
     yield Launch("bf16 D=768 train", _losses(torch.bfloat16))
+    yield Launch("bf16 D=768 train, one width", _losses(torch.bfloat16, widths=WIDTHS[-1:]))
     yield Launch("bf16 D=768 corrections", _losses(torch.bfloat16, corrections=True))
     yield Launch("bf16 D=768 inference", _losses(torch.bfloat16, gradients=False))
     for options in ("groups", "weights", "groups, weights"):

@@ -15,17 +15,24 @@ def prefix_config(base: Config, ends: tuple[int, ...], gpu: Facts) -> Config:
     if product.columns > product.rows:  # few segments are a multiple of 256 columns
         product = dataclasses.replace(product, rows=product.columns, columns=product.rows)
     # The accumulator, which outlives an epilogue, leaves too few registers for that of a wider tile.
-    logit_grad = base.weighted
-    if base.precision == "tf32" or (gpu.matrix_unit == "mma" and gpu.has_tma and logit_grad.columns > 64):
-        logit_grad = dataclasses.replace(logit_grad, columns=logit_grad.columns // 2)
-    block = base.block
+    logit_grad = weighted = base.weighted
+    half = dataclasses.replace(weighted, columns=weighted.columns // 2)
+    if base.precision == "tf32":
+        logit_grad = weighted = half
+    elif gpu.matrix_unit == "mma" and weighted.columns > 64:
+        weighted = half
+    block, folding = base.block, base.folding
+    if gpu.matrix_unit == "wgmma":  # tiles are half as wide as those of one loss
+        folding = dataclasses.replace(folding, columns=folding.columns // 2)
     if not gpu.interpreted:
         lower = dataclasses.replace(product, rows=product.rows // 2)
         tiles = (product, lower) if lower.rows >= 128 else (product,)
         _, block, product = max(
             ((*_block_for(tile, ends, gpu.multiprocessors), tile) for tile in tiles), key=lambda found: found[0]
         )
-    return dataclasses.replace(base, logit_grad=logit_grad, weighted=logit_grad, product=product, block=block)
+    return dataclasses.replace(
+        base, logit_grad=logit_grad, weighted=weighted, product=product, block=block, folding=folding
+    )
 
 
 def _block_for(tile: Tile, ends: tuple[int, ...], multiprocessors: int) -> tuple[float, int]:

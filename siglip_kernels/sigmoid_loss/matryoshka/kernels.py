@@ -134,6 +134,7 @@ def prefix_logit_grad_kernel(
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SUMS: tl.constexpr,  # as `tile_sums`
+    ROWS: tl.constexpr,
 ):
     """Program (m, n) owns the pairs of images m BLOCK_M : +BLOCK_M and texts n BLOCK_N : +BLOCK_N."""
     if _skipped(only_if_ptr):
@@ -174,7 +175,7 @@ def prefix_logit_grad_kernel(
             cosines, logit_grad_target, logit_grad_stride, first_row, first_column,
             tl.load(logit_scales_ptr + prefix) * LOG2_E, tl.load(logit_biases_ptr + prefix) * LOG2_E, images, texts,
             diagonal, image_groups_ptr, text_groups_ptr, positive_weight_ptr, negative_weight_ptr, text_weight_ptr,
-            text_dots, divisor, GRADIENTS, False, True, PRECISION, SUMS,
+            text_dots, divisor, GRADIENTS, False, True, PRECISION, SUMS, ROWS, False, image_dots_ptr is not None,
         )  # fmt: skip
         # As in ../kernels.py, the order of every sum is fixed.
         tl.store(slot_ptr, tl.load(slot_ptr) + tl.sum(loss_sum).to(tl.float64))

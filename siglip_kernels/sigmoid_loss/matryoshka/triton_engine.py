@@ -31,7 +31,6 @@ class TritonPrefixEngine(TritonEngine):
         ends = Segments(tuple(widths), self.padding).ends
         gpu = facts(embeds.device)
         super().__init__(embeds.dtype, prefix_config(base, ends, gpu), chunk_size)
-        self.sums = 16 if gpu.matrix_unit == "mma" else 8  # fewer columns may belong to another warp
 
     def skips(self, only_if: Tensor | None) -> bool:
         return False
@@ -120,7 +119,8 @@ class TritonPrefixEngine(TritonEngine):
             LOGIT_GRAD_SCALE=self.logit_grad_scale,
             PRECISION=self.config.precision,
             DESCRIPTORS=self.config.descriptors,
-            SUMS=self.sums,
+            SUMS=self.config.folding.columns,
+            ROWS=self.config.folding.rows,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )

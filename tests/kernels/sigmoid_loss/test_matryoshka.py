@@ -25,7 +25,7 @@ from siglip_kernels import (
     sigmoid_loss,
 )
 from siglip_kernels.sigmoid_loss import torch_engine
-from siglip_kernels.sigmoid_loss.config import Config
+from siglip_kernels.sigmoid_loss.config import Config, Folding
 from siglip_kernels.sigmoid_loss.matryoshka import api
 from siglip_kernels.sigmoid_loss.matryoshka.blocks import Segments
 from siglip_kernels.sigmoid_loss.matryoshka.config import column_tiles, prefix_config
@@ -165,17 +165,14 @@ def test_several_blocks_in_triton(sizes, device):
     check(sigmoid_loss, *embeddings(*sizes, device), torch.bfloat16, (8, 24), (1.0, 1.0), offset=3)
 
 
-def test_both_ways_to_sum_a_tile(device, monkeypatch):
+@pytest.mark.parametrize("folding", [Folding(16, 4), Folding(8, 2), Folding(8, 1)], ids=str)
+def test_every_way_to_sum_a_tile(folding, device, monkeypatch):
     """GPUs differ in it: the other tests take that of this device."""
-    from siglip_kernels.sigmoid_loss.matryoshka.triton_engine import TritonPrefixEngine
+    from siglip_kernels.sigmoid_loss.matryoshka import triton_engine
 
-    initialise = TritonPrefixEngine.__init__
-
-    def other_way(self, *arguments: Any) -> None:
-        initialise(self, *arguments)
-        self.sums = {8: 16, 16: 8}[self.sums]
-
-    monkeypatch.setattr(TritonPrefixEngine, "__init__", other_way)
+    monkeypatch.setattr(
+        triton_engine, "prefix_config", lambda *given: dataclasses.replace(prefix_config(*given), folding=folding)
+    )
     check(sigmoid_loss, *embeddings(20, 20, device), torch.float32, (8, 24), (1.0, 1.0))
 
 

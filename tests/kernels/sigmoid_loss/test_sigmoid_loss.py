@@ -140,7 +140,7 @@ def test_fp16_gradients_at_the_scale_of_65536_pairs(engine, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_both_ways_of_loading_tiles(descriptors, dtype, device, monkeypatch):
     small = config.Tile(32, 64, 16, num_warps=4, num_stages=1)
-    chosen = config.Config(small, small, config.Tile(64, 32, 16, 4, 1), 256, descriptors, "ieee")
+    chosen = config.Config(small, small, config.Tile(64, 32, 16, 4, 1), 256, descriptors, "ieee", config.Folding(8, 1))
     monkeypatch.setattr(triton_engine, "choose", lambda *_: chosen)
     check_budget(sigmoid_loss, *embeddings(270, 24, device), 10.0, -5.0, dtype)
 

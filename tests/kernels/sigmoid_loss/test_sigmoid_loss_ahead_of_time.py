@@ -49,6 +49,24 @@ def test_the_epilogue_leaves_the_tensor_cores_their_time(run_python):
     assert products / (products + 2 * float(done.stdout)) >= 0.72
 
 
+_EPILOGUE = """
+from bench.compiled.count import counts
+rows = counts(["sigmoid_loss"], ["{gpu}"], "^bf16 D=768 train")
+epilogue = next(row for row in rows if row.kernel == "logit_grad_kernel" and row.part == "epilogue 1")
+print(epilogue.clocks["shared"] / epilogue.clocks["issue"])
+"""
+
+
+@pytest.mark.parametrize(
+    "gpu", ["a100", *(pytest.param(gpu, marks=pytest.mark.thorough) for gpu in ("b200", "rtx5090"))]
+)
+def test_the_epilogue_adds_up_what_its_threads_have(run_python, gpu):
+    """Shared memory is for storing G. Sums of what other threads have took it longer than all else together."""
+    done = run_python(_EPILOGUE.format(gpu=gpu))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.5
+
+
 _EVERY_SIZE = """
 import torch
 from bench.compiled.ahead_of_time import GPUS, compiling_for
