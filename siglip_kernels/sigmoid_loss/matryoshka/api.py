@@ -264,7 +264,8 @@ def matryoshka_sigmoid_loss(
     equation 1).
 
     image_embeds: (N, D), text_embeds: (M, D), not necessarily normalised: each prefix is, in at least fp32, and rounded
-    to the embeddings' dtype. logit_scales (already exponentiated), logit_biases: one for all widths, or one for each,
+    to the embeddings' dtype. As in torch.nn.functional.normalize, a prefix whose sum of squares overflows becomes
+    zeros, without a gradient. logit_scales (already exponentiated), logit_biases: one for all widths, or one for each,
     as a tensor (len(widths),) or a sequence. widths: ascending, from 1 to D.
     width_weights: constant factors of the losses, from 0 on; None: 1.
     loss: None, the default, is `sigmoid_loss` on GPUs that run the kernels, and `chunked_sigmoid_loss` elsewhere, as in

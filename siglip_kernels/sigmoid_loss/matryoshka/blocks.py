@@ -62,12 +62,13 @@ class Side(NamedTuple):
 
     normalised: Tensor  # (n, Segments.ends[-1]): x̂, in the embeddings' dtype
     inverse_norms: Tensor  # (K, n), at least fp32: a
-    ratios: Tensor  # (K, n): aₖ/aₖ₋₁, and 1 for the first
+    ratios: Tensor  # (K, n): aₖ/aₖ₋₁, and 0 if aₖ = 0, since the squares overflow; of the first any finite number
 
     @staticmethod
     def of(normalised: Tensor, inverse_norms: Tensor) -> Side:
         ratios = torch.ones_like(inverse_norms)
-        torch.div(inverse_norms[1:], inverse_norms[:-1], out=ratios[1:])
+        wider, narrower = inverse_norms[1:], inverse_norms[:-1]
+        torch.div(wider, narrower.masked_fill(wider == 0, 1), out=ratios[1:])
         return Side(normalised, inverse_norms, ratios)
 
     def part(self, rows: slice) -> Side:

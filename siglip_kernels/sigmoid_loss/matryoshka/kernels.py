@@ -82,7 +82,9 @@ def normalise_kernel(
             previous = inverse
         else:
             scale = tl.where(columns >= ENDS[number - 1], inverse[:, None], scale)
-        tl.store(ratios_ptr + o_norms, inverse / previous, mask=o_rows < rows)
+        # Where the squares overflow, both may be 0.
+        ratio = inverse / tl.where(inverse > 0, previous, 1.0)
+        tl.store(ratios_ptr + o_norms, ratio, mask=o_rows < rows)
         previous = inverse
     narrowed = narrow(values * scale, normalised_ptr.dtype.element_ty)
     tl.store(normalised_ptr + o_rows[:, None] * WIDTH + columns, narrowed, mask=valid)

@@ -261,6 +261,21 @@ def test_an_embedding_of_zeros(device):
             assert torch.allclose(value.double(), true, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", LOSSES[:2])
+def test_a_prefix_whose_squares_overflow_is_zeros(loss, dtype, device):
+    """As in the definition: all prefixes of an image, one of its prefixes, and one of a text."""
+    x, y = (v.to(dtype) for v in embeddings(8, 8, device))
+    x[2] *= 1e20
+    x[4, 8:] *= 1e20
+    y[3, 5:] *= 1e25
+    found, expected = (results(each, x, y, dtype) for each in (loss, plain_sigmoid_loss))
+    for value, true in zip(found, expected, strict=True):
+        assert (value - true).norm() < max(1e-5, 2 * torch.finfo(dtype).eps) * true.norm()
+    assert not found[1][2].any() and not found[1][4, 8:].any() and not found[2][3, 5:].any()
+
+
 @pytest.mark.parametrize("engine", ["triton", "chunked"])
 def test_opcheck_and_compiled(engine, device):
     x, y = (v.requires_grad_() for v in embeddings(9, 9, device))
