@@ -190,7 +190,6 @@ class SigLipLoss(nn.Module):
             text_weight=text_weight,
         )
         if self._overridden():
-            self._refuse_options(options)
             local, across = self._local_by_methods, self._global_by_methods
         else:
             local, across = self._local, self._global
@@ -241,36 +240,37 @@ class SigLipLoss(nn.Module):
         own, kind = self.__dict__, type(self)
         return [name for name in _METHODS if name in own or getattr(kind, name) is not getattr(SigLipLoss, name)]
 
-    def _refuse_choices(self) -> None:
-        for name, ordinary in (("backend", "auto"), ("chunk_size", 0)):
+    def _refuse_choices(self, options: PairOptions) -> None:
+        """Those of a loss that overridden methods compute. options: of a call, and this module's."""
+        but = f"but {' and '.join(self._overridden())} is overridden and computes the loss"
+        for name, default in (("backend", "auto"), ("chunk_size", 0)):
             value = getattr(self, name)
-            if value != ordinary:
-                got = f"is {value!r}, but {' and '.join(self._overridden())} is overridden and computes the loss"
-                raise unsupported("SigLipLoss", name, got, repr(ordinary))
-
-    def _refuse_options(self, options: PairOptions) -> None:
+            if value != default:
+                raise unsupported("SigLipLoss", name, f"is {value!r}, {but}", repr(default))
         ordinary = {"positive_weight": 1.0, "negative_weight": 1.0}
         chosen = {**options, "reduction": None if self.reduction == "images" else self.reduction}
         for name, value in chosen.items():
             if value is not None and not (
                 name in ordinary and not isinstance(value, Tensor) and value == ordinary[name]
             ):
-                got = f"is given, but {' and '.join(self._overridden())} is overridden and computes the loss"
-                raise unsupported("SigLipLoss", name, got, "none")
+                raise unsupported("SigLipLoss", name, f"is given, {but}", "none")
 
     def _local_by_methods(
         self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias, options: PairOptions
     ) -> Tensor:
-        self._refuse_choices()
+        self._refuse_choices(options)
         return self._loss(image_features, text_features, logit_scale, logit_bias)
 
     def _global_by_methods(
         self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias, options: PairOptions
     ) -> Tensor:
-        self._refuse_choices()
+        check_scalars = self._check(logit_scale, 0.0 if logit_bias is None else logit_bias)
+
+        def check(x: Tensor, y: Tensor, engine: str) -> Arguments:
+            self._refuse_choices(options)
+            return check_scalars(x, y, engine)
+
         group = self._group()
-        bias = 0.0 if logit_bias is None else logit_bias
-        check = self._check(logit_scale, bias)
         (sizes, _), _ = self._agreed(group, image_features, text_features, options, "chunked", check)
         if len(set(sizes)) > 1:
             got = f"differ between ranks in number: {list(sizes)}"

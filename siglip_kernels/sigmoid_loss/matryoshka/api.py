@@ -28,7 +28,7 @@ from siglip_kernels.sigmoid_loss.api import (
     sigmoid_loss,
 )
 from siglip_kernels.sigmoid_loss.engines import make_engine, saved_dtype
-from siglip_kernels.sigmoid_loss.matryoshka.arguments import OPERATION, Prefixes, Scalars
+from siglip_kernels.sigmoid_loss.matryoshka.arguments import OPERATION, Prefixes, Scalars, refuse_unknown
 from siglip_kernels.sigmoid_loss.matryoshka.blocks import empty_gradient, losses_and_gradients
 from siglip_kernels.sigmoid_loss.matryoshka.distributed import global_losses
 from siglip_kernels.sigmoid_loss.matryoshka.engines import gradients_early, make_prefix_engine
@@ -299,7 +299,7 @@ def matryoshka_sigmoid_loss(
         loss = plain_sigmoid_loss if under_transform() else sigmoid_loss if on_gpu else chunked_sigmoid_loss
     if loss is sigmoid_loss or loss is chunked_sigmoid_loss:
         engine = "triton" if loss is sigmoid_loss else "chunked"
-        _refuse_unknown(options, (*PairOptions.__annotations__, "reduction", "chunk_size"))
+        refuse_unknown(options, (*PairOptions.__annotations__, "reduction", "chunk_size"))
         return _fused(engine, image_embeds, text_embeds, prefixes, **options)
     losses = []
     for width, scale, bias, weight in zip(*prefixes, strict=True):
@@ -322,11 +322,11 @@ def _of_module(
     options: dict[str, Any],
 ) -> Tensor:
     """The losses with the module's options, of the local or of the global batch."""
-    _refuse_unknown(options, CALL_OPTIONS)
     if module.reduction == "none":
         raise unsupported(OPERATION, "loss", "has reduction='none'", "a reduction to one number")
     scalars = logit_scales, logit_biases, widths, width_weights
     if module.world_size == 1:
+        refuse_unknown(options, CALL_OPTIONS)
         check_embeds(OPERATION, image_embeds, text_embeds, same_length=same_length(options))  # type: ignore[arg-type]
         prefixes = Prefixes.of(image_embeds.shape[1], *scalars)
         engine, pair_options = module.local_choices(image_embeds, text_embeds, **options)
@@ -335,13 +335,7 @@ def _of_module(
     of_all_ranks = global_losses
     if torch.compiler.is_compiling():  # collectives cause a graph break
         of_all_ranks = torch.compiler.disable(of_all_ranks)
-    return of_all_ranks(module, image_embeds, text_embeds, *scalars, **options)
-
-
-def _refuse_unknown(options: dict[str, Any], known: Sequence[str]) -> None:
-    for name in options:
-        if name not in known:
-            raise TypeError(f"{OPERATION}() got an unexpected keyword argument {name!r}")
+    return of_all_ranks(module, image_embeds, text_embeds, *scalars, options)
 
 
 def _fused(

@@ -1,7 +1,7 @@
 """The arguments of the losses of prefixes that one loss does not have: widths, and a scale and a bias for each."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,3 +67,9 @@ def _each(argument: str, values: Scalars, count: int) -> list[Tensor | float]:
         return list(values)
     got = f"has shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"is {given(values)}"
     raise unsupported(OPERATION, argument, got, f"one number, or {count}")
+
+
+def refuse_unknown(options: dict[str, Any], known: Sequence[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{OPERATION}() got an unexpected keyword argument {name!r}")

@@ -20,7 +20,7 @@ from siglip_kernels.sigmoid_loss.api import check_kernel_input
 from siglip_kernels.sigmoid_loss.blocks import round_up
 from siglip_kernels.sigmoid_loss.distributed import GlobalBatch, Peers, Texts, Wanted
 from siglip_kernels.sigmoid_loss.engines import make_engine, saved_dtype
-from siglip_kernels.sigmoid_loss.matryoshka.arguments import OPERATION, Prefixes, Scalars
+from siglip_kernels.sigmoid_loss.matryoshka.arguments import OPERATION, Prefixes, Scalars, refuse_unknown
 from siglip_kernels.sigmoid_loss.matryoshka.blocks import (
     PrefixEngine,
     PrefixSum,
@@ -31,7 +31,7 @@ from siglip_kernels.sigmoid_loss.matryoshka.blocks import (
     empty_gradient,
 )
 from siglip_kernels.sigmoid_loss.matryoshka.engines import make_prefix_engine
-from siglip_kernels.sigmoid_loss.module import Arguments, SigLipLoss
+from siglip_kernels.sigmoid_loss.module import CALL_OPTIONS, Arguments, SigLipLoss
 from siglip_kernels.sigmoid_loss.pairs import Pairs
 
 
@@ -229,11 +229,12 @@ def global_losses(
     logit_biases: Scalars,
     widths: Sequence[int],
     width_weights: Sequence[float] | None,
-    **options: Any,
+    options: dict[str, Any],
 ) -> Tensor:
     """(K,): this rank's losses of the module's global batch, with its options and those of a call."""
 
     def check(x: Tensor, y: Tensor, engine: str) -> Arguments:
+        refuse_unknown(options, CALL_OPTIONS)
         prefixes = Prefixes.of(x.shape[1], logit_scales, logit_biases, widths, width_weights)
         if engine == "triton":
             check_kernel_input(OPERATION, x)
@@ -241,7 +242,8 @@ def global_losses(
         scales, biases, weights = prefixes.tensors(x)
         return Arguments(x, y, scales, biases, tuple(prefixes.widths), weights)
 
-    arguments, batch, positives = module.global_batch(image_embeds, text_embeds, check, **options)
+    known = {name: value for name, value in options.items() if name in CALL_OPTIONS}
+    arguments, batch, positives = module.global_batch(image_embeds, text_embeds, check, **known)
     x, y, scales, biases, checked_widths, weights = arguments
     losses: Tensor = GlobalPrefixLosses.apply(x, y, scales, biases, checked_widths, weights, batch)
     return losses if positives is None else losses / positives

@@ -120,9 +120,10 @@ def _errors(rank: int, sizes: Sizes) -> list[str]:
         {"widths": (5, 8) if rank else WIDTHS},
         {"widths": (8, 5) if rank == 1 else WIDTHS},
         {"text_groups": values["text_groups"][1:] if rank == 1 else values["text_groups"]},
+        {"offsets": 1} if rank == 1 else {},
     ):
         arguments = dict(logit_scales=4.0, logit_biases=-3.0, widths=WIDTHS, loss=loss, **values)
-        with pytest.raises(UnsupportedInputError) as refused:
+        with pytest.raises((UnsupportedInputError, TypeError)) as refused:
             matryoshka_sigmoid_loss(**{**arguments, **changed})
         found.append(str(refused.value))
     return found
@@ -250,10 +251,11 @@ def test_one_pass_serves_all_widths_and_bad_input_of_a_rank_ends_all(outcome):
     if "errors" not in found[0]:
         pytest.skip("chunked only")
     for rank, results in enumerate(found):
-        widths, order, groups = results["errors"]
+        widths, order, groups, unknown = results["errors"]
         assert "differ between ranks in widths of prefixes; supported" in widths
         assert (r"widths is [8, 5]" if rank == 1 else "refused by rank 1") in order
         assert ("text_groups has shape" if rank == 1 else "refused by rank 1") in groups
+        assert ("unexpected keyword argument 'offsets'" if rank == 1 else "refused by rank 1") in unknown
         assert results["products"] == len(found)
 
 

@@ -118,10 +118,13 @@ def _overridden(rank: int, sizes: tuple[int, ...]) -> dict:
 
     found = {}
     loss = with_half_labels(SigLipLoss)(rank=rank, world_size=len(sizes), average_loss=True)
+    with pytest.raises(UnsupportedInputError) as refused:
+        loss(*(own(v, rank, sizes) for v in batch(sizes)), SCALE, BIAS, offset=0 if rank == 1 else None)
+    found["refused"] = str(refused.value)
     try:
         found["average"] = loss(*(own(v, rank, sizes) for v in batch(sizes)), SCALE, BIAS)
     except UnsupportedInputError as error:
-        return {"error": str(error)}
+        return {**found, "error": str(error)}
     found["siglip_kernels"] = loss_and_gradients(
         with_half_labels(SigLipLoss)(rank=rank, world_size=len(sizes)), rank, sizes, 1.0 + rank
     )
@@ -176,6 +179,8 @@ def test_equals_open_clip(results, implementation):
 def test_overridden_methods_see_the_texts_of_all_ranks(results):
     sizes, found = results
     mine = [results["overridden"] for results in found]
+    for rank, results in enumerate(mine):
+        assert ("offset is given, but get_ground_truth" if rank == 1 else "refused by rank 1") in results["refused"]
     if len(set(sizes)) > 1:
         assert all("differ between ranks in number" in results["error"] for results in mine)
         return
