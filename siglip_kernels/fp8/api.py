@@ -10,6 +10,7 @@ Sums, biases, residuals, normalisation and attention are as without fp8. There i
 the row at hand or from a bound (see `quantise.py`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -208,14 +209,28 @@ def _(
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, dtype))
 
 
+@torch.library.custom_op("siglip_kernels::fp8_gradient", mutates_args=())
+def _gradient(upstream: Tensor, operation: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Raises where a gradient is computed. It is an operator since torch.compile traces a backward pass that may never
+    run: an error of the trace would be the compiler's, and would end calls that eager computes.
+    """
+    raise unsupported(operation, "x", "needs gradients", _TRAINS)
+
+
+@_gradient.register_fake
+def _(upstream, operation, shape, dtype):
+    return upstream.new_empty(shape, dtype=dtype)
+
+
 def _register(operation: str, operator: Any) -> None:
     """No derivative: asking for one says so. vmap, as of the other operators."""
 
     def keep(ctx, inputs, output) -> None:
-        """Nothing is kept."""
+        ctx.inputs = [(value.shape, value.dtype) if isinstance(value, Tensor) else None for value in inputs]
 
-    def refuse(ctx, *gradients):
-        raise unsupported(operation, "x", "needs gradients", _TRAINS)
+    def refuse(ctx, upstream):
+        needed = zip(ctx.needs_input_grad, ctx.inputs, strict=True)
+        return tuple(_gradient(upstream, operation, *given) if needs else None for needs, given in needed)
 
     register_derivative(operation, operator, None, refuse, keep)
 

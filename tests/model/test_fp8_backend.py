@@ -113,9 +113,13 @@ def test_training_mode_raises() -> None:
             tower(batch()[name])
 
 
-def test_gradients_raise() -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_raise(compiled: bool) -> None:
+    found = with_fp8(num_hidden_layers=1)
+    tower = torch.compile(found.vision_model, backend="aot_eager") if compiled else found.vision_model
+    pooled = tower(batch()["pixel_values"]).pooler_output
     with pytest.raises(UnsupportedInputError, match=r"x needs gradients; supported: inference"):
-        with_fp8()(**batch(), return_loss=True).loss.backward()
+        pooled.sum().backward()
 
 
 def test_fp32_models_need_autocast() -> None:

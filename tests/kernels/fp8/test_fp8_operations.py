@@ -1,6 +1,7 @@
 """The operations in fp8: against their definition, against fp64 beside torchao's formula, outliers, and refusals."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -338,11 +339,24 @@ def test_operators_pass_opcheck(device):
     torch.library.opcheck(operators.fp8_pre_norm_attention.default, attention, test_utils=tests)
 
 
-def test_gradients_raise(device):
-    p, x = parameters(16, 24, device), torch.randn(3, 16).to(device, torch.bfloat16).requires_grad_()
-    out = fp8.pre_norm_mlp(x, eps=1e-6, **p)
-    with pytest.raises(UnsupportedInputError, match=r"fp8.mlp: x needs gradients; supported: inference"):
-        out.sum().backward()
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("operation", ["mlp", "pre_norm_qkv", "pre_norm_attention"])
+def test_gradients_raise(operation, compiled, device):
+    """In the backward pass, and there alone."""
+    x = torch.randn(1, 3, 16).to(device, torch.bfloat16).requires_grad_()
+    if operation == "mlp":
+        named = {name: value for name, value in parameters(16, 24, device).items() if name.startswith("fc")}
+    else:
+        named = attention_parameters(16, device)
+        named = {name: value for name, value in named.items() if operation != "pre_norm_qkv" or "out" not in name}
+    function = functools.partial(getattr(fp8, operation), **named)
+    with torch.no_grad():
+        expected = function(x)
+    found = (torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function)(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    found = found[0] if operation == "pre_norm_qkv" else found
+    with pytest.raises(UnsupportedInputError, match=rf"^fp8.{operation}: x needs gradients; supported: inference"):
+        found.sum().backward()
 
 
 def test_unsupported_dtypes_and_widths_raise(device):
