@@ -248,10 +248,12 @@ for _operation, _operator in (
 
 def _computed_in(operation: str, x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of what is not fp8: autocast's, or the weights'."""
-    dtype = autocast_dtype(x) or weight.dtype
+    autocast = autocast_dtype(x)
+    dtype = autocast or weight.dtype
     if dtype not in _HALF:
-        how = "load with dtype=torch.bfloat16 (siglip --dtype bfloat16), or use autocast"
-        raise unsupported(operation, "x", f"computes in {dtype}", f"float16 and bfloat16: {how}")
+        got = f"has dtype {dtype}" if autocast is None else f"is cast to {dtype} by autocast"
+        how = "load with dtype=torch.bfloat16 (siglip --dtype bfloat16), or use torch.autocast"
+        raise unsupported(operation, "x", got, f"float16 and bfloat16 ({how})")
     _check_width(operation, "x", x.shape[-1])
     return dtype
 

@@ -189,7 +189,7 @@ def test_float32_needs_autocast():
     before = pooled(model, PIXELS.float())
     report = siglip_transformers.accelerate(model, fp8=True)
     assert report.note == "with parameters of torch.float32 fp8 needs torch.autocast"
-    with pytest.raises(UnsupportedInputError, match="computes in torch.float32; supported: float16 and bfloat16"):
+    with pytest.raises(UnsupportedInputError, match="has dtype torch.float32; supported: float16 and bfloat16"):
         pooled(model, PIXELS.float())
     with torch.autocast("cpu", torch.bfloat16):
         check_near(pooled(model, PIXELS.float()), before)

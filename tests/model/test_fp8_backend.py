@@ -124,7 +124,7 @@ def test_gradients_raise(compiled: bool) -> None:
 
 def test_fp32_models_need_autocast() -> None:
     found = with_fp8(dtype=torch.float32)
-    with pytest.raises(UnsupportedInputError, match=r"computes in torch.float32; supported: float16 and bfloat16"):
+    with pytest.raises(UnsupportedInputError, match=r"has dtype torch.float32; supported: float16 and bfloat16"):
         embeddings(found)
     with torch.autocast(DEVICE, torch.bfloat16):
         check_near(embeddings(found), embeddings(model(dtype=torch.float32)))

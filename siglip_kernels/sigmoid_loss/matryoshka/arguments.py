@@ -42,8 +42,11 @@ class Prefixes(NamedTuple):
         biases = _each("logit_biases", logit_biases, len(widths))
         weights = _each("width_weights", 1.0 if width_weights is None else width_weights, len(widths))
         for weight in weights:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-                raise unsupported(OPERATION, "width_weights", f"has {given(weight)}", "finite numbers from 0 on")
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                got = f"contains an element of type {type(weight).__name__}"
+                raise unsupported(OPERATION, "width_weights", got, "Python numbers, which are constants")
+            if not 0 <= weight < float("inf"):
+                raise unsupported(OPERATION, "width_weights", f"contains {weight}", "finite numbers from 0 on")
         return Prefixes(widths, scales, biases, weights)
 
     def tensors(self, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,8 +68,12 @@ def _each(argument: str, values: Scalars, count: int) -> list[Tensor | float]:
         return list(values.unbind())
     if isinstance(values, Sequence) and not isinstance(values, str) and len(values) == count:
         return list(values)
-    got = f"has shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"is {given(values)}"
-    raise unsupported(OPERATION, argument, got, f"one number, or {count}")
+    got = f"is {given(values)}"
+    if isinstance(values, Tensor):
+        got = f"has shape {tuple(values.shape)}"
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        got = f"has length {len(values)}"
+    raise unsupported(OPERATION, argument, got, f"one number for all widths, or one for each of {count}")
 
 
 def refuse_unknown(options: dict[str, Any], known: Sequence[str]) -> None:

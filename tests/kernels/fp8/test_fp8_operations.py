@@ -360,10 +360,14 @@ def test_gradients_raise(operation, compiled, device):
 
 
 def test_unsupported_dtypes_and_widths_raise(device):
-    with pytest.raises(
-        UnsupportedInputError, match=r"fp8.pre_norm_mlp: x computes in torch.float32; supported: float16"
-    ):
+    with pytest.raises(UnsupportedInputError, match=r"fp8.pre_norm_mlp: x has dtype torch.float32; supported: float16"):
         fp8.pre_norm_mlp(torch.randn(3, 16, device=device), eps=1e-6, **parameters(16, 24, device, torch.float32))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(UnsupportedInputError, match=r"x is cast to torch.float32 by autocast; supported: float16"),
+    ):
+        patch.setattr("siglip_kernels.fp8.api.autocast_dtype", lambda x: torch.float32)  # CPUs have no such autocast
+        fp8.pre_norm_mlp(torch.randn(3, 16).to(device, torch.bfloat16), eps=1e-6, **parameters(16, 24, device))
     wide = parameters(8200, 8, device)
     with pytest.raises(
         UnsupportedInputError, match=r"fp8.pre_norm_mlp: x makes rows 8200 wide; supported: widths up to 8192"
