@@ -336,11 +336,11 @@ def pre_norm_qkv(
     """
     norm = _norm(x, norm_weight, norm_bias)
     check_input("fp8.pre_norm_qkv", "x", x, "(B, S, width)")
-    qkv = (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
-    projections, _ = _check_qkv("fp8.pre_norm_qkv", x, norm, eps, qkv, num_heads)
+    q_proj, k_proj, v_proj = Affine(q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias)
+    projections, _ = _check_qkv("fp8.pre_norm_qkv", x, norm, eps, q_proj, k_proj, v_proj, num_heads)
     dtype = _computed_in("fp8.pre_norm_qkv", x, q_weight)
     refuse_transforms("fp8.pre_norm_qkv", x=x, norm=norm, **projections)
-    q, k, v = _pre_norm_qkv(x, *norm, eps, *qkv, num_heads, dtype).unbind(2)
+    q, k, v = _pre_norm_qkv(x, *norm, eps, *q_proj, *k_proj, *v_proj, num_heads, dtype).unbind(2)
     return q, k, v
 
 
@@ -369,8 +369,8 @@ def pre_norm_attention(
     norm, out_proj = _norm(x, norm_weight, norm_bias), Affine(out_weight, out_bias)
     operation = "fp8.pre_norm_attention"
     check_input(operation, "x", x, "(B, S, width)" if cu_seqlens is None else "(T, width)")
-    qkv = (q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
-    projections, columns = _check_qkv(operation, x, norm, eps, qkv, num_heads)
+    q_proj, k_proj, v_proj = Affine(q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias)
+    projections, columns = _check_qkv(operation, x, norm, eps, q_proj, k_proj, v_proj, num_heads)
     _check_projection(operation, "out_", out_proj, (x.shape[-1], columns), x)
     _check_width(operation, "q_weight", columns)
     check_head_dim(operation, "q_weight", columns // num_heads)
@@ -379,7 +379,7 @@ def pre_norm_attention(
     check_lengths(operation, lengths, "x", x)
     dtype = _computed_in(operation, x, q_weight)
     refuse_transforms(operation, x=x, norm=norm, out=out_proj, **projections)
-    parameters = (*qkv, *out_proj)
+    parameters = (*q_proj, *k_proj, *v_proj, *out_proj)
     return _pre_norm_attention(x, *norm, eps, *parameters, num_heads, scale, lengths, cu_seqlens, max_seqlen, dtype)
 
 
@@ -389,19 +389,28 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Affine:
 
 
 def _check_qkv(
-    operation: str, x: Tensor, norm: Affine, eps: float, qkv: tuple[Tensor | None, ...], num_heads: int
+    operation: str,
+    x: Tensor,
+    norm: Affine,
+    eps: float,
+    q_proj: Affine,
+    k_proj: tuple[Tensor | None, Tensor | None],
+    v_proj: tuple[Tensor | None, Tensor | None],
+    num_heads: int,
 ) -> tuple[dict[str, Affine], int]:
-    """qkv: weight and bias of each of q, k and v. Returns those that are given, by name, and the rows of each."""
+    """k_proj, v_proj: weight and bias, all None where q_proj has the rows of q, k and v. Returns the projections that
+    are given, by name, and the rows of each of q, k and v.
+    """
     check_norm(operation, "norm_", norm, eps, x)
-    q_proj, k_proj, v_proj = (Affine(*qkv[i : i + 2]) for i in (0, 2, 4))  # type: ignore[arg-type]
     _check_projection(operation, "q_", q_proj, (None, x.shape[-1]), x)
     rows = q_proj.weight.shape[0]
-    if all(parameter is None for parameter in qkv[2:]):
+    if all(parameter is None for parameter in (*k_proj, *v_proj)):
         if rows % 3:
             raise unsupported(operation, "q_weight", f"has {rows} rows", "those of q, k and v, or also the others")
         check_heads(operation, num_heads, rows // 3)
         return {"q": q_proj}, rows // 3
-    _check_projection(operation, "k_", k_proj, (rows, x.shape[-1]), x)
-    _check_projection(operation, "v_", v_proj, (rows, x.shape[-1]), x)
+    k, v = Affine(*k_proj), Affine(*v_proj)  # type: ignore[arg-type]
+    _check_projection(operation, "k_", k, (rows, x.shape[-1]), x)
+    _check_projection(operation, "v_", v, (rows, x.shape[-1]), x)
     check_heads(operation, num_heads, rows)
-    return {"q": q_proj, "k": k_proj, "v": v_proj}, rows
+    return {"q": q_proj, "k": k, "v": v}, rows
