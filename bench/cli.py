@@ -35,8 +35,7 @@ app = typer.Typer(
 )
 
 SuitesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[SUITE]...", help="Suites to measure; all by default.", show_default=False),
+    list[str] | None, typer.Argument(metavar="[SUITE]...", help="All by default.", show_default=False)
 ]
 ShapesOption = Annotated[
     list[str] | None,
@@ -95,8 +94,11 @@ def run(
 @app.command(short_help="Compare every kernel with fp64.")
 def check(
     suites: SuitesArgument = None,
-    dtype: DtypeOption = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few shapes, bf16.")] = False,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", metavar="NAME,…", help="bf16, fp16 or fp32; by default those of each operation."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few shapes, by default in bf16.")] = False,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="The interpreter's shapes, in this process: for compute-sanitizer.")
     ] = False,
@@ -254,9 +256,13 @@ def _check_pattern(pattern: str) -> None:
 @app.command(short_help="Measure the kernels' configurations.")
 def tune(
     operations: OperationsArgument = None,
-    dtype: DtypeOption = None,
-    quick: QuickOption = False,
-    minutes: MinutesOption = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", metavar="NAME,…", help="bf16, fp16 or fp32; bf16 by default.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Main shapes.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0.05, help="Time limit; the next run resumes.")
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Repeat shape classes that the tables contain.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Directory for the tables instead of siglip_kernels.")

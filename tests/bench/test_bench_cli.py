@@ -27,6 +27,13 @@ def test_help_is_whole_in_a_narrow_terminal():
     assert "..." not in commands.partition("Commands:")[2] and "(batch=8,tokens=729,…)" in run
 
 
+@pytest.mark.parametrize("command", ["check", "compile", "count", "peers", "report", "tune"])
+def test_help_speaks_of_what_a_command_does(command):
+    """Some options are those of `run`, whose contenders and measured suites the others do not have."""
+    said = " ".join(bench(command, "--help").stdout.split())
+    assert "Suites to measure" not in said and "peers that are ready" not in said and "fp32 on a CPU" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "bad", "listed"),
     [
