@@ -9,9 +9,9 @@ from siglip_kernels.fp8 import Quantised
 
 @dataclass(frozen=True)
 class Replaced:
-    """A module that now calls the kernels.
+    """A module that now calls the kernels where they run.
 
-    operations: the operations of siglip_kernels that compute it.
+    operations: the operations of siglip_kernels that then compute it.
     remarks: which parts PyTorch still computes, and why.
     """
 
@@ -45,7 +45,8 @@ class Report:
     fp8: Quantised | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.model} ({self.library}): {len(self.replaced)} modules run on siglip_kernels"]
+        count = f"{len(self.replaced)} modules replaced, to use siglip_kernels where its kernels run"
+        lines = [f"{self.model} ({self.library}): {count}"]
         lines += [f"note: {self.note}"] * bool(self.note)
         lines += [str(self.fp8)] * (self.fp8 is not None)
         rows = [(entry.path, (entry.module, ", ".join(entry.operations), entry.remarks)) for entry in self.replaced]
