@@ -229,6 +229,8 @@ def embed(
                     )
             except EmbeddingInterrupted as interruption:
                 summary, interrupted = interruption.summary, True
+        if summary.blank:
+            terminal.say(f"left out {summary.blank} blank text{'s' * (summary.blank != 1)}")
         if as_json:
             report = dataclasses.asdict(summary)
             report["images_per_second"] = round(summary.images_per_second, 2)
@@ -236,6 +238,8 @@ def embed(
                 del report["profile"]
             else:
                 report["profile"]["bound_by"] = summary.profile.bound_by
+            if not texts:
+                del report["blank"]
             print(json.dumps({**report, "failures": failures}, indent=2))
         elif summary.rows == 0:
             print(f"no {what[:-1]} was embedded" + ("" if shards or ranks > 1 else f"; {out} was not written"))

@@ -48,7 +48,8 @@ class EmbedSummary:
     """Counts of a run: images or texts `embedded`, `failed` and `skipped` (embedded earlier), and the finished rows.
 
     written: whether the file `out` holds these rows. Otherwise there are none, or they wait in the journal until they
-    are complete and overwrite the file. profile: where the time went, if that was asked for.
+    are complete and overwrite the file. profile: where the time went, if that was asked for. blank: texts of nothing
+    but spaces, which have no row.
     """
 
     out: str
@@ -61,6 +62,7 @@ class EmbedSummary:
     seconds: float
     written: bool = True
     profile: ProfileReport | None = None
+    blank: int = 0
 
     @property
     def images_per_second(self) -> float:
@@ -215,9 +217,10 @@ def embed_texts(
 ) -> EmbedSummary:
     """As `embed_images`, for texts: a row is named by its text, so that equal texts have one row.
 
-    inputs: text files, one text per line, and .parquet files, one or several; or open text files in a list. column,
-    encoding: as for `sources.text_sources`. tokenizer: the model's. Texts are cut and padded to the length of the
-    model's training. Raises also ValueError for a file of another encoding.
+    inputs: text files, one text per line, and .parquet files, one or several; or open text files in a list. Blank texts
+    are counted and have no row, as they are no query of a search. column, encoding: as for `sources.text_sources`.
+    tokenizer: the model's. Texts are cut and padded to the length of the model's training. Raises also ValueError for a
+    file of another encoding.
     """
     options = {**as_trained(model.config.text_config.max_position_embeddings), "return_tensors": "pt"}
     sample = tokenizer([SAMPLE_TEXT], **options)["input_ids"].tolist()
@@ -369,7 +372,7 @@ class _Run:
         self.dtype = dtype
         self.on_source = on_source
         self.computed_in = journal.settings["computed_in"]
-        self.embedded = self.failed = self.skipped = self.rows = 0
+        self.embedded = self.failed = self.skipped = self.blank = self.rows = 0
         self.written = False
         self.started = self.committed = time.monotonic()
         self.on_device: deque[tuple[Batch[Source, Any], Callable[[], torch.Tensor]]] = deque()
@@ -400,6 +403,9 @@ class _Run:
                 source = next(remaining, None)
                 if source is None:
                     return
+                if source.content is None:
+                    self.blank += 1
+                    continue
                 if (problem := self.journal.refusal(source.name)) is not None:
                     name = source.name.encode("utf-8", "backslashreplace").decode()
                     source = Source(name, "", ValueError(problem))
@@ -469,6 +475,7 @@ class _Run:
             seconds=time.monotonic() - self.started,
             written=self.written,
             profile=self.profile.report(),
+            blank=self.blank,
         )
 
 

@@ -33,12 +33,13 @@ ROWS_AT_ONCE = 64  # of a parquet file
 class Source:
     """A row to be made. name: in the output. stamp: changes with the content; empty where that is the name.
 
-    content: a path, URL or EncodedImage, or a text; or the error for which there is none.
+    content: a path, URL or EncodedImage, or a text; or the error for which there is none. None: a blank text, which
+    has no row.
     """
 
     name: str
     stamp: str
-    content: str | EncodedImage | Exception
+    content: str | EncodedImage | Exception | None
 
 
 def image_sources(
@@ -70,7 +71,7 @@ def text_sources(
     column: str | None = None,
     encoding: str | None = None,
 ) -> Iterator[Source]:
-    """The texts of the inputs, in order: the lines of text files that are not empty, and columns of .parquet files.
+    """The texts of the inputs, in order: the lines of text files, and columns of .parquet files.
 
     encoding: of text files; by default the one that a byte order mark names, else UTF-8. Raises ValueError for a file
     of another encoding, and for columns as `image_sources`.
@@ -106,8 +107,8 @@ def _lines(file: TextIO, name: str) -> Iterator[Source]:
             while line and not line.endswith("\n"):
                 line = file.readline(TEXT_CHARACTERS)
             yield _failed(f"{name}#{number}", f"has more than {TEXT_CHARACTERS:,} characters")
-        elif text := line.strip():
-            yield Source(text, "", text)
+        else:
+            yield _text(f"{name}#{number}", line.strip())
 
 
 def _encoding_of(path: str) -> str:
@@ -218,7 +219,7 @@ def _row(path: str, number: int, stamp: str, column: str, kind: str, value: Any)
     if kind == "texts":
         if len(value) > TEXT_CHARACTERS:
             return _failed(row, f"has more than {TEXT_CHARACTERS:,} characters")
-        return Source(value, "", value)
+        return _text(row, value)
     image = value if is_url(value) else os.path.abspath(value)
     return Source(image, stamp_of(image), image)
 
@@ -302,6 +303,10 @@ def pyarrow_parquet() -> Any:
             f"parquet files need pyarrow ({error}); install it with: pip install 'siglip-triton[parquet]'"
         ) from error
     return pyarrow.parquet
+
+
+def _text(place: str, text: str) -> Source:
+    return Source(text, "", text) if text.strip() else Source(place, "", None)
 
 
 def _failed(name: str, problem: str) -> Source:

@@ -25,6 +25,7 @@ def test_embed_and_resume(siglip, images, tmp_path):
     assert result.exit_code == 0 and result.stderr == ""
     report = json.loads(result.stdout)
     assert (report["embedded"], report["skipped"], report["rows"], report["failures"]) == (1, 4, 5, [])
+    assert "blank" not in report
     assert load_embeddings(out).embeddings.norm(dim=-1).sub(1).abs().max() < 1e-5
     assert "5 rows of 32; 0 embedded now, 5 already present" in siglip("embed", images, "--out", out).stdout
     result = siglip("embed", images, "--out", out, "--no-normalize")
@@ -147,6 +148,9 @@ def test_texts_from_a_file_and_from_stdin(siglip, tmp_path):
     assert result.exit_code == 2 and one_line(result.stderr) and "x.txt is not encoded in utf-8" in result.stderr
     result = siglip("embed", "--texts", listed, "--out", out, "--encoding", "latin-1")
     assert result.exit_code == 0 and "2 rows of 32; 2 embedded now" in result.stdout and "texts/s" in result.stdout
+    assert "left out 1 blank text\n" in result.stderr
+    result = siglip("embed", "--texts", "-", "--out", out, "--json", stdin="\n \na rocket\n")
+    assert json.loads(result.stdout)["blank"] == 2 and "left out 2 blank texts\n" in result.stderr
     result = siglip("embed", "--texts", "-", "--out", out, stdin="a rocket\n2 cats\n" + "x" * 70_000)
     assert result.exit_code == 1 and "1 of 3 texts failed" in result.stderr
     assert load_embeddings(out).files == ["a rocket", "ein Käse", "2 cats"]

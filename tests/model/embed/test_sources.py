@@ -298,9 +298,19 @@ TEXTS = ["a photo of 2 cats", "zwölf Käse", "一只猫"]
 def test_texts_in_several_encodings(tmp_path, written, named, ending):
     path = tmp_path / "x.txt"
     path.write_bytes(ending.join([TEXTS[0], "", TEXTS[1], f"  {TEXTS[2]} "]).encode(written))
-    assert [(source.name, source.content) for source in text_sources([path], None, named)] == [
-        (text, text) for text in TEXTS
-    ]
+    found = [(source.name, source.content) for source in text_sources([path], None, named)]
+    assert found == [(TEXTS[0], TEXTS[0]), (f"{path}#2", None), (TEXTS[1], TEXTS[1]), (TEXTS[2], TEXTS[2])]
+
+
+def test_blank_texts_are_counted_and_have_no_row(model, tokenizer, tmp_path):
+    listed, table, out = tmp_path / "x.txt", tmp_path / "x.parquet", tmp_path / "out.safetensors"
+    listed.write_text("a cat\n\n \t\nbread\n\n")
+    write_parquet(table, text=["", "a dog", " ", "a cat"])
+    for again in (False, True):
+        summary = embed_texts(model, tokenizer, [listed, table], out)
+        assert (summary.blank, summary.failed, summary.rows) == (5, 0, 3)
+        assert (summary.embedded, summary.skipped) == ((0, 4) if again else (3, 1))
+    assert load_embeddings(out).files == ["a cat", "bread", "a dog"]
 
 
 def test_one_input_is_no_list_of_letters(tmp_path):
