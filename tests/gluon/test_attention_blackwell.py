@@ -9,7 +9,6 @@ import torch
 from attention_cases import check_attention, random_inputs, scores_of
 from hopper_emulator.faults import Fault
 from hopper_emulator.launch import emulating
-from planting import with_fault_in_one_of
 
 from bench.compiled.ahead_of_time import GPUS
 from siglip_kernels import UnsupportedInputError, attention, reference
@@ -264,10 +263,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch):
+def test_a_fault_in_the_kernel_is_found(broken, plant):
     """Each of these is found under every seed, by a fault or by its numbers."""
-    module = with_fault_in_one_of([hopper_forward, blackwell_forward], *BROKEN[broken], tmp_path)
-    monkeypatch.setattr(blackwell, "attention_forward_blackwell_kernel", module.attention_forward_blackwell_kernel)
+    plant(BROKEN[broken], [hopper_forward, blackwell_forward], blackwell, "attention_forward_blackwell_kernel")
     inputs = random_inputs(1, 70, 690, 3, 72)
     for seed in range(2):
         with pytest.raises((Fault, AssertionError)):

@@ -7,7 +7,6 @@ import torch
 from attention_cases import check_attention, random_inputs, scores_of
 from hopper_emulator.faults import Fault
 from hopper_emulator.gpu import HOPPER, on_hopper
-from planting import with_fault
 
 from siglip_kernels import MissingBackendError, UnsupportedInputError, attention, reference
 from siglip_kernels.attention import hopper, hopper_forward
@@ -238,10 +237,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch):
+def test_a_fault_in_the_kernel_is_found(broken, plant):
     """Each of these compiles, and each is found under every seed."""
-    module = with_fault(hopper_forward, *BROKEN[broken], tmp_path)
-    monkeypatch.setattr(hopper, "attention_forward_hopper_kernel", module.attention_forward_hopper_kernel)
+    plant(BROKEN[broken], [hopper_forward], hopper, "attention_forward_hopper_kernel")
     q, k, v = random_inputs(1, 70, 690, 5, 72)
     for seed in range(2):
         with pytest.raises(Fault):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from error_budget import check_error
 from hopper_emulator.faults import Fault
-from planting import with_fault
 from test_attention_hopper import interpreted, on_hopper, random_inputs
 
 from siglip_kernels import attention, reference
@@ -261,21 +260,12 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def plant(tmp_path, monkeypatch):
-    """Plants a fault of BROKEN in the kernels that are launched."""
-
-    def replace(broken: str) -> None:
-        module = with_fault(hopper_backward, *BROKEN[broken], tmp_path)
-        for name in ("attention_backward_queries_hopper_kernel", "attention_backward_keys_hopper_kernel"):
-            monkeypatch.setattr(hopper, name, getattr(module, name))
-
-    return replace
+KERNELS = "attention_backward_queries_hopper_kernel", "attention_backward_keys_hopper_kernel"
 
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_fault_in_the_kernels_is_found(broken, plant):
-    plant(broken)
+    plant(BROKEN[broken], [hopper_backward], hopper, *KERNELS)
     q, k, v = random_inputs(1, 200, 330, 5, 72)  # few queries: a producer that waits for their stages knows more
     for seed in range(2):
         with pytest.raises(Fault):
@@ -284,7 +274,7 @@ def test_a_fault_in_the_kernels_is_found(broken, plant):
 
 def test_a_barrier_is_named_as_its_kernel_names_it(plant):
     """A fault names its barrier, although one function allocates ten and calls each of them full or empty."""
-    plant("the output is not waited for")
+    plant(BROKEN["the output is not waited for"], [hopper_backward], hopper, *KERNELS)
     q, k, v = random_inputs(1, 65, 65, 1, 72)
     with pytest.raises(Fault, match=r"barrier out_full\[.*loads allocate\(out, SLOTS \* CONSUMERS\)\.main\["):
         run(q, k, v, gradient_of(q))

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from gemm_cases import check
 from hopper_emulator.faults import Fault
 from hopper_emulator.gpu import HOPPER, on_hopper
-from planting import with_fault_in_one_of
 from torch import Tensor
 
 from bench.compiled.ahead_of_time import GPUS
@@ -248,9 +247,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch, pin):
-    broken_hopper = with_fault_in_one_of([ring, epilogue, hopper_pipeline, hopper], *BROKEN[broken], tmp_path)
-    monkeypatch.setattr(hopper, "gemm_kernel", broken_hopper.gemm_kernel)
+def test_a_fault_in_the_kernel_is_found(broken, plant, pin):
+    plant(BROKEN[broken], [ring, epilogue, hopper_pipeline, hopper], hopper, "gemm_kernel")
     pin("wide")
     case = Case.of(300, 272, 912)
     with on_hopper(), pytest.raises((Fault, AssertionError)):

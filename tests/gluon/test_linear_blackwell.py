@@ -6,10 +6,9 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from gemm_cases import SHAPES, check, gelu, gelu_derivative, operands
+from gemm_cases import SHAPES, check, check_products, gelu, gelu_derivative, operands
 from hopper_emulator.faults import Fault
 from hopper_emulator.launch import emulating
-from planting import with_fault_in_one_of
 from torch import Tensor
 
 from bench.compiled.ahead_of_time import GPUS
@@ -237,13 +236,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch, pin):
+def test_a_fault_in_the_kernel_is_found(broken, plant, pin):
     """Each of these compiles, and each is found by a fault or by its numbers, under every seed."""
-    module = with_fault_in_one_of([ring, epilogue, blackwell], *BROKEN[broken], tmp_path)
-    monkeypatch.setattr(blackwell, "gemm_blackwell_kernel", module.gemm_blackwell_kernel)
+    plant(BROKEN[broken], [ring, epilogue, blackwell], blackwell, "gemm_blackwell_kernel")
     pin("wide")
     x, w, _, _, _, _, residual = operands(700, 264, 456)
     for seed in range(2):
         with on_blackwell(seed), pytest.raises((Fault, AssertionError)):
-            check(gemm(x, [w], [None])[0], x.double() @ w.double().T, x @ w.T)
-            check(gemm(x, [w], [None], residual=residual)[0], x.double() @ w.double().T + residual, x @ w.T + residual)
+            check_products(x, w, residual)

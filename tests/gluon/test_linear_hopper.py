@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from gemm_cases import SHAPES, check, gelu, gelu_derivative, operands
+from gemm_cases import SHAPES, check, check_products, gelu, gelu_derivative, operands
 from hopper_emulator.faults import Fault
 from hopper_emulator.gpu import HOPPER, on_hopper
-from planting import with_fault_in_one_of
 from torch import Tensor
 
 from bench.compiled.ahead_of_time import GPUS
@@ -228,15 +227,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch, pin):
+def test_a_fault_in_the_kernel_is_found(broken, plant, pin):
     """Each of these compiles, and each is found by a fault or by its numbers, under every seed."""
-    broken_hopper = with_fault_in_one_of([ring, epilogue, hopper_pipeline, hopper], *BROKEN[broken], tmp_path)
-    monkeypatch.setattr(hopper, "gemm_kernel", broken_hopper.gemm_kernel)
+    plant(BROKEN[broken], [ring, epilogue, hopper_pipeline, hopper], hopper, "gemm_kernel")
     pin("wide")
     x, w, _, _, _, _, residual = operands(300, 264, 456)
     for seed in range(2):
         with on_hopper(seed), pytest.raises((Fault, AssertionError)):
-            check(gemm(x, [w], [None])[0], x.double() @ w.double().T, x @ w.T)
-            check(gemm(x, [w], [None], residual=residual)[0], x.double() @ w.double().T + residual, x @ w.T + residual)
+            check_products(x, w, residual)
             short = gemm(x[:, :64].contiguous(), [w[:, :64].contiguous()], [None])[0]
             check(short, x[:, :64].double() @ w[:, :64].double().T, x[:, :64] @ w[:, :64].T)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from error_budget import check_error
 from hopper_emulator.faults import Fault
 from hopper_emulator.gpu import on_hopper
-from planting import with_fault
 from torch import Tensor
 
 from siglip_kernels import UnsupportedInputError, reference, sigmoid_loss
@@ -214,10 +213,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_fault_in_the_kernel_is_found(broken, tmp_path, monkeypatch, small_blocks):
+def test_a_fault_in_the_kernel_is_found(broken, plant, small_blocks):
     """Each of these compiles, and each is found by a fault or by its numbers, under every seed."""
-    module = with_fault(hopper_kernels, *BROKEN[broken], tmp_path)
-    monkeypatch.setattr(hopper_engine, "logit_grad_kernel", module.logit_grad_kernel)
+    plant(BROKEN[broken], [hopper_kernels], hopper_engine, "logit_grad_kernel")
     for seed in range(2):
         with pytest.raises((Fault, AssertionError)):
             for size in (256, 512):  # the last tiles are whole, and cut

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from error_budget import check_error
 from torch import Tensor
 
+from siglip_kernels.gemm.kernels import gemm
+
 SHAPES = [(1, 8, 8), (63, 72, 64), (65, 264, 72), (130, 520, 328), (300, 136, 200)]  # rows, columns, depth
 
 
@@ -23,6 +25,13 @@ def check(project: Tensor, truth: Tensor, eager: Tensor) -> None:
     """The error budget; every element written."""
     assert project.isfinite().all()
     check_error(project, eager, truth)
+
+
+def check_products(x: Tensor, weight: Tensor, residual: Tensor) -> None:
+    """x Wᵀ, and with a residual added."""
+    truth, eager = x.double() @ weight.double().T, x @ weight.T
+    check(gemm(x, [weight], [None])[0], truth, eager)
+    check(gemm(x, [weight], [None], residual=residual)[0], truth + residual, eager + residual)
 
 
 def gelu(x: Tensor) -> Tensor:

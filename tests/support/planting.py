@@ -15,13 +15,8 @@ def replace_once(source: str, text: str, replacement: str) -> str:
     return source.replace(text, replacement)
 
 
-def with_fault(module: ModuleType, text: str, replacement: str, folder: Path) -> ModuleType:
-    """A copy of the module, written to `folder`, with the only occurrence of `text` replaced."""
-    return _load("broken_kernels", replace_once(Path(module.__file__).read_text(), text, replacement), folder)
-
-
-def with_fault_in_one_of(modules: list[ModuleType], text: str, replacement: str, folder: Path) -> ModuleType:
-    """A copy of the last of the modules with the only occurrence of `text` in any of them replaced.
+def with_fault(modules: list[ModuleType], text: str, replacement: str, folder: Path) -> ModuleType:
+    """A copy of the last module, written to `folder`, with the only occurrence of `text` in any of them replaced.
 
     Each module may import from those before it.
     """
