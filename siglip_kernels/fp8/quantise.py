@@ -21,7 +21,7 @@ from torch import Tensor
 from siglip_kernels.device import facts
 from siglip_kernels.fp8.reference import FLOOR, LARGEST
 from siglip_kernels.layer_norm.config import forward_tile
-from siglip_kernels.layer_norm.kernels import load_rows, normalised, row_sums, statistics, store_rows
+from siglip_kernels.layer_norm.kernels import extended, load_chunks, normalised, statistics, store_rows
 from siglip_kernels.strides import strides_of
 
 _FLOOR = tl.constexpr(FLOOR)
@@ -34,14 +34,6 @@ class Rows(NamedTuple):
     values: Tensor  # e4m3 (rows, width)
     scales: Tensor  # fp32 (rows,)
     next_scales: Tensor | None
-
-
-@triton.jit
-def _row_maxima(main, tail, TAIL: tl.constexpr):
-    maxima = tl.max(tl.abs(main), 1)
-    if TAIL > 0:
-        maxima = tl.maximum(maxima, tl.max(tl.abs(tail), 1))
-    return maxima
 
 
 @triton.jit(do_not_specialize=["x_stride", "rows"])
@@ -57,42 +49,41 @@ def quantise_rows_kernel(
     rows,
     eps,
     WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a chunk
+    CHUNKS: tl.constexpr,  # of a row
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     NORMALISE: tl.constexpr,
 ):
-    # A program owns ROWS rows, as a wide and a narrow block of columns (MAIN, TAIL), like layer normalisation's.
+    # A program owns ROWS rows, as chunks of columns, like layer normalisation's.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    FULL: tl.constexpr = MAIN <= WIDTH
-    TAIL_FULL: tl.constexpr = MAIN + TAIL == WIDTH
-    columns = tl.arange(0, MAIN)
-    main = load_rows(x, row * x_stride * UNIT, valid, columns, WIDTH, FULL)
-    tail = main
-    tail_columns = columns
-    if TAIL > 0:
-        tail_columns = MAIN + tl.arange(0, TAIL)
-        tail = load_rows(x, row * x_stride * UNIT, valid, tail_columns, WIDTH, TAIL_FULL)
+    FULL: tl.constexpr = WIDTH // BLOCK  # chunks that need no mask
+    chunks = load_chunks(x, row * x_stride * UNIT, valid, 0, WIDTH, BLOCK, CHUNKS, FULL)
     if NORMALISE:
-        main, tail, _, rstd = statistics(main, tail, columns, tail_columns, eps, WIDTH, TAIL, FULL, TAIL_FULL)
-        # Columns beyond WIDTH, where γ and β read as zeros, become zeros.
-        main = normalised(main, rstd, weight, bias, columns, WIDTH, FULL)
-        if TAIL > 0:
-            tail = normalised(tail, rstd, weight, bias, tail_columns, WIDTH, TAIL_FULL)
-    largest = tl.maximum(_row_maxima(main, tail, TAIL), _FLOOR)
+        average, rest, rstd = statistics(chunks, eps, WIDTH, BLOCK, CHUNKS, FULL)
+        normed = ()
+        for chunk in tl.static_range(CHUNKS):
+            # Columns beyond WIDTH, where γ and β read as zeros, become zeros.
+            columns = chunk * BLOCK + tl.arange(0, BLOCK)
+            part = normalised(chunks[chunk], average, rest, rstd, weight, bias, valid, columns, WIDTH, chunk < FULL)
+            normed = extended(normed, part)
+        chunks = normed
+    largest = tl.abs(chunks[0])
+    for chunk in tl.static_range(1, CHUNKS):
+        largest = tl.maximum(largest, tl.abs(chunks[chunk]))
+    largest = tl.maximum(tl.max(largest, 1), _FLOOR)
     tl.store(scales + row, largest / _LARGEST, mask=valid)
     inverse = (1.0 / largest * _LARGEST)[:, None]
-    main *= inverse
-    tail *= inverse
+    squares = tl.zeros_like(chunks[0])
+    for chunk in tl.static_range(CHUNKS):
+        scaled = chunks[chunk] * inverse
+        squares += scaled * scaled  # of x they would overflow
+        store_rows(values, row * WIDTH, valid, chunk * BLOCK + tl.arange(0, BLOCK), scaled, WIDTH, chunk < FULL)
     if gains is not None:
-        norm = tl.sqrt_rn(row_sums(main * main, tail * tail, TAIL)) * (largest / _LARGEST)  # squares would overflow
+        norm = tl.sqrt_rn(tl.sum(squares, 1)) * (largest / _LARGEST)
         bound = tl.maximum(norm * tl.load(gains) + tl.load(gains + 1), _FLOOR)
         tl.store(next_scales + row, bound / _LARGEST, mask=valid)
-    store_rows(values, row * WIDTH, valid, columns, main, WIDTH, FULL)
-    if TAIL > 0:
-        store_rows(values, row * WIDTH, valid, tail_columns, tail, WIDTH, TAIL_FULL)
 
 
 def quantise_rows(
@@ -109,7 +100,7 @@ def quantise_rows(
     next_scales = None if gains is None else torch.empty_like(scales)
     if values.numel() == 0:
         return Rows(values, scales.zero_(), None if next_scales is None else next_scales.zero_())
-    tile = forward_tile(width, rows, x.element_size(), facts(x.device).multiprocessors)
+    tile = forward_tile(width, rows, facts(x.device).multiprocessors)
     strides = strides_of(x)
     weight, bias, eps = norm or (None, None, 0.0)
     quantise_rows_kernel[(-(-rows // tile.rows),)](
@@ -124,12 +115,12 @@ def quantise_rows(
         rows=rows,
         eps=eps,
         WIDTH=width,
-        MAIN=tile.main,
-        TAIL=tile.tail,
+        BLOCK=tile.block,
+        CHUNKS=tile.chunks,
         ROWS=tile.rows,
         UNIT=strides.unit,
         NORMALISE=norm is not None,
-        num_warps=tile.warps,
+        num_warps=4,
         maxnreg=192,  # as in layer normalisation
     )
     return Rows(values, scales, next_scales)

@@ -1,8 +1,9 @@
 """Layer normalisation (Ba et al., arXiv 1607.06450) of rows: y = (x - μ)·rstd·γ + β, rstd = (σ² + eps)^-1/2.
 
-A row is read once and stays in registers, in the forward as a wide and a narrow block of columns (MAIN, TAIL), 1152 as
-1024 + 128, and in the backward as chunks, 9 · 128: the next power of two would be 2048. For rows too wide for that
-(WIDE) a separate kernel first computes the sums; the same kernels then process one block of columns at a time.
+A row is read once and stays in registers as chunks of columns, 1152 as 9 · 128: the next power of two would be 2048.
+All chunks have one layout, in which a thread has columns of the same rows, so that it adds them up before any exchange.
+For rows too wide for that (WIDE) a separate kernel first computes the sums; the same kernels then process one chunk at
+a time.
 
 Statistics are computed in two steps: the mean m as a sum in fp32, then Σ(x - m) and Σ(x - m)². The first of these would
 be 0 if m were exact; it measures the rounding error of m, which matters where the mean is large compared with the
@@ -39,15 +40,6 @@ def load_rows(pointer, offsets, valid, columns, WIDTH: tl.constexpr, FULL: tl.co
 
 
 @triton.jit
-def load_parameter(pointer, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
-    """[1, columns] of γ or β, in fp32."""
-    if FULL:
-        return tl.load(pointer + columns).to(tl.float32)[None, :]
-    else:
-        return tl.load(pointer + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
 def store_rows(pointer, offsets, valid, columns, x, WIDTH: tl.constexpr, FULL: tl.constexpr):
     mask = valid[:, None]
     if not FULL:
@@ -66,40 +58,51 @@ def centre(x, mean, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def row_sums(main, tail, TAIL: tl.constexpr):
-    sums = tl.sum(main, 1)
-    if TAIL > 0:
-        sums += tl.sum(tail, 1)
-    return sums
+def extended(values, value):
+    """The tuple with one more value."""
+    return values + (value,)  # noqa: RUF005 (the compiler takes no stars)
 
 
 @triton.jit
-def statistics(
-    main, tail, columns, tail_columns, eps,
-    WIDTH: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr, TAIL_FULL: tl.constexpr
+def load_chunks(
+    pointer, offsets, valid, first,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, FULL: tl.constexpr
 ):  # fmt: skip
-    """x - μ of whole rows, as main and tail, then μ and rstd. Columns beyond WIDTH are not zeros."""
-    average = row_sums(main, tail, TAIL) / WIDTH
-    main = centre(main, average, columns, WIDTH, FULL)
-    if TAIL > 0:
-        tail = centre(tail, average, tail_columns, WIDTH, TAIL_FULL)
-    rest = row_sums(main, tail, TAIL) / WIDTH  # the average's rounding error
-    variance = tl.maximum(row_sums(main * main, tail * tail, TAIL) / WIDTH - rest * rest, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(variance + eps)
-    main -= rest[:, None]
-    if TAIL > 0:
-        tail -= rest[:, None]
-    return main, tail, average + rest, rstd
+    """CHUNKS times [rows, BLOCK] in fp32, from column `first` on. FULL: of how many no column is beyond WIDTH."""
+    chunks = ()
+    for chunk in tl.static_range(CHUNKS):
+        columns = first + chunk * BLOCK + tl.arange(0, BLOCK)
+        chunks = extended(chunks, load_rows(pointer, offsets, valid, columns, WIDTH, chunk < FULL))
+    return chunks
 
 
 @triton.jit
-def normalised(centred, scale, weight, bias, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
-    """centred · scale · γ + β; weight and bias may be None."""
-    y = centred * scale[:, None]
+def statistics(x, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, FULL: tl.constexpr):
+    """The mean of rows, as a sum of two, and their rstd. x: the chunks of whole rows, with zeros beyond WIDTH."""
+    total = x[0]
+    for chunk in tl.static_range(1, CHUNKS):
+        total += x[chunk]
+    average = tl.sum(total, 1) / WIDTH
+    rests = tl.zeros_like(total)
+    squares = tl.zeros_like(total)
+    for chunk in tl.static_range(CHUNKS):
+        centred = centre(x[chunk], average, chunk * BLOCK + tl.arange(0, BLOCK), WIDTH, chunk < FULL)
+        rests += centred
+        squares += centred * centred
+    rest = tl.sum(rests, 1) / WIDTH  # the average's rounding error
+    variance = tl.maximum(tl.sum(squares, 1) / WIDTH - rest * rest, 0.0)
+    return average, rest, 1.0 / tl.sqrt_rn(variance + eps)
+
+
+@triton.jit
+def normalised(x, average, rest, scale, weight, bias, valid, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
+    """(x - average - rest) · scale · γ + β; weight and bias may be None, or read as zeros beyond WIDTH."""
+    y = ((x - average[:, None]) - rest[:, None]) * scale[:, None]
+    # Loaded for each row, from the cache, as in the backward: in their own layout they would be exchanged first.
     if weight is not None:
-        y *= load_parameter(weight, columns, WIDTH, FULL)
+        y *= load_rows(weight, valid.to(tl.int32) * 0, valid, columns, WIDTH, FULL)
     if bias is not None:
-        y += load_parameter(bias, columns, WIDTH, FULL)
+        y += load_rows(bias, valid.to(tl.int32) * 0, valid, columns, WIDTH, FULL)
     return y
 
 
@@ -115,44 +118,30 @@ def layer_norm_forward_kernel(
     rows,
     eps,
     WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns of a chunk
+    CHUNKS: tl.constexpr,  # of a row
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    # A program owns ROWS rows; if they are WIDE, MAIN columns of them.
+    # A program owns ROWS rows; if they are WIDE, BLOCK columns of them.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    x_offsets = row * x_stride * UNIT
-    y_offsets = row * WIDTH
-    FULL: tl.constexpr = MAIN <= WIDTH and not WIDE
-    TAIL_FULL: tl.constexpr = MAIN + TAIL == WIDTH
-    columns = tl.program_id(1) * MAIN + tl.arange(0, MAIN)
-    main = load_rows(x, x_offsets, valid, columns, WIDTH, FULL)
-    tail = main
-    tail_columns = columns
-    if TAIL > 0:
-        tail_columns = MAIN + tl.arange(0, TAIL)
-        tail = load_rows(x, x_offsets, valid, tail_columns, WIDTH, TAIL_FULL)
+    FULL: tl.constexpr = 0 if WIDE else WIDTH // BLOCK  # chunks that need no mask
+    first = tl.program_id(1) * BLOCK
+    chunks = load_chunks(x, row * x_stride * UNIT, valid, first, WIDTH, BLOCK, CHUNKS, FULL)
     if WIDE:
+        average = tl.load(mean + row, mask=valid, other=0.0)
         scale = tl.load(rstd + row, mask=valid, other=0.0)
-        main -= tl.load(mean + row, mask=valid, other=0.0)[:, None]
+        rest = tl.zeros_like(average)
     else:
-        main, tail, average, scale = statistics(main, tail, columns, tail_columns, eps, WIDTH, TAIL, FULL, TAIL_FULL)
-        tl.store(mean + row, average, mask=valid)
+        average, rest, scale = statistics(chunks, eps, WIDTH, BLOCK, CHUNKS, FULL)
+        tl.store(mean + row, average + rest, mask=valid)
         tl.store(rstd + row, scale, mask=valid)
-    main = normalised(main, scale, weight, bias, columns, WIDTH, FULL)
-    store_rows(y, y_offsets, valid, columns, main, WIDTH, FULL)
-    if TAIL > 0:
-        tail = normalised(tail, scale, weight, bias, tail_columns, WIDTH, TAIL_FULL)
-        store_rows(y, y_offsets, valid, tail_columns, tail, WIDTH, TAIL_FULL)
-
-
-@triton.jit
-def extended(values, value):
-    """The tuple with one more value."""
-    return values + (value,)  # noqa: RUF005 (the compiler takes no stars)
+    for chunk in tl.static_range(CHUNKS):
+        columns = first + chunk * BLOCK + tl.arange(0, BLOCK)
+        out = normalised(chunks[chunk], average, rest, scale, weight, bias, valid, columns, WIDTH, chunk < FULL)
+        store_rows(y, row * WIDTH, valid, columns, out, WIDTH, chunk < FULL)
 
 
 @triton.jit(do_not_specialize=["y_grad_stride", "x_stride", "residual_stride", "rows"])
@@ -372,14 +361,14 @@ def layer_norm_forward(
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
-    tile = forward_tile(width, rows, x.element_size(), facts(x.device).multiprocessors)
+    tile = forward_tile(width, rows, facts(x.device).multiprocessors)
     wide = width > WIDEST_IN_REGISTERS
     if wide:
         wide_statistics_kernel[(rows,)](
             x=x, mean=mean, rstd=rstd, x_stride=x.stride(0), eps=eps, WIDTH=width, BLOCK=WIDE_BLOCK, num_warps=4
         )
     strides = strides_of(x)
-    layer_norm_forward_kernel[(-(-rows // tile.rows), -(-width // tile.main) if wide else 1)](
+    layer_norm_forward_kernel[(-(-rows // tile.rows), -(-width // tile.block) if wide else 1)](
         x=x,
         weight=weight,
         bias=bias,
@@ -390,12 +379,12 @@ def layer_norm_forward(
         rows=rows,
         eps=eps,
         WIDTH=width,
-        MAIN=tile.main,
-        TAIL=tile.tail,
+        BLOCK=tile.block,
+        CHUNKS=tile.chunks,
         ROWS=tile.rows,
         UNIT=strides.unit,
         WIDE=wide,
-        num_warps=tile.warps,
+        num_warps=4,
         maxnreg=192,  # otherwise ptxas sometimes spills for the sake of one more resident program
     )
     return y, mean, rstd

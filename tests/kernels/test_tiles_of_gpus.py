@@ -38,7 +38,7 @@ def _attention_pool(gpu: Facts) -> Iterator[object]:
 
 def _layer_norm(gpu: Facts) -> Iterator[object]:
     for rows in (1, 729, 46_656):
-        yield layer_norm.forward_tile(1152, rows, 2, gpu.multiprocessors)
+        yield layer_norm.forward_tile(1152, rows, gpu.multiprocessors)
         tile = layer_norm.backward_tile(1152, rows, 2, gpu.multiprocessors, aligned=True)
         yield tile, layer_norm.backward_stages(tile, 4, gpu.shared_memory)
 
