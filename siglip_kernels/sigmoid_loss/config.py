@@ -54,6 +54,9 @@ class Config:
 _HOPPER = Tile(128, 256, 64, num_warps=8, num_stages=4)
 _HOPPER_TALL = Tile(256, 128, 64, num_warps=8, num_stages=4)
 _SQUARE = Tile(128, 128, 64, num_warps=8, num_stages=4)
+# With the accumulator in tensor memory it takes 128 registers per thread, so that with three stages a multiprocessor
+# has two programs, one of which multiplies while the other is in its epilogue, which takes longer. Not measured.
+_BLACKWELL = Tile(128, 128, 64, num_warps=8, num_stages=3)
 _AMPERE = Tile(128, 128, 32, num_warps=8, num_stages=4)
 _TF32 = Tile(128, 128, 32, num_warps=8, num_stages=3)
 _IEEE = Tile(64, 64, 32, num_warps=8, num_stages=2)
@@ -73,12 +76,14 @@ def choose(dtype: torch.dtype, width: int, gpu: Facts, precision: str) -> Config
         logit_grad = _HOPPER
         # 256 columns where they divide the width: so400m's 1152 are 9 × 128, but 4.5 × 256.
         product = _HOPPER if width % 256 == 0 else _HOPPER_TALL
+    elif gpu.matrix_unit == "tcgen05":
+        logit_grad, product = _BLACKWELL, _SQUARE
     else:
         logit_grad = product = _SQUARE if gpu.has_tma else _AMPERE
     logit_grad = _measured("logit_grad", dtype, width, gpu) or logit_grad
     product = _measured("product", dtype, width, gpu) or product
-    # Weights, and a logarithm for each pair, leave too few registers for the accumulator of 128 × 256.
-    weighted = _SQUARE if logit_grad.rows * logit_grad.columns > _SQUARE.rows * _SQUARE.columns else logit_grad
+    # Weights, and a logarithm for each pair, leave too few registers for the accumulator of 128 × 256, or two programs.
+    weighted = _SQUARE if gpu.has_tma and dtype != torch.float32 else logit_grad
     block = block_size(product, -(-width // product.columns), gpu.multiprocessors)
     folding = {"mma": Folding(16, 4), "wgmma": Folding(16, 2), "tcgen05": Folding(8, 1)}[gpu.matrix_unit]
     if dtype == torch.float32 and precision == "ieee":  # products without matrix instructions

@@ -93,3 +93,13 @@ def test_one_compilation_for_every_batch_size(run_python, gpu):
     kernels = {int(pairs): int(count) for pairs, count in (line.split() for line in done.stdout.splitlines())}
     assert kernels[1000] == 3  # logits, and two products
     assert kernels[5000] == 3
+
+
+def test_two_programs_share_a_multiprocessor_of_data_centre_blackwell():
+    row = next(
+        row
+        for row in rows_in_a_subprocess("sigmoid_loss", "b200", only="^bf16 D=768 train")
+        if row.kernel == "logit_grad_kernel"
+    )
+    assert row.registers <= 128  # of 65,536, with 256 threads
+    assert 2 * (row.shared_bytes + 1024) <= 228 * 1024  # Triton's and the system's
