@@ -1,5 +1,10 @@
 """What `fast_interpreter` replaces still does what it did."""
 
+import json
+import subprocess
+import sys
+
+import interpreted_operations
 import pytest
 import torch
 import triton
@@ -30,3 +35,14 @@ def test_integers_that_overflow_are_found(name, a, b, beyond):
     with pytest.raises(Exception, match=f"int32 overflow detected for operation {name}"):
         _arithmetic_kernel[(1,)](x, y, out, NAME=name)
     _arithmetic_kernel[(1,)](x.long(), y.long(), out, NAME=name)
+
+
+def test_every_operation_has_the_types_bits_and_errors_of_triton_s_interpreter():
+    """But for integers that overflow, which Triton's interpreter lets pass."""
+    program = [sys.executable, interpreted_operations.__file__]
+    expected = json.loads(subprocess.run(program, capture_output=True, check=True, text=True).stdout)
+    found = interpreted_operations.results()
+    assert found.keys() == expected.keys()
+    for operation in expected:
+        for result, wanted in zip(found[operation], expected[operation], strict=True):
+            assert result == wanted or "overflow detected" in result, operation
