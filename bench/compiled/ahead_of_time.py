@@ -210,6 +210,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack
 
 
+@functools.lru_cache(maxsize=32)  # an operation may start a kernel dozens of times; the text may take megabytes
 def sass(cubin: bytes) -> str:
     """The machine code as text."""
     return _output_of("nvdisasm", "-c", cubin)
