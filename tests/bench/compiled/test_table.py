@@ -151,9 +151,9 @@ def test_ctrl_c_ends_every_process(tmp_path):
 
 
 def test_without_the_cache_nothing_is_kept(tmp_path):
-    command = [sys.executable, "-m", "bench", "compile", "layer_norm", "--quick", "--gpu", "sm_80", "--no-cache"]
+    command = [sys.executable, "-m", "bench", "compile", "patch_embed", "--quick", "--gpu", "sm_80", "--no-cache"]
     variables = environment(TRITON_CACHE_DIR=str(tmp_path / "cache"), TMPDIR=str(tmp_path))
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr
-    assert "10 of 10 kernels compile without a problem" in done.stdout
+    assert "2 of 2 kernels compile without a problem" in done.stdout
     assert list(tmp_path.iterdir()) == []
