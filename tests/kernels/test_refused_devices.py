@@ -19,10 +19,11 @@ MACHINES = {
     "ROCm": (dict(gpus=(machines.H100, machines.MI300X), hip="6.4"), AMD),
     "sm_75": (dict(gpus=(machines.H100, machines.RTX_2080), hip=None), OLD),
 }
+WITHOUT_KERNELS = {"siglip_kernels::count_positives", "siglip_kernels::fp8_gradient"}
 OPERATORS = {
     name.partition("::")[2]: definition
     for name, definition in torch._library.custom_ops.OPDEFS.items()
-    if name.startswith("siglip_kernels::") and name != "siglip_kernels::count_positives"  # which starts no kernel
+    if name.startswith("siglip_kernels::") and name not in WITHOUT_KERNELS
 }
 PLACEHOLDERS = {"int": 1, "float": 1.0, "bool": True, "SymInt": 1, "str": "triton", "ScalarType": torch.float32}
 
