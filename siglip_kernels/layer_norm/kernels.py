@@ -97,7 +97,7 @@ def statistics(x, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.cons
 @triton.jit
 def normalised(x, average, rest, scale, weight, bias, valid, columns, WIDTH: tl.constexpr, FULL: tl.constexpr):
     """(x - average - rest) · scale · γ + β; weight and bias may be None, or read as zeros beyond WIDTH."""
-    y = ((x - average[:, None]) - rest[:, None]) * scale[:, None]
+    y = (centre(x, average, columns, WIDTH, FULL) - rest[:, None]) * scale[:, None]
     # Loaded for each row, from the cache, as in the backward: in their own layout they would be exchanged first.
     if weight is not None:
         y *= load_rows(weight, valid.to(tl.int32) * 0, valid, columns, WIDTH, FULL)

@@ -102,6 +102,19 @@ def test_rows_are_normalised_and_bounded_in_the_same_pass(width, device):
     assert (448 * found.next_scales <= 60 * hidden.abs().amax(-1)).all()  # a bound, but not an absurd one
 
 
+@pytest.mark.parametrize("width", [17, 200])
+def test_a_huge_constant_row_is_normalised_to_the_bias(width, device):
+    """Columns past its end are as far from its mean as it is large."""
+    p = parameters(width, 40, device)
+    x = torch.full((2, width), 1e36, device=device, dtype=torch.bfloat16)
+    gains = torch.ones(2, device=device)
+    found = quantise_rows(x, (p["norm_weight"], p["norm_bias"], 1e-6), gains)
+    bias = p["norm_bias"].float()
+    assert found.next_scales is not None
+    torch.testing.assert_close(found.scales, (bias.abs().max() / 448).expand(2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.next_scales, ((bias.norm() + 1) / 448).expand(2), rtol=1e-4, atol=0)
+
+
 def test_no_rows(device):
     assert quantise_rows(torch.empty(0, 64, device=device)).scales.shape == (0,)
 
