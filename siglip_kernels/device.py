@@ -95,6 +95,10 @@ _LEAST_CAPABILITY = (8, 0)
 _NO_TRITON = "the kernels need Triton, which is not installed"
 _OTHER_GPUS = {"xpu": "Intel GPUs (XPU)", "mps": "Apple GPUs (MPS)"}
 
+_INSTEAD = (
+    "siglip_kernels.reference, or a model's backend 'sdpa' or 'eager' (in transformers attn_implementation='sdpa')"
+)
+
 _accepted: set[torch.device] = set()  # GPUs that `why_not` accepted once
 
 
@@ -186,9 +190,7 @@ def gpu_name(device: torch.device) -> str:
     return f"{properties.name} ({architecture.partition(':')[0]})" if architecture else properties.name
 
 
-def require_kernels(
-    operation: str, argument: str, tensor: torch.Tensor, instead: str = "the backend 'sdpa' or 'eager'"
-) -> None:
+def require_kernels(operation: str, argument: str, tensor: torch.Tensor, instead: str = _INSTEAD) -> None:
     """Raises MissingBackendError, which says what to use instead, unless kernels run on the tensor's device."""
     if not kernels_run_on(tensor.device):
         reason = why_not(tensor.device)

@@ -45,4 +45,6 @@ def require_fp8(operation: str, argument: str, tensor: torch.Tensor) -> None:
         _accepted.add(tensor.device)
     if reason is not None:
         where = f"{argument} is on {tensor.device}"
-        raise MissingBackendError(f"{operation}: {where}, and {reason}; use the backend 'triton', 'sdpa' or 'eager'")
+        raise MissingBackendError(
+            f"{operation}: {where}, and {reason}; use a model's backend 'triton', 'sdpa' or 'eager'"
+        )

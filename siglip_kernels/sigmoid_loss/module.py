@@ -125,25 +125,27 @@ class SigLipLoss(nn.Module):
         super().__init__()
         if not isinstance(cache_labels, bool):
             supported = "True or False, or chunk_size by name"
-            raise unsupported("SigLipLoss", "cache_labels", f"is {cache_labels!r}", supported)
+            raise unsupported(self._get_name(), "cache_labels", f"is {cache_labels!r}", supported)
         if use_horovod:
-            raise unsupported("SigLipLoss", "use_horovod", "is True", "torch.distributed")
+            raise unsupported(self._get_name(), "use_horovod", "is True", "torch.distributed")
         if dist_impl is None:
             dist_impl = "ring" if bidir is None else "bidir" if bidir else "shift"
         elif bidir is not None:
-            raise unsupported("SigLipLoss", "bidir", f"is {bidir} beside dist_impl={dist_impl!r}", "one of the two")
+            raise unsupported(self._get_name(), "bidir", f"is {bidir} beside dist_impl={dist_impl!r}", "one of the two")
         if dist_impl not in _ROUTES:
-            raise unsupported("SigLipLoss", "dist_impl", f"is {dist_impl!r}", ", ".join(_ROUTES))
+            raise unsupported(self._get_name(), "dist_impl", f"is {dist_impl!r}", ", ".join(_ROUTES))
         if backend not in ("auto", "triton", "chunked"):
-            raise unsupported("SigLipLoss", "backend", f"is {backend!r}", "auto, triton, chunked")
-        check_chunk_size("SigLipLoss", chunk_size)
-        check_reduction("SigLipLoss", reduction)
+            raise unsupported(self._get_name(), "backend", f"is {backend!r}", "auto, triton, chunked")
+        check_chunk_size(self._get_name(), chunk_size)
+        check_reduction(self._get_name(), reduction)
         if group is not None and world_size == 1:
             rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         if not 0 <= rank < world_size:
-            raise unsupported("SigLipLoss", "rank", f"is {rank} with world_size {world_size}", "0 to world_size - 1")
+            raise unsupported(
+                self._get_name(), "rank", f"is {rank} with world_size {world_size}", "0 to world_size - 1"
+            )
         if reduction == "none" and world_size > 1:
-            raise unsupported("SigLipLoss", "reduction", "is 'none' with several ranks", "another one")
+            raise unsupported(self._get_name(), "reduction", "is 'none' with several ranks", "another one")
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
@@ -246,14 +248,14 @@ class SigLipLoss(nn.Module):
         for name, default in (("backend", "auto"), ("chunk_size", 0)):
             value = getattr(self, name)
             if value != default:
-                raise unsupported("SigLipLoss", name, f"is {value!r}, {but}", repr(default))
+                raise unsupported(self._get_name(), name, f"is {value!r}, {but}", repr(default))
         ordinary = {"positive_weight": 1.0, "negative_weight": 1.0}
         chosen = {**options, "reduction": None if self.reduction == "images" else self.reduction}
         for name, value in chosen.items():
             if value is not None and not (
                 name in ordinary and not isinstance(value, Tensor) and value == ordinary[name]
             ):
-                raise unsupported("SigLipLoss", name, f"is given, {but}", "none")
+                raise unsupported(self._get_name(), name, f"is given, {but}", "none")
 
     def _local_by_methods(
         self, image_features: Tensor, text_features: Tensor, logit_scale, logit_bias, options: PairOptions
@@ -274,7 +276,9 @@ class SigLipLoss(nn.Module):
         (sizes, _), _ = self._agreed(group, image_features, text_features, options, "chunked", check)
         if len(set(sizes)) > 1:
             got = f"differ between ranks in number: {list(sizes)}"
-            raise unsupported("SigLipLoss", "features", got, f"the same where {self._overridden()[0]} is overridden")
+            raise unsupported(
+                self._get_name(), "features", got, f"the same where {self._overridden()[0]} is overridden"
+            )
         losses = [
             self._loss(image_features, texts, logit_scale, logit_bias, negative_only=rank != self.rank)
             for rank, texts in enumerate(GatherTexts.apply(text_features, group))
@@ -304,11 +308,11 @@ class SigLipLoss(nn.Module):
 
     def _local_options(self, image_features: Tensor, text_features: Tensor, options: PairOptions) -> PairOptions:
         """With this module's further weight of positive pairs."""
-        check_embeds("SigLipLoss", image_features, text_features, same_length=same_length(options))
+        check_embeds(self._get_name(), image_features, text_features, same_length=same_length(options))
         weight = self._weight_of_positives(image_features, text_features, options)
         if weight is None:
             return options
-        make_pairs("SigLIPPlusLoss", image_features, text_features, **options)  # checks what is multiplied next
+        make_pairs(self._get_name(), image_features, text_features, **options)  # checks what is multiplied next
         return {**options, "positive_weight": weight * options["positive_weight"]}
 
     def _weight_of_positives(
@@ -354,7 +358,7 @@ class SigLipLoss(nn.Module):
         group = self._group()
         if self.reduction == "none":
             raise unsupported(
-                "SigLipLoss", "reduction", "is 'none' with several ranks", "images, pairs, positives, sum"
+                self._get_name(), "reduction", "is 'none' with several ranks", "images, pairs, positives, sum"
             )
         engine = self._engine(image_features) if isinstance(image_features, Tensor) else "chunked"
         (images, texts), (arguments, pairs) = self._agreed(group, image_features, text_features, options, engine, check)
@@ -369,14 +373,14 @@ class SigLipLoss(nn.Module):
             dist.all_reduce(positives, group=group)
             if not bool(positives):
                 raise unsupported(
-                    "SigLipLoss", "reduction", "is 'positives', but there is no positive pair", "one or more"
+                    self._get_name(), "reduction", "is 'positives', but there is no positive pair", "one or more"
                 )
         # Of the global batch, divided by the number of ranks: see `distributed`.
         divisor = peers.mean_images
         if self.reduction == "pairs":
             divisor *= sum(texts)
         elif self.reduction == "positives" and positives is None:
-            divisor = positives_on_diagonal("SigLipLoss", sum(images), sum(texts), pairs.diagonal) / peers.world
+            divisor = positives_on_diagonal(self._get_name(), sum(images), sum(texts), pairs.diagonal) / peers.world
         elif self.reduction == "sum" or positives is not None:
             divisor = 1 / peers.world
         batch = GlobalBatch(
@@ -391,15 +395,14 @@ class SigLipLoss(nn.Module):
         )
         return arguments, batch, positives
 
-    @staticmethod
-    def _check(logit_scale: Tensor | float, logit_bias: Tensor | float) -> Check:
+    def _check(self, logit_scale: Tensor | float, logit_bias: Tensor | float) -> Check:
         def check(x: Tensor, y: Tensor, engine: str) -> Arguments:
             if engine == "triton":
-                check_kernel_input("SigLipLoss", x)
+                check_kernel_input(self._get_name(), x)
                 make_engine(engine, x)  # raises where the kernels cannot run
                 x, y = padded(x), padded(y)
-            scale = as_scalar("SigLipLoss", "logit_scale", logit_scale, x)
-            return Arguments(x, y, scale, as_scalar("SigLipLoss", "logit_bias", logit_bias, x))
+            scale = as_scalar(self._get_name(), "logit_scale", logit_scale, x)
+            return Arguments(x, y, scale, as_scalar(self._get_name(), "logit_bias", logit_bias, x))
 
         return check
 
@@ -419,27 +422,29 @@ class SigLipLoss(nn.Module):
         problem: Exception | None = None
         checked: tuple[Arguments, Pairs] | None = None
         try:
-            check_embeds("SigLipLoss", image_features, text_features, same_length=same_length(options))
+            check_embeds(self._get_name(), image_features, text_features, same_length=same_length(options))
             autocast = autocast_dtype(image_features)
             x, y = cast(image_features, autocast), cast(text_features, autocast)
             if x.dtype != y.dtype or x.dtype not in _DTYPES:
                 got = f"has dtype {y.dtype}, image_features {x.dtype}"
-                raise unsupported("SigLipLoss", "text_features", got, "float32, float16, bfloat16 or float64 for both")
+                raise unsupported(
+                    self._get_name(), "text_features", got, "float32, float16, bfloat16 or float64 for both"
+                )
             arguments = check(x, y, engine)
             x, y, scale, bias = arguments[:4]
-            refuse_transforms("SigLipLoss", image_features=x, text_features=y, logit_scale=scale, logit_bias=bias)
-            pairs = make_pairs("SigLipLoss", x, y, **options)
+            refuse_transforms(self._get_name(), image_features=x, text_features=y, logit_scale=scale, logit_bias=bias)
+            pairs = make_pairs(self._get_name(), x, y, **options)
             checked = arguments, replace(pairs, diagonal=options.get("offset") or 0)
         except Exception as error:  # raised after the other ranks know of it, which would wait for this one
             problem = error
-        sizes = _agree(group, self.rank, image_features, checked, problem)
+        sizes = _agree(self._get_name(), group, self.rank, image_features, checked, problem)
         assert checked is not None  # else _agree has raised
         return sizes, checked
 
     def _group(self) -> dist.ProcessGroup:
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(
-                f"SigLipLoss: world_size is {self.world_size}, but torch.distributed has no process group; "
+                f"{self._get_name()}: world_size is {self.world_size}, but torch.distributed has no process group; "
                 "call torch.distributed.init_process_group first"
             )
         group = self.group if self.group is not None else dist.group.WORLD
@@ -448,7 +453,7 @@ class SigLipLoss(nn.Module):
         if actual != (self.rank, self.world_size):
             got = f"are {self.rank} and {self.world_size}"
             supported = f"the process group's own, {actual[0]} and {actual[1]}"
-            raise unsupported("SigLipLoss", "rank and world_size", got, supported)
+            raise unsupported(self._get_name(), "rank and world_size", got, supported)
         return group
 
     def __copy__(self) -> Self:
@@ -469,7 +474,7 @@ class SigLipLoss(nn.Module):
             return self.__dict__
         if self.group is not dist.group.WORLD:
             got = "is a process group other than the default one and cannot be pickled"
-            raise unsupported("SigLipLoss", "group", got, "the default group; a model after use_global_loss(False)")
+            raise unsupported(self._get_name(), "group", got, "the default group; a model after use_global_loss(False)")
         return {**self.__dict__, "group": None}
 
     def extra_repr(self) -> str:
@@ -494,7 +499,7 @@ class SigLIPPlusLoss(SigLipLoss):
         self, image_features: Tensor, text_features: Tensor, options: PairOptions, peers: Peers | None = None
     ) -> Tensor | None:
         images, texts = options.get("image_groups"), options.get("text_groups")
-        check_groups("SigLIPPlusLoss", image_features, text_features, images, texts)
+        check_groups(self._get_name(), image_features, text_features, images, texts)
         if images is None or texts is None:
             return None
         dtype = torch.promote_types(image_features.dtype, torch.float32)
@@ -526,6 +531,7 @@ def _exchange_device(group: dist.ProcessGroup, image_features: object) -> torch.
 
 
 def _agree(
+    operation: str,
     group: dist.ProcessGroup,
     rank: int,
     image_features: object,
@@ -553,7 +559,7 @@ def _agree(
     refused = [other for other, row in enumerate(table) if row[0] == 0]
     if refused:
         got = f"was refused by rank {refused[0]}, whose own error says why"
-        raise unsupported("SigLipLoss", "input", got, "valid input on every rank")
+        raise unsupported(operation, "input", got, "valid input on every rank")
     names = (
         "width",
         "dtype",
@@ -569,5 +575,5 @@ def _agree(
         if len(set(values)) > 1:
             shown = [str(_DTYPES[value]) if name == "dtype" else value for value in values]
             got = f"differ between ranks in {name}" + ("" if name == names[-1] else f": {shown}")
-            raise unsupported("SigLipLoss", "features", got, "the same on every rank")
+            raise unsupported(operation, "features", got, "the same on every rank")
     return tuple(row[0] for row in table), tuple(row[1] for row in table)

@@ -48,3 +48,5 @@ def test_cpu_tensors_without_the_interpreter(run_python: Callable[..., Completed
     lines = done.stdout.splitlines()
     assert [line.partition(" is on cpu")[0] for line in lines] == traced + eager + traced, done.stderr
     assert all("'sdpa'" in line and "'eager'" in line for line in lines)
+    assert all("TRITON_INTERPRET=1" in line and "use siglip_kernels.reference, or" in line for line in lines)
+    assert all("attn_implementation='sdpa'" in line for line in lines)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels.arguments import autocast_dtype, cast, check_same_dtype, wants_gradients
+from siglip_kernels.arguments import autocast_dtype, cast, check_same_dtype, given, wants_gradients
 from siglip_kernels.device import kernels_run_on, on_device
 from siglip_kernels.errors import unsupported
 from siglip_kernels.sigmoid_loss.api import (
@@ -293,6 +293,8 @@ def matryoshka_sigmoid_loss(
     check_embeds(OPERATION, image_embeds, text_embeds, same_length=same_length(options))  # type: ignore[arg-type]
     if options.get("reduction") == "none":
         raise unsupported(OPERATION, "reduction", "is 'none'", "a reduction to one number")
+    if not (loss is None or callable(loss)):
+        raise unsupported(OPERATION, "loss", f"is {given(loss)}", "None, a function or a module")
     prefixes = Prefixes.of(image_embeds.shape[1], logit_scales, logit_biases, widths, width_weights)
     if loss is None:
         on_gpu = image_embeds.is_cuda and kernels_run_on(image_embeds.device)

@@ -406,5 +406,7 @@ def test_older_gpus_are_refused(gpu, reason, monkeypatch):
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.setattr("siglip_kernels.device.interpreting", lambda: False)
     p = parameters(16, 24, "cpu")
-    with pytest.raises(MissingBackendError, match=r"fp8.mlp: x is on cpu, and .* use the backend 'triton', 'sdpa'"):
+    with pytest.raises(
+        MissingBackendError, match=r"fp8.mlp: x is on cpu, and .* use a model's backend 'triton', 'sdpa'"
+    ):
         fp8.pre_norm_mlp(torch.randn(3, 16).bfloat16(), eps=1e-6, **p)

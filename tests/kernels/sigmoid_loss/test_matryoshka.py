@@ -403,6 +403,7 @@ def test_a_module_that_was_changed_is_called_for_each_width(changed):
         ({"widths": ()}, r"widths is \[\]"),
         ({"widths": (4.0, 8)}, r"widths is \[4.0, 8\]"),
         ({"widths": 8}, "widths is 8; supported: a sequence"),
+        ({"loss": 3}, "loss is 3; supported: None, a function or a module"),
         ({"loss": SigLipLoss(reduction="none")}, "loss has reduction='none'"),
         ({"loss": functools.partial(plain_sigmoid_loss, reduction="none")}, r"loss returns shape \(3,\)"),
         ({"logit_scales": (1.0, 2.0, 3.0)}, "logit_scales has length 3; supported: one number for all widths, or"),

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_kernels import SigLipLoss, UnsupportedInputError
+from siglip_kernels import SigLipLoss, SigLIPPlusLoss, UnsupportedInputError
 
 WIDTH = 16
 SCALE, BIAS = 5.0, -3.0
@@ -288,3 +288,16 @@ def test_scale_that_is_not_a_scalar():
     x, y = batch((4,))
     with pytest.raises(UnsupportedInputError, match="logit_scale has shape"):
         SigLipLoss()(x, y, torch.ones(2), BIAS)
+
+
+@pytest.mark.parametrize("kind", [SigLipLoss, SigLIPPlusLoss])
+def test_errors_name_the_class(kind):
+    x = torch.ones(2, 8)
+    for call in (
+        lambda: kind(backend="cuda"),
+        lambda: kind()(x, x[:, :4], SCALE, BIAS),
+        lambda: kind(rank=0, world_size=2)(x, x, SCALE, BIAS),
+        lambda: torch.compile(kind(), backend="eager")(x, x[:, :4], SCALE, BIAS),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=rf"^{kind.__name__}: "):
+            call()
