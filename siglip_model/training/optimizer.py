@@ -21,9 +21,10 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
 
     As SigLIP 2 was trained (Tschannen et al. 2025, arXiv 2502.14786).
     """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    warmup = config.warmup_steps or 0
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, config.steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

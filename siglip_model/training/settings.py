@@ -15,6 +15,8 @@ from typing import Any, get_args, get_type_hints
 
 from siglip_model.checkpoints.atomic import atomic_write
 
+WARMUP_STEPS = 100
+
 
 def _setting(
     text: str,
@@ -52,7 +54,9 @@ class TrainingConfig:
         may_change=True,
     )
     learning_rate: float = _setting("Peak learning rate: linear warm-up, then a cosine to 0.", 1e-3, above=0)
-    warmup_steps: int = _setting("Steps of warm-up.", 100, least=0)
+    warmup_steps: int | None = _setting(
+        f"Steps of warm-up. none: {WARMUP_STEPS}, or all of a shorter run.", None, least=0
+    )
     optimizer: str = _setting("adamw; or muon for the layers' matrices.", "adamw", choices=("adamw", "muon"))
     beta1: float = _setting("AdamW's decay of the gradients' mean.", 0.9, least=0, below=1)
     beta2: float = _setting("AdamW's decay of the gradients' square.", 0.95, least=0, below=1)
@@ -96,7 +100,9 @@ class TrainingConfig:
                 raise refusal(field.name, given, f"finite numbers {field.metadata['supported']}".strip())
             if isinstance(value, (int, float)) and not field.metadata["within"](value):
                 raise refusal(field.name, value, field.metadata["supported"])
-        if self.warmup_steps > self.steps:
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", min(WARMUP_STEPS, self.steps))
+        elif self.warmup_steps > self.steps:
             raise refusal("warmup_steps", self.warmup_steps, f"0 to steps={self.steps}")
         for least, most in (("min_scale", "max_scale"), ("min_bias", "max_bias")):
             low, high = getattr(self, least), getattr(self, most)

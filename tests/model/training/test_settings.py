@@ -96,3 +96,11 @@ def test_a_run_is_the_same_whatever_is_logged_and_saved():
     }.items():
         value = {"compile": True, "freeze": "text"}.get(changed, 7)
         assert (dataclasses.replace(config, **{changed: value}).identity() == config.identity()) is same
+
+
+def test_warm_up_fits_a_short_run(tmp_path):
+    for steps, warmup in ((3, 3), (100, 100), (5000, 100)):
+        settings = read_settings(None, {**NEEDED, "steps": steps})
+        assert settings.warmup_steps == warmup
+        settings.save(tmp_path / "settings.toml")
+        assert read_settings(tmp_path / "settings.toml", {}) == settings
