@@ -156,13 +156,16 @@ def _named_bar(entry: dict[str, Any], right: bool, cells: int = 10) -> Any:
 
 
 def print_scores(scores: Mapping[str, Any]) -> None:
-    """Prints the result of `evaluate_on`: counts, and fractions in percent."""
+    """Prints the result of `evaluate_on`: counts, and fractions in percent; and on stderr why retrieval may be low."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in scores.items():
         table.add_row(name.replace("_", " "), f"{value:.1%}" if isinstance(value, float) else str(value))
     console().print(table)
+    texts, distinct = scores.get("texts", 0), scores.get("distinct_texts", scores.get("texts", 0))
+    if distinct < texts:
+        say(f"{texts} texts, {distinct} distinct: only an image's own caption counts as right, not its like elsewhere")
 
 
 def print_machine(facts: Mapping[str, Mapping[str, str | None]]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ def retrieval_recall(
 ) -> dict[str, Any]:
     """R@1, R@5 and R@10, from images to texts, where any own caption is right, and from texts to images.
 
+    The same caption of another image is wrong: fewer `distinct_texts` than `texts` bound the recall.
+
     samples: this rank's, about as many on each.
     """
     failed = 0
@@ -52,7 +55,7 @@ def retrieval_recall(
             else:
                 yield sample
 
-    def embedded() -> Iterator[tuple[np.ndarray, np.ndarray, list[int]]]:
+    def embedded() -> Iterator[tuple[np.ndarray, np.ndarray, list[int], np.ndarray]]:
         nonlocal failed
         for found, vectors in encoder.images(readable(), lambda pair: pair.image, lambda pair: pair.name):
             if isinstance(found, Skipped):
@@ -61,17 +64,19 @@ def retrieval_recall(
                 continue
             captions = [caption for pair in found for caption in pair.captions]
             counts = [len(pair.captions) for pair in found]
-            yield vectors.cpu().numpy(), encoder.texts(captions).cpu().numpy(), counts
+            yield vectors.cpu().numpy(), encoder.texts(captions).cpu().numpy(), counts, _digests(captions)
 
     with tempfile.TemporaryDirectory() as folder:
         images, texts = _Vectors(Path(folder) / "images"), _Vectors(Path(folder) / "texts")
         owners: list[np.ndarray] = []  # the image of each text
+        digests: list[np.ndarray] = []
         own = embedded()
         while any(parts := processes.gather(next(own, None))):
-            for vectors, captions, counts in filter(None, parts):
+            for vectors, captions, counts, digested in filter(None, parts):
                 owners.append(np.repeat(np.arange(images.count, images.count + len(vectors)), counts))
                 images.add(vectors)
                 texts.add(captions)
+                digests.append(digested)
         total_failed = int(processes.sum(failed)[0])
         if images.count == 0:
             raise ValueError("no captioned image could be read")
@@ -79,7 +84,14 @@ def retrieval_recall(
         of_images, of_texts = ranks_of_partners(images.tensor(), texts.tensor(), owner, encoder.model.device, processes)
     recall = {f"image_to_text_r{k}": float((of_images < k).float().mean()) for k in RANKS}
     recall |= {f"text_to_image_r{k}": float((of_texts < k).float().mean()) for k in RANKS}
-    return {"task": "retrieval", "images": images.count, "texts": texts.count, "failed": total_failed, **recall}
+    counted = {"images": images.count, "texts": texts.count, "distinct_texts": len(np.unique(np.concatenate(digests)))}
+    return {"task": "retrieval", **counted, "failed": total_failed, **recall}
+
+
+def _digests(captions: list[str]) -> np.ndarray:
+    """uint64 (captions,), the same on all ranks, as `hash` is not."""
+    digests = [blake2b(caption.encode(), digest_size=8).digest() for caption in captions]
+    return np.frombuffer(b"".join(digests), dtype=np.uint64)
 
 
 def ranks_of_partners(

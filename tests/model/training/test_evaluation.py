@@ -9,6 +9,7 @@ from captioned import caption, save_folder, save_shard, shard_files
 from tiny_checkpoint import random_image, shared_tiny_checkpoint
 
 from siglip_model import SiglipModel, SiglipProcessor, pipeline
+from siglip_model.cli import terminal
 from siglip_model.training.evaluation import retrieval
 from siglip_model.training.evaluation.retrieval import ranks_of_partners
 from siglip_model.training.evaluation.run import evaluate_on
@@ -164,8 +165,25 @@ def test_one_image_without_caption_does_not_make_classes_of_a_captioned_folder(t
 
 def test_data_of_no_kind_is_refused(tmp_path, loaded):
     with pytest.raises(
-        NotADirectoryError, match=r"^'.*none' is no folder; supported: a folder, or shards such as 'a/{000..099}.tar'"
+        NotADirectoryError,
+        match=r"^'.*none' is no folder; supported: a folder, or shards such as 'a/{000..099}.tar'",
     ):
         evaluate(tmp_path / "none", loaded)
     with pytest.raises(ValueError, match="holds no folders; supported: one folder of images per class"):
         evaluate(tmp_path, loaded)
+
+
+def test_captions_that_images_share_are_counted(tmp_path, loaded, capsys):
+    for number in range(6):
+        random_image(number).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a cat" if number % 2 else "a dog")
+    result, _ = evaluate(tmp_path, loaded)
+    assert (result["texts"], result["distinct_texts"], result["image_to_text_r1"]) == (6, 2, 0)
+    terminal.print_scores(result)
+    said = "siglip: 6 texts, 2 distinct: only an image's own caption counts as right, not its like elsewhere\n"
+    assert capsys.readouterr().err == said
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text(f"cat {number}")
+    result, _ = evaluate(tmp_path, loaded)
+    terminal.print_scores(result)
+    assert result["distinct_texts"] == 6 and capsys.readouterr().err == ""
