@@ -377,5 +377,7 @@ def resolve(name: str, device: torch.device) -> Backend:
     backend = BACKENDS[name]
     lacking = backend.lacks() or backend.why_not(device)
     if lacking is not None:
-        raise MissingBackendError(f"backend {name!r} cannot run here: {lacking}. Choose backend='sdpa' or 'auto'.")
+        raise MissingBackendError(
+            f"backend {name!r} cannot run here: {lacking}. Choose backend (--backend) 'sdpa' or 'auto'."
+        )
     return backend

@@ -17,7 +17,7 @@ def resolve_device(device: Any) -> torch.device:
         try:
             return torch.device(device)
         except RuntimeError as error:
-            raise ValueError(f"device is {device!r}; supported: 'cpu', 'cuda', 'cuda:1', ...") from error
+            raise ValueError(f"device is {device!r}; supported: 'auto', 'cpu', 'cuda', 'cuda:1', ...") from error
     if device is not None and device != "auto" and (not isinstance(device, int) or isinstance(device, bool)):
         raise ValueError(
             f"device is {device!r}; supported: a name such as 'cuda:1', a torch.device, an ordinal or None"

@@ -109,7 +109,7 @@ def load_config_dict(path_or_id: str | os.PathLike[str], own_type: str = "", **h
     path = json_file(path_or_id) or resolve_file(path_or_id, CONFIG_NAME, **hub)
     if path is None:
         where = os.path.join(path_or_id, hub.get("subfolder") or "")
-        hint = checkpoint_within(where) or "; give the configuration as config="
+        hint = checkpoint_within(where) or "; supported: a checkpoint, or in Python its configuration as config="
         raise CheckpointError(f"{where.rstrip(os.sep)} has no {CONFIG_NAME}{hint}")
     content = read_json_object(path)
     model_type = content.get("model_type", MODEL_TYPES[0])

@@ -19,8 +19,8 @@ from siglip_model.cli.options import (
     BatchSizeOrBudgetOption,
     CheckOption,
     DeviceOption,
-    DtypeOption,
     JsonOption,
+    LongRunDtypeOption,
     MaxNumPatchesOption,
     MaxPixelsOption,
     ModelOption,
@@ -114,7 +114,7 @@ def classify(
     model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
     check: CheckOption = False,
-    dtype: DtypeOption = "auto",
+    dtype: LongRunDtypeOption = "auto",
     device: DeviceOption = None,
     batch_size: BatchSizeOrBudgetOption = None,
     max_num_patches: MaxNumPatchesOption = None,
@@ -131,12 +131,12 @@ def classify(
         if not chosen:
             raise ValueError("--labels has no label; give one or more")
         if plot is not None and (problem := plotting.plot_problem(plot)):
-            raise ValueError(f"--plot {problem}")
+            raise ValueError(f"--plot: {problem}")
         check_one_measure(batch_size, token_budget)
         paths = find_images(images)
         if words := [word for word in images if looks_like_a_label(word)]:
             terminal.say(
-                f"{words[0]!r} is no file; if it is a label: --labels takes several words only after the images,"
+                f"{words[0]!r} is not a file; if it is a label: --labels takes several words only after the images,"
                 " or with commas between them"
             )
         classifier = load_classifier(model, backend, dtype, device, max_num_patches, token_budget, len(paths), check)

@@ -39,7 +39,7 @@ def demo(
         from siglip_model.demo.classify import classify_demo_pictures, ten_way_score
 
         if plot is not None and (problem := plotting.plot_problem(plot)):
-            raise ValueError(f"--plot {problem}")
+            raise ValueError(f"--plot: {problem}")
         classifier = load_classifier(model, backend, dtype, device)
         results = classify_demo_pictures(classifier, PICTURES, template, batch_size)
         right = sum(result["right"] for result in results)

@@ -25,8 +25,8 @@ from siglip_model.cli.options import (
     BatchSizeOrBudgetOption,
     CheckOption,
     DeviceOption,
-    DtypeOption,
     JsonOption,
+    LongRunDtypeOption,
     MaxNumPatchesOption,
     MaxPixelsOption,
     ModelOption,
@@ -37,6 +37,7 @@ from siglip_model.cli.options import (
     find_images,
     holds_several,
     load_classifier,
+    places,
     workers,
 )
 from siglip_model.cli.process import share_with_decoders
@@ -77,7 +78,7 @@ def embed(
     model: ModelOption = str(CHECKPOINT),
     backend: BackendOption = "auto",
     check: CheckOption = False,
-    dtype: DtypeOption = "auto",
+    dtype: LongRunDtypeOption = "auto",
     device: DeviceOption = None,
     batch_size: BatchSizeOrBudgetOption = None,
     max_num_patches: MaxNumPatchesOption = None,
@@ -231,6 +232,10 @@ def embed(
                 summary, interrupted = interruption.summary, True
         if summary.blank:
             terminal.say(f"left out {summary.blank} blank text{'s' * (summary.blank != 1)}")
+        done = summary.embedded + summary.failed + summary.skipped
+        if ranks == 1 and not (done or interrupted):  # a rank's share may be empty
+            raise ValueError(f"no {what} in {places(texts or inputs or [])}")
+        of_rank = f"rank {rank} of {ranks}: " if ranks > 1 else ""
         if as_json:
             report = dataclasses.asdict(summary)
             report["images_per_second"] = round(summary.images_per_second, 2)
@@ -242,18 +247,17 @@ def embed(
                 del report["blank"]
             print(json.dumps({**report, "failures": failures}, indent=2))
         elif summary.rows == 0:
-            print(f"no {what[:-1]} was embedded" + ("" if shards or ranks > 1 else f"; {out} was not written"))
+            print(f"{of_rank}no {what[:-1]} was embedded" + ("" if shards or ranks > 1 else f"; {out} was not written"))
         elif not summary.written:
-            print(f"{out} is kept until all new rows are finished; {summary.rows} are")
+            print(f"{of_rank}{out} is kept until all new rows are finished; {summary.rows} are")
         else:
             rate = f" ({summary.images_per_second:.1f} {what}/s)" if summary.embedded else ""
             print(
-                f"{out}: {summary.rows} row{'s' * (summary.rows != 1)} of {summary.width};"
+                f"{of_rank}{out}: {summary.rows} row{'s' * (summary.rows != 1)} of width {summary.width};"
                 f" {summary.embedded} embedded now{rate}, {summary.skipped} already present, {summary.failed} failed"
             )
         if summary.profile is not None and not as_json:
             terminal.print_profile(summary.profile)
-        done = summary.embedded + summary.failed + summary.skipped
         # The number of rows in shards and files is known when they have been read
         whole = total if total is not None or interrupted else done
         if ranks > 1 and summary.failed and not interrupted:

@@ -29,6 +29,7 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 BACKEND_NAMES = ("auto", "eager", "sdpa", "flash_attention_2", "triton", "triton_fp8")  # `backends` imports PyTorch
 LIST_ON_STDIN = "-"
 _ARGUMENT = re.compile(r"^(?:pipeline: )?(backend|check|device|dtype|max_num_patches|token_budget)(?= is )")
+_DTYPE_HELP = "Compute dtype: float32, float16, bfloat16, or auto: as stored in the checkpoint's configuration"
 READ_AT_ONCE = 2**16  # bytes: longer than any path, so that the first piece shows the separator
 
 TemplateOption = Annotated[
@@ -70,14 +71,24 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         metavar="NAME",
-        help="Compute dtype: float32, float16, bfloat16, or auto: as stored in the checkpoint's configuration, but"
-        " bfloat16 for many images on a CPU that has it.",
+        help=f"{_DTYPE_HELP}.",
+        autocompletion=lambda: list(DTYPES),
+    ),
+]
+LongRunDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help=f"{_DTYPE_HELP}, but bfloat16 for many images on a CPU that has it.",
         autocompletion=lambda: list(DTYPES),
     ),
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; the first GPU by default, else the CPU."),
+    typer.Option(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; auto, the default: the first GPU, else the CPU."
+    ),
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Images per forward pass.")]
 BatchSizeOrBudgetOption = Annotated[
@@ -138,9 +149,13 @@ def find_images(inputs: Sequence[str], optional: bool = False) -> ImageList:
         raise ValueError(f"no such file or folder: {', '.join(inputs[:3])}{' ...' * (len(inputs) > 3)}")
     images = ImageList(name for entry in inputs for name in (listed_on_stdin() if entry == LIST_ON_STDIN else [entry]))
     if len(images) == 0:
-        places = ", ".join("the list on stdin" if entry == LIST_ON_STDIN else entry for entry in inputs[:3])
-        raise ValueError(f"no images in {places}; looked for names ending in {' '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(f"no images in {places(inputs)}; looked for names ending in {' '.join(IMAGE_SUFFIXES)}")
     return images
+
+
+def places(inputs: Sequence[str]) -> str:
+    """The first inputs, as a message names them."""
+    return ", ".join("the list on stdin" if entry == LIST_ON_STDIN else entry for entry in inputs[:3])
 
 
 def holds_several(name: str) -> bool:

@@ -78,8 +78,9 @@ def search(
 ) -> None:
     """Find the rows of embedding files that match texts, or that are like an image.
 
-    A score is the probability that text and image match; the number beside it is their cosine. Every row is compared,
-    unless --approximate is given.
+    A line per result: rank, score as a bar and a number, cosine, and name. The score is the probability that text and
+    image match; two images, or two texts, have a cosine alone. On a terminal the columns have a header. Every row is
+    compared, unless --approximate is given.
     """
     with errors_in_one_line():
         from siglip_model.cli import sheet
@@ -92,7 +93,7 @@ def search(
         if recall and not approximate:
             raise ValueError("--recall compares an index with exact search; give --approximate, too")
         if plot is not None and (problem := plot_problem(plot)):
-            raise ValueError(f"--plot {problem}")
+            raise ValueError(f"--plot: {problem}")
         if column is not None and plot is None:
             raise ValueError("--column is for --plot, which is not given")
         with Searcher(files, model=model, backend=backend, device=device_named(device)) as searcher:

@@ -96,7 +96,7 @@ def _lines(file: TextIO, name: str) -> Iterator[Source]:
         except UnicodeError as error:
             raise ValueError(
                 f"{name} is not encoded in {getattr(file, 'encoding', None)} ({error}); name its encoding, such as"
-                " latin-1 or gb18030, as `encoding`"
+                " latin-1 or gb18030, as encoding (--encoding)"
             ) from error
         if not line:
             return
@@ -277,9 +277,11 @@ def _column(path: str, schema: Any, column: str | None, kinds: tuple[str, ...]) 
         return next(iter(suitable.items()))
     if column in suitable:
         return str(column), suitable[str(column)]
-    problem = "has no single column of them; name one as `column`" if column is None else f"has no such column {column}"
     wanted = "strings" if "texts" in kinds else "bytes, strings or {bytes, path}"
-    raise ValueError(f"{path} {problem}; supported: a column of {wanted}; its columns are {described}")
+    problem = f"has no such column {column}; supported: a column of {wanted}"
+    if column is None:
+        problem = f"has no single column of {wanted}; name one as column (--column)"
+    raise ValueError(f"{path} {problem}; its columns are {described}")
 
 
 def _kind(kind: Any, kinds: tuple[str, ...]) -> str | None:

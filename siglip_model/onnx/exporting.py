@@ -73,7 +73,7 @@ def export(
     _check(model, out, towers, images, texts)
     names = [out.name, f"{out.name}.data"]
     if not overwrite and (there := next((name for name in names if (out.parent / name).exists()), None)):
-        raise FileExistsError(f"{out.parent / there} exists; choose another name, or overwrite it")
+        raise FileExistsError(f"{out.parent / there} exists; choose another name, or overwrite (--overwrite)")
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         made = Path(folder, out.name)
         _write_float32(model, made if not int8 else made.with_name("float32.onnx"), towers)
@@ -84,8 +84,8 @@ def export(
         for tower, cosine in cosines.items():
             if not cosine >= least_cosine:
                 raise ValueError(
-                    f"export: the least cosine of {tower} embeddings to the model's is {cosine:.6f}; supported: from "
-                    f"{least_cosine:g} (least_cosine)"
+                    f"export: the least cosine of {tower} embeddings to the model's is {cosine}; supported: from "
+                    f"{least_cosine}, as least_cosine (--least-cosine) says"
                 )
         beside = Path(folder, "beside")
         model.config.save_pretrained(beside)
@@ -139,7 +139,7 @@ def _check(model: SiglipModel, out: Path, towers: Sequence[str], images: Sequenc
     if out.suffix != ".onnx":
         raise unsupported("export", "out", f"is {str(out)!r}", "a file name that ends in .onnx")
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"export: out is in {out.parent}, which is no folder")
+        raise FileNotFoundError(f"export: out is in {out.parent}, which is not a folder")
     if not towers or not set(towers) <= set(TOWERS):
         raise unsupported("export", "towers", f"is {list(towers)}", " and ".join(TOWERS))
     if model.dtype != torch.float32:

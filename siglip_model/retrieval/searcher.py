@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from siglip_kernels.errors import unsupported
 from siglip_model.checkpoints.loading import load_state_dict
 from siglip_model.embed.file import EmbeddingFileError
 from siglip_model.embed.run import model_digest, settings_of
@@ -86,21 +87,22 @@ class Searcher:
         else:
             name = os.fspath(model) if model is not None else settings.get("model_name", "")
             if not name:
-                raise EmbeddingFileError(f"{path} does not name its model; give it as `model`")
+                raise EmbeddingFileError(f"{path} does not name its model; give it as model (--model)")
             try:
                 classifier = pipeline(TASK, model=name, backend=backend, dtype=settings["computed_in"], device=device)
             except OSError as error:
                 if model is not None:
                     raise
                 raise EmbeddingFileError(
-                    f"{path} was made with {name}, which cannot be loaded ({error}); give its checkpoint as `model`"
+                    f"{path} was made with {name}, which cannot be loaded ({error}); give its checkpoint"
+                    " as model (--model)"
                 ) from error
         digest = model_digest(classifier.model)
         if digest != settings["model"]:
             dtype = str(classifier.dtype).removeprefix("torch.")
             raise EmbeddingFileError(
                 f"{path} was made with {describe_model(settings)}, but {name} is another model (weights {digest},"
-                f" {dtype}); give the checkpoint that made it as `model`"
+                f" {dtype}); give the checkpoint that made it as model (--model)"
             )
         if classifier is not model and (most := _max_num_patches(settings)) is not None:
             classifier.image_processor = with_patches(classifier.image_processor, most)
@@ -130,7 +132,9 @@ class Searcher:
         self, text: Any = (), *, image: Any = (), top: int = 10, template: str = WHOLE_TEXT, nearest: Any = None
     ) -> list[Found]:
         """As `search`. nearest: what finds the rows; by default the collection's exact search."""
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
+        if wrong := [each for each in texts if not isinstance(each, str)]:
+            raise unsupported("search", "a text", f"is {wrong[0]!r}", "a text or a list of texts")
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not texts and not images:
             raise ValueError("search: there is no query; give a text or an image")

@@ -29,7 +29,7 @@ def read_captions(folder: str | Path) -> tuple[list[Captioned], list[Skipped]]:
     Captions are in captions.jsonl, captions.csv or captions.parquet, with columns `image` (or `file_name`), relative to
     the folder, and `caption` (or `captions`, `text`): a text or a list of texts; or in name.txt beside name.jpg, one
     per line. Texts are in UTF-8, or as a byte order mark says. Rows of the same image are joined. Raises ValueError if
-    there are none, or several of these files, NotADirectoryError for what is no folder.
+    there are none, or several of these files, NotADirectoryError for what is not a folder.
     """
     folder = Path(folder)
     tables = captions_files(folder)
@@ -93,7 +93,7 @@ def captions_files(folder: Path) -> list[Path]:
     """The files captions.* of the folder that are supported. Raises NotADirectoryError."""
     if not folder.is_dir():
         raise NotADirectoryError(
-            f"{str(folder)!r} is no folder; supported: a folder, or shards such as 'a/{{000..099}}.tar'"
+            f"{str(folder)!r} is not a folder; supported: a folder, or shards such as 'a/{{000..099}}.tar'"
         )
     return [path for suffix in _READERS if (path := folder / f"captions{suffix}").is_file()]
 

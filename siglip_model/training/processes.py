@@ -54,7 +54,7 @@ def joined_processes(device: str = "auto", timeout: float = 600) -> Iterator[Pro
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device (--device) is {device!r}; supported: auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device (--device) is 'cuda', but PyTorch finds no GPU; supported here: cpu")
+        raise ValueError("device (--device) is 'cuda', but PyTorch finds no GPU; supported here: auto, cpu")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if on_gpu and local >= torch.cuda.device_count():

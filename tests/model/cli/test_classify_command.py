@@ -81,7 +81,7 @@ def test_ways_to_write_labels(siglip, images, words):
 def test_a_label_taken_for_an_image_is_noticed(siglip, images):
     result = siglip("classify", "--labels", "a", "b", images / "0.png", "--json")
     assert result.exit_code == 1 and len(json.loads(result.stdout)) == 2
-    assert "'b' is no file; if it is a label: --labels takes several words only after the images" in result.stderr
+    assert "'b' is not a file; if it is a label: --labels takes several words only after the images" in result.stderr
     assert "is a label" not in siglip("classify", "--labels", "a", "gone.png", images / "0.png", "--json").stderr
 
 

@@ -18,14 +18,17 @@ from siglip_model.cli import terminal
     ("arguments", "message"),
     [
         (["classify", "IMAGE", "--labels", ","], "--labels has no label"),
-        (["classify", "IMAGE", "--labels", "a", "--plot", "x.docx"], "--plot x.docx ends in .docx; supported: "),
-        (["classify", "IMAGE", "--labels", "a", "--plot", "/no/such/x.png"], "the folder /no/such does not exist"),
+        (["classify", "IMAGE", "--labels", "a", "--plot", "x.docx"], "--plot: x.docx ends in .docx; supported: "),
+        (
+            ["classify", "IMAGE", "--labels", "a", "--plot", "/no/such/x.png"],
+            "--plot: the folder /no/such does not exist",
+        ),
         (["classify", "nowhere.png", "--labels", "a"], "no such file or folder: nowhere.png"),
         (["classify", "EMPTY", "--labels", "a"], "no images in"),
         (["classify", "IMAGE", "--labels", "a", "--model", "/no/such/model"], "/no/such/model"),
         (
             ["classify", "IMAGE", "--labels", "a", "--device", "gpu"],
-            "error: --device is 'gpu'; supported: 'cpu', 'cuda'",
+            "error: --device is 'gpu'; supported: 'auto', 'cpu', 'cuda'",
         ),
         (
             ["classify", "IMAGE", "--labels", "a", "--backend", "cuda"],
@@ -38,6 +41,11 @@ from siglip_model.cli import terminal
         (["embed", "IMAGE", "--out", "x.bin"], "x.bin does not end in .safetensors"),
         (["embed", "EMPTY", "--out", "x.safetensors"], "no images in"),
         (["embed", "nowhere", "--out", "x.safetensors"], "no such file or folder: nowhere"),
+        (
+            ["embed", "IMAGE", "--out", "x.npy", "--model", "EMPTY"],
+            "empty has no config.json; supported: a checkpoint, or in Python its configuration as config=",
+        ),
+        (["evaluate", "--data", "nowhere"], "data (--data) cannot be used: 'nowhere' is not a folder; supported: "),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_code_2(siglip, images, tmp_path, arguments, message, monkeypatch):
@@ -143,6 +151,12 @@ def test_help_is_complete(siglip):
     for command in ("classify", "embed", "demo", "info"):
         result = siglip(command, "--help")
         assert result.exit_code == 0 and "Usage: siglip" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["classify", "embed", "demo", "evaluate"])
+def test_help_names_bfloat16_for_many_images_where_auto_chooses_it(siglip, command):
+    words = siglip(command, "--help").stdout.split()
+    assert ("but bfloat16 for many images" in " ".join(words)) is (command in ("classify", "embed"))
 
 
 class Terminal(io.StringIO):

@@ -18,7 +18,7 @@ def test_embed_and_resume(siglip, images, tmp_path):
     (images / "3.png").write_text("no image")
     result = siglip("embed", images, "--out", out)
     assert result.exit_code == 1
-    assert "4 rows of 32; 4 embedded now" in result.stdout and "1 failed" in result.stdout
+    assert "4 rows of width 32; 4 embedded now" in result.stdout and "1 failed" in result.stdout
     assert "3.png: not an image" in result.stderr and "1 of 5 images failed" in result.stderr
     random_image(3).save(images / "3.png")
     result = siglip("embed", images, "--out", out, "--json")
@@ -27,7 +27,7 @@ def test_embed_and_resume(siglip, images, tmp_path):
     assert (report["embedded"], report["skipped"], report["rows"], report["failures"]) == (1, 4, 5, [])
     assert "blank" not in report
     assert load_embeddings(out).embeddings.norm(dim=-1).sub(1).abs().max() < 1e-5
-    assert "5 rows of 32; 0 embedded now, 5 already present" in siglip("embed", images, "--out", out).stdout
+    assert "5 rows of width 32; 0 embedded now, 5 already present" in siglip("embed", images, "--out", out).stdout
     result = siglip("embed", images, "--out", out, "--no-normalize")
     assert result.exit_code == 2 and one_line(result.stderr) and "normalize was true and is now false" in result.stderr
     result = siglip("embed", images, "--out", out, "--no-normalize", "--overwrite", "--dtype", "bfloat16")
@@ -147,7 +147,9 @@ def test_texts_from_a_file_and_from_stdin(siglip, tmp_path):
     result = siglip("embed", "--texts", listed, "--out", out)
     assert result.exit_code == 2 and one_line(result.stderr) and "x.txt is not encoded in utf-8" in result.stderr
     result = siglip("embed", "--texts", listed, "--out", out, "--encoding", "latin-1")
-    assert result.exit_code == 0 and "2 rows of 32; 2 embedded now" in result.stdout and "texts/s" in result.stdout
+    assert (
+        result.exit_code == 0 and "2 rows of width 32; 2 embedded now" in result.stdout and "texts/s" in result.stdout
+    )
     assert "left out 1 blank text\n" in result.stderr
     result = siglip("embed", "--texts", "-", "--out", out, "--json", stdin="\n \na rocket\n")
     assert json.loads(result.stdout)["blank"] == 2 and "left out 2 blank texts\n" in result.stderr
@@ -224,3 +226,34 @@ def test_profile_prints_the_stages(siglip, images, tmp_path):
     assert report["profile"]["bound_by"] and report["profile"]["total"] > 0
     report = json.loads(siglip("embed", images, "--out", tmp_path / "b.safetensors", "--json").stdout)
     assert "profile" not in report
+
+
+def test_inputs_that_hold_nothing_are_an_error_that_names_them(siglip, tmp_path):
+    out, listed = tmp_path / "out.safetensors", tmp_path / "x.txt"
+    for content, said in (("", ""), (" \n\n", "siglip: left out 2 blank texts\n")):
+        listed.write_text(content)
+        for words, place in (
+            (["--texts", listed], listed),
+            (["--texts", listed, "--json"], listed),
+            (["--texts", "-"], "the list on stdin"),
+        ):
+            result = siglip("embed", *words, "--out", out, stdin=content)
+            assert (result.exit_code, result.stdout) == (2, "")
+            assert result.stderr == f"{said}siglip: error: no texts in {place}\n"
+            assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+    (tmp_path / "x.tar").write_bytes(bytes(10240))
+    result = siglip("embed", tmp_path / "x.tar", "--out", out)
+    assert result.exit_code == 2 and result.stderr == f"siglip: error: no images in {tmp_path / 'x.tar'}\n"
+
+
+def test_ranks_say_which_they_are(siglip, images, tmp_path, monkeypatch):
+    out, listed = tmp_path / "out.safetensors", tmp_path / "x.txt"
+    listed.write_text("a rocket\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shown = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        result = siglip("embed", "--texts", listed, "--out", out)
+        assert result.exit_code == 0 and result.stdout.startswith(f"rank {rank} of 2: "), result.stderr
+        shown.append(result.stdout.partition(": ")[2])
+    assert sorted(text.startswith("no text was embedded") for text in shown) == [False, True]

@@ -255,8 +255,13 @@ def test_columns_that_cannot_be_meant_are_errors(tmp_path):
     path = tmp_path / "x.parquet"
     write_parquet(path, image=[b"x"], file=["a.png"], number=[1])
     for column, kinds, message in (
-        (None, image_sources, r"no single column .*image \(binary\), file \(string\), number \(int64\)"),
-        ("number", image_sources, "no such column number"),
+        (
+            None,
+            image_sources,
+            r"no single column of bytes, strings or \{bytes, path\}; name one as column \(--column\); its columns are "
+            r"image \(binary\), file \(string\), number \(int64\)",
+        ),
+        ("number", image_sources, "no such column number; supported: a column of bytes, strings or "),
         ("gone", image_sources, "no such column gone"),
         ("image", text_sources, "supported: a column of strings"),
     ):
@@ -324,7 +329,9 @@ def test_one_input_is_no_list_of_letters(tmp_path):
 def test_another_encoding_and_a_text_without_end(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes("Käse\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"x.txt is not encoded in utf-8 .*name its encoding"):
+    with pytest.raises(
+        ValueError, match=r"x.txt is not encoded in utf-8 .*name its encoding, .* as encoding \(--encoding\)$"
+    ):
         list(text_sources([path]))
     path.write_text("x" * 200_000 + "\nnext\n")
     assert outcomes(text_sources([path])) == {"x.txt#1": False, "next": True}

@@ -145,8 +145,12 @@ def test_weights_with_a_sign_change_no_bit(export_copies, checkpoint, tmp_path, 
 
 
 def test_an_export_that_differs_from_the_model_is_not_written(export_copies, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"least cosine of vision embeddings .* is 0\.999.*supported: from 0.99999"):
+    with pytest.raises(
+        ValueError, match=r"least cosine of vision embeddings .* is 0\.999.*supported: from 0\.99999, as"
+    ):
         write(checkpoint, tmp_path / "int8.onnx", int8=True, least_cosine=0.99999)
+    with pytest.raises(ValueError, match=r"supported: from 0\.999999999, as least_cosine \(--least-cosine\) says"):
+        write(checkpoint, tmp_path / "int8.onnx", int8=True, least_cosine=0.999999999)
     assert not list(tmp_path.iterdir())
 
 
@@ -156,7 +160,7 @@ def test_files_that_are_there_are_kept(export_copies, exported, checkpoint, tmp_
     written = {path.name for path in tmp_path.iterdir()}
     assert {"model.onnx", "model.onnx.data", "config.json", "spiece.model", "preprocessor_config.json"} <= written
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # whoever can read one file can read all
-    with pytest.raises(FileExistsError, match=r"model\.onnx exists"):
+    with pytest.raises(FileExistsError, match=r"model\.onnx exists; choose another name, or overwrite \(--overwrite\)"):
         write(checkpoint, out)
     write(checkpoint, out, overwrite=True)
     (tmp_path / "preprocessor_config.json").write_text("{}")
@@ -240,7 +244,7 @@ def test_bad_input(exported, checkpoint, tmp_path, monkeypatch):
         lambda: model.to("cuda"): "device is cuda",
         lambda: write(checkpoint, tmp_path / "model.bin"): r"out is .* ends in \.onnx",
         lambda: write(checkpoint, tmp_path / "model.onnx", towers=["image"]): "towers is .* vision and text",
-        lambda: write(checkpoint, tmp_path / "none" / "model.onnx"): "which is no folder",
+        lambda: write(checkpoint, tmp_path / "none" / "model.onnx"): "which is not a folder",
         lambda: onnx.load(exported, num_threads=0): "num_threads is 0",
         lambda: onnx.load(tmp_path / "model.onnx"): "no such file",
         lambda: pipeline("image-classification", model=exported): "is the ONNX file",

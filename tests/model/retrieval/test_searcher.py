@@ -77,7 +77,9 @@ def test_the_index_finds_what_exact_search_finds(photos, classifier):
 def test_another_model_is_named(photos, tmp_path_factory, checkpoint):
     other = tmp_path_factory.mktemp("other")
     save_tiny_checkpoint(other, seed=5)
-    with pytest.raises(EmbeddingFileError, match=r"a.safetensors was made with .* is another model"):
+    with pytest.raises(
+        EmbeddingFileError, match=r"a.safetensors was made with .* another model .*made it as model \(--model\)$"
+    ):
         search(photos, "2 cats", model=other, device="cpu")
     half = pipeline(model=checkpoint, dtype="bfloat16", device="cpu")
     with pytest.raises(EmbeddingFileError, match=r"float32\), but the given pipeline is another model .*bfloat16"):
@@ -92,7 +94,7 @@ def test_a_model_that_is_gone_is_named(classifier, photos, tmp_path):
         search(out, "2 cats")
     nameless = tmp_path / "nameless.safetensors"
     embed_images(classifier.model, classifier.image_processor, [folder], nameless)
-    with pytest.raises(EmbeddingFileError, match="does not name its model"):
+    with pytest.raises(EmbeddingFileError, match=r"does not name its model; give it as model \(--model\)$"):
         search(nameless, "2 cats")
     assert len(search(nameless, "2 cats", model=classifier)[0].hits) == 10
 
@@ -106,3 +108,6 @@ def test_bad_queries(photos, classifier):
                 searcher.find("x", top=top)
         with pytest.raises(ValueError, match="no such file"):
             searcher.find(image="gone.png")
+        for text in (3, ["x", 3]):
+            with pytest.raises(ValueError, match="^search: a text is 3; supported: a text or a list of texts$"):
+                searcher.find(text)

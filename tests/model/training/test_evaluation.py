@@ -14,7 +14,7 @@ from siglip_model.training.evaluation import retrieval
 from siglip_model.training.evaluation.retrieval import ranks_of_partners
 from siglip_model.training.evaluation.run import evaluate_on
 from siglip_model.training.evaluation.zero_shot import find_classes
-from siglip_model.training.processes import Processes
+from siglip_model.training.processes import Processes, joined_processes
 
 ALONE = Processes(torch.device("cpu"))
 CLASSES = {"cat": range(3), "red_apple": range(3, 6), "dog": range(6, 12), "sky": range(12, 14), "sofa": (), "2": ()}
@@ -166,7 +166,7 @@ def test_one_image_without_caption_does_not_make_classes_of_a_captioned_folder(t
 def test_data_of_no_kind_is_refused(tmp_path, loaded):
     with pytest.raises(
         NotADirectoryError,
-        match=r"^'.*none' is no folder; supported: a folder, or shards such as 'a/{000..099}.tar'",
+        match=r"^'.*none' is not a folder; supported: a folder, or shards such as 'a/{000..099}.tar'",
     ):
         evaluate(tmp_path / "none", loaded)
     with pytest.raises(ValueError, match="holds no folders; supported: one folder of images per class"):
@@ -187,3 +187,12 @@ def test_captions_that_images_share_are_counted(tmp_path, loaded, capsys):
     result, _ = evaluate(tmp_path, loaded)
     terminal.print_scores(result)
     assert result["distinct_texts"] == 6 and capsys.readouterr().err == ""
+
+
+def test_without_a_gpu_the_devices_that_are_there_are_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with (
+        pytest.raises(ValueError, match="but PyTorch finds no GPU; supported here: auto, cpu$"),
+        joined_processes("cuda"),
+    ):
+        pass
