@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
@@ -30,7 +31,9 @@ class _Process(Generic[Task, Result]):
         context = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks
         self.connection, other_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(other_end, work), daemon=True)
-        # Ctrl-C reaches the parent as well, which ends this process. Until _serve ignores it, it stays blocked.
+        # Ctrl-C reaches the parent as well, which ends this process. Until _serve ignores it, it stays blocked. The
+        # tracker, which starts with the first process unless it runs, would unblock it.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
